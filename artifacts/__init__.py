@@ -1,0 +1,24 @@
+"""Calibration artifacts: a folder with a manifest and one safetensors file per stage (docs/format.md)."""
+
+from .artifact import Artifact, Layer, ModelIdentity, Stage
+from .errors import ArtifactError, KvcalError, MismatchError
+from .fingerprint import differences, fingerprint, weights_sha256
+from .folder import load, save
+from .schema import QUANTITIES, SCHEMA_VERSION
+
+__all__ = [
+    "QUANTITIES",
+    "SCHEMA_VERSION",
+    "Artifact",
+    "ArtifactError",
+    "KvcalError",
+    "Layer",
+    "MismatchError",
+    "ModelIdentity",
+    "Stage",
+    "differences",
+    "fingerprint",
+    "load",
+    "save",
+    "weights_sha256",
+]

@@ -1,0 +1,96 @@
+"""What calibration learned about one model on one text, frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .errors import ArtifactError
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The shape of one attention layer, as seen in the calibration pass."""
+
+    index: int
+    kv_heads: int
+    query_heads: int
+    head_dim: int
+    value_dim: int
+    scaling: float
+    """Factor on q·k before the softmax."""
+    window: int | None
+    """Sliding window in tokens; None for full attention."""
+    pre_rotary: str
+    """How pre-rotary tensors were obtained: "unrotate", "replay", or "none" when the layer has no rotary embedding."""
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model an artifact belongs to."""
+
+    id: str
+    revision: str | None
+    fingerprint: Mapping[str, Any]
+    """Architecture: see `fingerprint()`."""
+    weights_sha256: str
+    """Over the weights actually loaded: see `weights_sha256()`."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage's settings, what it measured in a few numbers, and its tensors."""
+
+    tensors: Mapping[str, Tensor]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A calibration result. In memory after `calibrate()`, on disk after `save()`."""
+
+    model: ModelIdentity
+    layers: tuple[Layer, ...]
+    data: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    stages: Mapping[str, Stage]
+    folder: Path | None = None
+    """Where it was loaded from or saved to."""
+    content_hash: str | None = None
+    """sha256 over the manifest, and through it over every tensor; None before it is saved."""
+
+    def tensor(self, stage: str, layer: int, name: str) -> Tensor:
+        """One tensor, e.g. `artifact.tensor("pca", 3, "key_post.components")`.
+
+        Raises:
+            ArtifactError: the stage was not computed, or the layer is out of range.
+        """
+        if stage not in self.stages:
+            have = ", ".join(sorted(self.stages)) or "none"
+            raise ArtifactError(f"{self.name}: no stage {stage!r} (it has: {have}); {_COMMANDS.get(stage, '')}".strip())
+        if not 0 <= layer < len(self.layers):
+            raise ArtifactError(f"{self.name}: no layer {layer}, it has {len(self.layers)}")
+        return self.stages[stage].tensors[f"layers.{layer}.{name}"]
+
+    def with_stage(self, name: str, stage: Stage) -> Artifact:
+        """A copy that has `stage` under `name`; `save()` it to write it."""
+        return dataclasses.replace(self, stages={**self.stages, name: stage}, content_hash=None)
+
+    @property
+    def name(self) -> str:
+        return str(self.folder) if self.folder else f"artifact of {self.model.id}"
+
+
+_COMMANDS = {
+    "clusters": "make it with `calibrate cluster ARTIFACT`",
+    "pca": "make it with `calibrate pca`",
+    "score": "make it with `calibrate pca`",
+    "moments": "make it with `calibrate pca`",
+    "reservoir": "make it with `calibrate pca`",
+}

@@ -1,0 +1,68 @@
+"""Tell models apart: by architecture (quick, any dtype) and by weights (exact)."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_FIELDS = (
+    "model_type",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_size",
+    "vocab_size",
+    "rope_parameters",
+    "sliding_window",
+    "layer_types",
+)
+
+
+def fingerprint(config: Any) -> dict[str, Any]:
+    """The architecture fields of a transformers config that an artifact depends on.
+
+    Duck-typed: `config` needs attributes only, so the runtime does not import transformers.
+    For a multi-modal model it is the text part's.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return {name: _plain(getattr(text, name, None)) for name in _FIELDS}
+
+
+def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(field, expected, found) wherever two mappings disagree, in sorted order of the field."""
+    fields = sorted(expected.keys() | found.keys())
+    return [(name, expected.get(name), found.get(name)) for name in fields if expected.get(name) != found.get(name)]
+
+
+@torch.no_grad()
+def weights_sha256(model: nn.Module) -> str:
+    """sha256 over all parameters by name, as float32, so that a bf16 checkpoint loaded in either dtype agrees."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {list(parameter.shape)}\n".encode())
+        # In pieces: an embedding of a large model in float32 is several GB.
+        for piece in parameter.detach().flatten().split(1 << 24):
+            update_digest(digest, piece.to("cpu", torch.float32))
+    return digest.hexdigest()
+
+
+def update_digest(digest: Any, tensor: Tensor) -> None:
+    """Feed a CPU tensor's bytes to a hash, without numpy and without a copy."""
+    tensor = tensor.contiguous()
+    if tensor.numel():
+        digest.update((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+
+
+def _plain(value: Any) -> Any:
+    """JSON-able form, so that what is compared is what a manifest can hold."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in sorted(value.items())}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

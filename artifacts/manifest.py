@@ -1,0 +1,147 @@
+"""manifest.json: written in one canonical form, read with suspicion."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .artifact import Artifact, Layer, ModelIdentity
+from .errors import ArtifactError
+from .schema import LAYER_TENSORS, SCHEMA_VERSION
+
+MANIFEST = "manifest.json"
+FORMAT = "kvcal"
+_MAX_BYTES = 16 * 1024 * 1024
+_FILE_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}\.[0-9a-f]{8}\.safetensors")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class StageFile:
+    """Where a stage's tensors lie, and what they must hash to."""
+
+    file: str
+    sha256: str
+    bytes: int
+
+
+def write_manifest(path: Path, artifact: Artifact, files: Mapping[str, StageFile]) -> str:
+    """Write the manifest of `artifact` to `path`; returns the content hash."""
+    body = {
+        "format": FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "model": dataclasses.asdict(artifact.model),
+        "layers": [dataclasses.asdict(layer) for layer in artifact.layers],
+        "data": artifact.data,
+        "settings": artifact.settings,
+        "versions": artifact.versions,
+        "stages": {
+            name: {**dataclasses.asdict(files[name]), "settings": stage.settings}
+            for name, stage in artifact.stages.items()
+        },
+    }
+    content_hash = _content_hash(body)
+    path.write_text(json.dumps({**body, "content_hash": content_hash}, indent=1, sort_keys=True) + "\n", "utf-8")
+    return content_hash
+
+
+def read_manifest(folder: Path) -> tuple[Artifact, dict[str, StageFile], dict[str, Mapping[str, Any]]]:
+    """Parse and check manifest.json: (artifact without stages, file of each stage, settings of each stage).
+
+    Raises:
+        ArtifactError: not an artifact, a newer schema, or anything malformed; one line.
+    """
+    path = folder / MANIFEST
+    body = _parse(path)
+    if body.get("format") != FORMAT:
+        raise ArtifactError(f"{path}: not a kvcal manifest (format {body.get('format')!r}, expected {FORMAT!r})")
+    version = body.get("schema_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ArtifactError(f"{path}: schema_version is {version!r}, expected a positive whole number")
+    if version > SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{path}: schema {version} is newer than this kvcal reads ({SCHEMA_VERSION}): upgrade kvcal to read it"
+        )
+    stated = body.pop("content_hash", None)
+    if stated != _content_hash(body):
+        raise ArtifactError(f"{path}: content hash does not match, the manifest was changed or damaged: fetch it again")
+    try:
+        return _build(folder, body, stated)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"{path}: malformed manifest ({type(error).__name__}: {error}): fetch it again") from error
+
+
+def _build(
+    folder: Path, body: dict[str, Any], content_hash: str
+) -> tuple[Artifact, dict[str, StageFile], dict[str, Mapping[str, Any]]]:
+    layers = tuple(_layer(index, fields) for index, fields in enumerate(body["layers"]))
+    identity = ModelIdentity(**body["model"])
+    if not layers:
+        raise ValueError("no layers")
+    if not isinstance(identity.fingerprint, dict) or not _SHA256.fullmatch(identity.weights_sha256):
+        raise ValueError("model: fingerprint or weights_sha256")
+    files = {}
+    settings = {}
+    for name, entry in body["stages"].items():
+        if name not in LAYER_TENSORS:
+            raise ValueError(f"unknown stage {name!r}, schema {SCHEMA_VERSION} has {', '.join(LAYER_TENSORS)}")
+        # Only plain names of our own making: no folders, no "..", no formats that can run code.
+        if not _FILE_NAME.fullmatch(str(entry["file"])):
+            raise ValueError(f"stage {name}: file name {entry['file']!r}")
+        if not _SHA256.fullmatch(entry["sha256"]) or type(entry["bytes"]) is not int:
+            raise ValueError(f"stage {name}: sha256 or bytes")
+        files[name] = StageFile(entry["file"], entry["sha256"], entry["bytes"])
+        settings[name] = dict(entry["settings"])
+    artifact = Artifact(
+        model=identity,
+        layers=layers,
+        data=dict(body["data"]),
+        settings=dict(body["settings"]),
+        versions=dict(body["versions"]),
+        stages={},
+        folder=folder,
+        content_hash=content_hash,
+    )
+    return artifact, files, settings
+
+
+def _layer(index: int, fields: dict[str, Any]) -> Layer:
+    layer = Layer(**fields)
+    sizes = (layer.kv_heads, layer.query_heads, layer.head_dim, layer.value_dim)
+    if layer.index != index or any(type(size) is not int or size < 1 for size in sizes):
+        raise ValueError(f"layer {index}: index and sizes")
+    if layer.query_heads % layer.kv_heads:
+        raise ValueError(f"layer {index}: {layer.query_heads} query heads over {layer.kv_heads} KV heads")
+    return layer
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            text = file.read(_MAX_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise ArtifactError(
+            f"{path.parent}: not an artifact (no {MANIFEST}): make one with `calibrate pca --output {path.parent}`"
+        ) from None
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(text) > _MAX_BYTES:
+        raise ArtifactError(f"{path}: larger than {_MAX_BYTES} bytes, not a manifest")
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: not valid JSON ({error}): fetch or calibrate it again") from error
+    if not isinstance(body, dict):
+        raise ArtifactError(f"{path}: not a kvcal manifest (a JSON object is expected)")
+    return body
+
+
+def _content_hash(body: Mapping[str, Any]) -> str:
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,0 +1,107 @@
+"""Schema version 1: which tensors each stage holds, with their shapes and dtypes.
+
+Dimension symbols are DESIGN's: Hkv, D (key and query head dim), Dv (value head dim) come from the
+manifest's layers; every other symbol is free but must have one value within a stage.
+docs/format.md is the prose of this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .artifact import Layer
+from .errors import ArtifactError
+
+SCHEMA_VERSION = 1
+
+QUANTITIES = ("key_pre", "key_post", "query_pre", "query_post", "value")
+"""What is measured per KV head; queries are pooled over the heads of their group."""
+
+FLOATS = ("F32", "BF16", "F16")
+Spec = tuple[str, tuple[str, ...]]
+"""(shape as space-separated symbols, allowed safetensors dtypes)."""
+
+
+def _layer_tensors() -> dict[str, dict[str, Spec]]:
+    moments: dict[str, Spec] = {}
+    pca: dict[str, Spec] = {}
+    for quantity in QUANTITIES:
+        dim = "Dv" if quantity == "value" else "D"
+        moments[f"{quantity}.count"] = ("", ("I64",))
+        moments[f"{quantity}.mean"] = (f"Hkv {dim}", ("F64",))
+        moments[f"{quantity}.second_moment"] = (f"Hkv {dim} {dim}", ("F64",))
+        pca[f"{quantity}.eigenvalues"] = (f"Hkv {dim}", ("F64",))
+        pca[f"{quantity}.eigenvalues_uncentred"] = (f"Hkv {dim}", ("F64",))
+    for quantity in ("key_pre", "key_post"):
+        pca[f"{quantity}.mean"] = ("Hkv D", ("F32",))
+        pca[f"{quantity}.components"] = ("Hkv D D", ("F32",))
+    score: dict[str, Spec] = {}
+    for rotary_stage in ("pre", "post"):
+        score[f"{rotary_stage}.query_map"] = ("Hkv D D", ("F32",))
+        score[f"{rotary_stage}.key_map"] = ("Hkv D D", ("F32",))
+        score[f"{rotary_stage}.singular_values"] = ("Hkv D", ("F64",))
+    reservoir: dict[str, Spec] = {
+        "key_post": ("Hkv N D", FLOATS),
+        "query_post": ("Hkv N D", FLOATS),
+        "value": ("Hkv N Dv", FLOATS),
+    }
+    clusters: dict[str, Spec] = {
+        "centroids": ("Hkv C D", ("F32",)),
+        "sizes": ("Hkv C", ("I64",)),
+        "radius_mean": ("Hkv C", ("F32",)),
+        "radius_p95": ("Hkv C", ("F32",)),
+        "radius_max": ("Hkv C", ("F32",)),
+        "value_mean": ("Hkv C Dv", ("F32",)),
+        "inertia": ("Hkv", ("F64",)),
+        "silhouette": ("Hkv", ("F64",)),
+        "curve.counts": ("P", ("I64",)),
+        "curve.radius": ("Hkv P", ("F32",)),
+        "curve.query_norm_max": ("Hkv", ("F32",)),
+        "curve.query_norm_p99": ("Hkv", ("F32",)),
+        "warm_start.iterations_calibrated": ("Hkv", ("I64",)),
+        "warm_start.iterations_plusplus": ("Hkv", ("I64",)),
+        "warm_start.iterations_random": ("Hkv", ("I64",)),
+    }
+    return {"moments": moments, "pca": pca, "score": score, "reservoir": reservoir, "clusters": clusters}
+
+
+LAYER_TENSORS = _layer_tensors()
+STAGE_TENSORS: dict[str, dict[str, Spec]] = {"reservoir": {"token": ("N", ("I64",)), "position": ("N", ("I64",))}}
+"""Tensors that a stage has once, not per layer."""
+
+Header = dict[str, tuple[str, tuple[int, ...]]]
+"""name -> (safetensors dtype, shape)."""
+
+
+def check_stage(where: str, stage: str, header: Header, layers: Iterable[Layer]) -> None:
+    """Compare the tensors of a stage's file with the schema.
+
+    Raises:
+        ArtifactError: the first missing, unexpected, wrongly shaped or wrongly typed tensor.
+    """
+    expected: dict[str, tuple[Spec, dict[str, int]]] = {
+        name: (spec, {}) for name, spec in STAGE_TENSORS.get(stage, {}).items()
+    }
+    for layer in layers:
+        known = {"Hkv": layer.kv_heads, "D": layer.head_dim, "Dv": layer.value_dim}
+        for name, spec in LAYER_TENSORS[stage].items():
+            expected[f"layers.{layer.index}.{name}"] = (spec, known)
+
+    for name in expected.keys() - header.keys():
+        raise ArtifactError(f"{where}: tensor {name} is missing: {_REMEDY}")
+    for name in header.keys() - expected.keys():
+        raise ArtifactError(f"{where}: unexpected tensor {name}: {_REMEDY}")
+    free: dict[str, int] = {}
+    for name, ((symbols, dtypes), known) in expected.items():
+        dtype, shape = header[name]
+        if dtype not in dtypes:
+            raise ArtifactError(f"{where}: tensor {name} has dtype {dtype}, expected {' or '.join(dtypes)}: {_REMEDY}")
+        dims = symbols.split()
+        wanted = tuple(known.get(dim, free.get(dim, -1)) for dim in dims)
+        fits = len(shape) == len(dims) and all(want in (-1, got) for want, got in zip(wanted, shape, strict=True))
+        if not fits:
+            raise ArtifactError(f"{where}: tensor {name} has shape {list(shape)}, expected [{symbols}]: {_REMEDY}")
+        free |= {dim: size for dim, size in zip(dims, shape, strict=True) if dim not in known}
+
+
+_REMEDY = "the file does not follow schema 1; fetch or calibrate it again"
