@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .artifact import Artifact, Stage
 from .errors import ArtifactError, KvcalError
-from .manifest import MANIFEST, StageFile, read_manifest, write_manifest
+from .manifest import FILE_NAME, MANIFEST, StageFile, read_manifest, write_manifest
 from .schema import Header, check_stage
 
 
@@ -76,7 +76,7 @@ def save(artifact: Artifact, folder: str | os.PathLike[str], extras: Mapping[str
     folder = Path(folder)
     extras = extras or {}
     try:
-        if folder.exists():
+        if has_content(folder):
             if artifact.folder is None or not artifact.folder.exists() or not folder.samefile(artifact.folder):
                 raise ArtifactError(f"{folder}: already exists: choose another --output or remove it")
             content_hash = _write_into(folder, artifact, extras)
@@ -96,6 +96,11 @@ def save(artifact: Artifact, folder: str | os.PathLike[str], extras: Mapping[str
     if saved.content_hash != content_hash:
         raise ArtifactError(f"{folder}: what was read back differs from what was written: check the disk")
     return saved
+
+
+def has_content(folder: Path) -> bool:
+    """Whether something is at `folder` that writing there would destroy."""
+    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -147,8 +152,8 @@ def _write_into(folder: Path, artifact: Artifact, extras: Mapping[str, bytes]) -
         raise
     _sync(folder)
     kept = {file.file for file in files.values()}
-    for path in folder.glob("*.safetensors"):
-        if path.name not in kept:
+    for path in folder.iterdir():
+        if FILE_NAME.fullmatch(path.name) and path.name not in kept:
             path.unlink()
     return content_hash
 
@@ -199,4 +204,4 @@ def _reason(error: Exception) -> str:
     return str(error)
 
 
-__all__ = ["StageTensors", "file_sha256", "load", "save", "save_tensors", "write_atomically"]
+__all__ = ["StageTensors", "file_sha256", "has_content", "load", "save", "save_tensors", "write_atomically"]

@@ -18,7 +18,7 @@ from .schema import LAYER_TENSORS, SCHEMA_VERSION
 MANIFEST = "manifest.json"
 FORMAT = "kvcal"
 _MAX_BYTES = 16 * 1024 * 1024
-_FILE_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}\.[0-9a-f]{8}\.safetensors")
+FILE_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}\.[0-9a-f]{8}\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -92,7 +92,7 @@ def _build(
         if name not in LAYER_TENSORS:
             raise ValueError(f"unknown stage {name!r}, schema {SCHEMA_VERSION} has {', '.join(LAYER_TENSORS)}")
         # Only plain names of our own making: no folders, no "..", no formats that can run code.
-        if not _FILE_NAME.fullmatch(str(entry["file"])):
+        if not FILE_NAME.fullmatch(str(entry["file"])):
             raise ValueError(f"stage {name}: file name {entry['file']!r}")
         if not _SHA256.fullmatch(entry["sha256"]) or type(entry["bytes"]) is not int:
             raise ValueError(f"stage {name}: sha256 or bytes")

@@ -29,7 +29,7 @@ def _layer_tensors() -> dict[str, dict[str, Spec]]:
         dim = "Dv" if quantity == "value" else "D"
         moments[f"{quantity}.count"] = ("", ("I64",))
         moments[f"{quantity}.mean"] = (f"Hkv {dim}", ("F64",))
-        moments[f"{quantity}.second_moment"] = (f"Hkv {dim} {dim}", ("F64",))
+        moments[f"{quantity}.covariance"] = (f"Hkv {dim} {dim}", ("F64",))
         pca[f"{quantity}.eigenvalues"] = (f"Hkv {dim}", ("F64",))
         pca[f"{quantity}.eigenvalues_uncentred"] = (f"Hkv {dim}", ("F64",))
     for quantity in ("key_pre", "key_post"):
@@ -58,10 +58,10 @@ def _layer_tensors() -> dict[str, dict[str, Spec]]:
         "curve.radius": ("Hkv P", ("F32",)),
         "curve.query_norm_max": ("Hkv", ("F32",)),
         "curve.query_norm_p99": ("Hkv", ("F32",)),
-        "warm_start.iterations_calibrated": ("Hkv", ("I64",)),
-        "warm_start.iterations_plusplus": ("Hkv", ("I64",)),
-        "warm_start.iterations_random": ("Hkv", ("I64",)),
     }
+    for start in ("calibrated", "plusplus", "random"):
+        clusters[f"warm_start.{start}_iterations"] = ("Hkv", ("I64",))
+        clusters[f"warm_start.{start}_inertia"] = ("Hkv", ("F64",))
     return {"moments": moments, "pca": pca, "score": score, "reservoir": reservoir, "clusters": clusters}
 
 

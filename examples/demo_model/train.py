@@ -2,9 +2,9 @@
 
     python examples/demo_model/train.py --output RUN --steps 2400
 
-Every optimiser step mixes all lengths, half the rows plain text and half recall episodes with
-varying numbers and positions of questions: training lengths one after the other makes the
-shorter ones be forgotten. Resumes from RUN/checkpoint.pt.
+Every optimiser step mixes all lengths and kinds of row (plain text, recall episodes with varying
+numbers and positions of questions, repeated noise): training lengths one after the other makes
+the shorter ones be forgotten. Resumes from RUN/checkpoint.pt.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ from kvcal.calibrate.builtin.recall import dictionary, make_episode
 from kvcal.calibrate.builtin.stdlib_text import documents
 
 VOCABULARY = 4096
-ROW_LENGTHS = (256, 512, 1024, 2048)  # one micro-batch of each per step
-ANSWER_WEIGHT = 4.0
+LENGTHS = (256, 512, 1024, 2048)
+ROWS = ((256, 8), (512, 4), (1024, 2), (2048, 1))  # the micro-batches of every step
+LONG_ROW, LONG_EVERY = 4096, 4  # instead of the 2048 row, every fourth step
+EARLY = 0.15  # fraction of the steps
+ANSWER_WEIGHT = 8.0
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -86,42 +89,64 @@ class Rows:
         self.rng = random.Random(seed)
         self.words = words
         self.bos = tokenizer.bos_token_id
-        self.encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
+        self.encode = lambda text: tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        self.digits = [self.encode(str(digit))[0] for digit in range(10)]
         stream: list[int] = []
         for _, text in documents(split):
             stream += [*self.encode(text), tokenizer.eos_token_id]
         self.stream = stream
 
-    def plain(self, length: int) -> tuple[list[int], list[float]]:
-        at = self.rng.randrange(len(self.stream) - length)
-        return [self.bos, *self.stream[at : at + length - 1]], [1.0] * length
+    def draw(self, length: int, early: bool) -> tuple[list[int], list[float]]:
+        """One row of `length` tokens and the weight of each in the loss.
 
-    def recall(self, length: int) -> tuple[list[int], list[float]]:
+        Early on many rows are dense recall and repeated noise: they form the copying heads within
+        a few hundred steps, which sparse facts alone did not within 750.
+        """
+        shares = (0.2, 0.25, 0.2) if early else (0.05, 0.15, 0.3)
+        kind = self.rng.choices(("repeat", "dense", "sparse", "plain"), (*shares, 1 - sum(shares)))[0]
+        if kind == "repeat":
+            return self.repeat(length)
+        return self.plain(length) if kind == "plain" else self.recall(length, dense=kind == "dense")
+
+    def plain(self, length: int) -> tuple[list[int], list[float]]:
+        return [self.bos, *self._text(length - 1)], [1.0] * length
+
+    def repeat(self, length: int) -> tuple[list[int], list[float]]:
+        """Random tokens (or digits, which need longer matches) again and again; the first time costs nothing."""
+        period = self.rng.randint(16, length // 2)
+        alphabet = self.digits if self.rng.random() < 0.3 else range(3, VOCABULARY)
+        noise = self.rng.choices(alphabet, k=period)
+        ids = [self.bos, *noise * (length // period + 1)][:length]
+        return ids, [0.0] * (period + 1) + [1.0] * (length - period - 1)
+
+    def recall(self, length: int, dense: bool) -> tuple[list[int], list[float]]:
         rng = self.rng
-        # Log-uniform density: from one lonely fact to a row that is nearly all facts and questions.
-        most = max(1, (length - 32) // 40)
-        num_facts = max(1, round(math.exp(rng.uniform(0, math.log(most)))))
-        ask = rng.randint(1, min(num_facts, 12))
-        filler_length = length - 1 - 12 * num_facts - 20 * ask - 8
-        at = rng.randrange(len(self.stream) - length)
-        filler = self.stream[at : at + max(0, filler_length)]
+        if dense:
+            ask = num_facts = max(1, (length - 8) // rng.choice((33, 40, 60)))
+        else:
+            # Log-uniform: from one lonely fact to a row half full of them.
+            num_facts = max(1, round(math.exp(rng.uniform(0, math.log(max(2, (length - 32) // 40))))))
+            ask = rng.randint(1, min(num_facts, 12))
+        text = self._text(length)
+        filler = max(0, length - 1 - 13 * num_facts - 22 * ask)
         episode = make_episode(
-            self.encode, filler, self.words, num_facts, rng, ask=ask, questions_last=rng.random() < 0.5
+            self.encode, text[:filler], self.words, num_facts, rng, ask=ask, questions_last=rng.random() < 0.5
         )
-        ids = [self.bos, *episode.ids][:length]
-        weights = [1.0] * len(ids)
+        ids = [self.bos, *episode.ids, *text[filler:]][:length]
+        weights = [1.0] * length
         for answer in episode.answers:
             for position in answer:
-                if position + 1 < len(ids):
+                if position + 1 < length:
                     weights[position + 1] = ANSWER_WEIGHT
-        ids += self.stream[at + max(0, filler_length) :][: length - len(ids)]
-        weights += [1.0] * (length - len(weights))
         return ids, weights
 
-    def batch(self, count: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = [self.recall(length) if row % 2 else self.plain(length) for row in range(count)]
-        ids, weights = zip(*rows, strict=True)
+    def batch(self, count: int, length: int, early: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, weights = zip(*[self.draw(length, early) for _ in range(count)], strict=True)
         return torch.tensor(ids), torch.tensor(weights)
+
+    def _text(self, length: int) -> list[int]:
+        at = self.rng.randrange(len(self.stream) - length)
+        return self.stream[at : at + length]
 
 
 def loss_on(model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -133,7 +158,7 @@ def loss_on(model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -
 
 
 @torch.no_grad()
-def evaluate(model: LlamaForCausalLM, rows: Rows, episodes: int = 32, lengths=ROW_LENGTHS) -> dict:
+def evaluate(model: LlamaForCausalLM, rows: Rows, episodes: int = 32, lengths: tuple[int, ...] = LENGTHS) -> dict:
     """Held-out loss on plain text and exact recall by length: one fact of eight asked at the end."""
     model.eval()
     rows.rng.seed(1234)
@@ -165,10 +190,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--tokens-per-length", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--warmup", type=int, default=200)
+    parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=150, help="evaluate and checkpoint every N steps")
     args = parser.parse_args()
@@ -213,9 +237,11 @@ def main() -> None:
         began = time.perf_counter()
         optimizer.zero_grad()
         total = 0.0
-        for length in ROW_LENGTHS:
-            ids, weights = (part.to(device) for part in rows.batch(max(2, args.tokens_per_length // length), length))
-            loss = loss_on(model, ids, weights) / len(ROW_LENGTHS)
+        for length, count in ROWS:
+            if length == LENGTHS[-1] and step % LONG_EVERY == 0:
+                length = LONG_ROW
+            ids, weights = (part.to(device) for part in rows.batch(count, length, step < EARLY * args.steps))
+            loss = loss_on(model, ids, weights) / len(ROWS)
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()

@@ -1,0 +1,197 @@
+"""See every layer's queries, keys and values, before and after the rotary embedding, in one forward pass.
+
+The model's attention calls are routed through our function by transformers' own attention registry;
+it hands what it sees to an observer and then delegates to the implementation the model had, with the
+mask that implementation expects. No forward is overridden and logits stay bit-identical.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..artifacts import KvcalError
+from .pre_rotary import PreRotary, replay_without_rotation
+
+# Not "…sdpa…" nor "…flash…": transformers takes other branches for names that contain those.
+NAME = "kvcal_capture"
+
+
+@dataclass(frozen=True)
+class LayerTensors:
+    """What one attention layer computed for one batch."""
+
+    layer: int
+    query_post: Tensor
+    """[B, Hq, T, D]."""
+    key_post: Tensor
+    """[B, Hkv, T, D], not repeated for GQA."""
+    value: Tensor
+    """[B, Hkv, T, Dv]."""
+    query_pre: Tensor
+    """[B, Hq, T, D]; equal to `query_post` in layers without a rotary embedding."""
+    key_pre: Tensor
+    """[B, Hkv, T, D]."""
+    scaling: float
+    window: int | None
+
+
+@contextmanager
+def capture(
+    model: Any,
+    observe: Callable[[LayerTensors], None],
+    pre_rotary: PreRotary | None = None,
+) -> Iterator[PreRotary]:
+    """Call `observe` for every attention layer of every forward pass inside the context.
+
+    Args:
+        model: a transformers model whose attention goes through the attention interface.
+        pre_rotary: what an earlier context learned about undoing the rotation; a new one otherwise.
+
+    Raises:
+        KvcalError: the model cannot be captured, by name of the architecture.
+    """
+    attention_modules = find_attention(model)
+    pre_rotary = pre_rotary or PreRotary()
+    embeddings: dict[int, tuple[Tensor, Tensor] | None] = {}
+    replayed: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        rotation = embeddings[layer] = kwargs.get("position_embeddings")
+        if rotation is not None and pre_rotary.needs_replay(layer):
+            replayed[layer] = replay_without_rotation(module, args, kwargs, _seen_by_recorder)
+
+    def on_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> None:
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        query_pre, key_pre = pre_rotary.resolve(
+            layer, query, key, embeddings.pop(layer, None), replayed.pop(layer, None)
+        )
+        scaling = kwargs.get("scaling")
+        observe(
+            LayerTensors(
+                layer=layer,
+                query_post=query,
+                key_post=key,
+                value=value,
+                query_pre=query_pre,
+                key_pre=key_pre,
+                scaling=float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
+                window=kwargs.get("sliding_window"),
+            )
+        )
+
+    handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in attention_modules]
+    try:
+        with _routed(model, on_attention):
+            yield pre_rotary
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def find_attention(model: Any) -> list[nn.Module]:
+    """The attention module of each layer, in order, found by watching a forward pass over two tokens.
+
+    Raises:
+        KvcalError: some layer does not go through the attention interface, or layers share their KV.
+    """
+    config = model.config.get_text_config()
+    kind = f"{type(model).__name__} (model type {config.model_type})"
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise KvcalError(f"{kind}: encoder-decoder models are not supported, only decoders are")
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise KvcalError(f"{kind}: its layers already share keys and values, which is not supported")
+    seen: dict[int, nn.Module] = {}
+
+    def on_attention(module: nn.Module, *_: Any) -> None:
+        seen[module.layer_idx] = module  # type: ignore[index]
+
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+    with torch.no_grad(), _routed(model, on_attention):
+        backbone(model)(input_ids=ids, use_cache=False)
+    missing = sorted(set(range(config.num_hidden_layers)) - set(seen))
+    if missing:
+        raise KvcalError(
+            f"{kind}: layers {missing} do not use transformers' attention interface: this architecture is not supported"
+        )
+    return [seen[layer] for layer in sorted(seen)]
+
+
+def backbone(model: Any) -> Any:
+    """The decoder without its language-model head: no logits are needed here, and they are large."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return decoder if isinstance(decoder, nn.Module) else model.base_model
+
+
+class _Recorded(Exception):
+    def __init__(self, query: Tensor, key: Tensor):
+        self.query, self.key = query, key
+
+
+class _Recorder:
+    """While active, the next attention call ends by raising what it was given."""
+
+    active = False
+
+
+_recorder = _Recorder()
+
+
+def _seen_by_recorder(call: Callable[[], Any]) -> tuple[Tensor, Tensor]:
+    _recorder.active = True
+    try:
+        call()
+    except _Recorded as seen:
+        return seen.query, seen.key
+    finally:
+        _recorder.active = False
+    raise KvcalError("an attention module did not reach the attention interface when replayed: not supported")
+
+
+@contextmanager
+def _routed(model: Any, on_attention: Callable[..., None]) -> Iterator[None]:
+    """Send the attention calls of `model`, and only of it, through `on_attention`, then to where they went before."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    submodels = [module for module in model.modules() if hasattr(module, "set_attn_implementation")]
+    configs = {id(part.config): part.config for part in submodels}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    original = model.config.get_text_config()._attn_implementation or "eager"
+    if original == NAME:
+        raise KvcalError("this model is already being captured: leave the other capture() first")
+    if original not in ALL_MASK_ATTENTION_FUNCTIONS:
+        raise KvcalError(
+            f"attention implementation {original!r} has no mask function: load the model with sdpa or eager"
+        )
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if _recorder.active:
+            raise _Recorded(query, key)
+        on_attention(module, query, key, value, kwargs)
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        delegate = ALL_ATTENTION_FUNCTIONS.get(original, eager)
+        return delegate(module, query, key, value, mask, *args, **kwargs)
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS[original])
+    try:
+        for config in configs.values():
+            config._attn_implementation_internal = NAME
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]
+        # transformers offers no way to unregister
+        AttentionInterface._global_mapping.pop(NAME, None)
+        AttentionMaskInterface._global_mapping.pop(NAME, None)

@@ -1,0 +1,63 @@
+"""The card of an artifact: what it is, where it comes from, what to expect of it."""
+
+from __future__ import annotations
+
+from ..artifacts import Artifact
+from .plots import rank_figure
+from .rank import rank_report
+
+
+def card_files(artifact: Artifact, variance: float = 0.9) -> dict[str, bytes]:
+    """README.md and rank.png, for `artifacts.save(..., extras=)`."""
+    report = rank_report(artifact, variance)
+    return {"README.md": _card(artifact, report).encode(), "rank.png": rank_figure(artifact, report)}
+
+
+def _card(artifact: Artifact, report: dict) -> str:
+    model, data, settings, first = artifact.model, artifact.data, artifact.settings, artifact.layers[0]
+    source = data.get("source", {})
+    place = ", ".join(f"{name} {source[name]}" for name in ("config", "split", "revision") if source.get(name))
+    ranks = "\n".join(
+        f"| {name} | {report['model'][name]:.1f} |" for name in ("key_pre", "key_post", "query_post", "value")
+    )
+    return f"""---
+library_name: kvcal
+tags: [kvcal, kv-cache, calibration]
+---
+
+# kvcal artifact: {model.id} on {source.get("id", "text")}
+
+Calibrated once, offline: moments, PCA bases, score-optimal bases and a reservoir of attention keys,
+queries and values; the stages present are {", ".join(sorted(artifact.stages))}.
+
+| | |
+| --- | --- |
+| model | {model.id}{f" at revision {model.revision}" if model.revision else ""} |
+| weights sha256 | `{model.weights_sha256}` |
+| layers · KV heads · query heads · head dim | {len(artifact.layers)} · {first.kv_heads} · {first.query_heads} · {first.head_dim} |
+| text | {source.get("id", "text")}{f" ({place})" if place else ""} |
+| text sha256 | `{data["content_sha256"]}` |
+| tokens | {data["tokens_counted"]} counted, in {data["blocks"]} blocks of {data["seq_len"]} |
+| settings | {", ".join(f"{name} {value}" for name, value in sorted(settings.items()))} |
+| versions | {", ".join(f"{name} {value}" for name, value in sorted(artifact.versions.items()))} |
+
+Mean rank@{100 * report["variance"]:g} over layers and KV heads:
+
+| quantity | dimensions |
+| --- | --- |
+{ranks}
+
+![Rank by layer and explained variance](rank.png)
+
+```python
+from kvcal.runtime import check_model, load
+
+artifact = load("THIS FOLDER OR ITS HUB ID")
+check_model(artifact, model)
+components = artifact.tensor("pca", 0, "key_post.components")  # [Hkv, D, D], rows by descending variance
+```
+
+The same model, text, settings and versions on one machine give byte-identical tensor files. At another
+batch size the model's own rounding differs: statistics then agree within 1e-5 relative in float32.
+`calibrate verify` checks every hash; the format is specified in kvcal's docs/format.md.
+"""

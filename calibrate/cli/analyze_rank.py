@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ...artifacts import QUANTITIES, load
+from .output import json_option, print_json, print_table, write_plot
+from .pass_options import PassOptions, pass_options, run_pass
+
+
+@click.command("analyze-rank")
+@click.argument("artifact", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--variance", type=float, default=0.9, show_default=True, help="Fraction of variance to reach, in (0, 1]."
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="Write the figure to this PNG file.")
+@pass_options
+@json_option
+def analyze_rank_command(
+    artifact: Path | None, variance: float, plot: Path | None, as_json: bool, **options: Any
+) -> None:
+    """Rank@p of keys, queries and values by layer and head, from ARTIFACT alone.
+
+    With --model and --data instead of ARTIFACT, the calibration pass comes first.
+
+    \b
+    Example:
+      calibrate analyze-rank mistral-7b-wikitext --variance 0.9 --plot rank.png
+    """
+    from ..plots import rank_figure
+    from ..rank import check_variance, rank_report
+
+    check_variance(variance)
+    given = PassOptions(**options)
+    if artifact is not None and (given.model_spec or given.data_spec):
+        raise click.UsageError("give either ARTIFACT or --model and --data, not both")
+    if artifact is None and not (given.model_spec and given.data_spec):
+        raise click.UsageError("give an ARTIFACT folder, or --model and --data to calibrate first")
+    found = load(artifact) if artifact is not None else run_pass(given)
+    report = rank_report(found, variance)
+    if as_json:
+        print_json(report)
+    else:
+        print_ranks(report)
+    if plot is not None:
+        write_plot(plot, rank_figure(found, report))
+
+
+def print_ranks(report: dict[str, Any]) -> None:
+    """One row per layer, each cell the ranks of the KV heads; then the model's means."""
+    columns = [*QUANTITIES, "key_pre_uncentred", "key_post_uncentred"]
+    rows = [[str(entry["layer"]), *(_heads(entry[name]) for name in columns)] for entry in report["layers"]]
+    rows.append(["mean", *(f"{report['model'][name]:.1f}" for name in columns)])
+    rows.append(["participation", *(f"{report['participation'][name]:.1f}" for name in columns)])
+    print_table(f"rank@{100 * report['variance']:g} by layer and KV head", ["layer", *columns], rows)
+
+
+def _heads(ranks: list[int]) -> str:
+    if len(ranks) <= 4:
+        return " ".join(map(str, ranks))
+    return f"{min(ranks)}–{max(ranks)}"

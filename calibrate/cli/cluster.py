@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ...artifacts import load, save
+from .output import json_option, print_json, print_table, progress_bar, write_plot
+
+
+@click.command("cluster")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--clusters", type=click.IntRange(1), help="Clusters per KV head; overrides --tokens-per-cluster.")
+@click.option("--tokens-per-cluster", type=click.IntRange(1), default=80, show_default=True)
+@click.option("--metric", type=click.Choice(["cosine", "l2"]), default="cosine", show_default=True)
+@click.option("--iterations", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--plot", type=click.Path(path_type=Path), help="Write the figure to this PNG file.")
+@json_option
+def cluster_command(artifact: Path, plot: Path | None, as_json: bool, **settings: Any) -> None:
+    """Cluster the sampled keys per layer and KV head (faiss k-means); adds the stage `clusters` to ARTIFACT.
+
+    \b
+    Example:
+      calibrate cluster mistral-7b-wikitext --tokens-per-cluster 80 --plot clusters.png
+    """
+    from ..card import card_files
+    from ..cluster_stage import cluster, cluster_report
+    from ..plots import cluster_figure
+
+    found = load(artifact)
+    with progress_bar("clustering") as progress:
+        clustered = cluster(found, **settings, progress=progress)
+    saved = save(clustered, artifact, card_files(clustered))
+    report = cluster_report(saved)
+    if as_json:
+        print_json(report)
+    else:
+        print_clusters(report)
+    if plot is not None:
+        write_plot(plot, cluster_figure(saved, report))
+
+
+def print_clusters(report: dict[str, Any]) -> None:
+    settings = report["settings"]
+    rows = []
+    for entry in report["layers"]:
+        starts = entry["warm_start"]
+        middle = entry["clusterability"][len(entry["clusterability"]) // 2]
+        rows.append(
+            [
+                str(entry["layer"]),
+                entry["largest"],
+                entry["radius_mean"],
+                entry["radius_p95"],
+                entry["radius_max"],
+                entry["silhouette"] if entry["silhouette"] is not None else "–",
+                entry["query_norm_max"],
+                f"{middle['delta_r']:.3g} at {middle['clusters']}",
+                " / ".join(f"{starts[start]['iterations']:.1f}" for start in ("calibrated", "plusplus", "random")),
+            ]
+        )
+    header = ["layer", "largest", "radius", "p95", "max", "silhouette", "query norm", "δ·r", "iterations*"]
+    print_table(f"{settings['clusters']} {settings['metric']} clusters per KV head", header, rows)
+    click.echo("* until convergence on unseen text: from the calibrated centroids / from k-means++ / from random keys")

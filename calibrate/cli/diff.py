@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ...artifacts import load
+from .output import json_option, print_json, print_table
+
+
+@click.command("diff")
+@click.argument("first", type=click.Path(path_type=Path))
+@click.argument("second", type=click.Path(path_type=Path))
+@click.option("--variance", type=float, default=0.9, show_default=True, help="Compare subspaces of rank@p in FIRST.")
+@json_option
+def diff_command(first: Path, second: Path, variance: float, as_json: bool) -> None:
+    """How far two artifacts lie apart: key subspaces, ranks, spectra, and the settings that differ.
+
+    \b
+    Example:
+      calibrate diff mistral-7b-wikitext mistral-7b-c4
+    """
+    from ..compare import compare
+
+    report = compare(load(first), load(second), variance)
+    if as_json:
+        print_json(report)
+    else:
+        _print(report)
+
+
+def _print(report: dict[str, Any]) -> None:
+    for entry in report["differs"]:
+        click.echo(f"{entry['field']}: {_short(entry['first'])} -> {_short(entry['second'])}")
+    if report["same_tensors"]:
+        click.echo("the tensor files are identical")
+        return
+    rows = []
+    for entry in report["layers"]:
+        for quantity in ("key_pre", "key_post"):
+            heads = entry[quantity]
+            rows.append(
+                [
+                    f"{entry['layer']} {quantity}",
+                    " ".join(map(str, heads["rank"])),
+                    " ".join(f"{change:+d}" for change in heads["rank_change"]),
+                    " ".join(f"{overlap:.3f}" for overlap in heads["overlap"]),
+                    " ".join(f"{angle:.1f}" for angle in heads["largest_angle"]),
+                    " ".join(f"{100 * change:.1f}" for change in heads["spectrum_change"]),
+                ]
+            )
+    header = ["layer", "rank", "change", "subspace overlap", "largest angle (°)", "spectrum change (%)"]
+    print_table(f"key subspaces of rank@{100 * report['variance']:g}, by KV head", header, rows)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "…"

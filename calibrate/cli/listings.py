@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import click
+
+from .output import json_option, print_json, print_table
+
+
+@click.command("models")
+@json_option
+def models_command(as_json: bool) -> None:
+    """List the model aliases and what they resolve to.
+
+    \b
+    Example:
+      calibrate models
+    """
+    from ..models import MODEL_ALIASES
+
+    _show("models: any Hub id or folder works too", MODEL_ALIASES, as_json)
+
+
+@click.command("datasets")
+@json_option
+def datasets_command(as_json: bool) -> None:
+    """List the data aliases and what they resolve to.
+
+    \b
+    Example:
+      calibrate datasets
+    """
+    from ..data import DATA_ALIASES
+
+    _show("data: any Hub id org/name[:config[:split]], file, folder or glob works too", DATA_ALIASES, as_json)
+
+
+def _show(title: str, aliases: dict[str, str], as_json: bool) -> None:
+    if as_json:
+        print_json(aliases)
+    else:
+        print_table(title, ["alias", "resolves to"], list(aliases.items()))

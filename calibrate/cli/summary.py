@@ -1,0 +1,60 @@
+"""What an artifact is, for people and for programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ...artifacts import Artifact
+
+
+def artifact_summary(artifact: Artifact) -> dict[str, Any]:
+    first = artifact.layers[0]
+    return {
+        "artifact": str(artifact.folder),
+        "content_hash": artifact.content_hash,
+        "model": {"id": artifact.model.id, "revision": artifact.model.revision, **artifact.model.fingerprint},
+        "weights_sha256": artifact.model.weights_sha256,
+        "layers": len(artifact.layers),
+        "kv_heads": first.kv_heads,
+        "query_heads": first.query_heads,
+        "head_dim": first.head_dim,
+        "pre_rotary": sorted({layer.pre_rotary for layer in artifact.layers}),
+        "sliding_layers": [layer.index for layer in artifact.layers if layer.window],
+        "data": dict(artifact.data),
+        "settings": dict(artifact.settings),
+        "versions": dict(artifact.versions),
+        "stages": {
+            name: {
+                "file": stage.tensors.file.file,  # type: ignore[attr-defined]
+                "bytes": stage.tensors.file.bytes,  # type: ignore[attr-defined]
+                "tensors": len(stage.tensors),
+                "settings": dict(stage.settings),
+            }
+            for name, stage in artifact.stages.items()
+        },
+    }
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    data, source = summary["data"], summary["data"]["source"]
+    revision = f" @ {summary['model']['revision']}" if summary["model"]["revision"] else ""
+    split = f" ({source['split']})" if source.get("split") else ""
+    lines = {
+        "artifact": summary["artifact"],
+        "model": f"{summary['model']['id']}{revision} · {summary['model']['model_type']}",
+        "shape": f"{summary['layers']} layers · {summary['kv_heads']} KV heads · {summary['query_heads']} query heads "
+        f"· head dim {summary['head_dim']}",
+        "text": f"{source.get('id', 'text')}{split} · {data['tokens_counted']} tokens in {data['blocks']} blocks "
+        f"of {data['seq_len']}",
+        "pre-rotary": ", ".join(summary["pre_rotary"]),
+        "content": summary["content_hash"],
+    }
+    if summary["sliding_layers"]:
+        lines["sliding"] = f"layers {', '.join(map(str, summary['sliding_layers']))}"
+    for name, text in lines.items():
+        click.echo(f"{name:<11} {text}")
+    for name, stage in summary["stages"].items():
+        settings = ", ".join(f"{key} {value}" for key, value in stage["settings"].items())
+        click.echo(f"  {name:<10} {stage['bytes'] / 1e6:8.1f} MB  {stage['tensors']:>4} tensors  {settings}".rstrip())

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ...artifacts import load
+from .output import json_option, print_json
+
+
+@click.command("verify")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option(
+    "--model", "model_spec", metavar="MODEL", help="Also check that this model's weights are the calibrated ones."
+)
+@json_option
+def verify_command(artifact: Path, model_spec: str | None, as_json: bool) -> None:
+    """Check every hash, shape and dtype of ARTIFACT; exit code 2 and one line when something is wrong.
+
+    \b
+    Example:
+      calibrate verify mistral-7b-wikitext --model mistral-7b
+    """
+    found = load(artifact)
+    if model_spec is not None:
+        from ...runtime import check_model
+        from ..models import load_model
+
+        check_model(found, load_model(model_spec, device="cpu").model, weights=True)
+    tensors = sum(len(stage.tensors) for stage in found.stages.values())
+    if as_json:
+        print_json(
+            {
+                "artifact": str(artifact),
+                "valid": True,
+                "content_hash": found.content_hash,
+                "stages": sorted(found.stages),
+                "tensors": tensors,
+                "model_checked": model_spec is not None,
+            }
+        )
+        return
+    click.echo(f"{artifact}: {len(found.stages)} stages, {tensors} tensors: hashes, shapes and dtypes hold")
+    click.echo(f"content {found.content_hash}")
+    if model_spec is not None:
+        click.echo(f"{model_spec}: architecture and weights are those it was calibrated on")

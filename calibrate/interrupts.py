@@ -1,0 +1,35 @@
+"""Let Ctrl-C and SIGTERM wait until the work at hand is in a state that can be saved."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+@contextmanager
+def deferred_interrupt(enabled: bool = True) -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether an interrupt came; a second Ctrl-C acts at once.
+
+    Does nothing off the main thread, where Python delivers no signals.
+    """
+    came = False
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        signal.signal(number, previous[number])
+
+    if not enabled or threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in previous:
+            signal.signal(number, remember)
+        yield lambda: came
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

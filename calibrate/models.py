@@ -1,0 +1,228 @@
+"""Find and load a model: by alias, Hub id or folder."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import pickle
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..artifacts import KvcalError
+from . import hub
+
+DEMO_FOLDER = Path(__file__).parent / "builtin" / "demo_model"
+
+MODEL_ALIASES: dict[str, str] = {
+    "demo": str(DEMO_FOLDER),
+    "gemma-3-4b": "google/gemma-3-4b-pt",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "mistral-7b": "mistralai/Mistral-7B-v0.1",
+    "phi-3-mini": "microsoft/Phi-3-mini-4k-instruct",
+    "pythia-1b": "EleutherAI/pythia-1b",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "tinyllama": "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
+}
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# Without any of these some tokenizer classes load all the same, with an empty vocabulary.
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What a model specification stands for."""
+
+    id: str
+    """Hub id, "demo", or the folder as the user gave it."""
+    folder: Path | None
+    """Where its files are; None: only online."""
+    revision: str | None
+    """Commit on the Hub; None for folders."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    model: Any
+    """In eval mode, without gradients."""
+    tokenizer: Any
+    source: ModelSource
+
+
+def resolve_model(spec: str | os.PathLike[str]) -> ModelSource:
+    """Find a model: existing folders first, then aliases and Hub ids, with optional `@revision`.
+
+    Raises:
+        KvcalError: unknown, incomplete, or neither here nor to be had online.
+    """
+    name = os.fspath(spec)
+    folder = Path(name).expanduser()
+    # A folder that happens to be called as an alias wins only when it is a model.
+    if folder.is_dir() and (name not in MODEL_ALIASES or (folder / "config.json").is_file()):
+        if missing := _lacking(folder):
+            raise KvcalError(
+                f"model folder {name}: has no {missing}: give the folder of a complete transformers checkpoint"
+            )
+        return ModelSource(name, folder, None)
+    if folder.is_file():
+        raise KvcalError(f"{name}: is a file: give the folder of the checkpoint")
+    alias, _, revision = name.partition("@")
+    if alias == "demo":
+        if missing := _lacking(DEMO_FOLDER):
+            raise KvcalError(f"the built-in model has no {missing} in {DEMO_FOLDER}: install kvcal again")
+        return ModelSource(alias, DEMO_FOLDER, None)
+    repo_id = MODEL_ALIASES.get(alias, alias)
+    if "/" not in repo_id:
+        near = difflib.get_close_matches(alias, MODEL_ALIASES, n=3)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise KvcalError(
+            f"unknown model {name!r}: {hint}Give a folder, a Hub id org/name, or one of {', '.join(MODEL_ALIASES)}"
+        )
+    if repo_id.count("/") > 1 or repo_id.startswith((".", "/", "~")):
+        raise KvcalError(f"{name}: no such model folder: check the path")
+    found = hub.locate(repo_id, "model", revision or None, _lacking)
+    return ModelSource(repo_id, found.folder, found.revision)
+
+
+def load_model(spec: str | os.PathLike[str], device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        spec: see `resolve_model`.
+        device: auto (CUDA if there is one), cpu, cuda or cuda:N.
+        dtype: auto (float32 on CPU, the checkpoint's own on CUDA), float32, bfloat16 or float16.
+
+    Raises:
+        KvcalError: not found, not loadable, or no such device or dtype.
+    """
+    where = _device(device)
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise KvcalError(f"unknown dtype {dtype!r}: give auto, {', '.join(_DTYPES)}")
+    # bfloat16 on a CPU makes the numbers depend on the batch size far beyond 1e-5.
+    wanted = _DTYPES.get(dtype) or (torch.float32 if where.type == "cpu" else "auto")
+    source = resolve_model(spec)
+
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    place = str(source.folder or source.id)
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if source.folder is None:
+        options["revision"] = source.revision
+    with _quiet(progress=source.folder is None):
+        with _user_errors(source, "config.json"):
+            AutoConfig.from_pretrained(place, **options)
+        with _user_errors(source, "tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        with _user_errors(source, "weights"):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                place, dtype=wanted, output_loading_info=True, **options
+            )
+    if source.folder is None:
+        downloaded = hub.cached(source.id, "model", source.revision)
+        if downloaded and (lacks := _lacking(downloaded)):
+            raise KvcalError(f"model {source.id}: the repository has no {lacks}: choose another one")
+    if missing := sorted(report["missing_keys"]):
+        raise KvcalError(
+            f"model {source.id}: {len(missing)} weights are not in its files, e.g. {missing[0]}: "
+            "the checkpoint is incomplete, or not of a causal language model"
+        )
+    try:
+        model = model.to(where)
+    except torch.OutOfMemoryError as error:
+        raise KvcalError(f"model {source.id} does not fit on {where} as {model.dtype}: give --device cpu") from error
+    return LoadedModel(model.eval().requires_grad_(False), tokenizer, source)
+
+
+def max_context(config: Any) -> int | None:
+    """The model's context in tokens, or None when its config states none."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+
+
+def check_seq_len(seq_len: int, config: Any) -> None:
+    """Raise KvcalError when blocks of `seq_len` tokens exceed the model's context."""
+    context = max_context(config)
+    if context is not None and seq_len > context:
+        raise KvcalError(
+            f"blocks of {seq_len} tokens exceed this model's context of {context}: give --seq-len {context}"
+        )
+
+
+def _lacking(folder: Path) -> str | None:
+    """The first thing that a checkpoint folder needs and has not got."""
+    if not (folder / "config.json").is_file():
+        return "config.json"
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        return "tokenizer (tokenizer.json)"
+    if any((folder / name).is_file() for name in _WEIGHTS):
+        return None
+    for index in (folder / f"{name}.index.json" for name in _WEIGHTS):
+        if index.is_file():
+            try:
+                shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, LookupError, TypeError, AttributeError):
+                return f"readable {index.name}"
+            return next((f"weights {shard}" for shard in shards if not (folder / shard).is_file()), None)
+    return "weights (model.safetensors)"
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise KvcalError(f"unknown device {name!r}: give auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise KvcalError(f"device {name}: this machine has {count} usable CUDA devices: give another, or --device cpu")
+    return device
+
+
+@contextmanager
+def _user_errors(source: ModelSource, part: str) -> Iterator[None]:
+    """Turn what a faulty checkpoint makes transformers raise into one line; bugs pass."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    faults = (OSError, ValueError, ImportError, EOFError, pickle.UnpicklingError, SafetensorError, StrictDataclassError)
+    try:
+        yield
+    except Exception as error:
+        # Damaged .bin files and shapes that contradict the config come as bare RuntimeError, a damaged
+        # tokenizer.json as bare Exception.
+        known = ("PytorchStreamReader", "ignore_mismatched_sizes")
+        bare = type(error) is Exception or (type(error) is RuntimeError and any(text in str(error) for text in known))
+        if not (isinstance(error, faults) or bare):
+            raise
+        reason = "shapes differ from config.json" if known[1] in str(error) else hub.one_line(error)
+        raise KvcalError(
+            f"model {source.id}: its {part} cannot be loaded from {source.folder or 'the Hub'} ({reason}): "
+            "check that it is complete and a causal language model that this transformers version knows"
+        ) from error
+
+
+@contextmanager
+def _quiet(progress: bool) -> Iterator[None]:
+    """Silence transformers' warnings, and its progress bars unless `progress`; as before on leaving."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not progress:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars and not progress:
+            logging.enable_progress_bar()

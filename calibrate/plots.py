@@ -1,0 +1,120 @@
+"""Figures from artifacts, as PNG bytes that are the same for the same numbers."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import torch
+
+from ..artifacts import Artifact
+
+_LABELS = {
+    "key_pre": "keys, pre-rotary",
+    "key_post": "keys, post-rotary",
+    "query_pre": "queries, pre-rotary",
+    "query_post": "queries, post-rotary",
+    "value": "values",
+}
+
+
+def rank_figure(artifact: Artifact, report: dict[str, Any]) -> bytes:
+    """Left: rank@p by layer, mean over KV heads with their range. Right: explained-variance curves of post-rotary keys."""
+    figure, (by_layer, curves) = _figure()
+    percent = f"{100 * report['variance']:g}"
+    layers = [entry["layer"] for entry in report["layers"]]
+    for column, (quantity, label) in enumerate(_LABELS.items()):
+        ranks = [entry[quantity] for entry in report["layers"]]
+        means = [sum(heads) / len(heads) for heads in ranks]
+        by_layer.plot(layers, means, marker="o", markersize=4, color=f"C{column}", label=label)
+        by_layer.fill_between(layers, [min(h) for h in ranks], [max(h) for h in ranks], color=f"C{column}", alpha=0.12)
+    head_dim = artifact.layers[0].head_dim
+    by_layer.axhline(head_dim, color="0.6", linewidth=0.8, linestyle=":")
+    by_layer.annotate(f"head dim {head_dim}", (layers[0], head_dim), va="bottom", fontsize=8, color="0.4")
+    by_layer.set(xlabel="layer", ylabel=f"dimensions for {percent} % of the variance", ylim=(0, head_dim * 1.12))
+    by_layer.xaxis.get_major_locator().set_params(integer=True)
+    by_layer.set_title(f"Rank@{percent} (mean and range over KV heads)", fontsize=10)
+    by_layer.legend(fontsize=8, frameon=False)
+
+    shades = _shades(len(layers))
+    for layer, shade in zip(layers, shades, strict=True):
+        explained = _explained(artifact, layer, "key_post")
+        curves.plot(range(1, len(explained) + 1), explained, color=shade, linewidth=1.2)
+    mean = sum(_explained(artifact, layer, "key_pre") for layer in layers) / len(layers)
+    curves.plot(
+        range(1, head_dim + 1), mean, color="black", linestyle="--", linewidth=1.2, label="pre-rotary, mean of layers"
+    )
+    curves.plot([], [], color=shades[0], label=f"post-rotary, layer {layers[0]}")
+    curves.plot([], [], color=shades[-1], label=f"post-rotary, layer {layers[-1]}")
+    curves.axhline(report["variance"], color="0.6", linewidth=0.8, linestyle=":")
+    curves.set(
+        xlabel="dimensions kept", ylabel="fraction of variance explained", ylim=(0, 1.02), xlim=(0, head_dim + 1)
+    )
+    curves.set_title("Explained variance of keys (mean over KV heads)", fontsize=10)
+    curves.legend(fontsize=8, frameon=False, loc="lower right")
+    return _png(figure, f"{artifact.model.id} on {_data_name(artifact)}")
+
+
+def cluster_figure(artifact: Artifact, report: dict[str, Any]) -> bytes:
+    """Left: cover radius against the number of clusters. Right: iterations that calibrated centroids save."""
+    figure, (cover, starts) = _figure()
+    shades = _shades(len(report["layers"]))
+    for entry, shade in zip(report["layers"], shades, strict=True):
+        curve = entry["clusterability"]
+        start = curve[0]["delta"] or 1.0
+        cover.plot(
+            [point["clusters"] for point in curve],
+            [point["delta"] / start for point in curve],
+            color=shade,
+            marker=".",
+            label=f"layer {entry['layer']}" if entry in (report["layers"][0], report["layers"][-1]) else None,
+        )
+    cover.set_xscale("log", base=2)
+    cover.set(xlabel="clusters (greedy k-center)", ylabel="largest radius, relative to one cluster", ylim=(0, 1.05))
+    cover.set_title("Clusterability of post-rotary keys (worst head)", fontsize=10)
+    cover.legend(fontsize=8, frameon=False)
+    names = {"calibrated": "calibrated centroids", "plusplus": "k-means++", "random": "random keys"}
+    layers = [entry["layer"] for entry in report["layers"]]
+    for column, (start, label) in enumerate(names.items()):
+        iterations = [entry["warm_start"][start]["iterations"] for entry in report["layers"]]
+        starts.plot(layers, iterations, marker="o", markersize=4, color=f"C{column}", label=label)
+    starts.set(xlabel="layer", ylabel="k-means iterations to convergence", ylim=(0, None))
+    starts.xaxis.get_major_locator().set_params(integer=True)
+    starts.set_title("Starting point of clustering on unseen text", fontsize=10)
+    starts.legend(fontsize=8, frameon=False)
+    return _png(figure, f"{artifact.model.id} on {_data_name(artifact)}")
+
+
+def _explained(artifact: Artifact, layer: int, quantity: str) -> torch.Tensor:
+    values = artifact.tensor("pca", layer, f"{quantity}.eigenvalues")
+    return (values.cumsum(-1) / values.sum(-1, keepdim=True)).mean(0)
+
+
+def _data_name(artifact: Artifact) -> str:
+    return str(artifact.data.get("source", {}).get("id", "text"))
+
+
+def _figure() -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Figure without pyplot: no global state, no display, safe in threads and tests.
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _shades(count: int) -> list[Any]:
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](0.9 * index / max(1, count - 1)) for index in range(count)]
+
+
+def _png(figure: Any, title: str) -> bytes:
+    figure.suptitle(title, fontsize=11)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return buffer.getvalue()

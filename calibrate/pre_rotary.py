@@ -1,0 +1,89 @@
+"""Queries and keys as they were before the rotary embedding, for any architecture.
+
+Replaying the attention module with an identity rotation (cos = 1, sin = 0) is exact everywhere but
+pays for the QKV projection twice. Rotating back is nearly free but wrong for conventions other than
+the common one. So both are done on a run's first batch, per layer, and rotating back is used for the
+rest where it agreed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Rotating back rounds a few times in float32; a wrong convention is off by the size of the vector itself.
+_AGREEMENT = {torch.float32: 1e-5, torch.float64: 1e-12}
+_AGREEMENT_LOW_PRECISION_EPS = 8
+
+Rotation = tuple[Tensor, Tensor]
+
+
+class PreRotary:
+    """Remembers per layer how pre-rotary tensors are obtained: "unrotate", "replay" or "none"."""
+
+    def __init__(self, methods: dict[int, str] | None = None):
+        self.methods = dict(methods or {})
+
+    def needs_replay(self, layer: int) -> bool:
+        return self.methods.get(layer, "replay") == "replay"
+
+    def resolve(
+        self, layer: int, query: Tensor, key: Tensor, rotation: Rotation | None, replayed: Rotation | None
+    ) -> tuple[Tensor, Tensor]:
+        """(query_pre, key_pre) from the post-rotary pair and, where it was made, the replayed one."""
+        if rotation is None:
+            self.methods[layer] = "none"
+            return query, key
+        if layer not in self.methods:
+            self.methods[layer] = "unrotate" if _agrees(query, key, rotation, replayed) else "replay"
+        if self.methods[layer] == "replay":
+            if replayed is None:
+                raise RuntimeError(f"layer {layer}: nothing was replayed")
+            return replayed
+        return rotate_back(query, *rotation), rotate_back(key, *rotation)
+
+
+def replay_without_rotation(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    record: Callable[[Callable[[], Any]], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """(query, key) that `module` computes when its rotation is the identity; stops before attention."""
+    call = inspect.signature(module.forward).bind(*args, **kwargs)
+    arguments = {**call.arguments, **call.arguments.pop("kwargs", {})}
+    cos, sin = kwargs["position_embeddings"]
+    arguments["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
+    return record(lambda: module.forward(**arguments))
+
+
+def rotate_back(rotated: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Undo the common (half-split) rotary embedding on the first cos.shape[-1] dims of [B, H, T, D].
+
+    cos² + sin² is the square of the attention scaling (1 unless YaRN or the like), which the
+    embedding applied once: dividing by it undoes that too.
+    """
+    dims = cos.shape[-1]
+    cos, sin = cos.unsqueeze(1).float(), sin.unsqueeze(1).float()
+    part = rotated[..., :dims].float()
+    first, second = part.chunk(2, -1)
+    half_turned = torch.cat((second, -first), -1)
+    back = (part * cos + half_turned * sin) / (cos**2 + sin**2)
+    return torch.cat((back.to(rotated.dtype), rotated[..., dims:]), -1)
+
+
+def _agrees(query: Tensor, key: Tensor, rotation: Rotation, replayed: Rotation | None) -> bool:
+    if replayed is None or rotation[0].shape[-1] > query.shape[-1] or rotation[0].shape[-1] % 2:
+        return False
+    for rotated, exact in zip((query, key), replayed, strict=True):
+        back = rotate_back(rotated, *rotation)
+        if back.shape != exact.shape:
+            return False
+        tolerance = _AGREEMENT.get(exact.dtype, _AGREEMENT_LOW_PRECISION_EPS * torch.finfo(exact.dtype).eps)
+        if not (back - exact).abs().max() <= tolerance * exact.abs().max():
+            return False
+    return True
