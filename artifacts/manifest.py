@@ -86,8 +86,8 @@ def _build(
         raise ValueError("no layers")
     if not isinstance(identity.fingerprint, dict) or not _SHA256.fullmatch(identity.weights_sha256):
         raise ValueError("model: fingerprint or weights_sha256")
-    files = {}
-    settings = {}
+    files: dict[str, StageFile] = {}
+    settings: dict[str, Mapping[str, Any]] = {}
     for name, entry in body["stages"].items():
         if name not in LAYER_TENSORS:
             raise ValueError(f"unknown stage {name!r}, schema {SCHEMA_VERSION} has {', '.join(LAYER_TENSORS)}")

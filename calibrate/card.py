@@ -16,6 +16,10 @@ def card_files(artifact: Artifact, variance: float = 0.9) -> dict[str, bytes]:
 def _card(artifact: Artifact, report: dict) -> str:
     model, data, settings, first = artifact.model, artifact.data, artifact.settings, artifact.layers[0]
     source = data.get("source", {})
+    shape = (
+        f"{len(artifact.layers)} layers, {first.kv_heads} KV heads, {first.query_heads} query heads, "
+        f"head dim {first.head_dim}"
+    )
     place = ", ".join(f"{name} {source[name]}" for name in ("config", "split", "revision") if source.get(name))
     ranks = "\n".join(
         f"| {name} | {report['model'][name]:.1f} |" for name in ("key_pre", "key_post", "query_post", "value")
@@ -34,7 +38,7 @@ queries and values; the stages present are {", ".join(sorted(artifact.stages))}.
 | --- | --- |
 | model | {model.id}{f" at revision {model.revision}" if model.revision else ""} |
 | weights sha256 | `{model.weights_sha256}` |
-| layers · KV heads · query heads · head dim | {len(artifact.layers)} · {first.kv_heads} · {first.query_heads} · {first.head_dim} |
+| shape | {shape} |
 | text | {source.get("id", "text")}{f" ({place})" if place else ""} |
 | text sha256 | `{data["content_sha256"]}` |
 | tokens | {data["tokens_counted"]} counted, in {data["blocks"]} blocks of {data["seq_len"]} |

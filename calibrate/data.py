@@ -7,14 +7,14 @@ import glob
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..artifacts import KvcalError
-from . import hub
+from ..runtime import hub
 from .builtin import stdlib_text
+from .text_files import KNOWN, extension, matching, read, readable, texts
 
 DATA_ALIASES: dict[str, str] = {
     "c4": "allenai/c4:en:train",
@@ -23,9 +23,6 @@ DATA_ALIASES: dict[str, str] = {
     "wikitext-103": "Salesforce/wikitext:wikitext-103-raw-v1:train",
 }
 
-_PLAIN = (".txt", ".md", ".py")
-_TABLES = {".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".json.gz": "json", ".parquet": "parquet"}
-_KNOWN = (*_PLAIN, *_TABLES)
 _FILES_LISTED = 100
 
 
@@ -87,16 +84,16 @@ def _local(spec: str, split: str | None) -> TextData | None:
     if path.is_file():
         base, names = path.parent, [path.name]
     elif path.is_dir():
-        base, names = path, [name for name in _matching(path, "**/*") if _extension(name) in _KNOWN]
+        base, names = path, [name for name in matching(path, "**/*") if extension(name) in KNOWN]
     elif glob.has_magic(spec):
         base = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
-        names = _matching(base, str(path.relative_to(base)))
+        names = matching(base, str(path.relative_to(base)))
     else:
         return None
     if not names and spec in DATA_ALIASES:
         return None
     if not names:
-        raise KvcalError(f"data {spec}: no files with text there (of {' '.join(_KNOWN)}): check the path")
+        raise KvcalError(f"data {spec}: no files with text there (of {' '.join(KNOWN)}): check the path")
     if split is not None:
         raise KvcalError(f"data {spec}: local files have no splits ({split!r} asked for): drop --split")
     return _from_files({"kind": "local", "id": spec}, base, names)
@@ -106,7 +103,7 @@ def _hub(spec: str, split: str | None) -> TextData:
     address, config, wanted = _parts(spec)
     split = split or wanted
     repo_id, _, revision = address.partition("@")
-    if _extension(repo_id) in _KNOWN or repo_id.startswith((".", "/", "~")) or repo_id.count("/") > 1:
+    if extension(repo_id) in KNOWN or repo_id.startswith((".", "/", "~")) or repo_id.count("/") > 1:
         raise KvcalError(f"data {spec}: no such file or folder: check the path")
     if "/" not in repo_id:
         near = difflib.get_close_matches(repo_id, DATA_ALIASES, n=3)
@@ -141,22 +138,22 @@ def _repository(
         # which they are in a cache that holds one config.
         config = _choose(name, "config", config, card, "default")
         split = _choose(name, "split", split, card[config], "train")
-        names = sorted({found for pattern in card[config][split] for found in _matching(folder, pattern)})
+        names = sorted({found for pattern in card[config][split] for found in matching(folder, pattern)})
         if not names:
             raise _NoFiles(f"data {name}: no files of config {config}, split {split} in {folder}: download them")
-        if all(_extension(found) in _KNOWN for found in names):
+        if all(extension(found) in KNOWN for found in names):
             return _from_files(source | {"config": config, "split": split, "revision": revision}, folder, names)
-    elif folder and not any(_extension(found) not in ("", ".md") for found in _matching(folder, "**/*")):
+    elif folder and not any(extension(found) not in ("", ".md") for found in matching(folder, "**/*")):
         raise _NoFiles(f"data {name}: no data files in {folder}: download them")
 
     from datasets import load_dataset
 
     options = {} if folder else {"revision": revision}
-    with _readable(f"data {name}"), tempfile.TemporaryDirectory() as nowhere:
+    with readable(f"data {name}"), tempfile.TemporaryDirectory() as nowhere:
         splits = load_dataset(str(folder or name), config, streaming=True, cache_dir=nowhere, **options)
     chosen = _choose(name, "split", split, splits, "train")
     source |= {"config": config, "split": chosen, "revision": revision}
-    return TextData(source, lambda: _articles(name, _texts(splits[chosen], f"data {name}")))
+    return TextData(source, lambda: _articles(name, texts(splits[chosen], f"data {name}")))
 
 
 def _card(folder: Path) -> dict[str, dict[str, list[str]]]:
@@ -180,82 +177,13 @@ def _card(folder: Path) -> dict[str, dict[str, list[str]]]:
     return found
 
 
-def _matching(folder: Path, pattern: str) -> list[str]:
-    """Files in `folder`, hidden ones apart, as sorted relative paths with forward slashes."""
-    try:
-        found = [path.relative_to(folder) for path in folder.glob(pattern) if path.is_file()]
-    except (ValueError, NotImplementedError):  # no glob pattern, or one that leads outside
-        return []
-    return sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
-
-
 def _from_files(source: dict[str, Any], base: Path, names: Sequence[str]) -> TextData:
-    unknown = [name for name in names if _extension(name) not in _KNOWN]
+    unknown = [name for name in names if extension(name) not in KNOWN]
     if unknown:
-        raise KvcalError(
-            f"data {source['id']}: {unknown[0]} is none of {' '.join(_KNOWN)}: convert it, or leave it out"
-        )
+        raise KvcalError(f"data {source['id']}: {unknown[0]} is none of {' '.join(KNOWN)}: convert it, or leave it out")
     paths = [base / name for name in names]
     described = {**source, "files": list(names[:_FILES_LISTED]), "num_files": len(names)}
-    return TextData(described, lambda: _articles(source["id"], (text for path in paths for text in _read(path))))
-
-
-def _read(path: Path) -> Iterator[str]:
-    extension = _extension(path.name)
-    if extension in _PLAIN:
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise KvcalError(
-                f"{path}: not UTF-8 text ({error.reason} at byte {error.start}): convert it, or leave it out"
-            ) from None
-        except OSError as error:
-            raise KvcalError(f"{path}: cannot be read ({error.strerror})") from None
-        if "\0" in text:
-            raise KvcalError(f"{path}: binary data, not text: leave it out")
-        yield text
-    elif path.stat().st_size:
-        from datasets import load_dataset
-
-        # Row groups may be huge or empty; the builder's default is to read the first one whole.
-        options = {"batch_size": 1000} if extension == ".parquet" else {}
-        files = [glob.escape(str(path.absolute()))]
-        # A cache folder of its own: even streaming leaves a lock file in it.
-        with _readable(str(path)), tempfile.TemporaryDirectory() as nowhere:
-            rows = load_dataset(
-                _TABLES[extension], data_files=files, split="train", streaming=True, cache_dir=nowhere, **options
-            )
-        yield from _texts(rows, str(path))
-
-
-def _texts(rows: Any, label: str) -> Iterator[str]:
-    """The text column of a streaming dataset."""
-    iterator = iter(rows)
-    column = None
-    while True:
-        with _readable(label):
-            row = next(iterator, None)
-        if row is None:
-            return
-        column = column or _text_column(rows.features, row, label)
-        if not isinstance(text := row.get(column), (str, type(None))):
-            raise KvcalError(f"{label}: column {column!r} holds {type(text).__name__}, not text: give other data")
-        yield text or ""
-
-
-def _text_column(features: Any, row: dict[str, Any], label: str) -> str:
-    kinds = {name: getattr(kind, "dtype", "nested") for name, kind in (features or {}).items()}
-    kinds = kinds or {name: "string" if isinstance(value, str) else "other" for name, value in row.items()}
-    strings = [name for name, kind in kinds.items() if "string" in kind]
-    for name in ("text", "content"):
-        if name in strings:
-            return name
-    if len(strings) != 1:
-        listed = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
-        raise KvcalError(
-            f"{label}: no column 'text' or 'content', nor a single one of strings, among {listed}: rename one"
-        )
-    return strings[0]
+    return TextData(described, lambda: _articles(source["id"], (text for path in paths for text in read(path))))
 
 
 def _articles(name: str, rows: Iterable[str]) -> Iterator[str]:
@@ -286,30 +214,3 @@ def _parts(spec: str) -> tuple[str, str | None, str | None]:
     address, _, rest = spec.partition(":")
     config, _, split = rest.partition(":")
     return address, config or None, split or None
-
-
-def _extension(name: str) -> str:
-    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
-    return "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:])
-
-
-@contextmanager
-def _readable(label: str) -> Iterator[None]:
-    """One line for whatever goes wrong while `datasets` reads, and silence beside it."""
-    import datasets
-
-    verbosity, bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
-    counting = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL + 1)
-    datasets.disable_progress_bars()
-    # Otherwise load_dataset sends a request before it opens even a local file.
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    try:
-        yield
-    except Exception as error:  # nothing of ours runs inside, so it is the data's or the network's fault
-        raise KvcalError(f"{label}: cannot be read ({hub.one_line(error)}): check it, or give other data") from error
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counting
-        if bars:
-            datasets.enable_progress_bars()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..artifacts import KvcalError
-from . import hub
+from ..runtime import hub
 
 DEMO_FOLDER = Path(__file__).parent / "builtin" / "demo_model"
 
@@ -35,7 +35,6 @@ MODEL_ALIASES: dict[str, str] = {
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-# Without any of these some tokenizer classes load all the same, with an empty vocabulary.
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 
 
@@ -123,14 +122,13 @@ def load_model(spec: str | os.PathLike[str], device: str = "auto", dtype: str = 
             AutoConfig.from_pretrained(place, **options)
         with _user_errors(source, "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        downloaded = source.folder or hub.cached(source.id, "model", source.revision)
+        if downloaded and not _has_tokenizer(downloaded):
+            raise KvcalError(f"model {source.id}: the repository has no tokenizer (tokenizer.json): choose another one")
         with _user_errors(source, "weights"):
             model, report = AutoModelForCausalLM.from_pretrained(
                 place, dtype=wanted, output_loading_info=True, **options
             )
-    if source.folder is None:
-        downloaded = hub.cached(source.id, "model", source.revision)
-        if downloaded and (lacks := _lacking(downloaded)):
-            raise KvcalError(f"model {source.id}: the repository has no {lacks}: choose another one")
     if missing := sorted(report["missing_keys"]):
         raise KvcalError(
             f"model {source.id}: {len(missing)} weights are not in its files, e.g. {missing[0]}: "
@@ -162,7 +160,7 @@ def _lacking(folder: Path) -> str | None:
     """The first thing that a checkpoint folder needs and has not got."""
     if not (folder / "config.json").is_file():
         return "config.json"
-    if not any((folder / name).is_file() for name in _TOKENIZERS):
+    if not _has_tokenizer(folder):
         return "tokenizer (tokenizer.json)"
     if any((folder / name).is_file() for name in _WEIGHTS):
         return None
@@ -174,6 +172,11 @@ def _lacking(folder: Path) -> str | None:
                 return f"readable {index.name}"
             return next((f"weights {shard}" for shard in shards if not (folder / shard).is_file()), None)
     return "weights (model.safetensors)"
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    # Without any of them some of transformers' classes load all the same, with an empty vocabulary.
+    return any((folder / name).is_file() for name in _TOKENIZERS)
 
 
 def _device(name: str) -> torch.device:
@@ -194,7 +197,11 @@ def _user_errors(source: ModelSource, part: str) -> Iterator[None]:
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    faults = (OSError, ValueError, ImportError, EOFError, pickle.UnpicklingError, SafetensorError, StrictDataclassError)
+    faults: tuple[type[Exception], ...] = (OSError, ValueError, ImportError, StrictDataclassError)
+    if part == "weights":
+        faults += (EOFError, pickle.UnpicklingError, SafetensorError)
+    else:  # JSON that parses and is of another shape; our own arguments are constant there
+        faults += (LookupError, TypeError, AttributeError)
     try:
         yield
     except Exception as error:

@@ -19,7 +19,7 @@ _LABELS = {
 
 
 def rank_figure(artifact: Artifact, report: dict[str, Any]) -> bytes:
-    """Left: rank@p by layer, mean over KV heads with their range. Right: explained-variance curves of post-rotary keys."""
+    """Left: rank@p by layer, mean over KV heads with their range. Right: explained variance of post-rotary keys."""
     figure, (by_layer, curves) = _figure()
     percent = f"{100 * report['variance']:g}"
     layers = [entry["layer"] for entry in report["layers"]]
@@ -31,10 +31,10 @@ def rank_figure(artifact: Artifact, report: dict[str, Any]) -> bytes:
     head_dim = artifact.layers[0].head_dim
     by_layer.axhline(head_dim, color="0.6", linewidth=0.8, linestyle=":")
     by_layer.annotate(f"head dim {head_dim}", (layers[0], head_dim), va="bottom", fontsize=8, color="0.4")
-    by_layer.set(xlabel="layer", ylabel=f"dimensions for {percent} % of the variance", ylim=(0, head_dim * 1.12))
+    by_layer.set(xlabel="layer", ylabel=f"dimensions for {percent} % of the variance", ylim=(0, head_dim * 1.35))
     by_layer.xaxis.get_major_locator().set_params(integer=True)
     by_layer.set_title(f"Rank@{percent} (mean and range over KV heads)", fontsize=10)
-    by_layer.legend(fontsize=8, frameon=False)
+    by_layer.legend(fontsize=8, frameon=False, ncols=3, loc="upper center")
 
     shades = _shades(len(layers))
     for layer, shade in zip(layers, shades, strict=True):

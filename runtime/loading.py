@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import artifacts
 from ..artifacts import Artifact, ArtifactError, MismatchError, differences, fingerprint, weights_sha256
+from . import hub
 
 
 def load(source: str | os.PathLike[str], revision: str | None = None) -> Artifact:
@@ -18,7 +19,7 @@ def load(source: str | os.PathLike[str], revision: str | None = None) -> Artifac
         revision: branch, tag or commit of the Hub id.
 
     Raises:
-        ArtifactError: not found, damaged, or of a newer schema.
+        KvcalError: not found here, in the Hub's cache or online; as ArtifactError: damaged, or of a newer schema.
     """
     if Path(source).exists():
         return artifacts.load(source)
@@ -51,19 +52,22 @@ def check_model(artifact: Artifact, model: Any, *, weights: bool = False) -> Non
         )
 
 
-def _download(name: str, revision: str | None) -> str:
+def _download(name: str, revision: str | None) -> Path:
     try:
+        found = hub.locate(name, "model", revision, _lacking)
+        if found.folder is not None:
+            return found.folder
         from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, revision=found.revision))
     except ImportError:
-        raise ArtifactError(f"{name}: no such folder, and Hub ids need huggingface_hub (pip install it)") from None
+        raise ArtifactError(f"{name}: no such folder, and Hub ids need huggingface_hub: pip install it") from None
+
+
+def _lacking(folder: Path) -> str | None:
+    """A cache may hold some files of a repository only; the manifest names all that are needed."""
     try:
-        return snapshot_download(name, revision=revision, local_files_only=True)
-    except OSError:
-        pass
-    try:
-        return snapshot_download(name, revision=revision, etag_timeout=3)
-    except Exception as error:  # whatever the Hub client raises, the user needs the same line
-        raise ArtifactError(
-            f"{name}: no such folder, not in the Hub cache, and not to be had from the Hub "
-            f"({type(error).__name__}): download it where there is a network and pass the folder"
-        ) from error
+        artifacts.load(folder)
+    except ArtifactError as error:
+        return f"a whole artifact ({error})"
+    return None

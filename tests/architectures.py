@@ -47,7 +47,10 @@ class Architecture:
         query, key, value = (_heads(part) for part in (query, key, value))
         out = {"query_pre": query, "key_pre": key, "value": value, "query_post": query, "key_post": key}
         if self.rotary:
-            out |= {f"{name}_post": rotate(out[f"{name}_pre"], *record["rotation"], self.interleaved) for name in ("query", "key")}
+            out |= {
+                f"{name}_post": rotate(out[f"{name}_pre"], *record["rotation"], self.interleaved)
+                for name in ("query", "key")
+            }
         return out
 
 

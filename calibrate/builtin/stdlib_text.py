@@ -13,7 +13,8 @@ from __future__ import annotations
 import ast
 import hashlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 SPLITS = ("train", "heldout")
@@ -36,17 +37,15 @@ def documents(split: str = "train") -> Iterator[tuple[str, str]]:
     """Yield (name, text) of one split, in an order that depends on names only."""
     if split not in SPLITS:
         raise ValueError(f"split {split!r} of the built-in text: expected one of {', '.join(SPLITS)}")
-    wanted = split == "heldout"
-    texts = [(name, text) for name, text in _topics() if is_held_out(name) == wanted]
-    for name, path in _source_files():
-        if is_held_out(name) == wanted:
-            source = path.read_text(encoding="utf-8", errors="replace")
-            texts.append((name, source))
-            if docs := docstrings(source):
-                texts.append((f"{name}#docstrings", docs))
+    held_out = split == "heldout"
+    readers: dict[str, Callable[[], str]] = {name: partial(str, text) for name, text in _topics().items()}
+    for name, path in _source_files().items():
+        readers[name] = partial(path.read_text, encoding="utf-8", errors="replace")
+        readers[f"{name}#docstrings"] = partial(_docstrings_of, path)
     # By hash, so that code and English alternate and any prefix of the stream is a fair sample.
-    texts.sort(key=lambda item: hashlib.sha256(item[0].encode()).digest())
-    yield from texts
+    for name in sorted(readers, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if is_held_out(name.removesuffix("#docstrings")) == held_out and (text := readers[name]()):
+            yield name, text
 
 
 def docstrings(source: str) -> str:
@@ -60,20 +59,23 @@ def docstrings(source: str) -> str:
     return "\n\n".join(doc for doc in found if doc)
 
 
-def _topics() -> list[tuple[str, str]]:
+def _docstrings_of(path: Path) -> str:
+    return docstrings(path.read_text(encoding="utf-8", errors="replace"))
+
+
+def _topics() -> dict[str, str]:
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some minimal Python packages leave it out
-        return []
-    return [(f"topics/{name}", text) for name, text in sorted(topics.items())]
+        return {}
+    return {f"topics/{name}": text for name, text in topics.items()}
 
 
-def _source_files() -> list[tuple[str, Path]]:
+def _source_files() -> dict[str, Path]:
     root = Path(sysconfig.get_path("stdlib"))
-    named = []
+    named = {}
     for path in root.rglob("*.py"):
         parts = path.relative_to(root).parts
-        if _EXCLUDED_FOLDERS.intersection(parts) or parts[0].startswith(_EXCLUDED_PREFIXES):
-            continue
-        named.append(("/".join(parts), path))
-    return sorted(named)
+        if not _EXCLUDED_FOLDERS.intersection(parts) and not parts[0].startswith(_EXCLUDED_PREFIXES):
+            named["/".join(parts)] = path
+    return named

@@ -63,7 +63,11 @@ def test_truncated(folder):
 
 
 @settings(max_examples=30, deadline=None)
-@given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), stage=st.sampled_from(["pca", "moments", "manifest"]))
+@given(
+    where=st.floats(0, 1, exclude_max=True),
+    bit=st.integers(0, 7),
+    stage=st.sampled_from(["pca", "moments", "manifest"]),
+)
 def test_any_flipped_bit_is_noticed(tmp_path_factory, where, bit, stage):
     folder = save(artifact(), tmp_path_factory.mktemp("flip") / "a").folder
     path = folder / "manifest.json" if stage == "manifest" else stage_file(folder, stage)

@@ -25,7 +25,7 @@ def tiny_tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
-    """A complete Llama checkpoint: 2 layers, Hq 4, Hkv 2, head dim 8, context 128, float32. Copy it before changing it."""
+    """A complete Llama checkpoint, 2 layers, Hq 4, Hkv 2, D 8, context 128, float32: copy it before changing it."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

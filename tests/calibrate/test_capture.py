@@ -1,4 +1,4 @@
-"""Captured tensors against an independent computation: the layer's own projections, hooked, and the rotation written out."""
+"""Captured tensors against the layer's own projections, recorded by hooks, and the rotation written out."""
 
 import pytest
 import torch
@@ -102,7 +102,7 @@ def test_scaling_and_window_are_those_of_the_layer():
     assert {"sliding_attention", "full_attention"} <= set(types)
     for tensors, kind in zip(seen, types, strict=True):
         assert tensors.window == (8 if kind == "sliding_attention" else None)
-        assert tensors.scaling == pytest.approx(gemma.config.get_text_config().query_pre_attn_scalar**-0.5)
+        assert tensors.scaling == pytest.approx(gemma.config.get_text_config().query_pre_attn_scalar ** -0.5)
 
 
 def test_architectures_outside_the_interface_are_refused_by_name():

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,7 +34,7 @@ def assert_moments_of(moments, data):
 def test_streaming_equals_batch_for_any_batch_sizes_and_orders(seed, cuts, reverse):
     data = samples(seed)
     bounds = [0, *sorted(cuts), data.shape[1]]
-    parts = [data[:, a:b] for a, b in zip(bounds, bounds[1:], strict=False)]  # some are empty
+    parts = [data[:, a:b] for a, b in pairwise(bounds)]  # some are empty
     moments = fitted(parts[::-1] if reverse else parts).finalize()
     assert_moments_of(moments, data)
 

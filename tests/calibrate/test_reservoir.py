@@ -17,7 +17,9 @@ def run(tokens, batches, capacity, seed=0):
 
 
 def rows_of(tokens):
-    return torch.stack([tokens.double()[:, None] + torch.tensor([0.1, 0.2, 0.3]), -tokens.double()[:, None].expand(-1, 3)])
+    return torch.stack(
+        [tokens.double()[:, None] + torch.tensor([0.1, 0.2, 0.3]), -tokens.double()[:, None].expand(-1, 3)]
+    )
 
 
 @settings(max_examples=40, deadline=None)

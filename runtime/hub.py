@@ -61,12 +61,13 @@ def locate(
         return Located(folder, folder.name)
 
     name = f"{repo_id}@{revision}" if revision else repo_id
-    state = f"there only without {missing}" if missing else "not there"
-    looked = f"{repo_type} {name}: no such folder here, in the Hub cache ({constants.HF_HUB_CACHE}) {state}"
+    state = f"only without {missing} in" if missing else "not in"
+    looked = f"{repo_type} {name} is no folder here and {state} the Hub cache ({constants.HF_HUB_CACHE})"
     download = f"hf download {repo_id}" + (" --repo-type dataset" if repo_type == "dataset" else "")
-    advice = f"run `{download}` where there is a network and copy the cache, or pass a folder"
+    download += f" --revision {revision}" if revision else ""
+    advice = f"run `{download} --local-dir FOLDER` where there is a network and pass that folder"
     if constants.HF_HUB_OFFLINE:
-        raise KvcalError(f"{looked}, and HF_HUB_OFFLINE is set: unset it, {advice}")
+        raise KvcalError(f"{looked}, and HF_HUB_OFFLINE is set: unset it, or {advice}")
     if problem := unreachable():
         raise KvcalError(f"{looked}, and {constants.ENDPOINT} does not answer ({problem}): {advice}")
     return Located(None, _commit(repo_id, repo_type, revision))
@@ -82,8 +83,13 @@ def cached(repo_id: str, repo_type: RepoType, revision: str | None) -> Path | No
     parts = [f"{repo_type}s", *repo_id.split("/")]
     repository = Path(constants.HF_HUB_CACHE) / constants.REPO_ID_SEPARATOR.join(parts)
     ref = repository / "refs" / wanted
-    folder = repository / "snapshots" / (ref.read_text().strip() if ref.is_file() else wanted)
-    return folder if folder.is_dir() else None
+    snapshots = repository / "snapshots"
+    folder = snapshots / (ref.read_text().strip() if ref.is_file() else wanted)
+    if folder.is_dir():
+        return folder
+    # What was downloaded by its commit, as we do, leaves no note which branch it is.
+    newest_last = sorted(snapshots.glob("*/"), key=lambda path: path.stat().st_mtime) if revision is None else []
+    return newest_last[-1] if newest_last else None
 
 
 def unreachable() -> str | None:
@@ -109,8 +115,7 @@ def unreachable() -> str | None:
 
 def one_line(error: BaseException, limit: int = 200) -> str:
     """The gist of another library's exception, to be put in brackets into one of our lines."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    text = " ".join(lines[0].split())
+    text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

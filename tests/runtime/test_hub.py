@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 import time
@@ -11,8 +12,9 @@ from typing import Any
 
 import pytest
 from huggingface_hub import constants
+
 from kvcal.artifacts import KvcalError
-from kvcal.calibrate import hub
+from kvcal.runtime import hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER = "f" * 40
@@ -42,8 +44,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> Any:
         raise AssertionError("the network was used")
 
-    monkeypatch.setattr("huggingface_hub.utils.get_session", fail)
-    monkeypatch.setattr(hub, "_commit", lambda *_: fail())
+    monkeypatch.setattr(hub, "unreachable", fail)
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             pass
 
     httpd = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{httpd.server_port}")
     yield
     httpd.shutdown()
@@ -84,9 +85,19 @@ def test_cached_snapshot_needs_no_network(cache: Path, no_network: None, revisio
     assert found == hub.Located(cache / "models--org--name" / "snapshots" / commit, commit)
 
 
+def test_without_a_ref_the_newest_snapshot_is_the_default(cache: Path, no_network: None) -> None:
+    """Such is a cache after a download by commit, and ours are."""
+    (cache / "models--org--name" / "refs" / "main").unlink()
+    for age, newest in enumerate([OTHER, COMMIT, OTHER]):
+        os.utime(cache / "models--org--name" / "snapshots" / newest, (2e9 + age, 2e9 + age))
+        assert hub.locate("org/name").revision == newest
+    with pytest.raises(AssertionError, match="the network was used"):
+        hub.locate("org/name", revision="v2")
+
+
 def test_a_model_is_no_dataset(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(KvcalError, match="dataset org/name.*--repo-type dataset"):
+    with pytest.raises(KvcalError, match=r"dataset org/name.*--repo-type dataset"):
         hub.locate("org/name", "dataset")
 
 
@@ -105,7 +116,7 @@ def test_offline_error_is_one_line_that_says_what_where_and_what_to_do(
 
 def test_partial_snapshot_is_not_taken(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(KvcalError, match="only without weights"):
+    with pytest.raises(KvcalError, match=r"only without weights in the Hub cache"):
         hub.locate("org/name", lacking=lambda folder: "weights")
     assert hub.locate("org/name", lacking=lambda folder: None).revision == COMMIT
 
@@ -165,6 +176,6 @@ def test_invalid_ids(cache: Path, no_network: None, name: str) -> None:
 
 
 def test_one_line() -> None:
-    assert hub.one_line(ValueError("first  line\nsecond")) == "first line"
+    assert hub.one_line(ValueError("first  line\nsecond\n")) == "first line second"
     assert hub.one_line(EOFError()) == "EOFError"
     assert len(hub.one_line(ValueError("x" * 1000))) == 200

@@ -1,0 +1,115 @@
+"""What only real processes show: same bytes twice, Ctrl-C, SIGKILL, no network."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from kvcal.artifacts import load
+
+
+@pytest.fixture
+def text(tmp_path):
+    rng = random.Random(1)
+    path = tmp_path / "text.txt"
+    path.write_text("".join(rng.choice("abcdefgh \n") for _ in range(40_000)))
+    return path
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "kvcal.calibrate", *map(str, arguments)]
+
+
+def pca(model, text, output, *more):
+    options = ("--num-tokens", 8192, "--seq-len", 64, "--reservoir", 200)
+    return command("pca", "--model", model, "--data", text, "--output", output, *options, *more)
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_two_runs_in_two_processes_give_byte_identical_artifacts(tmp_path, tiny_model_folder, text):
+    for name in ("first", "second"):
+        subprocess.run(pca(tiny_model_folder, text, tmp_path / name), check=True, capture_output=True)
+        subprocess.run(command("cluster", tmp_path / name, "--clusters", 6), check=True, capture_output=True)
+    assert files(tmp_path / "first") == files(tmp_path / "second")
+
+
+SLOWED = """
+import sys, time
+import kvcal.calibrate.one_pass as one_pass
+from kvcal.calibrate.statistics import StatisticsFitter
+begin = StatisticsFitter.begin_batch
+def slow(self, *args):
+    print("batch", flush=True)
+    time.sleep(0.05)
+    return begin(self, *args)
+StatisticsFitter.begin_batch = slow
+one_pass.calibrate.__kwdefaults__["checkpoint_every"] = 0.2
+sys.argv = ["calibrate", *sys.argv[1:]]
+from kvcal.calibrate.__main__ import main
+main()
+"""
+
+
+def slowed(arguments, batches, send):
+    """Run the command with slow batches, and send it a signal after some of them; (exit code, stderr)."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOWED, *arguments[3:]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for _ in range(batches):
+        assert process.stdout.readline() == "batch\n"
+    process.send_signal(send)
+    _, err = process.communicate(timeout=60)
+    return process.returncode, err
+
+
+@pytest.mark.parametrize("send", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_saves_says_how_to_go_on_and_exits_with_2(tmp_path, tiny_model_folder, text, send):
+    subprocess.run(pca(tiny_model_folder, text, tmp_path / "straight"), check=True, capture_output=True)
+    arguments = pca(tiny_model_folder, text, tmp_path / "a")
+    code, err = slowed(arguments, 10, send)
+    assert code == 2 and "interrupted after" in err and "--resume" in err and "Traceback" not in err
+    assert not (tmp_path / "a").exists()
+    subprocess.run([*arguments, "--resume"], check=True, capture_output=True)
+    assert files(tmp_path / "a") == files(tmp_path / "straight")
+
+
+def test_killed_in_the_middle_the_run_resumes_to_the_same_bytes(tmp_path, tiny_model_folder, text):
+    subprocess.run(pca(tiny_model_folder, text, tmp_path / "straight"), check=True, capture_output=True)
+    arguments = pca(tiny_model_folder, text, tmp_path / "a")
+    code, _ = slowed(arguments, 40, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert (tmp_path / "a.partial" / "state.json").exists() and not (tmp_path / "a").exists()
+    refused = subprocess.run(arguments, capture_output=True, text=True)
+    assert refused.returncode == 2 and "add --resume" in refused.stderr
+    subprocess.run([*arguments, "--resume"], check=True, capture_output=True)
+    assert files(tmp_path / "a") == files(tmp_path / "straight")
+
+
+def test_without_a_network_a_hub_model_fails_in_one_line_within_seconds(tmp_path, text):
+    # An address that nothing listens on: refused at once, as without a network.
+    env = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    began = time.monotonic()
+    done = subprocess.run(pca("mistral-7b", text, tmp_path / "a"), capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and time.monotonic() - began < 60
+    assert done.stderr.count("\n") == 1 and "mistralai/Mistral-7B-v0.1" in done.stderr
+
+
+def test_json_output_is_alone_on_stdout_and_stderr_shows_no_progress_bar(tmp_path, tiny_model_folder, text):
+    done = subprocess.run(pca(tiny_model_folder, text, tmp_path / "a", "--json"), capture_output=True, text=True)
+    assert done.stdout.startswith("{") and done.stdout.endswith("}\n")
+    assert "calibrating" not in done.stderr
+    assert load(tmp_path / "a").settings["reservoir"] == 200
+
+
+def test_a_reader_that_leaves_is_not_an_error(tmp_path, tiny_model_folder, text):
+    subprocess.run(pca(tiny_model_folder, text, tmp_path / "a"), check=True, capture_output=True)
+    line = " ".join(command("analyze-rank", tmp_path / "a", "--json"))
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {line} | head -1"], capture_output=True, text=True)
+    assert done.stdout == "{\n" and "Traceback" not in done.stderr

@@ -1,0 +1,344 @@
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+from kvcal.artifacts import KvcalError
+from kvcal.calibrate.builtin import stdlib_text
+from kvcal.calibrate.data import DATA_ALIASES, open_data
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+CARD = """---
+configs:
+- config_name: wikitext-103-raw-v1
+  data_files:
+  - split: test
+    path: wikitext-103-raw-v1/test-*
+  - split: train
+    path: wikitext-103-raw-v1/train-*
+- config_name: wikitext-2-raw-v1
+  data_files:
+  - split: test
+    path: wikitext-2-raw-v1/test-*
+  - split: train
+    path: wikitext-2-raw-v1/train-*
+---
+# About
+"""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty Hub cache, no network."""
+    import datasets
+
+    root = tmp_path_factory.mktemp("hub")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(root))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    return root
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _parquet(path: Path, **columns: Any) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def _jsonl(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _dataset(root: Path, repo_id: str, card: str) -> Path:
+    """A snapshot in the Hub cache, as the Hub client lays it out; put its files in with `_blob`."""
+    repository = root / f"datasets--{repo_id.replace('/', '--')}"
+    (repository / "snapshots" / COMMIT).mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    (repository / "blobs").mkdir()
+    snapshot = repository / "snapshots" / COMMIT
+    readme = repository / "blobs" / "readme"
+    readme.write_text(card)
+    (snapshot / "README.md").symlink_to("../../blobs/readme")
+    return snapshot
+
+
+def _blob(snapshot: Path, name: str, **columns: Any) -> None:
+    blob = _parquet(snapshot.parents[1] / "blobs" / name.replace("/", "_"), **columns)
+    (snapshot / name).parent.mkdir(exist_ok=True)
+    (snapshot / name).symlink_to(blob)
+
+
+def _error(spec: Any, split: str | None = None) -> str:
+    with pytest.raises(KvcalError) as caught:
+        list(open_data(spec, split))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_plain_files(here: Path) -> None:
+    (here / "a.txt").write_bytes("\ufeffgrün\r\n".encode())
+    data = open_data("a.txt")
+    assert list(data) == ["grün\n"] and list(data) == ["grün\n"], "and again"
+    assert data.source == {"kind": "local", "id": "a.txt", "files": ["a.txt"], "num_files": 1}
+
+
+def test_folder_is_sorted_recursive_and_of_known_extensions(here: Path) -> None:
+    for name in ("docs/b.md", "docs/a.py", "docs/sub/c.TXT", "docs/x.png", "docs/.git/d.txt", "docs/.hidden.md"):
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text(f"this is {name}")
+    (here / "docs" / "__init__.py").write_text("")
+    data = open_data("docs")
+    assert list(data) == ["this is docs/a.py", "this is docs/b.md", "this is docs/sub/c.TXT"]
+    assert data.source["files"] == ["__init__.py", "a.py", "b.md", "sub/c.TXT"]
+    assert list(open_data("docs/*.md")) == ["this is docs/b.md"]
+    assert open_data(str(here / "**" / "*.md")).source["files"] == ["docs/b.md"]
+    assert open_data("docs/**/*.*[yT]").source["files"] == ["__init__.py", "a.py", "sub/c.TXT"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a[1]*.jsonl", "späce d.jsonl"])
+def test_json_lines(here: Path, name: str) -> None:
+    _jsonl(here / name, {"n": 1, "text": "one"}, {"n": 2, "text": None}, {"n": 3, "text": "three\nlines"})
+    assert list(open_data(name)) == ["one", "three\nlines"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("list.json", json.dumps([{"text": "one"}, {"text": "two"}], indent=1).encode()),
+        ("strings.json", json.dumps(["one", "two"]).encode()),
+        ("lines.jsonl.gz", gzip.compress(b'{"text": "one"}\n{"text": "two"}\n')),
+    ],
+)
+def test_other_json(here: Path, name: str, content: bytes) -> None:
+    (here / name).write_bytes(content)
+    assert list(open_data(name)) == ["one", "two"]
+
+
+def test_parquet_on_disk_is_not_taken_for_a_hub_id(here: Path) -> None:
+    rows = [f"row {index}" for index in range(2500)]
+    _parquet(here / "part" / "a.parquet", text=rows, n=list(range(2500)))
+    assert list(open_data("part/a.parquet")) == rows
+
+
+def test_empty_shards_are_skipped(here: Path) -> None:
+    import pyarrow
+
+    _parquet(here / "d" / "a.parquet", text=pyarrow.array([], pyarrow.string()))
+    (here / "d" / "b.jsonl").write_text("")
+    _parquet(here / "d" / "c.parquet", text=["x"])
+    assert list(open_data("d")) == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"content": ["c"], "text": ["t"], "z": ["z"]}, ["t"]),
+        ({"content": ["c"], "title": ["t"]}, ["c"]),
+        ({"id": [1], "body": ["b"]}, ["b"]),
+    ],
+    ids=["text", "content", "only-one"],
+)
+def test_text_column(here: Path, columns: dict[str, Any], expected: list[str]) -> None:
+    _parquet(here / "a.parquet", **columns)
+    assert list(open_data("a.parquet")) == expected
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.json"])
+def test_ambiguous_columns_are_listed(here: Path, name: str) -> None:
+    if name == "a.json":
+        (here / name).write_text(json.dumps([{"question": "q", "answer": "a", "n": 1}]))
+    else:
+        _parquet(here / name, question=["q"], answer=["a"], n=[1])
+    message = _error(name)
+    assert name in message and all(f"{column} (" in message for column in ("question", "answer", "n"))
+    _parquet(here / "n.parquet", text=[1, 2])
+    assert "text (int64)" in _error("n.parquet")
+
+
+def test_stdlib_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stdlib_text, "_source_files", lambda: [])  # parsing them takes a second each time
+    train, heldout = open_data("stdlib"), open_data("stdlib:heldout")
+    assert train.source == {"kind": "builtin", "id": "stdlib", "split": "train"}
+    first = [text for _, text in itertools.islice(stdlib_text.documents("heldout"), 5)]
+    assert list(itertools.islice(heldout, 5)) == list(itertools.islice(open_data("stdlib", "heldout"), 5)) == first
+    assert next(iter(train)) not in first
+    message = _error("stdlib", "test")
+    assert "'test'" in message and "train, heldout" in message
+
+
+def test_hub_data_from_a_cache_with_one_config(cache: Path) -> None:
+    snapshot = _dataset(cache, "Salesforce/wikitext", CARD)
+    lines = ["", " = A = \n", "", " one \n", " = = B = = \n", " two \n", "", " = C = \n", " three \n"]
+    _blob(snapshot, "wikitext-2-raw-v1/train-00000-of-00001.parquet", text=lines)
+    _blob(snapshot, "wikitext-2-raw-v1/test-00000-of-00001.parquet", text=[" = T = \n"])
+    data = open_data("wikitext")
+    assert list(data) == [" = A = \n one \n = = B = = \n two \n", " = C = \n three \n"], "lines make articles"
+    assert data.source == {
+        "kind": "hub",
+        "id": "Salesforce/wikitext",
+        "config": "wikitext-2-raw-v1",
+        "split": "train",
+        "revision": COMMIT,
+        "files": ["wikitext-2-raw-v1/train-00000-of-00001.parquet"],
+        "num_files": 1,
+    }
+    assert json.loads(json.dumps(data.source)) == data.source
+    assert list(open_data("wikitext", "test")) == list(open_data("wikitext:test")) == [" = T = \n"]
+    assert open_data("Salesforce/wikitext:wikitext-2-raw-v1").source == data.source
+    assert "choose one of test, train" in _error("wikitext", "nope")
+    assert "choose one of wikitext-103-raw-v1, wikitext-2-raw-v1" in _error("Salesforce/wikitext:nope")
+    assert "several configs: choose one of" in _error("Salesforce/wikitext")
+    message = _error("wikitext-103")
+    assert "only without the files of config wikitext-103-raw-v1, split train" in message and str(cache) in message
+
+
+def test_hub_rows_are_documents(cache: Path) -> None:
+    card = "---\nconfigs:\n- config_name: en\n  data_files:\n  - split: train\n    path: en/*.parquet\n---\n"
+    _blob(_dataset(cache, "org/name", card), "en/a.parquet", text=[" = A = \n", "b"])
+    data = open_data("org/name")
+    assert list(data) == [" = A = \n", "b"] and data.source["config"] == "en"
+
+
+def test_hub_data_without_a_card_of_files(cache: Path) -> None:
+    snapshot = _dataset(cache, "org/name", "# About\n")
+    assert "HF_HUB_OFFLINE" in _error("org/name")
+    _blob(snapshot, "data/train-00000-of-00001.parquet", text=["a", "b"])
+    _blob(snapshot, "data/test-00000-of-00001.parquet", text=["c"])
+    assert list(open_data("org/name")) == ["a", "b"]
+    assert list(open_data("org/name", "test")) == ["c"]
+    message = _error("org/name", "nope")
+    assert "'nope'" in message and "train" in message and "test" in message
+
+
+def test_downloaded_data_set_folder(here: Path) -> None:
+    """What `hf download --local-dir` leaves: a card, and configs that are not to be mixed."""
+    (here / "wiki").mkdir()
+    (here / "wiki" / "README.md").write_text(CARD)
+    _parquet(here / "wiki" / "wikitext-2-raw-v1" / "train-0.parquet", text=["two"])
+    _parquet(here / "wiki" / "wikitext-103-raw-v1" / "train-0.parquet", text=["many"])
+    assert list(open_data("wiki:wikitext-2-raw-v1")) == list(open_data("wiki:wikitext-2-raw-v1:train")) == ["two"]
+    assert "several configs" in _error("wiki")
+    assert "no files of config wikitext-2-raw-v1, split test" in _error("wiki:wikitext-2-raw-v1", "test")
+
+
+@pytest.mark.parametrize("path", ["../*.parquet", "/etc/*", "", "a**b", 3, None])
+def test_a_card_cannot_point_outside(here: Path, path: Any) -> None:
+    _parquet(here / "secret.parquet", text=["secret"])
+    (here / "d").mkdir()
+    (here / "d" / "ok.txt").write_text("fine")
+    card = {"configs": [{"config_name": "x", "data_files": [{"split": "train", "path": path}]}]}
+    (here / "d" / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
+    try:
+        assert "secret" not in list(open_data("d"))
+    except KvcalError as error:
+        assert "\n" not in str(error)
+
+
+def test_alias_and_folder_of_the_same_name(here: Path) -> None:
+    (here / "stdlib").mkdir()
+    assert open_data("stdlib").source["kind"] == "builtin", "an unrelated folder is in nobody's way"
+    (here / "stdlib" / "a.txt").write_text("mine")
+    assert list(open_data("stdlib")) == ["mine"]
+
+
+def test_unknown_names(here: Path) -> None:
+    message = _error("wikitxt")
+    assert "did you mean wikitext" in message and all(alias in message for alias in DATA_ALIASES)
+    for spec in ("absent.txt", "some/absent.parquet", "./absent", "a/b/c", str(here / "absent")):
+        assert f"data {spec}: no such file or folder" in _error(spec)
+    assert "hf download org/absent --repo-type dataset" in _error("org/absent")
+    assert "hf download allenai/c4 --repo-type dataset" in _error("c4")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"caf\xe9 au lait", "a.txt: not UTF-8 text"),
+        ("a.md", b"\x00\x01\x02", "a.md: binary data"),
+        ("a.txt", b"", "a.txt: contains no text"),
+        ("a.txt", b" \n\t\n", "a.txt: contains no text"),
+        ("a.jsonl", b"", "a.jsonl: contains no text"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": oops}\n', "a.jsonl: cannot be read"),
+        ("a.jsonl", b'{"text": "caf\xe9"}\n', "a.jsonl: cannot be read"),
+        ("a.jsonl", bytes(range(256)), "a.jsonl: cannot be read"),
+        ("a.json", b'[{"text": "a"}', "a.json: cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "a.jsonl.gz: cannot be read"),
+        ("a.parquet", b"", "a.parquet: contains no text"),
+        ("a.parquet", b"PAR1 and then nothing", "a.parquet: cannot be read"),
+        ("a.csv", b"a,b\n", "a.csv is none of .txt"),
+    ],
+)
+def test_bad_files_give_one_line(
+    here: Path, caplog: pytest.LogCaptureFixture, name: str, content: bytes, message: str
+) -> None:
+    import datasets
+
+    logger = datasets.logging.get_logger("datasets")
+    logger.addHandler(caplog.handler)
+    (here / name).write_bytes(content)
+    try:
+        assert message in _error(name)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert caplog.text == "" and datasets.logging.get_verbosity() == datasets.logging.WARNING
+
+
+def test_damaged_parquet(here: Path) -> None:
+    path = _parquet(here / "a.parquet", text=["x" * 100] * 100)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    assert "a.parquet: cannot be read" in _error("a.parquet")
+    path.write_bytes(whole[:4] + b"\xff" * 26 + whole[30:])
+    assert "a.parquet: cannot be read" in _error("a.parquet")
+
+
+def test_nothing_there(here: Path) -> None:
+    (here / "empty").mkdir()
+    (here / "empty" / "x.png").write_bytes(b"\x89PNG")
+    assert "no files with text" in _error("empty")
+    assert "no files with text" in _error("empty/*.txt")
+    (here / "a.txt").write_text("x")
+    assert "local files have no splits" in _error("a.txt", "train")
+
+
+def test_reading_leaves_no_litter_and_sends_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    home = here / "home"
+    home.mkdir()
+    (here / "d").mkdir()
+    _jsonl(here / "d" / "a.jsonl", {"text": "x"})
+    _parquet(here / "d" / "b.parquet", text=["y"])
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home)
+
+    sent = []
+
+    def session() -> Any:
+        sent.append(1)
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr("datasets.load.get_session", session)
+    before = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, datasets.logging.get_verbosity()
+    assert list(open_data("d")) == ["x", "y"]
+    assert sorted(path.name for path in (here / "d").iterdir()) == ["a.jsonl", "b.parquet"]
+    assert not list(home.iterdir()) and not sent
+    assert (datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, datasets.logging.get_verbosity()) == before

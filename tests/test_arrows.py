@@ -1,0 +1,73 @@
+"""DESIGN's rooms: artifacts and kernels below, runtime on them, calibrate on top; and what each may import."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STDLIB = sys.stdlib_module_names | {"__future__"}
+ROOMS = {
+    "artifacts": ({"torch", "safetensors"}, set()),
+    "kernels": ({"torch", "triton"}, set()),
+    "runtime": ({"torch", "safetensors", "huggingface_hub"}, {"artifacts", "kernels"}),
+}
+
+
+def imports(path):
+    """(absolute top-level names, rooms of kvcal) that a file imports, wherever in it."""
+    names, rooms = set(), set()
+    depth = len(path.relative_to(ROOT).parts) - 1  # folders between the root and the file
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.split(".")[0])
+        elif isinstance(node, ast.ImportFrom) and node.level > depth:
+            rooms |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+    return names, rooms
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_what_it_may(room):
+    packages, below = ROOMS[room]
+    for path in (ROOT / room).rglob("*.py"):
+        names, rooms = imports(path)
+        assert names <= STDLIB | packages, path
+        assert rooms <= below, path
+
+
+def test_the_reader_of_imports_sees_relative_ones():
+    assert imports(ROOT / "runtime" / "loading.py")[1] == {"artifacts"}
+    assert imports(ROOT / "calibrate" / "cli" / "verify.py")[1] == {"artifacts", "runtime"}
+
+
+def test_the_command_line_is_calibrates_top_floor():
+    for path in (ROOT / "calibrate").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        assert "click" not in {*modules, *names}, path
+        assert path.name == "__main__.py" or not any(module.startswith("cli") for module in modules), path
+
+
+def test_kernels_is_not_a_regular_package():
+    """It would shadow Hugging Face's package of the same name (DESIGN 2)."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("kvcal.artifacts", ["transformers", "datasets", "faiss", "sklearn", "click"]),
+        ("kvcal.runtime", ["transformers", "datasets", "faiss", "sklearn", "click", "matplotlib", "huggingface_hub"]),
+        ("kvcal.calibrate", ["transformers", "datasets", "faiss", "sklearn", "click", "matplotlib"]),
+        ("kvcal.calibrate.cli.group", ["transformers", "datasets", "faiss", "sklearn", "matplotlib"]),
+    ],
+)
+def test_importing_a_room_loads_nothing_heavy(module, absent):
+    script = f"import sys, {module}; print([name for name in {absent!r} if name in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
