@@ -37,10 +37,15 @@ class MomentsFitter:
         """Take in `samples` [H, n, D] of any float dtype; n may be 0 and is the same for all heads."""
         if samples.shape[1] == 0:
             return
-        samples = samples.to(torch.float64)
-        mean = samples.mean(1)
-        centred = samples - mean.unsqueeze(1)
-        self._combine(samples.shape[1], mean, centred.mT @ centred)
+        mean = torch.empty(self.mean.shape, dtype=torch.float64, device=samples.device)
+        scatter = torch.empty(self.scatter.shape, dtype=torch.float64, device=samples.device)
+        # Head by head: on a CPU most of the time would go into the pages of large float64 temporaries.
+        for head, rows in enumerate(samples):
+            rows = rows.to(torch.float64, copy=True)
+            torch.mean(rows, 0, out=mean[head])
+            rows -= mean[head]
+            torch.mm(rows.T, rows, out=scatter[head])
+        self._combine(samples.shape[1], mean, scatter)
 
     def merge(self, other: MomentsFitter) -> None:
         """Take in everything that `other` has seen."""

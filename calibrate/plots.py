@@ -78,7 +78,7 @@ def cluster_figure(artifact: Artifact, report: dict[str, Any]) -> bytes:
     for column, (start, label) in enumerate(names.items()):
         iterations = [entry["warm_start"][start]["iterations"] for entry in report["layers"]]
         starts.plot(layers, iterations, marker="o", markersize=4, color=f"C{column}", label=label)
-    starts.set(xlabel="layer", ylabel="k-means iterations to convergence", ylim=(0, None))
+    starts.set(xlabel="layer", ylabel="k-means iterations until within 1 % of the best", ylim=(0, None))
     starts.xaxis.get_major_locator().set_params(integer=True)
     starts.set_title("Starting point of clustering on unseen text", fontsize=10)
     starts.legend(fontsize=8, frameon=False)

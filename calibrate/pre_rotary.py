@@ -69,11 +69,15 @@ def rotate_back(rotated: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     dims = cos.shape[-1]
     cos, sin = cos.unsqueeze(1).float(), sin.unsqueeze(1).float()
+    length = cos**2 + sin**2
+    cos, sin = cos / length, sin / length
     part = rotated[..., :dims].float()
-    first, second = part.chunk(2, -1)
-    half_turned = torch.cat((second, -first), -1)
-    back = (part * cos + half_turned * sin) / (cos**2 + sin**2)
-    return torch.cat((back.to(rotated.dtype), rotated[..., dims:]), -1)
+    (first, second), (sin_first, sin_second) = part.chunk(2, -1), sin.chunk(2, -1)
+    back = part * cos
+    back[..., : dims // 2].addcmul_(second, sin_first)
+    back[..., dims // 2 :].addcmul_(first, sin_second, value=-1)
+    back = back.to(rotated.dtype)
+    return back if dims == rotated.shape[-1] else torch.cat((back, rotated[..., dims:]), -1)
 
 
 def _agrees(query: Tensor, key: Tensor, rotation: Rotation, replayed: Rotation | None) -> bool:

@@ -1,12 +1,15 @@
-"""What calibrated centroids save at inference: k-means iterations until convergence, from three starting points.
+"""What calibrated centroids save at inference: k-means iterations until the clustering is as good as it gets.
 
 The calibrated centroids come from other text of the same model. Lloyd's algorithm (scikit-learn's) then runs on the
-new keys from there, from k-means++ (Arthur and Vassilvitskii 2007) and from random keys, until it stops by itself.
-The seeding's own cost, several iterations' worth for scikit-learn's greedy k-means++, is not counted.
+new keys from there, from k-means++ (Arthur and Vassilvitskii 2007) and from random keys. Counted are the iterations
+until the inertia is within a tolerance of the least that any of the three reaches: the last iterations before
+convergence move a handful of keys and change nothing that decoding would notice. The seeding's own cost, several
+iterations' worth for k-means++, is not counted.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,15 +26,15 @@ class WarmStart:
     clusters: int
     """Clusters in all three runs: what was asked for, or the number of new keys where those are fewer."""
     max_iterations: int
-    """Where a run was cut off: an iteration count that equals it did not converge."""
+    """Iterations of every run; a count that equals it may mean that the tolerance was never met."""
     calibrated_iterations: Tensor
-    """[Hkv] int64, Lloyd iterations from the calibrated centroids until convergence."""
+    """[Hkv] int64, from the calibrated centroids: iterations until the inertia is within the tolerance of the best."""
     plusplus_iterations: Tensor
     """[Hkv] int64, from k-means++ on the new keys."""
     random_iterations: Tensor
     """[Hkv] int64, from new keys drawn at random: what an inference without an artifact does."""
     calibrated_inertia: Tensor
-    """[Hkv] float64, final sum of squared distances of the new keys to their centroids, from the calibrated ones."""
+    """[Hkv] float64, sum of squared distances of the new keys to their centroids after all iterations."""
     plusplus_inertia: Tensor
     """[Hkv] float64, the same from k-means++."""
     random_inertia: Tensor
@@ -45,17 +48,16 @@ def warm_start(
     clusters: int,
     metric: str = "cosine",
     seed: int = 0,
-    max_iterations: int = 100,
-    tolerance: float = 1e-4,
+    max_iterations: int = 20,
+    tolerance: float = 0.01,
     where: str = "",
 ) -> WarmStart:
     """Clusters fit_keys [Hkv, N1, D] as the calibration does, then compares starting points on new_keys [Hkv, N2, D].
 
-    A run has converged when its centroids' squared movements sum to at most `tolerance` times the mean variance of a
-    key's coordinates (scikit-learn's `tol`), or when no label changes. Under "cosine" the keys are normalised first
-    and the iterations are Lloyd's on the sphere's chords, whose centroids may leave the sphere; all three starts are
-    treated alike. One seed per head: judge the average over heads and layers. Raises KvcalError where `cluster_keys`
-    does (`where` goes into the text).
+    Under "cosine" the keys are normalised first and the iterations are Lloyd's on the sphere's chords, whose
+    centroids may leave the sphere; all three starts are treated alike. One seed per head: judge the average over
+    heads and layers. `max_iterations` is ClusterKV's. Raises KvcalError where `cluster_keys` does (`where` goes
+    into the text).
     """
     check_metric(metric)
     fit_keys, new_keys = finite(fit_keys, "keys", where), finite(new_keys, "new keys", where)
@@ -64,27 +66,34 @@ def warm_start(
     clusters = min(clusters, new_keys.shape[1])
     fitted = cluster_keys(fit_keys, fit_keys, clusters=clusters, metric=metric, seed=seed, where=where)
     points = to_metric_space(new_keys, metric, where).numpy()
+    iterations, final = [], []
     with one_thread():  # scikit-learn adds its threads' partial sums in the order in which they finish
-        runs = [
-            [
-                _lloyd(head, init, clusters, seed, max_iterations, tolerance)
-                for init in (calibrated, "k-means++", "random")
-            ]
-            for head, calibrated in zip(points, fitted.centroids.numpy(), strict=True)
-        ]
-    iterations = torch.tensor([[count for count, _ in head] for head in runs])
-    inertia = torch.tensor([[final for _, final in head] for head in runs], dtype=torch.float64)
-    columns = [column.clone() for column in (*iterations.T, *inertia.T)]  # no shared storage
+        for head, calibrated in zip(points, fitted.centroids.numpy(), strict=True):
+            starts = (calibrated, *_uncalibrated_starts(head, clusters, seed))
+            inertia = np.array([_inertia_by_iteration(head, start, max_iterations) for start in starts])
+            reached = inertia <= (1 + tolerance) * inertia[:, -1].min()
+            iterations.append(np.where(reached.any(1), reached.argmax(1) + 1, max_iterations))
+            final.append(inertia[:, -1])
+    columns = [torch.tensor(np.stack(rows)[:, start]) for rows in (iterations, final) for start in range(3)]
     return WarmStart(clusters, max_iterations, *columns)
 
 
-def _lloyd(
-    points: np.ndarray, init: np.ndarray | str, clusters: int, seed: int, max_iterations: int, tolerance: float
-) -> tuple[int, float]:
-    """k-means of points [N, D] from init ([C, D] or scikit-learn's name for it) -> iterations, final inertia."""
+def _uncalibrated_starts(points: np.ndarray, clusters: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.cluster import kmeans_plusplus
+
+    plusplus, _ = kmeans_plusplus(points, clusters, random_state=seed)
+    return plusplus, points[np.random.default_rng(seed).choice(len(points), clusters, replace=False)]
+
+
+def _inertia_by_iteration(points: np.ndarray, centroids: np.ndarray, iterations: int) -> list[float]:
+    """Inertia after each of Lloyd's iterations on points [N, D] from centroids [C, D]."""
     from sklearn.cluster import KMeans
 
-    kmeans = KMeans(
-        clusters, init=init, n_init=1, max_iter=max_iterations, tol=tolerance, random_state=seed, algorithm="lloyd"
-    ).fit(points)
-    return int(kmeans.n_iter_), float(kmeans.inertia_)
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one iteration at a time never converges
+        for _ in range(iterations):
+            step = KMeans(len(centroids), init=centroids, n_init=1, max_iter=1, algorithm="lloyd").fit(points)
+            centroids = step.cluster_centers_
+            found.append(float(step.inertia_))
+    return found

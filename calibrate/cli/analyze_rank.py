@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from ...artifacts import QUANTITIES, load
-from .output import json_option, print_json, print_table, write_plot
+from .output import json_option, plot_option, print_json, print_table, write_plot
 from .pass_options import PassOptions, pass_options, run_pass
 
 
@@ -15,7 +15,7 @@ from .pass_options import PassOptions, pass_options, run_pass
 @click.option(
     "--variance", type=float, default=0.9, show_default=True, help="Fraction of variance to reach, in (0, 1]."
 )
-@click.option("--plot", type=click.Path(path_type=Path), help="Write the figure to this PNG file.")
+@plot_option
 @pass_options
 @json_option
 def analyze_rank_command(

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from ...artifacts import load, save
-from .output import json_option, print_json, print_table, progress_bar, write_plot
+from .output import json_option, plot_option, print_json, print_table, progress_bar, write_plot
 
 
 @click.command("cluster")
@@ -16,7 +16,7 @@ from .output import json_option, print_json, print_table, progress_bar, write_pl
 @click.option("--metric", type=click.Choice(["cosine", "l2"]), default="cosine", show_default=True)
 @click.option("--iterations", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--plot", type=click.Path(path_type=Path), help="Write the figure to this PNG file.")
+@plot_option
 @json_option
 def cluster_command(artifact: Path, plot: Path | None, as_json: bool, **settings: Any) -> None:
     """Cluster the sampled keys per layer and KV head (faiss k-means); adds the stage `clusters` to ARTIFACT.
@@ -63,4 +63,6 @@ def print_clusters(report: dict[str, Any]) -> None:
         )
     header = ["layer", "largest", "radius", "p95", "max", "silhouette", "query norm", "δ·r", "iterations*"]
     print_table(f"{settings['clusters']} {settings['metric']} clusters per KV head", header, rows)
-    click.echo("* until convergence on unseen text: from the calibrated centroids / from k-means++ / from random keys")
+    click.echo(
+        "* k-means on unseen text until within 1 % of the best: from calibrated centroids / k-means++ / random keys"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from importlib import import_module
 from typing import Any
@@ -36,6 +37,16 @@ class Group(click.Group):
         module = import_module(f".{COMMANDS[cmd_name]}", __package__)
         command: click.Command = getattr(module, f"{cmd_name.replace('-', '_')}_command")
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            error.message = f"no command {args[0]!r}: " + (f"did you mean {near[0]}?" if near else ", ".join(COMMANDS))
+            raise
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -64,13 +64,21 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def _check_plot(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """Said before the work, not after it."""
+    if path is not None and path.suffix.lower() != ".png":
+        raise click.BadParameter(f"{path}: figures are written as PNG, give a name that ends in .png")
+    if path is not None and not path.parent.is_dir():
+        raise click.BadParameter(f"{path.parent} is not a folder: make it first")
+    return path
+
+
+plot_option = click.option(
+    "--plot", type=click.Path(path_type=Path), callback=_check_plot, help="Write the figure to this PNG file."
+)
+
+
 def write_plot(path: Path, png: bytes) -> None:
-    if path.suffix.lower() != ".png":
-        raise click.BadParameter(
-            f"{path}: figures are written as PNG, give a name that ends in .png", param_hint="--plot"
-        )
-    if not path.parent.is_dir():
-        raise click.BadParameter(f"{path.parent} is not a folder: make it first", param_hint="--plot")
     write_atomically(path, png)
     say(f"figure: {path}")
 

@@ -174,7 +174,6 @@ def test_ambiguous_columns_are_listed(here: Path, name: str) -> None:
 
 
 def test_stdlib_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stdlib_text, "_source_files", lambda: [])  # parsing them takes a second each time
     train, heldout = open_data("stdlib"), open_data("stdlib:heldout")
     assert train.source == {"kind": "builtin", "id": "stdlib", "split": "train"}
     first = [text for _, text in itertools.islice(stdlib_text.documents("heldout"), 5)]
