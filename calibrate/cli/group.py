@@ -43,16 +43,19 @@ class Group(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         try:
             return super().resolve_command(ctx, args)
-        except click.UsageError as error:
+        except click.UsageError:
             near = difflib.get_close_matches(args[0], COMMANDS, n=1)
-            error.message = f"no command {args[0]!r}: " + (f"did you mean {near[0]}?" if near else ", ".join(COMMANDS))
-            raise
+            advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+            raise UserError(f"no command {args[0]!r}: {advice}") from None
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except KvcalError as error:
             raise UserError(str(error)) from error
+        except click.UsageError as error:
+            command = error.ctx.command_path if error.ctx else "calibrate"
+            raise UserError(f"{error.format_message()} (see `{command} --help`)") from error
         except KeyboardInterrupt:
             raise UserError("interrupted; existing artifacts are intact, repeat the command to start again") from None
         except BrokenPipeError:

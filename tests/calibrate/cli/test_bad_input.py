@@ -40,9 +40,8 @@ def refused(*arguments):
     assert result.exit_code == 2, (result.output, result.exception)
     assert result.stdout == ""
     lines = [line for line in result.stderr.splitlines() if not line.startswith("reading text")]
-    errors = [line for line in lines if line.startswith("Error: ")]
-    assert len(errors) == 1 and lines[-1] == errors[0], result.stderr
-    return errors[0]
+    assert len(lines) == 1 and lines[0].startswith("Error: "), result.stderr
+    return lines[0]
 
 
 @pytest.mark.parametrize(
