@@ -119,6 +119,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """One safetensors file, synced to disk; same tensors, same bytes."""
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    path.chmod(0o644)  # safetensors writes files that only their owner can read; artifacts are shared
     _sync(path)
 
 

@@ -11,6 +11,8 @@ from .output import json_option, print_json, progress_bar
 from .pass_options import PassOptions, run_pass
 from .summary import artifact_summary, print_summary
 
+NUM_TOKENS = 131072
+
 
 @click.command("demo")
 @click.option(
@@ -37,7 +39,7 @@ def demo_command(output: Path, as_json: bool) -> None:
         model_spec="demo",
         data_spec="stdlib",
         output=output,
-        num_tokens=131072,
+        num_tokens=NUM_TOKENS,
         seq_len=2048,
         batch_size=None,
         split=None,

@@ -1,0 +1,22 @@
+import json
+
+from click.testing import CliRunner
+
+from kvcal.artifacts import load
+from kvcal.calibrate.cli import cli, demo
+
+
+def test_demo_goes_the_whole_road_and_recognises_its_own_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "NUM_TOKENS", 8192)  # 131072 takes a minute
+    for _ in range(2):
+        result = CliRunner().invoke(cli, ["demo", "--output", str(tmp_path / "demo"), "--json"])
+        assert result.exit_code == 0, result.output
+        found = json.loads(result.stdout)
+    artifact = load(tmp_path / "demo")
+    assert set(artifact.stages) == {"moments", "pca", "score", "reservoir", "clusters"}
+    assert found["artifact"]["content_hash"] == artifact.content_hash
+    assert {"README.md", "rank.png", "clusters.png"} <= {path.name for path in (tmp_path / "demo").iterdir()}
+    # Loki's finding: keys lie in fewer dimensions before the rotary embedding than after it.
+    assert found["ranks"]["model"]["key_pre"] < found["ranks"]["model"]["key_post"] < 64
+    people = CliRunner().invoke(cli, ["demo", "--output", str(tmp_path / "demo")])
+    assert people.exit_code == 0 and "rank@90" in people.stdout and str(tmp_path / "demo") in people.stdout
