@@ -22,7 +22,7 @@ types: $(INSTALLED)
 	MYPYPATH=$(VENV)/src $(BIN)/mypy -p kvcal.artifacts -p kvcal.runtime -p kvcal.calibrate
 
 check: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/calibration.py
