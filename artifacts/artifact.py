@@ -63,7 +63,7 @@ class Artifact:
     folder: Path | None = None
     """Where it was loaded from or saved to."""
     content_hash: str | None = None
-    """sha256 over the manifest, and through it over every tensor; None before it is saved."""
+    """sha256 over the manifest, and through it over every tensor, of what is in `folder`; None before it is saved."""
 
     def tensor(self, stage: str, layer: int, name: str) -> Tensor:
         """One tensor, e.g. `artifact.tensor("pca", 3, "key_post.components")`.
@@ -80,7 +80,7 @@ class Artifact:
 
     def with_stage(self, name: str, stage: Stage) -> Artifact:
         """A copy that has `stage` under `name`; `save()` it to write it."""
-        return dataclasses.replace(self, stages={**self.stages, name: stage}, content_hash=None)
+        return dataclasses.replace(self, stages={**self.stages, name: stage})
 
     @property
     def name(self) -> str:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
+import glob
 import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -79,15 +82,18 @@ def save(artifact: Artifact, folder: str | os.PathLike[str], extras: Mapping[str
         if has_content(folder):
             if artifact.folder is None or not artifact.folder.exists() or not folder.samefile(artifact.folder):
                 raise ArtifactError(f"{folder}: already exists: choose another --output or remove it")
-            content_hash = _write_into(folder, artifact, extras)
+            with _locked(folder):
+                if read_manifest(folder)[0].content_hash != artifact.content_hash:
+                    raise ArtifactError(f"{folder}: was changed meanwhile by another process: repeat the command")
+                content_hash = _write_into(folder, artifact, extras)
         else:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            building = folder.with_name(f".{folder.name}.building-{os.getpid()}")
+            building = _building_place(folder.absolute())
             try:
                 building.mkdir()
                 content_hash = _write_into(building, artifact, extras)
-                building.rename(folder)
-                _sync(folder.parent)
+                building.rename(folder.absolute())
+                _sync(folder.absolute().parent)
             finally:
                 shutil.rmtree(building, ignore_errors=True)
     except (OSError, SafetensorError) as error:
@@ -142,8 +148,6 @@ def _write_into(folder: Path, artifact: Artifact, extras: Mapping[str, bytes]) -
             if not path.exists():
                 new.append(path)
             temporary.rename(path)
-        for name, content in extras.items():
-            write_atomically(folder / name, content)
         content_hash = write_manifest(manifest, artifact, files)
         _sync(manifest)
         manifest.rename(folder / MANIFEST)
@@ -156,7 +160,29 @@ def _write_into(folder: Path, artifact: Artifact, extras: Mapping[str, bytes]) -
     for path in folder.iterdir():
         if FILE_NAME.fullmatch(path.name) and path.name not in kept:
             path.unlink()
+    for name, content in extras.items():
+        write_atomically(folder / name, content)
     return content_hash
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One writer at a time; the lock goes with the process, however it ends."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _building_place(folder: Path) -> Path:
+    """A hidden sibling to build a new artifact in, after removing those that killed processes left."""
+    prefix = f".{folder.name}.building-"
+    for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
+        if not Path("/proc", left.name.removeprefix(prefix)).exists() and Path("/proc/self").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    return folder.with_name(f"{prefix}{os.getpid()}")
 
 
 def _check_bytes(path: Path, file: StageFile) -> None:

@@ -84,8 +84,10 @@ def _build(
     identity = ModelIdentity(**body["model"])
     if not layers:
         raise ValueError("no layers")
-    if not isinstance(identity.fingerprint, dict) or not _SHA256.fullmatch(identity.weights_sha256):
-        raise ValueError("model: fingerprint or weights_sha256")
+    if not isinstance(identity.id, str) or not isinstance(identity.fingerprint, dict):
+        raise ValueError("model: id or fingerprint")
+    if not _SHA256.fullmatch(identity.weights_sha256):
+        raise ValueError("model: weights_sha256")
     files: dict[str, StageFile] = {}
     settings: dict[str, Mapping[str, Any]] = {}
     for name, entry in body["stages"].items():
@@ -98,10 +100,16 @@ def _build(
             raise ValueError(f"stage {name}: sha256 or bytes")
         files[name] = StageFile(entry["file"], entry["sha256"], entry["bytes"])
         settings[name] = dict(entry["settings"])
+    data = body["data"]
+    counts = [data[name] for name in ("blocks", "seq_len", "tokens_counted")]
+    if not isinstance(data["source"], dict) or not _SHA256.fullmatch(data["content_sha256"]):
+        raise ValueError("data: source or content_sha256")
+    if any(type(count) is not int or count < 0 for count in counts):
+        raise ValueError("data: blocks, seq_len or tokens_counted")
     artifact = Artifact(
         model=identity,
         layers=layers,
-        data=dict(body["data"]),
+        data=dict(data),
         settings=dict(body["settings"]),
         versions=dict(body["versions"]),
         stages={},
@@ -116,6 +124,10 @@ def _layer(index: int, fields: dict[str, Any]) -> Layer:
     sizes = (layer.kv_heads, layer.query_heads, layer.head_dim, layer.value_dim)
     if layer.index != index or any(type(size) is not int or size < 1 for size in sizes):
         raise ValueError(f"layer {index}: index and sizes")
+    if type(layer.scaling) not in (int, float) or not (layer.window is None or type(layer.window) is int):
+        raise ValueError(f"layer {index}: scaling or window")
+    if layer.pre_rotary not in ("unrotate", "replay", "none"):
+        raise ValueError(f"layer {index}: pre_rotary {layer.pre_rotary!r}")
     if layer.query_heads % layer.kv_heads:
         raise ValueError(f"layer {index}: {layer.query_heads} query heads over {layer.kv_heads} KV heads")
     return layer

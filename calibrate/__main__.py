@@ -11,7 +11,10 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name != "click":
             raise
-        sys.exit("Error: the command line needs the extra: pip install 'kvcal[calibrate]' (or 'kvcal[gpu]')")
+        print(
+            "Error: the command line needs the extra: pip install 'kvcal[calibrate]' (or 'kvcal[gpu]')", file=sys.stderr
+        )
+        sys.exit(2)
     cli(prog_name="calibrate")
 
 

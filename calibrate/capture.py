@@ -7,6 +7,8 @@ mask that implementation expects. No forward is overridden and logits stay bit-i
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ..artifacts import KvcalError
-from .pre_rotary import PreRotary, replay_without_rotation
+from .pre_rotary import PreRotary, find_rotation, replay_without_rotation
 
 # Not "…sdpa…" nor "…flash…": transformers takes other branches for names that contain those.
-NAME = "kvcal_capture"
+_NAME = "kvcal_capture"
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -48,28 +51,37 @@ def capture(
     observe: Callable[[LayerTensors], None],
     pre_rotary: PreRotary | None = None,
 ) -> Iterator[PreRotary]:
-    """Call `observe` for every attention layer of every forward pass inside the context.
+    """Call `observe` for every attention layer of every whole-sequence forward pass inside the context.
 
     Args:
         model: a transformers model whose attention goes through the attention interface.
         pre_rotary: what an earlier context learned about undoing the rotation; a new one otherwise.
 
     Raises:
-        KvcalError: the model cannot be captured, by name of the architecture.
+        KvcalError: the model cannot be captured, by name of the architecture; or a pass continues a cache, whose
+            keys were not seen before their rotation.
     """
     attention_modules = find_attention(model)
+    has_rotary = bool(getattr(model.config.get_text_config(), "rope_parameters", None))
+    recorder = _Recorder()
     pre_rotary = pre_rotary or PreRotary()
     embeddings: dict[int, tuple[Tensor, Tensor] | None] = {}
     replayed: dict[int, tuple[Tensor, Tensor]] = {}
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         layer: int = module.layer_idx  # type: ignore[assignment]
-        rotation = embeddings[layer] = kwargs.get("position_embeddings")
+        call = inspect.signature(module.forward).bind(*args, **kwargs)
+        rotation = embeddings[layer] = find_rotation(module, call, has_rotary)
         if rotation is not None and pre_rotary.needs_replay(layer):
-            replayed[layer] = replay_without_rotation(module, args, kwargs, _seen_by_recorder)
+            replayed[layer] = recorder.record(lambda: replay_without_rotation(module, call))
 
     def on_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> None:
         layer: int = module.layer_idx  # type: ignore[assignment]
+        if key.shape[2] != query.shape[2]:
+            raise KvcalError(
+                f"layer {layer}: {key.shape[2]} keys for {query.shape[2]} queries: "
+                "capture whole sequences, not decoding"
+            )
         query_pre, key_pre = pre_rotary.resolve(
             layer, query, key, embeddings.pop(layer, None), replayed.pop(layer, None)
         )
@@ -89,7 +101,7 @@ def capture(
 
     handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in attention_modules]
     try:
-        with _routed(model, on_attention):
+        with _routed(model, on_attention, recorder):
             yield pre_rotary
     finally:
         for handle in handles:
@@ -136,27 +148,23 @@ class _Recorded(Exception):
 
 
 class _Recorder:
-    """While active, the next attention call ends by raising what it was given."""
+    """While it records, the next attention call of its model ends by raising what it was given."""
 
     active = False
 
-
-_recorder = _Recorder()
-
-
-def _seen_by_recorder(call: Callable[[], Any]) -> tuple[Tensor, Tensor]:
-    _recorder.active = True
-    try:
-        call()
-    except _Recorded as seen:
-        return seen.query, seen.key
-    finally:
-        _recorder.active = False
-    raise KvcalError("an attention module did not reach the attention interface when replayed: not supported")
+    def record(self, call: Callable[[], Any]) -> tuple[Tensor, Tensor]:
+        self.active = True
+        try:
+            call()
+        except _Recorded as seen:
+            return seen.query, seen.key
+        finally:
+            self.active = False
+        raise KvcalError("an attention module did not reach the attention interface when replayed: not supported")
 
 
 @contextmanager
-def _routed(model: Any, on_attention: Callable[..., None]) -> Iterator[None]:
+def _routed(model: Any, on_attention: Callable[..., None], recorder: _Recorder | None = None) -> Iterator[None]:
     """Send the attention calls of `model`, and only of it, through `on_attention`, then to where they went before."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -166,7 +174,7 @@ def _routed(model: Any, on_attention: Callable[..., None]) -> Iterator[None]:
     configs = {id(part.config): part.config for part in submodels}
     before = {key: config._attn_implementation for key, config in configs.items()}
     original = model.config.get_text_config()._attn_implementation or "eager"
-    if original == NAME:
+    if original.startswith(_NAME):
         raise KvcalError("this model is already being captured: leave the other capture() first")
     if original not in ALL_MASK_ATTENTION_FUNCTIONS:
         raise KvcalError(
@@ -176,22 +184,23 @@ def _routed(model: Any, on_attention: Callable[..., None]) -> Iterator[None]:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any
     ) -> Any:
-        if _recorder.active:
+        if recorder is not None and recorder.active:
             raise _Recorded(query, key)
         on_attention(module, query, key, value, kwargs)
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         delegate = ALL_ATTENTION_FUNCTIONS.get(original, eager)
         return delegate(module, query, key, value, mask, *args, **kwargs)
 
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS[original])
+    name = f"{_NAME}_{next(_numbers)}"  # its own, so that captures of several models do not meet
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
     try:
         for config in configs.values():
-            config._attn_implementation_internal = NAME
+            config._attn_implementation_internal = name
         yield
     finally:
         for key, config in configs.items():
             config._attn_implementation_internal = before[key]
         # transformers offers no way to unregister
-        AttentionInterface._global_mapping.pop(NAME, None)
-        AttentionMaskInterface._global_mapping.pop(NAME, None)
+        AttentionInterface._global_mapping.pop(name, None)
+        AttentionMaskInterface._global_mapping.pop(name, None)

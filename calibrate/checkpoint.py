@@ -33,6 +33,7 @@ class Checkpoint:
 
     @classmethod
     def beside(cls, output: Path, run: str) -> Checkpoint:
+        output = output.absolute()  # "." has no name of its own
         return cls(output.with_name(f"{output.name}.partial"), run)
 
     def exists(self) -> bool:

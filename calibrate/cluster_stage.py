@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ..artifacts import Artifact, KvcalError, Stage
-from .clusterability import clusterability
+from .clusterability import Clusterability, clusterability
 from .clustering import cluster_keys
 from .warm_start import warm_start
+
+CURVE = ("counts", "radius", "query_norm_max", "query_norm_p99")
 
 
 def cluster(
@@ -64,7 +66,7 @@ def cluster(
             tensors[f"{prefix}.{name}"] = getattr(found, name)
         tensors[f"{prefix}.inertia"] = found.inertia
         tensors[f"{prefix}.silhouette"] = found.silhouette
-        for name in ("counts", "radius", "query_norm_max", "query_norm_p99"):
+        for name in CURVE:
             tensors[f"{prefix}.curve.{name}"] = getattr(curve, name)
         for start in ("calibrated", "plusplus", "random"):
             for what in ("iterations", "inertia"):
@@ -90,7 +92,8 @@ def cluster_report(artifact: Artifact) -> dict[str, Any]:
         def get(name: str, index: int = layer.index) -> Tensor:
             return artifact.tensor("clusters", index, name)
 
-        delta_r = get("curve.radius") * get("curve.query_norm_max").unsqueeze(-1) * layer.scaling
+        curve = Clusterability(*(get(f"curve.{name}") for name in CURVE))
+        delta_r = curve.delta_r(layer.scaling)
         starts = ("calibrated", "plusplus", "random")
         layers.append(
             {
@@ -101,13 +104,13 @@ def cluster_report(artifact: Artifact) -> dict[str, Any]:
                 "radius_max": float(get("radius_max").max()),
                 "inertia": _mean(get("inertia")),
                 "silhouette": _mean(get("silhouette")),
-                "query_norm_max": float(get("curve.query_norm_max").max()),
-                "query_norm_p99": _mean(get("curve.query_norm_p99")),
+                "query_norm_max": float(curve.query_norm_max.max()),
+                "query_norm_p99": _mean(curve.query_norm_p99),
                 "clusterability": [
                     {"clusters": count, "delta": delta, "delta_r": exponent}
                     for count, delta, exponent in zip(
-                        get("curve.counts").tolist(),
-                        get("curve.radius").amax(0).tolist(),
+                        curve.counts.tolist(),
+                        curve.radius.amax(0).tolist(),
                         delta_r.amax(0).tolist(),
                         strict=True,
                     )

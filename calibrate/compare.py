@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from ..artifacts import Artifact, MismatchError, differences
 from .pca import principal_angles
 from .rank import rank_at, rank_report
@@ -51,7 +53,7 @@ def compare(first: Artifact, second: Artifact, variance: float = 0.9) -> dict[st
     means = [rank_report(artifact, variance)["model"] for artifact in (first, second)]
     return {
         "variance": variance,
-        "same_tensors": _hashes(first) == _hashes(second),
+        "same_tensors": _same_tensors(first, second),
         "differs": _provenance(first, second),
         "model": {name: means[1][name] - means[0][name] for name in means[0]},
         "layers": layers,
@@ -69,8 +71,16 @@ def _provenance(first: Artifact, second: Artifact) -> list[dict[str, Any]]:
     return found
 
 
-def _hashes(artifact: Artifact) -> dict[str, str]:
-    return {name: stage.tensors.file.sha256 for name, stage in artifact.stages.items()}  # type: ignore[attr-defined]
+def _same_tensors(first: Artifact, second: Artifact) -> bool:
+    if first.stages.keys() != second.stages.keys():
+        return False
+    for name, stage in first.stages.items():
+        other = second.stages[name].tensors
+        if stage.tensors.keys() != other.keys():
+            return False
+        if not all(torch.equal(tensor, other[key]) for key, tensor in stage.tensors.items()):
+            return False
+    return True
 
 
 def _describe(artifact: Artifact) -> str:

@@ -56,6 +56,8 @@ def open_data(spec: str | os.PathLike[str], split: str | None = None) -> TextDat
         KvcalError: nothing there, not text, damaged, no such split, or neither here nor to be had online.
     """
     name = os.fspath(spec)
+    if not name.strip():
+        raise KvcalError("data: an empty name: give a file, folder, glob, Hub id or alias")
     data = _local(name, split)
     if data is None:
         alias, _, rest = name.partition(":")

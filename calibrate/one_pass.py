@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 from .. import artifacts
 from ..artifacts import Artifact, KvcalError, ModelIdentity, Stage, differences, fingerprint, weights_sha256
 from ..artifacts.folder import has_content
+from ..artifacts.manifest import MANIFEST
 from .blocks import TokenBlocks
 from .capture import LayerTensors, backbone, capture
 from .checkpoint import Checkpoint, run_id
@@ -30,7 +32,7 @@ def calibrate(
     model: Any,
     blocks: TokenBlocks,
     *,
-    output: Path | None = None,
+    output: str | os.PathLike[str] | None = None,
     model_id: str = "unnamed",
     revision: str | None = None,
     centred: bool = True,
@@ -50,7 +52,7 @@ def calibrate(
         model_id, revision: how the artifact names the model.
         centred: PCA of the covariance; False: of the second moment.
         reservoir: tokens whose keys, queries and values are kept.
-        checkpoint_every: seconds between checkpoints.
+        checkpoint_every: seconds between checkpoints, more when saving takes long; 0: after every batch.
 
     Returns:
         The artifact in memory, for `save` to write; or the one at `output` when it is of this very run.
@@ -63,7 +65,16 @@ def calibrate(
         raise KvcalError(f"batch size {batch_size}: give at least 1")
     if reservoir < 2:
         raise KvcalError(f"reservoir of {reservoir} tokens: give at least 2")
+    if model.training:
+        raise KvcalError(
+            "the model is in training mode, where dropout makes every run another: call model.eval() first"
+        )
     check_seq_len(blocks.seq_len, model.config)
+    output = Path(output) if output is not None else None
+    if output is not None:
+        check_output(output)
+    if progress:
+        progress(0, len(blocks))
     identity = ModelIdentity(model_id, revision, fingerprint(model.config), weights_sha256(model))
     data = {
         "content_sha256": blocks.content_hash,
@@ -80,7 +91,9 @@ def calibrate(
         "device": model.device.type,
     }
     if output is not None and has_content(output):
-        return _same_run(output, identity, data, settings)
+        found = _same_run(output, identity, data, settings)
+        Checkpoint.beside(output, "").remove()  # a kill after saving may have left it
+        return found
     statistics = StatisticsFitter(reservoir, seed)
     checkpoint = None
     done = 0
@@ -107,11 +120,19 @@ def calibrate(
     )
 
 
-def save(artifact: Artifact, output: Path, extras: dict[str, bytes] | None = None) -> Artifact:
+def save(artifact: Artifact, output: str | os.PathLike[str], extras: dict[str, bytes] | None = None) -> Artifact:
     """Write a calibrated artifact and drop the checkpoint of its run."""
     saved = artifacts.save(artifact, output, extras)
-    Checkpoint.beside(output, "").remove()
+    Checkpoint.beside(Path(output), "").remove()
     return saved
+
+
+def check_output(output: Path) -> None:
+    """Raise KvcalError when nothing can be saved at `output`, before any work is done."""
+    if output.absolute() == Path.cwd():
+        raise KvcalError(f"{output}: is the current folder, which cannot appear at once: give --output a name in it")
+    if has_content(output) and not (output / MANIFEST).is_file():
+        raise KvcalError(f"{output}: exists and is not an artifact: choose another --output")
 
 
 def _same_run(output: Path, identity: ModelIdentity, data: dict[str, Any], settings: dict[str, Any]) -> Artifact:
@@ -122,7 +143,7 @@ def _same_run(output: Path, identity: ModelIdentity, data: dict[str, Any], setti
     for name, here, wanted in differences(theirs, ours):
         raise KvcalError(
             f"{output}: holds the artifact of another run ({name} {here!r} there, {wanted!r} asked for): "
-            "choose another --output"
+            "choose another --output, or remove it"
         )
     return found
 
@@ -155,6 +176,7 @@ def _run(
     pre_rotary = PreRotary({index: layer.pre_rotary for index, layer in statistics.layers.items()})
     total, seq_len = len(blocks), blocks.seq_len
     saved_at = time.monotonic()
+    interval = checkpoint_every
 
     def observe(seen: LayerTensors) -> None:
         statistics.update(seen, pre_rotary.methods[seen.layer])
@@ -166,17 +188,26 @@ def _run(
             rows = slice(done, min(done + batch_size, total))
             index = torch.arange(rows.start * seq_len, rows.stop * seq_len).view(-1, seq_len)
             statistics.begin_batch(index, blocks.counted[rows])
-            decoder(
-                input_ids=blocks.ids[rows].long().to(model.device),
-                attention_mask=blocks.attended[rows].long().to(model.device),
-                use_cache=False,
-            )
+            try:
+                decoder(
+                    input_ids=blocks.ids[rows].long().to(model.device),
+                    attention_mask=blocks.attended[rows].long().to(model.device),
+                    use_cache=False,
+                )
+            except torch.OutOfMemoryError as error:
+                raise KvcalError(
+                    f"out of memory on {model.device} in blocks {rows.start} to {rows.stop - 1}: "
+                    "give a smaller --batch-size or --seq-len"
+                ) from error
             done = rows.stop
             if progress:
                 progress(done, total)
-            if checkpoint and done < total and (interrupted() or time.monotonic() - saved_at > checkpoint_every):
+            if checkpoint and done < total and (interrupted() or time.monotonic() - saved_at > interval):
+                began = time.monotonic()
                 checkpoint.save(statistics, done)
                 saved_at = time.monotonic()
+                # The state of a large model is gigabytes: at most a twentieth of the time goes into saving it.
+                interval = max(checkpoint_every, 20 * (saved_at - began)) if checkpoint_every else 0
                 if interrupted():
                     raise KvcalError(
                         f"interrupted after {done} of {total} blocks, nothing lost: add --resume to continue"

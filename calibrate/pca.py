@@ -25,18 +25,20 @@ class PCA:
 
 def fit_pca(moments: Moments, *, centred: bool = True) -> PCA:
     """Eigen-decompose the covariance (n - 1, as scikit-learn) or, uncentred, the second moment (n)."""
-    if centred:
-        matrix = moments.covariance * (moments.count / (moments.count - 1))
-    else:
-        matrix = moments.second_moment
-    ascending, vectors = torch.linalg.eigh(matrix)
+    ascending, vectors = torch.linalg.eigh(_matrix(moments, centred))
     components = fix_signs(vectors.mT.flip(-2))
     return PCA(moments.mean, components, ascending.flip(-1).clamp_min(0), centred)
 
 
 def spectrum(moments: Moments, *, centred: bool = True) -> Tensor:
     """[H, D] float64 eigenvalues alone, as `fit_pca` gives them."""
-    return fit_pca(moments, centred=centred).eigenvalues
+    return torch.linalg.eigvalsh(_matrix(moments, centred)).flip(-1).clamp_min(0)
+
+
+def _matrix(moments: Moments, centred: bool) -> Tensor:
+    if not centred:
+        return moments.second_moment
+    return moments.covariance * (moments.count / (moments.count - 1))
 
 
 def fix_signs(rows: Tensor) -> Tensor:

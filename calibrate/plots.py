@@ -28,7 +28,7 @@ def rank_figure(artifact: Artifact, report: dict[str, Any]) -> bytes:
         means = [sum(heads) / len(heads) for heads in ranks]
         by_layer.plot(layers, means, marker="o", markersize=4, color=f"C{column}", label=label)
         by_layer.fill_between(layers, [min(h) for h in ranks], [max(h) for h in ranks], color=f"C{column}", alpha=0.12)
-    head_dim = artifact.layers[0].head_dim
+    head_dim = max(layer.head_dim for layer in artifact.layers)
     by_layer.axhline(head_dim, color="0.6", linewidth=0.8, linestyle=":")
     by_layer.annotate(f"head dim {head_dim}", (layers[0], head_dim), va="bottom", fontsize=8, color="0.4")
     by_layer.set(xlabel="layer", ylabel=f"dimensions for {percent} % of the variance", ylim=(0, head_dim * 1.35))
@@ -40,10 +40,11 @@ def rank_figure(artifact: Artifact, report: dict[str, Any]) -> bytes:
     for layer, shade in zip(layers, shades, strict=True):
         explained = _explained(artifact, layer, "key_post")
         curves.plot(range(1, len(explained) + 1), explained, color=shade, linewidth=1.2)
-    mean = sum(_explained(artifact, layer, "key_pre") for layer in layers) / len(layers)
-    curves.plot(
-        range(1, head_dim + 1), mean, color="black", linestyle="--", linewidth=1.2, label="pre-rotary, mean of layers"
-    )
+    pre = [_explained(artifact, layer, "key_pre") for layer in layers]
+    for dim in sorted({len(explained) for explained in pre}):
+        alike = [explained for explained in pre if len(explained) == dim]
+        curves.plot(range(1, dim + 1), sum(alike) / len(alike), color="black", linestyle="--", linewidth=1.2)
+    curves.plot([], [], color="black", linestyle="--", label="pre-rotary, mean of layers")
     curves.plot([], [], color=shades[0], label=f"post-rotary, layer {layers[0]}")
     curves.plot([], [], color=shades[-1], label=f"post-rotary, layer {layers[-1]}")
     curves.axhline(report["variance"], color="0.6", linewidth=0.8, linestyle=":")

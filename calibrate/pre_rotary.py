@@ -9,11 +9,11 @@ rest where it agreed.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..artifacts import KvcalError
 
 # Rotating back rounds a few times in float32; a wrong convention is off by the size of the vector itself.
 _AGREEMENT = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -47,18 +47,32 @@ class PreRotary:
         return rotate_back(query, *rotation), rotate_back(key, *rotation)
 
 
-def replay_without_rotation(
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    record: Callable[[Callable[[], Any]], tuple[Tensor, Tensor]],
-) -> tuple[Tensor, Tensor]:
-    """(query, key) that `module` computes when its rotation is the identity; stops before attention."""
-    call = inspect.signature(module.forward).bind(*args, **kwargs)
-    arguments = {**call.arguments, **call.arguments.pop("kwargs", {})}
+def find_rotation(module: nn.Module, call: inspect.BoundArguments, expected: bool) -> Rotation | None:
+    """The (cos, sin) that an attention module is called with; None in models without a rotary embedding.
+
+    Raises:
+        KvcalError: there should be one and it does not come in this form.
+    """
+    given = {**call.arguments, **call.kwargs}.get("position_embeddings")
+    if given is None and not expected:
+        return None
+    if isinstance(given, (tuple, list)) and len(given) == 2:
+        cos, sin = given
+        if isinstance(cos, Tensor) and isinstance(sin, Tensor) and cos.is_floating_point():
+            return cos, sin
+    raise KvcalError(
+        f"{type(module).__name__}: its rotary embedding is not passed as (cos, sin): this architecture is not supported"
+    )
+
+
+def replay_without_rotation(module: nn.Module, call: inspect.BoundArguments) -> None:
+    """Run `module` as it is called, but with the identity as its rotation and without the cache."""
+    kwargs = dict(zip(inspect.signature(module.forward).parameters, call.args, strict=False)) | call.kwargs
     cos, sin = kwargs["position_embeddings"]
-    arguments["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
-    return record(lambda: module.forward(**arguments))
+    kwargs["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
+    # The real call that follows appends to the cache; the replay must not.
+    kwargs |= {name: None for name in ("past_key_values", "layer_past") if name in kwargs}
+    module.forward(**kwargs)
 
 
 def rotate_back(rotated: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 
 def priorities(tokens: Tensor, seed: int) -> Tensor:
     """[n] int64 pseudo-random priorities of token indices [n] (splitmix64, Steele et al. 2014)."""
+    import numpy as np  # torch has no unsigned shifts
+
     with np.errstate(over="ignore"):
         mixed = tokens.cpu().numpy().astype(np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15 + 1) % 2**64)
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .clustering import check_metric, cluster_keys, finite, one_thread, to_metric_space
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ def warm_start(
     heads and layers. `max_iterations` is ClusterKV's. Raises KvcalError where `cluster_keys` does (`where` goes
     into the text).
     """
+    import numpy as np
+
     check_metric(metric)
     fit_keys, new_keys = finite(fit_keys, "keys", where), finite(new_keys, "new keys", where)
     if (fit_keys.shape[0], fit_keys.shape[2]) != (new_keys.shape[0], new_keys.shape[2]):
@@ -79,6 +84,7 @@ def warm_start(
 
 
 def _uncalibrated_starts(points: np.ndarray, clusters: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    import numpy as np
     from sklearn.cluster import kmeans_plusplus
 
     plusplus, _ = kmeans_plusplus(points, clusters, random_state=seed)

@@ -16,6 +16,10 @@ def test_every_command_is_documented(command):
     assert f"`calibrate {command}`" in README
 
 
+def test_no_placeholder_is_left():
+    assert not re.search(r"@[A-Z]+@", README)
+
+
 def test_files_that_it_points_to_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (Path(__file__).parent.parent / target).exists(), target

@@ -62,7 +62,7 @@ def print_clusters(report: dict[str, Any]) -> None:
             ]
         )
     header = ["layer", "largest", "radius", "p95", "max", "silhouette", "query norm", "δ·r", "iterations*"]
-    print_table(f"{settings['clusters']} {settings['metric']} clusters per KV head", header, rows)
+    print_table(f"{settings.get('clusters')} {settings.get('metric')} clusters per KV head", header, rows)
     click.echo(
         "* k-means on unseen text until within 1 % of the best: from calibrated centroids / k-means++ / random keys"
     )

@@ -57,11 +57,17 @@ class Group(click.Group):
             command = error.ctx.command_path if error.ctx else "calibrate"
             raise UserError(f"{error.format_message()} (see `{command} --help`)") from error
         except KeyboardInterrupt:
-            raise UserError("interrupted; existing artifacts are intact, repeat the command to start again") from None
+            raise UserError(
+                "interrupted: nothing on the disk was damaged; repeat the command, a pass that had begun with --resume"
+            ) from None
         except BrokenPipeError:
             # The reader of our output left (`| head`): not an error, but nothing more can be written.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             ctx.exit(0)
+        except OSError as error:  # the user's files and disk, not our doing
+            raise UserError(
+                f"{error.filename or 'file'}: {error.strerror or error}: check the path and the disk"
+            ) from error
 
 
 class UserError(click.ClickException):

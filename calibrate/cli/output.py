@@ -64,6 +64,18 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextmanager
+def working(title: str) -> Iterator[None]:
+    """A spinner for steps that cannot tell how far they are; silent when stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(title):
+        yield
+
+
 def _check_plot(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
     """Said before the work, not after it."""
     if path is not None and path.suffix.lower() != ".png":

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from ...artifacts import Artifact
-from .output import progress_bar, say
+from .output import progress_bar, say, working
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -73,18 +73,21 @@ def run_pass(options: PassOptions) -> Artifact:
     from ..card import card_files
     from ..data import open_data
     from ..models import check_seq_len, load_model
-    from ..one_pass import calibrate, save
+    from ..one_pass import calibrate, check_output, save
 
     if options.model_spec is None or options.data_spec is None:
         raise click.UsageError("give both --model and --data, e.g. --model demo --data stdlib")
     output = options.output_folder()
-    data = open_data(options.data_spec, options.split)
-    loaded = load_model(options.model_spec, device=options.device, dtype=options.dtype)
+    check_output(output)
+    with working("finding the text"):
+        data = open_data(options.data_spec, options.split)
+    with working("loading the model"):
+        loaded = load_model(options.model_spec, device=options.device, dtype=options.dtype)
     check_seq_len(options.seq_len, loaded.model.config)
-    say(f"reading text: {options.data_spec}")
-    blocks = make_blocks(
-        data, loaded.tokenizer, num_tokens=options.num_tokens, seq_len=options.seq_len, source=data.source
-    )
+    with working("reading and tokenising the text"):
+        blocks = make_blocks(
+            data, loaded.tokenizer, num_tokens=options.num_tokens, seq_len=options.seq_len, source=data.source
+        )
     if blocks.ids.numel() < options.num_tokens:
         say(f"only {int(blocks.attended.sum())} tokens there, using all of them ({options.num_tokens} asked for)")
     with progress_bar("calibrating") as progress:
@@ -104,7 +107,8 @@ def run_pass(options: PassOptions) -> Artifact:
     if artifact.folder is not None:
         say(f"{output}: already calibrated with this model, text and settings")
         return artifact
-    return save(artifact, output, card_files(artifact))
+    with working("writing"):
+        return save(artifact, output, card_files(artifact))
 
 
 def _slug(spec: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from ...artifacts import load
-from .output import json_option, print_json
+from .output import json_option, print_json, working
 
 
 @click.command("verify")
@@ -21,12 +21,15 @@ def verify_command(artifact: Path, model_spec: str | None, as_json: bool) -> Non
     Example:
       calibrate verify mistral-7b-wikitext --model mistral-7b
     """
-    found = load(artifact)
+    with working("checking hashes"):
+        found = load(artifact)
     if model_spec is not None:
         from ...runtime import check_model
         from ..models import load_model
 
-        check_model(found, load_model(model_spec, device="cpu").model, weights=True)
+        # In the dtype of the run: another one may round the weights, and then they are others.
+        dtype = str(found.settings.get("dtype", "auto"))
+        check_model(found, load_model(model_spec, device="cpu", dtype=dtype).model, weights=True)
     tensors = sum(len(stage.tensors) for stage in found.stages.values())
     if as_json:
         print_json(

@@ -105,6 +105,23 @@ def test_an_empty_folder_is_taken(tmp_path):
     assert load(tmp_path / "a").name.endswith("a")
 
 
+def test_a_stage_that_another_writer_added_meanwhile_is_not_lost(tmp_path):
+    saved = save(artifact(), tmp_path / "a")
+    save(saved.with_stage("clusters", cluster_like(0)), tmp_path / "a")
+    with pytest.raises(ArtifactError, match="changed meanwhile"):
+        save(saved.with_stage("score", saved.stages["score"]), tmp_path / "a")
+    assert "clusters" in load(tmp_path / "a").stages
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    finished = subprocess.Popen(["true"])
+    finished.wait()
+    left = tmp_path / f".a.building-{finished.pid}"
+    left.mkdir()
+    save(artifact(), tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 @pytest.fixture
 def tiny_disk():
     """Files beyond 2 kB cannot be written: what a full disk does to a writer, without one."""
@@ -155,12 +172,15 @@ folder.save(saved.with_stage("score", Stage(changed)), {path!r}, {{"README.md": 
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
-def test_killed_in_the_middle_of_an_update_the_old_artifact_loads(tmp_path, after):
-    """SIGKILL before each rename: of the stage's file, of the card, and of the manifest."""
+def test_killed_in_the_middle_of_an_update_an_artifact_loads(tmp_path, after):
+    """SIGKILL before each rename: of the stage's file, of the manifest, which is the commit, and of the card."""
     saved = save(artifact(), tmp_path / "a")
     script = KILLED.format(tests=str(Path(__file__).parent.parent), after=after, path=str(tmp_path / "a"))
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert load(tmp_path / "a").content_hash == saved.content_hash
+    found = load(tmp_path / "a")
+    assert (found.content_hash == saved.content_hash) == (after < 2)
+    before, now = saved.tensor("pca", 0, "key_post.mean"), found.tensor("pca", 0, "key_post.mean")
+    assert torch.equal(before, now)
     # and the next update goes through
     save(load(tmp_path / "a").with_stage("clusters", cluster_like()), tmp_path / "a")

@@ -111,3 +111,52 @@ def test_architectures_outside_the_interface_are_refused_by_name():
     config = FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
     with pytest.raises(KvcalError, match=r"FalconForCausalLM.*layers \[0, 1\].*not supported"):
         find_attention(FalconForCausalLM(config))
+
+
+@pytest.mark.parametrize("name", ["llama", "cohere", "gpt2", "gpt-neox"])
+def test_a_forward_that_fills_a_cache_is_unchanged_and_the_cache_too(name):
+    """The replay must not append to the cache."""
+    model = build(name)
+    given = {**inputs(model), "use_cache": True}
+    with torch.no_grad():
+        before = model(**given)
+        with capture(model, lambda tensors: None):
+            during = [model(**given) for _ in range(2)]
+    for found in during:
+        assert torch.equal(found.logits, before.logits)
+        assert found.past_key_values.get_seq_length() == given["input_ids"].shape[1]
+
+
+def test_decoding_with_a_cache_is_refused():
+    model = build("llama")
+    with torch.no_grad():
+        cache = model(**{**inputs(model), "use_cache": True}).past_key_values
+        with capture(model, lambda tensors: None), pytest.raises(KvcalError, match="22 keys for 1 queries"):
+            model(input_ids=torch.full((2, 1), 5), past_key_values=cache)
+
+
+def test_captures_of_two_models_do_not_meet():
+    first, second = build("llama"), build("qwen3")
+    seen = {"first": [], "second": []}
+    with torch.no_grad(), capture(first, seen["first"].append):
+        with capture(second, seen["second"].append):
+            first(**inputs(first))
+        assert (len(seen["first"]), len(seen["second"])) == (3, 0)
+        first(**inputs(first))
+    assert (len(seen["first"]), len(seen["second"])) == (6, 0)
+
+
+def test_a_rotary_embedding_that_is_not_cos_and_sin_is_refused():
+    """Llama 4 passes complex numbers; a layer recorded as having no rotary embedding would be wrong silently."""
+    import inspect
+
+    from kvcal.calibrate.pre_rotary import find_rotation
+
+    layer = build("llama").model.layers[0].self_attn
+    for given in (None, torch.ones(2, 3, dtype=torch.complex64), (torch.ones(1, dtype=torch.complex64),) * 2):
+        call = inspect.signature(layer.forward).bind(torch.zeros(1), position_embeddings=given)
+        with pytest.raises(KvcalError, match="LlamaAttention: its rotary embedding"):
+            find_rotation(layer, call, expected=True)
+    assert find_rotation(layer, inspect.signature(layer.forward).bind(torch.zeros(1)), expected=False) is None
+    cos, sin = torch.ones(1, 2, 4), torch.zeros(1, 2, 4)
+    assert find_rotation(layer, inspect.signature(layer.forward).bind(torch.zeros(1), (cos, sin)), True) == (cos, sin)

@@ -57,6 +57,8 @@ def refused(*arguments):
         (("--device", "tpu"), "tpu"),
         (("--dtype", "int3"), "int3"),
         (("--split", "nowhere"), "split"),
+        (("--data", ""), "empty name"),
+        (("--data", "x" * 300 + ".txt"), "xxx.txt"),
     ],
 )
 def test_pca_options(tmp_path, tiny_model_folder, text, options, message):
@@ -89,7 +91,7 @@ def test_output_that_is_not_an_artifact_is_kept(tmp_path, tiny_model_folder, tex
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     error = refused("pca", "--model", tiny_model_folder, "--data", text, "--output", tmp_path / "out", *SMALL)
-    assert "not an artifact" in error
+    assert "exists and is not an artifact: choose another --output" in error
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
@@ -150,6 +152,21 @@ def test_variance_out_of_range(artifact, variance):
 def test_a_figure_that_cannot_be_written_is_said_before_the_work(artifact, tmp_path):
     assert ".png" in refused("analyze-rank", artifact, "--plot", tmp_path / "figure.pdf")
     assert "not a folder" in refused("cluster", artifact, "--plot", tmp_path / "no" / "figure.png")
+
+
+def test_a_figure_on_a_folder(artifact, tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    result = refused_or_done("analyze-rank", artifact, "--plot", tmp_path / "folder.png")
+    assert result.exit_code == 2 and result.stderr.startswith("Error: ") and "folder.png" in result.stderr
+
+
+def test_the_current_folder_as_output(tmp_path, monkeypatch, tiny_model_folder, text):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert "is the current folder" in refused(
+        "pca", "--model", tiny_model_folder, "--data", text, "--output", ".", *SMALL
+    )
+    assert list((tmp_path / "here").iterdir()) == []
 
 
 def test_artifact_and_model_together(artifact, tiny_model_folder):

@@ -115,6 +115,12 @@ def test_inspect_and_verify(calibrated, tiny_model_folder):
     assert found["valid"] and found["model_checked"] and found["content_hash"] == load(calibrated).content_hash
 
 
+def test_verify_takes_the_model_in_the_dtype_of_the_run(tmp_path, tiny_model_folder, text):
+    """The tiny model is stored in float32: as bfloat16 its weights are rounded, and so are others."""
+    pca(tiny_model_folder, text, tmp_path / "a", "--dtype", "bfloat16")
+    run("verify", tmp_path / "a", "--model", tiny_model_folder)
+
+
 def test_diff_of_an_artifact_with_itself_and_with_another(calibrated, tmp_path, tiny_model_folder, text):
     same = json.loads(run("diff", calibrated, calibrated, "--json").stdout)
     assert same["same_tensors"] and same["differs"] == []

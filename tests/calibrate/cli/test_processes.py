@@ -108,6 +108,16 @@ def test_json_output_is_alone_on_stdout_and_stderr_shows_no_progress_bar(tmp_pat
     assert load(tmp_path / "a").settings["reservoir"] == 200
 
 
+def test_without_the_extra_the_command_says_which_one_in_one_line():
+    script = (
+        "import sys\nfor name in ('click', 'numpy', 'transformers', 'sklearn', 'faiss'): sys.modules[name] = None\n"
+        "from kvcal.calibrate.__main__ import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2 and "kvcal[calibrate]" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
 def test_a_reader_that_leaves_is_not_an_error(tmp_path, tiny_model_folder, text):
     subprocess.run(pca(tiny_model_folder, text, tmp_path / "a"), check=True, capture_output=True)
     line = " ".join(command("analyze-rank", tmp_path / "a", "--json"))
