@@ -69,14 +69,18 @@ class Artifact:
         """One tensor, e.g. `artifact.tensor("pca", 3, "key_post.components")`.
 
         Raises:
-            ArtifactError: the stage was not computed, or the layer is out of range.
+            ArtifactError: no such stage, layer or tensor; says which there are.
         """
         if stage not in self.stages:
             have = ", ".join(sorted(self.stages)) or "none"
             raise ArtifactError(f"{self.name}: no stage {stage!r} (it has: {have}); {_COMMANDS.get(stage, '')}".strip())
         if not 0 <= layer < len(self.layers):
             raise ArtifactError(f"{self.name}: no layer {layer}, it has {len(self.layers)}")
-        return self.stages[stage].tensors[f"layers.{layer}.{name}"]
+        tensors, prefix = self.stages[stage].tensors, f"layers.{layer}."
+        if prefix + name not in tensors:
+            have = ", ".join(sorted(known.removeprefix(prefix) for known in tensors if known.startswith(prefix)))
+            raise ArtifactError(f"{self.name}: no tensor {name!r} in stage {stage} (a layer has: {have})")
+        return tensors[prefix + name]
 
     def with_stage(self, name: str, stage: Stage) -> Artifact:
         """A copy that has `stage` under `name`; `save()` it to write it."""

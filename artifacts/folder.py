@@ -227,7 +227,8 @@ def _sync(path: Path) -> None:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError):
         hint = ": free some space and try again" if error.errno == errno.ENOSPC else ""
-        return f"{error.strerror or error}{hint}"
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror or error}{hint}"
     return str(error)
 
 

@@ -119,7 +119,11 @@ def load_model(spec: str | os.PathLike[str], device: str = "auto", dtype: str = 
         options["revision"] = source.revision
     with _quiet(progress=source.folder is None):
         with _user_errors(source, "config.json"):
-            AutoConfig.from_pretrained(place, **options)
+            config = AutoConfig.from_pretrained(place, **options)
+        if getattr(config, "is_encoder_decoder", False):
+            raise KvcalError(
+                f"model {source.id}: {config.model_type} is an encoder-decoder: only decoders are supported"
+            )
         with _user_errors(source, "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(place, **options)
         downloaded = source.folder or hub.cached(source.id, "model", source.revision)

@@ -137,12 +137,14 @@ def check_output(output: Path) -> None:
 
 def _same_run(output: Path, identity: ModelIdentity, data: dict[str, Any], settings: dict[str, Any]) -> Artifact:
     found = artifacts.load(output)
-    ours = {**dataclasses.asdict(identity), **data, **settings}
-    theirs = {**dataclasses.asdict(found.model), **found.data, **found.settings}
-    del theirs["source"]  # where the text came from may differ, its content may not
-    for name, here, wanted in differences(theirs, ours):
+    # Where the text came from may differ, its content may not.
+    text = {name: value for name, value in found.data.items() if name != "source"}
+    sides = [(dataclasses.asdict(found.model), dataclasses.asdict(identity)), (text, data), (found.settings, settings)]
+    different = [difference for side in sides for difference in differences(*side)]
+    for name, here, wanted in different:
+        more = f" and {len(different) - 1} more" if len(different) > 1 else ""
         raise KvcalError(
-            f"{output}: holds the artifact of another run ({name} {here!r} there, {wanted!r} asked for): "
+            f"{output}: holds the artifact of another run ({name} {here!r} there, {wanted!r} asked for{more}): "
             "choose another --output, or remove it"
         )
     return found

@@ -40,7 +40,10 @@ def check_model(artifact: Artifact, model: Any, *, weights: bool = False) -> Non
         MismatchError: names what differs on both sides, and what to do.
     """
     found = fingerprint(model.config)
-    for name, ours, theirs in differences(artifact.model.fingerprint, found):
+    # The kind of model first, single numbers before lists of one entry per layer.
+    different = differences(artifact.model.fingerprint, found)
+    different.sort(key=lambda entry: (entry[0] != "model_type", isinstance(entry[1], (list, dict))))
+    for name, ours, theirs in different:
         raise MismatchError(
             f"{artifact.name} was fitted for {name} {ours} ({artifact.model.id}), this model has {theirs}: "
             "calibrate this model with `calibrate pca --model …`"

@@ -58,6 +58,6 @@ def print_ranks(report: dict[str, Any]) -> None:
 
 
 def _heads(ranks: list[int]) -> str:
-    if len(ranks) <= 4:
+    if len(ranks) <= 3:
         return " ".join(map(str, ranks))
     return f"{min(ranks)}–{max(ranks)}"

@@ -31,6 +31,7 @@ def demo_command(output: Path, as_json: bool) -> None:
       calibrate demo --output /tmp/demo
     """
     from ..card import card_files
+    from ..checkpoint import Checkpoint
     from ..cluster_stage import cluster, cluster_report
     from ..plots import cluster_figure
     from ..rank import rank_report
@@ -48,7 +49,7 @@ def demo_command(output: Path, as_json: bool) -> None:
         device="cpu",
         dtype="auto",
         uncentred=False,
-        resume=True,
+        resume=Checkpoint.beside(output, "").exists(),
     )
     artifact = run_pass(options)
     if "clusters" not in artifact.stages:

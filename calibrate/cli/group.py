@@ -66,7 +66,7 @@ class Group(click.Group):
             ctx.exit(0)
         except OSError as error:  # the user's files and disk, not our doing
             raise UserError(
-                f"{error.filename or 'file'}: {error.strerror or error}: check the path and the disk"
+                f"{error.filename or 'standard output'}: {error.strerror or error}: check the path and the disk"
             ) from error
 
 

@@ -21,7 +21,13 @@ _OPTIONS = [
         "--data", "data_spec", metavar="DATA", help="Alias, Hub id org/name[:config[:split]], files, folder or glob."
     ),
     click.option("--output", type=click.Path(path_type=Path), help="Folder of the artifact.  [default: MODEL-DATA]"),
-    click.option("--num-tokens", type=click.IntRange(1), default=131072, show_default=True, help="Tokens to run."),
+    click.option(
+        "--num-tokens",
+        type=click.IntRange(1),
+        default=131072,
+        show_default=True,
+        help="Tokens to run, BOS and separators included.",
+    ),
     click.option("--seq-len", type=click.IntRange(2), default=2048, show_default=True, help="Tokens per block."),
     click.option(
         "--batch-size", type=click.IntRange(1), help="Blocks per forward pass.  [default: 1 on CPU, 4 on CUDA]"
@@ -34,7 +40,11 @@ _OPTIONS = [
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
     click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16."),
     click.option("--uncentred", is_flag=True, help="PCA of the second moment instead of the covariance."),
-    click.option("--resume", is_flag=True, help="Continue an interrupted run of the same settings."),
+    click.option(
+        "--resume",
+        is_flag=True,
+        help="Continue an interrupted run of the same settings (saved every minute, and on Ctrl-C).",
+    ),
 ]
 
 
@@ -71,6 +81,7 @@ def run_pass(options: PassOptions) -> Artifact:
     """Load model and text, calibrate, save: the artifact at `options.output_folder()`."""
     from ..blocks import make_blocks
     from ..card import card_files
+    from ..checkpoint import Checkpoint
     from ..data import open_data
     from ..models import check_seq_len, load_model
     from ..one_pass import calibrate, check_output, save
@@ -79,6 +90,8 @@ def run_pass(options: PassOptions) -> Artifact:
         raise click.UsageError("give both --model and --data, e.g. --model demo --data stdlib")
     output = options.output_folder()
     check_output(output)
+    if options.resume and not Checkpoint.beside(output, "").exists():
+        say(f"no interrupted run beside {output}: starting from the beginning")
     with working("finding the text"):
         data = open_data(options.data_spec, options.split)
     with working("loading the model"):

@@ -57,6 +57,16 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
             assert found.dtype == expected.dtype and torch.equal(found, expected)
 
 
+def test_asking_for_what_is_not_there_lists_what_is(tmp_path):
+    found = save(artifact(), tmp_path / "a")
+    with pytest.raises(ArtifactError, match=r"no stage 'clusters'.*moments, pca, reservoir, score.*calibrate cluster"):
+        found.tensor("clusters", 0, "sizes")
+    with pytest.raises(ArtifactError, match="no layer 2, it has 2"):
+        found.tensor("pca", 2, "key_post.mean")
+    with pytest.raises(ArtifactError, match=r"no tensor 'nope' in stage score .*post.key_map"):
+        found.tensor("score", 0, "nope")
+
+
 def test_same_artifact_same_bytes(tmp_path):
     save(artifact(), tmp_path / "a")
     save(artifact(), tmp_path / "b")
