@@ -12,9 +12,10 @@ from measure import Timer
 
 from kvcal.artifacts import weights_sha256
 from kvcal.calibrate import TokenBlocks, calibrate, capture, load_model, make_blocks, open_data, save
-from kvcal.calibrate.capture import LayerTensors, backbone, find_attention
+from kvcal.calibrate.capture import LayerTensors
 from kvcal.calibrate.pre_rotary import PreRotary
 from kvcal.calibrate.statistics import StatisticsFitter
+from kvcal.runtime.integration.routing import backbone, find_attention
 
 USUAL_TOKENS = 131072
 """What `calibrate pca` runs by default: the costs that come once are spread over them."""

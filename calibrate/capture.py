@@ -8,22 +8,16 @@ mask that implementation expects. No forward is overridden and logits stay bit-i
 from __future__ import annotations
 
 import inspect
-import itertools
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..artifacts import KvcalError
+from ..runtime.integration.routing import PREFIX, Route, delegate, find_attention, implementation
 from .pre_rotary import PreRotary, find_rotation, replay_without_rotation
-
-# Not "…sdpa…" nor "…flash…": transformers takes other branches for names that contain those.
-_NAME = "kvcal_capture"
-_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -108,40 +102,6 @@ def capture(
             handle.remove()
 
 
-def find_attention(model: Any) -> list[nn.Module]:
-    """The attention module of each layer, in order, found by watching a forward pass over two tokens.
-
-    Raises:
-        KvcalError: some layer does not go through the attention interface, or layers share their KV.
-    """
-    config = model.config.get_text_config()
-    kind = f"{type(model).__name__} (model type {config.model_type})"
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise KvcalError(f"{kind}: encoder-decoder models are not supported, only decoders are")
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise KvcalError(f"{kind}: its layers already share keys and values, which is not supported")
-    seen: dict[int, nn.Module] = {}
-
-    def on_attention(module: nn.Module, *_: Any) -> None:
-        seen[module.layer_idx] = module  # type: ignore[index]
-
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
-    with torch.no_grad(), _routed(model, on_attention):
-        backbone(model)(input_ids=ids, use_cache=False)
-    missing = sorted(set(range(config.num_hidden_layers)) - set(seen))
-    if missing:
-        raise KvcalError(
-            f"{kind}: layers {missing} do not use transformers' attention interface: this architecture is not supported"
-        )
-    return [seen[layer] for layer in sorted(seen)]
-
-
-def backbone(model: Any) -> Any:
-    """The decoder without its language-model head: no logits are needed here, and they are large."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return decoder if isinstance(decoder, nn.Module) else model.base_model
-
-
 class _Recorded(Exception):
     def __init__(self, query: Tensor, key: Tensor):
         self.query, self.key = query, key
@@ -164,43 +124,19 @@ class _Recorder:
 
 
 @contextmanager
-def _routed(model: Any, on_attention: Callable[..., None], recorder: _Recorder | None = None) -> Iterator[None]:
+def _routed(model: Any, on_attention: Callable[..., None], recorder: _Recorder) -> Iterator[None]:
     """Send the attention calls of `model`, and only of it, through `on_attention`, then to where they went before."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    submodels = [module for module in model.modules() if hasattr(module, "set_attn_implementation")]
-    configs = {id(part.config): part.config for part in submodels}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    original = model.config.get_text_config()._attn_implementation or "eager"
-    if original.startswith(_NAME):
-        raise KvcalError("this model is already being captured: leave the other capture() first")
-    if original not in ALL_MASK_ATTENTION_FUNCTIONS:
-        raise KvcalError(
-            f"attention implementation {original!r} has no mask function: load the model with sdpa or eager"
-        )
+    original = implementation(model)
+    if original.startswith(PREFIX):
+        raise KvcalError("this model is already being captured or compressed: leave the other context first")
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any
     ) -> Any:
-        if recorder is not None and recorder.active:
+        if recorder.active:
             raise _Recorded(query, key)
         on_attention(module, query, key, value, kwargs)
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        delegate = ALL_ATTENTION_FUNCTIONS.get(original, eager)
-        return delegate(module, query, key, value, mask, *args, **kwargs)
+        return delegate(original, module)(module, query, key, value, mask, *args, **kwargs)
 
-    name = f"{_NAME}_{next(_numbers)}"  # its own, so that captures of several models do not meet
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
-    try:
-        for config in configs.values():
-            config._attn_implementation_internal = name
+    with closing(Route(model, attention, masks=original)):
         yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation_internal = before[key]
-        # transformers offers no way to unregister
-        AttentionInterface._global_mapping.pop(name, None)
-        AttentionMaskInterface._global_mapping.pop(name, None)

@@ -16,8 +16,9 @@ from .. import artifacts
 from ..artifacts import Artifact, KvcalError, ModelIdentity, Stage, differences, fingerprint, weights_sha256
 from ..artifacts.folder import has_content
 from ..artifacts.manifest import MANIFEST
+from ..runtime.integration.routing import backbone
 from .blocks import TokenBlocks
-from .capture import LayerTensors, backbone, capture
+from .capture import LayerTensors, capture
 from .checkpoint import Checkpoint, run_id
 from .interrupts import deferred_interrupt
 from .models import check_seq_len

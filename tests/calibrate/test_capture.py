@@ -5,7 +5,8 @@ import torch
 from architectures import ARCHITECTURES, build
 
 from kvcal.artifacts import KvcalError
-from kvcal.calibrate.capture import capture, find_attention
+from kvcal.calibrate.capture import capture
+from kvcal.runtime.integration.routing import find_attention
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 

@@ -1,0 +1,7 @@
+"""Compressed caches in transformers: the only part of the runtime that knows of it.
+
+A model is touched in two places, both taken back at the end: its attention calls are routed through ours, and a
+forward pre-hook gives every call that would begin an empty cache one of ours. No forward is overridden.
+
+`kvcal.runtime` imports `contexts` and `cache` when they are first asked for: they load transformers.
+"""

@@ -1,0 +1,154 @@
+"""One layer of a compressed cache, as transformers sees it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from ...artifacts import KvcalError
+from ..attention import Logits
+from ..stores import Store
+from .masks import Padding
+
+Observer = Callable[[int, Store, Tensor, Tensor, Tensor, Logits, Tensor], None]
+
+
+@dataclass
+class Call:
+    """What the layers of one cache share."""
+
+    model: weakref.ref[Any]
+    padding: Padding = field(default_factory=Padding)
+    recording: bool = False
+    """Speculative decoding: tokens may be taken back by `crop`."""
+    drafts: int | None = None
+    """How many of this forward call's last tokens are guesses to be verified, each as a step of its own; None:
+    unknown."""
+    observer: Observer | None = None
+
+
+class CompressedLayer(CacheLayerMixin):
+    """One layer of a `CompressedCache`. `update` only hands on: what is written and read is the attention's matter,
+    which knows the query and the mask."""
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, index: int, build: Callable[[], Store], call: Call):
+        super().__init__()
+        self.index, self._build, self._call = index, build, call
+        self.store = build()
+        self._new: tuple[Tensor, Tensor] | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self._new is not None:
+            raise KvcalError(
+                f"layer {self.index}: its attention did not reach kvcal: this architecture is not supported"
+            )
+        self.is_initialized = True
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._new = (key_states, value_states)
+        key = key_states.view_as(key_states)
+        key.kvcal_layer = self  # type: ignore[attr-defined]
+        return key, value_states
+
+    @torch.no_grad()
+    def attend(self, query: Tensor, mask: Tensor | None, logits: Logits) -> Tensor:
+        """[B, Hq, T, D] -> [B, Hq, T, Dv], the T new tokens taken in."""
+        assert self._new is not None
+        (key, value), self._new = self._new, None
+        store, tokens = self.store, key.shape[2]
+        valid = self._call.padding.of(mask, store.seen, query)
+        if self._call.recording:
+            store.tentative(True)
+        drafts = self._call.drafts
+        if drafts is None:
+            drafts = tokens if self._call.recording and store.seen else 0
+        prompt = tokens - min(drafts, tokens)
+        if prompt == 1 and store.seen:
+            prompt = 0  # the usual step
+        parts = []
+        if prompt:
+            new = slice(None, prompt)
+            parts.append(
+                store.prefill(
+                    query[:, :, new],
+                    key[:, :, new],
+                    value[:, :, new],
+                    logits,
+                    valid[:, new] if valid is not None else None,
+                )
+            )
+        for token in range(prompt, tokens):
+            at = slice(token, token + 1)
+            store.append(key[:, :, at], value[:, :, at], valid[:, at] if valid is not None else None)
+            parts.append(store.attend(query[:, :, at], logits))
+            if self._call.observer is not None:
+                self._call.observer(
+                    self.index, store, query[:, :, at], key[:, :, at], value[:, :, at], logits, parts[-1]
+                )
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def get_seq_length(self) -> int:
+        return self.store.seen
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        # Before transformers 5.8 the argument was a tensor of positions.
+        length = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.store.seen + length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.14
+
+    def reset(self) -> None:
+        self.store, self._new, self.is_initialized = self._build(), None, False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Negative: remove so many tokens; positive (transformers before 5.14): the length to cut back to."""
+        seen = self.store.seen
+        tokens = -tokens_to_remove if tokens_to_remove <= 0 else max(0, seen - tokens_to_remove)
+        if tokens:
+            self.store.crop(tokens)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.store.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        rows = torch.arange(len(self.store.lengths))
+        self.store.select(rows[indices.cpu()])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.store.select(torch.arange(len(self.store.lengths)).repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        self.store.to("cpu")
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self.store.to(self.device)
+
+
+def stock_state(layer: Any) -> dict[str, Tensor]:
+    if layer.keys is None:
+        return {}
+    return {"keys": layer.keys, "values": layer.values, "length": torch.tensor(layer.get_seq_length())}
+
+
+def restore_stock(layer: Any, state: Mapping[str, Tensor]) -> None:
+    if state:
+        layer.lazy_initialization(state["keys"], state["values"])
+        layer.keys, layer.values = state["keys"], state["values"]
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length = int(state["length"])

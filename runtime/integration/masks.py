@@ -1,0 +1,57 @@
+"""What a mask of transformers says about padding."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from ...artifacts import KvcalError
+
+
+class Padding:
+    """Reads the mask of a forward call once, although every layer gets it."""
+
+    def __init__(self) -> None:
+        self._mask: weakref.ref[Tensor] | None = None
+        self._valid: Tensor | None = None
+
+    def of(self, mask: Tensor | None, seen: int, query: Tensor) -> Tensor | None:
+        """Which of the T new tokens are no padding.
+
+        Args:
+            mask: [B or 1, 1, T, seen + T] bool, True where a query sees a key (or float, 0 there); None: no padding.
+            query: [B, Hq, T, D].
+
+        Returns:
+            [B, T] bool on the CPU; None when there is no padding among them.
+
+        Raises:
+            KvcalError: the mask hides more than padding and the future.
+        """
+        if mask is None:
+            return None
+        if self._mask is None or self._mask() is not mask:
+            self._valid = _read(mask, seen, query)
+            self._mask = weakref.ref(mask)
+        return self._valid
+
+
+def _read(mask: Tensor, seen: int, query: Tensor) -> Tensor | None:
+    batch, _, tokens, _ = query.shape
+    if mask.shape[-2:] != (tokens, seen + tokens) or mask.shape[1] != 1:
+        raise KvcalError(
+            f"an attention mask of shape {list(mask.shape)} for {tokens} new tokens after {seen}: "
+            "compressed caches take the usual 2D mask [batch, tokens so far]"
+        )
+    visible = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
+    keys = visible[:, -1]  # the last query sees every key that is no padding
+    new = keys[:, seen:]
+    if tokens > 1:
+        past = torch.ones(tokens, seen + tokens, dtype=torch.bool, device=mask.device).tril(seen)
+        # What queries at padding see does not matter.
+        if bool(((visible != (past & keys.unsqueeze(1))) & new.unsqueeze(-1)).any()):
+            raise KvcalError("this attention mask hides more than padding and the future: not supported with a cache")
+    valid = new.expand(batch, -1).cpu()
+    return None if bool(valid.all()) else valid

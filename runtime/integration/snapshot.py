@@ -1,0 +1,73 @@
+"""A compressed cache on disk: one safetensors file whose header says which model, artifact and methods it is of."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ...artifacts import Artifact, KvcalError, differences, fingerprint
+from ...artifacts.folder import write_atomically
+from ..stores import METHODS, Method
+
+FILE = "cache.safetensors"
+_VERSION = 1
+
+
+def write_snapshot(
+    folder: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    config: Any,
+    methods: Mapping[int, Method],
+    artifact: Artifact | None,
+) -> None:
+    names = {kind: name for name, kind in METHODS.items()}
+    header = {
+        "version": _VERSION,
+        "model": fingerprint(config),
+        "artifact": artifact.content_hash if artifact else None,
+        "methods": {
+            str(layer): {"method": names[type(method)], **dataclasses.asdict(method)}
+            for layer, method in methods.items()
+        },
+    }
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    content = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, {"kvcal": json.dumps(header)})
+    write_atomically(place / FILE, content)
+
+
+def read_snapshot(
+    folder: str | os.PathLike[str], model: Any, artifact: Artifact | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors on the model's device, the methods by layer).
+
+    Raises:
+        KvcalError: no such file, damaged, or of another model or artifact.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        raise KvcalError(f"{path}: no saved cache there: write one with cache.save(folder)")
+    try:
+        with safe_open(path, framework="pt", device=str(model.device)) as file:
+            header = json.loads((file.metadata() or {})["kvcal"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        version, identity, wanted, methods = (header[key] for key in ("version", "model", "artifact", "methods"))
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
+        raise KvcalError(f"{path}: not a saved cache, or damaged ({error}): save it again") from error
+    if version != _VERSION:
+        raise KvcalError(f"{path}: saved by another version of kvcal ({version}, this one reads {_VERSION})")
+    for name, ours, theirs in differences(identity, fingerprint(model.config)):
+        raise KvcalError(f"{path}: was saved with a model of {name} {ours}, this model has {theirs}")
+    if wanted != (artifact.content_hash if artifact else None):
+        raise KvcalError(
+            f"{path}: was saved with artifact {wanted}, given is {artifact.content_hash if artifact else None}"
+        )
+    return tensors, methods

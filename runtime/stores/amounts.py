@@ -1,0 +1,41 @@
+"""Parameters that are a fraction or a count: 0.25 of the tokens, or 1024 of them."""
+
+from __future__ import annotations
+
+import math
+
+from ...artifacts import KvcalError
+
+Amount = float | int
+"""float in (0, 1]: a fraction; int >= 1: a count."""
+
+
+def count_of(amount: Amount, total: int) -> int:
+    """How many of `total`: at least 1, at most all; fractions are rounded up."""
+    # 0.55 · 100 is 55.00000000000001 in floating point and means 55.
+    wanted = math.ceil(amount * total - 1e-9) if isinstance(amount, float) else amount
+    return max(1, min(total, wanted))
+
+
+def check_amount(name: str, amount: object, limit: int | None = None, what: str = "") -> None:
+    """Raises KvcalError unless `amount` is a fraction in (0, 1] or a count from 1 to `limit`."""
+    if isinstance(amount, bool) or not isinstance(amount, (int, float)):
+        raise KvcalError(f"{name} {amount!r}: give a fraction such as 0.25 or a count such as 32")
+    if not amount > 0:
+        raise KvcalError(f"{name} {amount}: give a fraction above 0, or a count of at least 1")
+    if isinstance(amount, float) and amount > 1:
+        raise KvcalError(f"{name} {amount}: a fraction is at most 1.0; a count is written without a point")
+    if limit is not None and isinstance(amount, int) and amount > limit:
+        raise KvcalError(f"{name} {amount} is above {what} {limit}: give at most {limit}, or a fraction such as 0.25")
+
+
+def check_count(name: str, count: object, least: int = 0) -> None:
+    """Raises KvcalError unless `count` is an int of at least `least`."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < least:
+        raise KvcalError(f"{name} {count!r}: give a whole number of at least {least}")
+
+
+def check_choice(name: str, choice: object, known: tuple[str, ...]) -> None:
+    """Raises KvcalError unless `choice` is one of `known`."""
+    if choice not in known:
+        raise KvcalError(f"{name} {choice!r}: give {' or '.join(known)}")

@@ -1,0 +1,181 @@
+"""Stores that hold a budget of tokens and forget the rest: `streaming` and `h2o`.
+
+Nothing is evicted before the first decoded token, so that a prompt prefilled in chunks, or over several
+calls, is attended densely and leaves the same cache as one prefilled at once.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...artifacts import KvcalError
+from ..attention import Logits, causal_attention
+from .base import Store
+from .rows import Rows, lengths_mask
+
+if TYPE_CHECKING:
+    from .full import FullStore
+
+
+class EvictingStore(Store):
+    """Slots [B, Hkv, slots]: the first `held` of a row are taken, in no order; `position` says by which token."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.held: list[int] = []
+        """Tokens held by each row, the same number in every KV head."""
+        self._snapshots: list[dict[str, Any]] = []
+
+    @abstractmethod
+    def budget(self, length: int) -> int:
+        """Tokens that a row of `length` tokens may hold when it attends."""
+
+    @abstractmethod
+    def _worth(self, lengths: Tensor, budgets: Tensor) -> Tensor:
+        """[B, Hkv, slots] float, the least goes first, inf never; both arguments [B, 1, 1], of the coming step."""
+
+    def prefill(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits, valid: Tensor | None = None) -> Tensor:
+        limits = self._take(key, value, valid)
+        self._attended(query, logits, limits)
+        return causal_attention(query, self.rows["key"].view, self.rows["value"].view, logits, limits)
+
+    def append(self, key: Tensor, value: Tensor, valid: Tensor | None = None) -> None:
+        if self._tentative:
+            self._snapshots.append(self._snapshot())
+        if not self.lengths or (valid is not None and not bool(valid.all())):
+            self._take(key, value, valid)
+            return
+        budgets = [self.budget(length + 1) for length in self.lengths]
+        if any(held > budget for held, budget in zip(self.held, budgets, strict=True)):
+            self._shrink([min(held, budget - 1) for held, budget in zip(self.held, budgets, strict=True)], budgets)
+        if all(held < budget for held, budget in zip(self.held, budgets, strict=True)):
+            self._take(key, value, None)
+        else:
+            self._overwrite(key, value, budgets)
+
+    def _take(self, key: Tensor, value: Tensor, valid: Tensor | None) -> Tensor | None:
+        """Append T tokens in free slots; the limits of their attention."""
+        batch, heads, tokens, _ = key.shape
+        held, lengths = self.held or [0] * batch, self.lengths or [0] * batch
+        places = self._advance(key, valid, held)
+        self.held = places.after
+        if places.limits is None:
+            position = torch.arange(tokens, device=key.device).expand(batch, -1)
+        else:
+            offset = torch.tensor(lengths) - torch.tensor(held)
+            position = places.limits + offset.to(key.device).unsqueeze(1) - 1
+        positions = position.to(torch.int32)[:, None, :, None].expand(-1, heads, -1, -1)
+        for name, new in {"key": key, "value": value, "position": positions, **self._fresh(key)}.items():
+            self.rows.setdefault(name, Rows()).write(new, places)
+        return places.limits
+
+    def _overwrite(self, key: Tensor, value: Tensor, budgets: list[int]) -> None:
+        """One token per row: in a free slot, or in place of the token of least worth."""
+        new_lengths = [length + 1 for length in self.lengths]
+        worth = self._worth(self._column(new_lengths), self._column(budgets))
+        slot = worth.masked_fill(self._free(), torch.inf).argmin(-1)
+        held = torch.tensor(self.held, device=key.device)
+        room = held < torch.tensor(budgets, device=key.device)
+        slot = torch.where(room.unsqueeze(1), held.unsqueeze(1), slot)
+        self._advance(key, None, self.held)
+        self.held = [min(held + 1, budget) for held, budget in zip(self.held, budgets, strict=True)]
+        batch = torch.arange(key.shape[0], device=key.device).unsqueeze(1)
+        heads = torch.arange(key.shape[1], device=key.device).unsqueeze(0)
+        position = torch.tensor(self.lengths, device=key.device).to(torch.int32) - 1
+        positions = position.view(-1, 1, 1, 1).expand(-1, key.shape[1], 1, 1)
+        for name, new in {"key": key, "value": value, "position": positions, **self._fresh(key)}.items():
+            rows = self.rows[name]
+            rows.reserve(max(self.held), new)
+            rows.used = max(self.held)
+            assert rows.tensor is not None
+            rows.tensor[batch, heads, slot] = new[:, :, 0]
+
+    def _shrink(self, targets: list[int], budgets: list[int]) -> None:
+        """Hold only the `targets[b]` tokens of most worth, in buffers of that size."""
+        worth = self._worth(self._column([length + 1 for length in self.lengths]), self._column(budgets))
+        kept = worth.masked_fill(self._free(), -torch.inf).topk(max(1, *targets)).indices
+        for rows in self.rows.values():
+            view = rows.view
+            rows.replace(view.gather(2, kept.unsqueeze(-1).expand(-1, -1, -1, view.shape[-1])))
+        self.held = targets
+
+    def crop(self, tokens: int) -> None:
+        if tokens == 0:
+            return
+        if tokens <= len(self._snapshots):
+            self._return_to(self._snapshots[-tokens])
+            del self._snapshots[-tokens:]
+            return
+        if self.held != self.lengths or self._fresh(self.rows["key"].view):
+            raise KvcalError(
+                f"{self.name} forgets tokens and cannot take back the last {tokens}: crop works for methods that keep "
+                "all tokens (loki, quest, sparq, full)"
+            )
+        self._retreat(tokens)
+        self.held = list(self.lengths)
+        for rows in self.rows.values():
+            rows.used = max(self.held)
+
+    def tentative(self, on: bool) -> None:
+        super().tentative(on)
+        self._snapshots.clear()
+
+    def adopt(self, full: FullStore) -> None:
+        lengths = torch.tensor(full.lengths)
+        self._take(
+            full.rows["key"].view, full.rows["value"].view, torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+        )
+        self.seen, self._valid = full.seen, full._valid
+
+    def select(self, index: Tensor) -> None:
+        super().select(index)
+        self.held = [self.held[row] for row in index.tolist()] if self.held else []
+        self._snapshots.clear()
+
+    def read_mask(self) -> Tensor:
+        position = self.rows["position"].view.squeeze(-1).long()
+        mask = torch.zeros(*position.shape[:2], max(self.lengths), dtype=torch.int32, device=position.device)
+        return mask.scatter_add_(2, position, (~self._free()).to(torch.int32).expand_as(position)) > 0
+
+    def state(self) -> dict[str, Tensor]:
+        return {**super().state(), "held": torch.tensor(self.held)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        super().restore(state)
+        self.held = state["held"].tolist()
+
+    def _attended(self, query: Tensor, logits: Logits, limits: Tensor | None) -> None:
+        """T queries have attended, each to the first `limits` slots."""
+
+    def _fresh(self, key: Tensor) -> dict[str, Tensor]:
+        """What else a new token brings, [B, Hkv, T, 1] each."""
+        return {}
+
+    def _held(self) -> Tensor | None:
+        """[B, 1, 1, slots] bool; None when every slot is taken."""
+        return lengths_mask(self.held, self.rows["key"].view.device)
+
+    def _free(self) -> Tensor:
+        """[B, 1, slots] bool."""
+        position = self.rows["position"].view
+        held = torch.tensor(self.held, device=position.device).view(-1, 1, 1)
+        return torch.arange(position.shape[2], device=position.device) >= held
+
+    def _column(self, counts: list[int]) -> Tensor:
+        return torch.tensor(counts, device=self.rows["key"].view.device).view(-1, 1, 1)
+
+    def _snapshot(self) -> dict[str, Any]:
+        rows = {name: (rows.view.clone(), rows.used) for name, rows in self.rows.items()}
+        return {"rows": rows, "held": self.held, "lengths": self.lengths, "seen": self.seen, "valid": self._valid}
+
+    def _return_to(self, snapshot: dict[str, Any]) -> None:
+        for name, (tensor, used) in snapshot["rows"].items():
+            self.rows[name].replace(tensor)
+            self.rows[name].used = used
+        self.held, self.lengths = snapshot["held"], snapshot["lengths"]
+        self.seen, self._valid = snapshot["seen"], snapshot["valid"]

@@ -1,0 +1,42 @@
+"""`exact_topk`: the oracle of every method that selects tokens by an approximate score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...artifacts import Artifact
+from ..attention import Logits
+from .selecting import Chosen, SelectingStore, Selection
+
+
+@dataclass(frozen=True)
+class ExactTopk(Selection):
+    """The tokens of the highest q·k. It reads every key to find them, so it saves values only."""
+
+    def build(self, layer: int, head_dim: int, artifact: Artifact | None) -> Callable[[], ExactTopkStore]:
+        self.check()
+        return lambda: ExactTopkStore(self)
+
+
+class ExactTopkStore(SelectingStore):
+    _exact: Tensor
+    """[B, Hkv, G, S] float32 logits of the step."""
+
+    def _score(self, query: Tensor, logits: Logits) -> Tensor:
+        key = self.rows["key"].view
+        self._read += key.nbytes
+        self._exact = self._masked(logits.of(query @ key.mT))
+        return self._exact
+
+    def _combine(self, query: Tensor, logits: Logits, scores: Tensor, chosen: Chosen) -> Tensor:
+        """The scores are the exact ones already: only values are still to be read."""
+        kept = self._exact.gather(-1, chosen.index.expand(*self._exact.shape[:3], -1))
+        if chosen.counted is not None:
+            kept = kept.masked_fill(~chosen.counted, -torch.inf)
+        weights = logits.softmax(kept)
+        value = self._gather("value", chosen).unflatten(1, chosen.index.shape[1:3]).float()
+        return (weights.unsqueeze(3) @ value).flatten(1, 2).to(query.dtype)

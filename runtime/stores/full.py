@@ -1,0 +1,49 @@
+"""`full`: the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ...artifacts import Artifact
+from ..attention import Logits, attention_mass, causal_attention, probabilities
+from .row_store import RowStore
+
+
+@dataclass(frozen=True)
+class Full:
+    """Every token is read at every step."""
+
+    record_mass: bool = False
+    """Also accumulate attention per key, so that `h2o` can adopt what this cache prefilled."""
+
+    def build(self, layer: int, head_dim: int, artifact: Artifact | None) -> Callable[[], FullStore]:
+        return lambda: FullStore(self.record_mass)
+
+
+class FullStore(RowStore):
+    def __init__(self, record_mass: bool = False):
+        super().__init__()
+        self.record_mass = record_mass
+
+    def prefill(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits, valid: Tensor | None = None) -> Tensor:
+        places = self._extend(key, value, valid)
+        held_key, held_value = self.rows["key"].view, self.rows["value"].view
+        if self.record_mass:
+            self._record(attention_mass(query, held_key, logits, places.limits))
+        return causal_attention(query, held_key, held_value, logits, places.limits)
+
+    def attend(self, query: Tensor, logits: Logits) -> Tensor:
+        if self.record_mass:
+            held_key = self.rows["key"].view
+            self._record(probabilities(query, held_key, logits, self._held()).sum((2, 3)))
+        return self.attend_densely(query, logits)
+
+    def _record(self, mass: Tensor) -> None:
+        """Accumulate what every key received of the attention so far, for a store that starts from this one."""
+        past = self.totals.get("mass")
+        if past is not None:
+            mass[:, :, : past.shape[2]] += past
+        self.totals["mass"] = mass

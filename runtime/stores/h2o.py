@@ -1,0 +1,68 @@
+"""H2O (Zhang et al., 2023): the tokens that have received most attention, and the most recent ones, half and half.
+
+Evicted per KV head: the attention of the query heads that share it is added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...artifacts import Artifact, KvcalError
+from ..attention import Logits, attention_mass, probabilities
+from .amounts import Amount, check_amount, check_count, count_of
+from .evicting import EvictingStore
+
+if TYPE_CHECKING:
+    from .full import FullStore
+
+
+@dataclass(frozen=True)
+class H2O:
+    keep: Amount = 0.25
+    """Tokens held, the new one included: a fraction of the row's tokens at this step, or a count."""
+    dense_below: int = 0
+    """Rows of fewer tokens lose none."""
+
+    def build(self, layer: int, head_dim: int, artifact: Artifact | None) -> Callable[[], H2OStore]:
+        check_amount("keep", self.keep)
+        check_count("dense_below", self.dense_below)
+        return lambda: H2OStore(self)
+
+
+class H2OStore(EvictingStore):
+    def __init__(self, settings: H2O):
+        super().__init__("h2o")
+        self.settings = settings
+
+    def budget(self, length: int) -> int:
+        return length if length < self.settings.dense_below else count_of(self.settings.keep, length)
+
+    def _worth(self, lengths: Tensor, budgets: Tensor) -> Tensor:
+        position = self.rows["position"].view.squeeze(-1)
+        recent = position >= lengths - budgets // 2
+        return self.rows["mass"].view.squeeze(-1).masked_fill(recent, float("inf"))
+
+    def attend(self, query: Tensor, logits: Logits) -> Tensor:
+        key, value = self.rows["key"].view, self.rows["value"].view
+        self._read = sum(rows.view.nbytes for rows in self.rows.values())
+        weights = probabilities(query, key, logits, self._held())  # [B, Hkv, G, 1, slots]
+        self.rows["mass"].view.add_(weights.sum((2, 3)).unsqueeze(-1))
+        return (weights @ value.float().unsqueeze(2)).flatten(1, 2).to(query.dtype)
+
+    def adopt(self, full: FullStore) -> None:
+        if "mass" not in full.totals:
+            raise KvcalError("h2o can only adopt a cache that recorded attention: prefill with full, record_mass=True")
+        super().adopt(full)
+        self.rows["mass"].view.copy_(full.totals["mass"].unsqueeze(-1))
+
+    def _attended(self, query: Tensor, logits: Logits, limits: Tensor | None) -> None:
+        mass = attention_mass(query, self.rows["key"].view, logits, limits)
+        self.rows["mass"].view.add_(mass.unsqueeze(-1))
+
+    def _fresh(self, key: Tensor) -> dict[str, Tensor]:
+        return {"mass": torch.zeros(*key.shape[:3], 1, dtype=torch.float32, device=key.device)}

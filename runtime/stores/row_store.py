@@ -1,0 +1,92 @@
+"""Stores that keep every token's key and value and decide at each step what to read of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..attention import Logits, attention, causal_attention
+from .base import Store
+from .rows import Places, Rows, lengths_mask
+
+if TYPE_CHECKING:
+    from .full import FullStore
+
+
+class RowStore(Store):
+    """Everything stays, left-aligned, in buffers `key` and `value`."""
+
+    def prefill(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits, valid: Tensor | None = None) -> Tensor:
+        places = self._extend(key, value, valid)
+        held_key, held_value = self.rows["key"].view, self.rows["value"].view
+        return causal_attention(self._encode_query(query), held_key, held_value, logits, places.limits)
+
+    def append(self, key: Tensor, value: Tensor, valid: Tensor | None = None) -> None:
+        self._extend(key, value, valid)
+
+    def crop(self, tokens: int) -> None:
+        before = self.lengths
+        self._retreat(tokens)
+        self._forget(before)
+        for name in ("key", "value"):
+            self.rows[name].used = max(self.lengths)
+
+    def adopt(self, full: FullStore) -> None:
+        lengths = torch.tensor(full.lengths)
+        valid = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+        self._extend(full.rows["key"].view, full.rows["value"].view, valid)
+        self.seen, self._valid = full.seen, full._valid
+
+    def attend_densely(self, query: Tensor, logits: Logits) -> Tensor:
+        """Read everything; the last step of `full`, and of short contexts."""
+        key, value = self.rows["key"].view, self.rows["value"].view
+        self._read = key.nbytes + value.nbytes + self._encoding_bytes()
+        self._read_rows = None
+        return attention(self._encode_query(query), key, value, logits, self._held())
+
+    def read_mask(self) -> Tensor:
+        key = self.rows["key"].view
+        held = self._held()
+        if self._read_rows is None:
+            mask = torch.ones(key.shape[:3], dtype=torch.bool, device=key.device)
+            return mask if held is None else mask & held[:, :, 0]
+        index, counted = self._read_rows
+        mask = torch.zeros(*index.shape[:2], key.shape[2], dtype=torch.bool, device=key.device)
+        if counted is None:
+            return mask.scatter_(2, index, True)
+        # Rows with a smaller budget repeat indices that do not count: add instead of set.
+        return mask.to(torch.int32).scatter_add_(2, index, counted.to(torch.int32)) > 0
+
+    _read_rows: tuple[Tensor, Tensor | None] | None = None
+    """Of the last step: indices [B, H, k] and which of them count; None: everything."""
+
+    def _extend(self, key: Tensor, value: Tensor, valid: Tensor | None) -> Places:
+        places = self._advance(key, valid)
+        for name, new in (("key", self._encode_key(key)), ("value", value)):
+            self.rows.setdefault(name, Rows()).write(new, places)
+        self._extended(key, value, places)
+        return places
+
+    def _held(self) -> Tensor | None:
+        """[B, 1, 1, S] bool; None when every row has S tokens."""
+        return lengths_mask(self.lengths, self.rows["key"].view.device)
+
+    # What a method may keep beside keys and values
+
+    def _encode_key(self, key: Tensor) -> Tensor:
+        """How keys are stored; queries of `_encode_query` have the same dot products with them."""
+        return key
+
+    def _encode_query(self, query: Tensor) -> Tensor:
+        return query
+
+    def _encoding_bytes(self) -> int:
+        return 0
+
+    def _extended(self, key: Tensor, value: Tensor, places: Places) -> None:
+        """New tokens were written."""
+
+    def _forget(self, before: list[int]) -> None:
+        """Rows that had `before` tokens are about to have `lengths`; their keys and values still stand."""

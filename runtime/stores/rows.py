@@ -1,0 +1,104 @@
+"""Where tokens lie: rows of unequal length, left-aligned, in buffers that grow by whole chunks.
+
+Padding is dropped on the way in. So a row of a padded batch is stored exactly as if it were alone, and
+nothing downstream (pages, budgets, evictions) has to know about padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK = 256
+"""Tokens by which buffers grow."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where T new tokens of each row go."""
+
+    after: list[int]
+    """Length of each row once they are written."""
+    slots: slice | tuple[Tensor, Tensor, Tensor]
+    """The same slots for all rows; or (row, token, slot) of every token that counts."""
+    limits: Tensor | None
+    """[B, T] int64: how many tokens of its row each new one may see, itself included; None: T == S, no padding."""
+
+
+def find_places(lengths: Sequence[int], tokens: int, valid: Tensor | None, device: torch.device) -> Places:
+    """Args: valid: [B, T] bool on the CPU, False at padding; None = no padding."""
+    if valid is not None and bool(valid.all()):
+        valid = None
+    before = torch.tensor(list(lengths))
+    if valid is None:
+        after = [length + tokens for length in lengths]
+        if len(set(lengths)) == 1:
+            start = lengths[0]
+            limits = None
+            if start:
+                limits = torch.arange(start + 1, start + tokens + 1, device=device).expand(len(after), -1)
+            return Places(after, slice(start, start + tokens), limits)
+        valid = torch.ones(len(after), tokens, dtype=torch.bool)
+    limits = before.unsqueeze(1) + valid.cumsum(1)
+    row, token = valid.nonzero(as_tuple=True)
+    slot = limits[row, token] - 1
+    return Places(limits[:, -1].tolist(), (row.to(device), token.to(device), slot.to(device)), limits.to(device))
+
+
+class Rows:
+    """[B, H, capacity, D], of which the first `used` tokens (the longest row's) are in use."""
+
+    def __init__(self, tensor: Tensor | None = None):
+        self.tensor = tensor
+        self.used = 0 if tensor is None else tensor.shape[2]
+
+    def write(self, new: Tensor, places: Places) -> None:
+        """Put [B, H, T, D] where `places` says."""
+        used = max(self.used, *places.after)
+        self.reserve(used, new)
+        assert self.tensor is not None
+        if isinstance(places.slots, slice):
+            self.tensor[:, :, places.slots] = new
+        else:
+            row, token, slot = places.slots
+            self.tensor[row, :, slot] = new[row, :, token]
+        self.used = used
+
+    def reserve(self, tokens: int, like: Tensor) -> None:
+        """Make room for `tokens` tokens of the shape and dtype of `like`; what was never written is zero."""
+        capacity = 0 if self.tensor is None else self.tensor.shape[2]
+        if tokens <= capacity:
+            return
+        grown = like.new_zeros(like.shape[0], like.shape[1], -(-tokens // CHUNK) * CHUNK, like.shape[3])
+        if self.tensor is not None:
+            grown[:, :, : self.used] = self.view
+        self.tensor = grown
+
+    @property
+    def view(self) -> Tensor:
+        """[B, H, used, D]."""
+        assert self.tensor is not None
+        return self.tensor[:, :, : self.used]
+
+    def replace(self, tensor: Tensor) -> None:
+        """Hold these tokens instead, in a buffer of their own that is no larger than it has to be."""
+        self.tensor, self.used = None, 0
+        self.reserve(tensor.shape[2], tensor)
+        assert self.tensor is not None
+        self.tensor[:, :, : tensor.shape[2]] = tensor
+        self.used = tensor.shape[2]
+
+    def nbytes(self) -> int:
+        return 0 if self.tensor is None else self.tensor.nbytes
+
+
+def lengths_mask(lengths: Sequence[int], device: torch.device) -> Tensor | None:
+    """[B, 1, 1, S] which tokens each row has; None when all have the same number."""
+    longest = max(lengths)
+    if min(lengths) == longest:
+        return None
+    held = torch.tensor(list(lengths), device=device)
+    return torch.arange(longest, device=device) < held.view(-1, 1, 1, 1)

@@ -1,0 +1,102 @@
+"""Stores that score all tokens cheaply, then read keys and values of the best only."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..attention import Logits, attention
+from .amounts import Amount, check_amount, check_choice, check_count, count_of
+from .row_store import RowStore
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is read per step."""
+
+    keep: Amount = 0.25
+    """Tokens: a fraction of the row's tokens at this step, the new one included, or a count."""
+    select: str = "head"
+    """"head": each query head reads its own tokens (as published); "group": the heads of a KV head read the same."""
+    dense_below: int = 0
+    """Rows of fewer tokens are read whole."""
+
+    def check(self) -> None:
+        check_amount("keep", self.keep)
+        check_choice("select", self.select, ("head", "group"))
+        check_count("dense_below", self.dense_below)
+
+    def budget(self, length: int) -> int:
+        return length if length < self.dense_below else count_of(self.keep, length)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which tokens are read, per query head or per KV head."""
+
+    index: Tensor
+    """[B, Hkv, G or 1, k] int64, row positions; those that do not count repeat some token."""
+    counted: Tensor | None
+    """[B, Hkv, G or 1, k] bool; None: all."""
+
+
+class SelectingStore(RowStore):
+    """Score, choose, combine."""
+
+    def __init__(self, selection: Selection):
+        super().__init__()
+        self.selection = selection
+
+    def attend(self, query: Tensor, logits: Logits) -> Tensor:
+        budgets = [self.selection.budget(length) for length in self.lengths]
+        if budgets == self.lengths:
+            return self.attend_densely(query, logits)
+        self._read = 0
+        grouped = query.unflatten(1, (self.rows["key"].view.shape[1], -1)).squeeze(3)
+        scores = self._score(grouped, logits)
+        if self.selection.select == "group":
+            # The group's mean softmax, in logarithms, where nothing underflows.
+            scores = scores.log_softmax(-1).logsumexp(2, keepdim=True)
+        chosen = self._choose(scores, budgets)
+        self._read_rows = (chosen.index.flatten(1, 2), None if chosen.counted is None else chosen.counted.flatten(1, 2))
+        return self._combine(query, logits, scores, chosen)
+
+    @abstractmethod
+    def _score(self, query: Tensor, logits: Logits) -> Tensor:
+        """[B, Hkv, G, D] -> [B, Hkv, G, candidates] float32, -inf for those that a row has not; adds to `_read`."""
+
+    def _choose(self, scores: Tensor, budgets: list[int]) -> Chosen:
+        return best(scores, budgets)
+
+    def _combine(self, query: Tensor, logits: Logits, scores: Tensor, chosen: Chosen) -> Tensor:
+        """Exact attention to the chosen tokens."""
+        key, value = self._gather("key", chosen), self._gather("value", chosen)
+        visible = None if chosen.counted is None else chosen.counted.flatten(1, 2).unsqueeze(2)
+        return attention(self._encode_query(query), key, value, logits, visible)
+
+    def _gather(self, name: str, chosen: Chosen) -> Tensor:
+        """[B, Hkv·(G or 1), k, …] of the chosen tokens."""
+        rows = self.rows[name].view
+        batch = torch.arange(rows.shape[0], device=rows.device).view(-1, 1, 1, 1)
+        heads = torch.arange(rows.shape[1], device=rows.device).view(1, -1, 1, 1)
+        gathered = rows[batch, heads, chosen.index].flatten(1, 2)
+        self._read += gathered.nbytes
+        return gathered
+
+    def _masked(self, scores: Tensor) -> Tensor:
+        """-inf beyond each row's tokens; [B, Hkv, G, S]."""
+        held = self._held()
+        return scores if held is None else scores.masked_fill(~held, -torch.inf)
+
+
+def best(scores: Tensor, budgets: list[int]) -> Chosen:
+    """The `budgets[b]` highest of row b, per head."""
+    most = max(budgets)
+    if min(budgets) == most:
+        return Chosen(scores.topk(most, sorted=False).indices, None)
+    index = scores.topk(most).indices
+    allowed = torch.tensor(budgets, device=scores.device).view(-1, 1, 1, 1)
+    return Chosen(index, (torch.arange(most, device=scores.device) < allowed).expand_as(index))

@@ -1,0 +1,52 @@
+"""StreamingLLM (Xiao et al., 2023): the first tokens and the most recent ones.
+
+Keys keep the rotary positions of the text; the paper renumbers them within the cache, which matters
+only beyond the model's trained length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ...artifacts import Artifact
+from ..attention import Logits, attention
+from .amounts import Amount, check_amount, check_count, count_of
+from .evicting import EvictingStore
+
+
+@dataclass(frozen=True)
+class Streaming:
+    keep: Amount = 0.25
+    """Tokens held, sinks and the new one included: a fraction of the row's tokens at this step, or a count."""
+    sinks: int = 4
+    """First tokens that stay."""
+    dense_below: int = 0
+    """Rows of fewer tokens lose none."""
+
+    def build(self, layer: int, head_dim: int, artifact: Artifact | None) -> Callable[[], StreamingStore]:
+        check_amount("keep", self.keep)
+        check_count("sinks", self.sinks)
+        check_count("dense_below", self.dense_below)
+        return lambda: StreamingStore(self)
+
+
+class StreamingStore(EvictingStore):
+    def __init__(self, settings: Streaming):
+        super().__init__("streaming")
+        self.settings = settings
+
+    def budget(self, length: int) -> int:
+        return length if length < self.settings.dense_below else count_of(self.settings.keep, length)
+
+    def _worth(self, lengths: Tensor, budgets: Tensor) -> Tensor:
+        position = self.rows["position"].view.squeeze(-1).float()
+        # One place of the budget is the new token's.
+        return position.masked_fill(position < (budgets - 1).clamp_max(self.settings.sinks), float("inf"))
+
+    def attend(self, query: Tensor, logits: Logits) -> Tensor:
+        key, value = self.rows["key"].view, self.rows["value"].view
+        self._read = key.nbytes + value.nbytes + self.rows["position"].view.nbytes
+        return attention(query, key, value, logits, self._held())
