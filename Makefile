@@ -1,11 +1,13 @@
 # make demo    set up, then calibrate the built-in model on the built-in text
 # make test    set up, then lint, types and tests
+# make peers   set up kvpress in a virtual environment of its own, then measure it on the built-in model
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS := .venv-peers
 PYTHON ?= python3
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types check benchmark clean
+.PHONY: demo test lint types check benchmark peers clean
 
 demo: $(INSTALLED)
 	$(BIN)/calibrate demo
@@ -27,12 +29,22 @@ check: $(INSTALLED)
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/calibration.py
 
+peers: $(INSTALLED) $(PEERS)/.installed
+	$(BIN)/python benchmarks/peers.py --python $(PEERS)/bin/python
+
 # torch first and by its exact pin: a looser request would bring several GB of GPU packages.
 $(INSTALLED): constraints.txt pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[calibrate,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[calibrate,eval,test]'
+	touch $@
+
+# kvpress needs an older transformers than ours.
+$(PEERS)/.installed: benchmarks/peers-constraints.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c benchmarks/peers-constraints.txt torch
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c benchmarks/peers-constraints.txt kvpress
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(PEERS) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -71,7 +71,7 @@ def make_blocks(
         raise KvcalError(f"{num_tokens} tokens asked for: give at least 1")
     if seq_len < 2:
         raise KvcalError(f"blocks of {seq_len} tokens: give --seq-len 2 or more")
-    bos = _bos(tokenizer)
+    bos = bos_tokens(tokenizer)
     body_len = seq_len - len(bos)
     full, rest = divmod(num_tokens, seq_len)
     wanted = full * body_len + max(0, rest - len(bos))
@@ -80,7 +80,7 @@ def make_blocks(
 
     ids: list[int] = []
     own: list[bool] = []
-    for piece, is_text in _token_pieces(documents, tokenizer):
+    for piece, is_text in token_pieces(documents, tokenizer):
         ids += piece
         own += [is_text] * len(piece)
         if len(ids) >= wanted:
@@ -109,7 +109,7 @@ def make_blocks(
     return TokenBlocks(blocks, counted, attended, source or {})
 
 
-def _token_pieces(documents: Iterable[str], tokenizer: Any) -> Iterator[tuple[list[int], bool]]:
+def token_pieces(documents: Iterable[str], tokenizer: Any) -> Iterator[tuple[list[int], bool]]:
     """(token ids, whether they are the text's own), a separator before every document but the first."""
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     started = False
@@ -136,7 +136,7 @@ def _pieces(text: str) -> Iterator[str]:
         start = end
 
 
-def _bos(tokenizer: Any) -> list[int]:
+def bos_tokens(tokenizer: Any) -> list[int]:
     """[BOS] if the tokenizer puts it in front of a text by itself, since the model then expects it."""
     found = tokenizer("x")["input_ids"]
     plain = tokenizer("x", add_special_tokens=False)["input_ids"]

@@ -20,7 +20,7 @@ _LABELS = {
 
 def rank_figure(artifact: Artifact, report: dict[str, Any]) -> bytes:
     """Left: rank@p by layer, mean over KV heads with their range. Right: explained variance of post-rotary keys."""
-    figure, (by_layer, curves) = _figure()
+    figure, (by_layer, curves) = two_panels()
     percent = f"{100 * report['variance']:g}"
     layers = [entry["layer"] for entry in report["layers"]]
     for column, (quantity, label) in enumerate(_LABELS.items()):
@@ -53,12 +53,12 @@ def rank_figure(artifact: Artifact, report: dict[str, Any]) -> bytes:
     )
     curves.set_title("Explained variance of keys (mean over KV heads)", fontsize=10)
     curves.legend(fontsize=8, frameon=False, loc="lower right")
-    return _png(figure, f"{artifact.model.id} on {_data_name(artifact)}")
+    return png(figure, f"{artifact.model.id} on {_data_name(artifact)}")
 
 
 def cluster_figure(artifact: Artifact, report: dict[str, Any]) -> bytes:
     """Left: cover radius against the number of clusters. Right: iterations that calibrated centroids save."""
-    figure, (cover, starts) = _figure()
+    figure, (cover, starts) = two_panels()
     shades = _shades(len(report["layers"]))
     for entry, shade in zip(report["layers"], shades, strict=True):
         curve = entry["clusterability"]
@@ -83,7 +83,7 @@ def cluster_figure(artifact: Artifact, report: dict[str, Any]) -> bytes:
     starts.xaxis.get_major_locator().set_params(integer=True)
     starts.set_title("Starting point of clustering on unseen text", fontsize=10)
     starts.legend(fontsize=8, frameon=False)
-    return _png(figure, f"{artifact.model.id} on {_data_name(artifact)}")
+    return png(figure, f"{artifact.model.id} on {_data_name(artifact)}")
 
 
 def _explained(artifact: Artifact, layer: int, quantity: str) -> torch.Tensor:
@@ -95,7 +95,7 @@ def _data_name(artifact: Artifact) -> str:
     return str(artifact.data.get("source", {}).get("id", "text"))
 
 
-def _figure() -> tuple[Any, Any]:
+def two_panels() -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -114,7 +114,7 @@ def _shades(count: int) -> list[Any]:
     return [colormaps["viridis"](0.9 * index / max(1, count - 1)) for index in range(count)]
 
 
-def _png(figure: Any, title: str) -> bytes:
+def png(figure: Any, title: str) -> bytes:
     figure.suptitle(title, fontsize=11)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})

@@ -1,17 +1,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from ...artifacts import load, save
+from ...artifacts import Artifact, load, save
 from .analyze_rank import print_ranks
 from .cluster import print_clusters
-from .output import json_option, print_json, progress_bar
+from .evaluation_table import print_results
+from .output import json_option, print_json, progress_bar, working
 from .pass_options import PassOptions, run_pass
 from .summary import artifact_summary, print_summary
 
 NUM_TOKENS = 131072
+LOKI = {"method": "loki", "rank": 0.25, "keep": 0.25}
+PROMPTS: dict[str, Any] = {"prefix": 1024, "continuation": 64, "windows": 8, "episodes": 10}
+BATCH_SIZE = 8
 
 
 @click.command("demo")
@@ -24,7 +29,7 @@ NUM_TOKENS = 131072
 )
 @json_option
 def demo_command(output: Path, as_json: bool) -> None:
-    """All of it on the built-in model and text, without a network: pca, analyze-rank, cluster, verify.
+    """All of it on the built-in model and text, without a network: calibrate, verify, decode with Loki.
 
     \b
     Example:
@@ -59,14 +64,48 @@ def demo_command(output: Path, as_json: bool) -> None:
         artifact = save(clustered, output, {**card_files(clustered), **figures})
     verified = load(output)
     ranks, clusters = rank_report(verified), cluster_report(verified)
+    rows, texts = decode(verified)
     if as_json:
-        print_json({"artifact": artifact_summary(verified), "ranks": ranks, "clusters": clusters})
+        summary = artifact_summary(verified)
+        print_json({"artifact": summary, "ranks": ranks, "clusters": clusters, "results": rows, "side_by_side": texts})
         return
     print_summary(artifact_summary(verified))
     click.echo()
     print_ranks(ranks)
     click.echo()
     print_clusters(clusters)
+    click.echo()
+    print_results({"model": "demo", **PROMPTS, "batch_size": BATCH_SIZE}, rows)
+    print_side_by_side(texts)
     click.echo(f"\nverified: every hash, shape and dtype of {output} holds")
     click.echo(f"figures:  {output / 'rank.png'}  {output / 'clusters.png'}")
-    click.echo(f"next:     calibrate inspect {output}    or    calibrate pca --model MODEL --data TEXT")
+    click.echo(f"next:     calibrate evaluate {output} --data stdlib --split heldout --method loki,h2o,streaming")
+
+
+def decode(artifact: Artifact) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Loki beside the whole cache on text that neither training nor calibration saw: (figures, texts)."""
+    from ..data import open_data
+    from ..evaluation.grid import FULL
+    from ..evaluation.prompts import make_prompts
+    from ..evaluation.protocol import evaluate
+    from ..evaluation.side_by_side import side_by_side
+    from ..models import load_model
+
+    loaded = load_model("demo", device="cpu")
+    with working("reading unseen text"):
+        prompts = make_prompts(
+            open_data("stdlib", "heldout"), loaded.tokenizer, tasks=("perplexity", "passkey"), **PROMPTS
+        )
+    grid = [FULL, LOKI]
+    with progress_bar("decoding") as progress:
+        rows = evaluate(loaded.model, artifact, prompts, grid, batch_size=BATCH_SIZE, progress=progress)
+    with working("generating"):
+        return rows, side_by_side(loaded.model, loaded.tokenizer, artifact, prompts, grid)
+
+
+def print_side_by_side(texts: list[dict[str, Any]]) -> None:
+    for entry in texts:
+        click.echo(f"\n…{entry['prompt']!r}")
+        for each in entry["continuations"]:
+            read = each["bytes_per_step"] / 1e6
+            click.echo(f"  {each['setting']['method']:5} reads {read:.2f} MB a step  →  {each['text']!r}")

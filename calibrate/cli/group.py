@@ -17,6 +17,7 @@ COMMANDS = {
     "pca": "pca",
     "analyze-rank": "analyze_rank",
     "cluster": "cluster",
+    "evaluate": "evaluate",
     "inspect": "inspect_",
     "verify": "verify",
     "diff": "diff",

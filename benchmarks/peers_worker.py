@@ -1,0 +1,166 @@
+"""Measure kvpress's presses on token ids; `benchmarks/peers.py` starts it in an environment of its own.
+
+    .venv-peers/bin/python benchmarks/peers_worker.py JOB.safetensors MEASURED.json
+
+Knows nothing of kvcal. The protocol is that of `calibrate evaluate`: the prefix is prefilled under the press in one
+call, then the continuation is fed token by token through what is left of the cache, each token at its true position.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+Hooks = Callable[[Any], AbstractContextManager[None]]
+"""A press: `with press(model): …`."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one task and one prefix length."""
+
+    key: str
+    prefixes: Tensor
+    """[B, P] int64."""
+    continuations: Tensor
+    """[B, C] int64."""
+    answers: Tensor | None
+    """[B, C] bool, which tokens of the continuation are an answer; None: nothing was asked."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A press as one row of the results."""
+
+    setting: dict[str, Any]
+    presses: Callable[[int], tuple[Hooks, Hooks]]
+    """Tokens of the prefix -> what is entered for the prefill, and for the steps."""
+
+
+def nothing(model: Any) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+FULL = Peer({"method": "full"}, lambda prefix: (nothing, nothing))
+
+
+def peers(keeps: list[float]) -> list[Peer]:
+    """Every press at every cache size, a fraction of the prefix's tokens."""
+    import kvpress
+
+    def prefill_only(kind: Callable[..., Hooks], **options: Any) -> Callable[[float], Callable[..., Any]]:
+        return lambda keep: lambda prefix: (kind(compression_ratio=1 - keep, **options), nothing)
+
+    # The score needs the queries of several steps, hence an interval; until it is over nothing would be pruned and
+    # a short question be answered from the whole prefix, hence the same press for the prefix. With KnormPress, which
+    # can prune at every step, this model does far worse.
+    def decoding(keep: float) -> Callable[..., Any]:
+        def both(prefix: int) -> tuple[Hooks, Hooks]:
+            base = kvpress.ExpectedAttentionPress
+            size = max(1, int(keep * prefix))
+            steps = kvpress.DecodingPress(base(), compression_interval=16, target_size=size)
+            press = kvpress.PrefillDecodingPress(base(1 - keep), steps)
+            return press, press
+
+        return both
+
+    # SnapKV's default window of 64 would be all that the smallest cache of a prefix of 1024 tokens holds.
+    kinds: dict[str, tuple[dict[str, Any], Callable[[float], Callable[..., Any]]]] = {
+        "kvpress-snapkv": ({"window": 32}, prefill_only(kvpress.SnapKVPress, window_size=32)),
+        "kvpress-streaming": ({"sinks": 4}, prefill_only(kvpress.StreamingLLMPress, n_sink=4)),
+        "kvpress-expected-attention": ({}, prefill_only(kvpress.ExpectedAttentionPress)),
+        "kvpress-decoding": ({"base": "expected-attention", "interval": 16}, decoding),
+    }
+    return [
+        Peer({"method": name, "keep": keep, **options}, presses(keep))
+        for name, (options, presses) in kinds.items()
+        for keep in keeps
+    ]
+
+
+def read_job(path: Path) -> tuple[dict[str, Any], list[Batch]]:
+    """The job's settings and its batches, as `benchmarks/peers.py` wrote them."""
+    with safe_open(path, "pt") as file:
+        job = json.loads(file.metadata()["job"])
+        names = set(file.keys())
+        batches = []
+        for key in job["batches"]:
+            answers = file.get_tensor(f"{key}/answers") if f"{key}/answers" in names else None
+            prefixes, continuations = (file.get_tensor(f"{key}/{part}") for part in ("prefixes", "continuations"))
+            batches.append(Batch(key, prefixes, continuations, answers))
+    return job, batches
+
+
+@torch.no_grad()
+def measure(model: Any, batch: Batch, peer: Peer) -> dict[str, Any]:
+    """One press on one batch: what `kvcal.calibrate.evaluation.measurements.Measured` has, without the attention's error."""
+    from transformers import DynamicCache
+
+    prefix = batch.prefixes.shape[1]
+    while_prefilling, while_decoding = peer.presses(prefix)
+    cache = DynamicCache(config=model.config)
+    with while_prefilling(model):
+        logits = model(batch.prefixes, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    nll, likeliest, read, ms = [], [], [], []
+    with while_decoding(model):
+        for position in range(batch.continuations.shape[1]):
+            token = batch.continuations[:, position : position + 1]
+            if position:
+                # Attention reads what was there and the new token, whatever the press removes afterwards.
+                read.append(sum(held.nbytes + held[:, :, :1].nbytes for held in held_by(cache)))
+                at = torch.full_like(token, prefix + position - 1)
+                started = time.perf_counter()
+                fed = batch.continuations[:, position - 1 : position]
+                out = model(fed, past_key_values=cache, position_ids=at, use_cache=True)
+                ms.append(1000 * (time.perf_counter() - started))
+                logits = out.logits[:, -1]
+            nll.append(-logits.double().log_softmax(-1).gather(1, token))
+            likeliest.append(logits.argmax(-1, keepdim=True) == token)
+    hits = torch.cat(likeliest, 1)
+    return {
+        "nll": torch.cat(nll, 1).sum(1).tolist(),
+        "exact": [] if batch.answers is None else (hits | ~batch.answers).all(1).tolist(),
+        "resident_bytes": sum(held.nbytes for held in held_by(cache)),
+        "bytes_read": read,
+        "ms": ms,
+        "error": {},
+        "mass": {},
+    }
+
+
+def held_by(cache: Any) -> list[Tensor]:
+    """Keys and values [B, Hkv, tokens, D] of all layers."""
+    return [held for layer in cache.layers for held in (layer.keys, layer.values)]
+
+
+def main() -> None:
+    from importlib.metadata import version
+
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    job, batches = read_job(Path(sys.argv[1]))
+    torch.set_num_threads(job["threads"])
+    model = AutoModelForCausalLM.from_pretrained(job["model_folder"], dtype=torch.float32).eval()
+    work = [FULL, *peers(job["keeps"])]
+    rows = []
+    for number, peer in enumerate(work, 1):
+        print(f"{number}/{len(work)} {json.dumps(peer.setting)}", file=sys.stderr, flush=True)
+        rows.append({"setting": peer.setting, "measured": {b.key: measure(model, b, peer) for b in batches}})
+    versions = {name: version(name) for name in ("kvpress", "torch", "transformers")}
+    Path(sys.argv[2]).write_text(json.dumps({"versions": versions, "rows": rows}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

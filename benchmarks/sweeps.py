@@ -1,0 +1,140 @@
+"""Rank, keep and length sweeps of the decoding methods on one model: docs/results/, tables and figures.
+
+python benchmarks/sweeps.py                 # the demo model; about 20 minutes on two quiet cores
+python benchmarks/sweeps.py --only keep     # one sweep
+
+Each sweep is one `calibrate evaluate`, whose command stands above its table. Interrupted runs go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvcal.calibrate.evaluation.grid import describe
+from kvcal.calibrate.evaluation.results import parameters
+
+FOLDER = Path(__file__).parent.parent / "docs" / "results"
+CALIBRATE = [sys.executable, "-m", "kvcal.calibrate"]
+ARTIFACT_COMMAND = ["pca", "--model", "demo", "--data", "stdlib", "--num-tokens", "131072"]
+COMMON = ["--model", "demo", "--data", "stdlib", "--split", "heldout", "--windows", "16", "--episodes", "50"]
+SWEEPS: dict[str, tuple[str, list[str]]] = {
+    "rank": (
+        "Rank of the index: Loki's two bases at equal rank, a quarter of the tokens read",
+        ["--method", "loki", "--rank", ".0625,.125,.25,.5,1.0", "--keep", ".25", "--set", "basis=pca,score"],
+    ),
+    "rank-16": (
+        "The same with a sixteenth of the tokens read, where the choice of tokens matters more",
+        ["--method", "loki", "--rank", ".0625,.125,.25,.5,1.0", "--keep", ".0625", "--set", "basis=pca,score"],
+    ),
+    "keep": (
+        "Tokens read: all methods, rank a quarter",
+        [
+            *("--method", "loki,exact_topk,quest,sparq,h2o,streaming"),
+            *("--rank", ".25", "--keep", ".5,.25,.125,.0625,.03125"),
+        ],
+    ),
+    "group": (
+        "The same, one choice of tokens for the query heads that share a KV head",
+        [
+            *("--method", "loki,exact_topk,quest,sparq", "--set", "select=group"),
+            *("--rank", ".25", "--keep", ".5,.25,.125,.0625,.03125"),
+        ],
+    ),
+    "bytes": (
+        "Equal bytes: what H2O and StreamingLLM do with the bytes that Loki (0.25, 0.25) reads, per head and per group",
+        ["--method", "h2o,streaming", "--keep", ".63,.38"],
+    ),
+    "length": (
+        "Recall by length of the context",
+        [
+            *("--method", "loki,h2o,streaming,quest", "--rank", ".25", "--keep", ".25", "--tasks", "passkey,multikey"),
+            *("--lengths", "256,512,1024,2048"),
+        ],
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=SWEEPS, action="append", help="this sweep; may be repeated")
+    only = parser.parse_args().only or list(SWEEPS)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = Path(folder) / "demo-stdlib"
+        run([*ARTIFACT_COMMAND, "--output", str(artifact)])
+        for name in only:
+            output = ["--output", str(FOLDER / f"{name}.json"), "--plot", str(FOLDER / f"{name}.png")]
+            run(["evaluate", str(artifact), *COMMON, *SWEEPS[name][1], *output])
+    (FOLDER / "README.md").write_text(page())
+
+
+def run(arguments: Sequence[str]) -> None:
+    print("calibrate", shlex.join(arguments), flush=True)
+    subprocess.run([*CALIBRATE, *arguments], check=True)
+
+
+def page() -> str:
+    """Of every sweep that has been run."""
+    parts = [HEAD.format(artifact=shlex.join(["calibrate", *ARTIFACT_COMMAND]))]
+    for name, (title, arguments) in SWEEPS.items():
+        path = FOLDER / f"{name}.json"
+        if path.exists():
+            found = json.loads(path.read_text())
+            command = shlex.join(["calibrate", "evaluate", "demo-stdlib", *COMMON, *arguments])
+            parts.append(f"## {title}\n\n```\n{command}\n```\n\n{table(found['results'])}\n\n![{title}]({name}.png)\n")
+    return "\n".join(parts)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    full = rows[0]
+    tasks = list(full["recall"])
+    header = ["method", "settings", "perplexity", "/ full", *tasks, "error", "mass", "resident", "read"]
+    lines = [header, ["---"] * len(header)]
+    for row in rows:
+        lines.append(
+            [
+                row["method"],
+                describe(parameters(row)),
+                number(row["perplexity"], ".3f"),
+                number(row["perplexity_ratio"], ".4f"),
+                *(number(row["recall"].get(task), ".2f") for task in tasks),
+                number(mean(row["attention_error"]), ".3f"),
+                number(mean(row["attention_mass"]), ".3f"),
+                f"{row['resident_bytes'] / full['resident_bytes']:.3f}",
+                f"{row['bytes_per_step'] / full['bytes_per_step']:.3f}",
+            ]
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def mean(by_layer: Sequence[float | None] | None) -> float | None:
+    known = [value for value in by_layer or [] if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def number(value: float | None, form: str) -> str:
+    return "–" if value is None else f"{value:{form}}"
+
+
+HEAD = """# Sweeps on the demo model
+
+Made by `python benchmarks/sweeps.py`: each table is one command, with the artifact of `{artifact}`. Text and words of
+the questions were seen by neither training nor calibration.
+
+perplexity: teacher-forced over the continuations, prefix 1024, prefilled densely. passkey, multikey: exact recall of a
+five-digit code, one fact or one of eight, the question decoded through the cache. error: ‖o − o_dense‖ / ‖o_dense‖ of
+the attention output, mass: of the dense attention, on the tokens that were read; means over layers. resident, read:
+bytes held and read per step, as fractions of `full`'s, counted by the stores (float32 on a CPU). All are in the JSON
+beside this page, by layer and by depth.
+"""
+
+if __name__ == "__main__":
+    main()

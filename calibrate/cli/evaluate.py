@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ...artifacts import Artifact, KvcalError, load
+from .evaluation_table import print_results
+from .output import json_option, plot_option, print_json, progress_bar, say, working, write_plot
+
+
+@click.command("evaluate")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--model", "model_spec", metavar="MODEL", help="Alias, Hub id or folder.  [default: the artifact's]")
+@click.option(
+    "--data", "data_spec", metavar="DATA", help="Unseen text: alias, Hub id org/name[:config[:split]], files, glob."
+)
+@click.option("--split", help="Split of the data set, e.g. heldout of stdlib.")
+@click.option("--method", "methods", default="loki", show_default=True, help="Comma list; `full` is always run.")
+@click.option("--rank", help="Comma list of fractions (0.25), counts (32) or variance:0.9.  [default: the method's]")
+@click.option("--keep", help="Comma list of fractions (0.25) or counts (256) of tokens.  [default: the method's]")
+@click.option(
+    "--set", "assignments", metavar="NAME=VALUES", multiple=True, help="Any other parameter, e.g. basis=pca,score."
+)
+@click.option(
+    "--prefix", type=click.IntRange(2), default=1024, show_default=True, help="Tokens that are prefilled densely."
+)
+@click.option(
+    "--continuation", type=click.IntRange(2), default=256, show_default=True, help="Tokens decoded after them."
+)
+@click.option("--windows", type=click.IntRange(1), default=8, show_default=True, help="Pieces of text for perplexity.")
+@click.option(
+    "--tasks", default="perplexity,passkey,multikey", show_default=True, help="Comma list of what to measure."
+)
+@click.option("--lengths", help="Comma list of prefix lengths of the recall tasks.  [default: --prefix]")
+@click.option(
+    "--episodes", type=click.IntRange(1), default=20, show_default=True, help="Questions per recall task and length."
+)
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Rows decoded together.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of facts, their places and their fillers.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Results as JSON; a run that finds its own file there goes on."
+)
+@click.option(
+    "--compare",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Also show the rows of this results file of the same model and tokens.",
+)
+@plot_option
+@json_option
+def evaluate_command(
+    artifact: Path,
+    model_spec: str | None,
+    data_spec: str | None,
+    split: str | None,
+    methods: str,
+    rank: str | None,
+    keep: str | None,
+    assignments: tuple[str, ...],
+    tasks: str,
+    lengths: str | None,
+    device: str,
+    dtype: str,
+    batch_size: int,
+    output: Path | None,
+    compare: tuple[Path, ...],
+    plot: Path | None,
+    as_json: bool,
+    **prompt_options: Any,
+) -> None:
+    """What decoding methods cost in quality and save in bytes, on the same tokens and the same code path.
+
+    A prefix is prefilled densely, the continuation (text, or a question and its answer) is decoded token
+    by token through each method's cache, and everything is set against `full`.
+
+    \b
+    Example:
+      calibrate evaluate mistral-7b-wikitext --data wikitext:wikitext-2-raw-v1:test \\
+        --method loki,h2o,streaming --keep .25,.125 --output results.json --plot results.png
+    """
+    from ..data import open_data
+    from ..evaluation.figure import evaluation_figure
+    from ..evaluation.grid import check_grid
+    from ..evaluation.prompts import make_prompts
+    from ..evaluation.protocol import check_lengths, evaluate
+    from ..evaluation.results import Results, compared_rows
+    from ..models import load_model
+
+    if data_spec is None:
+        raise click.UsageError("give --data: text that the artifact was not calibrated on, e.g. stdlib --split heldout")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise KvcalError(f"--output {output}: {output.parent} is not a folder: make it first")
+    grid = _grid(methods, rank, keep, assignments)
+    prompt_options |= {"tasks": _words(tasks), "lengths": _numbers("--lengths", lengths)}
+    with working("checking hashes"):
+        found = load(artifact)
+    with working("finding the text"):
+        data = open_data(data_spec, split)
+    with working("loading the model"):
+        loaded = load_model(model_spec or found.model.id, device=device, dtype=dtype)
+        _check(found, loaded.model)
+    check_grid(grid, loaded.model, found)
+    with working("reading and tokenising the text"):
+        prompts = make_prompts(data, loaded.tokenizer, **prompt_options, name=str(data.source["id"]))
+    check_lengths(prompts, loaded.model)
+    settings = _settings(found, loaded, data.source, prompts, batch_size, prompt_options)
+    results = Results.open(settings, output) if output is not None else Results(settings)
+    for path in compare:
+        compared_rows(settings, {}, path)  # said before the work, not after it
+    if results.rows:
+        say(f"{output}: {len(results.rows)} settings are there already")
+    with progress_bar("decoding") as progress:
+        rows = evaluate(loaded.model, found, prompts, grid, batch_size=batch_size, results=results, progress=progress)
+    rows += [row for path in compare for row in compared_rows(settings, rows[0], path)]
+    if as_json:
+        print_json({"settings": settings, "results": rows})
+    else:
+        print_results(settings, rows)
+    if plot is not None:
+        write_plot(plot, evaluation_figure(settings, rows))
+
+
+def _grid(methods: str, rank: str | None, keep: str | None, assignments: Sequence[str]) -> list[dict[str, Any]]:
+    from ..evaluation.grid import make_grid, parse_assignments, parse_values
+
+    parameters = parse_assignments(assignments)
+    for name, text in (("rank", rank), ("keep", keep)):
+        if text is not None:
+            if name in parameters:
+                raise KvcalError(f"--{name} and --set {name}: give one of them")
+            parameters[name] = parse_values(text)
+    return make_grid(_words(methods), parameters)
+
+
+def _check(artifact: Artifact, model: Any) -> None:
+    """By weights, too, where they were loaded as they were calibrated: another dtype rounds them to others."""
+    from ...runtime import check_model
+
+    same_dtype = artifact.settings.get("dtype") == str(model.dtype).removeprefix("torch.")
+    check_model(artifact, model, weights=same_dtype)
+
+
+def _settings(
+    artifact: Artifact, loaded: Any, source: Any, prompts: Any, batch_size: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    """All that rows of one results file have in common."""
+    from ..one_pass import versions
+
+    return {
+        "model": loaded.source.id,
+        "weights_sha256": artifact.model.weights_sha256,
+        "artifact": artifact.content_hash,
+        "data": source,
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in options.items()},
+        "tokens_sha256": prompts.tokens_sha256,
+        "batch_size": batch_size,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "device": _device_name(loaded.model.device),
+        "versions": versions(),
+    }
+
+
+def _device_name(device: Any) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)
+
+
+def _words(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(option: str, text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    words = _words(text)
+    if not words or not all(word.isdecimal() for word in words):
+        raise KvcalError(f"{option} {text!r}: give whole numbers separated by commas, e.g. 512,1024")
+    return [int(word) for word in words]

@@ -1,0 +1,110 @@
+"""The figure of an evaluation: quality against the bytes that a decoded token reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..plots import png, two_panels
+from .results import parameters
+
+_MARKERS = "osD^vPXp<>hd"
+_CHOICES = ("basis", "stage", "select")
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points (cost, badness) that no other beats, by having no more of both and less of one; by cost."""
+    front: list[int] = []
+    for index in sorted(range(len(points)), key=lambda index: points[index]):
+        if not front or points[index][1] < points[front[-1]][1] or points[index] == points[front[-1]]:
+            front.append(index)
+    return front
+
+
+def mean_recall(row: Mapping[str, Any]) -> float | None:
+    """Over all recall tasks and lengths."""
+    found = [value for value in (row.get("recall") or {}).values() if value is not None]
+    return sum(found) / len(found) if found else None
+
+
+def series_of(row: Mapping[str, Any]) -> str:
+    """The name under which the legend has a row: its method and the choices made in words, "loki score"."""
+    words = [value for name, value in parameters(row).items() if isinstance(value, str) and name in _CHOICES]
+    return " ".join([name_of(row), *words])
+
+
+def name_of(row: Mapping[str, Any]) -> str:
+    """Its method, and whose it is when not ours."""
+    return f"{row['method']} ({row['source']})" if row.get("source") else str(row["method"])
+
+
+def evaluation_figure(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Left: perplexity over `full`'s. Right: mean recall. Both against bytes per step as a fraction of `full`'s."""
+    full = next(row for row in rows if row["method"] == "full" and not row.get("source"))
+    figure, axes = two_panels()
+    names = list(dict.fromkeys(map(series_of, rows)))
+    panels = [
+        ("perplexity / perplexity of full", lambda row: row.get("perplexity_ratio"), 1),
+        ("exact recall, mean of tasks", mean_recall, -1),
+    ]
+    shares: list[float] = []
+    for axis, (label, quality, sign) in zip(axes, panels, strict=True):
+        placed = [
+            (row, row["bytes_per_step"] / full["bytes_per_step"], quality(row))
+            for row in rows
+            if row.get("bytes_per_step") and quality(row) is not None
+        ]
+        if not placed:
+            axis.set_axis_off()
+            axis.text(0.5, 0.5, f"{label}: not evaluated", ha="center", transform=axis.transAxes, color="0.5")
+            continue
+        shares += [share for _, share, _ in placed]
+        front = [placed[index] for index in pareto_front([(share, sign * value) for _, share, value in placed])]
+        axis.plot(
+            [share for _, share, _ in front],
+            [value for _, _, value in front],
+            color="0.85",
+            linewidth=6,
+            solid_capstyle="round",
+            zorder=1,
+            label="Pareto front",
+        )
+        for number, name in enumerate(names):
+            own = sorted((share, value) for row, share, value in placed if series_of(row) == name)
+            if own:
+                axis.plot(
+                    [share for share, _ in own],
+                    [value for _, value in own],
+                    marker=_MARKERS[number % len(_MARKERS)],
+                    color="black" if name == "full" else f"C{(number - 1) % 10}",
+                    markersize=7,
+                    markeredgecolor="white",
+                    markeredgewidth=0.5,
+                    linewidth=0.8,
+                    alpha=0.9,
+                    zorder=3,
+                    label=name,
+                )
+        axis.axhline(quality(full), color="0.6", linewidth=0.8, linestyle=":", zorder=0)
+        axis.set(xlabel="bytes read per step, as a fraction of full", ylabel=label)
+    for axis in axes:
+        _fraction_axis(axis, shares)
+    handles: dict[str, Any] = {}
+    for axis in axes:
+        found, labels = axis.get_legend_handles_labels()
+        handles |= dict(zip(labels, found, strict=True))
+    figure.legend(handles.values(), handles.keys(), fontsize=8, frameon=False, loc="outside right center")
+    axes[1].set_ylim(-0.03, 1.03)
+    return png(figure, f"{settings['model']}, prefix {settings['prefix']}: quality against bytes read")
+
+
+def _fraction_axis(axis: Any, shares: Sequence[float]) -> None:
+    """Logarithmic, with powers of two as ticks."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axis.set_xscale("log", base=2)
+    low, high = min(shares, default=1), max(shares, default=1)
+    axis.set_xlim(low / 1.15, max(1.0, high) * 1.15)
+    axis.xaxis.set_major_locator(FixedLocator([2.0**power for power in range(-12, 5)]))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:g}" if share >= 1 else f"1/{1 / share:g}"))

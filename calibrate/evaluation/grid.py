@@ -1,0 +1,118 @@
+"""The settings to evaluate: the product of lists of parameters, for the methods that have them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ...artifacts import Artifact, KvcalError
+from ...runtime import METHODS, CompressedCache
+
+Value = bool | int | float | str
+Setting = dict[str, Any]
+"""{"method": name, parameter: value, …}: the keyword arguments of `CompressedCache`."""
+
+FULL: Setting = {"method": "full"}
+_SHOWN = ("rank", "keep")
+"""Stated in every setting, also where the default is meant: tables and figures tell settings apart by them."""
+_OF_ALL = ("dense_layers",)
+"""Arguments of `CompressedCache` that mean the same for every method but `full`."""
+
+
+def parse_value(text: str) -> Value:
+    """ "32" is a count, "0.25" and "1.0" are fractions, "true" is a flag, all else ("variance:0.9") a word."""
+    flags = {"true": True, "false": False}
+    if text.lower() in flags:
+        return flags[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def parse_values(text: str) -> list[Value]:
+    """A comma list of `parse_value`.
+
+    Raises:
+        KvcalError: an empty entry.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise KvcalError(f"{text!r}: an empty entry in a list: give values separated by commas, e.g. 0.25,0.125")
+    return [parse_value(part) for part in parts]
+
+
+def parse_assignments(texts: Iterable[str]) -> dict[str, list[Value]]:
+    """name=value[,value…] strings as {name: values}.
+
+    Raises:
+        KvcalError: of another form, or a name twice.
+    """
+    found: dict[str, list[Value]] = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        name = name.strip()
+        if not equals or not name:
+            raise KvcalError(f"--set {text}: give a name and a value, e.g. --set basis=score")
+        if name in found:
+            raise KvcalError(f"--set {name}: given twice: give one comma list, e.g. --set {name}=A,B")
+        found[name] = parse_values(values)
+    return found
+
+
+def make_grid(methods: Sequence[str], parameters: Mapping[str, Sequence[Value]]) -> list[Setting]:
+    """`full` first, then every method with every combination of those parameters that it has.
+
+    Raises:
+        KvcalError: an unknown method, or a parameter that none of the methods has.
+    """
+    unknown = next((method for method in methods if method not in METHODS), None)
+    if unknown is not None or not methods:
+        raise KvcalError(f"no method {unknown!r}: choose among {', '.join(METHODS)}")
+    fields = {method: _fields(method) for method in methods}
+    for name in parameters:
+        if not any(name in of_method for of_method in fields.values()):
+            known = sorted({field for of_method in fields.values() for field in of_method})
+            have = f"they have {', '.join(known)}" if known else "they have none"
+            raise KvcalError(f"no parameter {name!r} in {', '.join(methods)}: {have}")
+    grid = [FULL]
+    for method in methods:
+        own = fields[method]
+        names = [name for name in (*_SHOWN, *parameters) if name in own]
+        lists = {name: list(parameters.get(name, [own[name]])) for name in names}
+        for values in itertools.product(*lists.values()):
+            setting = {"method": method, **dict(zip(lists, values, strict=True))}
+            if setting not in grid:
+                grid.append(setting)
+    return grid
+
+
+def check_grid(grid: Iterable[Setting], model: Any, artifact: Artifact | None) -> None:
+    """Build every setting's cache, so that what cannot work is said before a token is run.
+
+    Raises:
+        KvcalError: of the first that cannot.
+    """
+    for setting in grid:
+        CompressedCache(model, artifact, **setting)
+
+
+def describe(setting: Setting) -> str:
+    """Parameters for people: "rank 0.25 keep 0.125"."""
+    return " ".join(f"{name} {value}" for name, value in setting.items() if name != "method")
+
+
+def key_of(setting: Setting) -> str:
+    """Equal for equal settings, whatever their order."""
+    return json.dumps(setting, sort_keys=True)
+
+
+def _fields(method: str) -> dict[str, Any]:
+    """Parameters of a method and their defaults."""
+    found: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(METHODS[method])}
+    return found if method == "full" else found | dict.fromkeys(_OF_ALL)

@@ -1,0 +1,150 @@
+"""The results file of an evaluation: written after every step of the work, resumed, and merged with those of peers.
+
+{"settings": {what was evaluated, on what},
+ "results": [{"method": …, its parameters, what was measured}, …],
+ "partial": {settings that are not finished yet: {batch: raw numbers}}}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...artifacts import KvcalError
+from ...artifacts.folder import write_atomically
+from .grid import Setting, key_of
+from .measurements import MEASURED, Measured
+
+SAME = ("weights_sha256", "tokens_sha256")
+"""Settings that must agree for rows of two files to stand in one table."""
+
+
+class Results:
+    """Rows that are finished and raw numbers of those that are not; on the disk when it has a path."""
+
+    def __init__(self, settings: Mapping[str, Any], path: Path | None = None):
+        self.settings = dict(settings)
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        self._partial: dict[str, dict[str, Any]] = {}
+
+    @classmethod
+    def open(cls, settings: Mapping[str, Any], path: Path) -> Results:
+        """What is at `path`, or nothing yet.
+
+        Raises:
+            KvcalError: not a results file, or one of other settings; it stays as it is.
+        """
+        results = cls(settings, path)
+        if path.exists():
+            body = _read(path)
+            # As JSON has them: tuples are lists there.
+            different = _differences(body["settings"], json.loads(json.dumps(results.settings)))
+            for name, there, asked in different:
+                more = f" and {len(different) - 1} more" if len(different) > 1 else ""
+                raise KvcalError(
+                    f"{path}: holds results of other settings ({name} {_short(there)} there, {_short(asked)} asked "
+                    f"for{more}): choose another --output, or remove it"
+                )
+            results.rows, results._partial = body["results"], body.get("partial", {})
+        return results
+
+    def row(self, setting: Setting) -> dict[str, Any] | None:
+        """The finished row of a setting."""
+        return next((row for row in self.rows if key_of(parameters(row)) == key_of(setting)), None)
+
+    def partial(self, setting: Setting) -> Mapping[str, Any]:
+        """Raw numbers of a setting that is not finished, by batch."""
+        return self._partial.get(key_of(setting), {})
+
+    def add(self, setting: Setting, batch: str, measured: Measured) -> None:
+        self._partial.setdefault(key_of(setting), {})[batch] = measured.as_json()
+
+    def finish(self, setting: Setting, row: dict[str, Any]) -> None:
+        """Keep the row and drop the raw numbers that it was made of."""
+        self.rows.append(row)
+        self._partial.pop(key_of(setting), None)
+
+    def write(self) -> None:
+        if self.path is None:
+            return
+        body = {"settings": self.settings, "results": self.rows}
+        if self._partial:
+            body["partial"] = self._partial
+        try:
+            write_atomically(self.path, json.dumps(body, indent=1).encode() + b"\n")
+        except OSError as error:
+            raise KvcalError(
+                f"{self.path}: cannot be written ({error.strerror or error}); what was there before is unharmed"
+            ) from error
+
+
+def parameters(row: Mapping[str, Any]) -> Setting:
+    """The setting that a row is of."""
+    return {name: value for name, value in row.items() if name not in MEASURED}
+
+
+def compared_rows(settings: Mapping[str, Any], full: Mapping[str, Any], path: str | os.PathLike[str]) -> list[Any]:
+    """Rows of another results file, to be put beside ours; each has a "source", by default the file's name.
+
+    Args:
+        settings: ours.
+        full: our row of `full`, for ratios that the file does not state.
+
+    Raises:
+        KvcalError: not a results file, or of another model or other tokens.
+    """
+    path = Path(path)
+    body = _read(path)
+    for name in SAME:
+        there, ours = body["settings"].get(name), settings.get(name)
+        if there != ours:
+            what = "another model" if name == "weights_sha256" else "other tokens"
+            raise KvcalError(
+                f"{path}: was evaluated on {what} ({name} {_short(there)} there, {_short(ours)} here): "
+                "run both with the same model, data, prefix, continuation, windows, tasks, lengths, episodes and seed"
+            )
+    rows = []
+    for row in body["results"]:
+        row = {"source": path.stem, **row}
+        if row.get("perplexity_ratio") is None and row.get("perplexity") and full.get("perplexity"):
+            row["perplexity_ratio"] = row["perplexity"] / full["perplexity"]
+        rows.append(row)
+    return rows
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        body = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise KvcalError(f"{path}: cannot be read ({error.strerror or error}): check the path") from error
+    except (ValueError, RecursionError) as error:
+        raise KvcalError(f"{path}: not a results file ({error}): give one of `calibrate evaluate --output`") from error
+    good = isinstance(body, dict) and isinstance(body.get("settings"), dict) and isinstance(body.get("results"), list)
+    if good:
+        partial = body.get("partial", {})
+        good = isinstance(partial, dict) and all(isinstance(entry, dict) for entry in partial.values())
+        good &= all(isinstance(row, dict) and isinstance(row.get("method"), str) for row in body["results"])
+    if not good:
+        raise KvcalError(f"{path}: not a results file (no settings and results): choose another")
+    return body
+
+
+def _differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(name, there, asked), first in our own order, nested mappings opened."""
+    found = []
+    for name in [*asked, *(name for name in there if name not in asked)]:
+        a, b = there.get(name), asked.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += [(f"{name}.{inner}", x, y) for inner, x, y in _differences(a, b)]
+        elif a != b:
+            found.append((name, a, b))
+    return found
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 40 else text[:37] + "…"

@@ -1,0 +1,42 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcal.calibrate.evaluation.figure import evaluation_figure, mean_recall, pareto_front, series_of
+
+POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12)
+
+
+@given(POINTS)
+def test_the_pareto_front_is_what_no_point_dominates(points):
+    def dominated(point):
+        return any(a <= point[0] and b <= point[1] and (a, b) != point for a, b in points)
+
+    front = pareto_front(points)
+    assert sorted(front) == [index for index, point in enumerate(points) if not dominated(point)]
+    assert [points[index][0] for index in front] == sorted(points[index][0] for index in front)
+
+
+def row(method, cost, ratio=None, recall=None, **more):
+    return {"method": method, "bytes_per_step": cost, "perplexity_ratio": ratio, "recall": recall or {}, **more}
+
+
+def test_mean_recall_is_over_tasks_that_were_run():
+    assert mean_recall({"recall": {"a@1": 1.0, "b@1": 0.5, "c@1": None}}) == 0.75
+    assert mean_recall({"recall": {}}) is None and mean_recall({}) is None
+
+
+def test_series_are_methods_with_their_choices_and_their_origin():
+    assert series_of(row("loki", 1, rank=0.25, keep=0.5, basis="score", select="group")) == "loki score group"
+    assert series_of(row("loki", 1, rank="variance:0.9", keep=64)) == "loki"
+    assert series_of(row("SnapKV", 1, source="kvpress 0.5.5")) == "SnapKV (kvpress 0.5.5)"
+
+
+def test_a_figure_for_whatever_was_evaluated():
+    settings = {"model": "m", "prefix": 64}
+    both = [row("full", 100, 1.0, {"a@64": 1.0}), row("loki", 30, 1.02, {"a@64": 0.9}, rank=0.25)]
+    peers = [*both, row("SnapKV", 25, None, {"a@64": 0.8}, source="kvpress 0.5.5"), row("none", None, 1.1)]
+    only_recall = [row("full", 100, None, {"a@64": 1.0})]
+    only_perplexity = [row("full", 100, 1.0), row("loki", 30, 1.02)]
+    figures = [evaluation_figure(settings, rows) for rows in (both, peers, only_recall, only_perplexity)]
+    assert all(figure.startswith(b"\x89PNG") for figure in figures) and len(set(figures)) == 4
+    assert evaluation_figure(settings, both) == figures[0]

@@ -1,0 +1,112 @@
+import re
+
+import pytest
+import torch
+
+from kvcal.artifacts import KvcalError
+from kvcal.calibrate import make_blocks
+from kvcal.calibrate.builtin.recall import question
+from kvcal.calibrate.evaluation.prompts import FACTS, make_prompts
+from kvcal.calibrate.evaluation.recall_task import DEPTHS
+
+BOS = 256
+WORDS = [f"{a}{b}{c}{d}" for a in "bdf" for b in "aei" for c in "lmn" for d in "ou"]
+TEXT = [" ".join(WORDS[i % 54] for i in range(start, start + 300)) for start in (0, 7, 20, 33)]
+
+
+def read_back(tokenizer, ids):
+    from tokenizers.decoders import ByteLevel
+
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    return ByteLevel().decode(["|" if token == "</s>" else token for token in tokens])
+
+
+def prompts(tokenizer, texts=TEXT, **options):
+    given = {"prefix": 400, "continuation": 20, "windows": 3, "episodes": 10, "seed": 3}
+    return make_prompts(texts, tokenizer, **{**given, **options}, name="given")
+
+
+def test_windows_are_consecutive_blocks_of_the_text(tiny_tokenizer):
+    windows = prompts(tiny_tokenizer).windows
+    blocks = make_blocks(TEXT, tiny_tokenizer, num_tokens=3 * 420, seq_len=420)
+    assert torch.equal(windows.ids, blocks.ids.long())
+    assert torch.equal(torch.cat((windows.prefixes, windows.continuations), 1), windows.ids)
+    assert windows.prefixes.shape == (3, 400) and (windows.ids[:, 0] == BOS).all()
+
+
+@pytest.mark.parametrize("task", FACTS)
+@pytest.mark.parametrize("length", [400, 777])
+def test_every_question_is_answered_by_the_fact_at_its_depth(tiny_tokenizer, task, length):
+    (found,) = prompts(tiny_tokenizer, tasks=[task], lengths=[length]).recall
+    assert found.key == f"{task}@{length}" and found.prefixes.shape == (10, length)
+    assert found.depths == DEPTHS * 2
+    for prefix, continuation, answer, depth in zip(
+        found.prefixes, found.continuations, found.answers, found.depths, strict=True
+    ):
+        assert prefix[0] == BOS and not (prefix[1:] == BOS).any()
+        text, asked, said = (
+            read_back(tiny_tokenizer, part)
+            for part in (prefix[1:], continuation[: answer.start], continuation[answer.start : answer.stop])
+        )
+        stated = dict(re.findall(r"\nThe code of (\w+) is (\d{5})\.\n", text))
+        assert len(stated) == FACTS[task]
+        (word,) = [word for word in stated if asked == question(word)]
+        assert said == f" {stated[word]}"
+        assert "?" not in text  # the question is decoded, never prefilled
+        # One token per byte: characters are positions; another fact may lie across the exact depth.
+        at = text.index(f"\nThe code of {word} is") + 1
+        assert abs(at - depth * length) <= (1 if task == "passkey" else 30)
+        padding = continuation[answer.stop :]
+        assert (padding == continuation[answer.stop - 1]).all()
+
+
+def test_the_seed_decides_and_tasks_do_not_depend_on_each_other(tiny_tokenizer):
+    both, alone = prompts(tiny_tokenizer), prompts(tiny_tokenizer, tasks=["multikey"])
+    assert torch.equal(both.recall[1].prefixes, alone.recall[0].prefixes)
+    assert both.tokens_sha256 == prompts(tiny_tokenizer).tokens_sha256
+    assert both.tokens_sha256 != alone.tokens_sha256
+    assert both.tokens_sha256 != prompts(tiny_tokenizer, seed=4).tokens_sha256
+
+
+def test_no_more_text_is_read_than_needed(tiny_tokenizer):
+    def documents():
+        yield from TEXT
+        raise AssertionError("read on")
+
+    assert len(prompts(tiny_tokenizer, documents(), tasks=["perplexity"]).windows.ids) == 3
+
+
+def test_a_tokenizer_that_merges_over_the_seam_and_adds_no_bos():
+    """One that joins "is" and the space after it: the answer then begins where the two tokenisations part."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: index for index, letter in enumerate([*letters, "sĠ"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("s", "Ġ")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    (task,) = prompts(fast, tasks=["passkey"]).recall
+    whole = read_back(fast, task.continuations[0][: task.answers[0].stop])
+    assert re.fullmatch(r"\nWhat is the code of (\w+)\? The code of \1 is \d{5}", whole)
+    assert read_back(fast, task.continuations[0][task.answers[0].start : task.answers[0].stop])[:2] == "s "
+    assert task.prefixes.shape == (10, 400)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"windows": 100}, "only 14 windows of 420 tokens .100 asked for.: give --windows 14"),
+        ({"prefix": 9000, "tasks": ["perplexity"]}, "only 0 windows of 9020 tokens"),
+        ({"prefix": 9000, "tasks": ["passkey"]}, "fewer than a prefix of 9000"),
+        ({"lengths": [100]}, "100 tokens is too short for 8 facts"),
+        ({"lengths": [1]}, "give more"),
+        ({"continuation": 1}, "give more"),
+        ({"tasks": ["perplexity", "passkeys"]}, "no task 'passkeys': choose among perplexity, passkey, multikey"),
+        ({"tasks": []}, "choose among"),
+        ({"texts": ["aa bb cc " * 900]}, "only 0 words to hide facts under, 8 needed"),
+    ],
+)
+def test_what_cannot_be_built_is_said(tiny_tokenizer, options, message):
+    with pytest.raises(KvcalError, match=message):
+        prompts(tiny_tokenizer, **options)

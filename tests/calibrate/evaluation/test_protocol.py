@@ -1,0 +1,247 @@
+"""Evaluation against plain forward passes and plain generate() of the same model."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from architectures import HEAD_DIM, KV_HEADS, build
+
+from kvcal.artifacts import KvcalError
+from kvcal.calibrate import TokenBlocks, calibrate
+from kvcal.calibrate.evaluation.grid import make_grid
+from kvcal.calibrate.evaluation.prompts import Prompts, Windows
+from kvcal.calibrate.evaluation.protocol import evaluate
+from kvcal.calibrate.evaluation.recall_task import RecallTask
+from kvcal.calibrate.evaluation.results import Results
+
+PREFIX, CONTINUATION, LAYERS = 40, 12, 3
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(3, 96, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("llama").requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def artifact(model):
+    ids = tokens(8, 64, seed=1).int()
+    everything = torch.ones_like(ids, dtype=torch.bool)
+    return calibrate(model, TokenBlocks(ids, everything, everything, {"id": "noise"}), model_id="tiny", reservoir=200)
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return Windows(tokens(5, PREFIX + CONTINUATION, seed=2), PREFIX)
+
+
+@pytest.fixture(scope="module")
+def recall(model):
+    """Six questions of 3 to 5 tokens; what plain generate() says is the answer to the even ones."""
+    prefixes, depths = tokens(6, PREFIX, seed=3), (0.1, 0.3, 0.5, 0.1, 0.3, 0.5)
+    continuations, answers = [], []
+    for row in range(6):
+        question = tokens(3 + row % 3, seed=10 + row)
+        prompt = torch.cat((prefixes[row], question))[None]
+        said = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, min_new_tokens=4, do_sample=False
+        )
+        answer = said[0, prompt.shape[1] :].clone()
+        if row % 2:
+            answer[2] = 3 + (answer[2] - 2) % 93
+        answers.append(range(len(question), len(question) + 4))
+        continuations.append(torch.cat((question, answer, answer[-1:].expand(9 - len(question) - 4))))
+    return RecallTask("passkey", prefixes, torch.stack(continuations), tuple(answers), depths)
+
+
+@pytest.fixture(scope="module")
+def prompts(windows, recall):
+    return Prompts(windows, (recall,))
+
+
+@pytest.fixture(scope="module")
+def grid():
+    return make_grid(["loki", "exact_topk", "h2o", "streaming"], {"rank": [0.25], "keep": [1.0, 0.25]})
+
+
+@pytest.fixture(scope="module")
+def rows(model, artifact, prompts, grid):
+    return evaluate(model, artifact, prompts, grid, batch_size=2)
+
+
+def without_times(rows):
+    return [{name: value for name, value in row.items() if name != "ms_per_step"} for row in rows]
+
+
+def find(rows, **setting):
+    (row,) = [row for row in rows if all(row.get(name) == value for name, value in setting.items())]
+    return row
+
+
+def test_perplexity_of_full_is_that_of_one_plain_forward_pass(model, windows, rows):
+    logits = model(windows.ids).logits[:, PREFIX - 1 : -1].double()
+    loss = F.cross_entropy(logits.flatten(0, 1), windows.continuations.flatten())
+    assert rows[0]["method"] == "full"
+    assert rows[0]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+    assert rows[0]["perplexity_ratio"] == 1
+
+
+def test_exact_match_is_that_of_plain_generate(rows):
+    assert rows[0]["recall"] == {f"passkey@{PREFIX}": 0.5}
+    # Depths 0.1, 0.3 and 0.5 belong to rows 0 and 3, 1 and 4, 2 and 5: one of each pair is altered.
+    assert rows[0]["recall_by_depth"] == {f"passkey@{PREFIX}": {"0.1": 0.5, "0.3": 0.5, "0.5": 0.5}}
+
+
+def test_full_attends_to_everything(rows):
+    for row in (rows[0], find(rows, method="loki", keep=1.0), find(rows, method="h2o", keep=1.0)):
+        assert row["attention_mass"] == [pytest.approx(1, abs=1e-5)] * LAYERS
+        assert row["attention_error"] == [pytest.approx(0, abs=1e-5)] * LAYERS
+        assert row["perplexity_ratio"] == pytest.approx(1, abs=1e-5)
+        assert row["recall"] == rows[0]["recall"]
+
+
+def test_mass_recalled_by_exact_topk_is_that_of_the_models_own_probabilities(windows, rows):
+    """In the first layer, whose queries no compression below has changed."""
+    eager = build("llama", attention="eager")
+    weights = eager(windows.ids, output_attentions=True).attentions[0]
+    masses = []
+    for position in range(PREFIX, PREFIX + CONTINUATION - 1):
+        held = position + 1
+        masses.append(weights[:, :, position, :held].topk(math.ceil(0.25 * held)).values.sum(-1).mean().item())
+    row = find(rows, method="exact_topk", keep=0.25)
+    assert row["attention_mass"][0] == pytest.approx(sum(masses) / len(masses), rel=1e-5)
+    assert row["attention_error"][0] > 0.01
+
+
+def simulate(rank, components):
+    """Attention over whole windows that leaves tokens out by a mask, with causal budgets; rank None: exact scores."""
+
+    def attention(module, query, key, value, mask, scaling, **kwargs):
+        group = query.shape[1] // key.shape[1]
+        key, value = (part.repeat_interleave(group, 1) for part in (key, value))
+        exact = query @ key.mT * scaling
+        scores = exact
+        if rank is not None:
+            basis = components[module.layer_idx][:, :rank].repeat_interleave(group, 0)
+            scores = (query @ basis.mT) @ (key @ basis.mT).mT
+        allowed = torch.zeros_like(exact, dtype=torch.bool)
+        for position in range(query.shape[2]):
+            held = position + 1
+            budget = math.ceil(0.25 * held) if position >= PREFIX else held
+            best = scores[:, :, position, :held].topk(budget).indices
+            allowed[:, :, position].scatter_(2, best, True)
+        weights = exact.masked_fill(~allowed, -torch.inf).softmax(-1)
+        return (weights @ value).transpose(1, 2), None
+
+    return attention
+
+
+@pytest.mark.parametrize(("method", "rank"), [("exact_topk", None), ("loki", 4)])
+def test_perplexity_of_topk_methods_is_that_of_a_mask_simulation(artifact, windows, rows, method, rank):
+    from transformers import AttentionInterface
+
+    components = [artifact.tensor("pca", layer, "key_post.components").float() for layer in range(LAYERS)]
+    name = f"simulated_{method}"
+    AttentionInterface.register(name, simulate(rank, components))
+    simulated = build("llama")
+    simulated.set_attn_implementation(name)
+    with torch.no_grad():
+        logits = simulated(windows.ids).logits[:, PREFIX - 1 : -1].double()
+    loss = F.cross_entropy(logits.flatten(0, 1), windows.continuations.flatten())
+    row = find(rows, method=method, keep=0.25)
+    assert row["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+    assert abs(row["perplexity_ratio"] - 1) > 1e-4  # that the simulation is of something
+
+
+def test_bytes_of_full_by_hand(rows):
+    token = LAYERS * KV_HEADS * 2 * HEAD_DIM * 4  # keys and values in float32
+    lengths = range(PREFIX + 1, PREFIX + CONTINUATION)
+    assert rows[0]["bytes_per_step"] == pytest.approx(token * sum(lengths) / len(lengths))
+    assert rows[0]["resident_bytes"] >= token * lengths[-1]
+    assert all(row["ms_per_step"] > 0 for row in rows)
+
+
+def test_every_setting_starts_from_the_same_prefill(model, artifact, prompts, grid, rows):
+    """Whatever ran before it, a setting finds what it finds alone."""
+    for setting in (grid[2], grid[-1]):
+        alone = evaluate(model, artifact, prompts, [setting], batch_size=2)
+        assert without_times(alone) == without_times([rows[0], rows[grid.index(setting)]])
+
+
+def test_the_batch_size_does_not_matter(model, artifact, prompts, grid, rows):
+    for row, other in zip(rows, evaluate(model, artifact, prompts, grid, batch_size=4), strict=True):
+        for name in ("perplexity", "resident_bytes"):
+            assert other[name] == pytest.approx(row[name], rel=1e-5), row
+        if row["method"] != "loki":  # which also reads its basis, once for all rows of a batch
+            assert other["bytes_per_step"] == pytest.approx(row["bytes_per_step"])
+        assert other["recall"] == row["recall"]
+        assert other["attention_mass"] == pytest.approx(row["attention_mass"], rel=1e-4)
+
+
+@pytest.mark.parametrize("after", [1, 30, 200])
+def test_an_interrupted_run_goes_on_to_the_same_figures(tmp_path, model, artifact, prompts, grid, rows, after):
+    def stop(done, total):
+        if done == after:
+            raise KeyboardInterrupt
+
+    def run(progress):
+        results = Results.open({"seed": 0}, tmp_path / "results.json")
+        return evaluate(model, artifact, prompts, grid, batch_size=2, results=results, progress=progress)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(stop)
+    steps, again = [], []
+    resumed = run(lambda *counts: steps.append(counts))
+    assert without_times(resumed) == without_times(rows)
+    everything = len(grid) * (3 * (CONTINUATION - 1) + 3 * (9 - 1))
+    kept = after - after % (CONTINUATION - 1)  # of whole settings on whole batches; the windows come first
+    assert steps[-1] == (everything - kept, everything - kept)
+    assert run(lambda *counts: again.append(counts)) == resumed and again == [(0, 0)]
+
+
+def test_a_larger_grid_runs_only_what_is_new(model, artifact, prompts, grid, rows):
+    results = Results({})
+    evaluate(model, artifact, prompts, grid[:3], batch_size=2, results=results)
+    steps = []
+    found = evaluate(
+        model, artifact, prompts, grid, batch_size=2, results=results, progress=lambda *counts: steps.append(counts)
+    )
+    assert without_times(found) == without_times(rows)
+    assert steps[-1][0] == (len(grid) - 3) * (3 * (CONTINUATION - 1) + 3 * (9 - 1))
+
+
+def test_recall_alone_and_perplexity_alone(model, artifact, windows, recall, rows):
+    (only,) = evaluate(model, None, Prompts(None, (recall,)), [{"method": "full"}])
+    assert only["perplexity"] is None and only["attention_error"] is None
+    assert only["recall"] == rows[0]["recall"] and only["bytes_per_step"] > 0
+    (only,) = evaluate(model, None, Prompts(windows, ()), [{"method": "full"}])
+    assert only["recall"] == {} and only["perplexity"] == pytest.approx(rows[0]["perplexity"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gpt2", "gpt-neox"])
+def test_other_architectures(name, windows):
+    """Soft-capped logits, sliding windows (which stay as they are and are not probed), no rotary embedding."""
+    model = build(name).requires_grad_(False)
+    rows = evaluate(model, None, Prompts(windows, ()), make_grid(["exact_topk"], {"keep": [1.0, 0.25]}))
+    logits = model(windows.ids).logits[:, PREFIX - 1 : -1].double()
+    loss = F.cross_entropy(logits.flatten(0, 1), windows.continuations.flatten())
+    for row in rows[:2]:
+        assert row["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+        assert [error for error in row["attention_error"] if error is not None] == pytest.approx(
+            [0] * sum(error is not None for error in row["attention_error"]), abs=1e-5
+        )
+    sliding = [kind == "sliding_attention" for kind in getattr(model.config, "layer_types", None) or [None] * LAYERS]
+    assert [error is None for error in rows[2]["attention_error"]] == sliding
+
+
+def test_prompts_beyond_the_context_are_refused(model):
+    calls = []
+    handle = model.register_forward_pre_hook(lambda *args: calls.append(args))
+    with pytest.raises(KvcalError, match=r"perplexity: 120 \+ 9 tokens exceed this model's context of 128"):
+        evaluate(model, None, Prompts(Windows(tokens(1, 129), 120), ()), [{"method": "full"}])
+    handle.remove()
+    assert not calls
