@@ -103,7 +103,7 @@ def read_job(path: Path) -> tuple[dict[str, Any], list[Batch]]:
 
 @torch.no_grad()
 def measure(model: Any, batch: Batch, peer: Peer) -> dict[str, Any]:
-    """One press on one batch: what `kvcal.calibrate.evaluation.measurements.Measured` has, without the attention's error."""
+    """One press on one batch: what `evaluation.measurements.Measured` has, without the attention's error."""
     from transformers import DynamicCache
 
     prefix = batch.prefixes.shape[1]

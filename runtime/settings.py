@@ -79,7 +79,8 @@ def by_layer(name: str, value: Any, layers: Sequence[int], total: int) -> dict[i
         if len(value) != total:
             raise KvcalError(f"{name}: a list of {len(value)} values for a model of {total} layers: give one per layer")
         return {layer: value[layer] for layer in layers}
-    if not isinstance(value, Mapping) or not all(_RANGE.fullmatch(str(key)) for key in value):
+    of_one_method = name == "method" and isinstance(value, Mapping) and not any(map(_is_range, value))
+    if of_one_method or not isinstance(value, Mapping):
         return dict.fromkeys(layers, value)
     found: dict[int, Any] = {}
     for key, entry in value.items():
@@ -109,10 +110,13 @@ def describe(chosen: Mapping[int, Method]) -> list[dict[str, Any]]:
     ]
 
 
-_RANGE = re.compile(r"\d+(-\d*)?")
+def _is_range(key: Any) -> bool:
+    return re.fullmatch(r"\d+(-\d*)?", str(key)) is not None
 
 
 def _layers_of(name: str, key: str, total: int) -> range:
+    if not _is_range(key):
+        raise KvcalError(f"{name}: layers {key!r}: give them as '3', '0-1' or '2-'")
     first, dash, last = key.partition("-")
     start, stop = int(first), int(last) if last else (total - 1 if dash else int(first))
     if not start <= stop < total:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
@@ -29,15 +31,17 @@ class Attachment:
     """Makes an empty cache for calls that would begin one; None: the model is not compressed, only its caches are."""
 
     def release(self) -> None:
-        self.users -= 1
-        if self.users == 0:
-            self.forget()
-            self.route.close()
-            for hook in self.hooks:
-                hook.remove()
+        with _LOCK:
+            self.users -= 1
+            if self.users == 0:
+                self.forget()
+                self.route.close()
+                for hook in self.hooks:
+                    hook.remove()
 
 
 _ATTACHED: weakref.WeakKeyDictionary[Any, Attachment] = weakref.WeakKeyDictionary()
+_LOCK = threading.RLock()  # reentrant: a dropped cache may be collected, and release, at any point
 
 
 def attached(model: Any) -> Attachment | None:
@@ -45,16 +49,23 @@ def attached(model: Any) -> Attachment | None:
 
 
 def attach(model: Any) -> Attachment:
-    if model not in _ATTACHED:
-        find_attention(model)  # refuses what does not go through the attention interface
-        owner = weakref.ref(model)
-        route = Route(model, _attention, masks="sdpa")
-        # The backbone too: it may be called by itself.
-        parts = {id(part): part for part in (model, backbone(model))}.values()
-        hooks = [part.register_forward_pre_hook(_before(owner), with_kwargs=True) for part in parts]
-        _ATTACHED[model] = Attachment(route, hooks, lambda: _ATTACHED.pop(owner(), None))
-    _ATTACHED[model].users += 1
-    return _ATTACHED[model]
+    with _LOCK:
+        found = _ATTACHED.get(model)
+        if found is None:
+            find_attention(model)  # refuses what does not go through the attention interface
+            owner = weakref.ref(model)
+            route = Route(model, _attention, masks="sdpa")
+            # The backbone too: it may be called by itself.
+            parts = {id(part): part for part in (model, backbone(model))}.values()
+            hooks = [part.register_forward_pre_hook(_before(owner), with_kwargs=True) for part in parts]
+            found = _ATTACHED[model] = Attachment(route, hooks, lambda: _forget(owner()))
+        found.users += 1
+        return found
+
+
+def _forget(model: Any) -> None:
+    if model is not None:  # a cache may outlive its model, whose entry went with it
+        _ATTACHED.pop(model, None)
 
 
 def _before(owner: weakref.ref[Any]) -> Callable[..., Any]:
@@ -70,10 +81,12 @@ def _before(owner: weakref.ref[Any]) -> Callable[..., Any]:
             if call.model() is not model:
                 raise KvcalError("past_key_values is a compressed cache of another model: make one for this model")
             if module is model:
-                call.drafts = guesses if call.recording else None
+                call.drafts = guesses if call.speculates else None
             return None
         begin, wanted = _ATTACHED[model].begin, given.get("use_cache")
         if begin is None or not (model.config.use_cache if wanted is None else wanted):
+            return None
+        if model.training and torch.is_grad_enabled():  # a training step, whose cache nobody reads
             return None
         if past is not None and (type(past) is not DynamicCache or past.get_seq_length()):
             raise KvcalError(
@@ -81,13 +94,25 @@ def _before(owner: weakref.ref[Any]) -> Callable[..., Any]:
                 "begin with an empty cache, or with a CompressedCache, and leave cache_implementation out"
             )
         cache = begin()
-        # Assisted decoding asks for the logits of its guesses, and had told the cache that we replace to record.
-        if past is not None and guesses:
+        # Assisted decoding had told the cache that we replace to record, and asks for the logits of its guesses.
+        if past is not None and (guesses or any(getattr(layer, "record_past", False) for layer in past.layers)):
             cache.activate_past_recording()
             cache.call.drafts = guesses
         return (), {**given, "past_key_values": cache, "use_cache": True}
 
     return hook
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """The first argument, with a backward pass that says that there is none, where it would leave attention out."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise KvcalError("no gradients flow through a compressed cache: call the model with use_cache=False")
 
 
 def _attention(
@@ -110,6 +135,8 @@ def _attention(
     layer: CompressedLayer | None = getattr(key, "kvcal_layer", None)
     if layer is not None:
         out = layer.attend(query, mask, logits)
+        if torch.is_grad_enabled() and query.requires_grad:
+            out = _WithoutGradient.apply(out, query)
     else:
         causal = mask is None and query.shape[2] > 1
         out = attention(query, key, value, logits, mask, causal=causal)

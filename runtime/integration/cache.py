@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 import weakref
@@ -16,10 +17,11 @@ from ...artifacts import Artifact, KvcalError
 from ..loading import check_model
 from ..settings import DEFAULT_METHOD, builders, describe, plan
 from ..stores import Method, Store
+from ..stores.full import Full
 from .attachment import attach
 from .layer import Call, CompressedLayer, Observer, restore_stock, stock_state
 from .routing import kind
-from .snapshot import read_snapshot, write_snapshot
+from .snapshot import damaged, read_snapshot, write_snapshot
 
 
 @dataclass(frozen=True)
@@ -107,14 +109,17 @@ class CompressedCache(DynamicCache):
             KvcalError: this cache is not empty, the other is not `full`, or it lacks what a method needs (h2o:
                 `record_mass=True`).
         """
-        others = full.stores
-        if self.get_seq_length() or any(type(method).__name__ != "Full" for method in full.recipe.methods.values()):
+        if full.call.model() is not self.call.model():
+            raise KvcalError("adopt: that is a cache of another model")
+        if self.get_seq_length() or any(not isinstance(method, Full) for method in full.recipe.methods.values()):
             raise KvcalError("adopt: an empty cache can take over a cache of method full, nothing else")
-        for index, layer in enumerate(self.layers):
+        if not full.get_seq_length():
+            return
+        for layer, other in zip(self.layers, full.layers, strict=True):
             if isinstance(layer, CompressedLayer):
-                layer.store.adopt(others[index])  # type: ignore[arg-type]
+                layer.adopt(other)
             else:
-                vars(layer).update(vars(full.layers[index]))
+                vars(layer).update(vars(other))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the cache, so that a long prompt is prefilled once; `load` continues from it."""
@@ -132,19 +137,34 @@ class CompressedCache(DynamicCache):
             KvcalError: not a saved cache, or of another model or artifact.
         """
         tensors, methods = read_snapshot(folder, model, artifact)
-        cache = cls(model, artifact, methods)
-        for index, layer in enumerate(cache.layers):
-            prefix = f"layers.{index}."
-            state = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            if isinstance(layer, CompressedLayer):
-                layer.store.restore(state)
-            else:
-                restore_stock(layer, state)
+        try:
+            cache = cls(model, artifact, methods or DEFAULT_METHOD)  # none: all layers slide, none has a method
+            for index, layer in enumerate(cache.layers):
+                prefix = f"layers.{index}."
+                state = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+                if isinstance(layer, CompressedLayer):
+                    layer.restore(state)
+                else:
+                    restore_stock(layer, state)
+        except (KvcalError, LookupError) as error:
+            raise damaged(folder, error) from error
         return cache
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCache:
+        """A cache of its own, so that one prompt can be continued several times; the artifact stays shared."""
+        twin = CompressedCache.of(self.call.model(), self.recipe)
+        twin.call.recording, twin.call.speculates = self.call.recording, self.call.speculates
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, CompressedLayer):
+                twin.layers[index].restore({name: tensor.clone() for name, tensor in layer.store.state().items()})
+            else:
+                twin.layers[index] = copy.deepcopy(layer, memo)
+        return twin
+
     def activate_past_recording(self) -> None:
-        super().activate_past_recording()
-        self.call.recording = True
+        if hasattr(DynamicCache, "activate_past_recording"):  # not in transformers 5.8
+            super().activate_past_recording()
+        self.call.recording = self.call.speculates = True
 
     def __repr__(self) -> str:
         return f"CompressedCache({self.get_seq_length()} tokens, {describe(self.recipe.methods)})"

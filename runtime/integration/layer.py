@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from ...artifacts import KvcalError
 from ..attention import Logits
@@ -26,10 +26,12 @@ class Call:
     model: weakref.ref[Any]
     padding: Padding = field(default_factory=Padding)
     recording: bool = False
-    """Speculative decoding: tokens may be taken back by `crop`."""
+    """transformers announced that tokens may be taken back by `crop`."""
+    speculates: bool = not hasattr(DynamicCache, "activate_past_recording")
+    """Whether calls that ask for several logits are taken to verify guesses. Assisted decoding announces itself, or
+    shows by a first `crop`; old transformers do not announce it."""
     drafts: int | None = None
-    """How many of this forward call's last tokens are guesses to be verified, each as a step of its own; None:
-    unknown."""
+    """How many of this forward call's last tokens are guesses to be verified, each as a step of its own."""
     observer: Observer | None = None
 
 
@@ -48,15 +50,14 @@ class CompressedLayer(CacheLayerMixin):
         self._new: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.is_initialized = True
+        self._begin(key_states)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self._new is not None:
             raise KvcalError(
                 f"layer {self.index}: its attention did not reach kvcal: this architecture is not supported"
             )
-        self.is_initialized = True
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self._begin(key_states)
         self._new = (key_states, value_states)
         key = key_states.view_as(key_states)
         key.kvcal_layer = self  # type: ignore[attr-defined]
@@ -68,13 +69,10 @@ class CompressedLayer(CacheLayerMixin):
         assert self._new is not None
         (key, value), self._new = self._new, None
         store, tokens = self.store, key.shape[2]
-        valid = self._call.padding.of(mask, store.seen, query)
-        if self._call.recording:
-            store.tentative(True)
-        drafts = self._call.drafts
-        if drafts is None:
-            drafts = tokens if self._call.recording and store.seen else 0
-        prompt = tokens - min(drafts, tokens)
+        valid = self._call.padding.of(mask, store, query)
+        drafts = min(self._call.drafts or 0, tokens)
+        store.tentative(self._call.recording or drafts > 0)
+        prompt = tokens - drafts
         if prompt == 1 and store.seen:
             prompt = 0  # the usual step
         parts = []
@@ -99,6 +97,21 @@ class CompressedLayer(CacheLayerMixin):
                 )
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from the `state()` of a store of the same method."""
+        self.store.restore(state)
+        if self.store.seen:
+            self._begin(state["rows.key"])
+
+    def adopt(self, full: CompressedLayer) -> None:
+        """Start from the tokens of a layer of method `full`."""
+        self.store.adopt(full.store)  # type: ignore[arg-type]
+        self._begin(full.store.rows["key"].view)
+
+    def _begin(self, key: Tensor) -> None:
+        self.is_initialized = True
+        self.dtype, self.device = key.dtype, key.device
+
     def get_seq_length(self) -> int:
         return self.store.seen
 
@@ -117,6 +130,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Negative: remove so many tokens; positive (transformers before 5.14): the length to cut back to."""
+        self._call.speculates = True
         seen = self.store.seen
         tokens = -tokens_to_remove if tokens_to_remove <= 0 else max(0, seen - tokens_to_remove)
         if tokens:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...artifacts import KvcalError
+from ..stores import Store
 
 
 class Padding:
@@ -17,11 +18,12 @@ class Padding:
         self._mask: weakref.ref[Tensor] | None = None
         self._valid: Tensor | None = None
 
-    def of(self, mask: Tensor | None, seen: int, query: Tensor) -> Tensor | None:
+    def of(self, mask: Tensor | None, store: Store, query: Tensor) -> Tensor | None:
         """Which of the T new tokens are no padding.
 
         Args:
             mask: [B or 1, 1, T, seen + T] bool, True where a query sees a key (or float, 0 there); None: no padding.
+            store: of any layer, which holds the tokens seen so far.
             query: [B, Hq, T, D].
 
         Returns:
@@ -33,13 +35,13 @@ class Padding:
         if mask is None:
             return None
         if self._mask is None or self._mask() is not mask:
-            self._valid = _read(mask, seen, query)
+            self._valid = _read(mask, store, query)
             self._mask = weakref.ref(mask)
         return self._valid
 
 
-def _read(mask: Tensor, seen: int, query: Tensor) -> Tensor | None:
-    batch, _, tokens, _ = query.shape
+def _read(mask: Tensor, store: Store, query: Tensor) -> Tensor | None:
+    (batch, _, tokens, _), seen = query.shape, store.seen
     if mask.shape[-2:] != (tokens, seen + tokens) or mask.shape[1] != 1:
         raise KvcalError(
             f"an attention mask of shape {list(mask.shape)} for {tokens} new tokens after {seen}: "
@@ -47,11 +49,15 @@ def _read(mask: Tensor, seen: int, query: Tensor) -> Tensor | None:
         )
     visible = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
     keys = visible[:, -1]  # the last query sees every key that is no padding
-    new = keys[:, seen:]
-    if tokens > 1:
+    hides = False
+    if seen and len(store.lengths) == batch:  # else the store will say so
+        hidden = ~keys[:, :seen].cpu()
+        hides = bool((hidden if store.valid is None else hidden & store.valid).any())
+    if tokens > 1 and not hides:
         past = torch.ones(tokens, seen + tokens, dtype=torch.bool, device=mask.device).tril(seen)
         # What queries at padding see does not matter.
-        if bool(((visible != (past & keys.unsqueeze(1))) & new.unsqueeze(-1)).any()):
-            raise KvcalError("this attention mask hides more than padding and the future: not supported with a cache")
-    valid = new.expand(batch, -1).cpu()
+        hides = bool(((visible != (past & keys.unsqueeze(1))) & keys[:, seen:].unsqueeze(-1)).any())
+    if hides:
+        raise KvcalError("this attention mask hides more than padding and the future: not supported with a cache")
+    valid = keys[:, seen:].expand(batch, -1).cpu()
     return None if bool(valid.all()) else valid

@@ -28,6 +28,9 @@ def write_snapshot(
     methods: Mapping[int, Method],
     artifact: Artifact | None,
 ) -> None:
+    """Raises KvcalError: the artifact has no hash that `read_snapshot` could tell it by."""
+    if artifact is not None and artifact.content_hash is None:
+        raise KvcalError(f"{Path(folder)}: a saved cache names its artifact by its hash: save the artifact first")
     names = {kind: name for name, kind in METHODS.items()}
     header = {
         "version": _VERSION,
@@ -60,14 +63,21 @@ def read_snapshot(
             header = json.loads((file.metadata() or {})["kvcal"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         version, identity, wanted, methods = (header[key] for key in ("version", "model", "artifact", "methods"))
+        if not isinstance(identity, dict) or not isinstance(methods, dict):
+            raise TypeError("its header has other fields")
     except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
-        raise KvcalError(f"{path}: not a saved cache, or damaged ({error}): save it again") from error
+        raise damaged(folder, error) from error
     if version != _VERSION:
         raise KvcalError(f"{path}: saved by another version of kvcal ({version}, this one reads {_VERSION})")
-    for name, ours, theirs in differences(identity, fingerprint(model.config)):
+    different = differences(identity, fingerprint(model.config))
+    for name, ours, theirs in sorted(different, key=lambda entry: entry[0] != "model_type"):
         raise KvcalError(f"{path}: was saved with a model of {name} {ours}, this model has {theirs}")
     if wanted != (artifact.content_hash if artifact else None):
         raise KvcalError(
             f"{path}: was saved with artifact {wanted}, given is {artifact.content_hash if artifact else None}"
         )
     return tensors, methods
+
+
+def damaged(folder: str | os.PathLike[str], error: Exception) -> KvcalError:
+    return KvcalError(f"{Path(folder) / FILE}: not a saved cache, or damaged ({error}): save it again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from ...artifacts import KvcalError
 
@@ -35,7 +36,32 @@ def check_count(name: str, count: object, least: int = 0) -> None:
         raise KvcalError(f"{name} {count!r}: give a whole number of at least {least}")
 
 
+def check_flag(name: str, flag: object) -> None:
+    """Raises KvcalError unless `flag` is a bool."""
+    if not isinstance(flag, bool):
+        raise KvcalError(f"{name} {flag!r}: give True or False")
+
+
 def check_choice(name: str, choice: object, known: tuple[str, ...]) -> None:
     """Raises KvcalError unless `choice` is one of `known`."""
     if choice not in known:
         raise KvcalError(f"{name} {choice!r}: give {' or '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many tokens a step reads, or a store holds."""
+
+    keep: Amount = 0.25
+    """A fraction of the row's tokens at this step, the new one included, or a count."""
+    dense_below: int = 0
+    """Rows of fewer tokens are read, or held, whole."""
+
+    def check(self) -> None:
+        """Raises KvcalError for parameters that mean nothing."""
+        check_amount("keep", self.keep)
+        check_count("dense_below", self.dense_below)
+
+    def of(self, length: int) -> int:
+        """Tokens of a row of `length`."""
+        return length if length < self.dense_below else count_of(self.keep, length)

@@ -31,7 +31,7 @@ class Store(ABC):
         """Tokens of each row so far, padding left out."""
         self.seen = 0
         """Positions so far, padding included: what `get_seq_length()` counts."""
-        self._valid: Tensor | None = None
+        self.valid: Tensor | None = None
         """[B, seen] bool on the CPU, which positions were no padding; None: all."""
         self._read = 0
         self._tentative = False
@@ -87,8 +87,8 @@ class Store(ABC):
             return
         chosen = index.tolist()
         self.lengths = [self.lengths[row] for row in chosen]
-        if self._valid is not None:
-            self._valid = self._valid[index.cpu()]
+        if self.valid is not None:
+            self.valid = self.valid[index.cpu()]
         for rows in self.rows.values():
             if rows.tensor is not None:
                 rows.tensor = rows.tensor.index_select(0, index.to(rows.tensor.device))
@@ -105,32 +105,39 @@ class Store(ABC):
         state = {f"rows.{name}": rows.view for name, rows in self.rows.items()}
         state |= {f"totals.{name}": total for name, total in self.totals.items()}
         state["lengths"] = torch.tensor(self.lengths)
-        state["valid"] = self._valid if self._valid is not None else torch.ones(len(self.lengths), self.seen).bool()
+        state["valid"] = self.valid if self.valid is not None else torch.ones(len(self.lengths), self.seen).bool()
         return state
 
     def restore(self, state: dict[str, Tensor]) -> None:
         for name, tensor in state.items():
             kind, _, rest = name.partition(".")
             if kind == "rows":
-                self.rows[rest] = Rows()
+                self.rows[rest] = self._buffer(rest)
                 self.rows[rest].replace(tensor)
             elif kind == "totals":
                 self.totals[rest] = tensor
         self.lengths = state["lengths"].tolist()
         self.seen = state["valid"].shape[1]
-        self._valid = None if bool(state["valid"].all()) else state["valid"].cpu()
+        self.valid = None if bool(state["valid"].all()) else state["valid"].cpu()
+
+    def _buffer(self, name: str) -> Rows:
+        """An empty one for the tensor `name`."""
+        return Rows()
 
     def _advance(self, key: Tensor, valid: Tensor | None, held: list[int] | None = None) -> Places:
         """Count the new tokens; where they go, after the `held` tokens of each row (by default all of its tokens)."""
         tokens = key.shape[2]
         self.lengths = self.lengths or [0] * key.shape[0]
         if len(self.lengths) != key.shape[0]:
-            raise KvcalError(f"the cache holds {len(self.lengths)} rows, got a batch of {key.shape[0]}")
+            raise KvcalError(
+                f"the cache holds {len(self.lengths)} rows, got a batch of {key.shape[0]}: begin a new cache, or match "
+                "its rows with batch_repeat_interleave or batch_select_indices"
+            )
         places = find_places(self.lengths if held is None else held, tokens, valid, key.device)
-        if self._valid is not None or valid is not None:
-            past = self._valid if self._valid is not None else torch.ones(key.shape[0], self.seen).bool()
+        if self.valid is not None or valid is not None:
+            past = self.valid if self.valid is not None else torch.ones(key.shape[0], self.seen).bool()
             new = valid if valid is not None else torch.ones(key.shape[0], tokens).bool()
-            self._valid = torch.cat((past, new), 1)
+            self.valid = torch.cat((past, new), 1)
         self.seen += tokens
         if held is None:
             self.lengths = places.after
@@ -143,10 +150,10 @@ class Store(ABC):
         """Uncount the last `tokens` positions."""
         if tokens > self.seen:
             raise KvcalError(f"cannot crop {tokens} tokens from a cache of {self.seen}")
-        if self._valid is None:
+        if self.valid is None:
             self.lengths = [length - tokens for length in self.lengths]
         else:
-            lost = self._valid[:, self.seen - tokens :].sum(1).tolist()
+            lost = self.valid[:, self.seen - tokens :].sum(1).tolist()
             self.lengths = [length - count for length, count in zip(self.lengths, lost, strict=True)]
-            self._valid = self._valid[:, : self.seen - tokens]
+            self.valid = self.valid[:, : self.seen - tokens]
         self.seen -= tokens

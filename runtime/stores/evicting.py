@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...artifacts import KvcalError
 from ..attention import Logits, causal_attention
+from .amounts import Budget
 from .base import Store
 from .rows import Rows, lengths_mask
 
@@ -24,16 +25,12 @@ if TYPE_CHECKING:
 class EvictingStore(Store):
     """Slots [B, Hkv, slots]: the first `held` of a row are taken, in no order; `position` says by which token."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, budget: Budget) -> None:
         super().__init__()
-        self.name = name
+        self.name, self.budget = name, budget
         self.held: list[int] = []
         """Tokens held by each row, the same number in every KV head."""
         self._snapshots: list[dict[str, Any]] = []
-
-    @abstractmethod
-    def budget(self, length: int) -> int:
-        """Tokens that a row of `length` tokens may hold when it attends."""
 
     @abstractmethod
     def _worth(self, lengths: Tensor, budgets: Tensor) -> Tensor:
@@ -47,14 +44,17 @@ class EvictingStore(Store):
     def append(self, key: Tensor, value: Tensor, valid: Tensor | None = None) -> None:
         if self._tentative:
             self._snapshots.append(self._snapshot())
-        if not self.lengths or (valid is not None and not bool(valid.all())):
+        comes = [True] * key.shape[0] if valid is None else valid[:, 0].tolist()
+        if not self.lengths or not any(comes):
             self._take(key, value, valid)
             return
-        budgets = [self.budget(length + 1) for length in self.lengths]
-        if any(held > budget for held, budget in zip(self.held, budgets, strict=True)):
+        # A row that gets nothing loses nothing.
+        rows = zip(self.lengths, self.held, comes, strict=True)
+        budgets = [self.budget.of(length + 1) if new else held + 1 for length, held, new in rows]
+        if not all(comes) or any(held > budget for held, budget in zip(self.held, budgets, strict=True)):
             self._shrink([min(held, budget - 1) for held, budget in zip(self.held, budgets, strict=True)], budgets)
         if all(held < budget for held, budget in zip(self.held, budgets, strict=True)):
-            self._take(key, value, None)
+            self._take(key, value, valid)
         else:
             self._overwrite(key, value, budgets)
 
@@ -64,12 +64,9 @@ class EvictingStore(Store):
         held, lengths = self.held or [0] * batch, self.lengths or [0] * batch
         places = self._advance(key, valid, held)
         self.held = places.after
-        if places.limits is None:
-            position = torch.arange(tokens, device=key.device).expand(batch, -1)
-        else:
-            offset = torch.tensor(lengths) - torch.tensor(held)
-            position = places.limits + offset.to(key.device).unsqueeze(1) - 1
-        positions = position.to(torch.int32)[:, None, :, None].expand(-1, heads, -1, -1)
+        evicted = (torch.tensor(lengths) - torch.tensor(held)).to(key.device).unsqueeze(1)
+        slots = torch.arange(tokens, device=key.device) if places.limits is None else places.limits - 1
+        positions = (slots + evicted).to(torch.int32)[:, None, :, None].expand(-1, heads, -1, -1)
         for name, new in {"key": key, "value": value, "position": positions, **self._fresh(key)}.items():
             self.rows.setdefault(name, Rows()).write(new, places)
         return places.limits
@@ -113,8 +110,8 @@ class EvictingStore(Store):
             return
         if self.held != self.lengths or self._fresh(self.rows["key"].view):
             raise KvcalError(
-                f"{self.name} forgets tokens and cannot take back the last {tokens}: crop works for methods that keep "
-                "all tokens (loki, quest, sparq, full)"
+                f"{self.name} cannot take back the last {tokens} tokens, which changed what it holds: crop works for "
+                "methods that keep all tokens (full, loki, quest, sparq), and for guesses of assisted decoding"
             )
         self._retreat(tokens)
         self.held = list(self.lengths)
@@ -130,11 +127,13 @@ class EvictingStore(Store):
         self._take(
             full.rows["key"].view, full.rows["value"].view, torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
         )
-        self.seen, self._valid = full.seen, full._valid
+        self.seen, self.valid = full.seen, full.valid
 
     def select(self, index: Tensor) -> None:
         super().select(index)
         self.held = [self.held[row] for row in index.tolist()] if self.held else []
+        for rows in self.rows.values():
+            rows.used = max(self.held)
         self._snapshots.clear()
 
     def read_mask(self) -> Tensor:
@@ -171,11 +170,11 @@ class EvictingStore(Store):
 
     def _snapshot(self) -> dict[str, Any]:
         rows = {name: (rows.view.clone(), rows.used) for name, rows in self.rows.items()}
-        return {"rows": rows, "held": self.held, "lengths": self.lengths, "seen": self.seen, "valid": self._valid}
+        return {"rows": rows, "held": self.held, "lengths": self.lengths, "seen": self.seen, "valid": self.valid}
 
     def _return_to(self, snapshot: dict[str, Any]) -> None:
         for name, (tensor, used) in snapshot["rows"].items():
             self.rows[name].replace(tensor)
             self.rows[name].used = used
         self.held, self.lengths = snapshot["held"], snapshot["lengths"]
-        self.seen, self._valid = snapshot["seen"], snapshot["valid"]
+        self.seen, self.valid = snapshot["seen"], snapshot["valid"]

@@ -29,7 +29,8 @@ class ExactTopkStore(SelectingStore):
     def _score(self, query: Tensor, logits: Logits) -> Tensor:
         key = self.rows["key"].view
         self._read += key.nbytes
-        self._exact = self._masked(logits.of(query @ key.mT))
+        # In float32, as fused attention adds up: these are the weights, not only a ranking.
+        self._exact = self._masked(logits.of(query.float() @ key.float().mT))
         return self._exact
 
     def _combine(self, query: Tensor, logits: Logits, scores: Tensor, chosen: Chosen) -> Tensor:

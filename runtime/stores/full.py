@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...artifacts import Artifact
 from ..attention import Logits, attention_mass, causal_attention, probabilities
+from .amounts import check_flag
 from .row_store import RowStore
 
 
@@ -20,6 +21,7 @@ class Full:
     """Also accumulate attention per key, so that `h2o` can adopt what this cache prefilled."""
 
     def build(self, layer: int, head_dim: int, artifact: Artifact | None) -> Callable[[], FullStore]:
+        check_flag("record_mass", self.record_mass)
         return lambda: FullStore(self.record_mass)
 
 
@@ -40,6 +42,21 @@ class FullStore(RowStore):
             held_key = self.rows["key"].view
             self._record(probabilities(query, held_key, logits, self._held()).sum((2, 3)))
         return self.attend_densely(query, logits)
+
+    def adopt(self, full: FullStore) -> None:
+        super().adopt(full)
+        if self.record_mass and "mass" in full.totals:
+            self._record(full.totals["mass"].clone())
+
+    def crop(self, tokens: int) -> None:
+        super().crop(tokens)
+        # What the cropped queries gave cannot be told from the sums.
+        self.record_mass = False
+        self.totals.pop("mass", None)
+
+    def _forget(self, before: list[int]) -> None:
+        if "mass" in self.totals:
+            self.totals["mass"] = self.totals["mass"][:, :, : max(self.lengths)]
 
     def _record(self, mass: Tensor) -> None:
         """Accumulate what every key received of the attention so far, for a store that starts from this one."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...artifacts import Artifact, KvcalError
 from ..attention import Logits, attention_mass, probabilities
-from .amounts import Amount, check_amount, check_count, count_of
+from .amounts import Budget
 from .evicting import EvictingStore
 
 if TYPE_CHECKING:
@@ -22,25 +22,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class H2O:
-    keep: Amount = 0.25
-    """Tokens held, the new one included: a fraction of the row's tokens at this step, or a count."""
-    dense_below: int = 0
-    """Rows of fewer tokens lose none."""
+class H2O(Budget):
+    """Half of what is kept for recent tokens, the rest for heavy hitters."""
 
     def build(self, layer: int, head_dim: int, artifact: Artifact | None) -> Callable[[], H2OStore]:
-        check_amount("keep", self.keep)
-        check_count("dense_below", self.dense_below)
+        self.check()
         return lambda: H2OStore(self)
 
 
 class H2OStore(EvictingStore):
     def __init__(self, settings: H2O):
-        super().__init__("h2o")
-        self.settings = settings
-
-    def budget(self, length: int) -> int:
-        return length if length < self.settings.dense_below else count_of(self.settings.keep, length)
+        super().__init__("h2o", settings)
 
     def _worth(self, lengths: Tensor, budgets: Tensor) -> Tensor:
         position = self.rows["position"].view.squeeze(-1)

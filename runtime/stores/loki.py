@@ -53,7 +53,8 @@ class Basis:
     def load(cls, artifact: Artifact, layer: int, settings: Loki) -> Basis:
         if settings.basis == "pca":
             components = artifact.tensor("pca", layer, f"key_{settings.stage}.components")
-            spectrum = artifact.tensor("pca", layer, f"key_{settings.stage}.eigenvalues")
+            ordered_by = "eigenvalues" if artifact.settings.get("centred", True) else "eigenvalues_uncentred"
+            spectrum = artifact.tensor("pca", layer, f"key_{settings.stage}.{ordered_by}")
             return cls(components, components, _rank(settings.rank, spectrum))
         query_map, key_map = (
             artifact.tensor("score", layer, f"{settings.stage}.{name}_map") for name in ("query", "key")

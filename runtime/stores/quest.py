@@ -11,7 +11,7 @@ from torch import Tensor
 from ...artifacts import Artifact
 from ..attention import Logits
 from .amounts import check_count
-from .rows import Places, Rows
+from .rows import CHUNK, Places, Rows
 from .selecting import Chosen, SelectingStore, Selection, best
 
 
@@ -34,6 +34,10 @@ class QuestStore(SelectingStore):
     def __init__(self, settings: Quest):
         super().__init__(settings)
         self.page = settings.page
+
+    def _buffer(self, name: str) -> Rows:
+        """Boxes, one per page, grow when their tokens do."""
+        return Rows(chunk=-(-CHUNK // self.page)) if name in ("low", "high") else Rows()
 
     def _score(self, query: Tensor, logits: Logits) -> Tensor:
         low, high = self.rows["low"].view, self.rows["high"].view
@@ -91,7 +95,7 @@ class QuestStore(SelectingStore):
             boxes = reduce(padded.masked_fill(~held.unsqueeze(-1), fill).unflatten(2, (-1, self.page)), 3)
             # A page that a shorter row has not reached would be an infinite box, and 0 · inf is NaN.
             boxes = boxes.masked_fill(boxes.abs() == limit, 0)
-            rows = self.rows.setdefault(name, Rows())
+            rows = self.rows.setdefault(name, self._buffer(name))
             rows.reserve(count, key)
             assert rows.tensor is not None
             rows.tensor[:, :, first:count] = boxes

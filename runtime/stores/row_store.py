@@ -29,15 +29,18 @@ class RowStore(Store):
     def crop(self, tokens: int) -> None:
         before = self.lengths
         self._retreat(tokens)
-        self._forget(before)
-        for name in ("key", "value"):
-            self.rows[name].used = max(self.lengths)
+        self._shorten(before)
+
+    def select(self, index: Tensor) -> None:
+        super().select(index)
+        if self.lengths and max(self.lengths) < self.rows["key"].used:
+            self._shorten(self.lengths)
 
     def adopt(self, full: FullStore) -> None:
         lengths = torch.tensor(full.lengths)
         valid = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
         self._extend(full.rows["key"].view, full.rows["value"].view, valid)
-        self.seen, self._valid = full.seen, full._valid
+        self.seen, self.valid = full.seen, full.valid
 
     def attend_densely(self, query: Tensor, logits: Logits) -> Tensor:
         """Read everything; the last step of `full`, and of short contexts."""
@@ -69,6 +72,11 @@ class RowStore(Store):
         self._extended(key, value, places)
         return places
 
+    def _shorten(self, before: list[int]) -> None:
+        self._forget(before)
+        for name in ("key", "value"):
+            self.rows[name].used = max(self.lengths)
+
     def _held(self) -> Tensor | None:
         """[B, 1, 1, S] bool; None when every row has S tokens."""
         return lengths_mask(self.lengths, self.rows["key"].view.device)
@@ -89,4 +97,5 @@ class RowStore(Store):
         """New tokens were written."""
 
     def _forget(self, before: list[int]) -> None:
-        """Rows that had `before` tokens are about to have `lengths`; their keys and values still stand."""
+        """Rows that had `before` tokens are about to have `lengths`, or the batch has lost its longest rows; keys and
+        values still stand."""

@@ -51,8 +51,9 @@ def find_places(lengths: Sequence[int], tokens: int, valid: Tensor | None, devic
 class Rows:
     """[B, H, capacity, D], of which the first `used` tokens (the longest row's) are in use."""
 
-    def __init__(self, tensor: Tensor | None = None):
+    def __init__(self, tensor: Tensor | None = None, chunk: int = CHUNK):
         self.tensor = tensor
+        self.chunk = chunk
         self.used = 0 if tensor is None else tensor.shape[2]
 
     def write(self, new: Tensor, places: Places) -> None:
@@ -72,7 +73,7 @@ class Rows:
         capacity = 0 if self.tensor is None else self.tensor.shape[2]
         if tokens <= capacity:
             return
-        grown = like.new_zeros(like.shape[0], like.shape[1], -(-tokens // CHUNK) * CHUNK, like.shape[3])
+        grown = like.new_zeros(like.shape[0], like.shape[1], -(-tokens // self.chunk) * self.chunk, like.shape[3])
         if self.tensor is not None:
             grown[:, :, : self.used] = self.view
         self.tensor = grown

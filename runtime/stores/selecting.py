@@ -9,28 +9,20 @@ import torch
 from torch import Tensor
 
 from ..attention import Logits, attention
-from .amounts import Amount, check_amount, check_choice, check_count, count_of
+from .amounts import Budget, check_choice
 from .row_store import RowStore
 
 
 @dataclass(frozen=True)
-class Selection:
+class Selection(Budget):
     """What is read per step."""
 
-    keep: Amount = 0.25
-    """Tokens: a fraction of the row's tokens at this step, the new one included, or a count."""
     select: str = "head"
     """"head": each query head reads its own tokens (as published); "group": the heads of a KV head read the same."""
-    dense_below: int = 0
-    """Rows of fewer tokens are read whole."""
 
     def check(self) -> None:
-        check_amount("keep", self.keep)
+        super().check()
         check_choice("select", self.select, ("head", "group"))
-        check_count("dense_below", self.dense_below)
-
-    def budget(self, length: int) -> int:
-        return length if length < self.dense_below else count_of(self.keep, length)
 
 
 @dataclass(frozen=True)
@@ -51,7 +43,7 @@ class SelectingStore(RowStore):
         self.selection = selection
 
     def attend(self, query: Tensor, logits: Logits) -> Tensor:
-        budgets = [self.selection.budget(length) for length in self.lengths]
+        budgets = [self.selection.of(length) for length in self.lengths]
         if budgets == self.lengths:
             return self.attend_densely(query, logits)
         self._read = 0

@@ -32,7 +32,7 @@ class SparqStore(SelectingStore):
     _approximate: Tensor
     """[B, Hkv, G, S] approximate softmax of the step."""
     _share: Tensor
-    """[B, Hkv, G] how much of it is on what is read."""
+    """[B, Hkv, G] how much of it is on what is read, the model's own sink included."""
 
     def _score(self, query: Tensor, logits: Logits) -> Tensor:
         key = self.rows["key"].view
@@ -49,7 +49,7 @@ class SparqStore(SelectingStore):
         # The softmax temperature τ = sqrt(D · ‖q_r‖₁ / ‖q‖₁) in place of sqrt(D).
         coverage = part.abs().sum(-1, keepdim=True) / magnitude.sum(-1, keepdim=True).clamp_min(1e-30)
         scores = self._masked(logits.of(dots / coverage.clamp_min(1e-30).sqrt()))
-        self._approximate = scores.softmax(-1)
+        self._approximate = logits.softmax(scores)
         return scores
 
     def _choose(self, scores: Tensor, budgets: list[int]) -> Chosen:
@@ -61,7 +61,8 @@ class SparqStore(SelectingStore):
         preferred = (scores.softmax(-1) + local).masked_fill(position >= lengths, -1.0)
         chosen = best(preferred, budgets)
         read = self._approximate.gather(-1, chosen.index.expand(*self._approximate.shape[:3], -1))
-        self._share = (read if chosen.counted is None else read * chosen.counted).sum(-1)
+        read = read if chosen.counted is None else read * chosen.counted
+        self._share = 1 - (self._approximate.sum(-1) - read.sum(-1))
         return chosen
 
     def _combine(self, query: Tensor, logits: Logits, scores: Tensor, chosen: Chosen) -> Tensor:
@@ -79,7 +80,7 @@ class SparqStore(SelectingStore):
             row, token, _ = places.slots
             mask = torch.zeros(value.shape[0], value.shape[2], dtype=torch.bool, device=value.device)
             mask[row, token] = True
-            counted = counted * mask[:, None, :, None]
+            counted = counted.masked_fill(~mask[:, None, :, None], 0)
         new = counted.sum(2)
         self.totals["value"] = self.totals["value"] + new if "value" in self.totals else new
 
@@ -87,4 +88,4 @@ class SparqStore(SelectingStore):
         value = self.rows["value"].view
         position = torch.arange(value.shape[2], device=value.device)
         held = position < torch.tensor(self.lengths, device=value.device).view(-1, 1)
-        self.totals["value"] = (value.float() * held[:, None, :, None]).sum(2)
+        self.totals["value"] = value.float().masked_fill(~held[:, None, :, None], 0).sum(2)

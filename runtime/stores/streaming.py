@@ -13,38 +13,31 @@ from torch import Tensor
 
 from ...artifacts import Artifact
 from ..attention import Logits, attention
-from .amounts import Amount, check_amount, check_count, count_of
+from .amounts import Budget, check_count
 from .evicting import EvictingStore
 
 
 @dataclass(frozen=True)
-class Streaming:
-    keep: Amount = 0.25
-    """Tokens held, sinks and the new one included: a fraction of the row's tokens at this step, or a count."""
+class Streaming(Budget):
     sinks: int = 4
-    """First tokens that stay."""
-    dense_below: int = 0
-    """Rows of fewer tokens lose none."""
+    """First tokens that stay; they are part of what is kept."""
 
     def build(self, layer: int, head_dim: int, artifact: Artifact | None) -> Callable[[], StreamingStore]:
-        check_amount("keep", self.keep)
+        self.check()
         check_count("sinks", self.sinks)
-        check_count("dense_below", self.dense_below)
         return lambda: StreamingStore(self)
 
 
 class StreamingStore(EvictingStore):
-    def __init__(self, settings: Streaming):
-        super().__init__("streaming")
-        self.settings = settings
+    budget: Streaming
 
-    def budget(self, length: int) -> int:
-        return length if length < self.settings.dense_below else count_of(self.settings.keep, length)
+    def __init__(self, settings: Streaming):
+        super().__init__("streaming", settings)
 
     def _worth(self, lengths: Tensor, budgets: Tensor) -> Tensor:
         position = self.rows["position"].view.squeeze(-1).float()
         # One place of the budget is the new token's.
-        return position.masked_fill(position < (budgets - 1).clamp_max(self.settings.sinks), float("inf"))
+        return position.masked_fill(position < (budgets - 1).clamp_max(self.budget.sinks), float("inf"))
 
     def attend(self, query: Tensor, logits: Logits) -> Tensor:
         key, value = self.rows["key"].view, self.rows["value"].view

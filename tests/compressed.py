@@ -1,0 +1,114 @@
+"""Tiny models with artifacts, padded prompts, and every method with a small budget: what decoding tests share."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from architectures import build
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from kvcal import artifacts
+from kvcal.artifacts import Artifact
+from kvcal.calibrate.blocks import TokenBlocks
+from kvcal.calibrate.one_pass import calibrate
+from kvcal.runtime import CompressedCache
+
+SMALL: dict[str, dict[str, Any]] = {
+    "full": {},
+    "loki": {"rank": 0.5, "keep": 0.25},
+    "exact_topk": {"keep": 0.25},
+    "quest": {"keep": 0.25, "page": 4},
+    "sparq": {"rank": 0.5, "keep": 0.25},
+    "streaming": {"keep": 0.25, "sinks": 2},
+    "h2o": {"keep": 0.25},
+}
+"""Small enough that a short prompt is not read whole."""
+NEW = 6
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+"""float32, another order of summation."""
+
+
+def model(name: str = "llama", seed: int = 0) -> Any:
+    """One for all tests, which leave it as found. Its end of text is no token: all rows go on to the last step."""
+    return _model(name, seed)
+
+
+def artifact(name: str = "llama", seed: int = 0) -> Artifact:
+    return _artifact(name, seed)
+
+
+@functools.cache
+def _model(name: str, seed: int) -> Any:
+    made = build(name, seed=seed)
+    made.generation_config.eos_token_id = made.config.vocab_size
+    # The padding token's embedding is zero: a decoded one would have a query of zeros, which prefers no key.
+    torch.nn.init.normal_(made.get_input_embeddings().weight[0], std=0.02)
+    return made
+
+
+@functools.cache
+def _artifact(name: str, seed: int) -> Artifact:
+    ids = torch.randint(3, 96, (4, 32), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    every = torch.ones(4, 32, dtype=torch.bool)
+    made = calibrate(model(name, seed), TokenBlocks(ids, every, every, {"id": "random"}), reservoir=16)
+    with tempfile.TemporaryDirectory() as folder:  # saving gives it the hash by which saved caches know it
+        return replace(made, content_hash=artifacts.save(made, Path(folder) / "artifact").content_hash)
+
+
+def random_ids(tokens: int, seed: int = 0) -> torch.Tensor:
+    """[1, tokens]"""
+    return torch.randint(3, 96, (1, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(*lengths: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Prompts of these lengths, padded on the left."""
+    width = max(lengths)
+    ids, mask = torch.zeros(2, len(lengths), width, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        ids[row, width - length :] = random_ids(length, seed + row)[0]
+        mask[row, width - length :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def greedy(of: Any, inputs: dict[str, torch.Tensor], new: int = NEW, **settings: Any) -> tuple[torch.Tensor, Any, Any]:
+    """(all tokens [B, T], logits of the new ones [B, new, vocab], the cache)."""
+    # Without a mask transformers makes one that hides padding tokens, and random models do write some.
+    inputs = {"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs}
+    settings = {"max_new_tokens": new, "do_sample": False, **settings}
+    made = of.generate(**inputs, **settings, output_logits=True, return_dict_in_generate=True)
+    return made.sequences, torch.stack(made.logits, 1), made.past_key_values
+
+
+def make_cache(method: str, name: str = "llama", **settings: Any) -> CompressedCache:
+    """A cache of `method` with its small budget."""
+    return CompressedCache(model(name), artifact(name), method, **{**SMALL[method], **settings})
+
+
+def traces(of: Any) -> Any:
+    """All that attaching to a model may change."""
+    modules = list(of.modules())
+    hooks = [
+        list(getattr(module, kind))
+        for module in modules
+        for kind in ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks")
+    ]
+    configs = [module.config._attn_implementation for module in modules if hasattr(module, "config")]
+    overridden = ["forward" in vars(module) for module in modules]
+    registries = [sorted(registry().keys()) for registry in (AttentionInterface, AttentionMaskInterface)]
+    return copy.deepcopy((hooks, configs, overridden, registries, of.training, of.config.use_cache))
+
+
+def step_logits(of: Any, ids: torch.Tensor, cache: Any, start: int, **settings: Any) -> torch.Tensor:
+    """[B, tokens - start + 1, vocab]: `ids` up to `start` prefilled at once, then one token per call."""
+    with torch.no_grad():
+        parts = [of(ids[:, :start], past_key_values=cache, use_cache=True, **settings).logits[:, -1:]]
+        for at in range(start, ids.shape[1]):
+            new = ids[:, at : at + 1]
+            parts.append(of(new, past_key_values=cache, use_cache=True, **settings).logits)
+    return torch.cat(parts, 1)

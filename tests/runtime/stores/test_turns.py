@@ -1,0 +1,59 @@
+"""A second prompt on a cache that has decoded: dense attention to all that is still held."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle_heads import heads_at
+from sequences import TOLERANCES, VARIANTS, Geometry, Row, alone, assert_steps, decode, draw, make, prefill
+
+from kvcal.runtime.attention import Logits
+
+GEOMETRY = Geometry(16, 8, 2, 3)
+LOGITS = Logits(GEOMETRY.scaling)
+START, TURN, END = 25, 12, 41
+"""The row has 20 tokens of prompt and 5 decoded ones; then come 12 at once and 4 more."""
+
+
+@pytest.mark.parametrize("name", ["full", "loki-pca", "loki-score", "exact_topk", "quest", "sparq"])
+def test_turns_are_one_prompt_where_everything_is_kept(name: str) -> None:
+    method, settings = VARIANTS[name]
+    (row,) = draw(GEOMETRY, [20], END - 20)
+    store = make(method, GEOMETRY, **settings)
+    prefill(store, [row], LOGITS)
+    decode(store, [row], LOGITS, range(5))
+    turn = store.prefill(*(tensor[None, :, START : START + TURN] for tensor in row.tensors()), LOGITS)
+    whole = make("full", GEOMETRY).prefill(*(tensor[None, :, : START + TURN] for tensor in row.tensors()), LOGITS)
+    torch.testing.assert_close(turn, whole[:, :, START:], **TOLERANCES[torch.float32])
+    resumed = Row(*row.tensors(), prompt=START + TURN)
+    assert_steps(decode(store, [resumed], LOGITS)[0], alone(method, GEOMETRY, resumed, LOGITS, **settings))
+
+
+@pytest.mark.parametrize("method", ["streaming", "h2o"])
+def test_a_turn_sees_what_was_not_evicted_and_itself(method: str) -> None:
+    keep = 10
+    (row,) = draw(GEOMETRY, [20], END - 20)
+    store = make(method, GEOMETRY, keep=keep)
+    prefill(store, [row], LOGITS)
+    last = decode(store, [row], LOGITS, range(5))[0][-1]
+    turn = store.prefill(*(tensor[None, :, START : START + TURN] for tensor in row.tensors()), LOGITS)[0]
+    for kv_head in range(GEOMETRY.kv_heads):
+        for tokens in range(START + 1, START + TURN + 1):
+            for head in heads_at(row.double(), LOGITS, kv_head, tokens):
+                held = last.read[head.index].nonzero().flatten()
+                expected = head.attend(torch.cat((held, torch.arange(START, tokens))))
+                got = turn[head.index, tokens - START - 1].double()
+                torch.testing.assert_close(got, expected, **TOLERANCES[torch.float32])
+    resumed = Row(*row.tensors(), prompt=START + TURN)
+    for number, step in enumerate(decode(store, [resumed], LOGITS)[0]):
+        tokens = START + TURN + number + 1
+        recent = set(range(tokens - keep // 2, tokens))
+        for head in heads_at(row.double(), LOGITS, 0, tokens) + heads_at(row.double(), LOGITS, 1, tokens):
+            read = step.read[head.index].nonzero().flatten()
+            torch.testing.assert_close(step.output[head.index].double(), head.attend(read), **TOLERANCES[torch.float32])
+            if method == "streaming":
+                assert set(read.tolist()) == {0, 1, 2, 3} | set(range(tokens - keep + 4, tokens))
+            else:
+                assert len(read) == keep and recent <= set(read.tolist())
+                evicted = ~last.read[head.index]
+                assert not evicted[read[read < START]].any(), "came back"
