@@ -30,5 +30,5 @@ def test_the_python_runs(tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}
     exec(compile(code, "README.md", "exec"), names)
-    assert names["basis"].shape == (2, 64, 64)
+    assert names["cache"].bytes_read() > 0 and (tmp_path / "prompt" / "cache.safetensors").exists()
     assert load(tmp_path / "demo-stdlib").model.id == "demo"

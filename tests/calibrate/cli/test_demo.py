@@ -8,6 +8,7 @@ from kvcal.calibrate.cli import cli, demo
 
 def test_demo_goes_the_whole_road_and_recognises_its_own_work(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "NUM_TOKENS", 8192)  # 131072 takes a minute
+    monkeypatch.setattr(demo, "PROMPTS", {"prefix": 256, "continuation": 8, "windows": 2, "episodes": 2})
     for _ in range(2):
         result = CliRunner().invoke(cli, ["demo", "--output", str(tmp_path / "demo"), "--json"])
         assert result.exit_code == 0, result.output
@@ -18,5 +19,12 @@ def test_demo_goes_the_whole_road_and_recognises_its_own_work(tmp_path, monkeypa
     assert {"README.md", "rank.png", "clusters.png"} <= {path.name for path in (tmp_path / "demo").iterdir()}
     # Loki's finding: keys lie in fewer dimensions before the rotary embedding than after it.
     assert found["ranks"]["model"]["key_pre"] < found["ranks"]["model"]["key_post"] < 64
+    full, loki = found["results"]
+    assert (full["method"], loki["method"]) == ("full", "loki") and loki["bytes_per_step"] < full["bytes_per_step"]
+    text, asked = found["side_by_side"]
+    assert len(text["continuations"]) == 2 and asked["prompt"].startswith("\nWhat is the code of")
+    whole, compressed = asked["continuations"]
+    assert whole["text"].strip().isdigit() and compressed["bytes_per_step"] < whole["bytes_per_step"]
     people = CliRunner().invoke(cli, ["demo", "--output", str(tmp_path / "demo")])
     assert people.exit_code == 0 and "rank@90" in people.stdout and str(tmp_path / "demo") in people.stdout
+    assert "MB a step" in people.stdout
