@@ -141,19 +141,22 @@ def _check(artifact: Artifact, model: Any) -> None:
     """By weights, too, where they were loaded as they were calibrated: another dtype rounds them to others."""
     from ...runtime import check_model
 
-    same_dtype = artifact.settings.get("dtype") == str(model.dtype).removeprefix("torch.")
-    check_model(artifact, model, weights=same_dtype)
+    calibrated, loaded = artifact.settings.get("dtype"), str(model.dtype).removeprefix("torch.")
+    check_model(artifact, model, weights=calibrated == loaded)
+    if calibrated != loaded:
+        say(f"weights are {loaded}, the artifact's were {calibrated}: only the architecture was compared")
 
 
 def _settings(
     artifact: Artifact, loaded: Any, source: Any, prompts: Any, batch_size: int, options: dict[str, Any]
 ) -> dict[str, Any]:
     """All that rows of one results file have in common."""
+    from ...artifacts import weights_sha256
     from ..one_pass import versions
 
     return {
         "model": loaded.source.id,
-        "weights_sha256": artifact.model.weights_sha256,
+        "weights_sha256": weights_sha256(loaded.model),
         "artifact": artifact.content_hash,
         "data": source,
         **{name: list(value) if isinstance(value, tuple) else value for name, value in options.items()},

@@ -87,7 +87,7 @@ def make_grid(methods: Sequence[str], parameters: Mapping[str, Sequence[Value]])
         lists = {name: list(parameters.get(name, [own[name]])) for name in names}
         for values in itertools.product(*lists.values()):
             setting = {"method": method, **dict(zip(lists, values, strict=True))}
-            if setting not in grid:
+            if key_of(setting) not in map(key_of, grid):  # a count of 1 is not a fraction of 1.0
                 grid.append(setting)
     return grid
 

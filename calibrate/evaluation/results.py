@@ -18,7 +18,7 @@ from ...artifacts.folder import write_atomically
 from .grid import Setting, key_of
 from .measurements import MEASURED, Measured
 
-SAME = ("weights_sha256", "tokens_sha256")
+SAME = ("weights_sha256", "tokens_sha256", "dtype", "batch_size")
 """Settings that must agree for rows of two files to stand in one table."""
 
 
@@ -102,7 +102,8 @@ def compared_rows(settings: Mapping[str, Any], full: Mapping[str, Any], path: st
     for name in SAME:
         there, ours = body["settings"].get(name), settings.get(name)
         if there != ours:
-            what = "another model" if name == "weights_sha256" else "other tokens"
+            kinds = {"weights_sha256": "another model", "tokens_sha256": "other tokens"}
+            what = kinds.get(name, f"another {name.replace('_', ' ')}")
             raise KvcalError(
                 f"{path}: was evaluated on {what} ({name} {_short(there)} there, {_short(ours)} here): "
                 "run both with the same model, data, prefix, continuation, windows, tasks, lengths, episodes and seed"

@@ -5,18 +5,19 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...artifacts import KvcalError
 from ..attention import Logits, attention
 from .layer import Call, CompressedLayer
-from .routing import Route, backbone, find_attention
+from .routing import Route, backbone, find_attention, refuse_unsupported
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Attachment:
 
 
 _ATTACHED: weakref.WeakKeyDictionary[Any, Attachment] = weakref.WeakKeyDictionary()
+_THROUGH_THE_INTERFACE: weakref.WeakSet[Any] = weakref.WeakSet()
 _LOCK = threading.RLock()  # reentrant: a dropped cache may be collected, and release, at any point
 
 
@@ -52,12 +54,15 @@ def attach(model: Any) -> Attachment:
     with _LOCK:
         found = _ATTACHED.get(model)
         if found is None:
-            find_attention(model)  # refuses what does not go through the attention interface
+            refuse_unsupported(model)
+            if model not in _THROUGH_THE_INTERFACE:
+                find_attention(model)  # refuses those that are not
+                _THROUGH_THE_INTERFACE.add(model)
             owner = weakref.ref(model)
             route = Route(model, _attention, masks="sdpa")
             # The backbone too: it may be called by itself.
-            parts = {id(part): part for part in (model, backbone(model))}.values()
-            hooks = [part.register_forward_pre_hook(_before(owner), with_kwargs=True) for part in parts]
+            parts = weakref.WeakSet((model, backbone(model)))
+            hooks = [part.register_forward_pre_hook(_before(owner, parts), with_kwargs=True) for part in parts]
             found = _ATTACHED[model] = Attachment(route, hooks, lambda: _forget(owner()))
         found.users += 1
         return found
@@ -68,39 +73,63 @@ def _forget(model: Any) -> None:
         _ATTACHED.pop(model, None)
 
 
-def _before(owner: weakref.ref[Any]) -> Callable[..., Any]:
+def _before(owner: weakref.ref[Any], parts: weakref.WeakSet[nn.Module]) -> Callable[..., Any]:
     """A pre-hook that gives our cache to calls that would begin an empty one."""
 
+    @torch.compiler.disable
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         model: Any = owner()
+        if module not in parts:
+            raise KvcalError("this model was copied while it was compressed or had compressed caches: copy it before")
         given = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
-        past, keep = given.get("past_key_values"), given.get("logits_to_keep")
-        guesses = keep - 1 if type(keep) is int and keep > 0 else None
-        call = getattr(past, "call", None)
-        if isinstance(call, Call):
-            if call.model() is not model:
-                raise KvcalError("past_key_values is a compressed cache of another model: make one for this model")
-            if module is model:
-                call.drafts = guesses if call.speculates else None
+        past = given.get("past_key_values")
+        if isinstance(getattr(past, "call", None), Call):
+            _continue(model, module, given)
             return None
         begin, wanted = _ATTACHED[model].begin, given.get("use_cache")
-        if begin is None or not (model.config.use_cache if wanted is None else wanted):
+        uses = getattr(model.config.get_text_config(), "use_cache", True) if wanted is None else wanted
+        # A training step makes a cache that nobody reads.
+        if begin is None or not uses or (model.training and torch.is_grad_enabled()):
             return None
-        if model.training and torch.is_grad_enabled():  # a training step, whose cache nobody reads
-            return None
-        if past is not None and (type(past) is not DynamicCache or past.get_seq_length()):
-            raise KvcalError(
-                f"inside compress() past_key_values is a {type(past).__name__} of {past.get_seq_length()} tokens: "
-                "begin with an empty cache, or with a CompressedCache, and leave cache_implementation out"
-            )
-        cache = begin()
-        # Assisted decoding had told the cache that we replace to record, and asks for the logits of its guesses.
-        if past is not None and (guesses or any(getattr(layer, "record_past", False) for layer in past.layers)):
-            cache.activate_past_recording()
-            cache.call.drafts = guesses
-        return (), {**given, "past_key_values": cache, "use_cache": True}
+        return (), {**given, "past_key_values": _begin(begin, given), "use_cache": True}
 
     return hook
+
+
+def _continue(model: Any, module: nn.Module, given: Mapping[str, Any]) -> None:
+    """A call with a cache of ours."""
+    past = given["past_key_values"]
+    if past.call.model() is not model:
+        raise KvcalError("past_key_values is a compressed cache of another model: make one for this model")
+    past.check_whole()
+    if module is model:
+        past.call.expect(*_lengths(given))
+
+
+def _begin(begin: Callable[[], Any], given: Mapping[str, Any]) -> Any:
+    """A cache for a call that has none, or an empty one of transformers'."""
+    past = given.get("past_key_values")
+    if past is not None and (type(past) is not DynamicCache or past.offloading or past.get_seq_length()):
+        length = f" of {past.get_seq_length()} tokens" if isinstance(past, Cache) else ""
+        raise KvcalError(
+            f"inside compress() past_key_values is a {type(past).__name__}{length}: begin with an empty cache, or "
+            "with a CompressedCache, and leave cache_implementation out"
+        )
+    cache = begin()
+    # Assisted decoding had told the cache that we replace to record, and asks for the logits of its guesses.
+    tokens, logits = _lengths(given)
+    if past is not None and ((logits or 1) > 1 or any(getattr(layer, "record_past", False) for layer in past.layers)):
+        cache.activate_past_recording()
+        cache.call.expect(tokens, logits)
+    return cache
+
+
+def _lengths(given: Mapping[str, Any]) -> tuple[int, int | None]:
+    """(new tokens of a call, of how many it wants logits; None: all)."""
+    inputs = given.get("input_ids")
+    inputs = given.get("inputs_embeds") if inputs is None else inputs
+    logits = given.get("logits_to_keep")
+    return 0 if inputs is None else inputs.shape[1], logits if type(logits) is int and logits > 0 else None
 
 
 class _WithoutGradient(torch.autograd.Function):
@@ -127,7 +156,7 @@ def _attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """The attention of a routed model: a compressed layer's, or dense over what it is given."""
     if kwargs.get("position_bias") is not None:
         raise KvcalError(f"{type(module).__name__}: attention with a position bias is not supported")
@@ -137,7 +166,12 @@ def _attention(
         out = layer.attend(query, mask, logits)
         if torch.is_grad_enabled() and query.requires_grad:
             out = _WithoutGradient.apply(out, query)
+    elif logits.plain:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     else:
-        causal = mask is None and query.shape[2] > 1
-        out = attention(query, key, value, logits, mask, causal=causal)
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        out = attention(query, key, value, logits, mask, causal=causal and mask is None and query.shape[2] > 1)
     return out.transpose(1, 2).contiguous(), None

@@ -31,6 +31,8 @@ class Recipe:
     methods: Mapping[int, Method]
     builders: Mapping[int, Callable[[], Store]]
     artifact: Artifact | None
+    layers: int
+    """Of the model."""
 
     @classmethod
     def of(cls, model: Any, artifact: Artifact | None, method: Any, settings: Mapping[str, Any]) -> Recipe:
@@ -48,7 +50,7 @@ class Recipe:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         methods = plan(method, settings, layers, len(stock))
         made = builders(methods, [head_dim] * len(stock), artifact)
-        return cls(methods, made, artifact)
+        return cls(methods, made, artifact, len(stock))
 
 
 class CompressedCache(DynamicCache):
@@ -72,11 +74,15 @@ class CompressedCache(DynamicCache):
 
     def _begin(self, model: Any, recipe: Recipe) -> None:
         super().__init__(config=model.config)
+        if len(self.layers) != recipe.layers:
+            raise KvcalError(
+                f"this model has {len(self.layers)} layers now and had {recipe.layers} when it was compressed: early "
+                "exit is not supported"
+            )
         self.recipe = recipe
         self.call = Call(weakref.ref(model))
         for layer, build in recipe.builders.items():
             self.layers[layer] = CompressedLayer(layer, build, self.call)
-        self._config = model.config
         self._release = weakref.finalize(self, attach(model).release)
 
     @property
@@ -127,7 +133,7 @@ class CompressedCache(DynamicCache):
         for index, layer in enumerate(self.layers):
             state = layer.store.state() if isinstance(layer, CompressedLayer) else stock_state(layer)
             tensors |= {f"layers.{index}.{name}": tensor for name, tensor in state.items()}
-        write_snapshot(folder, tensors, self._config, self.recipe.methods, self.recipe.artifact)
+        write_snapshot(folder, tensors, self.call.model(), self.recipe.methods, self.recipe.artifact)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], model: Any, artifact: Artifact | None = None) -> CompressedCache:
@@ -160,6 +166,15 @@ class CompressedCache(DynamicCache):
             else:
                 twin.layers[index] = copy.deepcopy(layer, memo)
         return twin
+
+    def check_whole(self) -> None:
+        """Raises KvcalError when a forward call ended half-way through the layers."""
+        seen = {store.seen for store in self.stores.values()}
+        if len(seen) > 1:
+            raise KvcalError(
+                f"a forward call of this cache ended half-way, its layers hold {min(seen)} to {max(seen)} tokens: "
+                "begin a new cache"
+            )
 
     def activate_past_recording(self) -> None:
         if hasattr(DynamicCache, "activate_past_recording"):  # not in transformers 5.8

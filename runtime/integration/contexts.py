@@ -21,7 +21,8 @@ def compress(
 
     Args:
         model: a transformers decoder.
-        artifact: of `load()`, for the methods that need one.
+        artifact: of `load()`, for the methods that need one. That it fits is checked by architecture; by weights, which
+            takes seconds per GB, with `check_model(artifact, model, weights=True)`.
         method: a name in METHODS, or names by layer: `{"0-1": "full", "2-": "loki"}`, or a list.
         settings: the method's parameters, each one value, a list by layer or a mapping of layer ranges;
             `dense_layers=n` leaves the first n layers `full`.
@@ -30,10 +31,13 @@ def compress(
         KvcalError: before any token is decoded, whatever of this does not fit.
     """
     enable(model, artifact, method, **settings)
+    entered = attached(model)
+    begin = entered.begin if entered else None
     try:
         yield
     finally:
-        disable(model)
+        if entered is not None and entered.begin is begin:  # else disable() was called meanwhile
+            disable(model)
 
 
 def enable(model: Any, artifact: Artifact | None = None, method: Any = DEFAULT_METHOD, **settings: Any) -> None:

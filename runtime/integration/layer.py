@@ -16,6 +16,8 @@ from ..attention import Logits
 from ..stores import Store
 from .masks import Padding
 
+ANNOUNCED = hasattr(DynamicCache, "activate_past_recording")
+"""Whether transformers tells a cache of assisted decoding; 5.8 does not."""
 Observer = Callable[[int, Store, Tensor, Tensor, Tensor, Logits, Tensor], None]
 
 
@@ -27,12 +29,19 @@ class Call:
     padding: Padding = field(default_factory=Padding)
     recording: bool = False
     """transformers announced that tokens may be taken back by `crop`."""
-    speculates: bool = not hasattr(DynamicCache, "activate_past_recording")
-    """Whether calls that ask for several logits are taken to verify guesses. Assisted decoding announces itself, or
-    shows by a first `crop`; old transformers do not announce it."""
+    speculates: bool = not ANNOUNCED
+    """Whether calls that ask for several logits may be there to verify guesses: a `crop` has shown assisted decoding
+    that did not announce itself, as it never does in old transformers."""
     drafts: int | None = None
     """How many of this forward call's last tokens are guesses to be verified, each as a step of its own."""
     observer: Observer | None = None
+
+    def expect(self, tokens: int, logits: int | None) -> None:
+        """A forward call of so many new tokens is coming that asks for the logits of the last ones (None: of all)."""
+        guesses = logits - 1 if logits else None
+        # Hand-made calls crop, too, but do not then ask for just as many logits as they give tokens.
+        verifies = self.recording or (self.speculates and (not ANNOUNCED or logits == tokens))
+        self.drafts = guesses if verifies else None
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -55,7 +64,8 @@ class CompressedLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self._new is not None:
             raise KvcalError(
-                f"layer {self.index}: its attention did not reach kvcal: this architecture is not supported"
+                f"layer {self.index}: the attention of an earlier call did not reach kvcal: begin a new cache; if it "
+                "happens again, this architecture is not supported"
             )
         self._begin(key_states)
         self._new = (key_states, value_states)
@@ -63,6 +73,8 @@ class CompressedLayer(CacheLayerMixin):
         key.kvcal_layer = self  # type: ignore[attr-defined]
         return key, value_states
 
+    @torch.compiler.disable
+    @torch.inference_mode(False)  # the cache outlives the caller's mode, and is written in place
     @torch.no_grad()
     def attend(self, query: Tensor, mask: Tensor | None, logits: Logits) -> Tensor:
         """[B, Hq, T, D] -> [B, Hq, T, Dv], the T new tokens taken in."""
@@ -103,6 +115,7 @@ class CompressedLayer(CacheLayerMixin):
         if self.store.seen:
             self._begin(state["rows.key"])
 
+    @torch.inference_mode(False)
     def adopt(self, full: CompressedLayer) -> None:
         """Start from the tokens of a layer of method `full`."""
         self.store.adopt(full.store)  # type: ignore[arg-type]
@@ -136,13 +149,16 @@ class CompressedLayer(CacheLayerMixin):
         if tokens:
             self.store.crop(tokens)
 
+    @torch.inference_mode(False)
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.store.select(beam_idx)
 
+    @torch.inference_mode(False)
     def batch_select_indices(self, indices: Tensor) -> None:
         rows = torch.arange(len(self.store.lengths))
         self.store.select(rows[indices.cpu()])
 
+    @torch.inference_mode(False)
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.store.select(torch.arange(len(self.store.lengths)).repeat_interleave(repeats))
 

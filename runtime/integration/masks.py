@@ -58,6 +58,6 @@ def _read(mask: Tensor, store: Store, query: Tensor) -> Tensor | None:
         # What queries at padding see does not matter.
         hides = bool(((visible != (past & keys.unsqueeze(1))) & keys[:, seen:].unsqueeze(-1)).any())
     if hides:
-        raise KvcalError("this attention mask hides more than padding and the future: not supported with a cache")
+        raise KvcalError("this attention mask differs from a causal one with padding: not supported with a cache")
     valid = keys[:, seen:].expand(batch, -1).cpu()
     return None if bool(valid.all()) else valid

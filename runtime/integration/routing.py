@@ -74,17 +74,22 @@ def kind(model: Any) -> str:
     return f"{type(model).__name__} (model type {model.config.get_text_config().model_type})"
 
 
+def refuse_unsupported(model: Any) -> None:
+    """Raises KvcalError for what the config alone rules out."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise KvcalError(f"{kind(model)}: encoder-decoder models are not supported, only decoders are")
+    if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
+        raise KvcalError(f"{kind(model)}: its layers already share keys and values, which is not supported")
+
+
 def find_attention(model: Any) -> list[nn.Module]:
     """The attention module of each layer, in order, found by watching a forward pass over two tokens.
 
     Raises:
         KvcalError: some layer does not go through the attention interface, or layers share their KV.
     """
+    refuse_unsupported(model)
     config = model.config.get_text_config()
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise KvcalError(f"{kind(model)}: encoder-decoder models are not supported, only decoders are")
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise KvcalError(f"{kind(model)}: its layers already share keys and values, which is not supported")
     seen: dict[int, nn.Module] = {}
     original = implementation(model)
 
@@ -93,7 +98,9 @@ def find_attention(model: Any) -> list[nn.Module]:
         return delegate(original, module)(module, *args, **kwargs)
 
     ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
-    with torch.no_grad(), closing(Route(model, attention, masks=original)):
+    gpus = [model.device] if model.device.type == "cuda" else []
+    # A model in training mode would draw dropout.
+    with torch.no_grad(), torch.random.fork_rng(gpus), closing(Route(model, attention, masks=original)):
         backbone(model)(input_ids=ids, use_cache=False)
     missing = sorted(set(range(config.num_hidden_layers)) - set(seen))
     if missing:

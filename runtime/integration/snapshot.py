@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ...artifacts import Artifact, KvcalError, differences, fingerprint
+from ...artifacts.fingerprint import update_digest
 from ...artifacts.folder import write_atomically
 from ..stores import METHODS, Method
 
@@ -24,7 +26,7 @@ _VERSION = 1
 def write_snapshot(
     folder: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
-    config: Any,
+    model: Any,
     methods: Mapping[int, Method],
     artifact: Artifact | None,
 ) -> None:
@@ -34,7 +36,8 @@ def write_snapshot(
     names = {kind: name for name, kind in METHODS.items()}
     header = {
         "version": _VERSION,
-        "model": fingerprint(config),
+        "model": fingerprint(model.config),
+        "weights": _sample(model),
         "artifact": artifact.content_hash if artifact else None,
         "methods": {
             str(layer): {"method": names[type(method)], **dataclasses.asdict(method)}
@@ -63,6 +66,7 @@ def read_snapshot(
             header = json.loads((file.metadata() or {})["kvcal"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         version, identity, wanted, methods = (header[key] for key in ("version", "model", "artifact", "methods"))
+        weights = header["weights"]
         if not isinstance(identity, dict) or not isinstance(methods, dict):
             raise TypeError("its header has other fields")
     except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
@@ -72,6 +76,8 @@ def read_snapshot(
     different = differences(identity, fingerprint(model.config))
     for name, ours, theirs in sorted(different, key=lambda entry: entry[0] != "model_type"):
         raise KvcalError(f"{path}: was saved with a model of {name} {ours}, this model has {theirs}")
+    if weights != _sample(model):
+        raise KvcalError(f"{path}: was saved with other weights, or in another dtype, of the same architecture")
     if wanted != (artifact.content_hash if artifact else None):
         raise KvcalError(
             f"{path}: was saved with artifact {wanted}, given is {artifact.content_hash if artifact else None}"
@@ -81,3 +87,14 @@ def read_snapshot(
 
 def damaged(folder: str | os.PathLike[str], error: Exception) -> KvcalError:
     return KvcalError(f"{Path(folder) / FILE}: not a saved cache, or damaged ({error}): save it again")
+
+
+def _sample(model: Any) -> str:
+    """A digest of a few numbers of every parameter and their dtypes: tells models apart, in milliseconds."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, len(flat) // 16)].float().cpu().contiguous()
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        update_digest(digest, some)
+    return digest.hexdigest()

@@ -21,6 +21,9 @@ from .rows import Rows, lengths_mask
 if TYPE_CHECKING:
     from .full import FullStore
 
+SLOTS = 16
+"""Slots by which buffers grow: a budget is small, and what it does not hold should be free."""
+
 
 class EvictingStore(Store):
     """Slots [B, Hkv, slots]: the first `held` of a row are taken, in no order; `position` says by which token."""
@@ -35,6 +38,9 @@ class EvictingStore(Store):
     @abstractmethod
     def _worth(self, lengths: Tensor, budgets: Tensor) -> Tensor:
         """[B, Hkv, slots] float, the least goes first, inf never; both arguments [B, 1, 1], of the coming step."""
+
+    def _buffer(self, name: str) -> Rows:
+        return Rows(chunk=SLOTS)
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits, valid: Tensor | None = None) -> Tensor:
         limits = self._take(key, value, valid)
@@ -68,7 +74,7 @@ class EvictingStore(Store):
         slots = torch.arange(tokens, device=key.device) if places.limits is None else places.limits - 1
         positions = (slots + evicted).to(torch.int32)[:, None, :, None].expand(-1, heads, -1, -1)
         for name, new in {"key": key, "value": value, "position": positions, **self._fresh(key)}.items():
-            self.rows.setdefault(name, Rows()).write(new, places)
+            self.rows.setdefault(name, self._buffer(name)).write(new, places)
         return places.limits
 
     def _overwrite(self, key: Tensor, value: Tensor, budgets: list[int]) -> None:
@@ -111,7 +117,8 @@ class EvictingStore(Store):
         if self.held != self.lengths or self._fresh(self.rows["key"].view):
             raise KvcalError(
                 f"{self.name} cannot take back the last {tokens} tokens, which changed what it holds: crop works for "
-                "methods that keep all tokens (full, loki, quest, sparq), and for guesses of assisted decoding"
+                "methods that keep all tokens (full, loki, exact_topk, quest, sparq), and for guesses of assisted "
+                "decoding"
             )
         self._retreat(tokens)
         self.held = list(self.lengths)

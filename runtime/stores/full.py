@@ -58,6 +58,10 @@ class FullStore(RowStore):
         if "mass" in self.totals:
             self.totals["mass"] = self.totals["mass"][:, :, : max(self.lengths)]
 
+    def restore(self, state: dict[str, Tensor]) -> None:
+        super().restore(state)
+        self.record_mass = self.record_mass and ("mass" in self.totals or not self.seen)
+
     def _record(self, mass: Tensor) -> None:
         """Accumulate what every key received of the attention so far, for a store that starts from this one."""
         past = self.totals.get("mass")

@@ -43,6 +43,7 @@ class QuestStore(SelectingStore):
         low, high = self.rows["low"].view, self.rows["high"].view
         self._read += low.nbytes + high.nbytes
         # max over the page's box of q·k: the high corner where q > 0, the low one elsewhere
+        query, low, high = query.float(), low.float(), high.float()
         bound = logits.of(query.clamp_min(0) @ high.mT + query.clamp_max(0) @ low.mT)
         page = torch.arange(bound.shape[-1], device=bound.device)
         last = self._pages(self.lengths).to(bound.device).view(-1, 1, 1, 1) - 1

@@ -51,10 +51,10 @@ def find_places(lengths: Sequence[int], tokens: int, valid: Tensor | None, devic
 class Rows:
     """[B, H, capacity, D], of which the first `used` tokens (the longest row's) are in use."""
 
-    def __init__(self, tensor: Tensor | None = None, chunk: int = CHUNK):
-        self.tensor = tensor
+    def __init__(self, chunk: int = CHUNK):
+        self.tensor: Tensor | None = None
         self.chunk = chunk
-        self.used = 0 if tensor is None else tensor.shape[2]
+        self.used = 0
 
     def write(self, new: Tensor, places: Places) -> None:
         """Put [B, H, T, D] where `places` says."""
@@ -85,7 +85,7 @@ class Rows:
         return self.tensor[:, :, : self.used]
 
     def replace(self, tensor: Tensor) -> None:
-        """Hold these tokens instead, in a buffer of their own that is no larger than it has to be."""
+        """Hold these tokens instead, in a buffer of their own."""
         self.tensor, self.used = None, 0
         self.reserve(tensor.shape[2], tensor)
         assert self.tensor is not None
