@@ -40,8 +40,8 @@ def print_results(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
         print_table(title, list(columns), list(zip(*columns.values(), strict=True)))
     click.echo(
         "ppl: perplexity of the continuation; error: ‖o - o_dense‖ / ‖o_dense‖ of the attention output; mass: of the\n"
-        "dense attention that was read, both means of layers; MB: resident, and read per step, for one row,\n"
-        f"with a share of what all of up to {settings['batch_size']} rows read once; ms: per step of them"
+        "dense attention that was read, both means of layers; MB: resident, and read per step, of one row; ms: per\n"
+        f"step of up to {settings['batch_size']} rows"
     )
 
 
