@@ -54,14 +54,14 @@ Mean rank@{100 * report["variance"]:g} over layers and KV heads:
 ![Rank by layer and explained variance](rank.png)
 
 ```python
-from kvcal.runtime import check_model, load
+from kvcal.runtime import compress, load
 
 artifact = load("THIS FOLDER OR ITS HUB ID")
-check_model(artifact, model)
-components = artifact.tensor("pca", 0, "key_post.components")  # [Hkv, D, D], rows by descending variance
+with compress(model, artifact, method="loki", rank=0.25, keep=0.25):
+    model.generate(**inputs)
 ```
 
-The same model, text, settings and versions on one machine give byte-identical tensor files. At another
-batch size the model's own rounding differs: statistics then agree within 1e-5 relative in float32.
-`calibrate verify` checks every hash; the format is specified in kvcal's docs/format.md.
+The same model, text, settings, versions and number of threads on one machine give byte-identical tensor
+files. At another batch size the model's own rounding differs: statistics then agree within 1e-5 relative in
+float32. `calibrate verify` checks every hash; the format is specified in kvcal's docs/format.md.
 """

@@ -59,7 +59,7 @@ class Group(click.Group):
             raise UserError(f"{error.format_message()} (see `{command} --help`)") from error
         except KeyboardInterrupt:
             raise UserError(
-                "interrupted: nothing on the disk was damaged; repeat the command, a pass that had begun with --resume"
+                "interrupted: nothing on the disk was damaged; repeat the command to go on (pca: with --resume)"
             ) from None
         except BrokenPipeError:
             # The reader of our output left (`| head`): not an error, but nothing more can be written.

@@ -38,8 +38,11 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]
         table.add_column(name, justify="left" if column == 0 else "right")
     for row in rows:
         table.add_row(*[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row])
-    # Off a terminal, a fixed width keeps columns from wrapping in logs and pipes.
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    # Off a terminal, a fixed width keeps columns from wrapping in logs and pipes; on a narrow one a wrapped line can
+    # still be read, a cell cut off cannot.
+    console = Console()
+    needed = console.measure(table, options=console.options.update(width=120)).maximum
+    Console(width=max(console.width, needed) if sys.stdout.isatty() else 120).print(table)
 
 
 @contextmanager

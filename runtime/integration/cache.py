@@ -36,6 +36,8 @@ class Recipe:
 
     @classmethod
     def of(cls, model: Any, artifact: Artifact | None, method: Any, settings: Mapping[str, Any]) -> Recipe:
+        if isinstance(artifact, (str, os.PathLike)):
+            raise KvcalError(f"{artifact}: give a loaded artifact, kvcal.runtime.load({str(artifact)!r}), not its name")
         if artifact is not None:
             check_model(artifact, model)
         config = model.config.get_text_config()
