@@ -19,6 +19,7 @@ from kvcal.calibrate.blocks import TokenBlocks
 from kvcal.calibrate.one_pass import calibrate
 from kvcal.runtime import CompressedCache
 
+CLUSTERS = {"tokens_per_cluster": 4, "sinks": 2, "window": 4}
 SMALL: dict[str, dict[str, Any]] = {
     "full": {},
     "loki": {"rank": 0.5, "keep": 0.25},
@@ -27,8 +28,13 @@ SMALL: dict[str, dict[str, Any]] = {
     "sparq": {"rank": 0.5, "keep": 0.25},
     "streaming": {"keep": 0.25, "sinks": 2},
     "h2o": {"keep": 0.25},
+    "subgen": {"window": 6, "sinks": 2, "clusters": 5, "t": 2, "s": 7},
+    "clusterkv": {"keep": 0.3, **CLUSTERS},
+    "clusterkv-tail": {"method": "clusterkv", "keep": 0.3, "tail": True, "offload": "cpu", "cached": 7, **CLUSTERS},
+    "loki-tail": {"method": "loki", "rank": 0.5, "keep": 0.3, "tail": True, **CLUSTERS},
+    "quest-tail": {"method": "quest", "page": 4, "keep": 0.3, "tail": True, "select": "group", **CLUSTERS},
 }
-"""Small enough that a short prompt is not read whole."""
+"""Every method, some in several forms; small enough that a short prompt is not read whole."""
 NEW = 6
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 """float32, another order of summation."""
@@ -86,9 +92,14 @@ def greedy(of: Any, inputs: dict[str, torch.Tensor], new: int = NEW, **settings:
     return made.sequences, torch.stack(made.logits, 1), made.past_key_values
 
 
-def make_cache(method: str, name: str = "llama", **settings: Any) -> CompressedCache:
-    """A cache of `method` with its small budget."""
-    return CompressedCache(model(name), artifact(name), method, **{**SMALL[method], **settings})
+def small(form: str) -> dict[str, Any]:
+    """The method and all settings of a form of `SMALL`."""
+    return {"method": form, **SMALL[form]}
+
+
+def make_cache(form: str, name: str = "llama", **settings: Any) -> CompressedCache:
+    """A cache of a method with its small budget."""
+    return CompressedCache(model(name), artifact(name), **{**small(form), **settings})
 
 
 def traces(of: Any) -> Any:

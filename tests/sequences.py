@@ -23,15 +23,30 @@ TOLERANCES: dict[torch.dtype, dict[str, float]] = {
 }
 
 
+TAIL = {"tail": True, "tokens_per_cluster": 4, "sinks": 2, "window": 3}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
     "loki-pca": ("loki", {"rank": 0.25, "keep": 0.25}),
     "loki-score": ("loki", {"rank": 0.25, "keep": 0.25, "basis": "score", "select": "group"}),
     "exact_topk": ("exact_topk", {"keep": 0.25, "select": "group"}),
     "quest": ("quest", {"keep": 0.3, "page": 4}),
+    "clusterkv": ("clusterkv", {"keep": 0.4, "tokens_per_cluster": 4, "sinks": 2, "window": 3}),
+    "clusterkv-tail": (
+        "clusterkv",
+        {"keep": 0.4, "tokens_per_cluster": 4, "sinks": 2, "window": 3, "tail": True, "select": "head"},
+    ),
+    "clusterkv-offload": (
+        "clusterkv",
+        {"keep": 0.4, "tokens_per_cluster": 4, "sinks": 2, "window": 3, "offload": "cpu", "cached": 5},
+    ),
+    "loki-pca-tail": ("loki", {"rank": 0.25, "keep": 0.3, **TAIL}),
+    "loki-score-tail": ("loki", {"rank": 0.25, "keep": 0.3, "basis": "score", "select": "group", **TAIL}),
+    "exact_topk-tail": ("exact_topk", {"keep": 0.3, **TAIL}),
+    "quest-tail": ("quest", {"keep": 0.4, "page": 4, "select": "group", **TAIL}),
     "sparq": ("sparq", {"rank": 0.25, "keep": 0.25}),
     "streaming": ("streaming", {"keep": 0.25, "sinks": 2}),
     "h2o": ("h2o", {"keep": 0.25}),
+    "subgen": ("subgen", {"window": 6, "sinks": 2, "clusters": 5, "t": 2, "s": 7}),
 }
 """Every method, and every kind of store, with budgets that short rows feel."""
 

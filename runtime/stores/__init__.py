@@ -1,6 +1,7 @@
 """The methods: each a frozen dataclass of parameters that builds the stores of a layer."""
 
 from .base import Store
+from .clusterkv import ClusterKV
 from .exact_topk import ExactTopk
 from .full import Full
 from .h2o import H2O
@@ -8,17 +9,20 @@ from .loki import Loki
 from .quest import Quest
 from .sparq import Sparq
 from .streaming import Streaming
+from .subgen import SubGen
 
-Method = Full | Loki | ExactTopk | Quest | Sparq | Streaming | H2O
+Method = Full | Loki | ExactTopk | ClusterKV | Quest | Sparq | Streaming | H2O | SubGen
 
 METHODS: dict[str, type[Method]] = {
     "full": Full,
     "loki": Loki,
     "exact_topk": ExactTopk,
+    "clusterkv": ClusterKV,
     "quest": Quest,
     "sparq": Sparq,
     "streaming": Streaming,
     "h2o": H2O,
+    "subgen": SubGen,
 }
 
 __all__ = ["METHODS", "Method", "Store"]

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ...artifacts import Artifact
 from ..attention import Logits
-from .selecting import Chosen, SelectingStore, Selection
+from .clustered import Clustered, ClusteredStore
+from .selecting import Chosen
 
 
 @dataclass(frozen=True)
-class ExactTopk(Selection):
+class ExactTopk(Clustered):
     """The tokens of the highest q·k. It reads every key to find them, so it saves values only."""
 
     def build(self, layer: int, head_dim: int, artifact: Artifact | None) -> Callable[[], ExactTopkStore]:
@@ -22,7 +22,7 @@ class ExactTopk(Selection):
         return lambda: ExactTopkStore(self)
 
 
-class ExactTopkStore(SelectingStore):
+class ExactTopkStore(ClusteredStore):
     _exact: Tensor
     """[B, Hkv, G, S] float32 logits of the step."""
 
@@ -33,11 +33,9 @@ class ExactTopkStore(SelectingStore):
         self._exact = self._masked(logits.of(query.float() @ key.float().mT))
         return self._exact
 
+    def _exact_logits(self, query: Tensor, logits: Logits, chosen: Chosen) -> Tensor:
+        """The scores are the exact ones already: no key is read again."""
+        return self._exact.gather(-1, chosen.index.expand(*self._exact.shape[:3], -1))
+
     def _combine(self, query: Tensor, logits: Logits, scores: Tensor, chosen: Chosen) -> Tensor:
-        """The scores are the exact ones already: only values are still to be read."""
-        kept = self._exact.gather(-1, chosen.index.expand(*self._exact.shape[:3], -1))
-        if chosen.counted is not None:
-            kept = kept.masked_fill(~chosen.counted, -torch.inf)
-        weights = logits.softmax(kept)
-        value = self._gather("value", chosen).unflatten(1, chosen.index.shape[1:3]).float()
-        return (weights.unsqueeze(3) @ value).flatten(1, 2).to(query.dtype)
+        return self._weigh(query, logits, self._exact_logits(query, logits, chosen), chosen)

@@ -54,7 +54,7 @@ class FullStore(RowStore):
         self.record_mass = False
         self.totals.pop("mass", None)
 
-    def _forget(self, before: list[int]) -> None:
+    def _forget(self) -> None:
         if "mass" in self.totals:
             self.totals["mass"] = self.totals["mass"][:, :, : max(self.lengths)]
 

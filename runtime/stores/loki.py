@@ -18,12 +18,12 @@ from torch import Tensor
 from ...artifacts import Artifact, KvcalError
 from ..attention import Logits
 from .amounts import Amount, check_amount, check_choice, count_of
+from .clustered import Clustered, ClusteredStore
 from .rows import Places, Rows
-from .selecting import SelectingStore, Selection
 
 
 @dataclass(frozen=True)
-class Loki(Selection):
+class Loki(Clustered):
     rank: Amount | str = 0.25
     """Dimensions that are scored: a fraction, a count, or "variance:0.9", the fewest that hold 90 % of what
     the basis is ordered by, in every KV head of the layer."""
@@ -72,7 +72,7 @@ class Basis:
         return self._maps[place]
 
 
-class LokiStore(SelectingStore):
+class LokiStore(ClusteredStore):
     selection: Loki
 
     def __init__(self, settings: Loki, basis: Basis):
@@ -92,7 +92,8 @@ class LokiStore(SelectingStore):
         if not self.rotates:
             self.rows.setdefault("index", Rows()).write(key @ self.basis.maps(key)[1].mT, places)
 
-    def _forget(self, before: list[int]) -> None:
+    def _forget(self) -> None:
+        super()._forget()
         if not self.rotates:
             self.rows["index"].used = max(self.lengths)
 

@@ -11,12 +11,13 @@ from torch import Tensor
 from ...artifacts import Artifact
 from ..attention import Logits
 from .amounts import check_count
+from .clustered import Clustered, ClusteredStore
 from .rows import CHUNK, Places, Rows
-from .selecting import Chosen, SelectingStore, Selection, best
+from .selecting import Chosen, best
 
 
 @dataclass(frozen=True)
-class Quest(Selection):
+class Quest(Clustered):
     """Whole pages are read, of the budget rounded up to pages; the last, growing page always is."""
 
     page: int = 16
@@ -28,7 +29,7 @@ class Quest(Selection):
         return lambda: QuestStore(self)
 
 
-class QuestStore(SelectingStore):
+class QuestStore(ClusteredStore):
     selection: Quest
 
     def __init__(self, settings: Quest):
@@ -37,7 +38,7 @@ class QuestStore(SelectingStore):
 
     def _buffer(self, name: str) -> Rows:
         """Boxes, one per page, grow when their tokens do."""
-        return Rows(chunk=-(-CHUNK // self.page)) if name in ("low", "high") else Rows()
+        return Rows(chunk=-(-CHUNK // self.page)) if name in ("low", "high") else super()._buffer(name)
 
     def _score(self, query: Tensor, logits: Logits) -> Tensor:
         low, high = self.rows["low"].view, self.rows["high"].view
@@ -52,7 +53,9 @@ class QuestStore(SelectingStore):
     def _choose(self, scores: Tensor, budgets: list[int]) -> Chosen:
         page = torch.arange(scores.shape[-1], device=scores.device)
         last = self._pages(self.lengths).to(scores.device).view(-1, 1, 1, 1) - 1
-        pages = best(scores.masked_fill(page == last, torch.inf), self._pages(budgets).tolist())
+        if not self.selection.tail:
+            scores = scores.masked_fill(page == last, torch.inf)
+        pages = best(scores, self._pages(budgets).tolist())
         index = (pages.index.unsqueeze(-1) * self.page + torch.arange(self.page, device=scores.device)).flatten(-2)
         lengths = torch.tensor(self.lengths, device=scores.device).view(-1, 1, 1, 1)
         counted = index < lengths
@@ -67,7 +70,14 @@ class QuestStore(SelectingStore):
         else:
             self._widen(key[:, :, 0])
 
-    def _forget(self, before: list[int]) -> None:
+    def _hide_open(self, scores: Tensor) -> Tensor:
+        """Pages all of whose tokens are read anyway; others may hold tokens of both kinds."""
+        slot = torch.arange(scores.shape[-1] * self.page, device=scores.device).view(1, 1, 1, -1)
+        is_open = self._open(slot.expand(scores.shape[0], -1, -1, -1))
+        return scores.masked_fill(is_open.unflatten(-1, (-1, self.page)).all(-1), -torch.inf)
+
+    def _forget(self) -> None:
+        super()._forget()
         self._rebuild(min(self.lengths))
 
     def _widen(self, key: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..attention import Logits, attention, causal_attention
 from .base import Store
-from .rows import Places, Rows, lengths_mask
+from .rows import Places, lengths_mask
 
 if TYPE_CHECKING:
     from .full import FullStore
@@ -20,21 +20,20 @@ class RowStore(Store):
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits, valid: Tensor | None = None) -> Tensor:
         places = self._extend(key, value, valid)
-        held_key, held_value = self.rows["key"].view, self.rows["value"].view
+        held_key, held_value = self._whole("key"), self._whole("value")
         return causal_attention(self._encode_query(query), held_key, held_value, logits, places.limits)
 
     def append(self, key: Tensor, value: Tensor, valid: Tensor | None = None) -> None:
         self._extend(key, value, valid)
 
     def crop(self, tokens: int) -> None:
-        before = self.lengths
         self._retreat(tokens)
-        self._shorten(before)
+        self._shorten()
 
     def select(self, index: Tensor) -> None:
         super().select(index)
         if self.lengths and max(self.lengths) < self.rows["key"].used:
-            self._shorten(self.lengths)
+            self._shorten()
 
     def adopt(self, full: FullStore) -> None:
         lengths = torch.tensor(full.lengths)
@@ -44,42 +43,49 @@ class RowStore(Store):
 
     def attend_densely(self, query: Tensor, logits: Logits) -> Tensor:
         """Read everything; the last step of `full`, and of short contexts."""
-        key, value = self.rows["key"].view, self.rows["value"].view
+        key, value = self._whole("key"), self._whole("value")
         self._read = key.nbytes + value.nbytes + self._encoding_bytes()
         self._read_rows = None
         return attention(self._encode_query(query), key, value, logits, self._held())
 
     def read_mask(self) -> Tensor:
         key = self.rows["key"].view
-        held = self._held()
         if self._read_rows is None:
             mask = torch.ones(key.shape[:3], dtype=torch.bool, device=key.device)
+            held = lengths_mask(self.lengths, key.device)
             return mask if held is None else mask & held[:, :, 0]
         index, counted = self._read_rows
-        mask = torch.zeros(*index.shape[:2], key.shape[2], dtype=torch.bool, device=key.device)
+        mask = torch.zeros(*index.shape[:2], key.shape[2], dtype=torch.bool, device=index.device)
         if counted is None:
             return mask.scatter_(2, index, True)
         # Rows with a smaller budget repeat indices that do not count: add instead of set.
         return mask.to(torch.int32).scatter_add_(2, index, counted.to(torch.int32)) > 0
 
+    _device = torch.device("cpu")
+    """Where tokens come from and attention is computed."""
     _read_rows: tuple[Tensor, Tensor | None] | None = None
     """Of the last step: indices [B, H, k] and which of them count; None: everything."""
 
     def _extend(self, key: Tensor, value: Tensor, valid: Tensor | None) -> Places:
         places = self._advance(key, valid)
+        self._device = key.device
         for name, new in (("key", self._encode_key(key)), ("value", value)):
-            self.rows.setdefault(name, Rows()).write(new, places)
+            self.rows.setdefault(name, self._buffer(name)).write(new, places)
         self._extended(key, value, places)
         return places
 
-    def _shorten(self, before: list[int]) -> None:
-        self._forget(before)
+    def _whole(self, name: str) -> Tensor:
+        """All keys or values, where attention is computed."""
+        return self.rows[name].view
+
+    def _shorten(self) -> None:
+        self._forget()
         for name in ("key", "value"):
             self.rows[name].used = max(self.lengths)
 
     def _held(self) -> Tensor | None:
         """[B, 1, 1, S] bool; None when every row has S tokens."""
-        return lengths_mask(self.lengths, self.rows["key"].view.device)
+        return lengths_mask(self.lengths, self._device)
 
     # What a method may keep beside keys and values
 
@@ -96,6 +102,6 @@ class RowStore(Store):
     def _extended(self, key: Tensor, value: Tensor, places: Places) -> None:
         """New tokens were written."""
 
-    def _forget(self, before: list[int]) -> None:
-        """Rows that had `before` tokens are about to have `lengths`, or the batch has lost its longest rows; keys and
+    def _forget(self) -> None:
+        """Rows are about to have `lengths` tokens, fewer than before, or the batch has lost its longest rows; keys and
         values still stand."""

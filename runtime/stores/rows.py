@@ -73,10 +73,13 @@ class Rows:
         capacity = 0 if self.tensor is None else self.tensor.shape[2]
         if tokens <= capacity:
             return
-        grown = like.new_zeros(like.shape[0], like.shape[1], -(-tokens // self.chunk) * self.chunk, like.shape[3])
+        grown = self._allocate(like, -(-tokens // self.chunk) * self.chunk)
         if self.tensor is not None:
             grown[:, :, : self.used] = self.view
         self.tensor = grown
+
+    def _allocate(self, like: Tensor, tokens: int) -> Tensor:
+        return like.new_zeros(*like.shape[:2], tokens, like.shape[3])
 
     @property
     def view(self) -> Tensor:

@@ -52,13 +52,17 @@ class SelectingStore(RowStore):
         if self.selection.select == "group":
             # The group's mean softmax, in logarithms, where nothing underflows.
             scores = scores.log_softmax(-1).logsumexp(2, keepdim=True)
-        chosen = self._choose(scores, budgets)
+        chosen = self._pick(scores, budgets)
         self._read_rows = (chosen.index.flatten(1, 2), None if chosen.counted is None else chosen.counted.flatten(1, 2))
         return self._combine(query, logits, scores, chosen)
 
     @abstractmethod
     def _score(self, query: Tensor, logits: Logits) -> Tensor:
         """[B, Hkv, G, D] -> [B, Hkv, G, candidates] float32, -inf for those that a row has not; adds to `_read`."""
+
+    def _pick(self, scores: Tensor, budgets: list[int]) -> Chosen:
+        """All that is read."""
+        return self._choose(scores, budgets)
 
     def _choose(self, scores: Tensor, budgets: list[int]) -> Chosen:
         return best(scores, budgets)

@@ -84,7 +84,7 @@ class SparqStore(SelectingStore):
         new = counted.sum(2)
         self.totals["value"] = self.totals["value"] + new if "value" in self.totals else new
 
-    def _forget(self, before: list[int]) -> None:
+    def _forget(self) -> None:
         value = self.rows["value"].view
         position = torch.arange(value.shape[2], device=value.device)
         held = position < torch.tensor(self.lengths, device=value.device).view(-1, 1)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from compressed import CLOSE, SMALL, artifact, make_cache, model, padded, random_ids, step_logits
+from compressed import CLOSE, SMALL, artifact, make_cache, model, padded, random_ids, small, step_logits
 from transformers import DynamicCache
 
 from kvcal.artifacts import KvcalError
-from kvcal.runtime import METHODS, CompressedCache, compress
+from kvcal.runtime import CompressedCache, compress
 
 IDS = torch.cat((random_ids(24), random_ids(24, seed=1)))
 
@@ -32,10 +32,10 @@ def test_stepping_by_hand_in_compress_equals_stepping_without(name):
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SMALL)
 def test_a_given_cache_is_the_same_in_and_outside_compress(method):
-    of, settings = model(), SMALL[method]
-    with compress(of, artifact(), method, **settings):
+    of = model()
+    with compress(of, artifact(), **small(method)):
         expected, _ = by_hand(of, IDS, 16)
         empty = step_logits(of, IDS, DynamicCache(config=of.config), 16)[:, :1]  # its first call gets ours
         inside = step_logits(of, IDS, make_cache(method), 16)

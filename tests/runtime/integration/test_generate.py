@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from architectures import ARCHITECTURES
-from compressed import CLOSE, SMALL, artifact, greedy, make_cache, model, padded, random_ids, traces
+from compressed import CLOSE, SMALL, artifact, greedy, make_cache, model, padded, random_ids, small, traces
 from transformers import DynamicCache, GptOssConfig
 from transformers.cache_utils import DynamicLayer
 
@@ -33,14 +33,14 @@ def test_full_and_loki_that_keeps_all_generate_what_plain_generate_does(name):
 
 
 def test_every_method_is_among_the_small_ones():
-    assert SMALL.keys() == METHODS.keys()
+    assert {small(form)["method"] for form in SMALL} == METHODS.keys()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SMALL)
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 def test_rows_of_a_padded_batch_are_generated_as_if_alone(method, name):
     of, inputs = model(name), padded(9, 23, 40)
-    with compress(of, artifact(name), method, **SMALL[method]):
+    with compress(of, artifact(name), **small(method)):
         tokens, logits, _ = greedy(of, inputs, new=12)
         for row, length in enumerate((9, 23, 40)):
             alone, alone_logits, _ = greedy(of, {"input_ids": inputs["input_ids"][row : row + 1, -length:]}, new=12)
@@ -48,14 +48,14 @@ def test_rows_of_a_padded_batch_are_generated_as_if_alone(method, name):
             assert torch.equal(tokens[row, -12:], alone[0, -12:])
     if method != "full":  # or nothing would be tested
         _, dense, _ = greedy(of, inputs, new=12)
-        assert (dense - logits).abs().max() > 1e-3
+        assert (dense - logits).abs().max() > 2e-4
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SMALL)
 def test_a_prompt_prefilled_in_chunks_equals_one_prefilled_at_once(method):
     of = model()
     for inputs in (padded(9, 23, 40), padded(40)):
-        with compress(of, artifact(), method, **SMALL[method]):
+        with compress(of, artifact(), **small(method)):
             tokens, logits, _ = greedy(of, inputs)
             chunked, chunked_logits, cache = greedy(of, inputs, prefill_chunk_size=7)
         assert torch.equal(chunked, tokens)
@@ -84,11 +84,11 @@ def test_beams_sampling_and_several_sequences_equal_plain_generate(name):
             torch.testing.assert_close(found[1], expected[1], **CLOSE)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "full"])
+@pytest.mark.parametrize("method", [name for name in SMALL if name != "full"])
 def test_beams_of_a_batch_equal_those_of_its_rows_alone(method):
     of, inputs = model(), padded(11, 30)
     settings = {"num_beams": 3, "num_return_sequences": 3, "do_sample": False, "max_new_tokens": 8}
-    with compress(of, artifact(), method, **SMALL[method]):
+    with compress(of, artifact(), **small(method)):
         together = of.generate(**inputs, **settings, output_scores=True, return_dict_in_generate=True)
         for row, length in enumerate((11, 30)):
             ids = inputs["input_ids"][row : row + 1, -length:]
@@ -150,13 +150,14 @@ def test_attention_sinks_of_gpt_oss(attention):
     inputs = padded(9, 23, 40)
     tokens, logits, stock = greedy(of, inputs)
     assert isinstance(stock, DynamicCache)
-    for method in ("full", "exact_topk", "quest", "sparq", "streaming", "h2o"):
+    for method in ("full", "exact_topk", "quest", "sparq", "streaming", "h2o", "clusterkv"):
         keep = {} if method == "full" else {"keep": 1.0}
         with compress(of, None, method, **keep):
             found, found_logits, _ = greedy(of, inputs)
         assert torch.equal(found, tokens), method
         torch.testing.assert_close(found_logits, logits, **CLOSE)
-    with compress(of, None, "exact_topk", keep=0.25):
-        together = greedy(of, inputs)[1]
-        alone = greedy(of, {"input_ids": random_ids(9)})[1]
-    torch.testing.assert_close(together[:1], alone, **CLOSE)
+    for form in ("exact_topk", "clusterkv", "clusterkv-tail"):
+        with compress(of, None, **small(form)):
+            together = greedy(of, inputs)[1]
+            alone = greedy(of, {"input_ids": random_ids(9)})[1]
+        torch.testing.assert_close(together[:1], alone, **CLOSE)

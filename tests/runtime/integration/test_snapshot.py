@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compressed import CLOSE, artifact, greedy, make_cache, model, padded, random_ids, traces
+from compressed import CLOSE, SMALL, artifact, greedy, make_cache, model, padded, random_ids, traces
 
 from kvcal.artifacts import KvcalError
-from kvcal.runtime import METHODS, CompressedCache, compress
+from kvcal.runtime import CompressedCache, compress
 
 FILE = "cache.safetensors"
 
@@ -25,7 +25,7 @@ def conversation(cache, name, tokens=None):
     return greedy(model(name), {"input_ids": ids, "attention_mask": mask}, past_key_values=cache)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SMALL)
 @pytest.mark.parametrize("name", ["llama", "gemma3", "mistral-window"])
 @pytest.mark.filterwarnings("ignore:kvcal. no layer")
 def test_a_loaded_cache_goes_on_as_the_saved_one(method, name, tmp_path):

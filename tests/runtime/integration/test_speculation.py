@@ -3,10 +3,10 @@
 import pytest
 import torch
 import transformers
-from compressed import CLOSE, SMALL, artifact, greedy, make_cache, model, random_ids, step_logits
+from compressed import CLOSE, SMALL, artifact, greedy, make_cache, model, random_ids, small, step_logits
 from transformers import DynamicCache
 
-from kvcal.runtime import METHODS, compress
+from kvcal.runtime import compress
 
 LOOKUP = {"prompt_lookup_num_tokens": 3, "use_cache": True}
 OLD = not hasattr(DynamicCache, "activate_past_recording")
@@ -33,13 +33,13 @@ def calls(of):
     return counts, hook
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SMALL)
 @pytest.mark.parametrize(
     "inputs", [repeating(), {"input_ids": random_ids(31, seed=4)}], ids=["guesses-at-once", "guesses-later"]
 )
 def test_prompt_lookup_equals_greedy_decoding(method, inputs):
     of = model()
-    with compress(of, artifact(), method, **SMALL[method]):
+    with compress(of, artifact(), **small(method)):
         tokens, logits, _ = greedy(of, inputs, new=40)
         counts, hook = calls(of)
         found, found_logits, cache = greedy(of, inputs, new=40, **LOOKUP)
@@ -50,7 +50,7 @@ def test_prompt_lookup_equals_greedy_decoding(method, inputs):
     assert cache.get_seq_length() in (found.shape[1] - 1, found.shape[1])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SMALL)
 def test_prompt_lookup_with_a_given_cache_and_a_turn_after_it(method):
     of, inputs = model(), {"input_ids": random_ids(31, seed=4)}
     ours, plain = make_cache(method), make_cache(method)
@@ -60,25 +60,25 @@ def test_prompt_lookup_with_a_given_cache_and_a_turn_after_it(method):
     if ours.get_seq_length() == tokens.shape[1]:  # the last token was a guess, and is in the cache
         step_logits(of, tokens[:, -1:], plain, 1)
     longer = {"input_ids": torch.cat((tokens, random_ids(9, seed=5)), 1)}
-    with compress(of, artifact(), method, **SMALL[method]):
+    with compress(of, artifact(), **small(method)):
         turn = greedy(of, longer, past_key_values=ours)
         expected = greedy(of, longer, past_key_values=plain)
     assert torch.equal(turn[0], expected[0])
     torch.testing.assert_close(turn[1], expected[1], **CLOSE)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SMALL)
 @pytest.mark.skipif(OLD, reason="this transformers drafts with sliding layers and crops them wrongly itself")
 def test_prompt_lookup_beyond_a_sliding_window(method):
     of, inputs = model("gemma3"), repeating()
     for prompt in (inputs, {"input_ids": random_ids(31, seed=4)}):
-        with compress(of, artifact("gemma3"), method, **SMALL[method]):
+        with compress(of, artifact("gemma3"), **small(method)):
             tokens, logits, _ = greedy(of, prompt, new=30)
             found, found_logits, _ = greedy(of, prompt, new=30, **LOOKUP)
         assert_same(found, found_logits, tokens, logits)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SMALL)
 def test_assisted_decoding_equals_greedy_decoding(method):
     of, inputs = model(), repeating()
     assistant = transformers.AutoModelForCausalLM.from_config(of.config)
@@ -86,7 +86,7 @@ def test_assisted_decoding_equals_greedy_decoding(method):
     assistant.generation_config.num_assistant_tokens = 4
     with torch.no_grad():
         assistant.lm_head.weight.add_(0.02 * torch.randn(assistant.lm_head.weight.shape))
-    with compress(of, artifact(), method, **SMALL[method]):
+    with compress(of, artifact(), **small(method)):
         tokens, logits, _ = greedy(of, inputs, new=24)
         found, found_logits, _ = greedy(of, inputs, new=24, assistant_model=assistant)
     assert_same(found, found_logits, tokens, logits)

@@ -11,6 +11,7 @@ from sequences import VARIANTS, Geometry, decode, draw, make, prefill
 
 from kvcal.runtime.attention import Logits
 from kvcal.runtime.stores import Store
+from kvcal.runtime.stores.clusterkv import ClusterKVStore
 
 GEOMETRY = Geometry(16, 8, 2, 3)
 LOGITS = Logits(GEOMETRY.scaling)
@@ -89,6 +90,52 @@ def test_sparq(select: str, readers: int) -> None:
     assert store.bytes_read() == readers * (n * r + k * (D + DV)) * b + HKV * DV * 4
 
 
+def clusters_held(tokens: int, per_cluster: int, b: int) -> int:
+    """Bytes of the buffers of a prompt's clusters per KV head: mean key, mean value, int32 size."""
+    growth = ceil(CHUNK / per_cluster)
+    return ceil(round(tokens / per_cluster) / growth) * growth * ((D + DV) * b + 4)
+
+
+@pytest.mark.parametrize("dtype", SIZES, ids=str)
+@pytest.mark.parametrize("tail", [False, True])
+@pytest.mark.parametrize(("select", "readers"), [("head", HQ), ("group", HKV)])
+@pytest.mark.parametrize(("prompt", "per_cluster"), [(299, 80), (299, 7), (1100, 3)])
+def test_clusterkv(prompt: int, per_cluster: int, select: str, readers: int, tail: bool, dtype: torch.dtype) -> None:
+    n, k, sinks, b = prompt + 1, 75, 16, SIZES[dtype]
+    store = step(prompt, "clusterkv", dtype, keep=k, select=select, tail=tail, tokens_per_cluster=per_cluster)
+    # Every token has an int32 position, for slots are sorted by cluster; with a tail, clustered ones an int32 cluster.
+    tokens = chunks(n) * ((D + DV) * b + 4) + (chunks(prompt) * 4 if tail else 0)
+    assert store.resident_bytes() == HKV * (tokens + clusters_held(prompt - sinks, per_cluster, b))
+    # All centroids and sizes, then k tokens; for the tail again, the mean values, and the cluster of what was read.
+    clusters = round((prompt - sinks) / per_cluster)
+    read = HKV * clusters * (D * b + 4) + readers * k * (D + DV) * b
+    if tail:
+        read += HKV * clusters * (D * b + 4 + DV * b) + readers * k * 4
+    assert store.bytes_read() == read
+
+
+def test_clusterkv_before_anything_is_clustered() -> None:
+    n = 12
+    store = step(n - 1, "clusterkv", keep=4)
+    assert store.resident_bytes() == HKV * chunks(n) * ((D + DV) * 4 + 4)
+    assert store.bytes_read() == HKV * n * (D + DV) * 4
+
+
+@pytest.mark.parametrize("basis", ["pca", "score"])
+@pytest.mark.parametrize(("select", "readers"), [("head", HQ), ("group", HKV)])
+def test_loki_with_a_tail(select: str, readers: int, basis: str) -> None:
+    n, k, sinks, b = 300, 75, 4, 4
+    tail = {"tail": True, "tokens_per_cluster": 7}
+    with_tail, plain = (
+        step(n - 1, "loki", rank=0.25, keep=k, select=select, basis=basis, **more) for more in (tail, {})
+    )
+    held = clusters_held(n - 1 - sinks, 7, b) + chunks(n - 1) * 4
+    assert with_tail.resident_bytes() - plain.resident_bytes() == HKV * held
+    clusters = round((n - 1 - sinks) / 7)
+    read = HKV * clusters * ((D + DV) * b + 4) + readers * k * 4
+    assert with_tail.bytes_read() - plain.bytes_read() == read
+
+
 @pytest.mark.parametrize("dtype", SIZES, ids=str)
 @pytest.mark.parametrize(("method", "beside"), [("streaming", 4), ("h2o", 4 + 4)])
 def test_evicting(method: str, beside: int, dtype: torch.dtype) -> None:
@@ -111,14 +158,14 @@ def test_counted_is_allocated(name: str) -> None:
     method, settings = VARIANTS[name]
     rows = draw(GEOMETRY, [9, 300, 40], 6)
     store = make(method, GEOMETRY, **settings)
-    assert store.resident_bytes() == 0
+    assert held(store) == 0
     prefill(store, rows, LOGITS)
-    assert store.resident_bytes() == memory(store)
+    assert held(store) == memory(store)
     decode(store, rows, LOGITS, range(3))
-    assert store.resident_bytes() == memory(store)
+    assert held(store) == memory(store)
     store.select(torch.tensor([2, 0]))
     decode(store, [rows[2], rows[0]], LOGITS, range(3, 6))
-    assert store.resident_bytes() == memory(store)
+    assert held(store) == memory(store)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -131,8 +178,21 @@ def test_equal_rows_add_up(name: str) -> None:
     assert three.bytes_read() - shared == 3 * (one.bytes_read() - shared)
 
 
+def held(store: Store) -> int:
+    """What it says of itself, on the device and on the host."""
+    return store.resident_bytes() + (store.host_bytes() if isinstance(store, ClusterKVStore) else 0)
+
+
 def memory(store: Store) -> int:
     """Bytes of the storages behind the tensors that a store holds on to."""
     tensors = [rows.tensor for rows in store.rows.values() if rows.tensor is not None] + list(store.totals.values())
+    cache = getattr(store, "device_cache", None)
+    tensors += [] if cache is None else every_tensor(vars(cache))
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
+
+
+def every_tensor(names: dict[str, Any]) -> list[torch.Tensor]:
+    """Those in a dict, and in dicts that it holds, that hold anything."""
+    found = [each for each in names.values() if isinstance(each, torch.Tensor)]
+    return found + [tensor for each in names.values() if isinstance(each, dict) for tensor in every_tensor(each)]

@@ -26,6 +26,8 @@ def variant(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "full"])
 def test_whole_budget_is_full(name: str, whole: dict[str, Any], sinks: torch.Tensor | None) -> None:
     method, settings = VARIANTS[name]
+    if method == "subgen" and "keep" in whole:
+        whole = {"window": 46}
     logits, rows = Logits(GEOMETRY.scaling, sinks=sinks), draw(GEOMETRY, PROMPTS, 6)
     store = make(method, GEOMETRY, **{**settings, **whole})
     prefill(store, rows, logits)
@@ -73,7 +75,7 @@ def test_padding_among_decoded_tokens_is_not_stored(variant: tuple[str, dict[str
 def test_one_row_pauses(variant: tuple[str, dict[str, Any]], keep: float) -> None:
     """The other keeps to its budget, and both go on as if alone."""
     method, settings = variant
-    settings = settings if method == "full" else {**settings, "keep": keep}
+    settings = settings if method in ("full", "subgen") else {**settings, "keep": keep}
     rows = draw(GEOMETRY, (30, 40), 6)
     ahead, behind = (alone(method, GEOMETRY, row, LOGITS, **settings) for row in rows)
     store = make(method, GEOMETRY, **settings)

@@ -11,8 +11,8 @@ from kvcal.runtime.attention import Logits
 
 GEOMETRY = Geometry(16, 8, 2, 3)
 LOGITS = Logits(GEOMETRY.scaling)
-KEEPING = [name for name in VARIANTS if name not in ("streaming", "h2o")]
-EVICTING = ["streaming", "h2o"]
+KEEPING = [name for name in VARIANTS if name not in ("streaming", "h2o", "subgen")]
+EVICTING = ["streaming", "h2o", "subgen"]
 
 
 @pytest.mark.parametrize("count", [1, 4])

@@ -29,6 +29,21 @@ def test_turns_are_one_prompt_where_everything_is_kept(name: str) -> None:
     assert_steps(decode(store, [resumed], LOGITS)[0], alone(method, GEOMETRY, resumed, LOGITS, **settings))
 
 
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "tail" in name or "clusterkv" in name])
+def test_a_turn_is_dense_whatever_was_clustered(name: str) -> None:
+    """Three windows of decoded tokens were; rows lie in another order then."""
+    method, settings = VARIANTS[name]
+    rows = draw(GEOMETRY, (20, 9, 1), END - 20)
+    store = make(method, GEOMETRY, **settings)
+    prefill(store, rows, LOGITS)
+    decode(store, rows, LOGITS, range(10))
+    new = [torch.stack([row.tensors()[which][:, row.prompt + 10 :] for row in rows]) for which in range(3)]
+    turn = store.prefill(*new, LOGITS)
+    for index, row in enumerate(rows):
+        whole = make("full", GEOMETRY).prefill(*(tensor[None] for tensor in row.tensors()), LOGITS)
+        torch.testing.assert_close(turn[index], whole[0, :, row.prompt + 10 :], **TOLERANCES[torch.float32])
+
+
 @pytest.mark.parametrize("method", ["streaming", "h2o"])
 def test_a_turn_sees_what_was_not_evicted_and_itself(method: str) -> None:
     keep = 10

@@ -1,0 +1,145 @@
+"""Cosine k-means of many sets at once: every (row, KV head) of a layer, in the same tensor operations.
+
+A row's clusters do not depend on the rows beside it: random numbers are drawn per head and shared by all rows,
+and a row that has converged is left alone while others go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_BLOCK = 1 << 24
+"""Similarities at a time: tokens times clusters are never materialised beyond this."""
+
+
+@dataclass(frozen=True)
+class KMeans:
+    """Clusters of B rows and H heads; row b has `counts[b]` of them, of at most C."""
+
+    labels: Tensor
+    """[B, H, S] int64; of tokens beyond a row's length meaningless."""
+    centroids: Tensor
+    """[B, H, C, D] float32, of unit length."""
+    iterations: list[int]
+    """Per row: passes over its tokens."""
+
+
+def spherical_kmeans(
+    points: Tensor,
+    lengths: Sequence[int],
+    counts: Sequence[int],
+    *,
+    start: Tensor | None = None,
+    iterations: int = 20,
+    tolerance: float = 0.005,
+    seed: int = 0,
+) -> KMeans:
+    """Cluster the directions of points by cosine similarity.
+
+    Args:
+        points: [B, H, S, D], of which row b has `lengths[b]`.
+        counts: clusters per row, at most its length.
+        start: [H, C0, D] centroids of an earlier clustering; those that attract most points are begun with, and
+            k-means++ adds what is missing. None: k-means++ alone.
+        iterations: at most so many passes.
+        tolerance: a row is done when a pass moves no larger a share of its tokens.
+
+    An empty cluster is seeded again with a token that is least like its centroid.
+    """
+    unit = F.normalize(points.float(), dim=-1)
+    device, (batch, heads, tokens, _) = points.device, points.shape
+    held = torch.arange(tokens, device=device) < torch.tensor(lengths, device=device).view(-1, 1, 1)
+    most = max(counts)
+    there = torch.arange(most, device=device) < torch.tensor(counts, device=device).view(-1, 1, 1)
+    centroids = _begin(unit, held, most, start, seed)
+    labels = torch.full((batch, heads, tokens), -1, dtype=torch.int64, device=device)
+    active = torch.ones(batch, dtype=torch.bool, device=device)
+    passes = torch.zeros(batch, dtype=torch.int64, device=device)
+    for _ in range(iterations):
+        found, similarity = nearest(unit, centroids, there)
+        found = torch.where(active.view(-1, 1, 1), found, labels)
+        moved = ((found != labels) & held).sum((1, 2)) / held.expand(-1, heads, -1).sum((1, 2)).clamp_min(1)
+        labels = found
+        passes += active
+        updated = _update(unit, held, labels, similarity, there, centroids)
+        centroids = torch.where(active.view(-1, 1, 1, 1), updated, centroids)
+        active = active & (moved > tolerance)
+        if not bool(active.any()):
+            break
+    labels = nearest(unit, centroids, there)[0]
+    return KMeans(labels, centroids, passes.tolist())
+
+
+def nearest(unit: Tensor, centroids: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    """([B, H, S] most similar centroid, [B, H, S] how similar).
+
+    Args:
+        there: [B, 1, C] bool, which centroids a row has.
+    """
+    batch, heads, tokens, _ = unit.shape
+    step = max(1, _BLOCK // max(1, batch * heads * centroids.shape[2]))
+    parts = []
+    for begin in range(0, tokens, step):
+        similarity = unit[:, :, begin : begin + step] @ centroids.mT
+        parts.append(similarity.masked_fill(~there.unsqueeze(2), -torch.inf).max(-1))
+    return torch.cat([part.indices for part in parts], 2), torch.cat([part.values for part in parts], 2)
+
+
+def sums_by_label(values: Tensor, labels: Tensor, held: Tensor, count: int) -> Tensor:
+    """[B, H, count, D] float32: `values` [B, H, S, D] added up by label, tokens that are not `held` left out."""
+    sums = torch.zeros(*values.shape[:2], count, values.shape[3], dtype=torch.float32, device=values.device)
+    index = labels.clamp(0, count - 1).unsqueeze(-1).expand_as(values)
+    return sums.scatter_add_(2, index, values.float() * held.unsqueeze(-1))
+
+
+def _update(unit: Tensor, held: Tensor, labels: Tensor, similarity: Tensor, there: Tensor, centroids: Tensor) -> Tensor:
+    count = centroids.shape[2]
+    sums = sums_by_label(unit, labels, held, count)
+    sizes = sums_by_label(torch.ones_like(unit[..., :1]), labels, held, count)
+    empty = (sizes.squeeze(-1) == 0) & there
+    updated = torch.where(sizes > 0, F.normalize(sums, dim=-1), centroids)
+    vacant = int(empty.sum(-1).max())
+    if vacant:
+        worst = similarity.masked_fill(~held, torch.inf).topk(min(vacant, unit.shape[2]), largest=False).indices
+        turn = (empty.cumsum(-1) - 1).clamp(0, worst.shape[-1] - 1)
+        token = worst.gather(-1, turn).unsqueeze(-1).expand(*turn.shape, unit.shape[3])
+        updated = torch.where(empty.unsqueeze(-1), unit.gather(2, token), updated)
+    return updated
+
+
+def _begin(unit: Tensor, held: Tensor, count: int, start: Tensor | None, seed: int) -> Tensor:
+    """[B, H, count, D]: calibrated centroids as far as there are any, then k-means++ (Arthur, Vassilvitskii 2007)."""
+    batch, heads, tokens, dims = unit.shape
+    centroids = torch.zeros(batch, heads, count, dims, device=unit.device)
+    closest = torch.full((batch, heads, tokens), -1.0, device=unit.device)
+    given = 0
+    if start is not None:
+        known = F.normalize(start.to(unit), dim=-1).expand(batch, -1, -1, -1)
+        every = torch.ones(1, 1, known.shape[2], dtype=torch.bool, device=unit.device)
+        labels = nearest(unit, known, every)[0]
+        attracted = sums_by_label(torch.ones_like(unit[..., :1]), labels, held, known.shape[2]).squeeze(-1)
+        given = min(count, known.shape[2])
+        # A stable sort, so that centroids that attract as many come in an order that no other row has a say in.
+        chosen = attracted.sort(dim=-1, descending=True, stable=True).indices[..., :given]
+        chosen = chosen.unsqueeze(-1).expand(-1, -1, -1, dims)
+        centroids[:, :, :given] = known.gather(2, chosen)
+        every = torch.ones(1, 1, given, dtype=torch.bool, device=unit.device)
+        closest = nearest(unit, centroids[:, :, :given], every)[1]
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.rand(count, heads, generator=generator).to(unit.device)
+    for number in range(given, count):
+        # Of unit vectors, the squared distance to the closest centroid so far is 2 - 2 cos.
+        weight = ((1 - closest).clamp_min(0) * held).double().cumsum(-1)
+        token = torch.searchsorted(weight, draws[number].view(1, -1, 1) * weight[..., -1:], right=True)
+        token = token.clamp_max(tokens - 1)
+        last = held.sum(-1, keepdim=True) - 1
+        token = torch.minimum(token, last).clamp_min(0)
+        centre = unit.gather(2, token.unsqueeze(-1).expand(-1, -1, -1, dims))
+        centroids[:, :, number] = centre.squeeze(2)
+        closest = torch.maximum(closest, (unit @ centre.mT).squeeze(-1))
+    return centroids

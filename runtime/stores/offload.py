@@ -1,0 +1,113 @@
+"""Keys and values in host memory, with a bounded cache on the device of those that were read last."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .rows import Places, Rows
+
+
+class HostRows(Rows):
+    """Rows in host memory (pinned when the device is a GPU), whatever device new tokens come from."""
+
+    def write(self, new: Tensor, places: Places) -> None:
+        slots = places.slots if isinstance(places.slots, slice) else tuple(part.cpu() for part in places.slots)
+        super().write(new.cpu(), Places(places.after, slots, None))  # type: ignore[arg-type]
+
+    def _allocate(self, like: Tensor, tokens: int) -> Tensor:
+        pinned = torch.cuda.is_available()
+        return torch.zeros(*like.shape[:2], tokens, like.shape[3], dtype=like.dtype, pin_memory=pinned)
+
+
+class DeviceCache:
+    """Tokens of a layer on the device, per (row, KV head); the ones read longest ago make room."""
+
+    def __init__(self, capacity: int):
+        """Args: capacity: tokens; exceeded only when one step reads more."""
+        self.capacity = capacity
+        self.hits = self.misses = 0
+        """Tokens that a step needed and found here, or had to have copied from the host."""
+        self._held: dict[str, Tensor] = {}
+        """[B, Hkv, capacity, D] by name."""
+        self._slot_of = self._token_in = self._last_used = torch.empty(0)
+        self._step = 0
+
+    def gather(self, host: dict[str, Rows], index: Tensor, counted: Tensor | None) -> dict[str, Tensor]:
+        """Tokens `index` [B, Hkv, G or 1, k], copied from the host as far as they are not here.
+
+        Returns:
+            [B, Hkv, G or 1, k, D] for each of `host`.
+        """
+        self._step += 1
+        tokens = max(rows.used for rows in host.values())
+        self._prepare(host, index, tokens)
+        needed = torch.zeros(*index.shape[:2], tokens, dtype=torch.int32, device=index.device)
+        flat = index.flatten(2)
+        ones = torch.ones_like(flat) if counted is None else counted.expand_as(index).flatten(2)
+        needed = needed.scatter_add_(2, flat, ones.to(torch.int32)) > 0
+        self._make_room(int(needed.sum(-1).max()))
+        there = self._slot_of[:, :, :tokens] >= 0
+        self.hits += int((needed & there).sum())
+        missing = needed & ~there
+        self._touch(needed & there)
+        self._copy(host, missing)
+        slot = self._slot_of.gather(2, flat).clamp_min(0).view_as(index)
+        batch = torch.arange(index.shape[0], device=index.device).view(-1, 1, 1, 1)
+        heads = torch.arange(index.shape[1], device=index.device).view(1, -1, 1, 1)
+        return {name: self._held[name][batch, heads, slot] for name in host}
+
+    def clear(self) -> None:
+        """Forget everything: tokens lie elsewhere on the host now."""
+        self._held = {}
+
+    def nbytes(self) -> int:
+        if not self._held:
+            return 0
+        books = (self._slot_of, self._token_in, self._last_used)
+        return sum(tensor.nbytes for tensor in (*self._held.values(), *books))
+
+    def _prepare(self, host: dict[str, Rows], index: Tensor, tokens: int) -> None:
+        batch, heads, device = index.shape[0], index.shape[1], index.device
+        if not self._held:
+            for name, rows in host.items():
+                view = rows.view
+                self._held[name] = view.new_zeros(batch, heads, self.capacity, view.shape[3], device=device)
+            self._slot_of = torch.full((batch, heads, tokens), -1, dtype=torch.int64, device=device)
+            self._token_in = torch.full((batch, heads, self.capacity), -1, dtype=torch.int64, device=device)
+            self._last_used = torch.full((batch, heads, self.capacity), -1, dtype=torch.int64, device=device)
+        self._slot_of = _grown(self._slot_of, tokens)
+
+    def _make_room(self, tokens: int) -> None:
+        if tokens > self._token_in.shape[2]:
+            self._token_in, self._last_used = _grown(self._token_in, tokens), _grown(self._last_used, tokens)
+            for name, held in self._held.items():
+                grown = held.new_zeros(*held.shape[:2], tokens, held.shape[3])
+                grown[:, :, : held.shape[2]] = held
+                self._held[name] = grown
+
+    def _touch(self, tokens: Tensor) -> None:
+        """These are in use at this step and stay."""
+        row, head, token = tokens.nonzero(as_tuple=True)
+        self._last_used[row, head, self._slot_of[row, head, token]] = self._step
+
+    def _copy(self, host: dict[str, Rows], missing: Tensor) -> None:
+        row, head, token = missing.nonzero(as_tuple=True)
+        self.misses += len(row)
+        turn = (missing.cumsum(-1) - 1)[row, head, token]
+        slot = self._last_used.argsort(dim=-1, stable=True)[row, head, turn]
+        left = self._token_in[row, head, slot]
+        gone = left >= 0
+        self._slot_of[row[gone], head[gone], left[gone]] = -1
+        self._slot_of[row, head, token] = slot
+        self._token_in[row, head, slot] = token
+        self._last_used[row, head, slot] = self._step
+        for name, rows in host.items():
+            view = rows.view
+            found = view[row.to(view.device), head.to(view.device), token.to(view.device)]
+            self._held[name][row, head, slot] = found.to(self._held[name].device, non_blocking=True)
+
+
+def _grown(books: Tensor, size: int) -> Tensor:
+    missing = size - books.shape[2]
+    return torch.nn.functional.pad(books, (0, missing), value=-1) if missing > 0 else books

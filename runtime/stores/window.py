@@ -1,0 +1,196 @@
+"""Stores that hold a row's first and most recent tokens exactly and hand over, once, each token that leaves the window.
+
+Nothing leaves before the first decoded token, so that a prompt prefilled in chunks, or over several calls, is attended
+densely and leaves the same cache as one prefilled at once.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...artifacts import KvcalError
+from .base import Store
+from .rows import Places, Rows
+
+if TYPE_CHECKING:
+    from .full import FullStore
+
+
+class WindowStore(Store):
+    """The token at position p of a row is in slot p, or in `sinks + (p - sinks) % window` once a token of its row has
+    left. Where more tokens were prefilled than the window holds (`_straight`), slots are in order of position until
+    the next decoded token. The first `held` slots of a row are taken."""
+
+    def __init__(self, name: str, sinks: int, window: int, dense_below: int) -> None:
+        super().__init__()
+        self.name, self.sinks, self.window, self.dense_below = name, sinks, window, dense_below
+        self.left: list[int] = []
+        """Tokens of each row that have left: those that follow the sinks."""
+        self._straight = False
+        self._snapshots: list[dict[str, Any]] = []
+
+    @abstractmethod
+    def _leave(self, key: Tensor, value: Tensor, position: Tensor, there: Tensor) -> None:
+        """Take in m tokens that leave: key, value [B, Hkv, m, D | Dv]; position [B, m] int64, in its row; there [B, m]
+        bool, False where a row has fewer to hand over."""
+
+    @abstractmethod
+    def _block(self, key: Tensor) -> int:
+        """How many tokens of rows and heads like these may leave at once."""
+
+    @property
+    def held(self) -> list[int]:
+        """Exact tokens of each row."""
+        return [length - gone for length, gone in zip(self.lengths, self.left, strict=True)]
+
+    def append(self, key: Tensor, value: Tensor, valid: Tensor | None = None) -> None:
+        if self._tentative:
+            self._snapshots.append(self._snapshot())
+        if not self.lengths:
+            self._take(key, value, valid)
+            return
+        comes = torch.ones(key.shape[0], dtype=torch.bool) if valid is None else valid[:, 0]
+        leaving = [self._leaving(row, new) for row, new in enumerate(comes.tolist())]
+        if any(leaving):
+            self._hand_over(leaving)
+        left = [gone + count for gone, count in zip(self.left, leaving, strict=True)]
+        if self._straight or max(leaving) > 1:
+            self._arrange(left, straight=False)
+        self.left = left
+        self._advance(key, valid, self.held)
+        slots = self._slots(torch.tensor(self.lengths).unsqueeze(1) - 1, self.left, straight=False)
+        (row,) = comes.nonzero(as_tuple=True)
+        row, token, slot = (index.to(key.device) for index in (row, torch.zeros_like(row), slots[row, 0]))
+        self._write(key, value, Places(self.held, (row, token, slot), None))
+
+    def _leaving(self, row: int, new: bool) -> int:
+        """How many tokens leave the row when it gets one more, or (not `new`) pauses while others do."""
+        length, held = self.lengths[row] + new, self.held[row] + new
+        # A row that pauses, and of which none has left, is in order of position as it is.
+        if length < self.dense_below or not (new or self.left[row]):
+            return 0
+        return max(0, held - self.sinks - self.window)
+
+    def crop(self, tokens: int) -> None:
+        if tokens == 0:
+            return
+        if tokens <= len(self._snapshots):
+            self._return_to(self._snapshots[-tokens])
+            del self._snapshots[-tokens:]
+            return
+        if any(self.left):
+            raise KvcalError(
+                f"{self.name} cannot take back the last {tokens} tokens, which changed what it holds: crop works for "
+                "methods that keep all tokens (full, loki, quest, sparq), and for guesses of assisted decoding"
+            )
+        self._retreat(tokens)
+        for rows in self.rows.values():
+            rows.used = max(self.lengths)
+
+    def tentative(self, on: bool) -> None:
+        super().tentative(on)
+        self._snapshots.clear()
+
+    def adopt(self, full: FullStore) -> None:
+        lengths = torch.tensor(full.lengths)
+        valid = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+        self._take(full.rows["key"].view, full.rows["value"].view, valid)
+        self.seen, self.valid = full.seen, full.valid
+
+    def select(self, index: Tensor) -> None:
+        super().select(index)
+        self.left = [self.left[row] for row in index.tolist()] if self.left else []
+        for rows in self.rows.values():
+            rows.used = max(self.held)
+        self._snapshots.clear()
+
+    def read_mask(self) -> Tensor:
+        """[B, Hkv, L]: the exact tokens."""
+        key = self.rows["key"].view
+        position = torch.arange(max(self.lengths), device=key.device)
+        length, left = (torch.tensor(of, device=key.device).view(-1, 1, 1) for of in (self.lengths, self.left))
+        exact = (position < length) & ((position < self.sinks) | (position >= self.sinks + left))
+        return exact.expand(-1, key.shape[1], -1)
+
+    def state(self) -> dict[str, Tensor]:
+        return {**super().state(), "left": torch.tensor(self.left), "straight": torch.tensor(self._straight)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        super().restore(state)
+        self.left, self._straight = state["left"].tolist(), bool(state["straight"])
+
+    def _buffer(self, name: str) -> Rows:
+        return Rows(chunk=self.sinks + self.window)
+
+    def _take(self, key: Tensor, value: Tensor, valid: Tensor | None) -> Tensor | None:
+        """Append T tokens in free slots; the limits of their attention."""
+        self.left = self.left or [0] * key.shape[0]
+        if any(self.left) and not self._straight:
+            self._arrange(self.left, straight=True)
+        places = self._advance(key, valid, self.held if self.lengths else [0] * key.shape[0])
+        self._write(key, value, places)
+        return places.limits
+
+    def _write(self, key: Tensor, value: Tensor, places: Places) -> None:
+        for name, new in (("key", key), ("value", value)):
+            if name not in self.rows:
+                self.rows[name] = self._buffer(name)
+            self.rows[name].write(new, places)
+
+    def _slots(self, position: Tensor, left: list[int], straight: bool) -> Tensor:
+        """[B, n] slots of the tokens at `position` [B, n], on the CPU."""
+        gone = torch.tensor(left).unsqueeze(1)
+        slots = position - gone if straight else self.sinks + (position - self.sinks) % self.window
+        return torch.where((position < self.sinks) | (gone == 0), position, slots)
+
+    def _hand_over(self, leaving: list[int]) -> None:
+        """The first `leaving` exact tokens of each row after the sinks, a block at a time."""
+        key, value = self.rows["key"].view, self.rows["value"].view
+        step, most, counts = self._block(key), max(leaving), torch.tensor(leaving).unsqueeze(1)
+        for start in range(0, most, step):
+            offset = torch.arange(start, min(start + step, most)).unsqueeze(0)
+            there = offset < counts
+            position = self.sinks + torch.tensor(self.left).unsqueeze(1) + offset
+            slots = self._slots(position, self.left, self._straight).where(there, 0).to(key.device)
+            self._leave(_gather(key, slots), _gather(value, slots), position.to(key.device), there.to(key.device))
+
+    def _arrange(self, left: list[int], straight: bool) -> None:
+        """Hold only the tokens that remain when `left` tokens of each row are gone, in slots of the layout wanted."""
+        position = torch.arange(max(self.lengths)).expand(len(left), -1)
+        gone, length = torch.tensor(left).unsqueeze(1), torch.tensor(self.lengths).unsqueeze(1)
+        row, column = ((position < length) & ((position < self.sinks) | (position >= self.sinks + gone))).nonzero(
+            as_tuple=True
+        )
+        before, after = (
+            self._slots(position, counts, kind)[row, column]
+            for counts, kind in ((self.left, self._straight), (left, straight))
+        )
+        size = max(1, int(after.max()) + 1 if len(after) else 0)
+        source = torch.zeros(len(left), size, dtype=torch.int64)
+        source[row, after] = before
+        for rows in self.rows.values():
+            rows.replace(_gather(rows.view, source.to(rows.view.device)))
+        self._straight = straight
+
+    def _snapshot(self) -> dict[str, Any]:
+        return {
+            "rows": {name: rows.view.clone() for name, rows in self.rows.items()},
+            "totals": {name: total.clone() for name, total in self.totals.items()},
+            "own": {name: getattr(self, name) for name in ("left", "_straight", "lengths", "seen", "valid")},
+        }
+
+    def _return_to(self, snapshot: dict[str, Any]) -> None:
+        for name, tensor in snapshot["rows"].items():
+            self.rows[name].replace(tensor)
+        self.totals = snapshot["totals"]
+        for name, own in snapshot["own"].items():
+            setattr(self, name, own)
+
+
+def _gather(tensor: Tensor, slots: Tensor) -> Tensor:
+    """[B, H, S, D], [B, n] -> [B, H, n, D]."""
+    return tensor.gather(2, slots[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))

@@ -1,0 +1,160 @@
+"""Keys and values on the host: the same outputs bit for bit, and the copies of a least-recently-used cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from sequences import Geometry, Row, append, decode, draw, fork, make, prefill
+
+from kvcal.runtime.attention import Logits
+from kvcal.runtime.stores.clusterkv import ClusterKVStore
+from kvcal.runtime.stores.offload import DeviceCache, HostRows
+
+GEOMETRY, LOGITS = Geometry(16, 8, 2, 3), Logits(0.25)
+D, DV, HKV = GEOMETRY.dim, GEOMETRY.value_dim, GEOMETRY.kv_heads
+SETTINGS: dict[str, Any] = {"keep": 20, "tokens_per_cluster": 4, "sinks": 3, "window": 5}
+
+
+def on_host(tensor: torch.Tensor) -> HostRows:
+    rows = HostRows()
+    rows.replace(tensor)
+    return rows
+
+
+def pair(rows: list[Row], cached: int, **more: Any) -> tuple[ClusterKVStore, ClusterKVStore]:
+    """(with offload, without), the prompts taken in."""
+    offload = {"offload": "cpu", "cached": cached}
+    stores = [make("clusterkv", GEOMETRY, **{**SETTINGS, **more, **which}) for which in (offload, {})]
+    for store in stores:
+        assert isinstance(store, ClusterKVStore)
+        prefill(store, rows, LOGITS)
+    return stores[0], stores[1]  # type: ignore[return-value]
+
+
+def assert_same(one: ClusterKVStore, other: ClusterKVStore, rows: list[Row], steps: range) -> None:
+    for mine, theirs in zip(decode(one, rows, LOGITS, steps), decode(other, rows, LOGITS, steps), strict=True):
+        for first, second in zip(mine, theirs, strict=True):
+            assert torch.equal(first.output, second.output) and torch.equal(first.read, second.read)
+    assert one.bytes_read() == other.bytes_read()
+
+
+@pytest.mark.parametrize("cached", [1, 8, 24, 64, 1000])
+@pytest.mark.parametrize("more", [{}, {"select": "head", "tail": True}, {"keep": 0.4, "dense_below": 30}], ids=str)
+def test_equals_no_offload(cached: int, more: dict[str, Any]) -> None:
+    """Ragged rows, windows that close, a step that reads more than is cached, steps that read all."""
+    rows = draw(GEOMETRY, (1, 15, 63, 100), 14)
+    store, plain = pair(rows, cached, **more)
+    assert_same(store, plain, rows, range(14))
+
+
+@pytest.mark.parametrize("cached", [1, 12, 200])
+def test_after_rows_went_or_were_taken_back(cached: int) -> None:
+    """What the device holds may lie elsewhere by then, or be of another row."""
+    rows = draw(GEOMETRY, (15, 63, 100), 24)
+    store, plain = pair(rows, cached)
+    assert_same(store, plain, rows, range(7))
+    forks = [fork(row, 4, seed) for seed, row in enumerate(rows)]
+    for each in (store, plain):
+        each.crop(3)  # across a window
+    assert_same(store, plain, forks, range(4, 9))
+    kept = [fork(forks[of], 9, seed) for seed, of in enumerate((1, 1, 0))]
+    for each in (store, plain):
+        each.select(torch.tensor([1, 1, 0]))
+    assert_same(store, plain, kept, range(9, 15))
+    turn = [torch.stack([row.tensors()[which][:, :6] for row in kept]) for which in range(3)]
+    assert torch.equal(*(each.prefill(*turn, LOGITS) for each in (store, plain)))
+    restored = make("clusterkv", GEOMETRY, **SETTINGS, offload="cpu", cached=cached)
+    restored.restore({name: tensor.clone() for name, tensor in store.state().items()})
+    for step in range(15, 24):
+        outputs = [each.attend(append(each, kept, step), LOGITS) for each in (store, plain, restored)]
+        assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+class LeastRecentlyUsed:
+    """Of one row and KV head: slots that hold (token, step of its last use)."""
+
+    def __init__(self, capacity: int):
+        self.slots: list[tuple[int, int]] = [(-1, -1)] * capacity
+        self.hits = self.misses = 0
+
+    def read(self, tokens: set[int], step: int) -> None:
+        held = {token: slot for slot, (token, _) in enumerate(self.slots)}
+        here = sorted(tokens & held.keys())
+        for token in here:
+            self.slots[held[token]] = (token, step)
+        for token in sorted(tokens - set(here)):
+            oldest = min(range(len(self.slots)), key=lambda slot: (self.slots[slot][1], slot))
+            self.slots[oldest] = (token, step)
+        self.hits += len(here)
+        self.misses += len(tokens) - len(here)
+
+
+@pytest.mark.parametrize("capacity", [6, 9, 20, 64])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_hits_and_misses_are_those_of_a_least_recently_used_cache(capacity: int, ragged: bool) -> None:
+    """Reads of at most six tokens that come back to some; heads that read the same are asked once."""
+    generator = torch.Generator().manual_seed(capacity)
+    batch, heads, group, tokens = 2, 3, 2, 40
+    host = {
+        name: on_host(torch.randn(batch, heads, tokens, dim, generator=generator)) for name, dim in (("a", 4), ("b", 3))
+    }
+    cache = DeviceCache(capacity)
+    oracle = [[LeastRecentlyUsed(capacity) for _ in range(heads)] for _ in range(batch)]
+    for step in range(30):
+        near = torch.randint(0, tokens, (), generator=generator)
+        index = (near + torch.randint(0, 15, (batch, heads, group, 3), generator=generator)) % tokens
+        counted = torch.rand(index.shape, generator=generator) < 0.7 if ragged else None
+        found = cache.gather(host, index, counted)
+        counts = torch.ones_like(index).bool() if counted is None else counted
+        for row in range(batch):
+            for head in range(heads):
+                oracle[row][head].read(set(index[row, head][counts[row, head]].tolist()), step)
+                for name, rows in host.items():
+                    expected = rows.view[row, head][index[row, head]]
+                    assert torch.equal(found[name][row, head][counts[row, head]], expected[counts[row, head]])
+    every = [each for of_row in oracle for each in of_row]
+    assert (cache.hits, cache.misses) == (sum(e.hits for e in every), sum(e.misses for e in every))
+    assert cache.hits > 0 or capacity == 6
+
+
+def test_a_step_that_reads_more_than_is_cached_makes_room() -> None:
+    host = {"key": on_host(torch.arange(40.0).view(1, 1, 40, 1))}
+    cache = DeviceCache(4)
+    for wanted in ([0, 1, 2], [3, 4, 5, 6, 7, 8, 9], [0, 9], list(range(40)), [39]):
+        found = cache.gather(host, torch.tensor(wanted).view(1, 1, 1, -1), None)
+        assert found["key"].flatten().tolist() == wanted
+    assert (cache.hits, cache.misses) == (1 + 7 + 1, 3 + 7 + 1 + 33)
+
+
+def test_device_bytes_are_bounded() -> None:
+    """40 cached tokens of each KV head, whatever the prompt; books of 8 bytes a slot twice, and a token once."""
+    cached, grown = 40, []
+    for prompt in (250, 1000):
+        rows = draw(GEOMETRY, [prompt], 3)
+        store, plain = pair(rows, cached)
+        on_host = HKV * -(-(prompt + 3) // 256) * 256 * (D + DV) * 4
+        assert store.host_bytes() == HKV * -(-prompt // 256) * 256 * (D + DV) * 4
+        before = store.resident_bytes()
+        decode(store, rows, LOGITS), decode(plain, rows, LOGITS)
+        assert store.host_bytes() == on_host and plain.host_bytes() == 0
+        cache = HKV * (cached * (D + DV) * 4 + (2 * cached + prompt + 3) * 8)
+        assert store.resident_bytes() == plain.resident_bytes() - on_host + cache
+        assert before == HKV * -(-prompt // 256) * 256 * 4  # positions
+        grown.append(cache)
+    assert grown[1] - grown[0] == HKV * 750 * 8
+
+
+def test_only_misses_are_copied_and_moving_leaves_the_host_alone() -> None:
+    rows = [Row(*(tensor[:, :1].expand(-1, 90, -1) for tensor in draw(GEOMETRY, [1], 0)[0].tensors()), 80)]
+    store, _ = pair(rows, 64)
+    decode(store, rows, LOGITS, range(1))
+    assert store.device_cache and (store.device_cache.hits, store.device_cache.misses) == (0, HKV * 20)
+    decode(store, rows, LOGITS, range(1, 2))  # the same query: all but the new token, for which one is left out
+    assert (store.device_cache.hits, store.device_cache.misses) == (HKV * 19, HKV * 21)
+    store.to("meta")
+    assert {name: rows.view.device.type for name, rows in store.rows.items()} == {
+        "key": "cpu", "value": "cpu", "position": "meta",
+        "cluster.key": "meta", "cluster.value": "meta", "cluster.size": "meta",
+    }  # fmt: skip
