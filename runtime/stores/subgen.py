@@ -58,15 +58,15 @@ class SubGen:
         for name in ("sinks", "seed", "dense_below"):
             check_count(name, getattr(self, name))
         check_choice("normaliser", self.normaliser, ("clusters", "values"))
-        if isinstance(self.growth, bool) or not isinstance(self.growth, (int, float)) or not self.growth > 1:
-            raise KvcalError(f"growth {self.growth!r}: give a factor above 1, such as 1.1 or 2.0")
+        if isinstance(self.growth, bool) or not isinstance(self.growth, (int, float)) or not 1.01 <= self.growth <= 1e6:
+            raise KvcalError(f"growth {self.growth!r}: give a factor of at least 1.01, such as 1.1 or 2.0")
         delta = self._radius(layer, artifact)
         return lambda: SubGenStore(self, delta)
 
     def _radius(self, layer: int, artifact: Artifact | None) -> Tensor | float | None:
         """[Hkv], or one for all heads, or None for what the keys themselves give."""
         if self.delta is not None:
-            if isinstance(self.delta, bool) or not isinstance(self.delta, (int, float)) or not self.delta > 0:
+            if isinstance(self.delta, bool) or not isinstance(self.delta, (int, float)) or not 0 < self.delta <= 1e30:
                 raise KvcalError(f"delta {self.delta!r}: give a distance above 0, or None for the calibrated one")
             return float(self.delta)
         if artifact is None or "clusters" not in artifact.stages:
