@@ -59,7 +59,7 @@ class SubGen:
             check_count(name, getattr(self, name))
         check_choice("normaliser", self.normaliser, ("clusters", "values"))
         if isinstance(self.growth, bool) or not isinstance(self.growth, (int, float)) or not 1.01 <= self.growth <= 1e6:
-            raise KvcalError(f"growth {self.growth!r}: give a factor of at least 1.01, such as 1.1 or 2.0")
+            raise KvcalError(f"growth {self.growth!r}: give a factor above 1 (at least 1.01), such as 1.1 or 2.0")
         delta = self._radius(layer, artifact)
         return lambda: SubGenStore(self, delta)
 
