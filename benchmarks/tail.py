@@ -48,8 +48,6 @@ class Estimator(ExactTopkStore):
 
     second_order = 0.0
     """Fraction of ½ qᵀΣq, Σ the covariance of keys within their clusters, pooled over a head's clusters."""
-    leave_out = False
-    """Take the keys and values that were read out of their cluster's means, too."""
     bits = 16
 
     def attend(self, query: Tensor, logits: Logits) -> Tensor:

@@ -5,8 +5,8 @@ read in its place as n - m tokens at the cluster's mean key, with its mean value
 
     out = (Σ_read e^{q·k} v + Σ_c (n_c - m_c) e^{q·k̄_c} v̄_c) / (Σ_read e^{q·k} + Σ_c (n_c - m_c) e^{q·k̄_c})
 
-The mean key keeps the tokens that were read: taking them out as well makes it smaller, and e^{q·k̄} is
-already below the mean of e^{q·k} (Jensen); the two errors partly cancel (docs/results/tail.md).
+The mean key keeps the tokens that were read. That makes it too large for what is left, and e^{q·k̄} is below the
+mean of e^{q·k} (Jensen): the two errors partly cancel.
 """
 
 from __future__ import annotations
