@@ -1,39 +1,31 @@
-"""Stores that hold a budget of tokens and forget the rest: `streaming` and `h2o`.
-
-Nothing is evicted before the first decoded token, so that a prompt prefilled in chunks, or over several
-calls, is attended densely and leaves the same cache as one prefilled at once.
-"""
+"""Stores that hold a budget of tokens and forget the rest: `streaming` and `h2o`."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ...artifacts import KvcalError
 from ..attention import Logits, causal_attention
 from .amounts import Budget
-from .base import Store
+from .forgetting import ForgettingStore
 from .rows import Rows, lengths_mask
-
-if TYPE_CHECKING:
-    from .full import FullStore
 
 SLOTS = 16
 """Slots by which buffers grow: a budget is small, and what it does not hold should be free."""
 
 
-class EvictingStore(Store):
+class EvictingStore(ForgettingStore):
     """Slots [B, Hkv, slots]: the first `held` of a row are taken, in no order; `position` says by which token."""
 
+    books = ("held",)
+
     def __init__(self, name: str, budget: Budget) -> None:
-        super().__init__()
-        self.name, self.budget = name, budget
+        super().__init__(name)
+        self.budget = budget
         self.held: list[int] = []
         """Tokens held by each row, the same number in every KV head."""
-        self._snapshots: list[dict[str, Any]] = []
 
     @abstractmethod
     def _worth(self, lengths: Tensor, budgets: Tensor) -> Tensor:
@@ -47,9 +39,7 @@ class EvictingStore(Store):
         self._attended(query, logits, limits)
         return causal_attention(query, self.rows["key"].view, self.rows["value"].view, logits, limits)
 
-    def append(self, key: Tensor, value: Tensor, valid: Tensor | None = None) -> None:
-        if self._tentative:
-            self._snapshots.append(self._snapshot())
+    def _append(self, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
         comes = [True] * key.shape[0] if valid is None else valid[:, 0].tolist()
         if not self.lengths or not any(comes):
             self._take(key, value, valid)
@@ -65,7 +55,6 @@ class EvictingStore(Store):
             self._overwrite(key, value, budgets)
 
     def _take(self, key: Tensor, value: Tensor, valid: Tensor | None) -> Tensor | None:
-        """Append T tokens in free slots; the limits of their attention."""
         batch, heads, tokens, _ = key.shape
         held, lengths = self.held or [0] * batch, self.lengths or [0] * batch
         places = self._advance(key, valid, held)
@@ -107,41 +96,17 @@ class EvictingStore(Store):
             rows.replace(view.gather(2, kept.unsqueeze(-1).expand(-1, -1, -1, view.shape[-1])))
         self.held = targets
 
-    def crop(self, tokens: int) -> None:
-        if tokens == 0:
-            return
-        if tokens <= len(self._snapshots):
-            self._return_to(self._snapshots[-tokens])
-            del self._snapshots[-tokens:]
-            return
-        if self.held != self.lengths or self._fresh(self.rows["key"].view):
-            raise KvcalError(
-                f"{self.name} cannot take back the last {tokens} tokens, which changed what it holds: crop works for "
-                "methods that keep all tokens (full, loki, exact_topk, quest, sparq), and for guesses of assisted "
-                "decoding"
-            )
-        self._retreat(tokens)
+    def _occupied(self) -> int:
+        return max(self.held)
+
+    def _changed(self) -> bool:
+        return self.held != self.lengths or bool(self._fresh(self.rows["key"].view))
+
+    def _reset_books(self) -> None:
         self.held = list(self.lengths)
-        for rows in self.rows.values():
-            rows.used = max(self.held)
 
-    def tentative(self, on: bool) -> None:
-        super().tentative(on)
-        self._snapshots.clear()
-
-    def adopt(self, full: FullStore) -> None:
-        lengths = torch.tensor(full.lengths)
-        self._take(
-            full.rows["key"].view, full.rows["value"].view, torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
-        )
-        self.seen, self.valid = full.seen, full.valid
-
-    def select(self, index: Tensor) -> None:
-        super().select(index)
-        self.held = [self.held[row] for row in index.tolist()] if self.held else []
-        for rows in self.rows.values():
-            rows.used = max(self.held)
-        self._snapshots.clear()
+    def _select_books(self, rows: list[int]) -> None:
+        self.held = [self.held[row] for row in rows]
 
     def read_mask(self) -> Tensor:
         position = self.rows["position"].view.squeeze(-1).long()
@@ -174,14 +139,3 @@ class EvictingStore(Store):
 
     def _column(self, counts: list[int]) -> Tensor:
         return torch.tensor(counts, device=self.rows["key"].view.device).view(-1, 1, 1)
-
-    def _snapshot(self) -> dict[str, Any]:
-        rows = {name: (rows.view.clone(), rows.used) for name, rows in self.rows.items()}
-        return {"rows": rows, "held": self.held, "lengths": self.lengths, "seen": self.seen, "valid": self.valid}
-
-    def _return_to(self, snapshot: dict[str, Any]) -> None:
-        for name, (tensor, used) in snapshot["rows"].items():
-            self.rows[name].replace(tensor)
-            self.rows[name].used = used
-        self.held, self.lengths = snapshot["held"], snapshot["lengths"]
-        self.seen, self.valid = snapshot["seen"], snapshot["valid"]

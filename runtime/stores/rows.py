@@ -71,7 +71,7 @@ class Rows:
     def reserve(self, tokens: int, like: Tensor) -> None:
         """Make room for `tokens` tokens of the shape and dtype of `like`; what was never written is zero."""
         capacity = 0 if self.tensor is None else self.tensor.shape[2]
-        if tokens <= capacity:
+        if self.tensor is not None and tokens <= capacity:
             return
         grown = self._allocate(like, -(-tokens // self.chunk) * self.chunk)
         if self.tensor is not None:

@@ -90,9 +90,9 @@ class SubGenStore(WindowStore):
             return causal_attention(query, held_key, held_value, logits, limits)
         return attention_with_sketch(query, held_key, held_value, self.totals, logits, limits)
 
-    def append(self, key: Tensor, value: Tensor, valid: Tensor | None = None) -> None:
+    def _append(self, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
         self._streamed = False
-        super().append(key, value, valid)
+        super()._append(key, value, valid)
 
     def attend(self, query: Tensor, logits: Logits) -> Tensor:
         key, value = self.rows["key"].view, self.rows["value"].view

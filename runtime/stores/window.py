@@ -1,37 +1,29 @@
-"""Stores that hold a row's first and most recent tokens exactly and hand over, once, each token that leaves the window.
-
-Nothing leaves before the first decoded token, so that a prompt prefilled in chunks, or over several calls, is attended
-densely and leaves the same cache as one prefilled at once.
-"""
+"""Stores that hold a row's first and most recent tokens exactly and hand over, once, each token that leaves the window."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ...artifacts import KvcalError
-from .base import Store
-from .rows import Places, Rows
-
-if TYPE_CHECKING:
-    from .full import FullStore
+from .forgetting import ForgettingStore
+from .rows import CHUNK, Places, Rows
 
 
-class WindowStore(Store):
+class WindowStore(ForgettingStore):
     """The token at position p of a row is in slot p, or in `sinks + (p - sinks) % window` once a token of its row has
     left. Where more tokens were prefilled than the window holds (`_straight`), slots are in order of position until
-    the next decoded token. The first `held` slots of a row are taken."""
+    the next decoded token."""
+
+    books = ("left", "_straight")
 
     def __init__(self, name: str, sinks: int, window: int, dense_below: int) -> None:
-        super().__init__()
-        self.name, self.sinks, self.window, self.dense_below = name, sinks, window, dense_below
+        super().__init__(name)
+        self.sinks, self.window, self.dense_below = sinks, window, dense_below
         self.left: list[int] = []
         """Tokens of each row that have left: those that follow the sinks."""
         self._straight = False
-        self._snapshots: list[dict[str, Any]] = []
 
     @abstractmethod
     def _leave(self, key: Tensor, value: Tensor, position: Tensor, there: Tensor) -> None:
@@ -47,9 +39,7 @@ class WindowStore(Store):
         """Exact tokens of each row."""
         return [length - gone for length, gone in zip(self.lengths, self.left, strict=True)]
 
-    def append(self, key: Tensor, value: Tensor, valid: Tensor | None = None) -> None:
-        if self._tentative:
-            self._snapshots.append(self._snapshot())
+    def _append(self, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
         if not self.lengths:
             self._take(key, value, valid)
             return
@@ -75,38 +65,17 @@ class WindowStore(Store):
             return 0
         return max(0, held - self.sinks - self.window)
 
-    def crop(self, tokens: int) -> None:
-        if tokens == 0:
-            return
-        if tokens <= len(self._snapshots):
-            self._return_to(self._snapshots[-tokens])
-            del self._snapshots[-tokens:]
-            return
-        if any(self.left):
-            raise KvcalError(
-                f"{self.name} cannot take back the last {tokens} tokens, which changed what it holds: crop works for "
-                "methods that keep all tokens (full, loki, quest, sparq), and for guesses of assisted decoding"
-            )
-        self._retreat(tokens)
-        for rows in self.rows.values():
-            rows.used = max(self.lengths)
+    def _occupied(self) -> int:
+        return max(self.held)
 
-    def tentative(self, on: bool) -> None:
-        super().tentative(on)
-        self._snapshots.clear()
+    def _changed(self) -> bool:
+        return any(self.left)
 
-    def adopt(self, full: FullStore) -> None:
-        lengths = torch.tensor(full.lengths)
-        valid = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
-        self._take(full.rows["key"].view, full.rows["value"].view, valid)
-        self.seen, self.valid = full.seen, full.valid
+    def _reset_books(self) -> None:
+        self.left = [0] * len(self.lengths)
 
-    def select(self, index: Tensor) -> None:
-        super().select(index)
-        self.left = [self.left[row] for row in index.tolist()] if self.left else []
-        for rows in self.rows.values():
-            rows.used = max(self.held)
-        self._snapshots.clear()
+    def _select_books(self, rows: list[int]) -> None:
+        self.left = [self.left[row] for row in rows]
 
     def read_mask(self) -> Tensor:
         """[B, Hkv, L]: the exact tokens."""
@@ -124,10 +93,9 @@ class WindowStore(Store):
         self.left, self._straight = state["left"].tolist(), bool(state["straight"])
 
     def _buffer(self, name: str) -> Rows:
-        return Rows(chunk=self.sinks + self.window)
+        return Rows(chunk=min(CHUNK, self.sinks + self.window))
 
     def _take(self, key: Tensor, value: Tensor, valid: Tensor | None) -> Tensor | None:
-        """Append T tokens in free slots; the limits of their attention."""
         self.left = self.left or [0] * key.shape[0]
         if any(self.left) and not self._straight:
             self._arrange(self.left, straight=True)
@@ -175,20 +143,6 @@ class WindowStore(Store):
         for rows in self.rows.values():
             rows.replace(_gather(rows.view, source.to(rows.view.device)))
         self._straight = straight
-
-    def _snapshot(self) -> dict[str, Any]:
-        return {
-            "rows": {name: rows.view.clone() for name, rows in self.rows.items()},
-            "totals": {name: total.clone() for name, total in self.totals.items()},
-            "own": {name: getattr(self, name) for name in ("left", "_straight", "lengths", "seen", "valid")},
-        }
-
-    def _return_to(self, snapshot: dict[str, Any]) -> None:
-        for name, tensor in snapshot["rows"].items():
-            self.rows[name].replace(tensor)
-        self.totals = snapshot["totals"]
-        for name, own in snapshot["own"].items():
-            setattr(self, name, own)
 
 
 def _gather(tensor: Tensor, slots: Tensor) -> Tensor:
