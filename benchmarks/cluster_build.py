@@ -39,7 +39,7 @@ def measure(model: Any, ids: Tensor, artifact: Artifact | None, tokens_per_clust
     length = ids.shape[1] - STEPS
     prefill = seconds(model, ids[:, :length], cache)
     first, *rest = [seconds(model, ids[:, at : at + 1], cache) for at in range(length, ids.shape[1])]
-    passes = [max(store.clusters.passes) for store in cache.stores.values()]  # type: ignore[attr-defined]
+    passes = [store.clusters.most_passes for store in cache.stores.values()]  # type: ignore[attr-defined]
     return (first - statistics.median(rest)) / prefill, statistics.mean(passes)
 
 

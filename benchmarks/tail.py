@@ -22,6 +22,7 @@ from kvcal.calibrate import LayerTensors, calibrate, capture, load_model, make_b
 from kvcal.runtime.attention import Logits, probabilities
 from kvcal.runtime.stores import METHODS
 from kvcal.runtime.stores.clustered import ClusteredStore
+from kvcal.runtime.stores.clusters import Clusters
 from kvcal.runtime.stores.exact_topk import ExactTopk, ExactTopkStore
 from kvcal.runtime.stores.full import FullStore
 
@@ -57,19 +58,17 @@ class Estimator(ExactTopkStore):
                 self.rows[name].view.copy_(rounded(self.rows[name].view, self.bits))
         return super().attend(query, logits)
 
-    def _tail_logits(self, query: Tensor, logits: Logits, chosen: Any) -> Tensor:
-        found = super()._tail_logits(query, logits, chosen)
+    def _mean_logits(self, query: Tensor, logits: Logits, clusters: Clusters) -> Tensor:
+        found = super()._mean_logits(query, logits, clusters)
         if not self.second_order:
             return found
         grouped = self._grouped(query)
-        spread = torch.einsum("bhgd,bhde,bhge->bhg", grouped, self._covariance(), grouped) * logits.scaling**2
+        spread = torch.einsum("bhgd,bhde,bhge->bhg", grouped, self._covariance(clusters), grouped) * logits.scaling**2
         return found + 0.5 * self.second_order * spread.unsqueeze(-1)
 
-    def _covariance(self) -> Tensor:
+    def _covariance(self, clusters: Clusters) -> Tensor:
         key, of = self.rows["key"].view, self.rows["cluster.of"].view.long()
-        centred = key[:, :, : of.shape[2]] - self.rows["cluster.key"].view.gather(
-            2, of.clamp_min(0).expand(-1, -1, -1, key.shape[3])
-        )
+        centred = key[:, :, : of.shape[2]] - clusters.keys.gather(2, of.clamp_min(0).expand(-1, -1, -1, key.shape[3]))
         centred = centred[:, :, self.selection.sinks :]
         return centred.mT @ centred / centred.shape[2]
 

@@ -1,13 +1,4 @@
-"""Stores whose tokens are in clusters, and the tail: what is not read contributes through its cluster.
-
-A selecting method treats what it does not read as absent. The tail puts a cluster of n tokens of which m were
-read in its place as n - m tokens at the cluster's mean key, with its mean value:
-
-    out = (Σ_read e^{q·k} v + Σ_c (n_c - m_c) e^{q·k̄_c} v̄_c) / (Σ_read e^{q·k} + Σ_c (n_c - m_c) e^{q·k̄_c})
-
-The mean key keeps the tokens that were read. That makes it too large for what is left, and e^{q·k̄} is below the
-mean of e^{q·k} (Jensen): the two errors partly cancel.
-"""
+"""Stores whose tokens are in clusters: they select among the clustered tokens and read all others besides."""
 
 from __future__ import annotations
 
@@ -18,10 +9,11 @@ from torch import Tensor
 
 from ..attention import Logits
 from .amounts import check_count, check_flag
-from .clusters import Clusters, slot_index
+from .clusters import Clusters, is_per_cluster
 from .full import FullStore
-from .rows import CHUNK, Places, Rows
+from .rows import CHUNK, Rows
 from .selecting import Chosen, SelectingStore, Selection
+from .tail import Tail
 
 
 @dataclass(frozen=True)
@@ -30,7 +22,8 @@ class Clustered(Selection):
     """What is not read contributes through its cluster."""
     tokens_per_cluster: int = 16
     window: int = 64
-    """Decoded tokens that are clustered together once there are so many; until then they are read exactly."""
+    """Decoded tokens that are clustered together once there are so many, or once they and the sinks would take more
+    than half of what is read, if that makes a cluster; until then they are read exactly."""
     sinks: int = 4
     """First tokens, in no cluster and read exactly."""
 
@@ -41,28 +34,31 @@ class Clustered(Selection):
         check_count("window", self.window, 1)
         check_count("sinks", self.sinks)
 
+    def window_of(self, length: int) -> int:
+        """Decoded tokens after which a row of so many tokens is clustered again."""
+        room = self.of(length) // 2 - self.sinks
+        return min(self.window, max(self.tokens_per_cluster, room))
+
 
 class ClusteredStore(SelectingStore):
-    """Selects among the clustered tokens, and reads those that are in no cluster besides."""
+    """Without clusters, as without a tail, it is a plain `SelectingStore`."""
 
     selection: Clustered
-    clusters: Clusters | None = None
 
     def __init__(self, selection: Clustered):
         super().__init__(selection)
-        if selection.tail:
-            self.clusters = self._new_clusters()
+        self.clusters = self._make_clusters()
+        self.tail = Tail(self.rows, self.clusters) if selection.tail and self.clusters else None
 
-    def _new_clusters(self) -> Clusters:
+    def _make_clusters(self) -> Clusters | None:
         of = self.selection
-        return Clusters(
-            self.rows, self._buffer, tokens_per_cluster=of.tokens_per_cluster, window=of.window, sinks=of.sinks
-        )
+        return Clusters(self.rows, self._buffer, of.tokens_per_cluster, of.sinks) if of.tail else None
 
     def _buffer(self, name: str) -> Rows:
         """Clusters are fewer than tokens, and their buffers grow accordingly."""
-        per_cluster = name in ("cluster.key", "cluster.value", "cluster.size")
-        return Rows(chunk=-(-CHUNK // self.selection.tokens_per_cluster)) if per_cluster else super()._buffer(name)
+        if is_per_cluster(name):
+            return Rows(chunk=-(-CHUNK // self.selection.tokens_per_cluster))
+        return super()._buffer(name)
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits, valid: Tensor | None = None) -> Tensor:
         before = self.lengths or [0] * key.shape[0]
@@ -78,10 +74,12 @@ class ClusteredStore(SelectingStore):
 
     def append(self, key: Tensor, value: Tensor, valid: Tensor | None = None) -> None:
         self._device = key.device
-        coming = None if valid is None else valid[:, 0].tolist()
-        slots = self.clusters.due(self.lengths, coming) if self.clusters else None
-        if slots is not None:
-            self._close(slots)
+        if self.clusters:
+            coming = [True] * key.shape[0] if valid is None else valid[:, 0].tolist()
+            windows = [self.selection.window_of(length) for length in self.lengths]
+            slots = self.clusters.due(self.lengths, windows, coming)
+            if any(slots):
+                self._close(self.clusters, slots)
         super().append(key, value, valid)
 
     def attend(self, query: Tensor, logits: Logits) -> Tensor:
@@ -89,19 +87,11 @@ class ClusteredStore(SelectingStore):
             return self.attend_densely(query, logits)
         return super().attend(query, logits)
 
-    def _close(self, slots: list[range]) -> None:
+    def _close(self, clusters: Clusters, slots: list[range]) -> None:
         """Cluster these slots of each row."""
-        assert self.clusters
-        self._remember(slots, self.clusters.add(slots, self._device))
-
-    def _remember(self, slots: list[range], labels: Tensor) -> None:
-        """Write the cluster [B, Hkv, L] of each slot: the tail has to know it of the tokens that were read."""
-        index, held = slot_index(slots, labels.device)
-        row, _, token = held.nonzero(as_tuple=True)
-        places = Places(self.lengths, (row, token, index[row, 0, token]), None)
-        self.rows.setdefault("cluster.of", self._buffer("cluster.of")).write(
-            labels.to(torch.int32).unsqueeze(-1), places
-        )
+        labels = clusters.add(slots, self._device)
+        if self.tail:
+            self.tail.remember(slots, labels, self.lengths)
 
     def _pick(self, scores: Tensor, budgets: list[int]) -> Chosen:
         if self.clusters is None:
@@ -115,67 +105,51 @@ class ClusteredStore(SelectingStore):
             length if budget == length else max(0, budget - len(row))
             for budget, length, row in zip(budgets, self.lengths, open_slots, strict=True)
         ]
-        chosen = self._choose(self._hide_open(scores), left)
-        counted = ~self._open(chosen.index)
+        chosen = self._choose(self._hide_open(scores, self.clusters), left)
+        counted = ~self.clusters.leave_out(chosen.index)
         if chosen.counted is not None:
             counted &= chosen.counted
         always = always[:, None, None].expand(*chosen.index.shape[:3], -1)
         return Chosen(torch.cat((always.clamp_min(0), chosen.index), -1), torch.cat((always >= 0, counted), -1))
 
-    def _open(self, slot: Tensor) -> Tensor:
-        """Whether slots [B, …] are in no cluster."""
-        assert self.clusters
-        upto = torch.tensor(self.clusters.upto, device=slot.device).view(-1, *[1] * (slot.dim() - 1))
-        return (slot < self.selection.sinks) | (slot >= upto)
-
-    def _hide_open(self, scores: Tensor) -> Tensor:
+    def _hide_open(self, scores: Tensor, clusters: Clusters) -> Tensor:
         """Scores by token, without those that are read anyway."""
         slot = torch.arange(scores.shape[-1], device=scores.device).view(1, 1, 1, -1)
-        return scores.masked_fill(self._open(slot.expand(scores.shape[0], -1, -1, -1)), -torch.inf)
+        return scores.masked_fill(clusters.leave_out(slot.expand(scores.shape[0], -1, -1, -1)), -torch.inf)
 
     def _combine(self, query: Tensor, logits: Logits, scores: Tensor, chosen: Chosen) -> Tensor:
-        if not self.selection.tail:
+        if self.tail is None:
             return super()._combine(query, logits, scores, chosen)
-        return self._weigh(query, logits, self._exact_logits(query, logits, chosen), chosen)
+        key, value = self._gather(("key", "value"), chosen)
+        exact = logits.of(self._grouped(query).unsqueeze(3) @ key.unflatten(1, chosen.index.shape[1:3]).mT).squeeze(3)
+        return self._weigh(query, logits, exact, value, chosen)
 
-    def _exact_logits(self, query: Tensor, logits: Logits, chosen: Chosen) -> Tensor:
-        """[B, Hkv, G, k] float32 logits of the chosen tokens."""
-        key = self._gather("key", chosen).unflatten(1, chosen.index.shape[1:3])
-        return logits.of(self._grouped(query).unsqueeze(3) @ key.mT).squeeze(3)
+    def _weigh(self, query: Tensor, logits: Logits, exact: Tensor, value: Tensor, chosen: Chosen) -> Tensor:
+        """Softmax over the chosen tokens, and over what the tail makes of the others.
 
-    def _weigh(self, query: Tensor, logits: Logits, exact: Tensor, chosen: Chosen) -> Tensor:
-        """Softmax over the chosen tokens, and over the clusters' tails if there are any."""
+        Args:
+            exact: [B, Hkv, G, k] float32, logits of the chosen tokens.
+            value: [B, Hkv·(G or 1), k, Dv], theirs.
+        """
         if chosen.counted is not None:
             exact = exact.masked_fill(~chosen.counted, -torch.inf)
-        value = self._gather("value", chosen).unflatten(1, chosen.index.shape[1:3]).float()
-        if self.selection.tail:
-            exact = torch.cat((exact, self._tail_logits(query, logits, chosen)), -1)
-        weights = logits.softmax(exact).unsqueeze(3)
-        count = chosen.index.shape[-1]
-        out = weights[..., :count] @ value
-        if self.selection.tail:
-            means = self.rows["cluster.value"].view
-            self._read += means.nbytes
-            out = out + weights[..., count:] @ means.float().unsqueeze(2)
+        value = value.unflatten(1, chosen.index.shape[1:3]).float()
+        if self.tail is None or self.clusters is None:
+            return (logits.softmax(exact).unsqueeze(3) @ value).flatten(1, 2).to(query.dtype)
+        counted = ~self.clusters.leave_out(chosen.index)
+        if chosen.counted is not None:
+            counted &= chosen.counted
+        rest = self.tail.remainder(self._mean_logits(query, logits, self.clusters), chosen.index, counted)
+        self._read += rest.bytes_read
+        weights = logits.softmax(torch.cat((exact, rest.logits), -1)).unsqueeze(3)
+        count = exact.shape[-1]
+        out = weights[..., :count] @ value + weights[..., count:] @ rest.values.float().unsqueeze(2)
         return out.flatten(1, 2).to(query.dtype)
 
-    def _tail_logits(self, query: Tensor, logits: Logits, chosen: Chosen) -> Tensor:
-        """[B, Hkv, G, C] float32: the logit of each cluster's mean key, plus the log of how many it stands for."""
-        assert self.clusters
-        keys, sizes, of = (self.rows[f"cluster.{name}"].view for name in ("key", "size", "of"))
-        batch = torch.arange(of.shape[0], device=of.device).view(-1, 1, 1, 1)
-        heads = torch.arange(of.shape[1], device=of.device).view(1, -1, 1, 1)
-        # What was never clustered has no entry, or a stale one.
-        slot = chosen.index.clamp_max(of.shape[2] - 1)
-        owner = of[batch, heads, slot].squeeze(-1).long()
-        self._read += keys.nbytes + sizes.nbytes + owner.numel() * of.element_size()
-        counts = ~self._open(chosen.index)
-        if chosen.counted is not None:
-            counts &= chosen.counted
-        left = sizes.squeeze(-1).unsqueeze(2).expand(-1, -1, owner.shape[2], -1).to(torch.int64, copy=True)
-        left.scatter_add_(-1, owner.clamp(0, left.shape[-1] - 1), -counts.to(torch.int64))
-        left.masked_fill_(~self.clusters.there(left.device).unsqueeze(2), 0)
-        return logits.of(self._grouped(query) @ keys.mT) + left.float().log()
+    def _mean_logits(self, query: Tensor, logits: Logits, clusters: Clusters) -> Tensor:
+        """[B, Hkv, G, C] float32 logits of the clusters' mean keys."""
+        self._read += clusters.keys.nbytes + clusters.sizes.nbytes
+        return logits.of(self._grouped(query) @ clusters.keys.mT)
 
     def _grouped(self, query: Tensor) -> Tensor:
         """[B, Hq, 1, D] -> [B, Hkv, G, D], as the stored keys are encoded."""
@@ -184,6 +158,8 @@ class ClusteredStore(SelectingStore):
     def _forget(self) -> None:
         if self.clusters:
             self.clusters.undo(self.lengths)
+        if self.tail:
+            self.tail.shorten()
 
     def select(self, index: Tensor) -> None:
         if self.clusters:
@@ -191,6 +167,8 @@ class ClusteredStore(SelectingStore):
         super().select(index)
         if self.clusters:
             self.clusters.shorten()
+        if self.tail:
+            self.tail.shorten()
 
     def state(self) -> dict[str, Tensor]:
         return {**super().state(), **(self.clusters.state() if self.clusters else {})}

@@ -61,25 +61,22 @@ def calibrated_centroids(artifact: Artifact | None, layer: int) -> Tensor | None
 class ClusterKVStore(ClusteredStore):
     selection: ClusterKV
     clusters: Clusters
-    device_cache: DeviceCache | None = None
-    _fetched: dict[str, Tensor]
-    """[B, Hkv, G or 1, k, D] keys and values of the step."""
+    _means: Tensor
+    """[B, Hkv, G, C] float32 logits of the clusters' mean keys at this step."""
 
     def __init__(self, settings: ClusterKV, start: Tensor | None):
-        self.start = start
-        super().__init__(settings)
-        self.clusters = self._new_clusters()
+        self._start = start
         self.device_cache = DeviceCache(settings.cached) if settings.offload == "cpu" else None
+        super().__init__(settings)
 
-    def _new_clusters(self) -> Clusters:
+    def _make_clusters(self) -> Clusters:
         of = self.selection
         return Clusters(
             self.rows,
             self._buffer,
-            tokens_per_cluster=of.tokens_per_cluster,
-            window=of.window,
-            sinks=of.sinks,
-            start=self.start,
+            of.tokens_per_cluster,
+            of.sinks,
+            start=self._start,
             iterations=of.iterations,
             segment=of.segment,
         )
@@ -92,13 +89,13 @@ class ClusterKVStore(ClusteredStore):
         read = torch.zeros(by_slot.shape, dtype=torch.int32, device=by_slot.device)
         return read.scatter_add_(2, position, by_slot.to(torch.int32)) > 0
 
-    def _close(self, slots: list[range]) -> None:
+    def _close(self, clusters: Clusters, slots: list[range]) -> None:
         """Cluster these slots and sort them by cluster."""
-        labels = self.clusters.add(slots, self._device)
+        labels = clusters.add(slots, self._device)
         by_cluster = labels.masked_fill(labels < 0, torch.iinfo(labels.dtype).max)
         self._permute(slots, by_cluster)
-        if self.selection.tail:
-            self._remember(slots, by_cluster.sort(dim=-1, stable=True).values)
+        if self.tail:
+            self.tail.remember(slots, by_cluster.sort(dim=-1, stable=True).values, self.lengths)
 
     def _permute(self, slots: Sequence[range], order_by: Tensor) -> None:
         """Sort the tokens of each row's slots by `order_by` [B, Hkv, L], the largest where a row has fewer."""
@@ -111,18 +108,22 @@ class ClusterKVStore(ClusteredStore):
             rows = self.rows[name]
             rows.write(take(take(rows.view, index), order), places)
         if self.device_cache:
-            self.device_cache.clear()
+            self.device_cache.drop(slots)
 
     def _score(self, query: Tensor, logits: Logits) -> Tensor:
-        centroids = self.rows["cluster.key"].view
-        self._read += centroids.nbytes + self.rows["cluster.size"].view.nbytes
-        scores = logits.of(query @ centroids.mT)
-        return scores.masked_fill(~self.clusters.there(scores.device).unsqueeze(2), -torch.inf)
+        centroids = self.clusters.keys
+        self._read += centroids.nbytes + self.clusters.sizes.nbytes
+        self._means = logits.of(query @ centroids.mT)
+        return self._means.masked_fill(~self.clusters.there(query.device).unsqueeze(2), -torch.inf)
+
+    def _mean_logits(self, query: Tensor, logits: Logits, clusters: Clusters) -> Tensor:
+        """The scores of the step: nothing is read again."""
+        return self._means
 
     def _choose(self, scores: Tensor, budgets: list[int]) -> Chosen:
         """Clusters in descending order of score until the budget is full; of the last one its first tokens."""
         device = scores.device
-        size = self.rows["cluster.size"].view.squeeze(-1).long() * self.clusters.there(device)
+        size = self.clusters.sizes.long() * self.clusters.there(device)
         start = (size.cumsum(-1) - size + self.selection.sinks).unsqueeze(2).expand_as(scores)
         order = scores.argsort(dim=-1, descending=True, stable=True)
         ordered = size.unsqueeze(2).expand_as(scores).gather(-1, order)
@@ -141,15 +142,13 @@ class ClusterKVStore(ClusteredStore):
     def _whole(self, name: str) -> Tensor:
         return self.rows[name].view.to(self._device)
 
-    def _gather(self, name: str, chosen: Chosen) -> Tensor:
+    def _gather(self, names: Sequence[str], chosen: Chosen) -> list[Tensor]:
         if self.device_cache is None:
-            return super()._gather(name, chosen)
-        if name == "key":  # the first to be asked for; values come with it
-            rows = {each: self.rows[each] for each in ("key", "value")}
-            self._fetched = self.device_cache.gather(rows, chosen.index, chosen.counted)
-        gathered = self._fetched[name].flatten(1, 2)
-        self._read += gathered.nbytes
-        return gathered
+            return super()._gather(names, chosen)
+        host = {name: self.rows[name] for name in names}
+        gathered = self.device_cache.gather(host, chosen.index, chosen.counted)
+        self._read += sum(tokens.nbytes for tokens in gathered.values())
+        return [gathered[name].flatten(1, 2) for name in names]
 
     def resident_bytes(self) -> int:
         """On the device: what is offloaded is in `host_bytes`."""
@@ -172,7 +171,7 @@ class ClusterKVStore(ClusteredStore):
         if self.device_cache:
             self.device_cache.clear()
 
-    def _hide_open(self, scores: Tensor) -> Tensor:
+    def _hide_open(self, scores: Tensor, clusters: Clusters) -> Tensor:
         return scores  # of clusters, which open tokens are not in
 
     def _extended(self, key: Tensor, value: Tensor, places: Places) -> None:
@@ -193,6 +192,9 @@ class ClusterKVStore(ClusteredStore):
             index, held = slot_index(slots, self._device)
             position = take(self.rows["position"].view, index).squeeze(-1)
             self._permute(slots, position.masked_fill(~held, torch.iinfo(position.dtype).max))
+        if self.tail:
+            self.tail.shorten()
         self.rows["position"].used = max(self.lengths)
         if self.device_cache:
-            self.device_cache.clear()
+            # What comes in place of the tokens that are gone has their slots.
+            self.device_cache.drop([range(length, self.rows["key"].used) for length in self.lengths])

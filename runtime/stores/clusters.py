@@ -17,6 +17,14 @@ SEGMENT = 8192
 """Tokens that are clustered together at most, so that the cost grows linearly with the prompt."""
 
 
+_KEY, _VALUE, _SIZE = "cluster.key", "cluster.value", "cluster.size"
+
+
+def is_per_cluster(name: str) -> bool:
+    """Whether a store's tensor has one entry per cluster."""
+    return name in (_KEY, _VALUE, _SIZE)
+
+
 class Clusters:
     """Cosine clusters per (row, KV head), in tensors of the store that owns them.
 
@@ -29,24 +37,36 @@ class Clusters:
         self,
         rows: dict[str, Rows],
         buffer: Callable[[str], Rows],
-        *,
         tokens_per_cluster: int,
-        window: int,
         sinks: int,
+        *,
         start: Tensor | None = None,
         iterations: int = 20,
         segment: int = SEGMENT,
     ):
         """Args: rows: of the store; buffer: makes an empty one by name; start: [Hkv, C0, D] calibrated centroids."""
-        self.tokens_per_cluster, self.window, self.sinks = tokens_per_cluster, window, sinks
+        self.tokens_per_cluster, self.sinks = tokens_per_cluster, sinks
         self.start, self.iterations, self.segment = start, iterations, segment
         self._rows, self._buffer = rows, buffer
-        self.passes: list[int] = []
-        """Of each clustering so far: passes over its tokens until it had converged, the slowest row's."""
+        self.most_passes = 0
+        """Over its tokens, of the clustering that took most of them to converge."""
         self._closed: list[list[tuple[int, int]]] = []
         """Of each row, after each of its clusterings: (tokens before the open window, clusters)."""
         self._prompts: list[list[tuple[int, int]]] = []
         """Of each row: slots (begin, end) that came by prefill."""
+
+    @property
+    def keys(self) -> Tensor:
+        return self._rows[_KEY].view
+
+    @property
+    def values(self) -> Tensor:
+        return self._rows[_VALUE].view
+
+    @property
+    def sizes(self) -> Tensor:
+        """[B, Hkv, C] int32"""
+        return self._rows[_SIZE].view.squeeze(-1)
 
     @property
     def upto(self) -> list[int]:
@@ -67,19 +87,21 @@ class Clusters:
             if end > begin:
                 prompts.append((begin, end))
 
-    def due(self, lengths: Sequence[int], coming: Sequence[bool] | None = None) -> list[range] | None:
-        """The slots of each row that have to be clustered before its next token comes; None: nothing.
+    def due(self, lengths: Sequence[int], windows: Sequence[int], coming: Sequence[bool]) -> list[range]:
+        """The slots of each row that have to be clustered before its next token comes.
 
-        Args: coming: whether a row gets one now; None: all do.
+        Args:
+            windows: how many decoded tokens each row leaves unclustered at most.
+            coming: whether a row gets a token now.
         """
         self._open_books(len(lengths))
         slots = []
         for row, (upto, length) in enumerate(zip(self.upto, lengths, strict=True)):
             first = max(upto, min(self.sinks, length))
             prompts = self._prompts[row]
-            due = length - first >= self.window or bool(prompts and prompts[-1][1] > first)
-            slots.append(range(first, length if due and (coming is None or coming[row]) else first))
-        return slots if any(slots) else None
+            due = length - first >= windows[row] or bool(prompts and prompts[-1][1] > first)
+            slots.append(range(first, length if due and coming[row] else first))
+        return slots
 
     def add(self, slots: Sequence[range], device: torch.device) -> Tensor:
         """Cluster these slots of each row among themselves, a segment at a time.
@@ -104,15 +126,15 @@ class Clusters:
         keys, values = (take(self._rows[name].view, index) for name in ("key", "value"))
         counts = [min(length, max(1, round(length / self.tokens_per_cluster))) if length else 0 for length in lengths]
         found = spherical_kmeans(keys, lengths, counts, start=self.start, iterations=self.iterations)
-        self.passes.append(max(found.iterations))
+        self.most_passes = max(self.most_passes, *found.iterations)
         most = max(counts)
         sizes = sums_by_label(torch.ones_like(keys[..., :1]), found.labels, held, most)
         kept = torch.arange(most) < torch.tensor(counts).unsqueeze(1)
         places = find_places(before, most, kept, device)
-        for name, tensor in (("cluster.key", keys), ("cluster.value", values)):
+        for name, tensor in ((_KEY, keys), (_VALUE, values)):
             means = sums_by_label(tensor, found.labels, held, most) / sizes.clamp_min(1)
             self._rows.setdefault(name, self._buffer(name)).write(means.to(tensor.dtype), places)
-        self._rows.setdefault("cluster.size", self._buffer("cluster.size")).write(sizes.to(torch.int32), places)
+        self._rows.setdefault(_SIZE, self._buffer(_SIZE)).write(sizes.to(torch.int32), places)
         labels = found.labels + torch.tensor(before, device=device).view(-1, 1, 1)
         return places.after, labels.masked_fill(~held, -1)
 
@@ -144,11 +166,10 @@ class Clusters:
 
     def shorten(self) -> None:
         """Buffers hold no more than the row of most clusters has."""
-        used = {name: max(self.counts, default=0) for name in ("cluster.key", "cluster.value", "cluster.size")}
-        used["cluster.of"] = max(self.upto, default=0)
-        for name in used.keys() & self._rows.keys():
-            self._rows[name].used = min(used[name], self._rows[name].used)
-            if not used[name]:
+        used = max(self.counts, default=0)
+        for name in filter(is_per_cluster, list(self._rows)):
+            self._rows[name].used = min(used, self._rows[name].used)
+            if not used:
                 del self._rows[name]
 
     def state(self) -> dict[str, Tensor]:
@@ -171,6 +192,11 @@ class Clusters:
         """[B, 1, C] bool: which clusters each row has."""
         counts = torch.tensor(self.counts, device=device).view(-1, 1, 1)
         return torch.arange(int(max(self.counts)), device=device) < counts
+
+    def leave_out(self, slot: Tensor) -> Tensor:
+        """Whether slots [B, …] are in no cluster."""
+        upto = torch.tensor(self.upto, device=slot.device).view(-1, *[1] * (slot.dim() - 1))
+        return (slot < self.sinks) | (slot >= upto)
 
     def open_slots(self, lengths: Sequence[int]) -> list[list[int]]:
         """Of each row: the slots that are in no cluster."""

@@ -33,9 +33,8 @@ class ExactTopkStore(ClusteredStore):
         self._exact = self._masked(logits.of(query.float() @ key.float().mT))
         return self._exact
 
-    def _exact_logits(self, query: Tensor, logits: Logits, chosen: Chosen) -> Tensor:
-        """The scores are the exact ones already: no key is read again."""
-        return self._exact.gather(-1, chosen.index.expand(*self._exact.shape[:3], -1))
-
     def _combine(self, query: Tensor, logits: Logits, scores: Tensor, chosen: Chosen) -> Tensor:
-        return self._weigh(query, logits, self._exact_logits(query, logits, chosen), chosen)
+        """The scores are the exact logits already: no key is read again."""
+        exact = self._exact.gather(-1, chosen.index.expand(*self._exact.shape[:3], -1))
+        (value,) = self._gather(("value",), chosen)
+        return self._weigh(query, logits, exact, value, chosen)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -57,8 +59,19 @@ class DeviceCache:
         heads = torch.arange(index.shape[1], device=index.device).view(1, -1, 1, 1)
         return {name: self._held[name][batch, heads, slot] for name in host}
 
+    def drop(self, slots: Sequence[range]) -> None:
+        """Forget these tokens of each row, which lie elsewhere on the host now."""
+        if not self._held:
+            return
+        for row, of_row in enumerate(slots):
+            gone = self._slot_of[row, :, of_row.start : of_row.stop]
+            head, token = (gone >= 0).nonzero(as_tuple=True)
+            slot = gone[head, token]
+            self._token_in[row, head, slot] = self._last_used[row, head, slot] = -1
+            gone.fill_(-1)
+
     def clear(self) -> None:
-        """Forget everything: tokens lie elsewhere on the host now."""
+        """Forget everything."""
         self._held = {}
 
     def nbytes(self) -> int:

@@ -12,6 +12,7 @@ from ...artifacts import Artifact
 from ..attention import Logits
 from .amounts import check_count
 from .clustered import Clustered, ClusteredStore
+from .clusters import Clusters
 from .rows import CHUNK, Places, Rows
 from .selecting import Chosen, best
 
@@ -53,7 +54,7 @@ class QuestStore(ClusteredStore):
     def _choose(self, scores: Tensor, budgets: list[int]) -> Chosen:
         page = torch.arange(scores.shape[-1], device=scores.device)
         last = self._pages(self.lengths).to(scores.device).view(-1, 1, 1, 1) - 1
-        if not self.selection.tail:
+        if self.clusters is None:
             scores = scores.masked_fill(page == last, torch.inf)
         pages = best(scores, self._pages(budgets).tolist())
         index = (pages.index.unsqueeze(-1) * self.page + torch.arange(self.page, device=scores.device)).flatten(-2)
@@ -70,10 +71,10 @@ class QuestStore(ClusteredStore):
         else:
             self._widen(key[:, :, 0])
 
-    def _hide_open(self, scores: Tensor) -> Tensor:
+    def _hide_open(self, scores: Tensor, clusters: Clusters) -> Tensor:
         """Pages all of whose tokens are read anyway; others may hold tokens of both kinds."""
         slot = torch.arange(scores.shape[-1] * self.page, device=scores.device).view(1, 1, 1, -1)
-        is_open = self._open(slot.expand(scores.shape[0], -1, -1, -1))
+        is_open = clusters.leave_out(slot.expand(scores.shape[0], -1, -1, -1))
         return scores.masked_fill(is_open.unflatten(-1, (-1, self.page)).all(-1), -torch.inf)
 
     def _forget(self) -> None:

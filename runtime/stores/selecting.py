@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,17 +70,18 @@ class SelectingStore(RowStore):
 
     def _combine(self, query: Tensor, logits: Logits, scores: Tensor, chosen: Chosen) -> Tensor:
         """Exact attention to the chosen tokens."""
-        key, value = self._gather("key", chosen), self._gather("value", chosen)
+        key, value = self._gather(("key", "value"), chosen)
         visible = None if chosen.counted is None else chosen.counted.flatten(1, 2).unsqueeze(2)
         return attention(self._encode_query(query), key, value, logits, visible)
 
-    def _gather(self, name: str, chosen: Chosen) -> Tensor:
-        """[B, Hkv·(G or 1), k, …] of the chosen tokens."""
-        rows = self.rows[name].view
-        batch = torch.arange(rows.shape[0], device=rows.device).view(-1, 1, 1, 1)
-        heads = torch.arange(rows.shape[1], device=rows.device).view(1, -1, 1, 1)
-        gathered = rows[batch, heads, chosen.index].flatten(1, 2)
-        self._read += gathered.nbytes
+    def _gather(self, names: Sequence[str], chosen: Chosen) -> list[Tensor]:
+        """[B, Hkv·(G or 1), k, …] of the chosen tokens, for each name."""
+        gathered = []
+        for rows in (self.rows[name].view for name in names):
+            batch = torch.arange(rows.shape[0], device=rows.device).view(-1, 1, 1, 1)
+            heads = torch.arange(rows.shape[1], device=rows.device).view(1, -1, 1, 1)
+            gathered.append(rows[batch, heads, chosen.index].flatten(1, 2))
+        self._read += sum(tokens.nbytes for tokens in gathered)
         return gathered
 
     def _masked(self, scores: Tensor) -> Tensor:

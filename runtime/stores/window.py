@@ -1,4 +1,4 @@
-"""Stores that hold a row's first and most recent tokens exactly and hand over, once, each token that leaves the window."""
+"""Stores that hold a row's first and most recent tokens exactly and hand over, once, each that leaves the window."""
 
 from __future__ import annotations
 

@@ -106,11 +106,11 @@ def test_clusterkv(prompt: int, per_cluster: int, select: str, readers: int, tai
     # Every token has an int32 position, for slots are sorted by cluster; with a tail, clustered ones an int32 cluster.
     tokens = chunks(n) * ((D + DV) * b + 4) + (chunks(prompt) * 4 if tail else 0)
     assert store.resident_bytes() == HKV * (tokens + clusters_held(prompt - sinks, per_cluster, b))
-    # All centroids and sizes, then k tokens; for the tail again, the mean values, and the cluster of what was read.
+    # All centroids and sizes, then k tokens; for the tail the mean values, and the cluster of what was read.
     clusters = round((prompt - sinks) / per_cluster)
     read = HKV * clusters * (D * b + 4) + readers * k * (D + DV) * b
     if tail:
-        read += HKV * clusters * (D * b + 4 + DV * b) + readers * k * 4
+        read += HKV * clusters * DV * b + readers * k * 4
     assert store.bytes_read() == read
 
 
