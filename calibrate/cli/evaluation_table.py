@@ -34,6 +34,8 @@ def print_results(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
         "read/step": [_read(row.get("bytes_per_step"), full) for row in rows],
         "ms": [_number(row.get("ms_per_step"), ".3g") for row in rows],
     }
+    if any("hit_rate" in row for row in rows):
+        costs["hits"] = [_number(row.get("hit_rate"), ".3f") for row in rows]
     title = f"{settings['model']}: prefix {settings['prefix']}, {settings['continuation']} decoded"
     title = "; ".join([title, *(f"{name} {value}" for name, value in alike.items())])
     for columns in [names | recall | costs] if len(recall) <= 2 else [names | recall, names | costs]:
@@ -42,6 +44,7 @@ def print_results(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
         "ppl: perplexity of the continuation; error: ‖o - o_dense‖ / ‖o_dense‖ of the attention output; mass: of the\n"
         "dense attention that was read, both means of layers; MB: resident, and read per step, of one row; ms: per\n"
         f"step of up to {settings['batch_size']} rows"
+        + ("; hits: of what an offloaded cache read, the share on the device" if "hits" in costs else "")
     )
 
 

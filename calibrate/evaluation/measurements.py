@@ -24,6 +24,7 @@ MEASURED = (
     "resident_bytes",
     "bytes_per_step",
     "ms_per_step",
+    "hit_rate",
     "source",
 )
 """Keys of a row of the results that are not parameters of its method."""
@@ -61,6 +62,8 @@ class Measured:
     error: dict[str, float]
     """By layer (as JSON has it), mean relative error of the attention output; {} where not probed."""
     mass: dict[str, float]
+    hit_rate: float | None = None
+    """Of an offloaded cache: share of what was read that lay on the device already."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -120,6 +123,8 @@ def result_row(
     row["bytes_per_step"] = sum(statistics.mean(batch.bytes_read) for batch in costs) / sum(counts)
     whole = [batch for batch, count in zip(costs, counts, strict=True) if count == max(counts)]
     row["ms_per_step"] = statistics.median(each for batch in whole for each in batch.ms)
+    rates = [batch.hit_rate for batch in costs if batch.hit_rate is not None]
+    row |= {"hit_rate": statistics.mean(rates)} if rates else {}
     return row
 
 

@@ -17,6 +17,7 @@ from ...artifacts import Artifact, KvcalError
 from ..loading import check_model
 from ..settings import DEFAULT_METHOD, builders, describe, plan
 from ..stores import Method, Store
+from ..stores.clusterkv import ClusterKVStore
 from ..stores.full import Full
 from .attachment import attach
 from .layer import Call, CompressedLayer, Observer, restore_stock, stock_state
@@ -110,6 +111,13 @@ class CompressedCache(DynamicCache):
         """Bytes of the cache that the last decoded step read, all layers and rows."""
         return sum(store.bytes_read() for store in self.stores.values()) + self._stock_bytes()
 
+    def hit_rate(self) -> float | None:
+        """Share of the tokens read so far that the device had already; None unless they are offloaded."""
+        found = [store.device_cache for store in self.stores.values() if isinstance(store, ClusterKVStore)]
+        hits = sum(cache.hits for cache in found if cache)
+        needed = hits + sum(cache.misses for cache in found if cache)
+        return hits / needed if needed else None
+
     def adopt(self, full: CompressedCache) -> None:
         """Start from the tokens of a `full` cache of the same model, so that several caches share one prefill.
 
@@ -154,7 +162,7 @@ class CompressedCache(DynamicCache):
                     layer.restore(state)
                 else:
                     restore_stock(layer, state)
-        except (KvcalError, LookupError) as error:
+        except (KvcalError, LookupError, ValueError, RuntimeError) as error:
             raise damaged(folder, error) from error
         return cache
 

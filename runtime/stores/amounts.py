@@ -36,6 +36,12 @@ def check_count(name: str, count: object, least: int = 0) -> None:
         raise KvcalError(f"{name} {count!r}: give a whole number of at least {least}")
 
 
+def check_number(name: str, number: object, least: float, most: float, what: str) -> None:
+    """Raises KvcalError unless `number` is one from `least` to `most`."""
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not least <= number <= most:
+        raise KvcalError(f"{name} {number!r}: give {what} from {least:g} to {most:g}")
+
+
 def check_flag(name: str, flag: object) -> None:
     """Raises KvcalError unless `flag` is a bool."""
     if not isinstance(flag, bool):

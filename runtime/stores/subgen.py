@@ -6,20 +6,22 @@ not with the number of tokens. Like the other methods that forget, it begins at 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...artifacts import Artifact, KvcalError
+from ...artifacts import Artifact
 from ..attention import Logits, attention, causal_attention
-from .amounts import check_choice, check_count
+from .amounts import check_choice, check_count, check_number
 from .rows import lengths_mask
 from .sketch import Shape, Sketch
 from .sketch_attention import READ, attention_with_sketch
 from .window import WindowStore
 
+MOST_LAYERS = 1 << 16
 BLOCK = 256
 """Tokens that enter the sketch at once, at most."""
 _NUMBERS = 1 << 23
@@ -58,16 +60,17 @@ class SubGen:
         for name in ("sinks", "seed", "dense_below"):
             check_count(name, getattr(self, name))
         check_choice("normaliser", self.normaliser, ("clusters", "values"))
-        if isinstance(self.growth, bool) or not isinstance(self.growth, (int, float)) or not 1.01 <= self.growth <= 1e6:
-            raise KvcalError(f"growth {self.growth!r}: give a factor above 1 (at least 1.01), such as 1.1 or 2.0")
+        check_number("growth", self.growth, 1.01, 1e6, "a factor")
+        if self.delta is not None:
+            check_number("delta", self.delta, 1e-30, 1e30, "a distance, or None for the calibrated one,")
         delta = self._radius(layer, artifact)
-        return lambda: SubGenStore(self, delta)
+        # Every layer draws its own numbers, whatever the seed.
+        own = dataclasses.replace(self, seed=self.seed * MOST_LAYERS + layer)
+        return lambda: SubGenStore(own, delta)
 
     def _radius(self, layer: int, artifact: Artifact | None) -> Tensor | float | None:
         """[Hkv], or one for all heads, or None for what the keys themselves give."""
         if self.delta is not None:
-            if isinstance(self.delta, bool) or not isinstance(self.delta, (int, float)) or not 0 < self.delta <= 1e30:
-                raise KvcalError(f"delta {self.delta!r}: give a distance above 0, or None for the calibrated one")
             return float(self.delta)
         if artifact is None or "clusters" not in artifact.stages:
             return None

@@ -14,6 +14,7 @@ from kvcal.calibrate.evaluation.prompts import Prompts, Windows
 from kvcal.calibrate.evaluation.protocol import evaluate
 from kvcal.calibrate.evaluation.recall_task import RecallTask
 from kvcal.calibrate.evaluation.results import Results
+from kvcal.runtime import CompressedCache
 
 PREFIX, CONTINUATION, LAYERS = 40, 12, 3
 
@@ -245,3 +246,29 @@ def test_prompts_beyond_the_context_are_refused(model):
         evaluate(model, None, Prompts(Windows(tokens(1, 129), 120), ()), [{"method": "full"}])
     handle.remove()
     assert not calls
+
+
+def test_the_hit_rate_is_of_what_was_read(model):
+    """A device cache that holds everything misses each token once, when it is first read."""
+    windows = Windows(tokens(1, 70, seed=5), 60)  # too few steps to close a window, which would move tokens
+    settings = {"method": "clusterkv", "keep": 24, "tokens_per_cluster": 4, "sinks": 2, "window": 1000}
+    reads = {"hits": 0, "needed": 0}
+    cache = CompressedCache(model, None, **settings)
+    seen = {}
+
+    def observe(layer, store, *_):
+        position = store.rows["position"].view
+        read = store.read_mask().expand(1, KV_HEADS, -1)
+        known = seen.setdefault(layer, torch.zeros(1, KV_HEADS, 70, dtype=torch.bool))[:, :, : read.shape[2]]
+        assert position.shape[2] == read.shape[2]
+        reads["hits"] += int((read & known).sum())
+        reads["needed"] += int(read.sum())
+        known |= read
+
+    cache.observer = observe
+    with torch.no_grad():
+        model(windows.ids[:, :60], past_key_values=cache)
+        for at in range(60, 69):
+            model(windows.ids[:, at : at + 1], past_key_values=cache)
+    (_, row) = evaluate(model, None, Prompts(windows, ()), [{**settings, "offload": "cpu", "cached": 200}])
+    assert row["hit_rate"] == reads["hits"] / reads["needed"]

@@ -244,3 +244,14 @@ def test_the_row_of_most_clusters_goes(variant: tuple[str, dict[str, Any]]) -> N
     store.select(torch.tensor([1]))
     expected = alone(method, GEOMETRY, long, LOGITS, **settings)[1:]
     assert_steps(decode(store, [long], LOGITS, range(1, STEPS))[0], expected)
+
+
+@pytest.mark.parametrize("method", ["clusterkv", "exact_topk", "loki"])
+@pytest.mark.parametrize("window", [20, 1000])
+def test_no_step_reads_more_than_asked_for(method: str, window: int) -> None:
+    """However large the window: budgets that hold the sinks and a cluster twice over are never exceeded."""
+    rows = draw(GEOMETRY, (40, 90), 60)
+    store = make(method, GEOMETRY, keep=16, tokens_per_cluster=5, sinks=3, window=window, tail=True)
+    prefill(store, rows, LOGITS)
+    for steps in decode(store, rows, LOGITS):
+        assert all((step.read.sum(-1) == 16).all() for step in steps)

@@ -1,0 +1,27 @@
+"""SubGen stores of a small shape, as its tests make them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sequences import Geometry, Row, Step, decode, prefill
+
+from kvcal.runtime.attention import Logits
+from kvcal.runtime.stores.subgen import SubGen, SubGenStore
+
+GEOMETRY = Geometry(16, 8, 2, 3)
+LOGITS = Logits(GEOMETRY.scaling)
+SMALL: dict[str, Any] = {"window": 6, "sinks": 2, "clusters": 5, "t": 2, "s": 7}
+PROMPTS = (9, 40, 1, 33)
+CLOSE = {"rtol": 1e-3, "atol": 1e-4}
+"""float32 against float64 where numerators cancel."""
+
+
+def make(**settings: Any) -> SubGenStore:
+    return SubGen(**{**SMALL, **settings}).build(0, GEOMETRY.dim, None)()
+
+
+def alone(row: Row, logits: Logits = LOGITS, **settings: Any) -> list[Step]:
+    store = make(**settings)
+    prefill(store, [row], logits)
+    return decode(store, [row], logits)[0]
