@@ -177,8 +177,7 @@ beside this page, by layer and by depth.
 - **ClusterKV** with clusters of 16 tokens beats Quest at equal bytes (0.156 of them: perplexity 1.033, recall 0.97;
   Quest at 0.195: 1.065, 0.99, and at 0.105: 1.444, 0.80). With the paper's 80 tokens per cluster it does not recall:
   a fact of a dozen tokens is lost in the mean of 80 keys.
-- **The tail** takes most of the loss away: ClusterKV at a quarter of the tokens 1.029 to 1.001. With a tail, and for
-  ClusterKV, the tokens since the last window (64 here) are always read, more than `keep` asks at a sixteenth.
+- **The tail** takes most of the loss away: ClusterKV at a quarter of the tokens 1.029 to 1.001.
 - **SubGen** recalls what StreamingLLM and H2O of about its size recall (what lies in the window) and predicts worse,
   with the paper's normaliser by far: unbiased estimates of a sharp softmax from few samples vary more than a window
   is biased.
