@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from ..plots import png, two_panels
@@ -27,10 +27,26 @@ def mean_recall(row: Mapping[str, Any]) -> float | None:
     return sum(found) / len(found) if found else None
 
 
-def series_of(row: Mapping[str, Any]) -> str:
-    """The name under which the legend has a row: its method and the choices made in words, "loki score"."""
-    words = [value for name, value in parameters(row).items() if isinstance(value, str) and name in _CHOICES]
+def series_of(row: Mapping[str, Any], varied: Container[str] = ()) -> str:
+    """The name under which the legend has a row: its method, the choices made in words, and the settings that its
+    method's rows differ in ("loki score tail True"). What is kept varies along the line."""
+    words = []
+    for name, value in parameters(row).items():
+        if isinstance(value, str) and name in _CHOICES:
+            words.append(value)
+        elif name in varied:
+            words.append(f"{name} {value}")
     return " ".join([name_of(row), *words])
+
+
+def varied_settings(rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Names of the settings, other than `keep`, that have several values among the rows of some method."""
+    values: dict[tuple[str, str], set[str]] = {}
+    for row in rows:
+        for name, value in parameters(row).items():
+            if name not in ("method", "keep"):
+                values.setdefault((name_of(row), name), set()).add(repr(value))
+    return {name for (_, name), found in values.items() if len(found) > 1}
 
 
 def name_of(row: Mapping[str, Any]) -> str:
@@ -42,7 +58,8 @@ def evaluation_figure(settings: Mapping[str, Any], rows: Sequence[Mapping[str, A
     """Left: perplexity over `full`'s. Right: mean recall. Both against bytes per step as a fraction of `full`'s."""
     full = next(row for row in rows if row["method"] == "full" and not row.get("source"))
     figure, axes = two_panels()
-    names = list(dict.fromkeys(map(series_of, rows)))
+    varied = varied_settings(rows)
+    names = list(dict.fromkeys(series_of(row, varied) for row in rows))
     panels = [
         ("perplexity / perplexity of full", lambda row: row.get("perplexity_ratio"), 1),
         ("exact recall, mean of tasks", mean_recall, -1),
@@ -70,7 +87,7 @@ def evaluation_figure(settings: Mapping[str, Any], rows: Sequence[Mapping[str, A
             label="Pareto front",
         )
         for number, name in enumerate(names):
-            own = sorted((share, value) for row, share, value in placed if series_of(row) == name)
+            own = sorted((share, value) for row, share, value in placed if series_of(row, varied) == name)
             if own:
                 axis.plot(
                     [share for share, _ in own],

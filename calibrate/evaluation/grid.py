@@ -11,7 +11,7 @@ from typing import Any
 from ...artifacts import Artifact, KvcalError
 from ...runtime import METHODS, CompressedCache
 
-Value = bool | int | float | str
+Value = bool | int | float | str | None
 Setting = dict[str, Any]
 """{"method": name, parameter: value, …}: the keyword arguments of `CompressedCache`."""
 
@@ -23,8 +23,11 @@ _OF_ALL = ("dense_layers",)
 
 
 def parse_value(text: str) -> Value:
-    """ "32" is a count, "0.25" and "1.0" are fractions, "true" is a flag, all else ("variance:0.9") a word."""
+    """ "32" is a count, "0.25" and "1.0" are fractions, "true" is a flag, "None" is none, all else ("variance:0.9")
+    a word."""
     flags = {"true": True, "false": False}
+    if text == "None":
+        return None
     if text.lower() in flags:
         return flags[text.lower()]
     for kind in (int, float):

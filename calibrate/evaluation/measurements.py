@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .prompts import Prompts
@@ -62,8 +62,8 @@ class Measured:
     error: dict[str, float]
     """By layer (as JSON has it), mean relative error of the attention output; {} where not probed."""
     mass: dict[str, float]
-    hit_rate: float | None = None
-    """Of an offloaded cache: share of what was read that lay on the device already."""
+    device_hits: list[int] = field(default_factory=lambda: [0, 0])
+    """Of an offloaded cache: tokens read that lay on the device already, tokens read."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -123,8 +123,8 @@ def result_row(
     row["bytes_per_step"] = sum(statistics.mean(batch.bytes_read) for batch in costs) / sum(counts)
     whole = [batch for batch, count in zip(costs, counts, strict=True) if count == max(counts)]
     row["ms_per_step"] = statistics.median(each for batch in whole for each in batch.ms)
-    rates = [batch.hit_rate for batch in costs if batch.hit_rate is not None]
-    row |= {"hit_rate": statistics.mean(rates)} if rates else {}
+    hits, needed = (sum(batch.device_hits[which] for batch in costs) for which in (0, 1))
+    row |= {"hit_rate": hits / needed} if needed else {}
     return row
 
 

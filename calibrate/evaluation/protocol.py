@@ -182,7 +182,7 @@ class _Prefilled:
             ms=ms,
             error={str(layer): value for layer, value in error.items()},
             mass={str(layer): value for layer, value in mass.items()},
-            hit_rate=cache.hit_rate(),
+            device_hits=list(cache.device_hits()),
         )
 
 

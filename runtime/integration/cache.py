@@ -111,12 +111,11 @@ class CompressedCache(DynamicCache):
         """Bytes of the cache that the last decoded step read, all layers and rows."""
         return sum(store.bytes_read() for store in self.stores.values()) + self._stock_bytes()
 
-    def hit_rate(self) -> float | None:
-        """Share of the tokens read so far that the device had already; None unless they are offloaded."""
+    def device_hits(self) -> tuple[int, int]:
+        """Of an offloaded cache: (tokens read that lay on the device already, tokens read), of all heads and steps."""
         found = [store.device_cache for store in self.stores.values() if isinstance(store, ClusterKVStore)]
         hits = sum(cache.hits for cache in found if cache)
-        needed = hits + sum(cache.misses for cache in found if cache)
-        return hits / needed if needed else None
+        return hits, hits + sum(cache.misses for cache in found if cache)
 
     def adopt(self, full: CompressedCache) -> None:
         """Start from the tokens of a `full` cache of the same model, so that several caches share one prefill.

@@ -20,7 +20,7 @@ from ...artifacts.folder import write_atomically
 from ..stores import METHODS, Method
 
 FILE = "cache.safetensors"
-_VERSION = 1
+_VERSION = 2
 
 
 def write_snapshot(
@@ -30,7 +30,7 @@ def write_snapshot(
     methods: Mapping[int, Method],
     artifact: Artifact | None,
 ) -> None:
-    """Raises KvcalError: the artifact has no hash that `read_snapshot` could tell it by."""
+    """Raises KvcalError: the artifact has no hash that `read_snapshot` could tell it by, or the disk takes no file."""
     if artifact is not None and artifact.content_hash is None:
         raise KvcalError(f"{Path(folder)}: a saved cache names its artifact by its hash: save the artifact first")
     names = {kind: name for name, kind in METHODS.items()}
@@ -45,9 +45,13 @@ def write_snapshot(
         },
     }
     place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
-    content = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, {"kvcal": json.dumps(header)})
-    write_atomically(place / FILE, content)
+    here = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    content = save(here, {"kvcal": json.dumps({**header, "sha256": _digest(here)})})
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        write_atomically(place / FILE, content)
+    except OSError as error:
+        raise KvcalError(f"{place}: the cache cannot be saved there ({error}): give another folder") from error
 
 
 def read_snapshot(
@@ -66,13 +70,15 @@ def read_snapshot(
             header = json.loads((file.metadata() or {})["kvcal"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         version, identity, wanted, methods = (header[key] for key in ("version", "model", "artifact", "methods"))
-        weights = header["weights"]
+        weights, digest = header["weights"], header["sha256"] if version == _VERSION else None
         if not isinstance(identity, dict) or not isinstance(methods, dict):
             raise TypeError("its header has other fields")
     except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
         raise damaged(folder, error) from error
     if version != _VERSION:
         raise KvcalError(f"{path}: saved by another version of kvcal ({version}, this one reads {_VERSION})")
+    if digest != _digest(tensors):
+        raise damaged(folder, ValueError("its tensors are not those that were written"))
     different = differences(identity, fingerprint(model.config))
     for name, ours, theirs in sorted(different, key=lambda entry: entry[0] != "model_type"):
         raise KvcalError(f"{path}: was saved with a model of {name} {ours}, this model has {theirs}")
@@ -87,6 +93,14 @@ def read_snapshot(
 
 def damaged(folder: str | os.PathLike[str], error: Exception) -> KvcalError:
     return KvcalError(f"{Path(folder) / FILE}: not a saved cache, or damaged ({error}): save it again")
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        update_digest(digest, tensor.cpu())
+    return digest.hexdigest()
 
 
 def _sample(model: Any) -> str:

@@ -96,7 +96,7 @@ class Store(ABC):
 
     def to(self, device: torch.device | str) -> None:
         for rows in self.rows.values():
-            if rows.tensor is not None:
+            if rows.tensor is not None and rows.moves:
                 rows.tensor = rows.tensor.to(device, non_blocking=True)
         self.totals = {name: total.to(device, non_blocking=True) for name, total in self.totals.items()}
 

@@ -13,7 +13,7 @@ from .clusters import Clusters, is_per_cluster
 from .full import FullStore
 from .rows import CHUNK, Rows
 from .selecting import Chosen, SelectingStore, Selection
-from .tail import Tail
+from .tail import Remainder, Tail
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Clustered(Selection):
     """What is not read contributes through its cluster."""
     tokens_per_cluster: int = 16
     window: int = 64
-    """Decoded tokens that are clustered together once there are so many, or once they and the sinks would take more
-    than half of what is read, if that makes a cluster; until then they are read exactly."""
+    """Decoded tokens that are clustered together once there are so many, or once they and the sinks take half of what
+    is read; until then they are read exactly."""
     sinks: int = 4
     """First tokens, in no cluster and read exactly."""
 
@@ -36,8 +36,7 @@ class Clustered(Selection):
 
     def window_of(self, length: int) -> int:
         """Decoded tokens after which a row of so many tokens is clustered again."""
-        room = self.of(length) // 2 - self.sinks
-        return min(self.window, max(self.tokens_per_cluster, room))
+        return max(1, min(self.window, self.of(length) // 2 - self.sinks))
 
 
 class ClusteredStore(SelectingStore):
@@ -106,25 +105,31 @@ class ClusteredStore(SelectingStore):
             for budget, length, row in zip(budgets, self.lengths, open_slots, strict=True)
         ]
         chosen = self._choose(self._hide_open(scores, self.clusters), left)
-        counted = ~self.clusters.leave_out(chosen.index)
-        if chosen.counted is not None:
-            counted &= chosen.counted
         always = always[:, None, None].expand(*chosen.index.shape[:3], -1)
+        counted = self._clustered(chosen, self.clusters)
         return Chosen(torch.cat((always.clamp_min(0), chosen.index), -1), torch.cat((always >= 0, counted), -1))
+
+    def _clustered(self, chosen: Chosen, clusters: Clusters) -> Tensor:
+        """[B, Hkv, G or 1, k] bool: which of the chosen count, and are in a cluster."""
+        clustered = ~clusters.leave_out(chosen.index)
+        return clustered if chosen.counted is None else clustered & chosen.counted
 
     def _hide_open(self, scores: Tensor, clusters: Clusters) -> Tensor:
         """Scores by token, without those that are read anyway."""
         slot = torch.arange(scores.shape[-1], device=scores.device).view(1, 1, 1, -1)
         return scores.masked_fill(clusters.leave_out(slot.expand(scores.shape[0], -1, -1, -1)), -torch.inf)
 
-    def _combine(self, query: Tensor, logits: Logits, scores: Tensor, chosen: Chosen) -> Tensor:
+    def _combine(self, query: Tensor, logits: Logits, own: Tensor, chosen: Chosen) -> Tensor:
         if self.tail is None:
-            return super()._combine(query, logits, scores, chosen)
+            return super()._combine(query, logits, own, chosen)
         key, value = self._gather(("key", "value"), chosen)
-        exact = logits.of(self._grouped(query).unsqueeze(3) @ key.unflatten(1, chosen.index.shape[1:3]).mT).squeeze(3)
-        return self._weigh(query, logits, exact, value, chosen)
+        key = key.unflatten(1, chosen.index.shape[1:3]).float()
+        exact = logits.of(self._grouped(query).float().unsqueeze(3) @ key.mT).squeeze(3)
+        return self._weigh(query, logits, exact, value, chosen, self._rest(query, logits, own, chosen))
 
-    def _weigh(self, query: Tensor, logits: Logits, exact: Tensor, value: Tensor, chosen: Chosen) -> Tensor:
+    def _weigh(
+        self, query: Tensor, logits: Logits, exact: Tensor, value: Tensor, chosen: Chosen, rest: Remainder | None
+    ) -> Tensor:
         """Softmax over the chosen tokens, and over what the tail makes of the others.
 
         Args:
@@ -134,22 +139,26 @@ class ClusteredStore(SelectingStore):
         if chosen.counted is not None:
             exact = exact.masked_fill(~chosen.counted, -torch.inf)
         value = value.unflatten(1, chosen.index.shape[1:3]).float()
-        if self.tail is None or self.clusters is None:
+        if rest is None:
             return (logits.softmax(exact).unsqueeze(3) @ value).flatten(1, 2).to(query.dtype)
-        counted = ~self.clusters.leave_out(chosen.index)
-        if chosen.counted is not None:
-            counted &= chosen.counted
-        rest = self.tail.remainder(self._mean_logits(query, logits, self.clusters), chosen.index, counted)
-        self._read += rest.bytes_read
         weights = logits.softmax(torch.cat((exact, rest.logits), -1)).unsqueeze(3)
         count = exact.shape[-1]
         out = weights[..., :count] @ value + weights[..., count:] @ rest.values.float().unsqueeze(2)
         return out.flatten(1, 2).to(query.dtype)
 
-    def _mean_logits(self, query: Tensor, logits: Logits, clusters: Clusters) -> Tensor:
+    def _rest(self, query: Tensor, logits: Logits, own: Tensor, chosen: Chosen) -> Remainder | None:
+        """What the tail makes of the tokens that are not chosen; None without one."""
+        if self.tail is None or self.clusters is None:
+            return None
+        means = self._mean_logits(query, logits, own, self.clusters)
+        rest = self.tail.remainder(means, chosen.index, self._clustered(chosen, self.clusters))
+        self._read += rest.bytes_read
+        return rest
+
+    def _mean_logits(self, query: Tensor, logits: Logits, own: Tensor, clusters: Clusters) -> Tensor:
         """[B, Hkv, G, C] float32 logits of the clusters' mean keys."""
         self._read += clusters.keys.nbytes + clusters.sizes.nbytes
-        return logits.of(self._grouped(query) @ clusters.keys.mT)
+        return logits.of(self._grouped(query).float() @ clusters.keys.float().mT)
 
     def _grouped(self, query: Tensor) -> Tensor:
         """[B, Hq, 1, D] -> [B, Hkv, G, D], as the stored keys are encoded."""

@@ -29,7 +29,6 @@ class ClusterKV(Clustered):
     select: str = "group"
     tokens_per_cluster: int = 80
     window: int = 320
-    """Decoded tokens that are clustered together once there are so many; until then they are read exactly."""
     sinks: int = 16
     """First tokens, in no cluster and always read."""
     segment: int = SEGMENT
@@ -61,10 +60,9 @@ def calibrated_centroids(artifact: Artifact | None, layer: int) -> Tensor | None
 class ClusterKVStore(ClusteredStore):
     selection: ClusterKV
     clusters: Clusters
-    _means: Tensor
-    """[B, Hkv, G, C] float32 logits of the clusters' mean keys at this step."""
 
     def __init__(self, settings: ClusterKV, start: Tensor | None):
+        # Before the rest: `_make_clusters` and `_buffer` look at them.
         self._start = start
         self.device_cache = DeviceCache(settings.cached) if settings.offload == "cpu" else None
         super().__init__(settings)
@@ -113,12 +111,12 @@ class ClusterKVStore(ClusteredStore):
     def _score(self, query: Tensor, logits: Logits) -> Tensor:
         centroids = self.clusters.keys
         self._read += centroids.nbytes + self.clusters.sizes.nbytes
-        self._means = logits.of(query @ centroids.mT)
-        return self._means.masked_fill(~self.clusters.there(query.device).unsqueeze(2), -torch.inf)
+        scores = logits.of(query.float() @ centroids.float().mT)
+        return scores.masked_fill(~self.clusters.there(query.device).unsqueeze(2), -torch.inf)
 
-    def _mean_logits(self, query: Tensor, logits: Logits, clusters: Clusters) -> Tensor:
-        """The scores of the step: nothing is read again."""
-        return self._means
+    def _mean_logits(self, query: Tensor, logits: Logits, own: Tensor, clusters: Clusters) -> Tensor:
+        """The scores: nothing is read again."""
+        return own
 
     def _choose(self, scores: Tensor, budgets: list[int]) -> Chosen:
         """Clusters in descending order of score until the budget is full; of the last one its first tokens."""
@@ -142,6 +140,11 @@ class ClusterKVStore(ClusteredStore):
     def _whole(self, name: str) -> Tensor:
         return self.rows[name].view.to(self._device)
 
+    def attend_densely(self, query: Tensor, logits: Logits) -> Tensor:
+        if self.device_cache:  # all of it comes from the host
+            self.device_cache.misses += sum(self.lengths) * self.rows["key"].view.shape[1]
+        return super().attend_densely(query, logits)
+
     def _gather(self, names: Sequence[str], chosen: Chosen) -> list[Tensor]:
         if self.device_cache is None:
             return super()._gather(names, chosen)
@@ -159,17 +162,14 @@ class ClusterKVStore(ClusteredStore):
         return sum(rows.nbytes() for rows in self.rows.values() if isinstance(rows, HostRows))
 
     def to(self, device: torch.device | str) -> None:
-        offloaded = {name: rows.tensor for name, rows in self.rows.items() if isinstance(rows, HostRows)}
         super().to(device)
-        for name, tensor in offloaded.items():
-            self.rows[name].tensor = tensor
         if self.device_cache:
             self.device_cache.clear()
 
     def select(self, index: Tensor) -> None:
-        super().select(index)
         if self.device_cache:
             self.device_cache.clear()
+        super().select(index)
 
     def _hide_open(self, scores: Tensor, clusters: Clusters) -> Tensor:
         return scores  # of clusters, which open tokens are not in

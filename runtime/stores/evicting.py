@@ -36,7 +36,9 @@ class EvictingStore(ForgettingStore):
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits, valid: Tensor | None = None) -> Tensor:
         limits = self._take(key, value, valid)
-        self._attended(query, logits, limits)
+        # Queries at padding positions attend to nothing that should count.
+        seen = limits if limits is None or valid is None else limits.masked_fill(~valid.to(limits.device), 0)
+        self._attended(query, logits, seen)
         return causal_attention(query, self.rows["key"].view, self.rows["value"].view, logits, limits)
 
     def _append(self, key: Tensor, value: Tensor, valid: Tensor | None) -> None:

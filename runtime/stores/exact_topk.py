@@ -23,18 +23,14 @@ class ExactTopk(Clustered):
 
 
 class ExactTopkStore(ClusteredStore):
-    _exact: Tensor
-    """[B, Hkv, G, S] float32 logits of the step."""
-
     def _score(self, query: Tensor, logits: Logits) -> Tensor:
         key = self.rows["key"].view
         self._read += key.nbytes
         # In float32, as fused attention adds up: these are the weights, not only a ranking.
-        self._exact = self._masked(logits.of(query.float() @ key.float().mT))
-        return self._exact
+        return self._masked(logits.of(query.float() @ key.float().mT))
 
-    def _combine(self, query: Tensor, logits: Logits, scores: Tensor, chosen: Chosen) -> Tensor:
+    def _combine(self, query: Tensor, logits: Logits, own: Tensor, chosen: Chosen) -> Tensor:
         """The scores are the exact logits already: no key is read again."""
-        exact = self._exact.gather(-1, chosen.index.expand(*self._exact.shape[:3], -1))
+        exact = own.gather(-1, chosen.index.expand(*own.shape[:3], -1))
         (value,) = self._gather(("value",), chosen)
-        return self._weigh(query, logits, exact, value, chosen)
+        return self._weigh(query, logits, exact, value, chosen, self._rest(query, logits, own, chosen))

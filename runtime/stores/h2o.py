@@ -31,6 +31,9 @@ class H2O(Budget):
 
 
 class H2OStore(EvictingStore):
+    _paused: Tensor | None = None
+    """[B] bool, which rows got no token at this step; None: all got one."""
+
     def __init__(self, settings: H2O):
         super().__init__("h2o", settings)
 
@@ -43,8 +46,15 @@ class H2OStore(EvictingStore):
         key, value = self.rows["key"].view, self.rows["value"].view
         self._read = sum(rows.view.nbytes for rows in self.rows.values())
         weights = probabilities(query, key, logits, self._held())  # [B, Hkv, G, 1, slots]
-        self.rows["mass"].view.add_(weights.sum((2, 3)).unsqueeze(-1))
+        received = weights.sum((2, 3)).unsqueeze(-1)
+        if self._paused is not None:  # its query is padding
+            received = received.masked_fill(self._paused.to(key.device).view(-1, 1, 1, 1), 0)
+        self.rows["mass"].view.add_(received)
         return (weights @ value.float().unsqueeze(2)).flatten(1, 2).to(query.dtype)
+
+    def _append(self, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
+        self._paused = None if valid is None else ~valid[:, 0]
+        super()._append(key, value, valid)
 
     def adopt(self, full: FullStore) -> None:
         if "mass" not in full.totals:

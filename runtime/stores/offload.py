@@ -13,6 +13,8 @@ from .rows import Places, Rows
 class HostRows(Rows):
     """Rows in host memory (pinned when the device is a GPU), whatever device new tokens come from."""
 
+    moves = False
+
     def write(self, new: Tensor, places: Places) -> None:
         slots = places.slots if isinstance(places.slots, slice) else tuple(part.cpu() for part in places.slots)
         super().write(new.cpu(), Places(places.after, slots, None))  # type: ignore[arg-type]

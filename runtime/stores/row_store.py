@@ -41,6 +41,15 @@ class RowStore(Store):
         self._extend(full.rows["key"].view, full.rows["value"].view, valid)
         self.seen, self.valid = full.seen, full.valid
 
+    def to(self, device: torch.device | str) -> None:
+        super().to(device)
+        self._device = torch.device(device)
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        super().restore(state)
+        places = [rows.tensor.device for rows in self.rows.values() if rows.tensor is not None and rows.moves]
+        self._device = places[0] if places else self._device
+
     def attend_densely(self, query: Tensor, logits: Logits) -> Tensor:
         """Read everything; the last step of `full`, and of short contexts."""
         key, value = self._whole("key"), self._whole("value")

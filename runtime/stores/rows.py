@@ -51,6 +51,9 @@ def find_places(lengths: Sequence[int], tokens: int, valid: Tensor | None, devic
 class Rows:
     """[B, H, capacity, D], of which the first `used` tokens (the longest row's) are in use."""
 
+    moves = True
+    """Whether they lie where attention is computed, and go elsewhere with it."""
+
     def __init__(self, chunk: int = CHUNK):
         self.tensor: Tensor | None = None
         self.chunk = chunk

@@ -49,13 +49,13 @@ class SelectingStore(RowStore):
             return self.attend_densely(query, logits)
         self._read = 0
         grouped = query.unflatten(1, (self.rows["key"].view.shape[1], -1)).squeeze(3)
-        scores = self._score(grouped, logits)
+        own = scores = self._score(grouped, logits)
         if self.selection.select == "group":
             # The group's mean softmax, in logarithms, where nothing underflows.
-            scores = scores.log_softmax(-1).logsumexp(2, keepdim=True)
+            scores = own.log_softmax(-1).logsumexp(2, keepdim=True)
         chosen = self._pick(scores, budgets)
         self._read_rows = (chosen.index.flatten(1, 2), None if chosen.counted is None else chosen.counted.flatten(1, 2))
-        return self._combine(query, logits, scores, chosen)
+        return self._combine(query, logits, own, chosen)
 
     @abstractmethod
     def _score(self, query: Tensor, logits: Logits) -> Tensor:
@@ -68,8 +68,11 @@ class SelectingStore(RowStore):
     def _choose(self, scores: Tensor, budgets: list[int]) -> Chosen:
         return best(scores, budgets)
 
-    def _combine(self, query: Tensor, logits: Logits, scores: Tensor, chosen: Chosen) -> Tensor:
-        """Exact attention to the chosen tokens."""
+    def _combine(self, query: Tensor, logits: Logits, own: Tensor, chosen: Chosen) -> Tensor:
+        """Exact attention to the chosen tokens.
+
+        Args: own: the scores of `_score`, by query head.
+        """
         key, value = self._gather(("key", "value"), chosen)
         visible = None if chosen.counted is None else chosen.counted.flatten(1, 2).unsqueeze(2)
         return attention(self._encode_query(query), key, value, logits, visible)

@@ -65,8 +65,8 @@ class SparqStore(SelectingStore):
         self._share = 1 - (self._approximate.sum(-1) - read.sum(-1))
         return chosen
 
-    def _combine(self, query: Tensor, logits: Logits, scores: Tensor, chosen: Chosen) -> Tensor:
-        exact = super()._combine(query, logits, scores, chosen)
+    def _combine(self, query: Tensor, logits: Logits, own: Tensor, chosen: Chosen) -> Tensor:
+        exact = super()._combine(query, logits, own, chosen)
         total = self.totals["value"]
         self._read += total.nbytes
         mean = total / torch.tensor(self.lengths, device=total.device).view(-1, 1, 1)

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcal.calibrate.evaluation.figure import evaluation_figure, mean_recall, pareto_front, series_of
+from kvcal.calibrate.evaluation.figure import evaluation_figure, mean_recall, pareto_front, series_of, varied_settings
 
 POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12)
 
@@ -29,6 +29,13 @@ def test_series_are_methods_with_their_choices_and_their_origin():
     assert series_of(row("loki", 1, rank=0.25, keep=0.5, basis="score", select="group")) == "loki score group"
     assert series_of(row("loki", 1, rank="variance:0.9", keep=64)) == "loki"
     assert series_of(row("SnapKV", 1, source="kvpress 0.5.5")) == "SnapKV (kvpress 0.5.5)"
+
+
+def test_settings_that_vary_are_series_of_their_own():
+    rows = [row("clusterkv", 1, keep=keep, tail=tail, sinks=4) for tail in (False, True) for keep in (8, 16)]
+    varied = varied_settings([*rows, row("subgen", 1, sinks=2)])
+    assert varied == {"tail"}  # sinks differ between methods only
+    assert {series_of(each, varied) for each in rows} == {"clusterkv tail False", "clusterkv tail True"}
 
 
 def test_a_figure_for_whatever_was_evaluated():

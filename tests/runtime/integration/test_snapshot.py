@@ -113,6 +113,14 @@ def test_a_cache_of_an_artifact_that_was_never_saved_cannot_be_told_from_others(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_is_a_file_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "taken"
+    path.write_text("mine")
+    with pytest.raises(KvcalError, match=r"taken: the cache cannot be saved there \([^\n]+give another folder$"):
+        CompressedCache(model(), None, "full").save(path)
+    assert path.read_text() == "mine"
+
+
 DAMAGES = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
     "empty": lambda path: path.write_bytes(b""),
@@ -124,9 +132,19 @@ DAMAGES = {
     "a layer too many": lambda path: edited(path, lambda header, ours: ours["methods"].update({"7": {}})),
     "methods that are no mapping": lambda path: edited(path, lambda header, ours: ours.update(methods=3)),
     "a model that is no mapping": lambda path: edited(path, lambda header, ours: ours.update(model=3)),
+    **{f"a bit of {name}": lambda path, name=name: flip(path, name) for name in ("rows.key", "rows.value", "lengths")},
     "a tensor missing": lambda path: edited(path, lambda header, ours: rename(header, "layers.1.lengths", "x")),
     "keys missing": lambda path: edited(path, lambda header, ours: rename(header, "layers.1.rows.key", "x")),
 }
+
+
+def flip(path, name):
+    """One bit of the first number of a tensor."""
+    content = bytearray(path.read_bytes())
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    content[8 + size + header[f"layers.0.{name}"]["data_offsets"][0]] ^= 4
+    path.write_bytes(content)
 
 
 def rename(header, old, new):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -10,10 +11,11 @@ from sequences import TOLERANCES, VARIANTS, Geometry, make
 from torch import Tensor
 
 from kvcal.runtime.attention import Logits
-from kvcal.runtime.stores import Store
+from kvcal.runtime.stores import METHODS, Store
 
 GEOMETRY, LOGITS = Geometry(8, 4, 2, 2), Logits(0.35)
 CLUSTERED = [name for name in VARIANTS if "tail" in name or "clusterkv" in name]
+FORGETTING = [name for name, (method, _) in VARIANTS.items() if method in ("streaming", "h2o", "subgen")]
 
 Position = tuple[bool, bool, list[Tensor]]
 """(not padding, came by prefill, [query, key, value] [1, H, 1, D]) of one row."""
@@ -27,7 +29,10 @@ class Rows:
         self.generator = torch.Generator().manual_seed(self.random.randrange(2**31))
         method, settings = VARIANTS[name]
         varied = {"window": [1, 2, 3, 5], "sinks": [0, 1, 4], "tokens_per_cluster": [1, 3, 5]}
-        self.method, self.settings = method, {**settings, **{key: self.random.choice(of) for key, of in varied.items()}}
+        known = {field.name for field in dataclasses.fields(METHODS[method])}
+        chosen = {key: self.random.choice(of) for key, of in varied.items() if key in known}
+        self.method, self.settings = method, {**settings, **chosen}
+        self.changes = ["prompt", "select", "restart", *(["crop"] if name in CLUSTERED else [])]
         self.store, self.past = self.empty(), [list[Position]() for _ in range(self.random.randint(1, 3))]
 
     def empty(self) -> Store:
@@ -49,7 +54,7 @@ class Rows:
         return self.store.attend(new[0], LOGITS), valid
 
     def change(self) -> None:
-        kind = self.random.choice(["prompt", "crop", "select", "restart"])
+        kind = self.random.choice(self.changes)
         if kind == "prompt":
             self.feed(self.random.randint(1, 9), True, 0.2)
         elif kind == "crop":
@@ -81,7 +86,7 @@ class Rows:
 
 
 @pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("name", CLUSTERED)
+@pytest.mark.parametrize("name", [*CLUSTERED, *FORGETTING])
 def test_any_order(name: str, seed: int) -> None:
     rows = Rows(name, seed)
     rows.feed(rows.random.randint(12, 30), True, 0.3)

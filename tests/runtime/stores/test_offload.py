@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from sequences import Geometry, Row, append, decode, draw, fork, make, prefill
+from sequences import Geometry, Row, append, assert_steps, decode, draw, fork, make, prefill
 
 from kvcal.runtime.attention import Logits
 from kvcal.runtime.stores.clusterkv import ClusterKVStore
@@ -158,3 +158,29 @@ def test_only_misses_are_copied_and_moving_leaves_the_host_alone() -> None:
         "key": "cpu", "value": "cpu", "position": "meta",
         "cluster.key": "meta", "cluster.value": "meta", "cluster.size": "meta",
     }  # fmt: skip
+
+
+def test_more_rows_than_before_and_the_longest_gone() -> None:
+    rows = draw(GEOMETRY, (12, 40), 6)
+    stores = [
+        make("clusterkv", GEOMETRY, keep=0.3, tokens_per_cluster=4, sinks=2, window=3, offload=offload, cached=5)
+        for offload in ("cpu", "none")
+    ]
+    outputs = []
+    for store in stores:
+        prefill(store, rows, LOGITS)
+        decode(store, rows, LOGITS, range(2))
+        store.select(torch.tensor([0, 0, 0]))
+        outputs.append(decode(store, [rows[0]] * 3, LOGITS, range(2, 6)))
+    for one, other in zip(*outputs, strict=True):
+        assert_steps(one, other)
+
+
+def test_what_is_read_whole_is_missed() -> None:
+    """Dense steps copy every token of every KV head from the host, whatever the device has."""
+    rows = draw(GEOMETRY, (12, 20), 2)
+    store = make("clusterkv", GEOMETRY, keep=1.0, offload="cpu")
+    assert isinstance(store, ClusterKVStore) and store.device_cache
+    prefill(store, rows, LOGITS)
+    decode(store, rows, LOGITS)
+    assert (store.device_cache.hits, store.device_cache.misses) == (0, GEOMETRY.kv_heads * (13 + 21 + 14 + 22))

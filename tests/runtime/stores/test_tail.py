@@ -135,6 +135,26 @@ def test_sinks_and_the_open_window_are_always_read(case: str) -> None:
         assert step.read[:, :5].all() and step.read[:, 60 + number // 4 * 4 :].all()
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case != "loki-pca"])  # rounds its rotated keys once more
+def test_large_logits_of_16_bit_keys(case: str) -> None:
+    """Logits of a hundred keep their digits: float32 products of what is stored, as without a tail."""
+    geometry = Geometry(64, 64, 2, 2)
+    (row,) = draw(geometry, [90], 1, dtype=torch.bfloat16)
+    logits = Logits(4.0)
+    store, _, _ = built(case, geometry, [row], logits, keep=85)
+    ((step,),) = decode(store, [row], logits)
+    (expected,) = full(row.double(), logits)
+    unread = ~step.read
+    mass = [
+        head.softmax(head.logit(head.key @ head.query))[unread[head.index]].sum()
+        for kv_head in range(geometry.kv_heads)
+        for head in heads_at(row.double(), logits, kv_head, 91)
+    ]
+    kept = torch.stack(mass) < 1e-4  # heads whose softmax lies on what was read
+    assert kept.any()
+    torch.testing.assert_close(step.output[kept].double(), expected.output[kept], rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_nearer_to_dense_attention_than_none(case: str) -> None:
     """On attention that is spread out, where most is not read."""
