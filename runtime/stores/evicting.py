@@ -10,10 +10,7 @@ from torch import Tensor
 from ..attention import Logits, causal_attention
 from .amounts import Budget
 from .forgetting import ForgettingStore
-from .rows import Rows, lengths_mask
-
-SLOTS = 16
-"""Slots by which buffers grow: a budget is small, and what it does not hold should be free."""
+from .rows import lengths_mask
 
 
 class EvictingStore(ForgettingStore):
@@ -30,9 +27,6 @@ class EvictingStore(ForgettingStore):
     @abstractmethod
     def _worth(self, lengths: Tensor, budgets: Tensor) -> Tensor:
         """[B, Hkv, slots] float, the least goes first, inf never; both arguments [B, 1, 1], of the coming step."""
-
-    def _buffer(self, name: str) -> Rows:
-        return Rows(chunk=SLOTS)
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits, valid: Tensor | None = None) -> Tensor:
         limits = self._take(key, value, valid)

@@ -14,9 +14,14 @@ from torch import Tensor
 
 from ...artifacts import KvcalError
 from .base import Store
+from .rows import Rows
 
 if TYPE_CHECKING:
     from .full import FullStore
+
+
+SLOTS = 16
+"""Slots by which buffers grow: what is held is little, and what it does not hold should be free."""
 
 
 class ForgettingStore(Store):
@@ -50,6 +55,9 @@ class ForgettingStore(Store):
     @abstractmethod
     def _select_books(self, rows: list[int]) -> None:
         """Keep these rows."""
+
+    def _buffer(self, name: str) -> Rows:
+        return Rows(chunk=SLOTS)
 
     def append(self, key: Tensor, value: Tensor, valid: Tensor | None = None) -> None:
         if self._tentative:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .forgetting import ForgettingStore
-from .rows import CHUNK, Places, Rows
+from .rows import Places
 
 
 class WindowStore(ForgettingStore):
@@ -91,9 +91,6 @@ class WindowStore(ForgettingStore):
     def restore(self, state: dict[str, Tensor]) -> None:
         super().restore(state)
         self.left, self._straight = state["left"].tolist(), bool(state["straight"])
-
-    def _buffer(self, name: str) -> Rows:
-        return Rows(chunk=min(CHUNK, self.sinks + self.window))
 
     def _take(self, key: Tensor, value: Tensor, valid: Tensor | None) -> Tensor | None:
         self.left = self.left or [0] * key.shape[0]
