@@ -21,7 +21,8 @@ lint: $(INSTALLED)
 # A link named kvcal lets mypy see the four folders as the package that they are installed as.
 types: $(INSTALLED)
 	@mkdir -p $(VENV)/src && ln -sfn "$(CURDIR)" $(VENV)/src/kvcal
-	MYPYPATH=$(VENV)/src $(BIN)/mypy -p kvcal.artifacts -p kvcal.runtime -p kvcal.calibrate
+	MYPYPATH=$(VENV)/src $(BIN)/mypy -p kvcal.artifacts -p kvcal.runtime -p kvcal.calibrate \
+		$(patsubst kernels/%/__init__.py,-p kvcal.kernels.%,$(wildcard kernels/*/__init__.py))
 
 check: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

@@ -1,7 +1,7 @@
 """Cosine k-means of many sets at once: every (row, KV head) of a layer, in the same tensor operations.
 
 A row's clusters do not depend on the rows beside it: random numbers are drawn per head and shared by all rows,
-and a row that has converged is left alone while others go on.
+and a row that has converged is left alone while others go on. On a GPU both halves of a pass are kernels.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_BLOCK = 1 << 24
-"""Similarities at a time: tokens times clusters are never materialised beyond this."""
+from ...kernels.cluster import assign, update
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,14 @@ def spherical_kmeans(
     device, (batch, heads, tokens, _) = points.device, points.shape
     held = torch.arange(tokens, device=device) < torch.tensor(lengths, device=device).view(-1, 1, 1)
     most = max(counts)
-    there = torch.arange(most, device=device) < torch.tensor(counts, device=device).view(-1, 1, 1)
+    own = torch.tensor(counts, dtype=torch.int32, device=device)
+    there = torch.arange(most, device=device) < own.view(-1, 1, 1)
     centroids = _begin(unit, held, most, start, seed)
-    labels = torch.full((batch, heads, tokens), -1, dtype=torch.int64, device=device)
+    labels = torch.full((batch, heads, tokens), -1, dtype=torch.int32, device=device)
     active = torch.ones(batch, dtype=torch.bool, device=device)
     passes = torch.zeros(batch, dtype=torch.int64, device=device)
     for _ in range(iterations):
-        found, similarity = nearest(unit, centroids, there)
+        found, similarity = nearest(unit, centroids, held, own)
         found = torch.where(active.view(-1, 1, 1), found, labels)
         moved = ((found != labels) & held).sum((1, 2)) / held.expand(-1, heads, -1).sum((1, 2)).clamp_min(1)
         labels = found
@@ -71,38 +71,35 @@ def spherical_kmeans(
         active = active & (moved > tolerance)
         if not bool(active.any()):
             break
-    labels = nearest(unit, centroids, there)[0]
-    return KMeans(labels, centroids, passes.tolist())
+    labels = nearest(unit, centroids, held, own)[0]
+    return KMeans(labels.long(), centroids, passes.tolist())
 
 
-def nearest(unit: Tensor, centroids: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
-    """([B, H, S] most similar centroid, [B, H, S] how similar).
+def nearest(unit: Tensor, centroids: Tensor, held: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """([B, H, S] int32 most similar centroid, [B, H, S] how similar); -1 and 0 where a token is not `held`.
 
     Args:
-        there: [B, 1, C] bool, which centroids a row has.
+        held: [B, 1, S] bool, the tokens of each row: its first ones.
+        counts: [B] int32 centroids of each row; all of them by default.
     """
-    batch, heads, tokens, _ = unit.shape
-    step = max(1, _BLOCK // max(1, batch * heads * centroids.shape[2]))
-    parts = []
-    for begin in range(0, tokens, step):
-        similarity = unit[:, :, begin : begin + step] @ centroids.mT
-        parts.append(similarity.masked_fill(~there.unsqueeze(2), -torch.inf).max(-1))
-    return torch.cat([part.indices for part in parts], 2), torch.cat([part.values for part in parts], 2)
+    if counts is None:
+        counts = torch.full(unit.shape[:1], centroids.shape[2], dtype=torch.int32, device=unit.device)
+    return assign(unit, centroids, _lengths(held), counts)
 
 
 def sums_by_label(values: Tensor, labels: Tensor, held: Tensor, count: int) -> Tensor:
     """[B, H, count, D] float32: `values` [B, H, S, D] added up by label, tokens that are not `held` left out."""
-    sums = torch.zeros(*values.shape[:2], count, values.shape[3], dtype=torch.float32, device=values.device)
-    index = labels.clamp(0, count - 1).unsqueeze(-1).expand_as(values)
-    return sums.scatter_add_(2, index, values.float() * held.unsqueeze(-1))
+    return update(values, labels.int(), _lengths(held), count)[0]
+
+
+def _lengths(held: Tensor) -> Tensor:
+    return held.sum((1, 2), dtype=torch.int32)
 
 
 def _update(unit: Tensor, held: Tensor, labels: Tensor, similarity: Tensor, there: Tensor, centroids: Tensor) -> Tensor:
-    count = centroids.shape[2]
-    sums = sums_by_label(unit, labels, held, count)
-    sizes = sums_by_label(torch.ones_like(unit[..., :1]), labels, held, count)
-    empty = (sizes.squeeze(-1) == 0) & there
-    updated = torch.where(sizes > 0, F.normalize(sums, dim=-1), centroids)
+    sums, sizes = update(unit, labels, _lengths(held), centroids.shape[2])
+    empty = (sizes == 0) & there
+    updated = torch.where(sizes.unsqueeze(-1) > 0, F.normalize(sums, dim=-1), centroids)
     vacant = int(empty.sum(-1).max())
     if vacant:
         worst = similarity.masked_fill(~held, torch.inf).topk(min(vacant, unit.shape[2]), largest=False).indices
@@ -120,16 +117,14 @@ def _begin(unit: Tensor, held: Tensor, count: int, start: Tensor | None, seed: i
     given = 0
     if start is not None:
         known = F.normalize(start.to(unit), dim=-1).expand(batch, -1, -1, -1)
-        every = torch.ones(1, 1, known.shape[2], dtype=torch.bool, device=unit.device)
-        labels = nearest(unit, known, every)[0]
-        attracted = sums_by_label(torch.ones_like(unit[..., :1]), labels, held, known.shape[2]).squeeze(-1)
+        labels = nearest(unit, known, held)[0]
+        attracted = update(unit[..., :1], labels, _lengths(held), known.shape[2])[1]
         given = min(count, known.shape[2])
         # A stable sort, so that centroids that attract as many come in an order that no other row has a say in.
         chosen = attracted.sort(dim=-1, descending=True, stable=True).indices[..., :given]
         chosen = chosen.unsqueeze(-1).expand(-1, -1, -1, dims)
         centroids[:, :, :given] = known.gather(2, chosen)
-        every = torch.ones(1, 1, given, dtype=torch.bool, device=unit.device)
-        closest = nearest(unit, centroids[:, :, :given], every)[1]
+        closest = nearest(unit, centroids[:, :, :given], held)[1]
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(count, heads, generator=generator).to(unit.device)
     for number in range(given, count):
@@ -141,5 +136,5 @@ def _begin(unit: Tensor, held: Tensor, count: int, start: Tensor | None, seed: i
         token = torch.minimum(token, last).clamp_min(0)
         centre = unit.gather(2, token.unsqueeze(-1).expand(-1, -1, -1, dims))
         centroids[:, :, number] = centre.squeeze(2)
-        closest = torch.maximum(closest, (unit @ centre.mT).squeeze(-1))
+        closest = torch.maximum(closest, nearest(unit, centre, held)[1])
     return centroids

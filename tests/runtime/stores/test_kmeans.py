@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from sklearn.cluster import KMeans as Reference
 from torch import Tensor
 
+from kvcal.kernels.cluster import reference
 from kvcal.runtime.stores import kmeans
 from kvcal.runtime.stores.kmeans import spherical_kmeans
 
@@ -110,7 +111,7 @@ def test_what_lies_beyond_a_row_does_not_matter() -> None:
 def test_blocks_of_similarities_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     points = directions(2, 2, 120, 8)
     whole = spherical_kmeans(points, [120, 90], [9, 6])
-    monkeypatch.setattr(kmeans, "_BLOCK", 2 * 2 * 9 * 7)
+    monkeypatch.setattr(reference, "BLOCK", 2 * 2 * 9 * 7)
     parts = spherical_kmeans(points, [120, 90], [9, 6])
     assert torch.equal(whole.labels, parts.labels) and whole.iterations == parts.iterations
 

@@ -1,0 +1,55 @@
+"""What the launchers share: tile sizes, the constants of the logits, workspaces."""
+
+import torch
+import triton
+from torch import Tensor
+
+from ..backend import interpreting
+from .shapes import TOKEN_TILE, Partial
+
+WARPS, STAGES = 4, 3
+SMALLEST = 128
+"""Gathered tokens that a partial result should stand for."""
+TILE_BYTES = 16384
+"""Of keys, and of values as many, in one tile: three stages of both leave room for two programs on a multiprocessor."""
+
+
+def tiles(query: Tensor, value: Tensor, queries: int) -> dict[str, int]:
+    """The compile-time sizes of a kernel whose groups have this many queries."""
+    width, value_width = (max(16, triton.next_power_of_2(of.shape[-1])) for of in (query, value))
+    fitting = TILE_BYTES // (max(width, value_width) * query.element_size())
+    return {
+        "QUERIES": queries,
+        "QUERY_TILE": max(16, triton.next_power_of_2(queries)),
+        "TOKEN_TILE": min(TOKEN_TILE, max(16, fitting)),
+        "D": query.shape[-1],
+        "D_TILE": width,
+        "DV": value.shape[-1],
+        "DV_TILE": value_width,
+        "UPCAST": interpreting(),
+    }
+
+
+def units_tile(units: int) -> int:
+    return max(16, triton.next_power_of_2(units))
+
+
+def logit_scales(scaling: float, softcap: float | None) -> tuple[float, float]:
+    """(scale, cap) as `tile.absorb` has them."""
+    log2e = 1.4426950408889634
+    return (log2e * scaling, 0.0) if softcap is None else (2 * log2e * scaling / softcap, log2e * softcap)
+
+
+def empty_partial(query: Tensor, width: int, groups: int, parts: int) -> Partial:
+    """A workspace, slot by slot: out [groups, parts, queries, Dv], lse [groups, parts, queries]."""
+    queries = query.numel() // query.shape[-1] // groups
+    shape = (groups, parts, queries)
+    lse = torch.empty(shape, dtype=torch.float32, device=query.device)
+    return torch.empty(*shape, width, dtype=torch.float32, device=query.device), lse
+
+
+def by_query(query: Tensor, partial: Partial) -> Partial:
+    """That workspace as out [B, Hkv, G, n, Dv] and lse [B, Hkv, G, n]: a view, since either all queries of a pair are
+    in one group or each is in a group of its own."""
+    out, lse = (tensor.unflatten(0, (*query.shape[:2], -1)) for tensor in partial)
+    return out.transpose(3, 4).flatten(2, 3), lse.transpose(3, 4).flatten(2, 3)

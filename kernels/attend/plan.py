@@ -1,0 +1,52 @@
+"""Which tokens a program takes: cut on the device from counts and lengths that the host never sees.
+
+Grids follow from shapes alone. Within them a part's length follows from how many tokens there really are, so that a
+capacity far above the lengths, or one long row among short ones, leaves no program with more than its share.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def plan(counts_ptr, units, most, splits, UNITS: tl.constexpr, TOKEN_TILE: tl.constexpr):
+    """The units' tokens in parts of equal length, however unequal the units: on average `splits` of each.
+
+    Returns:
+        [UNITS] tokens of each unit, [UNITS] parts of each unit, [UNITS] where its parts end in the list of all
+        parts (at most units · splits + units - 1 of them), tokens of a part.
+    """
+    unit = tl.arange(0, UNITS)
+    count = tl.load(counts_ptr + unit, mask=unit < units, other=0)
+    count = tl.minimum(tl.maximum(count, 0), most)
+    tokens = tl.sum(count.to(tl.int64), 0)
+    length = tl.cdiv(tokens, units.to(tl.int64) * splits * TOKEN_TILE).to(tl.int32) * TOKEN_TILE
+    length = tl.maximum(length, TOKEN_TILE)
+    parts = tl.cdiv(count, length)
+    return count, parts, tl.cumsum(parts, 0), length
+
+
+@triton.jit
+def part_of_plan(counts_ptr, program, units, most, splits, UNITS: tl.constexpr, TOKEN_TILE: tl.constexpr):
+    """(unit, begin, end) of the program-th part; unit >= units where there are fewer parts."""
+    count, parts, ends, length = plan(counts_ptr, units, most, splits, UNITS, TOKEN_TILE)
+    unit = tl.sum((ends <= program).to(tl.int32), 0)
+    mine = tl.arange(0, UNITS) == unit
+    first = tl.sum(tl.where(mine, ends - parts, 0), 0)
+    begin = (program - first) * length
+    return unit, begin, tl.minimum(begin + length, tl.sum(tl.where(mine, count, 0), 0))
+
+
+@triton.jit
+def slots_of_plan(counts_ptr, unit, units, most, splits, UNITS: tl.constexpr, TOKEN_TILE: tl.constexpr):
+    """(first, how many) of the parts of a unit."""
+    _, parts, ends, _ = plan(counts_ptr, units, most, splits, UNITS, TOKEN_TILE)
+    mine = tl.arange(0, UNITS) == unit
+    return tl.sum(tl.where(mine, ends - parts, 0), 0), tl.sum(tl.where(mine, parts, 0), 0)
+
+
+@triton.jit
+def even_part(count, part, parts, TOKEN_TILE: tl.constexpr):
+    """(begin, end) of one of a fixed number of parts of `count` tokens; empty for the last ones of few."""
+    length = tl.cdiv(count, parts * TOKEN_TILE) * TOKEN_TILE
+    return part * length, tl.minimum((part + 1) * length, count)

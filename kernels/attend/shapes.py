@@ -1,0 +1,83 @@
+"""What a call's shapes decide: whether the operands fit together, and into how many programs the work is cut."""
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+Partial = tuple[Tensor, Tensor]
+"""Attention over a part of the tokens: out [B, Hkv, G, n, Dv] float32, each of the n normalised by itself, and lse
+[B, Hkv, G, n] float32, the natural logarithm of the mass that it was normalised with; -inf where there is none."""
+
+TOKEN_TILE = 64
+"""Tokens of a tile: the granularity of every split."""
+
+
+def check_cache(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """query [B, Hkv, G, D], key [B, Hkv, capacity, D], value [B, Hkv, capacity, Dv]."""
+    if query.dim() != 4:
+        raise ValueError(f"query: received shape {tuple(query.shape)}, expected [B, Hkv, G, D]")
+    batch, heads, _, width = query.shape
+    if key.dim() != 4 or (*key.shape[:2], key.shape[3]) != (batch, heads, width):
+        raise ValueError(f"key: received shape {tuple(key.shape)}, expected [{batch}, {heads}, capacity, {width}]")
+    if value.dim() != 4 or value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"value: received shape {tuple(value.shape)}, expected {[*key.shape[:3]]} and Dv")
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"{name}: received {tensor.dtype}, expected the query's {query.dtype}")
+        if tensor.stride(-1) != 1:
+            raise ValueError(f"{name}: received stride {tensor.stride(-1)} over a token, expected 1")
+
+
+def check(name: str, tensor: Tensor, dtype: torch.dtype, *shapes: Sequence[int]) -> None:
+    """ValueError unless `tensor` has this dtype and one of these shapes."""
+    if tensor.dtype != dtype or list(tensor.shape) not in [list(shape) for shape in shapes]:
+        expected = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{name}: received {tensor.dtype} {list(tensor.shape)}, expected {dtype} {expected}")
+
+
+def check_merge(query: Tensor, width: int, sinks: Tensor | None, extra: Sequence[Partial], out: Tensor | None) -> None:
+    """What is merged into the attention of `query`, with values of `width`."""
+    batch, heads, group, _ = query.shape
+    if sinks is not None:
+        check("sinks", sinks, torch.float32, [heads * group])
+    for number, (part, lse) in enumerate(extra):
+        parts = lse.shape[-1] if lse.dim() else 0
+        check(f"extra[{number}] lse", lse, torch.float32, [batch, heads, group, parts])
+        check(f"extra[{number}] out", part, torch.float32, [batch, heads, group, parts, width])
+    if out is not None:
+        check("out", out, query.dtype, [batch, heads, group, width])
+        if not out.is_contiguous():
+            raise ValueError(f"out: received strides {out.stride()}, expected a contiguous tensor")
+
+
+def check_selection(query: Tensor, per_group: Tensor, name: str) -> bool:
+    """Whether [B, Hkv, G, …] rather than [B, Hkv, …]: every query head reads tokens of its own."""
+    batch, heads, group, _ = query.shape
+    each = per_group.dim() == 4
+    check(name, per_group, torch.int32, [batch, heads, *([group] if each else []), per_group.shape[-1]])
+    return each
+
+
+def choose_splits(groups: int, most: int, smallest: int, device: torch.device) -> int:
+    """Into how many parts the tokens of each group are cut, from shapes alone (the README has the arithmetic).
+
+    Args:
+        groups: (row, head) pairs that read tokens of their own.
+        most: tokens that a group can have.
+        smallest: tokens below which a part is not worth its partial result, once the GPU is full without it.
+    """
+    multiprocessors = _multiprocessors(device)
+    rich = min(_ceil(8 * multiprocessors, groups), _ceil(most, smallest))
+    poor = min(_ceil(2 * multiprocessors, groups), _ceil(most, TOKEN_TILE))
+    return max(1, rich, poor)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def _ceil(number: int, by: int) -> int:
+    return -(-number // by)

@@ -1,0 +1,119 @@
+"""Split-KV attention over gathered rows: one launch leaves partials, `merge_kernel` makes one output of them."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..backend import device_of
+from .launch import SMALLEST, STAGES, WARPS, logit_scales, tiles, units_tile
+from .merge_kernel import Planned, merge
+from .plan import part_of_plan
+from .shapes import Partial, choose_splits
+from .tile import absorb, empty_softmax, load_queries, store_partial
+
+
+@triton.jit(do_not_specialize=["heads", "chosen", "units", "splits"])
+def rows_kernel(
+    out_ptr,
+    lse_ptr,
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    index_ptr,
+    count_ptr,
+    scale,
+    cap,
+    heads,
+    chosen,
+    units,
+    splits,
+    key_row: tl.int64,
+    key_head: tl.int64,
+    key_step: tl.int64,
+    value_row: tl.int64,
+    value_head: tl.int64,
+    value_step: tl.int64,
+    SHARING: tl.constexpr,
+    UNITS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    QUERY_TILE: tl.constexpr,
+    TOKEN_TILE: tl.constexpr,
+    D: tl.constexpr,
+    D_TILE: tl.constexpr,
+    DV: tl.constexpr,
+    DV_TILE: tl.constexpr,
+    CAPPED: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One program: a part of the `chosen` indices of one group; SHARING groups have the same keys."""
+    slot = tl.program_id(0)
+    group, begin, end = part_of_plan(count_ptr, slot, units, chosen, splits, UNITS, TOKEN_TILE)
+    if group >= units:
+        return
+    row, head = group // SHARING // heads, group // SHARING % heads
+    key_ptr += row * key_row + head * key_head
+    value_ptr += row * value_row + head * value_head
+    index_ptr += group.to(tl.int64) * chosen
+    queries = load_queries(query_ptr, group, QUERIES, QUERY_TILE, D, D_TILE, UPCAST)
+    best, mass, total = empty_softmax(QUERY_TILE, DV_TILE)
+    for first in range(begin, end, TOKEN_TILE):
+        rank = first + tl.arange(0, TOKEN_TILE)
+        valid = rank < end
+        token = tl.load(index_ptr + rank, mask=valid, other=0)
+        best, mass, total = absorb(
+            best, mass, total, queries, key_ptr, value_ptr, token, valid, None, key_step, value_step, scale, cap,
+            D, D_TILE, DV, DV_TILE, CAPPED, UPCAST,
+        )  # fmt: skip
+    store_partial(out_ptr, lse_ptr, slot, best, mass, total, QUERIES, QUERY_TILE, DV, DV_TILE)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    count: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    extra: Sequence[Partial],
+    splits: int | None,
+    out: Tensor | None,
+) -> Tensor:
+    chosen, groups = index.shape[-1], count.numel()
+    queries = query.numel() // query.shape[-1] // groups
+    splits = splits or choose_splits(groups, chosen, SMALLEST, query.device)
+    width, sizes = value.shape[-1], tiles(query, value, queries)
+    slots = groups * splits + groups - 1
+    own_out = torch.empty(1, slots, queries, width, dtype=torch.float32, device=query.device)
+    own_lse = torch.empty(1, slots, queries, dtype=torch.float32, device=query.device)
+    count = count.contiguous()
+    with device_of(query):
+        rows_kernel[(slots,)](
+            own_out,
+            own_lse,
+            query.contiguous(),
+            key,
+            value,
+            index.contiguous(),
+            count,
+            *logit_scales(scaling, softcap),
+            key.shape[1],
+            chosen,
+            groups,
+            splits,
+            *key.stride()[:3],
+            *value.stride()[:3],
+            SHARING=groups // (key.shape[0] * key.shape[1]),
+            UNITS=units_tile(groups),
+            CAPPED=softcap is not None,
+            **sizes,
+            num_warps=WARPS,
+            num_stages=STAGES,
+        )
+    own = Planned(own_out, own_lse, count, chosen, splits, sizes["TOKEN_TILE"])
+    return merge(own, extra, sinks, query, width, out)

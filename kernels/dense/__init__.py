@@ -1,0 +1,53 @@
+"""Decode attention over all tokens of each row: what the other operations are compared with, and fall back to."""
+
+import torch
+from torch import Tensor
+
+from ..attend.shapes import check, check_cache, check_merge
+from ..backend import choose
+from . import reference
+
+__all__ = ["dense"]
+
+
+def dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    splits: int | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of one token's queries to the first `lengths` tokens of each row.
+
+    Args:
+        query: [B, Hkv, G, D].
+        key, value: [B, Hkv, capacity, D] and [B, Hkv, capacity, Dv] in the query's dtype, stride 1 within a token.
+        lengths: [B] int32, on the device; never waited for.
+        scaling, softcap: logit = q·k scaling, then softcap tanh(logit / softcap).
+        sinks: [Hkv G] float32, one more logit per query head, of a token whose value is zero.
+        splits: parts per (row, KV head), on average over the rows; default: from the shapes.
+        out: contiguous, to be written and returned.
+
+    Returns:
+        [B, Hkv, G, Dv] in the query's dtype; zeros for a row without tokens.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, or the backend cannot run.
+    """
+    check_cache(query, key, value)
+    check_merge(query, value.shape[-1], sinks, (), out)
+    check("lengths", lengths, torch.int32, [query.shape[0]])
+    if choose(backend, query) == "reference":
+        result = reference.dense(query, key, value, lengths, scaling=scaling, softcap=softcap, sinks=sinks)
+        return result if out is None else out.copy_(result)
+    from . import triton_kernel
+
+    return triton_kernel.dense(
+        query, key, value, lengths, scaling=scaling, softcap=softcap, sinks=sinks, splits=splits, out=out
+    )

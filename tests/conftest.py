@@ -1,0 +1,11 @@
+"""Without a GPU kernels run in Triton's interpreter, which must be asked for before anything imports triton.
+
+Other tests import it too, through transformers, and are collected first: so this stands here, not in `tests/kernels`.
+"""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"

@@ -1,0 +1,62 @@
+"""One softmax per query in float64, written as the sums it is made of, with no shift and nothing merged."""
+
+import torch
+
+NAN = float("nan")
+_empty = torch.empty
+
+
+def softmax_sums(query, keys, values, *, scaling, softcap=None, weights=None):
+    """(Σ w e^logit v [Dv], Σ w e^logit) over keys [n, D] and values [n, Dv] for one query [D]."""
+    logits = keys.double() @ query.double() * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    mass = logits.exp() if weights is None else logits.exp() * weights.double()
+    return mass @ values.double(), mass.sum()
+
+
+def attention(query, parts, *, scaling, softcap=None, sinks=None):
+    """[B, Hkv, G, Dv] float64: every query's one softmax over all its parts.
+
+    Args:
+        parts: functions (row, head, member) -> (keys, values, weights or None).
+    """
+    batch, heads, group, _ = query.shape
+    rows = []
+    for row, head, member in ((b, h, g) for b in range(batch) for h in range(heads) for g in range(group)):
+        numerator, mass = 0.0, torch.zeros((), dtype=torch.float64, device=query.device)
+        for part in parts:
+            keys, values, weights = part(row, head, member)
+            sums = softmax_sums(
+                query[row, head, member], keys, values, scaling=scaling, softcap=softcap, weights=weights
+            )
+            numerator, mass = numerator + sums[0], mass + sums[1]
+        if sinks is not None:
+            mass = mass + sinks[head * group + member].double().exp()
+        rows.append(numerator / mass if mass > 0 else torch.zeros_like(numerator))
+    return torch.stack(rows).view(batch, heads, group, -1)
+
+
+def tokens(key, value, slots):
+    """The part of the tokens slots(row, head, member)."""
+
+    def part(row, head, member):
+        chosen = torch.as_tensor(slots(row, head, member), dtype=torch.int64, device=key.device)
+        return key[row, head, chosen], value[row, head, chosen], None
+
+    return part
+
+
+def make(generator, *shape, dtype=torch.float32):
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def poison(cache, keep):
+    """A copy of a cache [B, H, S, D] that is NaN wherever keep [B, H or 1, S] is False."""
+    return cache.masked_fill(~keep.expand(cache.shape[:3]).unsqueeze(-1), NAN)
+
+
+def poisoned_empty(*shape, **options):
+    """In place of torch.empty: what was never written shows."""
+    tensor = _empty(*shape, **options)
+    return tensor.fill_(NAN) if tensor.is_floating_point() else tensor

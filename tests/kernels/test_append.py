@@ -1,0 +1,190 @@
+"""append: one slot of each row receives the token and its code; nothing else changes."""
+
+import pytest
+import torch
+from compiling import compiled
+from tolerances import assert_close
+
+from kvcal.kernels.append import append
+from kvcal.kernels.score import score, unpack
+
+CAPACITY = 9
+LARGEST = {8: 127, 4: 7}
+DTYPES = {8: torch.int8, 4: torch.uint8}
+UNTOUCHED = 77
+
+
+class Cache:
+    """Tensors of every store filled with what must remain: NaN, or 77 in integers."""
+
+    def __init__(self, bits, dtype, rank, head_dim=64, value_dim=64, batch=3, heads=2, device="cpu"):
+        def full(*shape, dtype):
+            return torch.full(shape, UNTOUCHED if dtype in DTYPES.values() else torch.nan, dtype=dtype, device=device)
+
+        rows = (batch, heads, CAPACITY)
+        self.key, self.value = full(*rows, head_dim, dtype=dtype), full(*rows, value_dim, dtype=dtype)
+        self.codes = self.scales = None
+        if bits is not None:
+            self.codes = full(*rows, rank // 2 if bits == 4 else rank, dtype=DTYPES.get(bits, dtype))
+        if bits in DTYPES:
+            self.scales = full(*rows, dtype=torch.float16)
+        self.bits = bits
+
+    def append(self, key_new, value_new, map, lengths, active=None, backend="triton"):
+        lengths = torch.tensor(lengths, dtype=torch.int32, device=self.key.device)
+        active = None if active is None else torch.tensor(active, device=self.key.device)
+        append(key_new, value_new, map, *self.tensors(), lengths, active, backend=backend)
+
+    def tensors(self):
+        return self.key, self.value, self.codes, self.scales
+
+    def assert_untouched(self, but=()):
+        for tensor in self.tensors():
+            if tensor is not None:
+                kept = torch.ones(tensor.shape[0], CAPACITY, dtype=torch.bool, device=tensor.device)
+                for row, slot in but:
+                    kept[row, slot] = False
+                rest = tensor.transpose(1, 2)[kept]
+                assert (rest.isnan() if tensor.is_floating_point() else rest == UNTOUCHED).all()
+
+    def assert_holds(self, row, slot, key, value, projected):
+        """Args: key: [Hkv, D] and value as stored; projected: [Hkv, r] float64."""
+        assert torch.equal(self.key[row, :, slot], key) and torch.equal(self.value[row, :, slot], value)
+        if self.bits == 16:
+            assert_close(self.codes[row, :, slot], projected)
+        elif self.bits is not None:
+            scales = self.scales[row, :, slot].double().cpu()
+            exact = projected.abs().amax(-1) / LARGEST[self.bits]
+            torch.testing.assert_close(scales, exact, rtol=2**-10, atol=0)
+            numbers = unpack(self.codes[row, :, slot], self.bits).double().cpu() * scales.unsqueeze(-1)
+            step = scales.unsqueeze(-1) * (0.5 + LARGEST[self.bits] * 2**-11)
+            assert ((numbers - projected).abs() <= step * (1 + 1e-4)).all()
+
+
+def draw(dtype, head_dim, value_dim, rank, device, batch=3, heads=2):
+    generator = torch.Generator().manual_seed(head_dim + rank)
+    key_new = torch.randn(batch, heads, head_dim, generator=generator).to(dtype)
+    value_new = torch.randn(batch, heads, value_dim, generator=generator).to(dtype)
+    map = (torch.randn(heads, rank, head_dim, generator=generator) / head_dim**0.5).to(dtype)
+    return key_new.to(device), value_new.to(device), map.to(device)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "first dimensions"])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "value_dim", "rank"),
+    [
+        (torch.float32, 64, 64, 32),
+        (torch.bfloat16, 80, 80, 24),
+        (torch.float16, 96, 64, 10),
+        (torch.bfloat16, 128, 128, 128),
+        (torch.float16, 256, 256, 64),
+    ],
+)
+def test_a_token_and_its_code(device, backend, mapped, bits, dtype, head_dim, value_dim, rank):
+    key_new, value_new, map = draw(dtype, head_dim, value_dim, rank, device)
+    cache = Cache(bits, dtype, rank, head_dim, value_dim, device=device)
+    slots = [0, 4, CAPACITY - 1]
+    cache.append(key_new, value_new, map if mapped else None, slots, backend=backend)
+    projected = key_new.double().cpu()[..., :rank]
+    if mapped:
+        projected = torch.einsum("hrd,bhd->bhr", map.double().cpu(), key_new.double().cpu())
+    for row, slot in enumerate(slots):
+        cache.assert_holds(row, slot, key_new[row], value_new[row], projected[row])
+    cache.assert_untouched(but=list(enumerate(slots)))
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("bits", [None, 16, 8, 4])
+def test_inactive_and_full_rows_are_left_alone(device, backend, bits):
+    key_new, value_new, map = draw(torch.float16, 64, 64, 32, device)
+    cache = Cache(bits, torch.float16, 32, device=device)
+    cache.append(key_new, value_new, map, [2, 2, CAPACITY], active=[False, True, True], backend=backend)
+    cache.assert_untouched(but=[(1, 2)])
+    assert torch.equal(cache.key[1, :, 2], key_new[1]) and torch.equal(cache.value[1, :, 2], value_new[1])
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_key_of_zeros_has_codes_of_zero(device, backend, bits):
+    key_new, value_new, map = draw(torch.float32, 64, 64, 32, device)
+    cache = Cache(bits, torch.float32, 32, device=device)
+    cache.append(key_new * 0, value_new, map, [1, 1, 1], backend=backend)
+    assert not cache.scales[:, :, 1].any() and not unpack(cache.codes[:, :, 1], bits).any()
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_caches_may_be_parts_of_larger_tensors(device, bits):
+    """Rows of a larger buffer, and new tokens that are slices of the fused projection's output."""
+    key_new, value_new, map = draw(torch.bfloat16, 64, 64, 32, device)
+    fused = torch.cat((key_new, value_new), -1)
+    cache = Cache(bits, torch.bfloat16, 32, batch=4, device=device)
+    lengths = torch.tensor([5, 0, 8], dtype=torch.int32, device=device)
+    parts = [None if tensor is None else tensor[1:] for tensor in cache.tensors()]
+    append(fused[..., :64], fused[..., 64:], map, *parts, lengths, backend="triton")
+    projected = torch.einsum("hrd,bhd->bhr", map.double().cpu(), key_new.double().cpu())
+    for row, slot in enumerate(lengths.tolist()):
+        cache.assert_holds(row + 1, slot, key_new[row], value_new[row], projected[row])
+    cache.assert_untouched(but=[(1, 5), (2, 0), (3, 8)])
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_score_reads_what_append_wrote(device, bits):
+    cache = Cache(bits, torch.float32, 32, device=device)
+    key_new, value_new, map = draw(torch.float32, 64, 64, 32, device)
+    cache.append(key_new, value_new, map, [0, 0, 0])
+    lengths = torch.ones(3, dtype=torch.int32, device=device)
+    query = torch.randn(3, 2, 4, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    scores = score(query, cache.codes, cache.scales, lengths, scaling=1.0, bits=bits, backend="triton")[..., 0]
+    projected = torch.einsum("hrd,bhd->bhr", map.double(), key_new.double())
+    exact = torch.einsum("bhgr,bhr->bhg", query.double(), projected)
+    # Every code is off by at most half a step, in the direction that hurts most.
+    step = 0 if bits == 16 else (projected.abs().amax(-1) / LARGEST[bits]).unsqueeze(-1)
+    bound = query.double().abs().sum(-1) * step * 0.51 + 1e-4
+    assert ((scores - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"key_new": torch.zeros(3, 2, 63)}, r"key: received \[3, 2, 63\] for a cache \[3, 2, 9, 64\]"),
+        ({"value_new": torch.zeros(2, 2, 64)}, r"value: received \[2, 2, 64\]"),
+        ({"lengths": torch.zeros(3).long()}, "lengths: received torch.int64"),
+        ({"active": torch.zeros(3)}, "active: received torch.float32"),
+        ({"map": torch.zeros(2, 31, 64)}, r"map: received \[2, 31, 64\], expected contiguous \[2, 32, 64\]"),
+        ({"scales": None}, "scales: received none, expected float16"),
+        ({"codes": torch.zeros(3, 2, 9, 32)}, "scales: received some with codes of torch.float32, expected None"),
+        ({"codes": torch.zeros(3, 2, 9, 32).long()}, "codes: received torch.int64"),
+        ({"codes": torch.zeros(3, 2, 8, 16, dtype=torch.uint8)}, r"codes: received \[3, 2, 8, 16\]"),
+        ({"codes": torch.zeros(3, 2, 9, 65, dtype=torch.int8), "map": None}, "codes: received rank 65 without a map"),
+    ],
+)
+def test_bad_arguments_are_named(changes, message):
+    cache = Cache(4, torch.float32, 32)
+    key_new, value_new, map = draw(torch.float32, 64, 64, 32, "cpu")
+    names = ("key_new", "value_new", "map", "key", "value", "codes", "scales", "lengths")
+    lengths = torch.zeros(3, dtype=torch.int32)
+    arguments = dict(zip(names, (key_new, value_new, map, *cache.tensors(), lengths), strict=True))
+    with pytest.raises(ValueError, match=message):
+        append(**arguments | changes)
+
+
+def test_compiles_for_hopper_without_spilling_and_once_for_all_capacities():
+    pytest.importorskip("triton")
+    launches = compiled("""
+import torch
+from kvcal.kernels.append import append
+def launch(capacity, head_dim, rank, codes):
+    new, cache = torch.zeros(2, 8, head_dim).half(), torch.zeros(2, 8, capacity, head_dim).half()
+    scales = None if codes == torch.float16 else torch.zeros(2, 8, capacity).half()
+    codes = torch.zeros(2, 8, capacity, rank // 2 if codes == torch.uint8 else rank, dtype=codes)
+    map, lengths = new.new_zeros(8, rank, head_dim), torch.zeros(2, dtype=torch.int32)
+    append(new, new, map, cache, cache, codes, scales, lengths, backend="triton")
+for capacity in (1, 1000, 4096):
+    launch(capacity, 128, 32, torch.uint8)
+launch(64, 256, 128, torch.int8)
+launch(64, 80, 48, torch.float16)
+""")
+    assert all(launch["stack"] <= 16 for launch in launches), launches
+    assert len({launch["hash"] for launch in launches[:3]}) == 1

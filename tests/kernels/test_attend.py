@@ -1,0 +1,149 @@
+"""Attention over chosen tokens, windows and tails against one joint float64 softmax per query."""
+
+import pytest
+import torch
+from attend_problem import Problem
+from attention_oracle import NAN, attention, poisoned_empty, tokens
+from compiling import compiled
+from tolerances import assert_close
+
+from kvcal.kernels.attend import attend
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="long rows take a GPU")
+BOTH = pytest.mark.parametrize("backend", ["reference", "triton"])
+
+
+@pytest.fixture(autouse=True)
+def _no_workspace_is_zero(monkeypatch):
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("group", "width", "value_width"), [(1, 64, 64), (4, 128, 128), (7, 80, 96), (8, 96, 64), (3, 256, 256)]
+)
+def test_equals_one_softmax_per_query(device, backend, dtype, group, width, value_width):
+    problem = Problem(device, [[70]], 80, 120, group, width, value_width, dtype)
+    out = problem.attend(backend, scaling=width**-0.5)
+    assert_close(out, problem.expected("chosen", scaling=width**-0.5), dtype)
+
+
+@BOTH
+@pytest.mark.parametrize("splits", [None, 1, 2, 5])
+def test_counts_of_every_size_at_once(device, backend, splits):
+    problem = Problem(device, [[0, 1], [64, 150], [65, 3]], 150, group=2, width=32)
+    out = problem.attend(backend, scaling=0.125, splits=splits)
+    assert_close(out, problem.expected("chosen", scaling=0.125))
+    assert not out[0, 0].any()
+
+
+@BOTH
+def test_a_selection_per_query_head(device, backend):
+    problem = Problem(device, [[[70, 0, 3, 64], [1, 80, 20, 5]]], 80, width=32)
+    sinks = torch.linspace(-1, 1, 8, device=device)
+    out = problem.attend(backend, scaling=0.125, sinks=sinks, extra=[problem.window(backend, scaling=0.125)])
+    assert_close(out, problem.expected("chosen", "near", scaling=0.125, sinks=sinks))
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_chosen_near_and_far_are_one_softmax(device, backend, dtype):
+    problem = Problem(device, [[0, 30], [70, 5]], 70, width=48, dtype=dtype, value_width=32)
+    logits = {"scaling": 0.8, "softcap": 3.0}
+    sinks = torch.linspace(-2, 4, 8, device=device)
+    extra = [problem.window(backend, **logits), problem.tail(backend, **logits)]
+    out = problem.attend(backend, **logits, sinks=sinks, extra=extra)
+    assert_close(out, problem.expected("chosen", "near", "far", **logits, sinks=sinks), dtype)
+
+
+@BOTH
+def test_nothing_chosen_leaves_what_is_extra_or_zeros(device, backend):
+    problem = Problem(device, [[0, 0]], 16, width=32)
+    sinks = torch.zeros(8, device=device)
+    assert not problem.attend(backend, scaling=1.0).any()
+    assert not problem.attend(backend, scaling=1.0, sinks=sinks).any()
+    out = problem.attend(backend, scaling=0.125, extra=[problem.window(backend, scaling=0.125)])
+    assert_close(out, problem.expected("near", scaling=0.125))
+
+
+@BOTH
+def test_a_nan_among_the_chosen_is_not_hidden(device, backend):
+    problem = Problem(device, [[5, 5]], 8)
+    problem.key[0, 1, problem.index[0, 1, 2]] = NAN
+    out = problem.attend(backend, scaling=0.125, extra=[problem.window(backend, scaling=0.125)])
+    assert out[0, 1].isnan().all() and not out[0, 0].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"index": torch.zeros(1, 2, 16, dtype=torch.int64)}, "index: received torch.int64"),
+        ({"index": torch.zeros(1, 2, 3, 16, dtype=torch.int32)}, r"index: received .*, expected .* \[1, 2, 4, 16\]"),
+        ({"count": torch.zeros(1, 2, 4, dtype=torch.int32)}, r"count: received .*, expected torch.int32 \[1, 2\]"),
+        ({"extra": [(torch.zeros(1, 2, 4, 1, 32), torch.zeros(1, 2, 4, 1))]}, r"extra\[0\] out: received"),
+        ({"extra": [(torch.zeros(1, 2, 4, 1, 64), torch.zeros(1, 2, 4))]}, r"extra\[0\] lse: received"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, message):
+    problem = Problem("cpu", [[3, 4]], 16)
+    names = ("query", "key", "value", "index", "count")
+    with pytest.raises(ValueError, match=message):
+        attend(**{name: getattr(problem, name) for name in names} | {"scaling": 1.0, **change})
+
+
+def test_selections_of_any_size_share_one_program_that_does_not_spill():
+    launches = compiled("""
+import torch
+from kvcal.kernels.attend import attend, attend_runs
+for capacity, chosen in ((4096, 2048), (5008, 77)):
+    cache = torch.zeros(1, 8, capacity, 128, dtype=torch.bfloat16)
+    index = torch.zeros(1, 8, chosen, dtype=torch.int32)
+    operands = cache[:, :, :4], cache, cache, index
+    attend(*operands, index[..., 0].contiguous(), scaling=0.1, backend="triton")
+    attend_runs(*operands, index, scaling=0.1, splits=4, backend="triton")
+""")
+    assert len({launch["hash"] for launch in launches}) == 4 == len(launches) / 2
+    assert not any(launch["stack"] for launch in launches)
+
+
+@on_a_gpu
+@pytest.mark.parametrize(("batch", "capacity"), [(1, 131072), (8, 16384)])
+def test_long_rows(device, batch, capacity):
+    counts = torch.linspace(1, 2048, batch * 2).long().view(batch, 2).tolist()
+    problem = Problem(device, counts, 2048, capacity, width=128, dtype=torch.bfloat16)
+    out = problem.attend("triton", scaling=0.1)
+    assert_close(out, problem.expected("chosen", scaling=0.1), torch.bfloat16)
+
+
+@on_a_gpu
+def test_offsets_of_more_than_32_bits(device):
+    capacity = 2**24 + 64
+    cache = torch.empty(1, 1, capacity, 128, dtype=torch.bfloat16, device=device)
+    slots = [0, 77, 2**24 - 1, capacity - 1]
+    cache[0, 0, slots] = torch.randn(4, 128, dtype=torch.bfloat16, device=device)
+    index = torch.tensor([[slots]], dtype=torch.int32, device=device)
+    query = torch.randn(1, 1, 4, 128, dtype=torch.bfloat16, device=device)
+    out = attend(query, cache, cache, index, torch.full_like(index[..., 0], 4), scaling=0.1)
+    assert_close(out, attention(query, [tokens(cache, cache, lambda *_: slots)], scaling=0.1), torch.bfloat16)
+
+
+@on_a_gpu
+def test_a_captured_step_follows_counts_and_contents(device):
+    problem = Problem(device, [[150, 150]], 150, dtype=torch.float16)
+    out = torch.empty_like(problem.query)
+
+    def step():
+        extra = [problem.window("triton", scaling=0.125), problem.tail("triton", scaling=0.125)]
+        problem.attend("triton", scaling=0.125, extra=extra, out=out)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for counts, end in (([[0, 150]], 5), ([[64, 1]], 10)):
+        problem.count.copy_(torch.tensor(counts, dtype=torch.int32))
+        problem.end.fill_(end)
+        problem.query.normal_()
+        graph.replay()
+        assert_close(out, problem.expected("chosen", "near", "far", scaling=0.125))

@@ -1,0 +1,59 @@
+"""Windows, tails and merges by themselves."""
+
+import pytest
+import torch
+from attend_problem import Problem
+from attention_oracle import NAN, make, poisoned_empty
+from tolerances import assert_close
+
+from kvcal.kernels.attend import merge
+
+BOTH = pytest.mark.parametrize("backend", ["reference", "triton"])
+
+
+@pytest.fixture(autouse=True)
+def _no_workspace_is_zero(monkeypatch):
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
+
+
+@BOTH
+@pytest.mark.parametrize("splits", [None, 1, 3])
+def test_windows_of_unequal_lengths(device, backend, splits):
+    problem = Problem(device, [[0], [0], [0]], 1, group=2)
+    problem.key, problem.value = problem.key.nan_to_num(0.5), problem.value.nan_to_num(-0.5)
+    problem.begin = torch.tensor([3, 7, 100], dtype=torch.int32, device=device)
+    problem.end = torch.tensor([3, 8, 200], dtype=torch.int32, device=device)
+    for cache in (problem.key, problem.value):
+        cache[0] = NAN
+        cache[1, :, 8:], cache[2, :, :100] = NAN, NAN
+    out, lse = problem.window(backend, scaling=0.125, splits=splits)
+    assert (lse[0] == -torch.inf).all() and not out[0].any()
+    merged = merge(problem.query, [(out, lse)], backend=backend)
+    assert_close(merged, problem.expected("near", scaling=0.125))
+    masses = problem.key[2, 0, 100:].double() @ problem.query[2, 0].double().T * 0.125
+    assert_close(lse[2, 0].logsumexp(-1), masses.exp().sum(0).log())
+
+
+@BOTH
+def test_a_tail_whose_unread_tokens_differ_between_query_heads(device, backend):
+    problem = Problem(device, [[0, 0]], 1, width=32, clusters=70)
+    problem.mean_key, problem.mean_value = problem.mean_key.nan_to_num(1.0), problem.mean_value.nan_to_num(1.0)
+    problem.unread = (torch.arange(1 * 2 * 4 * 70, device=device) % 5).float().view(1, 2, 4, 70)
+    problem.unread[0, 1, 2] = 0
+    part = problem.tail(backend, scaling=0.125)
+    out = merge(problem.query, [part], backend=backend)
+    assert_close(out, problem.expected("far", scaling=0.125))
+    assert not out[0, 1, 2].any()
+
+
+@BOTH
+def test_a_merge_takes_any_number_of_partials_and_skips_empty_ones(device, backend):
+    generator = torch.Generator().manual_seed(2)
+    query = make(generator, 2, 1, 3, 16, dtype=torch.float16).to(device)
+    outs = make(generator, 2, 1, 3, 75, 40).to(device)
+    lse = make(generator, 2, 1, 3, 75).to(device) * 3
+    lse[:, :, 1, 3], outs[:, :, 1, 3] = -torch.inf, NAN
+    cuts = ((0, 66), (66, 66), (66, 71), (71, 75))
+    out = merge(query, [(outs[..., a:b, :], lse[..., a:b]) for a, b in cuts], backend=backend)
+    mass = lse.double().exp().unsqueeze(-1)
+    assert_close(out, (mass * outs.double()).nan_to_num(0).sum(3) / mass.sum(3))

@@ -1,0 +1,81 @@
+"""Runs of tokens against one float64 softmax per query; and what a program's share of the tokens is."""
+
+import pytest
+import torch
+from attention_oracle import attention, make, poison, poisoned_empty, tokens
+from tolerances import assert_close
+
+from kvcal.kernels.attend import attend_runs
+
+BOTH = pytest.mark.parametrize("backend", ["reference", "triton"])
+
+
+@pytest.fixture(autouse=True)
+def _no_workspace_is_zero(monkeypatch):
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
+
+
+def slots_of(starts, sizes):
+    """What [.., R] runs cover, one list for each."""
+    return [
+        [slot for start, size in zip(*runs, strict=True) for slot in range(start, start + size)]
+        for runs in zip(starts.flatten(0, -2).tolist(), sizes.flatten(0, -2).tolist(), strict=True)
+    ]
+
+
+def check(device, backend, starts, sizes, heads=2, group=3, capacity=250, dtype=torch.float32, **options):
+    """starts, sizes: [B, Hkv, R] or [B, Hkv, G, R]."""
+    generator = torch.Generator().manual_seed(3)
+    starts, sizes = (torch.tensor(of, dtype=torch.int32) for of in (starts, sizes))
+    batch, each = len(starts), starts.dim() == 4
+    covered = slots_of(starts, sizes)
+    keep = torch.zeros(batch * heads, capacity, dtype=torch.bool)
+    for number, slots in enumerate(covered):
+        keep[number // (group if each else 1), slots] = True
+    query = make(generator, batch, heads, group, 48, dtype=dtype).to(device)
+    caches = (make(generator, batch, heads, capacity, width, dtype=dtype) for width in (48, 64))
+    key, value = (poison(cache, keep.view(batch, heads, -1)).to(device) for cache in caches)
+
+    def slots(row, head, member):
+        pair = row * heads + head
+        return covered[pair * group + member if each else pair]
+
+    out = attend_runs(query, key, value, starts.to(device), sizes.to(device), scaling=0.15, backend=backend, **options)
+    assert_close(out, attention(query, [tokens(key, value, slots)], scaling=0.15), dtype)
+    return out
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("splits", [None, 1, 2])
+def test_runs_in_any_order(device, backend, dtype, splits):
+    starts = [[[100, 0, 60], [5, 249, 6]], [[7, 7, 7], [0, 0, 0]]]
+    sizes = [[[70, 3, 1], [1, 1, 65]], [[0, 64, 0], [0, 0, 250]]]
+    check(device, backend, starts, sizes, dtype=dtype, splits=splits)
+
+
+@BOTH
+def test_the_start_of_an_empty_run_is_not_looked_at(device, backend):
+    out = check(device, backend, [[[2**30, 4], [-(2**30), 0]]], [[[0, 9], [0, 0]]])
+    assert not out[0, 1].any()
+
+
+@BOTH
+def test_more_runs_than_a_tile_of_them(device, backend):
+    starts = [[[3 * run for run in reversed(range(75))]]]
+    sizes = [[[run % 4 for run in range(75)]]]
+    check(device, backend, starts, sizes, heads=1, splits=2)
+
+
+@BOTH
+def test_runs_of_each_query_head(device, backend):
+    starts = [[[[0, 30], [40, 50], [200, 0]], [[9, 0], [0, 10], [0, 5]]]]
+    sizes = [[[[20, 7], [1, 100], [50, 0]], [[2, 9], [10, 80], [5, 2]]]]
+    check(device, backend, starts, sizes, most=110)
+
+
+def test_sizes_are_those_of_the_starts():
+    cache = torch.zeros(1, 1, 8, 16)
+    runs = torch.zeros(1, 1, 3, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"sizes: received torch.int32 \[1, 1, 2\], expected torch.int32 \[1, 1, 3\]"):
+        attend_runs(cache[:, :, :1], cache, cache, runs, runs[..., :2], scaling=1.0)
