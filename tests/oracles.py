@@ -19,9 +19,11 @@ from kvcal.runtime.attention import Logits
 
 
 def rankings(scores: list[Tensor], select: str) -> list[Tensor]:
-    """What each head of a group sorts by: its own scores, or the mean of the group's softmaxes."""
+    """What each head of a group sorts by: its own scores, the group's highest, or the mean of the group's softmaxes."""
     if select == "head":
         return scores
+    if select == "max":
+        return [torch.stack(scores).amax(0)] * len(scores)
     return [torch.stack([each.softmax(-1) for each in scores]).mean(0)] * len(scores)
 
 

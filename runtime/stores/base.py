@@ -67,6 +67,11 @@ class Store(ABC):
         """[B, Hq or Hkv, L] bool: the tokens of each row that the last `attend` read keys and values of, L the
         longest row."""
 
+    def attend_all(self, query: Tensor, logits: Logits) -> Tensor:
+        """Attend densely from each of the T tokens of the last `prefill` with other queries: those of a layer that
+        reads this store. Right after it, or after a `crop` back to it; only stores that keep every token can."""
+        raise NotImplementedError(f"{type(self).__name__} does not keep every token")
+
     # What all share
 
     def tentative(self, on: bool) -> None:

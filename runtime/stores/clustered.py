@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,13 +74,17 @@ class ClusteredStore(SelectingStore):
 
     def append(self, key: Tensor, value: Tensor, valid: Tensor | None = None) -> None:
         self._device = key.device
-        if self.clusters:
-            coming = [True] * key.shape[0] if valid is None else valid[:, 0].tolist()
-            windows = [self.selection.window_of(length) for length in self.lengths]
-            slots = self.clusters.due(self.lengths, windows, coming)
-            if any(slots):
-                self._close(self.clusters, slots)
+        self.close_windows([True] * key.shape[0] if valid is None else valid[:, 0].tolist())
         super().append(key, value, valid)
+
+    def close_windows(self, coming: Sequence[bool]) -> None:
+        """Cluster what is due in the rows that are `coming` by their next token."""
+        if self.clusters is None:
+            return
+        windows = [self.selection.window_of(length) for length in self.lengths]
+        slots = self.clusters.due(self.lengths, windows, coming)
+        if any(slots):
+            self._close(self.clusters, slots)
 
     def attend(self, query: Tensor, logits: Logits) -> Tensor:
         if self.clusters and not any(self.clusters.counts):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...artifacts import Artifact
-from ..attention import Logits, attention_mass, causal_attention, probabilities
+from ..attention import Logits, attention_mass, probabilities
 from .amounts import check_flag
 from .row_store import RowStore
 
@@ -31,11 +31,10 @@ class FullStore(RowStore):
         self.record_mass = record_mass
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits, valid: Tensor | None = None) -> Tensor:
-        places = self._extend(key, value, valid)
-        held_key, held_value = self.rows["key"].view, self.rows["value"].view
+        out = super().prefill(query, key, value, logits, valid)
         if self.record_mass:
-            self._record(attention_mass(query, held_key, logits, places.limits))
-        return causal_attention(query, held_key, held_value, logits, places.limits)
+            self._record(attention_mass(query, self.rows["key"].view, logits, self._limits))
+        return out
 
     def attend(self, query: Tensor, logits: Logits) -> Tensor:
         if self.record_mass:

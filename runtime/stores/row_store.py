@@ -19,9 +19,12 @@ class RowStore(Store):
     """Everything stays, left-aligned, in buffers `key` and `value`."""
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits, valid: Tensor | None = None) -> Tensor:
-        places = self._extend(key, value, valid)
-        held_key, held_value = self._whole("key"), self._whole("value")
-        return causal_attention(self._encode_query(query), held_key, held_value, logits, places.limits)
+        self._limits = self._extend(key, value, valid).limits
+        return self.attend_all(query, logits)
+
+    def attend_all(self, query: Tensor, logits: Logits) -> Tensor:
+        key, value = self._whole("key"), self._whole("value")
+        return causal_attention(self._encode_query(query), key, value, logits, self._limits)
 
     def append(self, key: Tensor, value: Tensor, valid: Tensor | None = None) -> None:
         self._extend(key, value, valid)
@@ -72,6 +75,8 @@ class RowStore(Store):
 
     _device = torch.device("cpu")
     """Where tokens come from and attention is computed."""
+    _limits: Tensor | None = None
+    """Of the last prefill: see `Places`."""
     _read_rows: tuple[Tensor, Tensor | None] | None = None
     """Of the last step: indices [B, H, k] and which of them count; None: everything."""
 

@@ -19,11 +19,12 @@ class Selection(Budget):
     """What is read per step."""
 
     select: str = "head"
-    """"head": each query head reads its own tokens (as published); "group": the heads of a KV head read the same."""
+    """"head": each query head reads its own tokens (as published). "group", "max": the heads of a KV head read the
+    same, those of the largest mean of their softmaxes, or of the largest logit in any, which needs no second pass."""
 
     def check(self) -> None:
         super().check()
-        check_choice("select", self.select, ("head", "group"))
+        check_choice("select", self.select, ("head", "group", "max"))
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class SelectingStore(RowStore):
         if self.selection.select == "group":
             # The group's mean softmax, in logarithms, where nothing underflows.
             scores = own.log_softmax(-1).logsumexp(2, keepdim=True)
+        elif self.selection.select == "max":
+            scores = own.amax(2, keepdim=True)
         chosen = self._pick(scores, budgets)
         self._read_rows = (chosen.index.flatten(1, 2), None if chosen.counted is None else chosen.counted.flatten(1, 2))
         return self._combine(query, logits, own, chosen)

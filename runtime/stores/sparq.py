@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...artifacts import Artifact
 from ..attention import Logits
-from .amounts import Amount, check_amount, count_of
+from .amounts import Amount, check_amount, check_choice, count_of
 from .rows import Places
 from .selecting import Chosen, SelectingStore, Selection, best
 
@@ -23,6 +23,7 @@ class Sparq(Selection):
 
     def build(self, layer: int, head_dim: int, artifact: Artifact | None) -> Callable[[], SparqStore]:
         self.check()
+        check_choice("select", self.select, ("head", "group"))
         check_amount("rank", self.rank, head_dim, "the head dim")
         return lambda: SparqStore(self)
 

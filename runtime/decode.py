@@ -1,0 +1,171 @@
+"""A small generate loop: dense prefill, then the whole decode step, captured once and replayed.
+
+Its attention writes and reads a compressed cache at fixed addresses; it samples on the device and leaves the next token
+where the next replay finds it. The host waits for nothing but, now and then, whether all rows have ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..artifacts import Artifact, KvcalError
+from .replay import Replay, State
+from .sampling import Sampler
+from .settings import DEFAULT_METHOD
+from .stores.amounts import check_count
+
+CHECK_EVERY = 16
+"""Steps between two looks at whether all rows have ended."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    tokens: Tensor
+    """[B, prompt + new] int64; after a row's end of sequence, padding."""
+    why_not_captured: str | None
+    """Why the steps were not replays of a CUDA graph; None: they were."""
+    cache: Any
+    """The CompressedCache, which holds all tokens but the last: give it to the next turn (of a model that shares keys
+    and values as then, where the method was a `cla`)."""
+
+
+@torch.no_grad()
+def decode(
+    model: Any,
+    input_ids: Tensor,
+    artifact: Artifact | None = None,
+    method: Any = DEFAULT_METHOD,
+    *,
+    max_new_tokens: int,
+    attention_mask: Tensor | None = None,
+    sampler: Sampler | None = None,
+    seed: int = 0,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    graph: bool = True,
+    **settings: Any,
+) -> Decoded:
+    """Continue prompts as `generate()` does with the same cache.
+
+    Args:
+        model: a transformers decoder with a language-model head, in eval mode.
+        input_ids: [B, T] int64, left-padded where `attention_mask` [B, T] is 0.
+        method, settings: as of `compress`.
+        sampler: None: greedy.
+        eos_token_id: ends a row; None: as the model's generation config says. pad_token_id: follows it; None: the same,
+            or the first token that ends a row.
+        graph: False: run every step from Python.
+
+    Raises:
+        KvcalError: whatever does not fit, before any token is decoded.
+    """
+    from .integration.contexts import shared_for
+
+    if input_ids.dim() != 2 or not input_ids.numel():
+        raise KvcalError(f"input_ids {list(input_ids.shape)}: give [rows, tokens], at least one of each")
+    check_count("max_new_tokens", max_new_tokens, 1)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if mask.shape != input_ids.shape:
+        raise KvcalError(f"attention_mask {list(mask.shape)}: give one number per token, {list(input_ids.shape)}")
+    if sampler is not None and not isinstance(sampler, Sampler):
+        raise KvcalError(f"sampler {sampler!r}: give a Sampler, e.g. Sampler(temperature=0.7, top_p=0.9)")
+    ends, padding = _specials(model, eos_token_id, pad_token_id, input_ids.device)
+    position = (mask.cumsum(1) - 1).clamp_min(0)
+    state = State(position[:, -1:] + 1, max_new_tokens, sampler or Sampler(), ends, padding, seed)
+    with shared_for(model, artifact, method, settings) as (inner, own):
+        return _decode(model, input_ids, mask, position, state, graph, (artifact, inner, own))
+
+
+def _decode(
+    model: Any, input_ids: Tensor, mask: Tensor, position: Tensor, state: State, graph: bool, recipe: Any
+) -> Decoded:
+    """Args: recipe: (artifact, method, settings) of the cache."""
+    from .integration.cache import CompressedCache
+    from .integration.stepping import SteppingCache
+
+    artifact, method, settings = recipe
+    cache = CompressedCache(model, artifact, method, **settings)
+    out = model(
+        input_ids=input_ids, attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1
+    )
+    state.take(out.logits[:, -1])
+    why_not = SteppingCache.refusal(cache)
+    if why_not is None:
+        done, why_not = _replayed(model, SteppingCache(cache), state, graph)
+    else:
+        done = _one_by_one(model, cache, state, mask)
+    new = state.tokens[:, : _length(state, done)]
+    if new.shape[1] < done:
+        cache.crop(new.shape[1] - done)
+    return Decoded(torch.cat((input_ids, new), 1), why_not, cache)
+
+
+def _replayed(model: Any, stepping: Any, state: State, graph: bool) -> tuple[int, str | None]:
+    """(tokens sampled, why no graph was captured)."""
+
+    def step() -> None:
+        out = model(
+            input_ids=state.ids,
+            position_ids=state.position,
+            past_key_values=stepping,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        state.position += 1
+        stepping.clock.tick()
+        state.take(out.logits[:, -1])
+
+    replay = Replay(step, [*state.small(), stepping.clock.held, stepping.clock.seen], state, graph)
+    done = 1
+    while not _finished(state, done):
+        replay(stepping.prepare())
+        stepping.unsettled += 1
+        done += 1
+    stepping.settle()
+    return done, replay.why_not
+
+
+def _one_by_one(model: Any, cache: Any, state: State, mask: Tensor) -> int:
+    """Tokens sampled, by plain calls with the compressed cache."""
+    done = 1
+    while not _finished(state, done, every=1):  # not all caches can give back what came after the end
+        mask = torch.cat((mask, mask.new_ones(mask.shape[0], 1)), 1)
+        out = model(
+            input_ids=state.ids, attention_mask=mask, position_ids=state.position, past_key_values=cache, use_cache=True
+        )
+        state.position += 1
+        state.take(out.logits[:, -1])
+        done += 1
+    return done
+
+
+def _finished(state: State, done: int, every: int = CHECK_EVERY) -> bool:
+    """Waits for the device every few steps only."""
+    if done >= state.tokens.shape[1]:
+        return True
+    return state.ends is not None and done % every == 1 % every and bool(state.ended.all())
+
+
+def _length(state: State, done: int) -> int:
+    """Tokens until the last row has ended: there may have been steps after it."""
+    if state.ends is None:
+        return done
+    ended = torch.isin(state.tokens[:, :done], state.ends).cumsum(1) > 0
+    return min(done, int((~ended).sum(1).max()) + 1)
+
+
+def _specials(model: Any, ends: Any, padding: int | None, device: torch.device) -> tuple[Tensor | None, int]:
+    """([n] tokens that end a row, the token after them)."""
+    config = getattr(model, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None) if ends is None else ends
+    listed = [ends] if isinstance(ends, int) else list(ends or [])
+    if any(isinstance(token, bool) or not isinstance(token, int) for token in listed):
+        raise KvcalError(f"eos_token_id {ends!r}: give a token id, or several")
+    padding = getattr(config, "pad_token_id", None) if padding is None else padding
+    padding = next(iter(listed), 0) if padding is None else padding
+    return torch.tensor(listed, device=device) if listed else None, padding

@@ -1,0 +1,124 @@
+"""A compressed cache that a captured decode step can be replayed on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
+
+from ..attention import Logits
+from ..static import STEPS, Clock, Step, refusal
+from .cache import CompressedCache
+from .layer import CompressedLayer
+
+BUCKET = 1024
+"""Tokens by which rows grow: a new address is a new capture."""
+
+
+class SteppingLayer(CacheLayerMixin):
+    """As CompressedLayer, for one token per row and call."""
+
+    is_sliding = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, step: Step, seen: int, writes: bool):
+        """Args: writes: False for a layer that reads what another has written."""
+        super().__init__()
+        self.step, self.seen, self.writes = step, seen, writes
+        self.is_initialized = True
+        self._new: tuple[Tensor, Tensor] | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """The step's store is there already."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self._new = (key_states, value_states)
+        key = key_states.view_as(key_states)
+        key.kvcal_layer = self  # type: ignore[attr-defined]
+        return key, value_states
+
+    @torch.no_grad()
+    def attend(self, query: Tensor, mask: Tensor | None, logits: Logits) -> Tensor:
+        """[B, Hq, 1, D] -> [B, Hq, 1, Dv], the new token taken in."""
+        assert self._new is not None
+        (key, value), self._new = self._new, None
+        return self.step.step(query, key, value, logits) if self.writes else self.step.read(query, logits)
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        return self.seen + 1, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.14
+
+
+class SteppingCache(DynamicCache):
+    """Works on the stores of `cache`, which is up to date again after `settle`."""
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(self, cache: CompressedCache):
+        super().__init__(config=cache.call.model().config)  # type: ignore[union-attr]
+        self.cache, self.call = cache, cache.call
+        first = next(iter(cache.stores.values()))
+        device = first.rows["key"].view.device
+        self.clock = Clock(first.lengths, device)
+        methods, groups = cache.recipe.methods, cache.recipe.groups
+        made = {
+            layer: STEPS[type(methods[layer])](store, self.clock)
+            for layer, store in cache.stores.items()
+            if groups.storing_of(layer) == layer
+        }
+        self.steps = list(made.values())
+        self.unsettled = 0
+        """Tokens per row since the stores were told."""
+        self.layers = [SteppingLayer(made[groups.storing_of(at)], first.seen, at in made) for at in cache.stores]
+
+    @staticmethod
+    def refusal(cache: CompressedCache) -> str | None:
+        """Why a cache cannot be stepped; None: it can."""
+        if any(not isinstance(layer, CompressedLayer) for layer in cache.layers):
+            return "the model has layers that keep transformers' own cache (sliding windows), which grows by copies"
+        for method in cache.recipe.methods.values():
+            if why := refusal(method):
+                return why
+        devices = {str(store.rows["key"].view.device) for store in cache.stores.values()}
+        return f"its layers lie on several devices ({', '.join(sorted(devices))})" if len(devices) > 1 else None
+
+    @torch.inference_mode(False)  # the stores outlive the caller's mode, and are written in place
+    @torch.no_grad()
+    def prepare(self) -> tuple[tuple[int, int], ...]:
+        """See to all that the host has to before the next token.
+
+        Returns:
+            (address, capacity) of everything that a step touches.
+        """
+        length = max(self.steps[0].store.lengths) + self.unsettled
+        full = length >= self.steps[0].capacity
+        if full or any(step.due(self.unsettled) for step in self.steps):
+            self.settle()
+            for step in self.steps:
+                step.reserve(-(-(length + 1) // BUCKET) * BUCKET if full else step.capacity)
+        return tuple(address for step in self.steps for address in step.addresses())
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Tell the stores of the tokens since the last time."""
+        if self.unsettled:
+            for step in self.steps:
+                step.settle(self.unsettled)
+        self.unsettled = 0
+
+    def check_whole(self) -> None:
+        """Steps are whole by construction."""
+
+    def check_sharing(self, model: Any) -> None:
+        self.cache.check_sharing(model)

@@ -1,0 +1,34 @@
+"""Steps of fixed shapes and addresses over the buffers of a store, which a CUDA graph can replay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..stores import Method
+from ..stores.clusterkv import ClusterKV
+from ..stores.full import Full
+from ..stores.loki import Loki
+from .clock import Clock
+from .clusterkv import ClusterKVStep
+from .full import FullStep
+from .loki import LokiStep
+from .step import Step
+
+STEPS: dict[type, Callable[[Any, Clock], Step]] = {Full: FullStep, Loki: LokiStep, ClusterKV: ClusterKVStep}
+
+
+def refusal(method: Method) -> str | None:
+    """Why a method has no such step; None: it has one."""
+    if type(method) not in STEPS:
+        return f"{type(method).__name__} has no step of fixed shapes"
+    if getattr(method, "tail", False):
+        return "the tail has no step of fixed shapes"
+    if getattr(method, "offload", "none") != "none":
+        return "an offloaded cache copies what the step selects"
+    if getattr(method, "record_mass", False):
+        return "record_mass has no step of fixed shapes"
+    return None
+
+
+__all__ = ["Clock", "Step", "STEPS", "refusal"]

@@ -1,0 +1,195 @@
+"""The loop of fixed addresses gives what plain generate() gives with the same cache."""
+
+import copy
+
+import pytest
+import torch
+from compressed import artifact, model, padded, random_ids
+
+from kvcal.artifacts import KvcalError
+from kvcal.runtime import CompressedCache, Sampler, compress, decode
+from kvcal.runtime.integration import stepping
+
+STEPS = 30
+METHODS = {
+    "full": {"method": "full"},
+    "loki": {"method": "loki", "rank": 0.5, "keep": 0.5},
+    "loki-max": {"method": "loki", "rank": 0.25, "keep": 0.25, "select": "max"},
+    "loki-group": {"method": "loki", "rank": 8, "keep": 12, "select": "group", "dense_below": 25},
+    "loki-score": {"method": "loki", "rank": 0.5, "keep": 0.3, "basis": "score"},
+    "clusterkv": {"method": "clusterkv", "keep": 20, "tokens_per_cluster": 4, "window": 5, "sinks": 2},
+    "clusterkv-head": {"method": "clusterkv", "keep": 0.6, "tokens_per_cluster": 3, "window": 4, "select": "head"},
+    "clusterkv-max": {"method": "clusterkv", "keep": 9, "tokens_per_cluster": 3, "sinks": 0, "select": "max"},
+}
+NO_GRAPH = "CUDA graphs need a GPU, the model is on cpu"
+
+
+def generated(name, inputs, settings, **more):
+    with compress(model(name), artifact(name), **settings):
+        return model(name).generate(**inputs, max_new_tokens=STEPS, do_sample=False, **more)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3", "phi3"])
+@pytest.mark.parametrize("method", METHODS)
+def test_equals_generate(name, method):
+    inputs = padded(9, 23, 40)
+    out = decode(
+        model(name), artifact=artifact(name), max_new_tokens=STEPS, eos_token_id=[], **inputs, **METHODS[method]
+    )
+    expected = generated(name, inputs, METHODS[method], eos_token_id=None, pad_token_id=0)
+    assert torch.equal(out.tokens, expected)
+
+
+@pytest.mark.parametrize("method", ["cla", "cla+clusterkv"])
+def test_layers_that_share(method):
+    """Reading layers write nothing and read with queries of their own."""
+    settings = {**(METHODS["clusterkv"] if "+" in method else {}), "method": method, "groups": "0-1,2"}
+    inputs = padded(9, 23, 40)
+    out = decode(model(), artifact=artifact(), max_new_tokens=STEPS, **inputs, **settings)
+    assert torch.equal(out.tokens, generated("llama", inputs, settings))
+    assert out.why_not_captured == NO_GRAPH
+
+
+@pytest.mark.parametrize("method", ["full", "loki", "loki-score", "clusterkv"])
+def test_rows_grow_by_buckets(method, monkeypatch):
+    monkeypatch.setattr(stepping, "BUCKET", 8)
+    inputs = padded(9, 23, 40)
+    out = decode(model(), artifact=artifact(), max_new_tokens=STEPS, **inputs, **METHODS[method])
+    assert torch.equal(out.tokens, generated("llama", inputs, METHODS[method]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_cache_goes_on(method):
+    """A second turn on the cache is the second turn on the cache of generate()."""
+    inputs = padded(9, 23, 40)
+    out = decode(model(), artifact=artifact(), max_new_tokens=STEPS, **inputs, **METHODS[method])
+    assert out.cache.get_seq_length() == out.tokens.shape[1] - 1
+    cache = CompressedCache(model(), artifact(), **METHODS[method])
+    tokens = model().generate(**inputs, past_key_values=cache, max_new_tokens=STEPS, do_sample=False)
+    assert torch.equal(out.tokens, tokens)
+    turn = torch.cat((tokens, torch.cat([random_ids(5, seed=row) for row in range(3)])), 1)
+    mask = torch.ones_like(turn)
+    mask[:, :40] = inputs["attention_mask"]
+    again = [
+        model().generate(turn, attention_mask=mask, past_key_values=of, max_new_tokens=8, do_sample=False)
+        for of in (cache, out.cache)
+    ]
+    assert torch.equal(*again)
+    assert cache.resident_bytes() <= out.cache.resident_bytes()  # reserved in buckets
+
+
+@pytest.mark.parametrize("method", ["full", "loki", "clusterkv"])
+def test_rows_end_by_themselves(method):
+    """As generate() pads them, and stops when all have ended."""
+    inputs = padded(9, 23, 40)
+    free = generated("llama", inputs, METHODS[method])
+    ends = [int(free[0, 44]), int(free[1, 50]), int(free[2, 41])]
+    out = decode(
+        model(),
+        artifact=artifact(),
+        max_new_tokens=STEPS,
+        eos_token_id=ends,
+        pad_token_id=1,
+        **inputs,
+        **METHODS[method],
+    )
+    expected = generated("llama", inputs, METHODS[method], eos_token_id=ends, pad_token_id=1)
+    assert torch.equal(out.tokens, expected) and expected.shape[1] < 40 + STEPS
+    assert out.cache.get_seq_length() == out.tokens.shape[1] - 1
+
+
+@pytest.mark.parametrize(("name", "method"), [("gemma2", {"method": "loki"}), ("llama", {"method": "h2o"})], ids=str)
+@pytest.mark.parametrize("at", [3, 20])
+def test_rows_end_where_nothing_can_be_taken_back(name, method, at):
+    inputs = padded(40)
+    ends = [int(generated(name, inputs, method)[0, 40 + at])]
+    out = decode(model(name), artifact=artifact(name), max_new_tokens=STEPS, eos_token_id=ends, **inputs, **method)
+    assert torch.equal(out.tokens, generated(name, inputs, method, eos_token_id=ends, pad_token_id=0))
+
+
+@pytest.mark.parametrize("method", ["full", "loki", "clusterkv"])
+def test_the_cache_outlives_inference_mode(method):
+    inputs = padded(9, 23)
+    with torch.inference_mode():
+        out = decode(model(), artifact=artifact(), max_new_tokens=6, **inputs, **METHODS[method])
+    tokens = out.tokens.clone()
+    mask = torch.cat((inputs["attention_mask"], torch.ones(2, 6, dtype=torch.int64)), 1)
+    more = model().generate(tokens, attention_mask=mask, past_key_values=out.cache, max_new_tokens=4, do_sample=False)
+    assert torch.equal(more[:, : tokens.shape[1]], tokens)
+
+
+def test_padding_is_that_of_generate():
+    """Without a padding token in the generation config, the first token that ends a row."""
+    inputs = padded(9, 23)
+    free = generated("llama", inputs, METHODS["full"])
+    ends = [int(free[0, 26]), int(free[1, 33])]
+    out = decode(model(), max_new_tokens=STEPS, eos_token_id=ends, **inputs, **METHODS["full"])
+    assert torch.equal(out.tokens, generated("llama", inputs, METHODS["full"], eos_token_id=ends))
+
+
+def test_small_budgets_do_not_move_buffers(monkeypatch):
+    """Buffers are reserved for all clusters that a bucket can bring."""
+    seen = []
+    prepare = stepping.SteppingCache.prepare
+    monkeypatch.setattr(stepping.SteppingCache, "prepare", lambda self: seen.append(prepare(self)) or seen[-1])
+    settings = {"method": "clusterkv", "keep": 6, "sinks": 2, "tokens_per_cluster": 80, "window": 320}
+    decode(model(), max_new_tokens=60, **padded(9, 23), **settings)
+    assert len(set(seen)) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "reason"),
+    [
+        ("llama", METHODS["loki"], NO_GRAPH),
+        ("gemma2", METHODS["loki"], "the model has layers that keep transformers' own cache"),
+        ("llama", {"method": "quest"}, "Quest has no step of fixed shapes"),
+        ("llama", {"method": "loki", "tail": True}, "the tail has no step of fixed shapes"),
+        ("llama", {"method": "clusterkv", "offload": "cpu"}, "an offloaded cache copies what the step selects"),
+    ],
+)
+def test_why_there_is_no_graph(name, method, reason):
+    inputs = padded(9, 23)
+    out = decode(model(name), artifact=artifact(name), max_new_tokens=6, **inputs, **method)
+    assert out.why_not_captured and out.why_not_captured.startswith(reason)
+    with compress(model(name), artifact(name), **method):
+        assert torch.equal(out.tokens, model(name).generate(**inputs, max_new_tokens=6, do_sample=False))
+
+
+def test_a_seed_decides_what_is_sampled():
+    inputs = {"input_ids": random_ids(20).expand(3, -1)}
+    draws = [
+        decode(model(), method="full", max_new_tokens=9, sampler=Sampler(temperature=2.0), seed=seed, **inputs).tokens
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert len({tuple(row) for row in draws[0].tolist()}) == 3  # rows are drawn by themselves
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.int64), "max_new_tokens": 3}, r"input_ids \[1, 0\]: give"),
+        ({"input_ids": random_ids(3), "max_new_tokens": 0}, "max_new_tokens 0: give a whole number of at least 1"),
+        ({"input_ids": random_ids(3), "max_new_tokens": 2, "method": "x"}, "unknown method 'x'"),
+        (
+            {"input_ids": random_ids(3), "max_new_tokens": 2, "attention_mask": torch.ones(1, 2)},
+            r"attention_mask \[1, 2",
+        ),
+        ({"input_ids": random_ids(3), "max_new_tokens": 2, "eos_token_id": "x"}, "eos_token_id 'x': give a token id"),
+        ({"input_ids": random_ids(3), "max_new_tokens": 2, "sampler": {}}, "sampler {}: give a Sampler"),
+    ],
+)
+def test_refused(inputs, message):
+    with pytest.raises(KvcalError, match=message):
+        decode(model(), **inputs)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_captured_step_equals_generate(method):
+    gpu = copy.deepcopy(model()).cuda()
+    inputs = {name: tensor.cuda() for name, tensor in padded(9, 23, 40).items()}
+    out = decode(gpu, artifact=artifact(), max_new_tokens=STEPS, **inputs, **METHODS[method])
+    assert out.why_not_captured is None
+    with compress(gpu, artifact(), **METHODS[method]):
+        assert torch.equal(out.tokens, gpu.generate(**inputs, max_new_tokens=STEPS, do_sample=False))

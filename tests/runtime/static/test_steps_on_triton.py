@@ -1,0 +1,114 @@
+"""The steps that a CUDA graph replays, on Triton's kernels, against the same steps on the kernels' references."""
+
+import pytest
+import torch
+from tolerances import assert_close
+
+from kvcal.runtime.attention import Logits
+from kvcal.runtime.static import STEPS, Clock
+from kvcal.runtime.stores.clusterkv import ClusterKV, ClusterKVStore
+from kvcal.runtime.stores.full import Full, FullStore
+from kvcal.runtime.stores.loki import Basis, Loki, LokiStore
+
+KERNELS = ("append", "attend", "dense", "score", "select")
+HEADS, GROUP, DIMS, RANK = 2, 4, 32, 16
+LENGTHS = (37, 9, 60)
+CLUSTERS = {"keep": 30, "tokens_per_cluster": 6, "window": 12, "sinks": 4}
+METHODS = {
+    "full": Full(),
+    "loki": Loki(rank=RANK, keep=12),
+    "loki-group": Loki(rank=RANK, keep=0.5, select="group"),
+    "loki-max": Loki(rank=RANK, keep=12, select="max", dense_below=20),
+    "loki-index": Loki(rank=RANK, keep=12, select="max", basis="score"),
+    "clusterkv": ClusterKV(**CLUSTERS),
+    "clusterkv-head": ClusterKV(**CLUSTERS, select="head"),
+    "clusterkv-max": ClusterKV(**CLUSTERS, select="max"),
+}
+STEPPED = 2
+
+
+@pytest.fixture
+def on(monkeypatch, device):
+    """Makes every kernel run on one backend, whatever its tensors' device."""
+
+    def choose(backend):
+        for kernel in KERNELS:
+            monkeypatch.setattr(f"kvcal.kernels.{kernel}.choose", lambda *_: backend)
+
+    return choose
+
+
+@pytest.fixture
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Text:
+    """Queries, keys and values of a prompt of unequal rows and of the tokens after it."""
+
+    def __init__(self, dtype, device):
+        self.generator, self.dtype, self.device = torch.Generator().manual_seed(5), dtype, device
+        self.basis = torch.linalg.qr(self.draw(HEADS, DIMS, DIMS, dtype=torch.float64))[0].float().to(device)
+        padding = torch.arange(max(LENGTHS)) < max(LENGTHS) - torch.tensor(LENGTHS).unsqueeze(1)
+        self.prompt, self.valid = self.tokens(max(LENGTHS)), ~padding
+        self.decoded = [self.tokens(1) for _ in range(STEPPED)]
+
+    def tokens(self, count):
+        shapes = (HEADS * GROUP, HEADS, HEADS)
+        return [self.draw(len(LENGTHS), heads, count, DIMS, dtype=self.dtype) for heads in shapes]
+
+    def draw(self, *shape, dtype):
+        return torch.randn(shape, generator=self.generator).to(self.device, dtype)
+
+
+def make_store(method, basis):
+    if isinstance(method, Loki):
+        part = basis[:, :RANK].contiguous()
+        return LokiStore(method, Basis(basis, basis, RANK) if method.basis == "pca" else Basis(part, part, RANK))
+    return ClusterKVStore(method, None) if isinstance(method, ClusterKV) else FullStore()
+
+
+def stepped(method, text, logits):
+    """[STEPPED, B, Hq, Dv] and what the store holds after that; positions are not the step's to write."""
+    store = make_store(method, text.basis.to(text.dtype))
+    store.prefill(*text.prompt, logits, text.valid)
+    clock = Clock(store.lengths, text.device)
+    step = STEPS[type(method)](store, clock)
+    step.reserve(max(LENGTHS) + STEPPED + 1)
+    out = []
+    for query, key, value in text.decoded:
+        out.append(step.step(query, key, value, logits).squeeze(2))
+        clock.tick()
+    return torch.stack(out), {name: step.buffer(name) for name in step.per_token if name != "position"}
+
+
+@pytest.mark.parametrize(
+    ("method", "capped"),
+    [*((method, False) for method in METHODS), *((method, True) for method in ("full", "loki-max", "clusterkv"))],
+)
+def test_equals_the_reference(method, capped, on, device):
+    text, logits = Text(torch.float32, device), Logits(DIMS**-0.5)
+    if capped:
+        sinks = torch.linspace(-1, 1, HEADS * GROUP, device=device)
+        logits = Logits(DIMS**-0.5, softcap=5.0, sinks=sinks)
+    on("reference")
+    expected, held = stepped(METHODS[method], text, logits)
+    on("triton")
+    out, written = stepped(METHODS[method], text, logits)
+    assert_close(out, expected)
+    for name in held:
+        assert_close(written[name], held[name])
+
+
+@pytest.mark.parametrize("method", ["full", "loki-max", "clusterkv-max"])
+def test_sixteen_bits(method, on, device):
+    """Against float32: what is chosen may differ in a token or two whose scores are nearly those of others."""
+    text, exact = Text(torch.bfloat16, device), Text(torch.float32, device)
+    exact.prompt = [part.float() for part in text.prompt]
+    exact.decoded = [[part.float() for part in token] for token in text.decoded]
+    on("reference")
+    expected, _ = stepped(METHODS[method], exact, Logits(DIMS**-0.5))
+    on("triton")
+    out, _ = stepped(METHODS[method], text, Logits(DIMS**-0.5))
+    error = (out.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.median() < 2e-2
