@@ -1,0 +1,152 @@
+"""The gate's other half: attention kernels against one softmax in float64, and whole steps against their references."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from gpu_caches import draw, forced
+from gpu_gate import Gate
+from gpu_methods import methods
+from gpu_timing import captured
+from torch import Tensor
+
+from kvcal.kernels.attend import attend, attend_runs, tail, window
+from kvcal.kernels.dense import dense
+
+ALLOWED = 1e-2
+"""bfloat16 operands and results."""
+STEP_ALLOWED = 3e-2
+"""Of whole steps beside float32's, in the median of the query heads: tokens and clusters whose scores are nearly
+those of others may be chosen in their place."""
+SHARPER = 4.0
+"""Times the queries of whole steps, so that what is barely chosen has little weight."""
+CAP = 20.0
+
+
+class Problem:
+    """Three rows of unequal lengths; keys and values beyond them, and wherever `hide` says, are NaN."""
+
+    def __init__(self, gate: Gate, capacity: int):
+        sizes = gate.sizes
+        self.gate, self.capacity = gate, capacity
+        self.lengths = gate.integers(capacity, capacity // 2 + 13, 1)
+        self.query = 2 * gate.normal(3, sizes.heads, sizes.group, sizes.dims)
+        self.key, self.value = (gate.normal(3, sizes.heads, capacity, sizes.dims) for _ in "kv")
+        self.sinks = gate.normal(sizes.heads * sizes.group, dtype=torch.float32)
+        self.slot = torch.arange(capacity, device=gate.device)
+        self.held = self.slot < self.lengths.view(-1, 1, 1, 1)
+
+    def hide(self, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values without what no query sees. Args: visible: [B, Hkv, G or 1, S]."""
+        unseen = ~visible.any(2).unsqueeze(-1)
+        return self.key.masked_fill(unseen, torch.nan), self.value.masked_fill(unseen, torch.nan)
+
+    def exact(self, visible: Tensor, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
+        """[B, Hkv, G, Dv] float64."""
+        logits = self.query.double() @ self.key.double().mT * self.gate.sizes.scaling
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        logits = logits.masked_fill(~visible, -torch.inf)
+        if sinks is not None:
+            of_sinks = sinks.double().view(1, logits.shape[1], -1, 1).expand(len(logits), -1, -1, -1)
+            logits = torch.cat((logits, of_sinks), -1)
+        weights = logits.softmax(-1)[..., : self.capacity]
+        return weights @ self.value.double()
+
+    def out(self) -> Tensor:
+        return torch.full_like(self.query, torch.nan)
+
+
+def check_dense(gate: Gate) -> None:
+    for capacity in (gate.sizes.gate, gate.sizes.gate_long):
+        of = Problem(gate, capacity)
+        key, value = of.hide(of.held)
+        both: dict[str, dict[str, Any]] = {"plain": {}, "capped, sinks": {"softcap": CAP, "sinks": of.sinks}}
+        for name, options in both.items():
+            out = of.out()
+            dense(
+                of.query, key, value, of.lengths, scaling=gate.sizes.scaling, out=out, backend=gate.backend, **options
+            )
+            gate.near(f"dense {name} of {capacity}", out, of.exact(of.held, **options), ALLOWED)
+
+
+def check_attend(gate: Gate) -> None:
+    sizes, of = gate.sizes, Problem(gate, gate.sizes.gate)
+    keep = min(sizes.keep, of.capacity // 4)
+    recent = gate.integers(of.capacity - 9, of.capacity // 2 + 1, 1), of.lengths  # the last row's is empty
+    near = (of.slot >= recent[0].view(-1, 1, 1, 1)) & of.held
+    common: dict[str, Any] = {"scaling": sizes.scaling, "backend": gate.backend}
+    for name, each in (("by KV head", False), ("by query head", True)):
+        group = sizes.group if each else 1
+        rank = torch.rand(3, sizes.heads, group, of.capacity, generator=gate.generator, device=gate.device)
+        rank = rank.masked_fill(~of.held | near, -1.0)
+        index = rank.topk(keep).indices.int()
+        wanted = (keep - torch.arange(sizes.heads * group, device=gate.device) % 17).view(sizes.heads, group)
+        count = torch.minimum(wanted, (rank >= 0).sum(-1)).int()
+        counted = torch.arange(keep, device=gate.device) < count.unsqueeze(-1)
+        visible = torch.zeros_like(rank, dtype=torch.int32).scatter_add_(3, index.long(), counted.int()) > 0
+        index = index.where(counted, 0)
+        if not each:
+            index, count = index.squeeze(2), count.squeeze(2)
+        key, value = of.hide(visible)
+        out = of.out()
+        attend(of.query, key, value, index, count, out=out, **common)
+        gate.near(f"attend {name}", out, of.exact(visible).where(visible.any(-1, keepdim=True), 0), ALLOWED)
+        key, value = of.hide(visible | near)
+        extra = [window(of.query, key, value, *recent, softcap=CAP, **common)]
+        out = of.out()
+        attend(of.query, key, value, index, count, softcap=CAP, sinks=of.sinks, extra=extra, out=out, **common)
+        gate.near(f"attend {name}, window, sinks", out, of.exact(visible | near, CAP, of.sinks), ALLOWED)
+
+
+def check_runs(gate: Gate) -> None:
+    sizes, of = gate.sizes, Problem(gate, gate.sizes.gate)
+    runs = max(2, min(sizes.keep, of.capacity // 4) // sizes.per_cluster[0])
+    pitch = of.capacity // runs
+    starts = (torch.arange(runs, device=gate.device) * pitch).int().expand(3, sizes.heads, -1).contiguous()
+    size = torch.randint(0, pitch // 2, starts.shape, generator=gate.generator, device=gate.device).int()
+    size[:, :, 0] = 1  # every row has a token
+    size = torch.minimum(size, (of.lengths.view(-1, 1, 1) - starts).clamp_min(0))
+    offset = of.slot % pitch
+    run = (of.slot // pitch).clamp_max(runs - 1)
+    visible = (offset < size[..., run]).unsqueeze(2) & of.held & (of.slot < runs * pitch)
+    key, value = of.hide(visible)
+    out = of.out()
+    attend_runs(of.query, key, value, starts, size, scaling=sizes.scaling, out=out, backend=gate.backend)
+    gate.near("attend_runs", out, of.exact(visible), ALLOWED)
+
+
+def check_tail(gate: Gate) -> None:
+    """A cluster of n unread tokens is n tokens with its mean key and value."""
+    sizes, of = gate.sizes, Problem(gate, gate.sizes.gate // 8)
+    unread = torch.randint(0, 4, (3, sizes.heads, of.capacity), generator=gate.generator, device=gate.device).float()
+    unread[..., 0] = 1.0
+    out, lse = tail(of.query, of.key, of.value, unread, scaling=sizes.scaling, backend=gate.backend)
+    merged = (lse.double() - lse.double().logsumexp(-1, keepdim=True)).exp().unsqueeze(-1) * out.double()
+    merged = merged.where(lse.unsqueeze(-1) > -math.inf, 0).sum(-2)
+    logits = of.query.double() @ of.key.double().mT * sizes.scaling + unread.double().log().unsqueeze(2)
+    gate.near("tail", merged, logits.softmax(-1) @ of.value.double(), ALLOWED)
+    gate.near("tail: mass", lse.double().logsumexp(-1), logits.logsumexp(-1), 1e-3)
+
+
+def check_steps(gate: Gate) -> None:
+    sizes = gate.sizes
+    for name, make in methods(sizes).items():
+        copy = draw(sizes, 2, sizes.gate, gate.device, seed=3, rotated=name == "loki")
+        copy = replace(copy, query=SHARPER * copy.query)
+        with forced("reference"):
+            expected = make(copy.float()).step()
+        with forced(gate.backend):
+            method = make(copy)
+            out = method.step()
+        errors = (out.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
+        gate.at_most(f"step {name}", float(errors.median()), STEP_ALLOWED)
+        if gate.device.type == "cuda":
+            again = torch.full_like(out, torch.nan)
+            graph = captured([lambda method=method, again=again: again.copy_(method.step())])  # type: ignore[misc]
+            again.fill_(torch.nan)
+            graph.replay()
+            torch.cuda.synchronize()
+            gate.near(f"step {name}, captured", again, out, ALLOWED)

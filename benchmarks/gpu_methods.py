@@ -1,0 +1,197 @@
+"""Attention steps of one layer: as `runtime.decode` captures them, and in parts.
+
+Loki over 4 bits is no method of the runtime yet: its step here is made of kernels, in one function like the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from gpu_caches import Copy, fill, fill_clusters
+from gpu_sizes import Sizes
+from torch import Tensor
+
+from kvcal.kernels.append import append
+from kvcal.kernels.attend import attend, window
+from kvcal.kernels.dense import dense
+from kvcal.kernels.score import quantize, score
+from kvcal.kernels.select import select
+from kvcal.runtime.attention import Logits
+from kvcal.runtime.static import STEPS, Clock, Step
+from kvcal.runtime.stores.clusterkv import ClusterKV, ClusterKVStore
+from kvcal.runtime.stores.full import Full, FullStore
+from kvcal.runtime.stores.loki import Basis, Loki, LokiStore
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    step: Callable[[], Tensor]
+    """Writes the new token and attends: [B, Hq, 1, Dv]."""
+    bytes: int
+    """That the step has to read from memory: its index and the keys and values of what it reads."""
+    parts: dict[str, Call] = field(default_factory=dict)
+    """The launches it is made of; what else the step does is the rest."""
+    part_bytes: dict[str, int] = field(default_factory=dict)
+    """Of the parts that memory limits."""
+
+
+def dense_method(copy: Copy, sizes: Sizes) -> Method:
+    clock, logits = _clock(copy), Logits(sizes.scaling)
+    store = FullStore()
+    fill(store, copy.key.shape[2] - 1, {"key": copy.key, "value": copy.value})
+    step = _step(Full(), store, clock, copy)
+    whole = copy.key.nbytes + copy.value.nbytes
+    parts: dict[str, Call] = {
+        "append": partial(_append, copy, clock),
+        "attend": partial(dense, copy.grouped, copy.key, copy.value, clock.seen, scaling=sizes.scaling),
+    }
+    return Method(partial(step.step, *copy.new, logits), whole, parts, {"attend": whole})
+
+
+class LokiKernels:
+    """One product that projects the queries, then a kernel each: append, score, select, attend."""
+
+    def __init__(self, copy: Copy, sizes: Sizes, bits: int = 16, of_keys: bool = False):
+        """Args: of_keys: the index is the first dimensions of the keys, which lie in the basis."""
+        self.copy, self.sizes, self.bits, self.clock = copy, sizes, bits, _clock(copy)
+        self.map = copy.basis[:, : sizes.rank].contiguous()
+        index = copy.key[..., : sizes.rank] if of_keys else self._projected()
+        self.codes, self.scales = quantize(index, bits)
+        self.written = None if of_keys else self.codes
+        self.arrivals = torch.zeros(copy.key.shape[:2].numel(), dtype=torch.int32, device=copy.key.device)
+
+    def _projected(self) -> Tensor:
+        """[B, Hkv, S, r] of all keys; in float32 where a code's rounding would follow the dtype's."""
+        if self.bits == 16:
+            return self.copy.key @ self.map.mT
+        of_heads = zip(self.copy.key.unbind(1), self.map.unbind(0), strict=True)
+        return torch.stack([key.float() @ map.float().mT for key, map in of_heads], 1)
+
+    def append(self) -> None:
+        _append(self.copy, self.clock, self.map if self.written is not None else None, self.written, self.scales)
+
+    def project(self) -> Tensor:
+        return self.copy.grouped @ self.map.mT
+
+    def score(self, projected: Tensor) -> Tensor:
+        return score(
+            projected, self.codes, self.scales, self.clock.seen,
+            scaling=self.sizes.scaling, bits=self.bits, combine="max", out_dtype=torch.float16,
+        )  # fmt: skip
+
+    def select(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        return select(scores, self.sizes.keep, self.clock.seen, arrivals=self.arrivals)
+
+    def attend(self, chosen: tuple[Tensor, Tensor]) -> Tensor:
+        copy = self.copy
+        return attend(copy.grouped, copy.key, copy.value, *chosen, scaling=self.sizes.scaling)
+
+    def step(self) -> Tensor:
+        self.append()
+        return self.attend(self.select(self.score(self.project()))).flatten(1, 2).unsqueeze(2)
+
+    def method(self, step: Callable[[], Tensor] | None = None) -> Method:
+        """Args: step: the runtime's own, where it has one."""
+        projected = self.project()
+        scores = self.score(projected)
+        chosen = self.select(scores)
+        parts: dict[str, Call] = {
+            "append": self.append,
+            "project": self.project,
+            "score": partial(self.score, projected),
+            "select": partial(self.select, scores),
+            "attend": partial(self.attend, chosen),
+        }
+        index = self.codes[..., 0].numel() * self.codes.shape[-1] * self.codes.itemsize
+        index += 0 if self.scales is None else self.scales.nbytes
+        rows = _rows(self.copy, min(self.sizes.keep, self.copy.key.shape[2]))
+        sizes = {"score": index + scores.nbytes, "attend": rows + chosen[0].nbytes}
+        return Method(step or self.step, index + rows, parts, sizes)
+
+
+def loki(copy: Copy, sizes: Sizes, basis: str) -> Method:
+    """Args: basis: "pca": the index is part of the keys; "score": a tensor of its own."""
+    kernels = LokiKernels(copy, sizes, of_keys=basis == "pca")
+    maps = copy.basis if basis == "pca" else kernels.map
+    settings = Loki(rank=sizes.rank, keep=sizes.keep, select="max", basis=basis)
+    tensors = {"key": copy.key, "value": copy.value}
+    store = LokiStore(settings, Basis(maps, maps, sizes.rank))
+    fill(store, copy.key.shape[2] - 1, tensors if basis == "pca" else {**tensors, "index": kernels.codes})
+    step = _step(settings, store, _clock(copy), copy)
+    return kernels.method(partial(step.step, *copy.new, Logits(sizes.scaling)))
+
+
+def loki_int4(copy: Copy, sizes: Sizes) -> Method:
+    return LokiKernels(copy, sizes, bits=4).method()
+
+
+def clusterkv(copy: Copy, sizes: Sizes, per_cluster: int) -> Method:
+    settings = ClusterKV(
+        keep=sizes.keep, select="max", tokens_per_cluster=per_cluster, window=sizes.window, sinks=sizes.sinks
+    )
+    clock, logits, length = _clock(copy), Logits(sizes.scaling), copy.key.shape[2]
+    store = ClusterKVStore(settings, None)
+    fill(store, length - 1, {"key": copy.key, "value": copy.value})
+    fill_clusters(store, sizes, length - 1, per_cluster)
+    step = _step(settings, store, clock, copy)
+    sinks = clock.seen.clamp_max(sizes.sinks)
+    begin = clock.seen - (length - store.clusters.upto[0])
+    room = (clock.budgets(settings) - sinks - (clock.seen - begin)).clamp_min(0)
+    grouped, scaling = copy.grouped, sizes.scaling
+    scores = step._scores(grouped, logits)
+    index, count = step._recall(scores, room, sinks)
+    longest = settings.window + 1
+    recent = window(grouped, copy.key, copy.value, begin, clock.seen, scaling=scaling, most=longest)
+    parts: dict[str, Call] = {
+        "append": partial(_append, copy, clock),
+        "centroids": partial(step._scores, grouped, logits),
+        "choice": partial(step._recall, scores, room, sinks),
+        "window": partial(window, grouped, copy.key, copy.value, begin, clock.seen, scaling=scaling, most=longest),
+        "attend": partial(attend, grouped, copy.key, copy.value, index, count, scaling=scaling, extra=[recent]),
+    }
+    centroids = step.buffer("cluster.key").nbytes + step.buffer("cluster.size").nbytes
+    rows, of_window = _rows(copy, min(sizes.keep, length)), _rows(copy, sizes.window // 2)
+    part_bytes = {"centroids": centroids, "window": of_window, "attend": rows - of_window + index.nbytes}
+    return Method(partial(step.step, *copy.new, logits), centroids + rows, parts, part_bytes)
+
+
+def methods(sizes: Sizes) -> dict[str, Callable[[Copy], Method]]:
+    found: dict[str, Callable[[Copy], Method]] = {
+        "dense": partial(dense_method, sizes=sizes),
+        "loki": partial(loki, sizes=sizes, basis="pca"),
+        "loki, own index": partial(loki, sizes=sizes, basis="score"),
+        "loki, int4": partial(loki_int4, sizes=sizes),
+    }
+    for per_cluster in sizes.per_cluster:
+        found[f"clusterkv {per_cluster}"] = partial(clusterkv, sizes=sizes, per_cluster=per_cluster)
+    return found
+
+
+def _clock(copy: Copy) -> Clock:
+    batch, _, capacity, _ = copy.key.shape
+    return Clock([capacity - 1] * batch, copy.key.device)
+
+
+def _step(method: Any, store: Any, clock: Clock, copy: Copy) -> Any:
+    step: Step = STEPS[type(method)](store, clock)
+    step.reserve(copy.key.shape[2])
+    return step
+
+
+def _append(
+    copy: Copy, clock: Clock, map: Tensor | None = None, codes: Tensor | None = None, scales: Tensor | None = None
+) -> None:
+    key, value = copy.key_new[:, :, 0], copy.value_new[:, :, 0]
+    append(key, value, map, copy.key, copy.value, codes, scales, clock.held)
+
+
+def _rows(copy: Copy, tokens: int) -> int:
+    """Bytes of so many tokens' keys and values."""
+    batch, heads, _, dims = copy.key.shape
+    return batch * heads * tokens * 2 * dims * copy.key.itemsize

@@ -1,0 +1,140 @@
+"""Time of a whole model's decode step: random weights, random keys, the step that `runtime.decode` captures."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+from gpu_attention import attempt
+from gpu_caches import fill, fill_clusters
+from gpu_sizes import Sizes
+from gpu_timing import tidy
+from torch import Tensor
+
+from kvcal.runtime.replay import Replay, State
+from kvcal.runtime.sampling import Sampler
+from kvcal.runtime.stores import METHODS, Method, Store
+from kvcal.runtime.stores.loki import Basis, LokiStore
+
+Row = dict[str, Any]
+WARM = 4
+RESERVED = 8 << 30
+"""Bytes left free beside weights and caches: workspaces, logits, a graph's own memory."""
+SLACK = 1.1
+"""What a method keeps beside keys and values, at most, as a factor."""
+
+
+def build_model(sizes: Sizes, device: torch.device) -> Any:
+    """In eval mode, its weights drawn on the device."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(sizes.config(max(sizes.lengths)), dtype=sizes.dtype)
+    return model.to(device).eval()
+
+
+def model_rows(model: Any, sizes: Sizes, length: int, batch: int | None, names: tuple[str, ...]) -> list[Row]:
+    """Args: batch: None: as many rows as fit."""
+    device = model.device
+    if batch is None:
+        batch = fitting(sizes, length, device)
+    rows = []
+    for name in names:
+        row: Row = {"length": length, "batch": batch, "method": name}
+        rows.append(row | attempt(lambda name=name: step_time(model, sizes, length, batch, name)))  # type: ignore[misc]
+        tidy(device)
+    return rows
+
+
+def fitting(sizes: Sizes, length: int, device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2
+    tidy(device)
+    row = sizes.layers * sizes.heads * length * 2 * sizes.dims * sizes.dtype.itemsize * SLACK
+    return max(1, int((torch.cuda.mem_get_info(device)[0] - RESERVED) / row))
+
+
+@torch.no_grad()
+def step_time(model: Any, sizes: Sizes, length: int, batch: int, name: str) -> Row:
+    """Steps at `length` tokens held: the cache is full of random keys and values rather than prefilled."""
+    from kvcal.runtime.integration.stepping import SteppingCache
+
+    cache = made_cache(model, sizes, length - sizes.spare, batch, name)
+    stepping = SteppingCache(cache)
+    position = torch.full((batch, 1), length - sizes.spare, dtype=torch.int64, device=model.device)
+    state = State(position, sizes.spare, Sampler(), None, 0, seed=0)
+
+    def step() -> None:
+        out = model(
+            input_ids=state.ids, position_ids=state.position, past_key_values=stepping, use_cache=True, logits_to_keep=1
+        )
+        state.position += 1
+        stepping.clock.tick()
+        state.take(out.logits[:, -1])
+
+    replay = Replay(step, [*state.small(), stepping.clock.held, stepping.clock.seen], state, True)
+    gpu = model.device.type == "cuda"
+    events = []
+    for _ in range(sizes.spare - 1):
+        replay(stepping.prepare())
+        stepping.unsettled += 1
+        if gpu:
+            events.append(torch.cuda.Event(enable_timing=True))
+            events[-1].record()
+    row: Row = {"why_not_captured": replay.why_not, "cache_bytes": cache.resident_bytes()}
+    if gpu:
+        torch.cuda.synchronize()
+        if not bool(state.tokens.lt(sizes.vocabulary).all()):
+            raise RuntimeError("a sampled token is none of the vocabulary")
+        steps = [one.elapsed_time(other) for one, other in zip(events[WARM:], events[WARM + 1 :], strict=False)]
+        row |= {"ms": statistics.median(steps), "tokens_per_s": 1000 * batch / statistics.median(steps)}
+    return row
+
+
+def made_cache(model: Any, sizes: Sizes, held: int, batch: int, name: str) -> Any:
+    """A CompressedCache of `held` tokens a row, with room for those of the steps."""
+    from kvcal.runtime.integration.cache import CompressedCache, Recipe
+
+    generator = torch.Generator(model.device).manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=model.device, dtype=sizes.dtype)
+
+    settings = parameters(sizes, name)
+    per_cluster = settings.get("tokens_per_cluster", sizes.per_cluster[0])
+    method = METHODS[name.split()[0]](**settings)
+    square = torch.randn(sizes.heads, sizes.dims, sizes.dims, generator=generator, device=model.device)
+    components = torch.linalg.qr(square)[0].cpu()
+    basis = Basis(components, components, sizes.rank)
+    layers = range(sizes.layers)
+    methods, builders = dict.fromkeys(layers, method), dict.fromkeys(layers, builder(method, basis))
+    recipe = Recipe(methods, builders, None, len(layers))
+    cache = CompressedCache.of(model, recipe)
+    for store in cache.stores.values():
+        shape = batch, sizes.heads, held + sizes.spare, sizes.dims
+        fill(store, held, {"key": normal(*shape), "value": normal(*shape)})
+        if name.startswith("clusterkv"):
+            fill_clusters(store, sizes, held, per_cluster)
+    return cache
+
+
+def parameters(sizes: Sizes, name: str) -> dict[str, Any]:
+    """Of the names that a table shows: "full", "loki", "clusterkv 80"."""
+    method, _, per_cluster = name.partition(" ")
+    common = {"keep": sizes.keep, "select": "max"}
+    if method == "full":
+        return {}
+    if method == "loki":
+        return {**common, "rank": sizes.rank}
+    return {**common, "tokens_per_cluster": int(per_cluster), "window": sizes.window, "sinks": sizes.sinks}
+
+
+def builder(method: Method, basis: Basis) -> Any:
+    """As `method.build`, without an artifact to take Loki's basis from."""
+
+    def build() -> Store:
+        return LokiStore(method, basis) if hasattr(method, "rank") else method.build(0, 0, None)()  # type: ignore
+
+    return build

@@ -1,0 +1,78 @@
+"""What benchmarks/gpu.py measures: Llama-3-8B's shape on a GPU, and the same, tiny, for `--dry`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Sizes:
+    lengths: tuple[int, ...] = (131072, 32768, 8192, 262144)
+    """Tokens held with the coming one, those of the targets first."""
+    batches: tuple[int, ...] = (1, 8)
+    heads: int = 8
+    """KV heads."""
+    group: int = 4
+    dims: int = 128
+    rank: int = 32
+    keep: int = 2048
+    """Tokens that Loki and ClusterKV read."""
+    per_cluster: tuple[int, ...] = (80, 16)
+    window: int = 320
+    sinks: int = 16
+    gate: int = 32768
+    gate_long: int = 131072
+    segment: int = 8192
+    """Tokens of the gate's k-means."""
+    hidden: int = 4096
+    intermediate: int = 14336
+    layers: int = 32
+    vocabulary: int = 128256
+    spare: int = 64
+    """Tokens that a model's rows have room for: its warm and its measured steps."""
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def scaling(self) -> float:
+        return self.dims**-0.5
+
+    def config(self, length: int) -> Any:
+        """Of the model whose attention has this shape."""
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads * self.group,
+            num_key_value_heads=self.heads,
+            head_dim=self.dims,
+            vocab_size=self.vocabulary,
+            max_position_embeddings=length,
+        )
+
+
+FULL = Sizes()
+DRY = Sizes(
+    lengths=(192, 128),
+    batches=(1, 2),
+    heads=2,
+    group=4,
+    dims=32,
+    rank=16,
+    keep=48,
+    per_cluster=(8, 4),
+    window=24,
+    sinks=4,
+    gate=136,
+    gate_long=200,
+    segment=96,
+    hidden=64,
+    intermediate=96,
+    layers=2,
+    vocabulary=64,
+    spare=4,
+)
