@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..artifacts import Artifact, KvcalError
 from ..runtime import CompressedCache, compress, load
+from .evaluation.grid import decoding, sharing
 from .models import LoadedModel, load_model
 
 try:
@@ -80,7 +81,9 @@ class CompressedLM(HFLM):
         if artifact is not None and not isinstance(artifact, Artifact):
             artifact = load(artifact)
         self.compression: dict[str, Any] = {"artifact": artifact, "method": method, **settings}
-        CompressedCache(loaded.model, **self.compression)  # what does not fit is said now
+        self._setting = {"method": method, **settings}
+        with sharing(loaded.model, artifact, self._setting):
+            CompressedCache(loaded.model, artifact, **decoding(self._setting))  # what does not fit is said now
         self._source = loaded.source
         super().__init__(
             loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size, max_batch_size=max_batch_size, **own
@@ -111,7 +114,9 @@ class CompressedLM(HFLM):
         answers: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(pairs), disable=disable_tqdm, desc="Decoding loglikelihood requests") as bar:
             for rows in equal_contexts(pairs, batch_size):
-                for row, answer in zip(rows, self._score([pairs[row] for row in rows]), strict=True):
+                with sharing(self.model, self.compression["artifact"], self._setting):
+                    scored = self._score([pairs[row] for row in rows])
+                for row, answer in zip(rows, scored, strict=True):
                     answers[row] = answer
                     texts = requests[row][0]
                     if texts is not None:
@@ -126,7 +131,7 @@ class CompressedLM(HFLM):
         context = torch.tensor([context for context, _ in pairs], device=self.device)
         rows = [continuation + continuation[-1:] * (longest - len(continuation)) for _, continuation in pairs]
         continuation = torch.tensor(rows, device=self.device)
-        cache = CompressedCache(self.model, **self.compression)
+        cache = CompressedCache(self.model, self.compression["artifact"], **decoding(self._setting))
         if context.shape[1] > 1:
             self.model(context[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
         fed = torch.cat((context[:, -1:], continuation[:, :-1]), 1)

@@ -51,7 +51,7 @@ def plan(method: Any, settings: Mapping[str, Any], layers: Sequence[int], total:
         chosen[layer] = METHODS[name](**{**shared, **own})
     for name in values:
         if name not in used:
-            of = sorted({_name(each) for each in chosen.values()})
+            of = sorted({name_of(each) for each in chosen.values()})
             raise _unknown(name, ", ".join(of), sorted({key for each in of for key in _parameters(each)}))
     return chosen
 
@@ -69,7 +69,7 @@ def builders(
         try:
             made[layer] = method.build(layer, head_dims[layer], artifact)
         except KvcalError as error:
-            raise type(error)(f"{_name(method)}, layer {layer}: {error}") from None
+            raise type(error)(f"{name_of(method)}, layer {layer}: {error}") from None
     return made
 
 
@@ -105,7 +105,7 @@ def describe(chosen: Mapping[int, Method]) -> list[dict[str, Any]]:
         else:
             runs.append((layer, layer, method))
     return [
-        {"layers": f"{first}-{last}", "method": _name(method), **dataclasses.asdict(method)}
+        {"layers": f"{first}-{last}", "method": name_of(method), **dataclasses.asdict(method)}
         for first, last, method in runs
     ]
 
@@ -125,10 +125,15 @@ def _layers_of(name: str, key: str, total: int) -> range:
 
 
 def _parameters(method: Any) -> list[str]:
+    if isinstance(method, str) and method.partition("+")[0] == "cla":
+        raise KvcalError(
+            f"{method} changes the model, all of its layers: compress(model, artifact, method={method!r}); a cache of "
+            f"one's own takes the method after the +, within shared() or that compress()"
+        )
     if not isinstance(method, str) or method not in METHODS:
         near = difflib.get_close_matches(str(method), METHODS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise KvcalError(f"unknown method {method!r}: {hint}there are {', '.join(METHODS)}")
+        raise KvcalError(f"unknown method {method!r}: {hint}there are {', '.join(METHODS)}, and cla+ any of them")
     return [field.name for field in dataclasses.fields(METHODS[method])]
 
 
@@ -136,5 +141,6 @@ def _unknown(name: str, methods: str, known: Sequence[str]) -> KvcalError:
     return KvcalError(f"{methods} has no parameter {name!r}: there are {', '.join(known) or 'none'}, and dense_layers")
 
 
-def _name(method: Method) -> str:
+def name_of(method: Method) -> str:
+    """A method's name in METHODS."""
     return next(name for name, kind in METHODS.items() if type(method) is kind)

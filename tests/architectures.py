@@ -136,8 +136,14 @@ ARCHITECTURES = {
 }
 
 
-def build(name: str, attention: str | None = None, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """A random three-layer model of an architecture, in eval mode."""
+def build(
+    name: str, attention: str | None = None, seed: int = 0, dtype: torch.dtype = torch.float32, **other: Any
+) -> Any:
+    """A random three-layer model of an architecture, in eval mode.
+
+    Args:
+        other: settings of its config that are to differ.
+    """
     architecture = ARCHITECTURES[name]
     settings: dict[str, Any] = {
         "vocab_size": 96,
@@ -151,6 +157,7 @@ def build(name: str, attention: str | None = None, seed: int = 0, dtype: torch.d
         "bos_token_id": 1,
         "eos_token_id": 2,
         **architecture.settings,
+        **other,
     }
     if name in {"gpt2", "gpt-neox"}:
         del settings["num_key_value_heads"]

@@ -9,7 +9,7 @@ from ..plots import png, two_panels
 from .results import parameters
 
 _MARKERS = "osD^vPXp<>hd"
-_CHOICES = ("basis", "stage", "select")
+_CHOICES = ("basis", "stage", "select", "groups", "pool")
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -34,6 +34,8 @@ def series_of(row: Mapping[str, Any], varied: Container[str] = ()) -> str:
     for name, value in parameters(row).items():
         if isinstance(value, str) and name in _CHOICES:
             words.append(value)
+        elif name == "uptrained":
+            words += [] if value else ["untrained"]
         elif name in varied:
             words.append(f"{name} {value}")
     return " ".join([name_of(row), *words])

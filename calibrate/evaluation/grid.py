@@ -5,21 +5,23 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ...artifacts import Artifact, KvcalError
-from ...runtime import METHODS, CompressedCache
+from ...runtime import METHODS, CompressedCache, shared_for
+from ...runtime.cla import Cla, split_method
 
 Value = bool | int | float | str | None
 Setting = dict[str, Any]
-"""{"method": name, parameter: value, …}: the keyword arguments of `CompressedCache`."""
+"""{"method": name, parameter: value, …}: the keyword arguments of `compress`."""
 
 FULL: Setting = {"method": "full"}
 _SHOWN = ("rank", "keep")
 """Stated in every setting, also where the default is meant: tables and figures tell settings apart by them."""
 _OF_ALL = ("dense_layers",)
-"""Arguments of `CompressedCache` that mean the same for every method but `full`."""
+"""Arguments of `compress` that mean the same for every method but `full`."""
 
 
 def parse_value(text: str) -> Value:
@@ -74,9 +76,9 @@ def make_grid(methods: Sequence[str], parameters: Mapping[str, Sequence[Value]])
     Raises:
         KvcalError: an unknown method, or a parameter that none of the methods has.
     """
-    unknown = next((method for method in methods if method not in METHODS), None)
+    unknown = next((method for method in methods if split_method(method, {})[1] not in METHODS), None)
     if unknown is not None or not methods:
-        raise KvcalError(f"no method {unknown!r}: choose among {', '.join(METHODS)}")
+        raise KvcalError(f"no method {unknown!r}: choose among {', '.join(METHODS)}, and cla or cla+ any of them")
     fields = {method: _fields(method) for method in methods}
     for name in parameters:
         if not any(name in of_method for of_method in fields.values()):
@@ -101,8 +103,34 @@ def check_grid(grid: Iterable[Setting], model: Any, artifact: Artifact | None) -
     Raises:
         KvcalError: of the first that cannot.
     """
+    for settings in by_sharing(grid):
+        with sharing(model, artifact, settings[0]):
+            for setting in settings:
+                CompressedCache(model, artifact, **decoding(setting))
+
+
+def by_sharing(grid: Iterable[Setting]) -> list[list[Setting]]:
+    """Settings whose models are the same, together; those of the model as it is first, if there are any."""
+    groups: dict[str, list[Setting]] = {}
     for setting in grid:
-        CompressedCache(model, artifact, **setting)
+        cla, _, _ = _split(setting)
+        groups.setdefault("" if cla is None else repr(cla), []).append(setting)
+    return [groups[key] for key in sorted(groups, key=bool)]
+
+
+@contextmanager
+def sharing(model: Any, artifact: Artifact | None, setting: Setting) -> Iterator[None]:
+    """Inside, the model is as a setting has it: with layers that share keys and values, or as it is."""
+    parameters = {name: value for name, value in setting.items() if name != "method"}
+    with shared_for(model, artifact, setting["method"], parameters):
+        yield
+
+
+def decoding(setting: Setting) -> Setting:
+    """What of a setting is the cache's: {"method": "cla+loki", "groups": "0-1,2-3", "rank": 32} decodes with
+    {"method": "loki", "rank": 32}."""
+    _, method, parameters = _split(setting)
+    return {"method": method, **parameters}
 
 
 def describe(setting: Setting) -> str:
@@ -115,7 +143,13 @@ def key_of(setting: Setting) -> str:
     return json.dumps(setting, sort_keys=True)
 
 
+def _split(setting: Setting) -> tuple[Cla | None, str, Setting]:
+    return split_method(setting["method"], {name: value for name, value in setting.items() if name != "method"})
+
+
 def _fields(method: str) -> dict[str, Any]:
     """Parameters of a method and their defaults."""
-    found: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(METHODS[method])}
-    return found if method == "full" else found | dict.fromkeys(_OF_ALL)
+    cla, decoder, _ = split_method(method, {})
+    kinds = [METHODS[decoder], *([Cla] if cla else [])]
+    found: dict[str, Any] = {field.name: field.default for kind in kinds for field in dataclasses.fields(kind)}
+    return found if decoder == "full" else found | dict.fromkeys(_OF_ALL)

@@ -2,6 +2,10 @@
 
 A prefix is prefilled densely, once for all settings; each setting's cache takes those tokens over, and the
 continuation is fed to the model token by token. `full` goes the same way and is what the others are compared with.
+
+Settings of `cla` change the model, so each sharing prefills for itself. Their perplexity and recall are compared with
+those of `full` in the model as it is; the error of their attention is against dense attention of the shared model, so
+it is that of the method after the "+", and not what sharing costs.
 """
 
 from __future__ import annotations
@@ -14,10 +18,10 @@ import torch
 from torch import Tensor
 
 from ...artifacts import Artifact, KvcalError
-from ...runtime import CompressedCache
+from ...runtime import CompressedCache, sharing_of
 from ..models import max_context
 from .attention_error import AttentionProbe, History, now
-from .grid import FULL, Setting, check_grid
+from .grid import FULL, Setting, by_sharing, check_grid, decoding, sharing
 from .measurements import Batch, Measured, batches, result_row
 from .prompts import Prompts
 from .results import Results
@@ -75,14 +79,14 @@ def evaluate(
     if progress:
         progress(0, total)
     for batch, settings in work:
-        if not settings:
-            continue
-        prefilled = _Prefilled.run(model, prompts, batch)
-        for setting in settings:
-            results.add(setting, batch.key, prefilled.measure(artifact, setting, step))
-            _finish(results, grid, setting, prompts, batch_size, layers)
-            results.write()
-        del prefilled  # before the next one takes its memory
+        for alike in by_sharing(settings):
+            with sharing(model, artifact, alike[0]):
+                prefilled = _Prefilled.run(model, prompts, batch)
+                for setting in alike:
+                    results.add(setting, batch.key, prefilled.measure(artifact, decoding(setting), step))
+                    _finish(results, grid, setting, prompts, batch_size, layers)
+                    results.write()
+                del prefilled  # before the next one takes its memory
     for setting in missing:  # those that only their row was missing of
         _finish(results, grid, setting, prompts, batch_size, layers)
     results.write()
@@ -136,7 +140,9 @@ class _Prefilled:
         task = next((task for task in prompts.recall if task.key == batch.task), None)
         part = task or prompts.windows
         assert part is not None
-        cache = CompressedCache(model, None, "full", record_mass=True)
+        found = sharing_of(model)
+        recorded = found is None or not found.map.shared  # for h2o, which layers that share do not allow
+        cache = CompressedCache(model, None, "full", record_mass=recorded)
         out = model(part.prefixes[rows].to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
         continuations = part.continuations[rows].to(model.device)
         answers, histories = None, {}
@@ -153,7 +159,11 @@ class _Prefilled:
 
     @torch.no_grad()
     def measure(self, artifact: Artifact | None, setting: Setting, step: Callable[[], None]) -> Measured:
-        """Decode the continuation through a cache of its own."""
+        """Decode the continuation through a cache of its own.
+
+        Args:
+            setting: the cache's.
+        """
         cache = CompressedCache(self.model, artifact, **setting)
         cache.adopt(self.cache)
         probe = AttentionProbe(self.histories)

@@ -10,6 +10,7 @@ import torch
 
 from ...artifacts import Artifact
 from ...runtime import CompressedCache
+from .grid import decoding, sharing
 from .prompts import Prompts
 
 
@@ -72,7 +73,15 @@ def continue_prompt(
         continuation: tokens that go through the compressed cache one by one, e.g. a question.
         setting: `method` and its parameters.
     """
-    cache = CompressedCache(model, artifact, **setting)
+    with sharing(model, artifact, setting):
+        return _continue(
+            model, tokenizer, CompressedCache(model, artifact, **decoding(setting)), prompt, continuation, tokens
+        )
+
+
+def _continue(
+    model: Any, tokenizer: Any, cache: CompressedCache, prompt: Sequence[int], continuation: Sequence[int], tokens: int
+) -> Continuation:
     ids = torch.tensor([list(prompt)], device=model.device)
     given = torch.tensor([list(continuation)], dtype=torch.int64, device=model.device)
     with torch.no_grad():

@@ -1,7 +1,8 @@
 """Compressed caches in transformers: the only part of the runtime that knows of it.
 
 A model is touched in two places, both taken back at the end: its attention calls are routed through ours, and a
-forward pre-hook gives every call that would begin an empty cache one of ours. No forward is overridden.
+forward pre-hook gives every call that would begin an empty cache one of ours. No forward is overridden. `sharing`
+touches a third, its projections of keys and values, and gives them back, too.
 
-`kvcal.runtime` imports `contexts` and `cache` when they are first asked for: they load transformers.
+`kvcal.runtime` imports `contexts`, `cache` and `sharing` when they are first asked for: they load transformers.
 """

@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from ...artifacts import KvcalError
 from ..attention import Logits, attention
 from .layer import Call, CompressedLayer
 from .routing import Route, backbone, find_attention, refuse_unsupported
+
+if TYPE_CHECKING:
+    from .sharing import Sharing
 
 
 @dataclass
@@ -30,6 +33,8 @@ class Attachment:
     users: int = 0
     begin: Callable[[], Any] | None = None
     """Makes an empty cache for calls that would begin one; None: the model is not compressed, only its caches are."""
+    sharing: Sharing | None = None
+    """What the method `cla` did to the model, for as long as it is compressed."""
 
     def release(self) -> None:
         with _LOCK:
@@ -86,7 +91,10 @@ def _before(owner: weakref.ref[Any], parts: weakref.WeakSet[nn.Module]) -> Calla
         if isinstance(getattr(past, "call", None), Call):
             _continue(model, module, given)
             return None
-        begin, wanted = _ATTACHED[model].begin, given.get("use_cache")
+        found, wanted = _ATTACHED.get(model), given.get("use_cache")
+        if found is None:  # the last cache was collected as this call began
+            return None
+        begin = found.begin
         uses = getattr(model.config.get_text_config(), "use_cache", True) if wanted is None else wanted
         # A training step makes a cache that nobody reads.
         if begin is None or not uses or (model.training and torch.is_grad_enabled()):
@@ -101,6 +109,7 @@ def _continue(model: Any, module: nn.Module, given: Mapping[str, Any]) -> None:
     past = given["past_key_values"]
     if past.call.model() is not model:
         raise KvcalError("past_key_values is a compressed cache of another model: make one for this model")
+    past.check_sharing(model)
     past.check_whole()
     if module is model:
         past.call.expect(*_lengths(given))

@@ -7,21 +7,26 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 from ...artifacts import Artifact, KvcalError
+from ..cla import check_methods, with_bases
 from ..loading import check_model
-from ..settings import DEFAULT_METHOD, builders, describe, plan
+from ..settings import DEFAULT_METHOD, builders, describe, name_of, plan
+from ..sharing import SharingMap
 from ..stores import Method, Store
 from ..stores.clusterkv import ClusterKVStore
 from ..stores.full import Full
+from ..stores.row_store import RowStore
 from .attachment import attach
-from .layer import Call, CompressedLayer, Observer, restore_stock, stock_state
+from .layer import Call, CompressedLayer, Observer, full_attention_layers, restore_stock, stock_state
+from .reading import ReadingLayer
 from .routing import kind
+from .sharing import sharing_of
 from .snapshot import damaged, read_snapshot, write_snapshot
 
 
@@ -34,16 +39,16 @@ class Recipe:
     artifact: Artifact | None
     layers: int
     """Of the model."""
+    groups: SharingMap = field(default_factory=lambda: SharingMap(()))
+    """Which layers read the store of another; empty where none does."""
+    sharing: str | None = None
+    """The sharing's `identity`."""
 
     @classmethod
     def of(cls, model: Any, artifact: Artifact | None, method: Any, settings: Mapping[str, Any]) -> Recipe:
-        if isinstance(artifact, (str, os.PathLike)):
-            raise KvcalError(f"{artifact}: give a loaded artifact, kvcal.runtime.load({str(artifact)!r}), not its name")
-        if artifact is not None:
-            check_model(artifact, model)
+        check_artifact(artifact, model)
         config = model.config.get_text_config()
-        stock = DynamicCache(config=model.config).layers
-        layers = [index for index, layer in enumerate(stock) if type(layer) is DynamicLayer]
+        layers, total = full_attention_layers(model)
         if not layers:
             warnings.warn(
                 f"kvcal: no layer of {kind(model)} has full attention, and others are kept as they are: "
@@ -51,9 +56,24 @@ class Recipe:
                 stacklevel=4,
             )
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        methods = plan(method, settings, layers, len(stock))
-        made = builders(methods, [head_dim] * len(stock), artifact)
-        return cls(methods, made, artifact, len(stock))
+        methods = plan(method, settings, layers, total)
+        sharing = sharing_of(model)
+        groups = sharing.map if sharing else SharingMap(())
+        fitted = artifact
+        if sharing:
+            check_methods(groups, methods, sharing.bases)
+            if artifact is not None and sharing.bases is not None:
+                fitted = with_bases(artifact, sharing.bases)
+        storing = {layer: own for layer, own in methods.items() if groups.storing_of(layer) == layer}
+        made = builders(storing, [head_dim] * total, fitted)
+        for group in groups.shared:
+            if not isinstance(made[group[0]](), RowStore):
+                raise KvcalError(
+                    f"layers {', '.join(map(str, group))} share keys and values, and {name_of(methods[group[0]])} "
+                    "forgets tokens that the others still want: take a method that keeps every token (full, loki, "
+                    "exact_topk, quest, sparq, clusterkv)"
+                )
+        return cls(methods, made, artifact, total, groups, sharing.identity if sharing else None)
 
 
 class CompressedCache(DynamicCache):
@@ -83,14 +103,18 @@ class CompressedCache(DynamicCache):
                 "exit is not supported"
             )
         self.recipe = recipe
+        self.check_sharing(model)
         self.call = Call(weakref.ref(model))
-        for layer, build in recipe.builders.items():
-            self.layers[layer] = CompressedLayer(layer, build, self.call)
+        stored = {layer: CompressedLayer(layer, build, self.call) for layer, build in recipe.builders.items()}
+        for layer in recipe.methods:
+            storing = recipe.groups.storing_of(layer)
+            own = storing == layer
+            self.layers[layer] = stored[layer] if own else ReadingLayer(layer, stored[storing], self.call)
         self._release = weakref.finalize(self, attach(model).release)
 
     @property
     def stores(self) -> dict[int, Store]:
-        """By layer; layers with a sliding window have none."""
+        """By layer; layers with a sliding window have none, layers that share keys and values have the same."""
         return {index: layer.store for index, layer in enumerate(self.layers) if isinstance(layer, CompressedLayer)}
 
     @property
@@ -105,15 +129,16 @@ class CompressedCache(DynamicCache):
 
     def resident_bytes(self) -> int:
         """Bytes that the cache holds now, all layers and rows, the slack of growing buffers included."""
-        return sum(store.resident_bytes() for store in self.stores.values()) + self._stock_bytes()
+        return sum(store.resident_bytes() for store in set(self.stores.values())) + self._stock_bytes()
 
     def bytes_read(self) -> int:
         """Bytes of the cache that the last decoded step read, all layers and rows."""
-        return sum(store.bytes_read() for store in self.stores.values()) + self._stock_bytes()
+        compressed = [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
+        return sum(layer.read for layer in compressed) + self._stock_bytes()
 
     def device_hits(self) -> tuple[int, int]:
         """Of an offloaded cache: (tokens read that lay on the device already, tokens read), of all heads and steps."""
-        found = [store.device_cache for store in self.stores.values() if isinstance(store, ClusterKVStore)]
+        found = [store.device_cache for store in set(self.stores.values()) if isinstance(store, ClusterKVStore)]
         hits = sum(cache.hits for cache in found if cache)
         return hits, hits + sum(cache.misses for cache in found if cache)
 
@@ -126,6 +151,8 @@ class CompressedCache(DynamicCache):
         """
         if full.call.model() is not self.call.model():
             raise KvcalError("adopt: that is a cache of another model")
+        if full.recipe.sharing != self.recipe.sharing:
+            raise KvcalError("adopt: in that cache other layers share keys and values than in this one")
         if self.get_seq_length() or any(not isinstance(method, Full) for method in full.recipe.methods.values()):
             raise KvcalError("adopt: an empty cache can take over a cache of method full, nothing else")
         if not full.get_seq_length():
@@ -140,9 +167,10 @@ class CompressedCache(DynamicCache):
         """Write the cache, so that a long prompt is prefilled once; `load` continues from it."""
         tensors: dict[str, Tensor] = {}
         for index, layer in enumerate(self.layers):
-            state = layer.store.state() if isinstance(layer, CompressedLayer) else stock_state(layer)
+            state = _state(layer)
             tensors |= {f"layers.{index}.{name}": tensor for name, tensor in state.items()}
-        write_snapshot(folder, tensors, self.call.model(), self.recipe.methods, self.recipe.artifact)
+        recipe = self.recipe
+        write_snapshot(folder, tensors, self.call.model(), recipe.methods, recipe.artifact, recipe.groups)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], model: Any, artifact: Artifact | None = None) -> CompressedCache:
@@ -151,7 +179,8 @@ class CompressedCache(DynamicCache):
         Raises:
             KvcalError: not a saved cache, or of another model or artifact.
         """
-        tensors, methods = read_snapshot(folder, model, artifact)
+        sharing = sharing_of(model)
+        tensors, methods = read_snapshot(folder, model, artifact, sharing.map if sharing else SharingMap(()))
         try:
             cache = cls(model, artifact, methods or DEFAULT_METHOD)  # none: all layers slide, none has a method
             for index, layer in enumerate(cache.layers):
@@ -171,10 +200,24 @@ class CompressedCache(DynamicCache):
         twin.call.recording, twin.call.speculates = self.call.recording, self.call.speculates
         for index, layer in enumerate(self.layers):
             if isinstance(layer, CompressedLayer):
-                twin.layers[index].restore({name: tensor.clone() for name, tensor in layer.store.state().items()})
+                twin.layers[index].restore({name: tensor.clone() for name, tensor in _state(layer).items()})
             else:
                 twin.layers[index] = copy.deepcopy(layer, memo)
         return twin
+
+    def check_sharing(self, model: Any) -> None:
+        """Raises KvcalError when the model's layers share keys and values otherwise than when this was made."""
+        now = sharing_of(model)
+        if (now.identity if now else None) != self.recipe.sharing:
+            made, found = (
+                f"in groups {groups}" if groups.shared else "in none"
+                for groups in (self.recipe.groups, now.map if now else SharingMap(()))
+            )
+            weights = ", with other weights" if made == found else ""
+            raise KvcalError(
+                f"this cache was made when layers shared keys and values {made}, now they share {found}{weights}: use "
+                "it within the compress() or shared() of before"
+            )
 
     def check_whole(self) -> None:
         """Raises KvcalError when a forward call ended half-way through the layers."""
@@ -184,6 +227,9 @@ class CompressedCache(DynamicCache):
                 f"a forward call of this cache ended half-way, its layers hold {min(seen)} to {max(seen)} tokens: "
                 "begin a new cache"
             )
+        for layer in self.layers:
+            if isinstance(layer, ReadingLayer):
+                layer.check_whole()
 
     def activate_past_recording(self) -> None:
         if hasattr(DynamicCache, "activate_past_recording"):  # not in transformers 5.8
@@ -197,3 +243,18 @@ class CompressedCache(DynamicCache):
         stock = [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]
         tensors = [tensor for layer in stock for tensor in (layer.keys, layer.values)]
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def check_artifact(artifact: Artifact | None, model: Any) -> None:
+    """Raises KvcalError: a name, or an artifact of another model."""
+    if isinstance(artifact, (str, os.PathLike)):
+        raise KvcalError(f"{artifact}: give a loaded artifact, kvcal.runtime.load({str(artifact)!r}), not its name")
+    if artifact is not None:
+        check_model(artifact, model)
+
+
+def _state(layer: Any) -> dict[str, Tensor]:
+    """What a layer of a cache holds itself."""
+    if isinstance(layer, ReadingLayer):
+        return {}
+    return layer.store.state() if isinstance(layer, CompressedLayer) else stock_state(layer)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from ...artifacts import KvcalError
 from ..attention import Logits
@@ -44,6 +44,17 @@ class Call:
         self.drafts = guesses if verifies else None
 
 
+@dataclass(frozen=True)
+class Taken:
+    """How a layer took in the tokens of one forward call."""
+
+    tokens: int
+    prompt: int
+    """Of them, those that were prefilled; the rest are steps."""
+    valid: Tensor | None
+    """[B, tokens] bool on the CPU, False at padding; None: no padding."""
+
+
 class CompressedLayer(CacheLayerMixin):
     """One layer of a `CompressedCache`. `update` only hands on: what is written and read is the attention's matter,
     which knows the query and the mask."""
@@ -55,8 +66,16 @@ class CompressedLayer(CacheLayerMixin):
     def __init__(self, index: int, build: Callable[[], Store], call: Call):
         super().__init__()
         self.index, self._build, self._call = index, build, call
-        self.store = build()
+        self._store = build()
         self._new: tuple[Tensor, Tensor] | None = None
+        self.read = 0
+        """Bytes that this layer's last decoded step read."""
+        self.taken: Taken | None = None
+        """The last call's tokens, for layers that read this one's."""
+
+    @property
+    def store(self) -> Store:
+        return self._store
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self._begin(key_states)
@@ -87,27 +106,24 @@ class CompressedLayer(CacheLayerMixin):
         prompt = tokens - drafts
         if prompt == 1 and store.seen:
             prompt = 0  # the usual step
+        self.taken = Taken(tokens, prompt, valid)
         parts = []
         if prompt:
             new = slice(None, prompt)
-            parts.append(
-                store.prefill(
-                    query[:, :, new],
-                    key[:, :, new],
-                    value[:, :, new],
-                    logits,
-                    valid[:, new] if valid is not None else None,
-                )
-            )
+            parts.append(store.prefill(query[:, :, new], key[:, :, new], value[:, :, new], logits, part(valid, new)))
         for token in range(prompt, tokens):
             at = slice(token, token + 1)
-            store.append(key[:, :, at], value[:, :, at], valid[:, at] if valid is not None else None)
-            parts.append(store.attend(query[:, :, at], logits))
-            if self._call.observer is not None:
-                self._call.observer(
-                    self.index, store, query[:, :, at], key[:, :, at], value[:, :, at], logits, parts[-1]
-                )
+            store.append(key[:, :, at], value[:, :, at], part(valid, at))
+            parts.append(self._step(query[:, :, at], key[:, :, at], value[:, :, at], logits))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def _step(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits) -> Tensor:
+        """The attention of one decoded token, which the store has taken in already."""
+        out = self.store.attend(query, logits)
+        self.read = self.store.bytes_read()
+        if self._call.observer is not None:
+            self._call.observer(self.index, self.store, query, key, value, logits, out)
+        return out
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from the `state()` of a store of the same method."""
@@ -139,7 +155,8 @@ class CompressedLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.14
 
     def reset(self) -> None:
-        self.store, self._new, self.is_initialized = self._build(), None, False
+        self._store, self._new, self.is_initialized = self._build(), None, False
+        self.read, self.taken = 0, None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Negative: remove so many tokens; positive (transformers before 5.14): the length to cut back to."""
@@ -168,6 +185,16 @@ class CompressedLayer(CacheLayerMixin):
     def prefetch(self) -> None:
         if self.is_initialized:
             self.store.to(self.device)
+
+
+def part(valid: Tensor | None, tokens: slice) -> Tensor | None:
+    return None if valid is None else valid[:, tokens]
+
+
+def full_attention_layers(model: Any) -> tuple[list[int], int]:
+    """(those of a model's layers whose cache keeps every token, how many layers it has)."""
+    stock = DynamicCache(config=model.config).layers
+    return [index for index, layer in enumerate(stock) if type(layer) is DynamicLayer], len(stock)
 
 
 def stock_state(layer: Any) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from contextlib import closing
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...artifacts import KvcalError
 
@@ -91,17 +91,7 @@ def find_attention(model: Any) -> list[nn.Module]:
     refuse_unsupported(model)
     config = model.config.get_text_config()
     seen: dict[int, nn.Module] = {}
-    original = implementation(model)
-
-    def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        seen[module.layer_idx] = module  # type: ignore[index]
-        return delegate(original, module)(module, *args, **kwargs)
-
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
-    gpus = [model.device] if model.device.type == "cuda" else []
-    # A model in training mode would draw dropout.
-    with torch.no_grad(), torch.random.fork_rng(gpus), closing(Route(model, attention, masks=original)):
-        backbone(model)(input_ids=ids, use_cache=False)
+    watch(model, 2, lambda module, *tensors: seen.update({module.layer_idx: module}))
     missing = sorted(set(range(config.num_hidden_layers)) - set(seen))
     if missing:
         raise KvcalError(
@@ -109,6 +99,21 @@ def find_attention(model: Any) -> list[nn.Module]:
             "this architecture is not supported"
         )
     return [seen[layer] for layer in sorted(seen)]
+
+
+def watch(model: Any, tokens: int, see: Callable[..., object]) -> None:
+    """One forward pass without a cache, with see(module, query, key, value) before every attention call."""
+    original = implementation(model)
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        see(module, query, key, value)
+        return delegate(original, module)(module, query, key, value, *args, **kwargs)
+
+    ids = torch.arange(tokens, device=model.device).unsqueeze(0)
+    gpus = [model.device] if model.device.type == "cuda" else []
+    # A model in training mode would draw dropout.
+    with torch.no_grad(), torch.random.fork_rng(gpus), closing(Route(model, attention, masks=original)):
+        backbone(model)(input_ids=ids, use_cache=False)
 
 
 def delegate(implementation: str, module: nn.Module) -> Callable[..., Any]:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from ...artifacts import Artifact, KvcalError, differences, fingerprint
 from ...artifacts.fingerprint import update_digest
 from ...artifacts.folder import write_atomically
+from ..sharing import SharingMap
 from ..stores import METHODS, Method
 
 FILE = "cache.safetensors"
@@ -29,6 +30,7 @@ def write_snapshot(
     model: Any,
     methods: Mapping[int, Method],
     artifact: Artifact | None,
+    groups: SharingMap,
 ) -> None:
     """Raises KvcalError: the artifact has no hash that `read_snapshot` could tell it by, or the disk takes no file."""
     if artifact is not None and artifact.content_hash is None:
@@ -37,7 +39,8 @@ def write_snapshot(
     header = {
         "version": _VERSION,
         "model": fingerprint(model.config),
-        "weights": _sample(model),
+        "weights": sample(model.named_parameters()),
+        "shared": str(groups) if groups.shared else None,
         "artifact": artifact.content_hash if artifact else None,
         "methods": {
             str(layer): {"method": names[type(method)], **dataclasses.asdict(method)}
@@ -55,7 +58,7 @@ def write_snapshot(
 
 
 def read_snapshot(
-    folder: str | os.PathLike[str], model: Any, artifact: Artifact | None
+    folder: str | os.PathLike[str], model: Any, artifact: Artifact | None, groups: SharingMap
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors on the model's device, the methods by layer).
 
@@ -82,7 +85,13 @@ def read_snapshot(
     different = differences(identity, fingerprint(model.config))
     for name, ours, theirs in sorted(different, key=lambda entry: entry[0] != "model_type"):
         raise KvcalError(f"{path}: was saved with a model of {name} {ours}, this model has {theirs}")
-    if weights != _sample(model):
+    shared = str(groups) if groups.shared else None
+    if header.get("shared") != shared:
+        raise KvcalError(
+            f"{path}: was saved when layers shared keys and values in groups {header.get('shared')}, this model's "
+            f"groups are {shared}: load it within the compress() or shared() of before"
+        )
+    if weights != sample(model.named_parameters()):
         raise KvcalError(f"{path}: was saved with other weights, or in another dtype, of the same architecture")
     if wanted != (artifact.content_hash if artifact else None):
         raise KvcalError(
@@ -103,10 +112,10 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _sample(model: Any) -> str:
+def sample(parameters: Iterable[tuple[str, Tensor]]) -> str:
     """A digest of a few numbers of every parameter and their dtypes: tells models apart, in milliseconds."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters:
         flat = parameter.detach().flatten()
         some = flat[:: max(1, len(flat) // 16)].float().cpu().contiguous()
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())

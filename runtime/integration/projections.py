@@ -1,0 +1,178 @@
+"""Where an attention layer projects keys and values, and modules that hand on what another layer projected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ...artifacts import KvcalError
+
+KEY_VALUE = ("k_proj", "v_proj")
+NORMS = ("k_norm", "k_layernorm", "key_layernorm", "v_norm")
+"""What may come between a projection and the rotary embedding."""
+QUERY = ("q_proj", "q_norm", "q_layernorm", "query_layernorm")
+FUSED = ("qkv_proj", "query_key_value", "c_attn")
+"""One projection of queries, keys and values: stacked in Phi-3 and (as a Conv1D) GPT-2, head by head in GPT-NeoX."""
+
+
+class Slot:
+    """The output of a storing layer's module in this forward call, with its graph."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.output: Tensor | None = None
+
+    def keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        """A forward hook."""
+        self.output = output
+
+    def drop(self, *args: Any) -> None:
+        """A forward hook, of the last layer that reads it."""
+        self.output = None
+
+    def take(self) -> Tensor:
+        if self.output is None:
+            raise KvcalError(
+                f"a layer that reads {self.name} was called by itself: layers that share keys and values work within "
+                "a forward call of their model"
+            )
+        return self.output
+
+
+class Read(nn.Module):
+    """In the place of a reading layer's key or value projection, or their norm: what the storing layer's gave."""
+
+    def __init__(self, slot: Slot):
+        super().__init__()
+        self.slot = slot
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.slot.take()
+
+
+class ReadFused(nn.Module):
+    """In the place of a reading layer's joint projection: its own queries among the storing layer's keys and values."""
+
+    rows: Tensor
+    """[Hq·D] int64: where queries are in the joint output."""
+
+    def __init__(self, slot: Slot, projection: nn.Module, rows: Tensor):
+        super().__init__()
+        self.slot = slot
+        self.transposed = isinstance(projection, Conv1D)
+        part = {name: _select(projection, name, tensor, rows) for name, tensor in projection.named_parameters()}
+        self.weight = nn.Parameter(part["weight"], requires_grad=False)
+        self.bias = nn.Parameter(part["bias"], requires_grad=False) if "bias" in part else None
+        self.register_buffer("rows", rows, persistent=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        query = F.linear(hidden, self.weight.T if self.transposed else self.weight, self.bias)
+        return self.slot.take().index_copy(-1, self.rows, query)
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Of one attention layer."""
+
+    attention: nn.Module
+    separate: tuple[str, ...]
+    """Submodules that only keys and values go through."""
+    fused: str | None
+    """The submodule that projects everything."""
+    rows: Tensor | None
+    """[Hq·D] int64: where queries are in its output."""
+
+    @classmethod
+    def find(cls, layer: int, attention: nn.Module, config: Any) -> Projections:
+        """Raises KvcalError: projections that are called or packed in a way that is not known."""
+        children = dict(attention.named_children())
+        fused = next((name for name in FUSED if name in children), None)
+        if all(name in children for name in KEY_VALUE) and fused is None:
+            found = cls(attention, tuple(name for name in (*KEY_VALUE, *NORMS) if name in children), None, None)
+        elif fused is not None and not any(name in children for name in (*KEY_VALUE, *NORMS)):
+            found = cls(attention, (), fused, _query_rows(fused, children[fused], config))
+        else:
+            raise KvcalError(
+                f"{type(attention).__name__} (layer {layer}): no projections known by name to share, it has "
+                f"{', '.join(children)}: this architecture cannot share keys and values"
+            )
+        for name in [fused] if fused else KEY_VALUE:
+            projection = children[name]
+            weight = getattr(projection, "weight", None)
+            if type(projection) not in (nn.Linear, Conv1D) or weight is None or not weight.is_floating_point():
+                raise KvcalError(
+                    f"layer {layer}: {name} is a {type(projection).__name__}, only plain linear layers can be shared: "
+                    "merge adapters first, load the model unquantised"
+                )
+        return found
+
+    def parameters(self) -> dict[str, Tensor]:
+        """By name in the attention module, all that keys and values depend on."""
+        modules = [self.fused] if self.fused else self.separate
+        return {
+            f"{module}.{name}": parameter
+            for module in modules
+            for name, parameter in self.attention.get_submodule(module).named_parameters()
+        }
+
+    def replacements(self, storing: Projections, slots: dict[str, Slot]) -> dict[str, nn.Module]:
+        """What makes this a layer that reads what `storing` keeps in `slots`, by the name of what it replaces."""
+        if self.fused:
+            assert self.rows is not None
+            return {self.fused: ReadFused(slots[self.fused], self.attention.get_submodule(self.fused), self.rows)}
+        return {name: Read(slots[name]) for name in self.separate}
+
+
+def pooled(group: Sequence[Projections], names: Sequence[int], pool: str) -> dict[str, Tensor]:
+    """New tensors for the storing layer's `parameters()`: the group's mean of what keys and values depend on.
+
+    Args:
+        group: the storing layer first.
+        names: of the layers, for errors.
+        pool: "mean", or "first": the storing layer's own.
+    """
+    each = [layer.parameters() for layer in group]
+    shapes = [{name: tensor.shape for name, tensor in found.items()} for found in each]
+    if different := [name for name, of in zip(names, shapes, strict=True) if of != shapes[0]]:
+        raise KvcalError(
+            f"layers {names[0]} and {different[0]} have projections of different shapes or biases: they cannot share"
+        )
+    storing, made = group[0], {}
+    for name, own in each[0].items():
+        if pool == "first":
+            made[name] = own.detach().clone()
+            continue
+        # In float64, where the mean of a few equal float32 numbers is that number.
+        mean = torch.stack([found[name].detach().double() for found in each]).mean(0)
+        if storing.fused:
+            assert storing.rows is not None
+            dim = _output_dim(storing.attention.get_submodule(storing.fused), own)
+            rows = storing.rows.to(own.device)
+            mean = mean.index_copy(dim, rows, own.detach().double().index_select(dim, rows))
+        made[name] = mean.to(own.dtype)
+    return made
+
+
+def _query_rows(name: str, projection: nn.Module, config: Any) -> Tensor:
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    weight: Any = projection.weight
+    rows = torch.arange(heads * head_dim, device=weight.device)
+    if name == "query_key_value":  # [H, 3, D]
+        rows = rows + 2 * head_dim * (rows // head_dim)
+    return rows
+
+
+def _output_dim(projection: nn.Module, parameter: Tensor) -> int:
+    """A Conv1D has its weight transposed."""
+    return 1 if isinstance(projection, Conv1D) and parameter.dim() == 2 else 0
+
+
+def _select(projection: nn.Module, name: str, tensor: Tensor, rows: Tensor) -> Tensor:
+    return tensor.detach().index_select(_output_dim(projection, tensor), rows.to(tensor.device))

@@ -1,0 +1,91 @@
+"""A layer that reads the store of another: it keeps nothing of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from ...artifacts import KvcalError
+from ..attention import Logits
+from ..stores import Store
+from ..stores.row_store import RowStore
+from .layer import Call, CompressedLayer, Taken, part
+
+
+class ReadingLayer(CompressedLayer):
+    """Attends with its own queries to what the storing layer took in, in the same forward call."""
+
+    def __init__(self, index: int, storing: CompressedLayer, call: Call):
+        CacheLayerMixin.__init__(self)
+        self.index, self._storing, self._call = index, storing, call
+        self._new: tuple[Tensor, Tensor] | None = None
+        self.read = 0
+        self.taken: Taken | None = None
+
+    @property
+    def store(self) -> Store:
+        return self._storing.store
+
+    @torch.compiler.disable
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def attend(self, query: Tensor, mask: Tensor | None, logits: Logits) -> Tensor:
+        assert self._new is not None
+        (key, value), self._new = self._new, None
+        store, tokens, taken = self.store, key.shape[2], self._storing.taken
+        if taken is None or taken.tokens != tokens or not isinstance(store, RowStore):
+            raise KvcalError(
+                f"layer {self.index} reads the cache of layer {self._storing.index}, which has not taken in these "
+                f"{tokens} tokens: begin a new cache"
+            )
+        # Guesses are steps, each of which sees only what came before it: they come a second time.
+        again = tokens - taken.prompt if tokens > 1 else 0
+        if again:
+            store.crop(again)
+        parts = [store.attend_all(query[:, :, : taken.prompt], logits)] if taken.prompt else []
+        for token in range(taken.prompt, tokens):
+            at = slice(token, token + 1)
+            if again:
+                store.append(key[:, :, at], value[:, :, at], part(taken.valid, at))
+            parts.append(self._step(query[:, :, at], key[:, :, at], value[:, :, at], logits))
+        self.taken = taken
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def check_whole(self) -> None:
+        """Raises KvcalError when this layer missed what the storing layer last took in."""
+        if self.taken is not self._storing.taken:
+            raise KvcalError(
+                f"a forward call of this cache ended half-way, layer {self.index} has not read what layer "
+                f"{self._storing.index} took in: begin a new cache"
+            )
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        if self.store.seen:
+            self._begin(self.store.rows["key"].view)
+
+    def adopt(self, full: CompressedLayer) -> None:
+        self.restore({})
+
+    def reset(self) -> None:
+        self._new, self.is_initialized, self.read, self.taken = None, False, 0, None
+
+    # The storing layer does these once for all that read it.
+
+    def crop(self, tokens_to_remove: int) -> None:
+        pass
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        pass
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        pass
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        pass
+
+    def offload(self) -> None:
+        pass
+
+    def prefetch(self) -> None:
+        pass
