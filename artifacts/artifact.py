@@ -92,6 +92,7 @@ class Artifact:
 
 
 _COMMANDS = {
+    "cla": "make it with `calibrate share ARTIFACT --model MODEL`",
     "clusters": "make it with `calibrate cluster ARTIFACT`",
     "pca": "make it with `calibrate pca`",
     "score": "make it with `calibrate pca`",

@@ -25,6 +25,7 @@ from .artifact import Artifact, Stage
 from .errors import ArtifactError, KvcalError
 from .manifest import FILE_NAME, MANIFEST, StageFile, read_manifest, write_manifest
 from .schema import Header, check_stage
+from .stage_settings import check_settings
 
 
 class StageTensors(Mapping[str, Tensor]):
@@ -62,6 +63,7 @@ def load(folder: str | os.PathLike[str]) -> Artifact:
         _check_bytes(path, file)
         header = _read_header(path)
         check_stage(str(path), name, header, artifact.layers)
+        check_settings(str(folder / MANIFEST), name, settings[name], len(artifact.layers))
         stages[name] = Stage(StageTensors(folder, file, tuple(header)), settings[name])
     return dataclasses.replace(artifact, stages=stages)
 

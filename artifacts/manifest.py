@@ -13,7 +13,7 @@ from typing import Any
 
 from .artifact import Artifact, Layer, ModelIdentity
 from .errors import ArtifactError
-from .schema import LAYER_TENSORS, SCHEMA_VERSION
+from .schema import LAYER_TENSORS, SCHEMA_VERSION, STAGE_SINCE
 
 MANIFEST = "manifest.json"
 FORMAT = "kvcal"
@@ -35,7 +35,7 @@ def write_manifest(path: Path, artifact: Artifact, files: Mapping[str, StageFile
     """Write the manifest of `artifact` to `path`; returns the content hash."""
     body = {
         "format": FORMAT,
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": max(STAGE_SINCE.get(name, 1) for name in ("moments", *artifact.stages)),
         "model": dataclasses.asdict(artifact.model),
         "layers": [dataclasses.asdict(layer) for layer in artifact.layers],
         "data": artifact.data,
@@ -93,6 +93,8 @@ def _build(
     for name, entry in body["stages"].items():
         if name not in LAYER_TENSORS:
             raise ValueError(f"unknown stage {name!r}, schema {SCHEMA_VERSION} has {', '.join(LAYER_TENSORS)}")
+        if body["schema_version"] < STAGE_SINCE.get(name, 1):
+            raise ValueError(f"stage {name!r} in schema {body['schema_version']}, which has none")
         # Only plain names of our own making: no folders, no "..", no formats that can run code.
         if not FILE_NAME.fullmatch(str(entry["file"])):
             raise ValueError(f"stage {name}: file name {entry['file']!r}")

@@ -1,18 +1,21 @@
-"""Schema version 1: which tensors each stage holds, with their shapes and dtypes.
+"""Schema version 2: which tensors each stage holds, with their shapes and dtypes.
 
 Dimension symbols are DESIGN's: Hkv, D (key and query head dim), Dv (value head dim) come from the
-manifest's layers; every other symbol is free but must have one value within a stage.
+manifest's layers, L is their number; every other symbol is free but must have one value within a stage.
 docs/format.md is the prose of this file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Sequence
 
 from .artifact import Layer
 from .errors import ArtifactError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+STAGE_SINCE = {"cla": 2}
+"""Schema version of stages that version 1 does not have; an artifact states the lowest version that has its stages."""
 
 QUANTITIES = ("key_pre", "key_post", "query_pre", "query_post", "value")
 """What is measured per KV head; queries are pooled over the heads of their group."""
@@ -62,18 +65,26 @@ def _layer_tensors() -> dict[str, dict[str, Spec]]:
     for start in ("calibrated", "plusplus", "random"):
         clusters[f"warm_start.{start}_iterations"] = ("Hkv", ("I64",))
         clusters[f"warm_start.{start}_inertia"] = ("Hkv", ("F64",))
-    return {"moments": moments, "pca": pca, "score": score, "reservoir": reservoir, "clusters": clusters}
+    pair_measures = ("key_r2", "key_r2_unaligned", "value_r2", "value_r2_unaligned", "cost_as_is", "cost_aligned")
+    cla: dict[str, Spec] = dict.fromkeys(pair_measures, ("L", ("F64",)))
+    return {"moments": moments, "pca": pca, "score": score, "reservoir": reservoir, "clusters": clusters, "cla": cla}
 
 
 LAYER_TENSORS = _layer_tensors()
+OPTIONAL_LAYER_TENSORS = {
+    "cla": {name: spec for name, spec in LAYER_TENSORS["pca"].items() if name.startswith(("key_pre.", "key_post."))}
+}
+"""Tensors that a layer has all of or none of: bases of keys that uptraining changed."""
 STAGE_TENSORS: dict[str, dict[str, Spec]] = {"reservoir": {"token": ("N", ("I64",)), "position": ("N", ("I64",))}}
 """Tensors that a stage has once, not per layer."""
+NAMED_TENSORS = {"cla": re.compile(r"weights\.[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")}
+"""Tensors of any number and shape, in FLOATS: the model's parameters that replace others, by their names."""
 
 Header = dict[str, tuple[str, tuple[int, ...]]]
 """name -> (safetensors dtype, shape)."""
 
 
-def check_stage(where: str, stage: str, header: Header, layers: Iterable[Layer]) -> None:
+def check_stage(where: str, stage: str, header: Header, layers: Sequence[Layer]) -> None:
     """Compare the tensors of a stage's file with the schema.
 
     Raises:
@@ -83,14 +94,24 @@ def check_stage(where: str, stage: str, header: Header, layers: Iterable[Layer])
         name: (spec, {}) for name, spec in STAGE_TENSORS.get(stage, {}).items()
     }
     for layer in layers:
-        known = {"Hkv": layer.kv_heads, "D": layer.head_dim, "Dv": layer.value_dim}
-        for name, spec in LAYER_TENSORS[stage].items():
-            expected[f"layers.{layer.index}.{name}"] = (spec, known)
+        prefix = f"layers.{layer.index}."
+        known = {"Hkv": layer.kv_heads, "D": layer.head_dim, "Dv": layer.value_dim, "L": len(layers)}
+        specs = dict(LAYER_TENSORS[stage])
+        optional = OPTIONAL_LAYER_TENSORS.get(stage, {})
+        if any(prefix + name in header for name in optional):
+            specs |= optional
+        for name, spec in specs.items():
+            expected[prefix + name] = (spec, known)
 
-    for name in expected.keys() - header.keys():
+    for name in sorted(expected.keys() - header.keys()):
         raise ArtifactError(f"{where}: tensor {name} is missing: {_REMEDY}")
-    for name in header.keys() - expected.keys():
-        raise ArtifactError(f"{where}: unexpected tensor {name}: {_REMEDY}")
+    for name in sorted(header.keys() - expected.keys()):
+        if not (stage in NAMED_TENSORS and NAMED_TENSORS[stage].fullmatch(name)):
+            raise ArtifactError(f"{where}: unexpected tensor {name}: {_REMEDY}")
+        if header[name][0] not in FLOATS:
+            raise ArtifactError(
+                f"{where}: tensor {name} has dtype {header[name][0]}, expected {' or '.join(FLOATS)}: {_REMEDY}"
+            )
     free: dict[str, int] = {}
     for name, ((symbols, dtypes), known) in expected.items():
         dtype, shape = header[name]
@@ -104,4 +125,4 @@ def check_stage(where: str, stage: str, header: Header, layers: Iterable[Layer])
         free |= {dim: size for dim, size in zip(dims, shape, strict=True) if dim not in known}
 
 
-_REMEDY = "the file does not follow schema 1; fetch or calibrate it again"
+_REMEDY = f"the file does not follow schema {SCHEMA_VERSION}; fetch or calibrate it again"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..artifacts import KvcalError
-from ..runtime import hub
+from ..runtime import cla_file, hub
 
 DEMO_FOLDER = Path(__file__).parent / "builtin" / "demo_model"
 
@@ -129,11 +129,16 @@ def load_model(spec: str | os.PathLike[str], device: str = "auto", dtype: str = 
         downloaded = source.folder or hub.cached(source.id, "model", source.revision)
         if downloaded and not _has_tokenizer(downloaded):
             raise KvcalError(f"model {source.id}: the repository has no tokenizer (tokenizer.json): choose another one")
+        missing = []
         with _user_errors(source, "weights"):
-            model, report = AutoModelForCausalLM.from_pretrained(
-                place, dtype=wanted, output_loading_info=True, **options
-            )
-    if missing := sorted(report["missing_keys"]):
+            if downloaded and (downloaded / cla_file.NAME).is_file():
+                model = _shared(downloaded, wanted)
+            else:
+                model, report = AutoModelForCausalLM.from_pretrained(
+                    place, dtype=wanted, output_loading_info=True, **options
+                )
+                missing = sorted(report["missing_keys"])
+    if missing:
         raise KvcalError(
             f"model {source.id}: {len(missing)} weights are not in its files, e.g. {missing[0]}: "
             "the checkpoint is incomplete, or not of a causal language model"
@@ -145,18 +150,25 @@ def load_model(spec: str | os.PathLike[str], device: str = "auto", dtype: str = 
     return LoadedModel(model.eval().requires_grad_(False), tokenizer, source)
 
 
+def _shared(folder: Path, wanted: Any) -> Any:
+    """A model that `calibrate export --cla` wrote: transformers alone would make up the projections it lacks."""
+    from ..runtime.integration.checkpoint import load_cla
+
+    return load_cla(folder, dtype=None if wanted == "auto" else wanted)
+
+
 def max_context(config: Any) -> int | None:
     """The model's context in tokens, or None when its config states none."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
 
 
-def check_seq_len(seq_len: int, config: Any) -> None:
-    """Raise KvcalError when blocks of `seq_len` tokens exceed the model's context."""
+def check_seq_len(seq_len: int, config: Any, option: str = "--seq-len") -> None:
+    """Raise KvcalError, naming the option, when blocks of `seq_len` tokens exceed the model's context."""
     context = max_context(config)
     if context is not None and seq_len > context:
         raise KvcalError(
-            f"blocks of {seq_len} tokens exceed this model's context of {context}: give --seq-len {context}"
+            f"blocks of {seq_len} tokens exceed this model's context of {context}: give {option} {context}"
         )
 
 

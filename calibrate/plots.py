@@ -53,7 +53,7 @@ def rank_figure(artifact: Artifact, report: dict[str, Any]) -> bytes:
     )
     curves.set_title("Explained variance of keys (mean over KV heads)", fontsize=10)
     curves.legend(fontsize=8, frameon=False, loc="lower right")
-    return png(figure, f"{artifact.model.id} on {_data_name(artifact)}")
+    return png(figure, f"{artifact.model.id} on {data_name(artifact)}")
 
 
 def cluster_figure(artifact: Artifact, report: dict[str, Any]) -> bytes:
@@ -83,7 +83,7 @@ def cluster_figure(artifact: Artifact, report: dict[str, Any]) -> bytes:
     starts.xaxis.get_major_locator().set_params(integer=True)
     starts.set_title("Starting point of clustering on unseen text", fontsize=10)
     starts.legend(fontsize=8, frameon=False)
-    return png(figure, f"{artifact.model.id} on {_data_name(artifact)}")
+    return png(figure, f"{artifact.model.id} on {data_name(artifact)}")
 
 
 def _explained(artifact: Artifact, layer: int, quantity: str) -> torch.Tensor:
@@ -91,7 +91,7 @@ def _explained(artifact: Artifact, layer: int, quantity: str) -> torch.Tensor:
     return (values.cumsum(-1) / values.sum(-1, keepdim=True)).mean(0)
 
 
-def _data_name(artifact: Artifact) -> str:
+def data_name(artifact: Artifact) -> str:
     return str(artifact.data.get("source", {}).get("id", "text"))
 
 

@@ -18,7 +18,13 @@ from .output import json_option, plot_option, print_json, progress_bar, say, wor
     "--data", "data_spec", metavar="DATA", help="Unseen text: alias, Hub id org/name[:config[:split]], files, glob."
 )
 @click.option("--split", help="Split of the data set, e.g. heldout of stdlib.")
-@click.option("--method", "methods", default="loki", show_default=True, help="Comma list; `full` is always run.")
+@click.option(
+    "--method",
+    "methods",
+    default="loki",
+    show_default=True,
+    help="Comma list, also of cla and cla+METHOD; `full` is always run.",
+)
 @click.option("--rank", help="Comma list of fractions (0.25), counts (32) or variance:0.9.  [default: the method's]")
 @click.option("--keep", help="Comma list of fractions (0.25) or counts (256) of tokens.  [default: the method's]")
 @click.option(

@@ -17,6 +17,8 @@ COMMANDS = {
     "pca": "pca",
     "analyze-rank": "analyze_rank",
     "cluster": "cluster",
+    "share": "share",
+    "export": "export",
     "evaluate": "evaluate",
     "inspect": "inspect_",
     "verify": "verify",

@@ -56,5 +56,14 @@ def print_summary(summary: dict[str, Any]) -> None:
     for name, text in lines.items():
         click.echo(f"{name:<11} {text}")
     for name, stage in summary["stages"].items():
-        settings = ", ".join(f"{key} {value}" for key, value in stage["settings"].items())
+        settings = ", ".join(f"{key} {_in_short(value)}" for key, value in stage["settings"].items())
         click.echo(f"  {name:<10} {stage['bytes'] / 1e6:8.1f} MB  {stage['tensors']:>4} tensors  {settings}".rstrip())
+
+
+def _in_short(value: Any) -> Any:
+    """Of an uptraining its steps and what they brought; everything else as it is."""
+    if not (isinstance(value, dict) and "first_losses" in value):
+        return value
+    first, last = value["first_losses"], value["last_losses"]
+    losses = (f"{name.replace('_', ' ')} {first[name]:.3f} → {last[name]:.3f}" for name in first)
+    return f"{value['steps']} steps ({', '.join(losses)})"

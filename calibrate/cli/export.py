@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ...artifacts import KvcalError, load
+from .output import json_option, print_json, working
+
+
+@click.command("export")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option(
+    "--model", "model_spec", metavar="MODEL", required=True, help="The model that ARTIFACT was calibrated on."
+)
+@click.option(
+    "--cla",
+    "folder",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="New folder: the model with its layers sharing keys and values, by the stage `cla`.",
+)
+@click.option("--dtype", default="auto", show_default=True, help="Of the weights: auto, float32, bfloat16 or float16.")
+@json_option
+def export_command(artifact: Path, model_spec: str, folder: Path, dtype: str, as_json: bool) -> None:
+    """Write a checkpoint of the shared model, which `kvcal.runtime.load_cla(FOLDER)` loads.
+
+    \b
+    Example:
+      calibrate export mistral-7b-wikitext --model mistral-7b --cla mistral-7b-cla2
+    """
+    from ...artifacts.folder import has_content
+    from ...runtime.cla import stage_map
+    from ..models import load_model
+    from ..sharing.export import export
+    from .uptrain_options import check_weights
+
+    if has_content(folder):
+        raise KvcalError(f"{folder}: already exists: choose another --cla or remove it")
+    found = load(artifact)
+    groups = str(stage_map(found))
+    with working("loading the model"):
+        loaded = load_model(model_spec, device="cpu", dtype=dtype)
+        check_weights(found, loaded.model)
+    with working("writing"):
+        written = export(found, loaded, folder)
+    size = sum(path.stat().st_size for path in written.iterdir())
+    uptrained = found.stages["cla"].settings.get("uptraining") is not None
+    if as_json:
+        print_json({"folder": str(written), "groups": groups, "bytes": size, "uptrained": uptrained})
+        return
+    click.echo(f"{written}: groups {groups}, {'uptrained' if uptrained else 'not uptrained'}, {size / 1e6:.1f} MB")
+    click.echo(f"\nload it with\n  from kvcal.runtime import load_cla\n  model = load_cla({str(written)!r})")

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ...artifacts import Artifact, load, save
+from .output import json_option, plot_option, print_json, print_table, progress_bar, working, write_plot
+from .uptrain_options import UptrainOptions, print_uptraining, run_uptraining, uptrain_options
+
+
+@click.command("share")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option(
+    "--model", "model_spec", metavar="MODEL", required=True, help="The model that ARTIFACT was calibrated on."
+)
+@click.option(
+    "--group", type=click.Choice(["2", "3", "4"]), default="2", show_default=True, help="Layers of a full group."
+)
+@click.option(
+    "--pattern",
+    default="uniform",
+    show_default=True,
+    metavar="PATTERN",
+    help="uniform, keep-ends, dense-front, dense-back (as in the CLA paper), auto (least predicted "
+    "loss, in groups of at most 8 layers unless fewer are to be stored), or the groups, e.g. 0-1,2-3.",
+)
+@click.option(
+    "--budget-layers",
+    "stored_layers",
+    type=click.IntRange(1),
+    help="Layers that store keys and values.  [default: what pattern and group give]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a stage `cla` that has trained weights.")
+@uptrain_options
+@plot_option
+@json_option
+def share_command(
+    artifact: Path, model_spec: str, group: str, plot: Path | None, as_json: bool, **settings: Any
+) -> None:
+    """What sharing keys and values between neighbouring layers costs, and which layers are to share.
+
+    Adds the stage `cla` with the map to ARTIFACT. MODEL is checked and not changed.
+
+    With --uptrain the shared model is trained, by the map in ARTIFACT where there is one and no other is asked for;
+    the stage then holds the trained weights, and --plot shows the loss curve.
+
+    \b
+    Example:
+      calibrate share mistral-7b-wikitext --model mistral-7b --pattern auto --budget-layers 16
+      calibrate share mistral-7b-wikitext --model mistral-7b --uptrain --data wikitext --steps 1000 --lr 1e-4
+    """
+    from ...runtime.cla import stage_map
+    from ..card import card_files
+    from ..sharing.figure import share_figure
+    from ..sharing.plan import check_can_share, planned_map, refuse_to_lose
+    from ..sharing.rotation import rotation_of
+    from ..sharing.stage import share, share_report
+
+    training = UptrainOptions.take(settings)
+    found = load(artifact)
+    overwrite = settings.pop("overwrite")
+    settings["group"] = int(group)
+    if training.uptrain and _has_the_map(found, settings):
+        _uptrain(found, artifact, model_spec, training, overwrite, plot, as_json)
+        return
+    refuse_to_lose(found, overwrite)
+    planned = planned_map(found, **settings)
+    model = load_calibrated(found, model_spec)
+    check_can_share(found, model, planned)
+    with progress_bar("measuring pairs of layers") as progress:
+        shared = share(found, **settings, rotation=rotation_of(found, model), overwrite=overwrite, progress=progress)
+    if planned is None:
+        check_can_share(found, model, stage_map(shared))
+    saved = save(shared, artifact, card_files(shared))
+    if training.uptrain:
+        _uptrain(saved, artifact, model_spec, training, overwrite, plot, as_json)
+        return
+    report = share_report(saved)
+    if as_json:
+        print_json(report)
+    else:
+        print_sharing(report)
+    if plot is not None:
+        write_plot(plot, share_figure(saved, report))
+
+
+def _has_the_map(artifact: Artifact, settings: dict[str, Any]) -> bool:
+    """Whether the stage `cla` is there and shares what is asked for, if anything is."""
+    from ..sharing.plan import default_stored, planned_map
+
+    if "cla" not in artifact.stages:
+        return False
+    context = click.get_current_context()
+    default = click.core.ParameterSource.DEFAULT
+    if all(context.get_parameter_source(name) == default for name in ("group", "pattern", "stored_layers")):
+        return True
+    found, planned = artifact.stages["cla"].settings, planned_map(artifact, **settings)
+    if planned is not None:
+        return str(planned) == found["groups"]
+    stored = settings["stored_layers"] or default_stored(artifact, settings["group"])
+    return (found.get("pattern"), found.get("stored_layers")) == ("auto", stored)
+
+
+def _uptrain(
+    found: Artifact,
+    folder: Path,
+    model_spec: str,
+    training: UptrainOptions,
+    overwrite: bool,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    from ..sharing.loss_figure import loss_figure
+    from ..sharing.stage import share_report
+
+    trained, history = run_uptraining(found, folder, model_spec, training, overwrite)
+    report = share_report(trained)
+    if as_json:
+        print_json({**report, "history": history})
+    else:
+        print_uptraining(report["settings"])
+        click.echo(f"\nnext: calibrate evaluate {folder} --method cla,cla+loki --data …")
+    if plot is not None and history:
+        write_plot(plot, loss_figure(history, f"{trained.model.id}, groups {report['settings']['groups']}"))
+
+
+def load_calibrated(artifact: Artifact, model_spec: str) -> Any:
+    """The model of this specification, once its weights are known to be those of the artifact."""
+    from ...runtime import check_model
+    from ..models import load_model
+
+    with working("loading the model"):
+        # In the dtype of the run: another one may round the weights, and then they are others.
+        model = load_model(model_spec, device="cpu", dtype=str(artifact.settings.get("dtype", "auto"))).model
+        check_model(artifact, model, weights=True)
+    return model
+
+
+def print_sharing(report: dict[str, Any]) -> None:
+    """Neighbouring and sharing layers; then the groups and what they save."""
+    settings = report["settings"]
+    layers = sorted({pair[side] for pair in report["pairs"] for side in ("storing", "reading")})
+    before = dict(zip(layers[1:], layers, strict=False))
+    rows = [
+        [
+            f"{pair['storing']} → {pair['reading']}",
+            *(f"{pair[name]:.3f}" for name in ("key_r2", "value_r2", "cost_as_is", "cost_aligned")),
+            "yes" if pair["shared"] else "",
+        ]
+        for pair in report["pairs"]
+        if pair["shared"] or before[pair["reading"]] == pair["storing"]
+    ]
+    header = ["storing → reading", "R² keys", "R² values", "cost as is", "cost aligned", "shared"]
+    print_table("sharing keys and values between layers", header, rows)
+    _print_patterns(report)
+    frame = "before" if settings["keys_aligned"] == "pre" else "after"
+    size = report["bytes_per_token"]
+    stored, total = settings["stored_layers"], sum(map(len, report["groups"]))
+    click.echo(
+        f"R²: of the best linear alignment of all heads, on held-out tokens, keys {frame} their rotary embedding\n"
+        "cost: ‖o' - o‖ / ‖o‖ of the reading layer's attention output, with the storing layer's keys and values as "
+        "they are, and aligned\n"
+        f"groups {settings['groups']} ({settings['pattern']}): predicted loss {report['predicted_loss']:.3g}, the sum "
+        "of aligned cost² over reading layers\n"
+        f"stored {stored} of {total} full-attention layers: {size['before']} → {size['after']} bytes per token at "
+        f"16 bit\n"
+        f"{report['bandwidth']}"
+    )
+
+
+def _print_patterns(report: dict[str, Any]) -> None:
+    """What the cache would take with each pattern and size of groups."""
+    found = {(of["pattern"], of["group"]): of for of in report["patterns"]}
+    sizes = sorted({size for _, size in found})
+    rows = [
+        [pattern, *(_stored(found.get((pattern, size))) for size in sizes)]
+        for pattern in dict.fromkeys(pattern for pattern, _ in found)
+    ]
+    if rows:
+        title = "layers that store, and bytes per token at 16 bit, by pattern"
+        print_table(title, ["pattern", *(f"groups of {size}" for size in sizes)], rows)
+
+
+def _stored(of: dict[str, Any] | None) -> str:
+    return "" if of is None else f"{of['stored_layers']}: {of['bytes_per_token']}"

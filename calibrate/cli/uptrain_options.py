@@ -1,0 +1,238 @@
+"""`calibrate share --uptrain`: its options, and the training that they describe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ...artifacts import Artifact, save
+from .output import print_table, progress_bar, say, working
+
+if TYPE_CHECKING:
+    from ..blocks import TokenBlocks
+    from ..data import TextData
+    from ..sharing.training_state import Record
+
+_TENTHS = {"first tenth": "first_losses", "last tenth": "last_losses"}
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_OPTIONS = [
+    click.option("--uptrain", is_flag=True, help="Train the shared model; weights go into the stage `cla`."),
+    click.option(
+        "--data",
+        "data_spec",
+        metavar="DATA",
+        help="Training text: alias, Hub id org/name[:config[:split]], files, glob.",
+    ),
+    click.option("--split", help="Split of the data set, e.g. train."),
+    click.option("--steps", type=click.IntRange(1), help="Steps of the training; --uptrain needs it."),
+    click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak learning rate of AdamW."),
+    click.option(
+        "--distill",
+        type=float,
+        default=1.0,
+        show_default=True,
+        help="Weight of KL(original ‖ shared) beside the next-token loss; 0: none.",
+    ),
+    click.option(
+        "--train",
+        type=click.Choice(["shared", "all"]),
+        default="shared",
+        show_default=True,
+        help="Shared projections and the reading layers' queries and norms, or all weights.",
+    ),
+    click.option(
+        "--pool", type=click.Choice(["mean", "first"]), default="mean", show_default=True, help="Starting point."
+    ),
+    click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Blocks per step."),
+    click.option("--block-size", type=click.IntRange(2), help="Tokens per block.  [default: as in ARTIFACT's pass]"),
+    click.option("--warmup", type=click.IntRange(0), help="Steps until the peak rate.  [default: a twentieth]"),
+    click.option("--seed", type=int, default=0, show_default=True, help="Order of the blocks, and dropout."),
+    click.option("--checkpoint-every", type=click.IntRange(1), default=100, show_default=True, help="Steps."),
+    click.option("--resume", is_flag=True, help="Go on with an interrupted training of the same settings."),
+    click.option(
+        "--continue", "more", is_flag=True, help="Start from the trained weights that ARTIFACT has, and replace them."
+    ),
+    click.option("--device", default="auto", show_default=True, help="Of the training: auto, cpu, cuda or cuda:N."),
+    click.option(
+        "--dtype",
+        default="auto",
+        show_default=True,
+        help="Of the training: auto, float32, or bfloat16 (float32 copies).",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class UptrainOptions:
+    """What `uptrain_options` collects; the fields are the options."""
+
+    uptrain: bool
+    data_spec: str | None
+    split: str | None
+    steps: int | None
+    lr: float
+    distill: float
+    train: str
+    pool: str
+    batch_size: int
+    block_size: int | None
+    warmup: int | None
+    seed: int
+    checkpoint_every: int
+    resume: bool
+    more: bool
+    device: str
+    dtype: str
+
+    @classmethod
+    def take(cls, options: dict[str, Any]) -> UptrainOptions:
+        """Out of a command's options. Raises click.UsageError: training options without --uptrain, or too few."""
+        context = click.get_current_context()
+        found = cls(**{field.name: options.pop(field.name) for field in fields(cls)})
+        default = click.core.ParameterSource.DEFAULT
+        given = [field.name for field in fields(cls) if context.get_parameter_source(field.name) != default]
+        if not found.uptrain and given:
+            name = {"data_spec": "data", "more": "continue"}.get(given[0], given[0]).replace("_", "-")
+            raise click.UsageError(f"--{name} is for training: give --uptrain, too")
+        if found.uptrain and (found.data_spec is None or found.steps is None):
+            raise click.UsageError(
+                "--uptrain needs text and length: give --data and --steps, e.g. --data stdlib --steps 500"
+            )
+        return found
+
+
+def uptrain_options(command: Command) -> Command:
+    """Add the options of uptraining to a command."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def run_uptraining(
+    artifact: Artifact, folder: Path, model_spec: str, options: UptrainOptions, overwrite: bool
+) -> tuple[Artifact, list[Record]]:
+    """Train the sharing of the stage `cla` and save it there: (the artifact, the history of the training)."""
+    from ...runtime.cla import stage_map
+    from ..card import card_files
+    from ..data import open_data
+    from ..models import load_model
+    from ..sharing.loss_figure import loss_figure
+    from ..sharing.plan import refuse_to_lose
+    from ..sharing.refit import refit_keys
+    from ..sharing.training_state import TrainingState
+    from ..sharing.uptrained_stage import earlier_training, finished_run, with_uptraining
+    from ..sharing.uptraining import Uptraining, check_trainable, run_settings, uptrain
+
+    assert options.data_spec is not None and options.steps is not None
+    names = {field.name for field in fields(Uptraining)}
+    training = Uptraining(**{name: value for name, value in vars(options).items() if name in names})
+    sharing_map, earlier = stage_map(artifact), earlier_training(artifact) if options.more else None
+    with working("finding the text"):
+        data = open_data(options.data_spec, options.split)
+    with working("loading the model"):
+        loaded = load_model(model_spec, device=options.device, dtype=options.dtype)
+        check_weights(artifact, loaded.model)
+    block_size = options.block_size or int(artifact.data["seq_len"])
+    check_trainable(loaded.model, sharing_map, block_size)
+    tokens = training.steps * training.batch_size * block_size
+    with working("reading and tokenising the text"):
+        blocks = _blocks(data, loaded.tokenizer, tokens, block_size)
+        refit_blocks = _refit_blocks(artifact, data, loaded.tokenizer, blocks)
+    state = TrainingState.beside(folder, "")
+    run = run_settings(loaded.model, blocks, sharing_map, training, options.pool, earlier)["run"]
+    if finished_run(artifact) == run:
+        say(f"{folder}: already uptrained with this model, text and settings")
+        state.remove()  # a kill after saving may have left it
+        return artifact, []
+    refuse_to_lose(artifact, overwrite or options.more)
+    if options.resume and not state.exists():
+        say(f"no interrupted uptraining beside {folder}: starting from the beginning")
+    with training_bar() as progress:
+        uptrained = uptrain(
+            loaded.model,
+            blocks,
+            sharing_map,
+            training,
+            pool=options.pool,
+            earlier=earlier,
+            beside=folder,
+            resume=options.resume,
+            checkpoint_every=options.checkpoint_every,
+            progress=progress,
+        )
+    with progress_bar("refitting key bases") as refitting:
+        bases = refit_keys(
+            loaded.model,
+            sharing_map,
+            uptrained.weights,
+            refit_blocks,
+            centred=bool(artifact.settings.get("centred", True)),
+            progress=refitting,
+        )
+    trained = with_uptraining(artifact, uptrained, bases)
+    history = list(uptrained.history)
+    figure = loss_figure(history, f"{artifact.model.id}, groups {sharing_map}, on {data.source['id']}")
+    with working("writing"):
+        saved = save(trained, folder, {**card_files(trained), "uptraining.png": figure})
+    state.remove()
+    return saved, history
+
+
+def print_uptraining(settings: dict[str, Any]) -> None:
+    """Losses of the first and the last tenth of the steps."""
+    done = settings["uptraining"]
+    names = list(done["first_losses"])
+    rows = [[when, *(f"{done[key][name]:.4f}" for name in names)] for when, key in _TENTHS.items()]
+    after = " more" if done.get("earlier") else ""
+    title = f"groups {settings['groups']}: {done['steps']}{after} steps, {done['train']} weights, lr {done['lr']:g}"
+    print_table(title, ["steps", *(name.replace("_", " ") for name in names)], rows)
+    click.echo("nats per token on the training text; kl: of the shared model's predictions from the original's")
+
+
+def check_weights(artifact: Artifact, model: Any) -> None:
+    """By weights, too, where they were loaded as they were calibrated: another dtype rounds them to others."""
+    from ...runtime import check_model
+
+    calibrated, loaded = artifact.settings.get("dtype"), str(model.dtype).removeprefix("torch.")
+    check_model(artifact, model, weights=calibrated == loaded)
+
+
+def _blocks(data: TextData, tokenizer: Any, tokens: int, seq_len: int) -> TokenBlocks:
+    from ..blocks import make_blocks
+
+    blocks = make_blocks(data, tokenizer, num_tokens=tokens, seq_len=seq_len, source=data.source)
+    if blocks.ids.numel() < tokens:
+        say(f"{int(blocks.attended.sum())} tokens of text for a training of {tokens}: each is seen several times")
+    return blocks
+
+
+def _refit_blocks(artifact: Artifact, data: TextData, tokenizer: Any, training: TokenBlocks) -> TokenBlocks:
+    """As much text, in blocks as long, as the artifact's pass had; the training's blocks where there is less."""
+    from ...artifacts import KvcalError
+    from ..blocks import make_blocks
+
+    count, seq_len = artifact.data["blocks"], artifact.data["seq_len"]
+    try:
+        return make_blocks(data, tokenizer, num_tokens=count * seq_len, seq_len=seq_len, source=data.source)
+    except KvcalError:
+        return training
+
+
+@contextmanager
+def training_bar() -> Iterator[Callable[[int, int, float], None]]:
+    """A progress bar with the loss; twenty lines for the log when stderr is no terminal."""
+    with progress_bar("uptraining") as update:
+
+        def show(done: int, total: int, loss: float) -> None:
+            update(done, total, f"loss {loss:.3f}" if done else "")
+            if not sys.stderr.isatty() and done and done % max(1, total // 20) == 0:
+                say(f"step {done} of {total}: loss {loss:.3f}")
+
+        yield show

@@ -1,0 +1,60 @@
+"""The rotary embedding of a model at the positions of a reservoir, so that its keys can be seen before it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...artifacts import Artifact
+from ...runtime.integration.routing import backbone, find_attention
+from ..pre_rotary import Rotation, find_rotation, rotate_back
+
+
+@torch.no_grad()
+def rotation_of(artifact: Artifact, model: Any) -> Rotation | None:
+    """cos and sin [N, R] of the full-attention layers at the reservoir's positions; None where there is no rotation.
+
+    The model is run over one block of its first token, as long as those of the calibration, up to the first such
+    layer: what it hands there does not depend on the tokens.
+    """
+    layers = [layer.index for layer in artifact.layers if layer.window is None]
+    if not layers or all(artifact.layers[layer].pre_rotary == "none" for layer in layers):
+        return None
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Seen(find_rotation(module, inspect.signature(module.forward).bind(*args, **kwargs), expected=True))
+
+    handle = find_attention(model)[layers[0]].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        ids = torch.zeros(1, artifact.data["seq_len"], dtype=torch.int64, device=model.device)
+        backbone(model)(input_ids=ids, use_cache=False)
+    except _Seen as seen:
+        if seen.rotation is None:
+            return None
+        position = artifact.stages["reservoir"].tensors["position"]
+        cos, sin = (part.expand(1, -1, -1)[0].cpu().float()[position] for part in seen.rotation)
+        return cos, sin
+    finally:
+        handle.remove()
+    return None
+
+
+def unrotate(keys: Tensor, rotation: Rotation) -> Tensor:
+    """Keys [H, N, D] as they were before their rotary embedding (of the half-split convention)."""
+    cos, sin = rotation
+    return rotate_back(keys.unsqueeze(0), cos.unsqueeze(0), sin.unsqueeze(0))[0]
+
+
+def rotate(keys: Tensor, rotation: Rotation) -> Tensor:
+    """The inverse of `unrotate`: back by the conjugate, which undoes cos / length² and so takes it divided."""
+    cos, sin = rotation
+    length = cos**2 + sin**2
+    return unrotate(keys, (cos / length, -sin / length))
+
+
+class _Seen(Exception):
+    def __init__(self, rotation: Rotation | None):
+        self.rotation = rotation
