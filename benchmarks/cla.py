@@ -31,7 +31,7 @@ COMMON_TRAIN = ["--train", "all", "--lr", "2e-3", "--dtype", "bfloat16", "--chec
 TRAINING = ["--data", "stdlib", "--steps", "1500", "--batch-size", "8", "--block-size", "512", "--warmup", "50"]
 WITH_QUESTIONS = {
     "short.jsonl": ["--steps", "300", "--batch-size", "16", "--block-size", "256", "--warmup", "20"],
-    "long.jsonl": ["--steps", "900", "--batch-size", "4", "--block-size", "2048", "--warmup", "30"],
+    "long.jsonl": ["--steps", "200", "--batch-size", "4", "--block-size", "2048", "--warmup", "15"],
 }
 """How to go on with texts of `recall_text.py`, in this order: short rows bring copying back, long ones its reach."""
 TEXTS: dict[str, dict[str, Any]] = {
