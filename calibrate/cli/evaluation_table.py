@@ -44,6 +44,11 @@ def print_results(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
         "ppl: perplexity of the continuation; error: ‖o - o_dense‖ / ‖o_dense‖ of the attention output; mass: of the\n"
         "dense attention that was read, both means of layers; MB: resident, and read per step, of one row; ms: per\n"
         f"step of up to {settings['batch_size']} rows"
+        + (
+            "; of cla, dense is the shared model's own"
+            if any(str(row["method"]).startswith("cla") for row in rows)
+            else ""
+        )
         + ("; hits: of what an offloaded cache read, the share on the device" if "hits" in costs else "")
     )
 
