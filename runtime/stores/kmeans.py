@@ -89,6 +89,7 @@ def nearest(unit: Tensor, centroids: Tensor, held: Tensor, counts: Tensor | None
 
 def sums_by_label(values: Tensor, labels: Tensor, held: Tensor, count: int) -> Tensor:
     """[B, H, count, D] float32: `values` [B, H, S, D] added up by label, tokens that are not `held` left out."""
+    values = values.float() if values.dtype == torch.float64 else values
     return update(values, labels.int(), _lengths(held), count)[0]
 
 
