@@ -1,4 +1,4 @@
-"""Cross-layer attention on the demo model, before and after uptraining: docs/results/cla.md, cla.json and cla.png.
+"""Cross-layer attention on the demo model, before and after uptraining: docs/results/cla*.
 
 python benchmarks/cla.py                          # hours on two cores, most of it the training; goes on where it was
 python benchmarks/cla.py --artifact ARTIFACT --with-questions ARTIFACT      # with what is trained already
@@ -67,8 +67,8 @@ def measured(artifact: Path, evaluations: Sequence[Sequence[str]], name: str) ->
     settings = load(artifact).stages["cla"].settings
     results = FOLDER / f"{name}.json"
     for arguments in evaluations:
-        output = ["--output", str(results), "--plot", str(FOLDER / f"{name}.png")]
-        run(["evaluate", str(artifact), *COMMON, *arguments, *output])
+        run(["evaluate", str(artifact), *COMMON, *arguments, "--output", str(results)])
+    shutil.copy(artifact / "uptraining.png", FOLDER / f"{name}.png")
     rows = json.loads(results.read_text())["results"]
     return Part(name, rows, settings, commands(settings, evaluations))
 

@@ -121,7 +121,7 @@ SECTION = """## {title}
 
 {table}
 
-![Quality against bytes read]({name}.png)
+![losses of the (last) training]({name}.png)
 
 {verdict}
 
