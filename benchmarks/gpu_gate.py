@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvcal.kernels.append import append
 from kvcal.kernels.cluster import assign, update
-from kvcal.kernels.score import block_of, quantize, score, unpack
+from kvcal.kernels.score import quantize, score, unpack
 
 LARGEST = {8: 127, 4: 7}
 
@@ -109,11 +109,10 @@ def check_score(gate: Gate) -> None:
         codes, scales = quantize(gate.normal(3, sizes.heads, capacity, sizes.rank), bits)
         shape = (sizes.group,) if combine == "none" else ()
         out = gate.nan(3, sizes.heads, *shape, capacity, dtype=out_dtype)
-        highest = gate.nan(3, sizes.heads, -(-capacity // block_of(bits)), dtype=torch.float32)
         options: dict[str, Any] = {"bits": bits, "combine": combine, "softcap": 30.0 if bits == 8 else None}
         score(
             query, codes, scales, lengths, scaling=sizes.scaling, out=out, out_dtype=out_dtype,
-            block_max=highest if combine == "max" else None, backend=gate.backend, **options,
+            backend=gate.backend, **options,
         )  # fmt: skip
         exact = sizes.scaling * query.double() @ unpack(codes, bits).double().mT
         exact = exact if scales is None else exact * scales.double().unsqueeze(2)
@@ -122,9 +121,6 @@ def check_score(gate: Gate) -> None:
         beyond = torch.arange(capacity, device=gate.device) >= lengths.view(-1, *[1] * (exact.dim() - 1))
         name = f"score {bits} {combine} of {capacity}"
         gate.near(name, out, exact.masked_fill(beyond, -torch.inf), 1e-3)
-        if combine == "max":
-            padded = F.pad(out.float(), (0, -capacity % block_of(bits)), value=-torch.inf)
-            gate.same(f"{name}: blocks", highest, padded.unflatten(-1, (-1, block_of(bits))).amax(-1))
 
 
 def check_cluster(gate: Gate) -> None:

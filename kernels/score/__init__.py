@@ -28,7 +28,6 @@ def score(
     out_dtype: torch.dtype = torch.float32,
     block: int | None = None,
     out: Tensor | None = None,
-    block_max: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Logits of every query against every token's code: scaling · scale · (query · code), then `softcap`.
@@ -42,11 +41,8 @@ def score(
         scaling: positive.
         combine: "none": every query's logits; "max": the largest of the group's.
         out_dtype: float32 or float16 (half the bytes for `select` to read; larger magnitudes become the largest).
-        block: tokens of one entry of `block_max` and of one tile of the kernel, a power of two from 64; by default
-            `block_of(bits)`.
+        block: tokens of one tile of the kernel, a power of two from 64; by default `block_of(bits)`.
         out: written and returned instead of a new tensor; contiguous.
-        block_max: [B, Hkv, ceil(S / block)] float32, contiguous, with combine="max": where given, it receives the
-            largest score of every block as `out` holds it, -inf for blocks beyond the row's length.
 
     Returns:
         [B, Hkv, G, S] or, with combine="max", [B, Hkv, S]; -inf at tokens beyond the row's length.
@@ -64,15 +60,11 @@ def score(
     if out is None:
         out = torch.empty(shape, dtype=out_dtype, device=query.device)
     check_output("out", out, shape, (torch.float32, torch.float16), query)
-    if block_max is not None:
-        if combine == "none":
-            raise ValueError("block_max: received combine='none', expected 'max'")
-        check_output("block_max", block_max, (batch, heads, -(-tokens // block)), (torch.float32,), query)
     run = reference
     if choose(backend, query) == "triton":
         from .triton_kernel import score as run
     run(
-        query, codes, scales, lengths, out, block_max,
+        query, codes, scales, lengths, out,
         scaling=scaling, bits=bits, combine=combine, softcap=softcap, block=block,
     )  # fmt: skip
     return out

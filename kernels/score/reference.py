@@ -1,7 +1,6 @@
 """The definition of `score` in plain torch."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .quantize import unpack
@@ -13,7 +12,6 @@ def score(
     scales: Tensor | None,
     lengths: Tensor,
     out: Tensor,
-    block_max: Tensor | None,
     *,
     scaling: float,
     bits: int,
@@ -21,7 +19,7 @@ def score(
     softcap: float | None,
     block: int,
 ) -> None:
-    """Writes `out` and `block_max`, already checked; see `kvcal.kernels.score.score`."""
+    """Writes `out`, already checked; see `kvcal.kernels.score.score`."""
     logits = query.float() @ unpack(codes, bits).mT
     if scales is not None:
         logits = logits * scales.float().unsqueeze(2)
@@ -34,6 +32,3 @@ def score(
     logits = logits.clamp(-largest, largest)
     absent = torch.arange(out.shape[-1], device=out.device) >= lengths.view(-1, *[1] * (out.dim() - 1))
     out.copy_(logits.masked_fill(absent, -torch.inf))
-    if block_max is not None:
-        missing = -out.shape[-1] % block
-        block_max.copy_(F.pad(out.float(), (0, missing), value=-torch.inf).unflatten(-1, (-1, block)).amax(-1))

@@ -48,12 +48,12 @@ def finished(logit, present, softcap, SOFTCAP: tl.constexpr, LARGEST: tl.constex
 
 @triton.jit(do_not_specialize=VARYING)
 def score_kernel(
-    query, codes, scales, lengths, out, block_max, runs, per_program, scaling, softcap,
+    query, codes, scales, lengths, out, runs, per_program, scaling, softcap,
     query_row: tl.int64, query_head: tl.int64, query_stride: tl.int64,
     codes_row: tl.int64, codes_head: tl.int64, scales_row: tl.int64, scales_head: tl.int64,
     CODES_TOKEN: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, COMBINE: tl.constexpr,
-    SOFTCAP: tl.constexpr, BLOCK_MAX: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tokens = runs * RUN
     head, row = tl.program_id(1), tl.program_id(2)
@@ -107,8 +107,6 @@ def score_kernel(
         if COMBINE:  # the factor is not negative and the softcap monotone: the largest product stays the largest
             logit = finished(tl.max(logit, 1) * factor, present, softcap, SOFTCAP, LARGEST).to(out.dtype.element_ty)
             tl.store(out + pair * tokens + token, logit, mask=run < tokens)
-            if BLOCK_MAX:
-                tl.store(block_max + pair * blocks + block, tl.max(logit.to(tl.float32), 0))
         else:
             logit = finished(logit * factor[:, None], present[:, None], softcap, SOFTCAP, LARGEST)
             to = out + (pair * GROUP + column)[None, :] * tokens + token[:, None]
@@ -120,8 +118,6 @@ def score_kernel(
         for line in range(lines):
             to = out + (pair * lines + line) * tokens + token
             tl.store(to, tl.full([BLOCK], float("-inf"), out.dtype.element_ty), mask=token // RUN * RUN < tokens)
-        if BLOCK_MAX:
-            tl.store(block_max + pair * blocks + block, float("-inf"))
 
 
 def score(
@@ -130,7 +126,6 @@ def score(
     scales: Tensor | None,
     lengths: Tensor,
     out: Tensor,
-    block_max: Tensor | None,
     *,
     scaling: float,
     bits: int,
@@ -138,7 +133,7 @@ def score(
     softcap: float | None,
     block: int,
 ) -> None:
-    """Writes `out` and `block_max`, already checked; see `kvcal.kernels.score.score`."""
+    """Writes `out`, already checked; see `kvcal.kernels.score.score`."""
     batch, heads, group, _ = query.shape
     tokens, width = codes.shape[2:]
     if tokens * codes.stride(2) >= 2**31:
@@ -154,13 +149,13 @@ def score(
     dtype = tl.float32 if interpreting() else getattr(tl, str(query.dtype).removeprefix("torch."))
     with device_of(query):
         score_kernel[(triton.cdiv(blocks, per_program), heads, batch)](
-            query, codes, scales, lengths, out, block_max, tokens // run, per_program, scaling, softcap or 1.0,
+            query, codes, scales, lengths, out, tokens // run, per_program, scaling, softcap or 1.0,
             *query.stride()[:3], codes.stride(0) // unit, codes.stride(1) // unit,
             scale_strides[0] // run, scale_strides[1] // run,
             CODES_TOKEN=codes.stride(2), UNIT=unit, RUN=run, GROUP=group,
             COLUMNS=max(COLUMNS, triton.next_power_of_2(group)), WIDTH=width, PADDED=padded,
             BITS=bits, DTYPE=dtype, COMBINE=combine == "max", SOFTCAP=softcap is not None,
-            BLOCK_MAX=block_max is not None, LARGEST=torch.finfo(out.dtype).max,
+            LARGEST=torch.finfo(out.dtype).max,
             BLOCK=block, STAGES=stages(block * padded * codes.element_size()), num_warps=WARPS,
         )  # fmt: skip
 

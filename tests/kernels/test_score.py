@@ -83,19 +83,16 @@ def test_scores_are_the_formulas(device, backend, combine, bits, dtype, group, r
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_softcapped_scores_and_the_maxima_of_blocks(device, monkeypatch, backend, bits):
+def test_softcapped_scores(device, monkeypatch, backend, bits):
     several_blocks_per_program(monkeypatch)
     query, codes, scales, keys = draw(bits, device=device)
     lengths = [300, 64]
-    out, block_max = poisoned((2, 2, 304), torch.float16, device), poisoned((2, 2, 5), device=device)
+    out = poisoned((2, 2, 304), torch.float16, device)
     run(
         query, codes, scales, lengths, bits=bits, combine="max", softcap=0.6, block=64,
-        backend=backend, out=out, block_max=block_max,
+        backend=backend, out=out,
     )  # fmt: skip
     assert_close(out, expected(query, keys, lengths, "max", softcap=0.6))
-    blocks = [out[..., start : start + 64].amax(-1) for start in range(0, 304, 64)]
-    assert torch.equal(block_max, torch.stack(blocks, -1).float())
-    assert (block_max[1, :, 1:] == -INF).all() and block_max[1, :, 0].isfinite().all()
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -161,8 +158,6 @@ def test_dense_out_dtype_and_block_defaults(device):
         ({"query": torch.zeros(2, 2, 4, 32).double()}, "query: received torch.float64"),
         ({"lengths": torch.tensor([8, 8])}, "lengths: received torch.int64"),
         ({"out": torch.zeros(2, 2, 8)}, r"out: received torch.float32 \[2, 2, 8\]"),
-        ({"block_max": torch.zeros(2, 2, 1)}, "block_max: received combine='none', expected 'max'"),
-        ({"combine": "max", "block_max": torch.zeros(2, 2, 2)}, r"block_max: received torch.float32 \[2, 2, 2\]"),
     ],
 )
 def test_bad_arguments_are_named(changes, message):
@@ -187,7 +182,7 @@ def launch(bits, rank, tokens, dtype, **options):
 for tokens in (8, 1000, 4096):
     launch(4, 32, tokens, torch.bfloat16, combine="max", out_dtype=torch.float16)
 launch(8, 32, 4096, torch.float16, softcap=30.0)
-launch(16, 128, 4096, torch.bfloat16, combine="max", block_max=torch.zeros(1, 8, 32))
+launch(16, 128, 4096, torch.bfloat16, combine="max")
 """)
     assert all(launch["stack"] == 0 and launch["shared"] <= 56 * 1024 for launch in launches), launches
     assert len({launch["hash"] for launch in launches[:3]}) == 1

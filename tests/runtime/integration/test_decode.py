@@ -109,13 +109,15 @@ def test_rows_end_where_nothing_can_be_taken_back(name, method, at):
 
 @pytest.mark.parametrize("method", ["full", "loki", "clusterkv"])
 def test_the_cache_outlives_inference_mode(method):
-    inputs = padded(9, 23)
-    with torch.inference_mode():
-        out = decode(model(), artifact=artifact(), max_new_tokens=6, **inputs, **METHODS[method])
-    tokens = out.tokens.clone()
+    """It goes on as one that was decoded without."""
+    inputs, ends = padded(9, 23), []
     mask = torch.cat((inputs["attention_mask"], torch.ones(2, 6, dtype=torch.int64)), 1)
-    more = model().generate(tokens, attention_mask=mask, past_key_values=out.cache, max_new_tokens=4, do_sample=False)
-    assert torch.equal(more[:, : tokens.shape[1]], tokens)
+    for inference in (True, False):
+        with torch.inference_mode(inference):
+            out = decode(model(), artifact=artifact(), max_new_tokens=6, **inputs, **METHODS[method])
+        again = {"attention_mask": mask, "past_key_values": out.cache, "max_new_tokens": 4, "do_sample": False}
+        ends.append(model().generate(out.tokens.clone(), **again))
+    assert torch.equal(*ends)
 
 
 def test_padding_is_that_of_generate():
