@@ -124,7 +124,7 @@ def test_json_lines(here: Path, name: str) -> None:
     [
         ("list.json", json.dumps([{"text": "one"}, {"text": "two"}], indent=1).encode()),
         ("strings.json", json.dumps(["one", "two"]).encode()),
-        ("lines.jsonl.gz", gzip.compress(b'{"text": "one"}\n{"text": "two"}\n')),
+        ("lines.jsonl.gz", gzip.compress(b'{"text": "one"}\n{"text": "two"}\n', mtime=0)),
     ],
 )
 def test_other_json(here: Path, name: str, content: bytes) -> None:
@@ -279,7 +279,7 @@ def test_unknown_names(here: Path) -> None:
         ("a.jsonl", b'{"text": "caf\xe9"}\n', "a.jsonl: cannot be read"),
         ("a.jsonl", bytes(range(256)), "a.jsonl: cannot be read"),
         ("a.json", b'[{"text": "a"}', "a.json: cannot be read"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "a.jsonl.gz: cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], "a.jsonl.gz: cannot be read"),
         ("a.parquet", b"", "a.parquet: contains no text"),
         ("a.parquet", b"PAR1 and then nothing", "a.parquet: cannot be read"),
         ("a.csv", b"a,b\n", "a.csv is none of .txt"),
