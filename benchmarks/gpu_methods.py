@@ -22,9 +22,10 @@ from kvcal.kernels.score import quantize, score
 from kvcal.kernels.select import select
 from kvcal.runtime.attention import Logits
 from kvcal.runtime.static import STEPS, Clock, Step
+from kvcal.runtime.stores.basis import Basis
 from kvcal.runtime.stores.clusterkv import ClusterKV, ClusterKVStore
 from kvcal.runtime.stores.full import Full, FullStore
-from kvcal.runtime.stores.loki import Basis, Loki, LokiStore
+from kvcal.runtime.stores.loki import Loki, LokiStore
 
 Call = Callable[[], Any]
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from kvcal.runtime.replay import Replay, State
 from kvcal.runtime.sampling import Sampler
 from kvcal.runtime.stores import METHODS, Method, Store
-from kvcal.runtime.stores.loki import Basis, LokiStore
+from kvcal.runtime.stores.basis import Basis
+from kvcal.runtime.stores.loki import LokiStore
 
 Row = dict[str, Any]
 WARM = 4

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from kvcal.runtime.attention import Logits
 from kvcal.runtime.stores import METHODS, Store
-from kvcal.runtime.stores.loki import Basis, Loki, LokiStore
+from kvcal.runtime.stores.basis import Basis
+from kvcal.runtime.stores.loki import Loki, LokiStore
 
 TOLERANCES: dict[torch.dtype, dict[str, float]] = {
     torch.float32: {"rtol": 1e-4, "atol": 1e-5},

@@ -48,11 +48,14 @@ class ClusteredStore(SelectingStore):
     def __init__(self, selection: Clustered):
         super().__init__(selection)
         self.clusters = self._make_clusters()
-        self.tail = Tail(self.rows, self.clusters) if selection.tail and self.clusters else None
+        self.tail = self._make_tail()
 
     def _make_clusters(self) -> Clusters | None:
         of = self.selection
         return Clusters(self.rows, self._buffer, of.tokens_per_cluster, of.sinks) if of.tail else None
+
+    def _make_tail(self) -> Tail | None:
+        return Tail(self.rows, self.clusters) if self.selection.tail and self.clusters else None
 
     def _buffer(self, name: str) -> Rows:
         """Clusters are fewer than tokens, and their buffers grow accordingly."""
@@ -125,7 +128,7 @@ class ClusteredStore(SelectingStore):
         return scores.masked_fill(clusters.leave_out(slot.expand(scores.shape[0], -1, -1, -1)), -torch.inf)
 
     def _combine(self, query: Tensor, logits: Logits, own: Tensor, chosen: Chosen) -> Tensor:
-        if self.tail is None:
+        if not self.selection.tail:
             return super()._combine(query, logits, own, chosen)
         key, value = self._gather(("key", "value"), chosen)
         key = key.unflatten(1, chosen.index.shape[1:3]).float()

@@ -1,12 +1,8 @@
-"""ClusterKV (Liu et al., 2024): recall whole clusters of semantically similar tokens.
-
-Keys and values lie sorted by cluster, so that a selected cluster is one contiguous read: slots of a row are
-its sinks, then cluster after cluster, then the open window in order of arrival.
-"""
+"""ClusterKV (Liu et al., 2024): recall whole clusters of semantically similar tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,16 +10,14 @@ from torch import Tensor
 
 from ...artifacts import Artifact
 from ..attention import Logits
-from .amounts import Amount, check_choice, check_count
-from .clustered import Clustered, ClusteredStore
-from .clusters import SEGMENT, Clusters, slot_index, take
-from .offload import DeviceCache, HostRows
-from .rows import Places, Rows
+from .amounts import Amount
+from .clusters import Clusters
 from .selecting import Chosen
+from .sorted_by_cluster import Sorted, SortedStore, calibrated_centroids
 
 
 @dataclass(frozen=True)
-class ClusterKV(Clustered):
+class ClusterKV(Sorted):
     keep: Amount = 1024
     """Tokens read per step, the sinks and the open window included: a count, or a fraction of the row's tokens."""
     select: str = "group"
@@ -31,82 +25,15 @@ class ClusterKV(Clustered):
     window: int = 320
     sinks: int = 16
     """First tokens, in no cluster and always read."""
-    segment: int = SEGMENT
-    """Tokens of a prompt that are clustered together at most."""
-    iterations: int = 20
-    """Passes of k-means at most."""
-    offload: str = "none"
-    """"cpu": keys and values lie in host memory, and only what is read and not cached on the device is copied."""
-    cached: int = 2048
-    """With `offload`: tokens per KV head that are cached on the device."""
 
     def build(self, layer: int, head_dim: int, artifact: Artifact | None) -> Callable[[], ClusterKVStore]:
         self.check()
-        check_count("iterations", self.iterations, 1)
-        check_count("segment", self.segment, 1)
-        check_choice("offload", self.offload, ("none", "cpu"))
-        check_count("cached", self.cached, 1)
         start = calibrated_centroids(artifact, layer)
         return lambda: ClusterKVStore(self, start)
 
 
-def calibrated_centroids(artifact: Artifact | None, layer: int) -> Tensor | None:
-    """[Hkv, C, D] of the stage `clusters`, if there is one: what online clusterings begin with."""
-    if artifact is None or "clusters" not in artifact.stages:
-        return None
-    return artifact.tensor("clusters", layer, "centroids")
-
-
-class ClusterKVStore(ClusteredStore):
+class ClusterKVStore(SortedStore):
     selection: ClusterKV
-    clusters: Clusters
-
-    def __init__(self, settings: ClusterKV, start: Tensor | None):
-        # Before the rest: `_make_clusters` and `_buffer` look at them.
-        self._start = start
-        self.device_cache = DeviceCache(settings.cached) if settings.offload == "cpu" else None
-        super().__init__(settings)
-
-    def _make_clusters(self) -> Clusters:
-        of = self.selection
-        return Clusters(
-            self.rows,
-            self._buffer,
-            of.tokens_per_cluster,
-            of.sinks,
-            start=self._start,
-            iterations=of.iterations,
-            segment=of.segment,
-        )
-
-    def read_mask(self) -> Tensor:
-        by_slot = super().read_mask()
-        position = self.rows["position"].view.squeeze(-1).long()
-        position = position.repeat_interleave(by_slot.shape[1] // position.shape[1], 1)
-        # Slots beyond a shorter row have stale positions: add instead of set.
-        read = torch.zeros(by_slot.shape, dtype=torch.int32, device=by_slot.device)
-        return read.scatter_add_(2, position, by_slot.to(torch.int32)) > 0
-
-    def _close(self, clusters: Clusters, slots: list[range]) -> None:
-        """Cluster these slots and sort them by cluster."""
-        labels = clusters.add(slots, self._device)
-        by_cluster = labels.masked_fill(labels < 0, torch.iinfo(labels.dtype).max)
-        self._permute(slots, by_cluster)
-        if self.tail:
-            self.tail.remember(slots, by_cluster.sort(dim=-1, stable=True).values, self.lengths)
-
-    def _permute(self, slots: Sequence[range], order_by: Tensor) -> None:
-        """Sort the tokens of each row's slots by `order_by` [B, Hkv, L], the largest where a row has fewer."""
-        device = order_by.device
-        index, held = slot_index(slots, device)
-        order = order_by.argsort(dim=-1, stable=True)
-        row, _, token = held.nonzero(as_tuple=True)
-        places = Places(self.lengths, (row, token, index[row, 0, token]), None)
-        for name in ("key", "value", "position"):
-            rows = self.rows[name]
-            rows.write(take(take(rows.view, index), order), places)
-        if self.device_cache:
-            self.device_cache.drop(slots)
 
     def _score(self, query: Tensor, logits: Logits) -> Tensor:
         centroids = self.clusters.keys
@@ -119,82 +46,7 @@ class ClusterKVStore(ClusteredStore):
         return own
 
     def _choose(self, scores: Tensor, budgets: list[int]) -> Chosen:
-        """Clusters in descending order of score until the budget is full; of the last one its first tokens."""
-        device = scores.device
-        size = self.clusters.sizes.long() * self.clusters.there(device)
-        start = (size.cumsum(-1) - size + self.selection.sinks).unsqueeze(2).expand_as(scores)
-        order = scores.argsort(dim=-1, descending=True, stable=True)
-        ordered = size.unsqueeze(2).expand_as(scores).gather(-1, order)
-        filled = ordered.cumsum(-1)
-        room = torch.tensor(budgets, device=device).view(-1, 1, 1, 1)
-        rank_of = torch.arange(max(0, *budgets), device=device).expand(*scores.shape[:3], -1).contiguous()
-        counted = rank_of < torch.minimum(room, filled[..., -1:])
-        rank = torch.searchsorted(filled, rank_of, right=True).clamp_max(scores.shape[-1] - 1)
-        within = rank_of - (filled - ordered).gather(-1, rank)
-        slot = start.gather(-1, order.gather(-1, rank)) + within
-        return Chosen(slot.masked_fill(~counted, 0), counted)
-
-    def _buffer(self, name: str) -> Rows:
-        return HostRows() if self.device_cache and name in ("key", "value") else super()._buffer(name)
-
-    def _whole(self, name: str) -> Tensor:
-        return self.rows[name].view.to(self._device)
-
-    def attend_densely(self, query: Tensor, logits: Logits) -> Tensor:
-        if self.device_cache:  # all of it comes from the host
-            self.device_cache.misses += sum(self.lengths) * self.rows["key"].view.shape[1]
-        return super().attend_densely(query, logits)
-
-    def _gather(self, names: Sequence[str], chosen: Chosen) -> list[Tensor]:
-        if self.device_cache is None:
-            return super()._gather(names, chosen)
-        host = {name: self.rows[name] for name in names}
-        gathered = self.device_cache.gather(host, chosen.index, chosen.counted)
-        self._read += sum(tokens.nbytes for tokens in gathered.values())
-        return [gathered[name].flatten(1, 2) for name in names]
-
-    def resident_bytes(self) -> int:
-        """On the device: what is offloaded is in `host_bytes`."""
-        cached = self.device_cache.nbytes() if self.device_cache else 0
-        return super().resident_bytes() - self.host_bytes() + cached
-
-    def host_bytes(self) -> int:
-        return sum(rows.nbytes() for rows in self.rows.values() if isinstance(rows, HostRows))
-
-    def to(self, device: torch.device | str) -> None:
-        super().to(device)
-        if self.device_cache:
-            self.device_cache.clear()
-
-    def select(self, index: Tensor) -> None:
-        if self.device_cache:
-            self.device_cache.clear()
-        super().select(index)
+        return self.recall(scores, budgets)
 
     def _hide_open(self, scores: Tensor, clusters: Clusters) -> Tensor:
         return scores  # of clusters, which open tokens are not in
-
-    def _extended(self, key: Tensor, value: Tensor, places: Places) -> None:
-        slots = torch.arange(max(self.lengths), device=key.device)
-        if isinstance(places.slots, slice):
-            position = slots[places.slots].expand(key.shape[0], -1)
-        else:
-            row, token, slot = places.slots
-            position = torch.zeros(key.shape[0], key.shape[2], dtype=torch.int64, device=key.device)
-            position[row, token] = slot
-        new = position[:, None, :, None].expand(-1, key.shape[1], -1, -1).to(torch.int32)
-        self.rows.setdefault("position", self._buffer("position")).write(new, places)
-
-    def _forget(self) -> None:
-        undone = self.clusters.undo(self.lengths)
-        slots = [range(max(begin, min(self.selection.sinks, end)), end) for begin, end in undone]
-        if any(slots):
-            index, held = slot_index(slots, self._device)
-            position = take(self.rows["position"].view, index).squeeze(-1)
-            self._permute(slots, position.masked_fill(~held, torch.iinfo(position.dtype).max))
-        if self.tail:
-            self.tail.shorten()
-        self.rows["position"].used = max(self.lengths)
-        if self.device_cache:
-            # What comes in place of the tokens that are gone has their slots.
-            self.device_cache.drop([range(length, self.rows["key"].used) for length in self.lengths])

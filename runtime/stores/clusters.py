@@ -22,7 +22,7 @@ _KEY, _VALUE, _SIZE = "cluster.key", "cluster.value", "cluster.size"
 
 def is_per_cluster(name: str) -> bool:
     """Whether a store's tensor has one entry per cluster."""
-    return name in (_KEY, _VALUE, _SIZE)
+    return name.startswith("cluster.") and name != "cluster.of"
 
 
 class Clusters:
@@ -43,11 +43,18 @@ class Clusters:
         start: Tensor | None = None,
         iterations: int = 20,
         segment: int = SEGMENT,
+        encode: Callable[[str, Tensor], dict[str, Tensor]] = lambda name, means: {name: means},
     ):
-        """Args: rows: of the store; buffer: makes an empty one by name; start: [Hkv, C0, D] calibrated centroids."""
+        """
+        Args:
+            rows: of the store.
+            buffer: makes an empty one by name.
+            start: [Hkv, C0, D] calibrated centroids.
+            encode: the tensors that hold the means [B, Hkv, C, D | Dv] of "cluster.key" or "cluster.value".
+        """
         self.tokens_per_cluster, self.sinks = tokens_per_cluster, sinks
         self.start, self.iterations, self.segment = start, iterations, segment
-        self._rows, self._buffer = rows, buffer
+        self._rows, self._buffer, self._encode = rows, buffer, encode
         self.most_passes = 0
         """Over its tokens, of the clustering that took most of them to converge."""
         self._closed: list[list[tuple[int, int]]] = []
@@ -133,7 +140,8 @@ class Clusters:
         places = find_places(before, most, kept, device)
         for name, tensor in ((_KEY, keys), (_VALUE, values)):
             means = sums_by_label(tensor, found.labels, held, most) / sizes.clamp_min(1)
-            self._rows.setdefault(name, self._buffer(name)).write(means.to(tensor.dtype), places)
+            for part, held_as in self._encode(name, means.to(tensor.dtype)).items():
+                self._rows.setdefault(part, self._buffer(part)).write(held_as, places)
         self._rows.setdefault(_SIZE, self._buffer(_SIZE)).write(sizes.to(torch.int32), places)
         labels = found.labels + torch.tensor(before, device=device).view(-1, 1, 1)
         return places.after, labels.masked_fill(~held, -1)

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ...artifacts import Artifact, KvcalError
 from ..attention import Logits
-from .amounts import Amount, check_amount, check_choice, count_of
+from .amounts import Amount, check_choice
+from .basis import Basis
 from .clustered import Clustered, ClusteredStore
 from .rows import Places, Rows
 
@@ -38,38 +38,8 @@ class Loki(Clustered):
         check_choice("basis", self.basis, ("pca", "score"))
         if artifact is None:
             raise KvcalError("loki needs an artifact: make one with `calibrate pca` and pass it")
-        basis = Basis.load(artifact, layer, self)
+        basis = Basis.load(artifact, layer, self.rank, stage=self.stage, basis=self.basis)
         return lambda: LokiStore(self, basis)
-
-
-class Basis:
-    """Two maps [Hkv, r, D] whose products with queries and keys give the scores; one object for all caches."""
-
-    def __init__(self, query_map: Tensor, key_map: Tensor, rank: int):
-        self.rank = rank
-        self._maps = {(torch.device("cpu"), torch.float32): (query_map, key_map)}
-
-    @classmethod
-    def load(cls, artifact: Artifact, layer: int, settings: Loki) -> Basis:
-        if settings.basis == "pca":
-            components = artifact.tensor("pca", layer, f"key_{settings.stage}.components")
-            ordered_by = "eigenvalues" if artifact.settings.get("centred", True) else "eigenvalues_uncentred"
-            spectrum = artifact.tensor("pca", layer, f"key_{settings.stage}.{ordered_by}")
-            return cls(components, components, _rank(settings.rank, spectrum))
-        query_map, key_map = (
-            artifact.tensor("score", layer, f"{settings.stage}.{name}_map") for name in ("query", "key")
-        )
-        spectrum = artifact.tensor("score", layer, f"{settings.stage}.singular_values") ** 2
-        rank = _rank(settings.rank, spectrum)
-        return cls(query_map[:, :rank].contiguous(), key_map[:, :rank].contiguous(), rank)
-
-    def maps(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(query map, key map) on the device and in the dtype of `like`."""
-        place = (like.device, like.dtype)
-        if place not in self._maps:
-            first = next(iter(self._maps.values()))
-            self._maps[place] = (first[0].to(like), first[1].to(like))
-        return self._maps[place]
 
 
 class LokiStore(ClusteredStore):
@@ -109,22 +79,3 @@ class LokiStore(ClusteredStore):
     def _encoding_bytes(self) -> int:
         """One map for the query and the new key alike, read once per step."""
         return self.basis.maps(self.rows["key"].view)[0].nbytes if self.rotates else 0
-
-
-def _rank(rank: Amount | str, spectrum: Tensor) -> int:
-    """Args: spectrum: [Hkv, D], descending, what each dimension of the basis holds."""
-    dims = spectrum.shape[-1]
-    if not isinstance(rank, str):
-        check_amount("rank", rank, dims, "the head dim")
-        return count_of(rank, dims)
-    kind, _, target = rank.partition(":")
-    try:
-        share = float(target)
-    except ValueError:
-        share = 0.0
-    if kind != "variance" or not 0 < share <= 1:
-        raise KvcalError(f'rank {rank!r}: give a fraction, a count, or "variance:0.9"')
-    cumulative = spectrum.double().cumsum(-1)
-    # A part in 10^12 of slack, as in rank@p: 3 of 10 equal parts reach 0.3.
-    short = cumulative < share * cumulative[..., -1:] * (1 - 1e-12)
-    return min(dims, int(short.sum(-1).max()) + 1)

@@ -50,15 +50,17 @@ class SelectingStore(RowStore):
             return self.attend_densely(query, logits)
         self._read = 0
         grouped = query.unflatten(1, (self.rows["key"].view.shape[1], -1)).squeeze(3)
-        own = scores = self._score(grouped, logits)
-        if self.selection.select == "group":
-            # The group's mean softmax, in logarithms, where nothing underflows.
-            scores = own.log_softmax(-1).logsumexp(2, keepdim=True)
-        elif self.selection.select == "max":
-            scores = own.amax(2, keepdim=True)
-        chosen = self._pick(scores, budgets)
+        own = self._score(grouped, logits)
+        chosen = self._pick(self._shared(own), budgets)
         self._read_rows = (chosen.index.flatten(1, 2), None if chosen.counted is None else chosen.counted.flatten(1, 2))
         return self._combine(query, logits, own, chosen)
+
+    def _shared(self, own: Tensor) -> Tensor:
+        """[B, Hkv, G, candidates] -> [B, Hkv, G or 1, candidates]: by what a choice is made."""
+        if self.selection.select == "group":
+            # The group's mean softmax, in logarithms, where nothing underflows.
+            return own.log_softmax(-1).logsumexp(2, keepdim=True)
+        return own.amax(2, keepdim=True) if self.selection.select == "max" else own
 
     @abstractmethod
     def _score(self, query: Tensor, logits: Logits) -> Tensor:

@@ -6,9 +6,10 @@ from tolerances import assert_close
 
 from kvcal.runtime.attention import Logits
 from kvcal.runtime.static import STEPS, Clock
+from kvcal.runtime.stores.basis import Basis
 from kvcal.runtime.stores.clusterkv import ClusterKV, ClusterKVStore
 from kvcal.runtime.stores.full import Full, FullStore
-from kvcal.runtime.stores.loki import Basis, Loki, LokiStore
+from kvcal.runtime.stores.loki import Loki, LokiStore
 
 KERNELS = ("append", "attend", "dense", "score", "select")
 HEADS, GROUP, DIMS, RANK = 2, 4, 32, 16
