@@ -19,7 +19,7 @@ from kvcal.kernels.append import append
 from kvcal.kernels.cluster import assign, update
 from kvcal.kernels.score import quantize, score, unpack
 
-LARGEST = {8: 127, 4: 7}
+LARGEST = {8: 127, 4: 7, 2: 1.5}
 
 
 class Gate:
@@ -73,10 +73,10 @@ def check_append(gate: Gate) -> None:
     lengths = gate.integers(capacity - 1, capacity // 2, capacity // 3)
     active = torch.tensor([True, True, False], device=gate.device)
     projected = torch.einsum("hrd,bhd->bhr", map.double(), key_new.double())
-    for bits in (16, 8, 4):
+    for bits in (16, 8, 4, 2):
         key, value = gate.nan(batch, heads, capacity, dims), gate.nan(batch, heads, capacity, dims)
         codes, scales = quantize(torch.zeros(batch, heads, capacity, rank, dtype=sizes.dtype, device=gate.device), bits)
-        append(key_new, value_new, map, key, value, codes, scales, lengths, active, backend=gate.backend)
+        append(key_new, value_new, map, key, value, codes, scales, lengths, active, bits=bits, backend=gate.backend)
         expected_key, expected_value = torch.full_like(key, torch.nan), torch.full_like(value, torch.nan)
         held = []
         for row in range(2):
@@ -103,6 +103,8 @@ def check_score(gate: Gate) -> None:
         (8, "max", torch.float16, sizes.gate),
         (4, "max", torch.float16, sizes.gate_long),
         (4, "none", torch.float32, sizes.gate + 3),
+        (2, "max", torch.float16, sizes.gate_long),
+        (2, "none", torch.float32, sizes.gate + 3),
     ):
         lengths = gate.integers(capacity, capacity // 2 + 13, 1)
         query = gate.normal(3, sizes.heads, sizes.group, sizes.rank)

@@ -75,7 +75,9 @@ class LokiKernels:
         return torch.stack([key.float() @ map.float().mT for key, map in of_heads], 1)
 
     def append(self) -> None:
-        _append(self.copy, self.clock, self.map if self.written is not None else None, self.written, self.scales)
+        _append(
+            self.copy, self.clock, self.map if self.written is not None else None, self.written, self.scales, self.bits
+        )
 
     def project(self) -> Tensor:
         return self.copy.grouped @ self.map.mT
@@ -186,10 +188,15 @@ def _step(method: Any, store: Any, clock: Clock, copy: Copy) -> Any:
 
 
 def _append(
-    copy: Copy, clock: Clock, map: Tensor | None = None, codes: Tensor | None = None, scales: Tensor | None = None
+    copy: Copy,
+    clock: Clock,
+    map: Tensor | None = None,
+    codes: Tensor | None = None,
+    scales: Tensor | None = None,
+    bits: int = 16,
 ) -> None:
     key, value = copy.key_new[:, :, 0], copy.value_new[:, :, 0]
-    append(key, value, map, copy.key, copy.value, codes, scales, clock.held)
+    append(key, value, map, copy.key, copy.value, codes, scales, clock.held, bits=bits)
 
 
 def _rows(copy: Copy, tokens: int) -> int:

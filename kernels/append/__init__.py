@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 from ..backend import choose
-from ..score.quantize import rank_of
+from ..score.quantize import check_bits, check_clip, rank_of
 from .reference import append as reference
 
 __all__ = ["append"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+CODES = {16: FLOATS, 8: (torch.int8,), 4: (torch.uint8,), 2: (torch.uint8,)}
 
 
 def append(
@@ -23,6 +24,8 @@ def append(
     lengths: Tensor,
     active: Tensor | None = None,
     *,
+    bits: int = 16,
+    clip: float = 1.0,
     backend: str = "auto",
 ) -> None:
     """Writes one token of each row at slot `lengths[b]`; `lengths` itself is advanced by the caller.
@@ -35,11 +38,12 @@ def append(
         map: [Hkv, r, D], contiguous: the index holds map · key; None: it holds the key's first r dimensions.
         key: [B, Hkv, capacity, D], contiguous per token, as all that follow.
         value: [B, Hkv, capacity, Dv].
-        codes: int8 [B, Hkv, capacity, r] (8 bits), uint8 [B, Hkv, capacity, r/2] (4 bits) or floats
-            [B, Hkv, capacity, r]: see `kvcal.kernels.score.quantize`. None: there is no index.
+        codes: floats [B, Hkv, capacity, r] (16 bits), int8 [B, Hkv, capacity, r] (8), uint8 [B, Hkv, capacity, r/2] (4)
+            or [B, Hkv, capacity, r/4] (2): see `kvcal.kernels.score.quantize`. None: there is no index.
         scales: [B, Hkv, capacity] float16 with integer codes, None otherwise.
         lengths: [B] int32 on the same device: tokens held before this one.
         active: [B] bool; None: every row.
+        bits, clip: of the codes, as in `quantize`.
     """
     check_cache("key", key_new, key, lengths)
     check_cache("value", value_new, value, lengths)
@@ -50,11 +54,11 @@ def append(
     if active is not None and (active.shape != lengths.shape or active.dtype != torch.bool):
         raise ValueError(f"active: received {active.dtype} {list(active.shape)}, expected bool {list(lengths.shape)}")
     if codes is not None:
-        check_index(map, key, codes, scales)
+        check_index(map, key, codes, scales, bits, clip)
     run = reference
     if choose(backend, key) == "triton":
         from .triton_kernel import append as run
-    run(key_new, value_new, map, key, value, codes, scales, lengths, active)
+    run(key_new, value_new, map, key, value, codes, scales, lengths, active, bits, clip)
 
 
 def check_cache(name: str, new: Tensor, cache: Tensor, lengths: Tensor) -> None:
@@ -67,16 +71,19 @@ def check_cache(name: str, new: Tensor, cache: Tensor, lengths: Tensor) -> None:
         raise ValueError(f"{name}: expected the numbers of one token to be contiguous")
 
 
-def check_index(map: Tensor | None, key: Tensor, codes: Tensor, scales: Tensor | None) -> None:
+def check_index(map: Tensor | None, key: Tensor, codes: Tensor, scales: Tensor | None, bits: int, clip: float) -> None:
+    check_bits(bits)
+    check_clip(clip)
     heads, head_dim = key.shape[1], key.shape[3]
-    rank = rank_of(codes)
-    if codes.dtype not in (torch.int8, torch.uint8, *FLOATS):
-        raise ValueError(f"codes: received {codes.dtype}, expected int8, uint8 or a float dtype")
+    rank = rank_of(codes, bits)
+    if codes.dtype not in CODES[bits]:
+        expected = "a float dtype" if bits == 16 else CODES[bits][0]
+        raise ValueError(f"codes: received {codes.dtype}, expected {expected} for {bits} bits")
     if codes.shape[:3] != key.shape[:3] or codes.stride(-1) != 1:
         raise ValueError(f"codes: received {list(codes.shape)}, expected {list(key.shape[:3])} before its last")
-    if codes.dtype in FLOATS:
+    if bits == 16:
         if scales is not None:
-            raise ValueError(f"scales: received some with codes of {codes.dtype}, expected None")
+            raise ValueError("scales: received some with 16 bits, expected None")
     elif scales is None or scales.shape != key.shape[:3] or scales.dtype != torch.float16:
         received = "none" if scales is None else f"{scales.dtype} {list(scales.shape)}"
         raise ValueError(f"scales: received {received}, expected float16 {list(key.shape[:3])}")

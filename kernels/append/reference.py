@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..score.quantize import bits_of, quantize, rank_of
+from ..score.quantize import quantize, rank_of
 
 
 def append(
@@ -16,6 +16,8 @@ def append(
     scales: Tensor | None,
     lengths: Tensor,
     active: Tensor | None,
+    bits: int,
+    clip: float,
 ) -> None:
     """Writes into `key`, `value`, `codes` and `scales`, already checked; see `kvcal.kernels.append.append`."""
     written = lengths < key.shape[2]
@@ -25,7 +27,7 @@ def append(
     write(key, key_new, slots, written)
     write(value, value_new, slots, written)
     if codes is not None:
-        new_codes, new_scales = quantize(projected(key_new, map, rank_of(codes)), bits_of(codes))
+        new_codes, new_scales = quantize(projected(key_new, map, rank_of(codes, bits)), bits, clip)
         write(codes, new_codes, slots, written)
         if scales is not None and new_scales is not None:
             write(scales, new_scales, slots, written)

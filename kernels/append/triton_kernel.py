@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import device_of
-from ..score.quantize import LARGEST, LARGEST_SCALE, bits_of
+from ..score.quantize import FIRST, LARGEST, LARGEST_SCALE, LAST, ROUNDING, ZERO, fields_of
 
 WARPS = 4
 PRODUCTS = 8192
@@ -35,22 +35,25 @@ def projection(key_new, map, dims, inside, D: tl.constexpr, STEP: tl.constexpr, 
 
 
 @triton.jit
-def integers(numbers, scale, LARGEST: tl.constexpr):
-    rounded = tl.where(scale > 0, tl.floor(numbers / tl.where(scale > 0, scale, 1.0) + 0.5), 0.0)
-    return tl.minimum(tl.maximum(rounded, -LARGEST), LARGEST).to(tl.int32)
+def integers(
+    numbers, scale, ROUNDING: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, ZERO: tl.constexpr
+):  # fmt: skip
+    rounded = tl.where(scale > 0, tl.floor(numbers / tl.where(scale > 0, scale, 1.0) + ROUNDING), 0.0)
+    return tl.minimum(tl.maximum(rounded, FIRST), LAST).to(tl.int32) + ZERO
 
 
 @triton.jit(do_not_specialize=VARYING)
 def append_kernel(
-    key_new, value_new, map, key, value, codes, scales, lengths, active, capacity: tl.int64,
+    key_new, value_new, map, key, value, codes, scales, lengths, active, capacity: tl.int64, clip,
     key_new_row: tl.int64, key_new_head: tl.int64, value_new_row: tl.int64, value_new_head: tl.int64,
     key_row: tl.int64, key_head: tl.int64, key_token: tl.int64,
     value_row: tl.int64, value_head: tl.int64, value_token: tl.int64,
     codes_row: tl.int64, codes_head: tl.int64, codes_token: tl.int64,
     scales_row: tl.int64, scales_head: tl.int64, scales_token: tl.int64,
     D: tl.constexpr, DV: tl.constexpr, PADDED_D: tl.constexpr, PADDED_DV: tl.constexpr,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr, LARGEST: tl.constexpr,
-    LARGEST_SCALE: tl.constexpr, MAPPED: tl.constexpr, ACTIVE: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr, FIELDS: tl.constexpr,
+    LARGEST: tl.constexpr, LARGEST_SCALE: tl.constexpr, ROUNDING: tl.constexpr, FIRST: tl.constexpr,
+    LAST: tl.constexpr, ZERO: tl.constexpr, MAPPED: tl.constexpr, ACTIVE: tl.constexpr,
 ):  # fmt: skip
     head, row = tl.program_id(0), tl.program_id(1)
     slot = tl.load(lengths + row).to(tl.int64)
@@ -72,7 +75,7 @@ def append_kernel(
 
     if BITS != 0:
         if MAPPED:
-            map += head * (2 * WIDTH if BITS == 4 else WIDTH) * D
+            map += head * (FIELDS * WIDTH) * D
         dims = tl.arange(0, PADDED)
         inside = dims < WIDTH
         codes += row * codes_row + head * codes_head + slot * codes_token + dims
@@ -81,16 +84,25 @@ def append_kernel(
             tl.store(codes, low.to(codes.dtype.element_ty), mask=inside)
         else:
             scales += row * scales_row + head * scales_head + slot * scales_token
+            # All fields of a byte in one lane: each part of the index is a product of its own.
             largest = tl.max(tl.abs(low), 0)
-            if BITS == 4:  # both nibbles of a byte in one lane: the second half of the index is a product of its own
-                high = projection(key_new, map, dims + WIDTH, inside, D, STEP, MAPPED)
-                largest = tl.maximum(largest, tl.max(tl.abs(high), 0))
-            scale = tl.minimum(largest / LARGEST, LARGEST_SCALE).to(tl.float16)
+            if BITS <= 4:
+                second = projection(key_new, map, dims + WIDTH, inside, D, STEP, MAPPED)
+                largest = tl.maximum(largest, tl.max(tl.abs(second), 0))
+            if BITS == 2:
+                third = projection(key_new, map, dims + 2 * WIDTH, inside, D, STEP, MAPPED)
+                largest = tl.maximum(largest, tl.max(tl.abs(third), 0))
+                fourth = projection(key_new, map, dims + 3 * WIDTH, inside, D, STEP, MAPPED)
+                largest = tl.maximum(largest, tl.max(tl.abs(fourth), 0))
+            scale = tl.minimum(largest * clip / LARGEST, LARGEST_SCALE).to(tl.float16)
             tl.store(scales, scale)
             scale = scale.to(tl.float32)
-            code = integers(low, scale, LARGEST)
-            if BITS == 4:
-                code = (code + 8) | ((integers(high, scale, LARGEST) + 8) << 4)
+            code = integers(low, scale, ROUNDING, FIRST, LAST, ZERO)
+            if BITS <= 4:
+                code |= integers(second, scale, ROUNDING, FIRST, LAST, ZERO) << BITS
+            if BITS == 2:
+                code |= integers(third, scale, ROUNDING, FIRST, LAST, ZERO) << 4
+                code |= integers(fourth, scale, ROUNDING, FIRST, LAST, ZERO) << 6
             tl.store(codes, code.to(codes.dtype.element_ty), mask=inside)
 
 
@@ -104,21 +116,25 @@ def append(
     scales: Tensor | None,
     lengths: Tensor,
     active: Tensor | None,
+    bits: int,
+    clip: float,
 ) -> None:
     """Writes into `key`, `value`, `codes` and `scales`, already checked; see `kvcal.kernels.append.append`."""
     batch, heads, capacity, head_dim = key.shape
-    bits = 0 if codes is None else bits_of(codes)
+    bits = 0 if codes is None else bits
     width = 1 if codes is None else codes.shape[-1]
     padded = triton.next_power_of_2(width)
     padded_dim = triton.next_power_of_2(head_dim)
     nothing = (0, 0, 0)
     with device_of(key):
         append_kernel[(heads, batch)](
-            key_new, value_new, map, key, value, codes, scales, lengths, active, capacity,
+            key_new, value_new, map, key, value, codes, scales, lengths, active, capacity, float(clip),
             *key_new.stride()[:2], *value_new.stride()[:2], *key.stride()[:3], *value.stride()[:3],
             *(nothing if codes is None else codes.stride()[:3]), *(nothing if scales is None else scales.stride()),
             D=head_dim, DV=value.shape[-1], PADDED_D=padded_dim, PADDED_DV=triton.next_power_of_2(value.shape[-1]),
             WIDTH=width, PADDED=padded, STEP=max(16, min(padded_dim, PRODUCTS // padded)), BITS=bits,
-            LARGEST=LARGEST.get(bits, 1), LARGEST_SCALE=LARGEST_SCALE, MAPPED=map is not None,
+            FIELDS=fields_of(bits) if bits else 1, LARGEST=LARGEST.get(bits, 1), LARGEST_SCALE=LARGEST_SCALE,
+            ROUNDING=ROUNDING.get(bits, 0.0), FIRST=FIRST.get(bits, 0), LAST=LAST.get(bits, 0), ZERO=ZERO.get(bits, 0),
+            MAPPED=map is not None,
             ACTIVE=active is not None, num_warps=WARPS,
         )  # fmt: skip

@@ -12,7 +12,7 @@ from .reference import score as reference
 __all__ = ["block_of", "quantize", "score", "unpack"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-CODES = {16: FLOATS, 8: (torch.int8,), 4: (torch.uint8,)}
+CODES = {16: FLOATS, 8: (torch.int8,), 4: (torch.uint8,), 2: (torch.uint8,)}
 
 
 def score(
@@ -34,8 +34,9 @@ def score(
 
     Args:
         query: [B, Hkv, G, r], float16, bfloat16 or float32, any scaling of single dimensions folded in.
-        codes: 16 bits: [B, Hkv, S, r] in query's dtype; 8: int8 [B, Hkv, S, r]; 4: uint8 [B, Hkv, S, r/2], see
-            `quantize`. Contiguous per token, other strides as they come (the first r of D dimensions, say).
+        codes: 16 bits: [B, Hkv, S, r] in query's dtype; 8: int8 [B, Hkv, S, r]; 4 and 2: uint8 [B, Hkv, S, r/2] and
+            [B, Hkv, S, r/4], see `quantize`. Contiguous per token, other strides as they come (the first r of D
+            dimensions, say).
         scales: [B, Hkv, S] float16, not negative, contiguous along S; None for 16 bits.
         lengths: [B] int32 on the same device: tokens of each row.
         scaling: positive.
@@ -83,7 +84,7 @@ def check(query: Tensor, codes: Tensor, scales: Tensor | None, lengths: Tensor, 
     if query.dtype not in FLOATS:
         raise ValueError(f"query: received {query.dtype}, expected float16, bfloat16 or float32")
     batch, heads, _, rank = query.shape
-    if codes.dim() != 4 or codes.shape[:2] != (batch, heads) or rank_of(codes) != rank:
+    if codes.dim() != 4 or codes.shape[:2] != (batch, heads) or rank_of(codes, bits) != rank:
         raise ValueError(f"codes: received {list(codes.shape)}, expected [{batch}, {heads}, S, …] of rank {rank}")
     if query.stride(-1) != 1 or codes.stride(-1) != 1 or (scales is not None and scales.stride(-1) != 1):
         raise ValueError("query, codes, scales: expected the last dimension to be contiguous")

@@ -21,8 +21,8 @@ VARYING = ["runs", "per_program", "codes_row", "codes_head", "scales_row", "scal
 
 
 @triton.jit
-def unpacked(codes, HIGH: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Codes as loaded -> numbers: 8 bits: 1152 + code; low nibbles: 1032 + code; high ones: 16 · (72 + code).
+def unpacked(codes, FIELD: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """Codes as loaded -> numbers: 8 bits: 1152 + code; fields of fewer bits: 1024 + 2^(FIELD · BITS) · code.
 
     An integer below 1024 in the last bits of 0x6400 is the float16 number 1024 + integer: one logical operation.
     The bytes are widened before anything else, for then the compiler moves bytes, not numbers, between threads.
@@ -31,11 +31,24 @@ def unpacked(codes, HIGH: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr)
         numbers = codes.to(DTYPE)
     elif BITS == 8:
         numbers = (codes.to(tl.uint8, bitcast=True).to(tl.uint16) ^ 0x6480).to(tl.float16, bitcast=True)
-    elif HIGH:
-        numbers = ((codes.to(tl.uint16) & 0xF0) | 0x6400).to(tl.float16, bitcast=True)
     else:
-        numbers = ((codes.to(tl.uint16) & 0x0F) | 0x6400).to(tl.float16, bitcast=True)
+        MASK: tl.constexpr = ((1 << BITS) - 1) << (FIELD * BITS)
+        numbers = ((codes.to(tl.uint16) & MASK) | 0x6400).to(tl.float16, bitcast=True)
     return numbers
+
+
+@triton.jit
+def part_of(query, inside, FIELD: tl.constexpr, WIDTH: tl.constexpr):
+    """The queries' dimensions that one field of the codes has, float32, and their largest magnitude."""
+    part = tl.load(query + FIELD * WIDTH, mask=inside, other=0.0).to(tl.float32)
+    return part, tl.max(tl.abs(part))
+
+
+@triton.jit
+def prepared(part, norm, start, WEIGHT: tl.constexpr, ZERO: tl.constexpr):
+    """The part in float16, as `unpacked` numbers of this weight want it; and the start less what these add to it."""
+    part = (part / (WEIGHT * norm)).to(tl.float16)
+    return part, start - ZERO * tl.sum(part.to(tl.float32), 0)[None, :]
 
 
 @triton.jit
@@ -60,9 +73,9 @@ def score_kernel(
     pair = (row * tl.num_programs(1) + head).to(tl.int64)
     length = tl.minimum(tl.load(lengths + row), tokens)
     blocks = tl.cdiv(tokens, BLOCK)
-    first = tl.program_id(0) * per_program
-    last = tl.minimum(first + per_program, blocks)
-    live = tl.maximum(tl.minimum(last, tl.cdiv(length, BLOCK)), first)
+    begin = tl.program_id(0) * per_program
+    end = tl.minimum(begin + per_program, blocks)
+    live = tl.maximum(tl.minimum(end, tl.cdiv(length, BLOCK)), begin)
     position = tl.arange(0, BLOCK)
 
     # Columns beyond the group repeat its queries, so that a maximum over columns needs no mask.
@@ -70,37 +83,47 @@ def score_kernel(
     dim = tl.arange(0, PADDED)
     inside = (dim < WIDTH)[:, None]
     query += row * query_row + head * query_head + (column % GROUP)[None, :] * query_stride + dim[:, None]
-    low = tl.load(query, mask=inside, other=0.0)
     start = tl.zeros([BLOCK, COLUMNS], dtype=tl.float32)
     if BITS == 16:
-        low = low.to(DTYPE)
+        first = tl.load(query, mask=inside, other=0.0).to(DTYPE)
     else:
         # The queries in float16, the largest number 256; what `unpacked` adds to the codes is taken off in advance.
-        low = low.to(tl.float32)
-        norm = tl.max(tl.abs(low))
+        first, norm = part_of(query, inside, 0, WIDTH)
+        if BITS <= 4:
+            second, largest = part_of(query, inside, 1, WIDTH)
+            norm = tl.maximum(norm, largest)
+        if BITS == 2:
+            third, largest = part_of(query, inside, 2, WIDTH)
+            norm = tl.maximum(norm, largest)
+            fourth, largest = part_of(query, inside, 3, WIDTH)
+            norm = tl.maximum(norm, largest)
+        norm = tl.maximum(norm, TINY) / 256.0
         if BITS == 8:
-            norm = tl.maximum(norm, TINY) / 256.0
-            low = (low / norm).to(tl.float16)
-            start -= 1152.0 * tl.sum(low.to(tl.float32), 0)[None, :]
+            first, start = prepared(first, norm, start, 1.0, 1152.0)
+        elif BITS == 4:
+            first, start = prepared(first, norm, start, 1.0, 1032.0)
+            second, start = prepared(second, norm, start, 16.0, 1152.0)
         else:
-            high = tl.load(query + WIDTH, mask=inside, other=0.0).to(tl.float32)
-            norm = tl.maximum(tl.maximum(norm, tl.max(tl.abs(high))), TINY) / 256.0
-            low = (low / norm).to(tl.float16)
-            high = (high / (16.0 * norm)).to(tl.float16)
-            start -= tl.sum(1032.0 * low.to(tl.float32) + 1152.0 * high.to(tl.float32), 0)[None, :]
+            first, start = prepared(first, norm, start, 1.0, 1025.5)
+            second, start = prepared(second, norm, start, 4.0, 1030.0)
+            third, start = prepared(third, norm, start, 16.0, 1048.0)
+            fourth, start = prepared(fourth, norm, start, 64.0, 1120.0)
         scaling *= norm
         scales += (row * scales_row + head * scales_head) * RUN
 
     codes += (row * codes_row + head * codes_head) * UNIT
-    for block in tl.range(first, live, num_stages=STAGES):
+    for block in tl.range(begin, live, num_stages=STAGES):
         token = block * BLOCK + position
         run = token // RUN * RUN  # a run is read, and written, as a whole or not at all
         present = token < length
         readable = (run < length)[:, None] & (dim < WIDTH)[None, :]
         tile = tl.load(codes + token[:, None] * CODES_TOKEN + dim[None, :], mask=readable, other=0)
-        logit = tl.dot(unpacked(tile, False, BITS, DTYPE), low, acc=start, input_precision="ieee")
-        if BITS == 4:
-            logit = tl.dot(unpacked(tile, True, BITS, DTYPE), high, acc=logit)
+        logit = tl.dot(unpacked(tile, 0, BITS, DTYPE), first, acc=start, input_precision="ieee")
+        if BITS <= 4:
+            logit = tl.dot(unpacked(tile, 1, BITS, DTYPE), second, acc=logit)
+        if BITS == 2:
+            logit = tl.dot(unpacked(tile, 2, BITS, DTYPE), third, acc=logit)
+            logit = tl.dot(unpacked(tile, 3, BITS, DTYPE), fourth, acc=logit)
         factor = tl.full([BLOCK], 1.0, tl.float32) * scaling
         if BITS != 16:
             factor *= tl.load(scales + token, mask=run < length, other=0.0).to(tl.float32)
@@ -113,7 +136,7 @@ def score_kernel(
             tl.store(to, logit.to(out.dtype.element_ty), mask=(run < tokens)[:, None] & (column < GROUP)[None, :])
 
     lines = 1 if COMBINE else GROUP
-    for block in range(live, last):
+    for block in range(live, end):
         token = block * BLOCK + position
         for line in range(lines):
             to = out + (pair * lines + line) * tokens + token

@@ -9,8 +9,8 @@ from kvcal.kernels.append import append
 from kvcal.kernels.score import score, unpack
 
 CAPACITY = 9
-LARGEST = {8: 127, 4: 7}
-DTYPES = {8: torch.int8, 4: torch.uint8}
+LARGEST = {8: 127, 4: 7, 2: 1.5}
+DTYPES = {8: torch.int8, 4: torch.uint8, 2: torch.uint8}
 UNTOUCHED = 77
 
 
@@ -25,15 +25,17 @@ class Cache:
         self.key, self.value = full(*rows, head_dim, dtype=dtype), full(*rows, value_dim, dtype=dtype)
         self.codes = self.scales = None
         if bits is not None:
-            self.codes = full(*rows, rank // 2 if bits == 4 else rank, dtype=DTYPES.get(bits, dtype))
+            self.codes = full(*rows, rank * bits // 8 if bits < 8 else rank, dtype=DTYPES.get(bits, dtype))
         if bits in DTYPES:
             self.scales = full(*rows, dtype=torch.float16)
         self.bits = bits
 
-    def append(self, key_new, value_new, map, lengths, active=None, backend="triton"):
+    def append(self, key_new, value_new, map, lengths, active=None, backend="triton", **options):
         lengths = torch.tensor(lengths, dtype=torch.int32, device=self.key.device)
         active = None if active is None else torch.tensor(active, device=self.key.device)
-        append(key_new, value_new, map, *self.tensors(), lengths, active, backend=backend)
+        append(
+            key_new, value_new, map, *self.tensors(), lengths, active, bits=self.bits or 16, backend=backend, **options
+        )
 
     def tensors(self):
         return self.key, self.value, self.codes, self.scales
@@ -47,17 +49,19 @@ class Cache:
                 rest = tensor.transpose(1, 2)[kept]
                 assert (rest.isnan() if tensor.is_floating_point() else rest == UNTOUCHED).all()
 
-    def assert_holds(self, row, slot, key, value, projected):
+    def assert_holds(self, row, slot, key, value, projected, clip=1.0):
         """Args: key: [Hkv, D] and value as stored; projected: [Hkv, r] float64."""
         assert torch.equal(self.key[row, :, slot], key) and torch.equal(self.value[row, :, slot], value)
         if self.bits == 16:
             assert_close(self.codes[row, :, slot], projected)
         elif self.bits is not None:
             scales = self.scales[row, :, slot].double().cpu()
-            exact = projected.abs().amax(-1) / LARGEST[self.bits]
+            exact = projected.abs().amax(-1) * clip / LARGEST[self.bits]
             torch.testing.assert_close(scales, exact, rtol=2**-10, atol=0)
             numbers = unpack(self.codes[row, :, slot], self.bits).double().cpu() * scales.unsqueeze(-1)
             step = scales.unsqueeze(-1) * (0.5 + LARGEST[self.bits] * 2**-11)
+            bound = (exact * LARGEST[self.bits]).unsqueeze(-1)
+            projected = projected.clamp(-bound, bound)
             assert ((numbers - projected).abs() <= step * (1 + 1e-4)).all()
 
 
@@ -71,13 +75,13 @@ def draw(dtype, head_dim, value_dim, rank, device, batch=3, heads=2):
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "first dimensions"])
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4, 2])
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "value_dim", "rank"),
     [
         (torch.float32, 64, 64, 32),
         (torch.bfloat16, 80, 80, 24),
-        (torch.float16, 96, 64, 10),
+        (torch.float16, 96, 64, 20),
         (torch.bfloat16, 128, 128, 128),
         (torch.float16, 256, 256, 64),
     ],
@@ -96,6 +100,18 @@ def test_a_token_and_its_code(device, backend, mapped, bits, dtype, head_dim, va
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_a_clip_of_the_scale(device, backend, bits):
+    key_new, value_new, map = draw(torch.float32, 64, 64, 48, device)
+    cache = Cache(bits, torch.float32, 48, device=device)
+    cache.append(key_new, value_new, map, [3, 3, 3], backend=backend, clip=0.55)
+    projected = torch.einsum("hrd,bhd->bhr", map.double().cpu(), key_new.double().cpu())
+    for row in range(3):
+        cache.assert_holds(row, 3, key_new[row], value_new[row], projected[row], clip=0.55)
+    cache.assert_untouched(but=[(row, 3) for row in range(3)])
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("bits", [None, 16, 8, 4])
 def test_inactive_and_full_rows_are_left_alone(device, backend, bits):
     key_new, value_new, map = draw(torch.float16, 64, 64, 32, device)
@@ -106,15 +122,15 @@ def test_inactive_and_full_rows_are_left_alone(device, backend, bits):
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_key_of_zeros_has_codes_of_zero(device, backend, bits):
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_a_key_of_zeros_stays_zero(device, backend, bits):
     key_new, value_new, map = draw(torch.float32, 64, 64, 32, device)
     cache = Cache(bits, torch.float32, 32, device=device)
     cache.append(key_new * 0, value_new, map, [1, 1, 1], backend=backend)
-    assert not cache.scales[:, :, 1].any() and not unpack(cache.codes[:, :, 1], bits).any()
+    assert not cache.scales[:, :, 1].any() and (bits == 2 or not unpack(cache.codes[:, :, 1], bits).any())
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4, 2])
 def test_caches_may_be_parts_of_larger_tensors(device, bits):
     """Rows of a larger buffer, and new tokens that are slices of the fused projection's output."""
     key_new, value_new, map = draw(torch.bfloat16, 64, 64, 32, device)
@@ -122,14 +138,14 @@ def test_caches_may_be_parts_of_larger_tensors(device, bits):
     cache = Cache(bits, torch.bfloat16, 32, batch=4, device=device)
     lengths = torch.tensor([5, 0, 8], dtype=torch.int32, device=device)
     parts = [None if tensor is None else tensor[1:] for tensor in cache.tensors()]
-    append(fused[..., :64], fused[..., 64:], map, *parts, lengths, backend="triton")
+    append(fused[..., :64], fused[..., 64:], map, *parts, lengths, bits=bits, backend="triton")
     projected = torch.einsum("hrd,bhd->bhr", map.double().cpu(), key_new.double().cpu())
     for row, slot in enumerate(lengths.tolist()):
         cache.assert_holds(row + 1, slot, key_new[row], value_new[row], projected[row])
     cache.assert_untouched(but=[(1, 5), (2, 0), (3, 8)])
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4, 2])
 def test_score_reads_what_append_wrote(device, bits):
     cache = Cache(bits, torch.float32, 32, device=device)
     key_new, value_new, map = draw(torch.float32, 64, 64, 32, device)
@@ -154,10 +170,17 @@ def test_score_reads_what_append_wrote(device, bits):
         ({"active": torch.zeros(3)}, "active: received torch.float32"),
         ({"map": torch.zeros(2, 31, 64)}, r"map: received \[2, 31, 64\], expected contiguous \[2, 32, 64\]"),
         ({"scales": None}, "scales: received none, expected float16"),
-        ({"codes": torch.zeros(3, 2, 9, 32)}, "scales: received some with codes of torch.float32, expected None"),
+        ({"codes": torch.zeros(3, 2, 9, 32)}, "codes: received torch.float32, expected torch.uint8 for 4 bits"),
+        ({"codes": torch.zeros(3, 2, 9, 32), "bits": 16}, "scales: received some with 16 bits, expected None"),
         ({"codes": torch.zeros(3, 2, 9, 32).long()}, "codes: received torch.int64"),
+        ({"bits": 2}, r"map: received \[2, 32, 64\], expected contiguous \[2, 64, 64\]"),
+        ({"bits": 6}, "bits: received 6, expected 16, 8, 4 or 2"),
+        ({"clip": -1.0}, "clip: received -1.0, expected a positive number"),
         ({"codes": torch.zeros(3, 2, 8, 16, dtype=torch.uint8)}, r"codes: received \[3, 2, 8, 16\]"),
-        ({"codes": torch.zeros(3, 2, 9, 65, dtype=torch.int8), "map": None}, "codes: received rank 65 without a map"),
+        (
+            {"codes": torch.zeros(3, 2, 9, 65, dtype=torch.int8), "map": None, "bits": 8},
+            "codes: received rank 65 without a map",
+        ),
     ],
 )
 def test_bad_arguments_are_named(changes, message):
@@ -167,7 +190,7 @@ def test_bad_arguments_are_named(changes, message):
     lengths = torch.zeros(3, dtype=torch.int32)
     arguments = dict(zip(names, (key_new, value_new, map, *cache.tensors(), lengths), strict=True))
     with pytest.raises(ValueError, match=message):
-        append(**arguments | changes)
+        append(**arguments | {"bits": 4} | changes)
 
 
 def test_compiles_for_hopper_without_spilling_and_once_for_all_capacities():
@@ -175,16 +198,18 @@ def test_compiles_for_hopper_without_spilling_and_once_for_all_capacities():
     launches = compiled("""
 import torch
 from kvcal.kernels.append import append
-def launch(capacity, head_dim, rank, codes):
+def launch(capacity, head_dim, rank, bits):
     new, cache = torch.zeros(2, 8, head_dim).half(), torch.zeros(2, 8, capacity, head_dim).half()
-    scales = None if codes == torch.float16 else torch.zeros(2, 8, capacity).half()
-    codes = torch.zeros(2, 8, capacity, rank // 2 if codes == torch.uint8 else rank, dtype=codes)
+    scales = None if bits == 16 else torch.zeros(2, 8, capacity).half()
+    dtype = {16: torch.float16, 8: torch.int8}.get(bits, torch.uint8)
+    codes = torch.zeros(2, 8, capacity, rank * bits // 8 if bits < 8 else rank, dtype=dtype)
     map, lengths = new.new_zeros(8, rank, head_dim), torch.zeros(2, dtype=torch.int32)
-    append(new, new, map, cache, cache, codes, scales, lengths, backend="triton")
+    append(new, new, map, cache, cache, codes, scales, lengths, bits=bits, backend="triton")
 for capacity in (1, 1000, 4096):
-    launch(capacity, 128, 32, torch.uint8)
-launch(64, 256, 128, torch.int8)
-launch(64, 80, 48, torch.float16)
+    launch(capacity, 128, 32, 4)
+launch(64, 128, 64, 2)
+launch(64, 256, 128, 8)
+launch(64, 80, 48, 16)
 """)
     assert all(launch["stack"] <= 16 for launch in launches), launches
     assert len({launch["hash"] for launch in launches[:3]}) == 1

@@ -18,15 +18,18 @@ def draw(bits, dtype=torch.float32, batch=2, heads=2, group=4, tokens=304, rank=
     if bits == 16:
         codes = torch.randn(batch, heads, tokens, rank, generator=generator).to(dtype)
         return query.to(device), codes.to(device), None, codes.double()
-    largest = {8: 127, 4: 7}[bits]
-    integers = torch.randint(-largest, largest + 1, (batch, heads, tokens, rank), generator=generator)
-    scales = (torch.rand(batch, heads, tokens, generator=generator) + 0.5).div(largest).half()
-    keys = integers.double() * scales.double().unsqueeze(-1)
-    codes = integers.to(torch.int8)
-    if bits == 4:
-        half = rank // 2
-        codes = torch.stack([(integers[..., j] + 8) + 16 * (integers[..., half + j] + 8) for j in range(half)], -1)
-        codes = codes.to(torch.uint8)
+    least, steps = {8: (-127, 255), 4: (-7, 15), 2: (-1.5, 4)}[bits]
+    levels = torch.randint(steps, (batch, heads, tokens, rank), generator=generator) + least
+    scales = (torch.rand(batch, heads, tokens, generator=generator) + 0.5).div(-least).half()
+    keys = levels.double() * scales.double().unsqueeze(-1)
+    if bits == 8:
+        codes = levels.to(torch.int8)
+    else:
+        quarter, zero = rank * bits // 8, {4: 8, 2: 1.5}[bits]
+        fields = [
+            (levels[..., part * quarter :][..., :quarter] + zero) * 2 ** (part * bits) for part in range(8 // bits)
+        ]
+        codes = sum(fields).to(torch.uint8)
     return query.to(device), codes.to(device), scales.to(device), keys
 
 
@@ -55,7 +58,7 @@ def precision(bits):
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("combine", ["none", "max"])
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4, 2])
 @pytest.mark.parametrize(
     ("dtype", "group", "rank", "tokens"),
     [
@@ -82,7 +85,7 @@ def test_scores_are_the_formulas(device, backend, combine, bits, dtype, group, r
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4, 2])
 def test_softcapped_scores(device, monkeypatch, backend, bits):
     several_blocks_per_program(monkeypatch)
     query, codes, scales, keys = draw(bits, device=device)
@@ -95,7 +98,7 @@ def test_softcapped_scores(device, monkeypatch, backend, bits):
     assert_close(out, expected(query, keys, lengths, "max", softcap=0.6))
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4, 2])
 def test_an_index_may_be_a_part_of_larger_tensors(device, bits):
     query, codes, scales, keys = draw(bits, torch.float16, tokens=104, device=device)
     wide = torch.zeros(3, 2, 107, 80, dtype=codes.dtype, device=device)
@@ -111,7 +114,7 @@ def test_an_index_may_be_a_part_of_larger_tensors(device, bits):
     assert_close(out, expected(query, keys, [104, 50]), precision(bits))
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4, 2])
 def test_several_blocks_per_program(device, monkeypatch, bits):
     several_blocks_per_program(monkeypatch)
     query, codes, scales, keys = draw(bits, tokens=200, device=device)
@@ -121,7 +124,7 @@ def test_several_blocks_per_program(device, monkeypatch, bits):
 
 
 @pytest.mark.parametrize("factor", [1e-20, 0.0, 1e20])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 2])
 def test_float16_holds_queries_of_any_size(device, bits, factor):
     query, codes, scales, keys = draw(bits, tokens=40, device=device)
     out = run(query * factor, codes, scales, [40, 40], bits=bits, backend="triton")
@@ -140,15 +143,16 @@ def test_float16_scores_stay_finite(device, backend):
 def test_dense_out_dtype_and_block_defaults(device):
     query, codes, scales, _ = draw(4, tokens=8, device=device)
     assert run(query, codes, scales, [8, 8], bits=4).dtype == torch.float32
-    assert [block_of(bits) for bits in (16, 8, 4)] == [128, 256, 256]
+    assert [block_of(bits) for bits in (16, 8, 4, 2)] == [128, 256, 256, 256]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bits": 5}, "bits: received 5, expected 16, 8 or 4"),
+        ({"bits": 5}, "bits: received 5, expected 16, 8, 4 or 2"),
         ({"bits": 8}, "codes: received torch.uint8, expected torch.int8 for 8 bits"),
         ({"bits": 16}, "codes: received torch.uint8, expected torch.float32 for 16 bits"),
+        ({"bits": 2}, r"codes: received \[2, 2, 8, 16\], expected \[2, 2, S, …\] of rank 32"),
         ({"combine": "sum"}, "combine: received 'sum', expected 'none' or 'max'"),
         ({"scaling": 0.0}, "scaling: received 0.0, expected a positive number"),
         ({"block": 100}, "block: received 100, expected a power of two from 64"),
@@ -174,22 +178,25 @@ def test_compiles_for_hopper_without_spilling_and_once_for_all_capacities():
 import torch
 from kvcal.kernels.score import score
 def launch(bits, rank, tokens, dtype, **options):
-    codes = {16: (rank, dtype), 8: (rank, torch.int8), 4: (rank // 2, torch.uint8)}[bits]
+    codes = {16: (rank, dtype), 8: (rank, torch.int8)}.get(bits, (rank * bits // 8, torch.uint8))
     codes = torch.zeros(1, 8, tokens, codes[0], dtype=codes[1])
     scales = None if bits == 16 else torch.zeros(1, 8, tokens, dtype=torch.float16)
     query, lengths = torch.zeros(1, 8, 4, rank, dtype=dtype), torch.ones(1, dtype=torch.int32)
     score(query, codes, scales, lengths, scaling=0.1, bits=bits, backend="triton", **options)
 for tokens in (8, 1000, 4096):
     launch(4, 32, tokens, torch.bfloat16, combine="max", out_dtype=torch.float16)
+for tokens in (8, 1000, 4096):
+    launch(2, 64, tokens, torch.bfloat16, combine="max", out_dtype=torch.float16)
+launch(2, 32, 4096, torch.bfloat16, combine="max", out_dtype=torch.float16)
 launch(8, 32, 4096, torch.float16, softcap=30.0)
 launch(16, 128, 4096, torch.bfloat16, combine="max")
 """)
     assert all(launch["stack"] == 0 and launch["shared"] <= 56 * 1024 for launch in launches), launches
-    assert len({launch["hash"] for launch in launches[:3]}) == 1
+    assert len({launch["hash"] for launch in launches[:3]}) == len({launch["hash"] for launch in launches[3:6]}) == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4, 2])
 def test_long_rows_replayed_from_a_cuda_graph(device, bits):
     query, codes, scales, keys = draw(bits, torch.bfloat16, tokens=40000, device=device)
     lengths = torch.tensor([40000, 1], dtype=torch.int32, device=device)
