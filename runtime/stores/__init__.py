@@ -8,13 +8,15 @@ from .h2o import H2O
 from .loki import Loki
 from .quest import Quest
 from .sparq import Sparq
+from .spectral import Spectral
 from .streaming import Streaming
 from .subgen import SubGen
 
-Method = Full | Loki | ExactTopk | ClusterKV | Quest | Sparq | Streaming | H2O | SubGen
+Method = Full | Spectral | Loki | ExactTopk | ClusterKV | Quest | Sparq | Streaming | H2O | SubGen
 
 METHODS: dict[str, type[Method]] = {
     "full": Full,
+    "spectral": Spectral,
     "loki": Loki,
     "exact_topk": ExactTopk,
     "clusterkv": ClusterKV,

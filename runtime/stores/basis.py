@@ -13,7 +13,7 @@ class Basis:
     """Two maps [Hkv, r, D] whose products with queries and keys give the scores; one object for all caches."""
 
     def __init__(self, query_map: Tensor, key_map: Tensor, rank: int):
-        self.rank = rank
+        self.rank, self.query_map, self.key_map = rank, query_map, key_map
         self._maps = {(torch.device("cpu"), torch.float32): (query_map, key_map)}
 
     @classmethod

@@ -69,7 +69,12 @@ class SortedStore(ClusteredStore):
             start=self._start,
             iterations=of.iterations,
             segment=of.segment,
+            encode=self._encode_mean,
         )
+
+    def _encode_mean(self, name: str, means: Tensor) -> dict[str, Tensor]:
+        """How mean keys ("cluster.key") and values ("cluster.value") are held."""
+        return {name: means}
 
     def read_mask(self) -> Tensor:
         by_slot = super().read_mask()
