@@ -45,8 +45,8 @@ class Spectral(Sorted):
     """Tokens read exactly per step, sinks and recent ones included: a fraction of the row's tokens, or a count."""
     select: str = "group"
     tail: bool = True
-    tokens_per_cluster: int = 80
-    window: int = 80
+    tokens_per_cluster: int = 32
+    window: int = 64
     """Decoded tokens that are clustered together; until then their codes are read at every step."""
     rank: Amount | str = 0.5
     """Dimensions of a code: a fraction of the head dim, a count, or "variance:0.9"; a multiple of 16."""
@@ -56,8 +56,8 @@ class Spectral(Sorted):
     """The largest level as a share of a token's largest magnitude; None: what suits the bits."""
     refine: Amount = 0.25
     """Clustered tokens whose codes are read: 1.0 for all, and none of the clusters'."""
-    flat_below: int = 512
-    """Rows of fewer tokens have all codes read."""
+    flat_below: int = 8192
+    """Rows of fewer tokens have all codes read, and no cluster's."""
     recent: int = 16
     """Last tokens that are always read exactly, but half of `keep` at most."""
     stage: str = "post"
