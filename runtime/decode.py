@@ -16,7 +16,6 @@ from torch import Tensor
 from ..artifacts import Artifact, KvcalError
 from .replay import Replay, State
 from .sampling import Sampler
-from .settings import DEFAULT_METHOD
 from .stores.amounts import check_count
 
 CHECK_EVERY = 16
@@ -39,7 +38,7 @@ def decode(
     model: Any,
     input_ids: Tensor,
     artifact: Artifact | None = None,
-    method: Any = DEFAULT_METHOD,
+    method: Any = None,
     *,
     max_new_tokens: int,
     attention_mask: Tensor | None = None,

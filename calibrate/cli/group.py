@@ -17,6 +17,7 @@ COMMANDS = {
     "pca": "pca",
     "analyze-rank": "analyze_rank",
     "cluster": "cluster",
+    "plan": "plan",
     "share": "share",
     "export": "export",
     "evaluate": "evaluate",

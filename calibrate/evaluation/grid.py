@@ -12,6 +12,7 @@ from typing import Any
 from ...artifacts import Artifact, KvcalError
 from ...runtime import METHODS, CompressedCache, shared_for
 from ...runtime.cla import Cla, split_method
+from ...runtime.planned import NAME as PLAN
 
 Value = bool | int | float | str | None
 Setting = dict[str, Any]
@@ -76,7 +77,8 @@ def make_grid(methods: Sequence[str], parameters: Mapping[str, Sequence[Value]])
     Raises:
         KvcalError: an unknown method, or a parameter that none of the methods has.
     """
-    unknown = next((method for method in methods if split_method(method, {})[1] not in METHODS), None)
+    known_methods = (*METHODS, PLAN)
+    unknown = next((method for method in methods if split_method(method, {})[1] not in known_methods), None)
     if unknown is not None or not methods:
         raise KvcalError(f"no method {unknown!r}: choose among {', '.join(METHODS)}, and cla or cla+ any of them")
     fields = {method: _fields(method) for method in methods}
@@ -150,6 +152,8 @@ def _split(setting: Setting) -> tuple[Cla | None, str, Setting]:
 def _fields(method: str) -> dict[str, Any]:
     """Parameters of a method and their defaults."""
     cla, decoder, _ = split_method(method, {})
+    if decoder == PLAN:
+        return {}
     kinds = [METHODS[decoder], *([Cla] if cla else [])]
     found: dict[str, Any] = {field.name: field.default for kind in kinds for field in dataclasses.fields(kind)}
     return found if decoder == "full" else found | dict.fromkeys(_OF_ALL)

@@ -16,7 +16,8 @@ from transformers.cache_utils import DynamicCache
 from ...artifacts import Artifact, KvcalError
 from ..cla import check_methods, with_bases
 from ..loading import check_model
-from ..settings import DEFAULT_METHOD, builders, describe, name_of, plan
+from ..planned import chosen
+from ..settings import builders, describe, name_of, plan
 from ..sharing import SharingMap
 from ..stores import Method, Store
 from ..stores.clusterkv import ClusterKVStore
@@ -56,7 +57,7 @@ class Recipe:
                 stacklevel=4,
             )
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        methods = plan(method, settings, layers, total)
+        methods = plan(chosen(artifact, method, settings, total), settings, layers, total)
         sharing = sharing_of(model)
         groups = sharing.map if sharing else SharingMap(())
         fitted = artifact
@@ -83,9 +84,7 @@ class CompressedCache(DynamicCache):
     one token on a cache that is not empty is a decoded step. Layers with a sliding window stay as they are.
     """
 
-    def __init__(
-        self, model: Any, artifact: Artifact | None = None, method: Any = DEFAULT_METHOD, **settings: Any
-    ) -> None:
+    def __init__(self, model: Any, artifact: Artifact | None = None, method: Any = None, **settings: Any) -> None:
         self._begin(model, Recipe.of(model, artifact, method, settings))
 
     @classmethod
@@ -182,7 +181,7 @@ class CompressedCache(DynamicCache):
         sharing = sharing_of(model)
         tensors, methods = read_snapshot(folder, model, artifact, sharing.map if sharing else SharingMap(()))
         try:
-            cache = cls(model, artifact, methods or DEFAULT_METHOD)  # none: all layers slide, none has a method
+            cache = cls(model, artifact, methods or "full")  # none: all layers slide, none has a method
             for index, layer in enumerate(cache.layers):
                 prefix = f"layers.{index}."
                 state = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

@@ -9,16 +9,13 @@ from typing import Any
 
 from ...artifacts import Artifact, KvcalError
 from ..cla import Cla, resolve, split_method
-from ..settings import DEFAULT_METHOD
 from .attachment import attach, attached
 from .cache import CompressedCache, Recipe, check_artifact
 from .sharing import Sharing, share, sharing_of
 
 
 @contextmanager
-def compress(
-    model: Any, artifact: Artifact | None = None, method: Any = DEFAULT_METHOD, **settings: Any
-) -> Iterator[None]:
+def compress(model: Any, artifact: Artifact | None = None, method: Any = None, **settings: Any) -> Iterator[None]:
     """Inside, `generate()` and forward calls with a cache decode from a compressed one, with no further argument.
 
     Args:
@@ -26,7 +23,8 @@ def compress(
         artifact: of `load()`, for the methods that need one. That it fits is checked by architecture; by weights, which
             takes seconds per GB, with `check_model(artifact, model, weights=True)`.
         method: a name in METHODS, or names by layer: `{"0-1": "full", "2-": "loki"}`, or a list; "cla", "cla+loki",
-            …: neighbouring layers share keys and values inside, and the model is restored on leaving.
+            …: neighbouring layers share keys and values inside, and the model is restored on leaving. None: the
+            artifact's plan, if it has one (see `calibrate plan`), else "loki"; "plan" insists on it.
         settings: the method's parameters, each one value, a list by layer or a mapping of layer ranges;
             `dense_layers=n` leaves the first n layers `full`.
 
@@ -43,7 +41,7 @@ def compress(
             disable(model)
 
 
-def enable(model: Any, artifact: Artifact | None = None, method: Any = DEFAULT_METHOD, **settings: Any) -> None:
+def enable(model: Any, artifact: Artifact | None = None, method: Any = None, **settings: Any) -> None:
     """What `compress` does on entering."""
     found = attached(model)
     if found is not None and found.begin is not None:

@@ -182,7 +182,7 @@ class SpectralStore(SortedStore):
         index = torch.cat((recalled.index, index.unsqueeze(1).expand(shape)), -1)
         counted = torch.cat((recalled.counted, held.unsqueeze(1).expand(shape)), -1)
         codes, scales = (self._at(name, index) for name in ("code", "scale"))
-        self._read += codes.nbytes + scales.nbytes + 2 * self.basis.nbytes(query)
+        self._read += codes.nbytes + scales.nbytes + self.basis.nbytes(query)
         own = self.basis.logits(query, codes, scales, logits).masked_fill(~counted, -torch.inf)
         self._candidates = Candidates(index, counted, own, of_clusters)
         return own

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ...artifacts import Artifact, load
+from ...artifacts.folder import write_atomically
+from .output import json_option, print_json, print_table, progress_bar, say, working
+
+
+@click.command("plan")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--model", "model_spec", metavar="MODEL", help="Alias, Hub id or folder.  [default: the artifact's]")
+@click.option("--data", "data_spec", metavar="DATA", help="Text to measure on, other than the artifact's.")
+@click.option("--split", help="Split of the data set, e.g. heldout of stdlib.")
+@click.option(
+    "--bytes",
+    "budget",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Share of dense attention's bytes to read per step.  [default: 0.0625]",
+)
+@click.option(
+    "--quality",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Instead: the fewest bytes that keep full's perplexity over the plan's at this or above, e.g. 0.99.",
+)
+@click.option("--method", default="spectral", show_default=True, help="spectral, loki or clusterkv.")
+@click.option(
+    "--prefix", type=click.IntRange(32), default=1024, show_default=True, help="Tokens of context to plan for."
+)
+@click.option("--windows", type=click.IntRange(1), default=4, show_default=True, help="Pieces of text to measure on.")
+@click.option("--check-windows", type=click.IntRange(1), default=8, show_default=True, help="Others, to check on.")
+@click.option(
+    "--continuation", type=click.IntRange(17), default=128, show_default=True, help="Tokens decoded in a check."
+)
+@click.option("--episodes", type=click.IntRange(1), default=10, show_default=True, help="Questions of a recall check.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the questions.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+@json_option
+def plan_command(
+    artifact: Path,
+    model_spec: str | None,
+    data_spec: str | None,
+    split: str | None,
+    budget: float | None,
+    quality: float | None,
+    method: str,
+    windows: int,
+    check_windows: int,
+    device: str,
+    dtype: str,
+    as_json: bool,
+    **prompt_options: Any,
+) -> None:
+    """Spend a budget of bytes where it buys most: settings for every layer, from the attention error of each.
+
+    Written to ARTIFACT as plan.json, which `compress(model, artifact)` then decodes with, and `--method plan` of
+    `calibrate evaluate`.
+
+    \b
+    Example:
+      calibrate plan mistral-7b-wikitext --data wikitext:wikitext-2-raw-v1:test --bytes 0.0625
+    """
+    from ...runtime import check_model
+    from ...runtime.planned import FILE
+    from ..data import open_data
+    from ..evaluation.prompts import make_prompts
+    from ..evaluation.protocol import check_lengths
+    from ..models import load_model
+    from ..planning.plan import check_choice, for_bytes, for_quality, measure_offers, plan_body, split_windows
+    from ..planning.settings import grid
+
+    if data_spec is None:
+        raise click.UsageError("give --data: text that the artifact was not calibrated on, e.g. stdlib --split heldout")
+    if budget is not None and quality is not None:
+        raise click.UsageError("--bytes and --quality: give one of them")
+    grid(method, 64, {})  # an unknown method is said before any work
+    with working("checking hashes"):
+        found = load(artifact)
+    with working("finding the text"):
+        data = open_data(data_spec, split)
+    with working("loading the model"):
+        loaded = load_model(model_spec or found.model.id, device=device, dtype=dtype)
+        check_model(found, loaded.model)
+    with working("reading and tokenising the text"):
+        prompts = make_prompts(
+            data, loaded.tokenizer, windows=windows + check_windows, **prompt_options, name=str(data.source["id"])
+        )
+    check_lengths(prompts, loaded.model)
+    measured, checked_on = split_windows(prompts, windows)
+    with progress_bar("measuring") as progress:
+        offers = measure_offers(loaded.model, found, measured, method, progress)
+
+    def check(choice: Any) -> dict[str, Any]:
+        with working(f"decoding with {choice.bytes:.4f} of the bytes"):
+            return check_choice(loaded.model, found, checked_on, offers, choice)
+
+    if quality is None:
+        choice = for_bytes(offers, 0.0625 if budget is None else budget)
+    else:
+        choice = for_quality(offers, quality, check)
+    how = {
+        "method": method,
+        "budget": {"quality": quality} if quality is not None else {"bytes": 0.0625 if budget is None else budget},
+        "data": data.source,
+        "model": loaded.source.id,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "windows": windows,
+        "check_windows": check_windows,
+        **prompt_options,
+    }
+    body = plan_body(offers, choice, how, check(choice))
+    write_atomically(artifact / FILE, (json.dumps(body, indent=1) + "\n").encode())
+    if as_json:
+        print_json(body)
+    else:
+        print_plan(found, body)
+        say(f"{artifact / FILE}: compress(model, artifact) decodes with it")
+
+
+def print_plan(artifact: Artifact, body: dict[str, Any]) -> None:
+    offers = body["offers"]
+    rows = []
+    for layer, setting in enumerate(body["layers"]):
+        if setting is None:
+            continue
+        point = next(point for point in offers[str(layer)] if point["setting"] == setting)
+        settings = " ".join(f"{name} {value}" for name, value in setting.items() if name != "method")
+        by_head = " ".join(f"{error:.3f}" for error in point["head_errors"])
+        rows.append(
+            [str(layer), setting["method"], settings, f"{point['bytes']:.4f}", f"{point['error']:.3f}", by_head]
+        )
+    title = f"{artifact.model.id}: {', '.join(f'{name} {value:g}' for name, value in body['budget'].items())}"
+    print_table(title, ["layer", "method", "settings", "bytes", "error", "by KV head"], rows)
+    predicted, measured = body["predicted"], body["measured"]
+    recall = ", ".join(f"{name} {value:.2f}" for name, value in measured["recall"].items())
+    click.echo(
+        f"predicted: {predicted['bytes']:.4f} of dense attention's bytes, attention error "
+        f"{predicted['attention_error']:.3f}\n"
+        f"measured:  {measured['bytes']:.4f}, attention error {measured['attention_error']:.3f}, perplexity "
+        f"{measured['perplexity_ratio']:.4f} of full's; {recall}"
+    )

@@ -1,0 +1,145 @@
+"""`calibrate plan`: measure, deal the bytes, check by decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...artifacts import Artifact, KvcalError
+from ...runtime.planned import FORMAT
+from ..evaluation.prompts import Prompts, Windows
+from ..evaluation.protocol import evaluate
+from .allocate import Choice, choices, hull, within
+from .points import DENSE, Point, Problem, Setting, measure, problems
+from .settings import bases, grid
+
+Progress = Callable[[int, int], None]
+STEPS = 16
+"""Tokens that are decoded to measure a setting in a layer."""
+
+
+@dataclass(frozen=True)
+class Offers:
+    """What was measured, and all that can be made of it."""
+
+    points: Mapping[int, Sequence[Point]]
+    """Of each full-attention layer."""
+    choices: Sequence[Choice]
+    """By rising bytes."""
+    layers: int
+    """Of the model."""
+
+    def layered(self, choice: Choice) -> list[Setting | None]:
+        return [choice.points[layer].setting if layer in choice.points else None for layer in range(self.layers)]
+
+
+def split_windows(prompts: Prompts, measured: int) -> tuple[Windows, Prompts]:
+    """The first windows to measure on, and prompts without them to check on."""
+    assert prompts.windows is not None
+    ids, prefix = prompts.windows.ids, prompts.windows.prefix
+    return Windows(ids[:measured], prefix), Prompts(Windows(ids[measured:], prefix), prompts.recall)
+
+
+def measure_offers(
+    model: Any, artifact: Artifact, windows: Windows, method: str, progress: Progress | None = None
+) -> Offers:
+    """Measure every setting of `grid` in every full-attention layer.
+
+    Raises:
+        KvcalError: a method without a grid, a model without full attention.
+    """
+    ids = windows.ids[:, : windows.prefix + STEPS]
+    found = problems(model, ids, STEPS)
+    if not found:
+        raise KvcalError("no layer of this model has full attention: there is nothing to plan")
+    done, total = 0, sum(_count(problem, method) for problem in found)
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(done, total)
+
+    points = {problem.layer: [*_measure_layer(problem, method, artifact, step), DENSE] for problem in found}
+    layers = int(model.config.get_text_config().num_hidden_layers)
+    return Offers(points, choices(points), layers)
+
+
+def _measure_layer(problem: Problem, method: str, artifact: Artifact, step: Callable[[], None]) -> list[Point]:
+    head_dim = problem.key.shape[3]
+    tried = measure([problem], {problem.layer: bases(method, head_dim)}, artifact, step)[problem.layer]
+    # The basis is chosen once per layer, all else being equal: it costs the same bytes whichever it is.
+    best = min(tried, key=lambda point: point.loss).setting if tried else {}
+    basis = {name: best[name] for name in ("stage", "basis") if name in best}
+    return measure([problem], {problem.layer: grid(method, head_dim, basis)}, artifact, step)[problem.layer]
+
+
+def _count(problem: Problem, method: str) -> int:
+    head_dim = problem.key.shape[3]
+    return len(bases(method, head_dim)) + len(grid(method, head_dim, {}))
+
+
+def for_bytes(offers: Offers, budget: float) -> Choice:
+    """The choice that spends at most `budget` of dense attention's bytes.
+
+    Raises:
+        KvcalError: less than the cheapest settings read.
+    """
+    found = within(offers.choices, budget)
+    if found is None:
+        raise KvcalError(
+            f"--bytes {budget:g}: the cheapest settings read {offers.choices[0].bytes:.4f} of dense attention's bytes "
+            "at this length: give at least that, or a longer --prefix"
+        )
+    return found
+
+
+def for_quality(offers: Offers, quality: float, check: Callable[[Choice], Mapping[str, Any]]) -> Choice:
+    """The choice of fewest bytes whose measured perplexity is at most 1/quality of `full`'s, by bisection.
+
+    Args:
+        check: measures a choice, see `check_choice`.
+    """
+    first, last = 0, len(offers.choices) - 1  # the last one is dense everywhere
+    while first < last:
+        middle = (first + last) // 2
+        good = check(offers.choices[middle])["perplexity_ratio"] <= 1 / quality
+        first, last = (first, middle) if good else (middle + 1, last)
+    return offers.choices[last]
+
+
+def check_choice(model: Any, artifact: Artifact, prompts: Prompts, offers: Offers, choice: Choice) -> dict[str, Any]:
+    """The row of an evaluation of these settings, decoded for real; under "full" that of full attention."""
+    setting = {"method": [entry or {"method": "full"} for entry in offers.layered(choice)]}
+    full, row = evaluate(model, artifact, prompts, [setting])
+    return {**row, "full": full}
+
+
+def plan_body(offers: Offers, choice: Choice, how: Mapping[str, Any], checked: Mapping[str, Any]) -> dict[str, Any]:
+    """What plan.json holds."""
+    full = checked["full"]
+    return {
+        "format": FORMAT,
+        "layers": offers.layered(choice),
+        **how,
+        "predicted": {"bytes": choice.bytes, "attention_error": choice.error},
+        "measured": {
+            "bytes": checked["bytes_per_step"] / full["bytes_per_step"],
+            "attention_error": _mean(checked["attention_error"]),
+            "perplexity_ratio": checked["perplexity_ratio"],
+            "recall": checked["recall"],
+        },
+        "offers": {
+            str(layer): [
+                {"setting": point.setting, "bytes": point.bytes, "error": point.error, "head_errors": point.head_errors}
+                for point in hull(points)
+            ]
+            for layer, points in offers.points.items()
+        },
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known)

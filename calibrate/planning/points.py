@@ -1,0 +1,127 @@
+"""What each setting costs and loses in each layer, measured through the stores that decode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...artifacts import Artifact
+from ...runtime.attention import Logits, probabilities
+from ...runtime.settings import plan
+from ...runtime.stores import Store
+from ...runtime.stores.full import FullStore
+from ..capture import LayerTensors, capture
+
+Setting = dict[str, Any]
+"""A method and its parameters: {"method": "spectral", "keep": 0.0625, …}."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting in one layer."""
+
+    setting: Setting
+    bytes: float
+    """Read per step and row, over what dense attention reads of this layer."""
+    error: float
+    """‖o − o_dense‖ / ‖o_dense‖, mean over rows, heads and steps."""
+    loss: float
+    """Mean of the square: what layers are weighed by. Errors of layers add up like independent ones."""
+    head_errors: tuple[float, ...]
+    """`error` by KV head."""
+
+
+DENSE = Point({"method": "full"}, 1.0, 0.0, 0.0, ())
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The attention of one layer over some rows of text, the last tokens of which are decoded."""
+
+    layer: int
+    query: Tensor
+    """[B, Hq, T, D], as `key` and `value` on the device of the model."""
+    key: Tensor
+    value: Tensor
+    logits: Logits
+    steps: int
+    """Tokens at the end that are decoded."""
+
+    @torch.no_grad()
+    def measure(self, setting: Setting, artifact: Artifact | None) -> Point:
+        """Raises KvcalError for what this layer or artifact does not allow."""
+        store = self._build(setting, artifact)()
+        prefix = self.key.shape[2] - self.steps
+        full = FullStore()
+        full.append(self.key[:, :, :prefix], self.value[:, :, :prefix])
+        store.adopt(full)
+        read, errors = 0, []
+        for query, key, value, dense in self._steps(prefix):
+            store.append(key, value)
+            out = store.attend(query, self.logits)
+            read += store.bytes_read()
+            difference = (out.float() - dense).norm(dim=-1) / dense.norm(dim=-1).clamp_min(1e-30)
+            errors.append(difference.squeeze(-1).unflatten(1, (self.key.shape[1], -1)))
+        found = torch.stack(errors).double()  # [steps, B, Hkv, G]
+        held = sum(range(prefix + 1, self.key.shape[2] + 1)) * self.key.shape[0] * self.key.shape[1]
+        dense_read = held * (self.key.shape[3] + self.value.shape[3]) * self.key.element_size()
+        return Point(
+            setting,
+            read / dense_read,
+            float(found.mean()),
+            float(found.square().mean()),
+            tuple(found.mean((0, 1, 3)).tolist()),
+        )
+
+    def _build(self, setting: Setting, artifact: Artifact | None) -> Callable[[], Store]:
+        method = plan(setting, {}, [self.layer], self.layer + 1)[self.layer]
+        return method.build(self.layer, self.key.shape[3], artifact)
+
+    def _steps(self, prefix: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """(query, key, value, dense float32 output) of each decoded token."""
+        for at in range(prefix, self.key.shape[2]):
+            now, held = slice(at, at + 1), slice(0, at + 1)
+            query = self.query[:, :, now]
+            weights = probabilities(query, self.key[:, :, held], self.logits)
+            dense = (weights @ self.value[:, :, held].float().unsqueeze(2)).flatten(1, 2)
+            yield query, self.key[:, :, now], self.value[:, :, now], dense
+
+
+@torch.no_grad()
+def problems(model: Any, ids: Tensor, steps: int) -> list[Problem]:
+    """Of every full-attention layer.
+
+    Args:
+        ids: [B, T] int64, without padding.
+        steps: tokens at the end that are decoded.
+    """
+    found: list[Problem] = []
+
+    def observe(seen: LayerTensors) -> None:
+        if seen.window is None:
+            logits = Logits(seen.scaling)
+            found.append(Problem(seen.layer, seen.query_post, seen.key_post, seen.value, logits, steps))
+
+    with capture(model, observe):
+        model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=1)
+    return found
+
+
+def measure(
+    found: Sequence[Problem],
+    settings: Mapping[int, Sequence[Setting]],
+    artifact: Artifact | None,
+    step: Callable[[], None] = lambda: None,
+) -> dict[int, list[Point]]:
+    """Points of each layer, for the settings of each layer; `step` is called after each."""
+    points: dict[int, list[Point]] = {}
+    for problem in found:
+        points[problem.layer] = []
+        for setting in settings[problem.layer]:
+            points[problem.layer].append(problem.measure(setting, artifact))
+            step()
+    return points

@@ -1,0 +1,88 @@
+"""The plan of an artifact: a method and its settings for every layer, made by `calibrate plan`.
+
+    {"format": 1, "layers": [{"method": "spectral", "rank": 32, …}, …, null], …}
+
+`layers` has an entry for every layer of the model, null where the layer keeps the model's own cache; all else in the
+file tells how the plan was found and what it was measured to do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ..artifacts import Artifact, ArtifactError, KvcalError
+from .settings import DEFAULT_METHOD
+
+FILE = "plan.json"
+FORMAT = 1
+NAME = "plan"
+"""What stands for the plan where a method is named."""
+_MOST_BYTES = 4 << 20
+_MAKE = "make it with `calibrate plan ARTIFACT --model MODEL --data DATA`"
+
+
+def chosen(artifact: Artifact | None, method: Any, settings: Mapping[str, Any], total: int) -> Any:
+    """What a `method` argument means: the plan where none is named and the artifact has one, else `loki`.
+
+    Raises:
+        KvcalError: settings beside a plan, which has its own; a plan that is not there.
+    """
+    planned = method == NAME or (method is None and has_plan(artifact))
+    if planned and settings:
+        names = ", ".join(settings)
+        raise KvcalError(f"{names}: the plan of this artifact has settings of its own: name a method to give others")
+    return methods_of(artifact, total) if planned else DEFAULT_METHOD if method is None else method
+
+
+def has_plan(artifact: Artifact | None) -> bool:
+    return artifact is not None and artifact.folder is not None and (artifact.folder / FILE).is_file()
+
+
+def read_plan(artifact: Artifact | None) -> dict[str, Any]:
+    """The whole file, its `layers` checked as far as types go; names and values are checked where stores are built.
+
+    Raises:
+        ArtifactError: no plan there, or none that can be read.
+    """
+    if artifact is None or not has_plan(artifact):
+        where = "no artifact was given" if artifact is None else f"{artifact.name}: has no {FILE}"
+        raise ArtifactError(f"{where}: {_MAKE}")
+    assert artifact.folder is not None
+    path = artifact.folder / FILE
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ArtifactError(f"{path}: is larger than any plan: {_MAKE}")
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: cannot be read ({error}): {_MAKE}") from error
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise ArtifactError(f"{path}: is no plan of format {FORMAT}: {_MAKE}")
+    layers = body.get("layers")
+    if not isinstance(layers, list) or not all(entry is None or _is_setting(entry) for entry in layers):
+        raise ArtifactError(f"{path}: layers: expected a list of settings or null: {_MAKE}")
+    return body
+
+
+def methods_of(artifact: Artifact | None, total: int) -> list[Mapping[str, Any]]:
+    """The plan as an argument `method`: one entry for each of the model's `total` layers.
+
+    Raises:
+        ArtifactError: no plan, or one for another number of layers.
+    """
+    layers = read_plan(artifact)["layers"]
+    if len(layers) != total:
+        assert artifact is not None
+        raise ArtifactError(
+            f"{artifact.name}: {FILE} has {len(layers)} layers, this model has {total}: {_MAKE}, or name a method"
+        )
+    return [{"method": "full"} if entry is None else entry for entry in layers]
+
+
+def _is_setting(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("method"), str)
+        and all(value is None or isinstance(value, (bool, int, float, str)) for value in entry.values())
+    )
