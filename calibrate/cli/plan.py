@@ -54,6 +54,7 @@ def plan_command(
     device: str,
     dtype: str,
     as_json: bool,
+    episodes: int,
     **prompt_options: Any,
 ) -> None:
     """Spend a budget of bytes where it buys most: settings for every layer, from the attention error of each.
@@ -71,7 +72,15 @@ def plan_command(
     from ..evaluation.prompts import make_prompts
     from ..evaluation.protocol import check_lengths
     from ..models import load_model
-    from ..planning.plan import check_choice, for_bytes, for_quality, measure_offers, plan_body, split_windows
+    from ..planning.plan import (
+        QUESTIONS,
+        check_choice,
+        for_bytes,
+        for_quality,
+        measure_offers,
+        plan_body,
+        split_prompts,
+    )
     from ..planning.settings import grid
 
     if data_spec is None:
@@ -88,10 +97,15 @@ def plan_command(
         check_model(found, loaded.model)
     with working("reading and tokenising the text"):
         prompts = make_prompts(
-            data, loaded.tokenizer, windows=windows + check_windows, **prompt_options, name=str(data.source["id"])
+            data,
+            loaded.tokenizer,
+            windows=windows + check_windows,
+            episodes=episodes + QUESTIONS,
+            **prompt_options,
+            name=str(data.source["id"]),
         )
     check_lengths(prompts, loaded.model)
-    measured, checked_on = split_windows(prompts, windows)
+    measured, checked_on = split_prompts(prompts, windows, QUESTIONS)
     with progress_bar("measuring") as progress:
         offers = measure_offers(loaded.model, found, measured, method, progress)
 
@@ -111,6 +125,7 @@ def plan_command(
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "windows": windows,
         "check_windows": check_windows,
+        "episodes": episodes,
         **prompt_options,
     }
     body = plan_body(offers, choice, how, check(choice))

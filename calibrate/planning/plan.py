@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ...artifacts import Artifact, KvcalError
 from ...runtime.planned import FORMAT
@@ -15,8 +19,20 @@ from .points import DENSE, Point, Problem, Setting, measure, problems
 from .settings import bases, grid
 
 Progress = Callable[[int, int], None]
-STEPS = 16
-"""Tokens that are decoded to measure a setting in a layer."""
+QUESTIONS = 5
+"""To measure on: one for each depth."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What settings are measured on."""
+
+    ids: Tensor
+    """[B, T] int64."""
+    steps: int
+    """Tokens at the end of each row that are decoded."""
+    texts: int
+    """The first rows; the others end in a question and its answer."""
 
 
 @dataclass(frozen=True)
@@ -34,23 +50,35 @@ class Offers:
         return [choice.points[layer].setting if layer in choice.points else None for layer in range(self.layers)]
 
 
-def split_windows(prompts: Prompts, measured: int) -> tuple[Windows, Prompts]:
-    """The first windows to measure on, and prompts without them to check on."""
-    assert prompts.windows is not None
-    ids, prefix = prompts.windows.ids, prompts.windows.prefix
-    return Windows(ids[:measured], prefix), Prompts(Windows(ids[measured:], prefix), prompts.recall)
+def split_prompts(prompts: Prompts, windows: int, questions: int) -> tuple[Measured, Prompts]:
+    """The first windows and the first questions of the last recall task to measure on; the others to check on."""
+    assert prompts.windows is not None and prompts.recall
+    ids, prefix, asked = prompts.windows.ids, prompts.windows.prefix, prompts.recall[-1]
+    steps = min(asked.continuations.shape[1], ids.shape[1] - prefix)
+    rows = torch.cat((asked.prefixes[:questions], asked.continuations[:questions, :steps]), 1)
+    measured = Measured(torch.cat((ids[:windows, : prefix + steps], rows)), steps, windows)
+    tasks = tuple(
+        dataclasses.replace(
+            task,
+            prefixes=task.prefixes[questions:],
+            continuations=task.continuations[questions:],
+            answers=task.answers[questions:],
+            depths=task.depths[questions:],
+        )
+        for task in prompts.recall
+    )
+    return measured, Prompts(Windows(ids[windows:], prefix), tasks)
 
 
 def measure_offers(
-    model: Any, artifact: Artifact, windows: Windows, method: str, progress: Progress | None = None
+    model: Any, artifact: Artifact, rows: Measured, method: str, progress: Progress | None = None
 ) -> Offers:
     """Measure every setting of `grid` in every full-attention layer.
 
     Raises:
         KvcalError: a method without a grid, a model without full attention.
     """
-    ids = windows.ids[:, : windows.prefix + STEPS]
-    found = problems(model, ids, STEPS)
+    found = problems(model, rows.ids, rows.steps, rows.texts)
     if not found:
         raise KvcalError("no layer of this model has full attention: there is nothing to plan")
     done, total = 0, sum(_count(problem, method) for problem in found)

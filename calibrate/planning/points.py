@@ -28,9 +28,10 @@ class Point:
     bytes: float
     """Read per step and row, over what dense attention reads of this layer."""
     error: float
-    """‖o − o_dense‖ / ‖o_dense‖, mean over rows, heads and steps."""
+    """‖o − o_dense‖ / ‖o_dense‖, mean over the rows of text, heads and steps."""
     loss: float
-    """Mean of the square: what layers are weighed by. Errors of layers add up like independent ones."""
+    """Its mean square, half from rows of text and half from questions: what layers are weighed by. Errors of layers
+    add up like independent ones, and a fact that is missed is one large error among many small ones."""
     head_errors: tuple[float, ...]
     """`error` by KV head."""
 
@@ -40,7 +41,7 @@ DENSE = Point({"method": "full"}, 1.0, 0.0, 0.0, ())
 
 @dataclass(frozen=True)
 class Problem:
-    """The attention of one layer over some rows of text, the last tokens of which are decoded."""
+    """The attention of one layer over some rows, the last tokens of which are decoded."""
 
     layer: int
     query: Tensor
@@ -50,6 +51,8 @@ class Problem:
     logits: Logits
     steps: int
     """Tokens at the end that are decoded."""
+    texts: int
+    """The first rows, which are text; the others end in a question and its answer."""
 
     @torch.no_grad()
     def measure(self, setting: Setting, artifact: Artifact | None) -> Point:
@@ -66,15 +69,16 @@ class Problem:
             read += store.bytes_read()
             difference = (out.float() - dense).norm(dim=-1) / dense.norm(dim=-1).clamp_min(1e-30)
             errors.append(difference.squeeze(-1).unflatten(1, (self.key.shape[1], -1)))
-        found = torch.stack(errors).double()  # [steps, B, Hkv, G]
+        found = torch.stack(errors, 1).double()  # [B, steps, Hkv, G]
+        parts = [part for part in found.split([self.texts, len(found) - self.texts]) if len(part)]
         held = sum(range(prefix + 1, self.key.shape[2] + 1)) * self.key.shape[0] * self.key.shape[1]
         dense_read = held * (self.key.shape[3] + self.value.shape[3]) * self.key.element_size()
         return Point(
             setting,
             read / dense_read,
-            float(found.mean()),
-            float(found.square().mean()),
-            tuple(found.mean((0, 1, 3)).tolist()),
+            float(parts[0].mean()),
+            sum(float(part.square().mean()) for part in parts) / len(parts),
+            tuple(parts[0].mean((0, 1, 3)).tolist()),
         )
 
     def _build(self, setting: Setting, artifact: Artifact | None) -> Callable[[], Store]:
@@ -92,19 +96,19 @@ class Problem:
 
 
 @torch.no_grad()
-def problems(model: Any, ids: Tensor, steps: int) -> list[Problem]:
+def problems(model: Any, ids: Tensor, steps: int, texts: int) -> list[Problem]:
     """Of every full-attention layer.
 
     Args:
         ids: [B, T] int64, without padding.
-        steps: tokens at the end that are decoded.
+        steps, texts: see `Problem`.
     """
     found: list[Problem] = []
 
     def observe(seen: LayerTensors) -> None:
         if seen.window is None:
             logits = Logits(seen.scaling)
-            found.append(Problem(seen.layer, seen.query_post, seen.key_post, seen.value, logits, steps))
+            found.append(Problem(seen.layer, seen.query_post, seen.key_post, seen.value, logits, steps, texts))
 
     with capture(model, observe):
         model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=1)
