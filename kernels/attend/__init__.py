@@ -73,6 +73,7 @@ def attend_runs(
     value: Tensor,
     starts: Tensor,
     sizes: Tensor,
+    count: Tensor | None = None,
     *,
     scaling: float,
     softcap: float | None = None,
@@ -88,6 +89,7 @@ def attend_runs(
     Args:
         starts, sizes: [B, Hkv, R] or [B, Hkv, G, R] int32: slots starts … starts + sizes - 1, runs that do not
             overlap; a size of 0 is no run, and its start is not looked at.
+        count: [B, Hkv] or [B, Hkv, G] int32: only the first `count` runs of each are looked at; default: all.
         most: tokens that the runs of one group are expected to have at most, for the choice of splits only;
             default: the capacity.
 
@@ -97,15 +99,17 @@ def attend_runs(
     check_merge(query, value.shape[-1], sinks, extra, out)
     check_selection(query, starts, "starts")
     check("sizes", sizes, torch.int32, starts.shape)
+    if count is not None:
+        check("count", count, torch.int32, starts.shape[:-1])
     if choose(backend, query) == "reference":
         result = reference.attend_runs(
-            query, key, value, starts, sizes, scaling=scaling, softcap=softcap, sinks=sinks, extra=extra
+            query, key, value, starts, sizes, count, scaling=scaling, softcap=softcap, sinks=sinks, extra=extra
         )
         return result if out is None else out.copy_(result)
     from . import runs
 
     return runs.attend_runs(
-        query, key, value, starts, sizes,
+        query, key, value, starts, sizes, count,
         scaling=scaling, softcap=softcap, sinks=sinks, extra=extra, most=most or key.shape[2], splits=splits, out=out,
     )  # fmt: skip
 

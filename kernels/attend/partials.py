@@ -11,7 +11,7 @@ from .shapes import TOKEN_TILE, Partial, choose_splits
 from .tile import absorb, empty_softmax, load_queries, store_partial
 
 
-@triton.jit(do_not_specialize=["heads", "capacity"])
+@triton.jit(do_not_specialize=["heads", "capacity", "splits"])
 def range_kernel(
     out_ptr,
     lse_ptr,
@@ -25,6 +25,7 @@ def range_kernel(
     cap,
     heads,
     capacity,
+    splits,
     key_row: tl.int64,
     key_head: tl.int64,
     key_step: tl.int64,
@@ -44,17 +45,18 @@ def range_kernel(
     UPCAST: tl.constexpr,
 ):
     """One program: a part of one group's range; TAIL: of all `capacity` clusters, those with something unread."""
-    part, group = tl.program_id(0), tl.program_id(1)
+    slot = tl.program_id(0)  # on one axis: the others end at 65535
+    part, group = slot % splits, slot // splits
     row, head = group // SHARING // heads, group // SHARING % heads
     key_ptr += row * key_row + head * key_head
     value_ptr += row * value_row + head * value_head
     if TAIL:
         unread_ptr += group.to(tl.int64) * capacity
-        begin, end = even_part(capacity, part, tl.num_programs(0), TOKEN_TILE)
+        begin, end = even_part(capacity, part, splits, TOKEN_TILE)
     else:
         offset = tl.maximum(tl.load(begin_ptr + row), 0)
         count = tl.minimum(tl.load(end_ptr + row), capacity) - offset
-        begin, end = even_part(tl.maximum(count, 0), part, tl.num_programs(0), TOKEN_TILE)
+        begin, end = even_part(tl.maximum(count, 0), part, splits, TOKEN_TILE)
         begin, end = begin + offset, end + offset
     queries = load_queries(query_ptr, group, QUERIES, QUERY_TILE, D, D_TILE, UPCAST)
     best, mass, total = empty_softmax(QUERY_TILE, DV_TILE)
@@ -70,7 +72,6 @@ def range_kernel(
             best, mass, total, queries, key_ptr, value_ptr, token, valid, addend, key_step, value_step, scale, cap,
             D, D_TILE, DV, DV_TILE, CAPPED, UPCAST,
         )  # fmt: skip
-    slot = group * tl.num_programs(0) + part
     store_partial(out_ptr, lse_ptr, slot, best, mass, total, QUERIES, QUERY_TILE, DV, DV_TILE)
 
 
@@ -120,7 +121,7 @@ def _partial(
     out, lse = empty_partial(query, value.shape[-1], groups, splits)
     begin, end = limits or (lse, lse)
     with device_of(query):
-        range_kernel[(splits, groups)](
+        range_kernel[(groups * splits,)](
             out,
             lse,
             query.contiguous(),
@@ -132,6 +133,7 @@ def _partial(
             *logit_scales(scaling, softcap),
             key.shape[1],
             key.shape[2],
+            splits,
             *key.stride()[:3],
             *value.stride()[:3],
             SHARING=groups // pairs,

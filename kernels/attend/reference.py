@@ -34,6 +34,7 @@ def attend_runs(
     value: Tensor,
     starts: Tensor,
     sizes: Tensor,
+    count: Tensor | None,
     *,
     scaling: float,
     softcap: float | None,
@@ -41,6 +42,8 @@ def attend_runs(
     extra: Sequence[Partial],
 ) -> Tensor:
     token = torch.arange(key.shape[2], device=key.device)
+    if count is not None:
+        sizes = sizes.where(torch.arange(sizes.shape[-1], device=sizes.device) < count.unsqueeze(-1), 0)
     first, size = starts.unsqueeze(-1), sizes.unsqueeze(-1)
     valid = ((token >= first) & (token < first + size)).any(-2)
     part = chosen(query, key, value, token.expand(valid.shape), valid, scaling, softcap)

@@ -15,6 +15,8 @@ from .tile import absorb, empty_softmax, load_queries, store_partial
 
 RUN_TILE = 32
 """Runs compared with a tile's ranks at once: 16 comparisons a thread."""
+SIZES_TILE = 256
+"""Sizes added up at once, before anything is read: most calls have no more runs."""
 
 
 @triton.jit
@@ -33,7 +35,7 @@ def token_of_rank(starts_ptr, sizes_ptr, runs, rank, RUN_TILE: tl.constexpr):
     return token
 
 
-@triton.jit(do_not_specialize=["heads", "runs"])
+@triton.jit(do_not_specialize=["heads", "runs", "splits"])
 def runs_kernel(
     out_ptr,
     lse_ptr,
@@ -42,18 +44,22 @@ def runs_kernel(
     value_ptr,
     starts_ptr,
     sizes_ptr,
+    count_ptr,
     scale,
     cap,
     heads,
     runs,
+    splits,
     key_row: tl.int64,
     key_head: tl.int64,
     key_step: tl.int64,
     value_row: tl.int64,
     value_head: tl.int64,
     value_step: tl.int64,
+    COUNTED: tl.constexpr,
     SHARING: tl.constexpr,
     RUN_TILE: tl.constexpr,
+    SIZES_TILE: tl.constexpr,
     QUERIES: tl.constexpr,
     QUERY_TILE: tl.constexpr,
     TOKEN_TILE: tl.constexpr,
@@ -65,17 +71,20 @@ def runs_kernel(
     UPCAST: tl.constexpr,
 ):
     """One program: a part of the tokens of one group's runs, wherever that part begins and ends in them."""
-    part, group = tl.program_id(0), tl.program_id(1)
+    slot = tl.program_id(0)  # on one axis: the others end at 65535
+    part, group = slot % splits, slot // splits
     row, head = group // SHARING // heads, group // SHARING % heads
     key_ptr += row * key_row + head * key_head
     value_ptr += row * value_row + head * value_head
     starts_ptr += group.to(tl.int64) * runs
     sizes_ptr += group.to(tl.int64) * runs
-    count = tl.full([], 0, tl.int32)
-    for first in range(0, runs, RUN_TILE):
-        run = first + tl.arange(0, RUN_TILE)
-        count += tl.sum(tl.maximum(tl.load(sizes_ptr + run, mask=run < runs, other=0), 0), 0)
-    begin, end = even_part(count, part, tl.num_programs(0), TOKEN_TILE)
+    if COUNTED:
+        runs = tl.minimum(tl.load(count_ptr + group), runs)
+    tokens = tl.full([], 0, tl.int32)
+    for first in range(0, runs, SIZES_TILE):
+        run = first + tl.arange(0, SIZES_TILE)
+        tokens += tl.sum(tl.maximum(tl.load(sizes_ptr + run, mask=run < runs, other=0), 0), 0)
+    begin, end = even_part(tokens, part, splits, TOKEN_TILE)
     queries = load_queries(query_ptr, group, QUERIES, QUERY_TILE, D, D_TILE, UPCAST)
     best, mass, total = empty_softmax(QUERY_TILE, DV_TILE)
     for first in range(begin, end, TOKEN_TILE):
@@ -85,7 +94,6 @@ def runs_kernel(
             best, mass, total, queries, key_ptr, value_ptr, token, rank < end, None, key_step, value_step, scale, cap,
             D, D_TILE, DV, DV_TILE, CAPPED, UPCAST,
         )  # fmt: skip
-    slot = group * tl.num_programs(0) + part
     store_partial(out_ptr, lse_ptr, slot, best, mass, total, QUERIES, QUERY_TILE, DV, DV_TILE)
 
 
@@ -95,6 +103,7 @@ def attend_runs(
     value: Tensor,
     starts: Tensor,
     sizes: Tensor,
+    count: Tensor | None,
     *,
     scaling: float,
     softcap: float | None,
@@ -108,20 +117,24 @@ def attend_runs(
     splits = splits or choose_splits(groups, most, SMALLEST, query.device)
     partial = empty_partial(query, value.shape[-1], groups, splits)
     with device_of(query):
-        runs_kernel[(splits, groups)](
+        runs_kernel[(groups * splits,)](
             *partial,
             query.contiguous(),
             key,
             value,
             starts.contiguous(),
             sizes.contiguous(),
+            starts if count is None else count.contiguous(),
             *logit_scales(scaling, softcap),
             key.shape[1],
             starts.shape[-1],
+            splits,
             *key.stride()[:3],
             *value.stride()[:3],
             SHARING=groups // (key.shape[0] * key.shape[1]),
+            COUNTED=count is not None,
             RUN_TILE=RUN_TILE,
+            SIZES_TILE=SIZES_TILE,
             CAPPED=softcap is not None,
             **tiles(query, value, partial[1].shape[-1]),
             num_warps=WARPS,

@@ -23,8 +23,8 @@ def slots_of(starts, sizes):
     ]
 
 
-def check(device, backend, starts, sizes, heads=2, group=3, capacity=250, dtype=torch.float32, **options):
-    """starts, sizes: [B, Hkv, R] or [B, Hkv, G, R]."""
+def check(device, backend, starts, sizes, heads=2, group=3, capacity=250, dtype=torch.float32, given=None, **options):
+    """starts, sizes: [B, Hkv, R] or [B, Hkv, G, R] of what counts; given: the sizes that are handed over, if others."""
     generator = torch.Generator().manual_seed(3)
     starts, sizes = (torch.tensor(of, dtype=torch.int32) for of in (starts, sizes))
     batch, each = len(starts), starts.dim() == 4
@@ -40,7 +40,8 @@ def check(device, backend, starts, sizes, heads=2, group=3, capacity=250, dtype=
         pair = row * heads + head
         return covered[pair * group + member if each else pair]
 
-    out = attend_runs(query, key, value, starts.to(device), sizes.to(device), scaling=0.15, backend=backend, **options)
+    handed = (sizes if given is None else torch.tensor(given, dtype=torch.int32)).to(device)
+    out = attend_runs(query, key, value, starts.to(device), handed, scaling=0.15, backend=backend, **options)
     assert_close(out, attention(query, [tokens(key, value, slots)], scaling=0.15), dtype)
     return out
 
@@ -65,6 +66,20 @@ def test_more_runs_than_a_tile_of_them(device, backend):
     starts = [[[3 * run for run in reversed(range(75))]]]
     sizes = [[[run % 4 for run in range(75)]]]
     check(device, backend, starts, sizes, heads=1, splits=2)
+
+
+@BOTH
+@pytest.mark.parametrize("splits", [None, 2])
+def test_runs_beyond_the_count_are_not_looked_at(device, backend, splits):
+    starts = [[[100, 0, 60], [5, 249, 6]], [[7, 7, 7], [3, 0, 0]]]
+    sizes = [[[70, 3, 9], [1, 1, 65]], [[0, 64, 9], [8, 0, 9]]]
+    counts = [[2, 1], [2, 0]]
+    counted = [[[n if at < count else 0 for at, n in enumerate(of)] for of, count in zip(*row, strict=True)]
+               for row in zip(sizes, counts, strict=True)]  # fmt: skip
+    count = torch.tensor(counts, dtype=torch.int32, device=device)
+    of_all = {"given": sizes, "count": count, "splits": splits}
+    out = check(device, backend, starts, counted, **of_all)
+    assert not out[1, 1].any()
 
 
 @BOTH
