@@ -22,7 +22,7 @@ from gpu_attention import attempt, attention_rows, compiled_rows, selection_row
 from gpu_build import build_row
 from gpu_gate import Gate, check_append, check_cluster, check_score
 from gpu_gate_attention import check_attend, check_dense, check_runs, check_steps, check_tail
-from gpu_gate_select import check_select
+from gpu_gate_select import check_select, check_select_runs
 from gpu_model import build_model, model_rows
 from gpu_results import PAGES, RESULTS, brief, commit, machine, save
 from gpu_sizes import DRY, FULL, Sizes
@@ -34,6 +34,7 @@ CHECKS = (
     check_append,
     check_score,
     check_select,
+    check_select_runs,
     check_cluster,
     check_dense,
     check_attend,

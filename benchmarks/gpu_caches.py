@@ -111,7 +111,7 @@ def fill_clusters(store: Any, sizes: Sizes, length: int, per_cluster: int, seed:
     upto = length - sizes.window // 2
     clustered = upto - sizes.sinks
     count = max(1, round(clustered / per_cluster))
-    room = count + 8
+    room = -(-(count + 8) // 16) * 16
     generator = torch.Generator(key.device).manual_seed(seed)
     member_of = torch.randint(count, (batch * heads, clustered), generator=generator, device=key.device)
     size = torch.zeros(batch * heads, room, dtype=torch.int32, device=key.device)

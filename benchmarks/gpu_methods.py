@@ -1,6 +1,6 @@
 """Attention steps of one layer: as `runtime.decode` captures them, and in parts.
 
-Loki over 4 bits is no method of the runtime yet: its step here is made of kernels, in one function like the others.
+Loki over 4 or 2 bits is no method of the runtime yet: its step here is made of kernels, in one function as the others.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ from gpu_sizes import Sizes
 from torch import Tensor
 
 from kvcal.kernels.append import append
-from kvcal.kernels.attend import attend, window
+from kvcal.kernels.attend import attend, attend_runs
 from kvcal.kernels.dense import dense
 from kvcal.kernels.score import quantize, score
 from kvcal.kernels.select import select
 from kvcal.runtime.attention import Logits
 from kvcal.runtime.static import STEPS, Clock, Step
+from kvcal.runtime.static.clock import most
 from kvcal.runtime.stores.basis import Basis
 from kvcal.runtime.stores.clusterkv import ClusterKV, ClusterKVStore
 from kvcal.runtime.stores.full import Full, FullStore
 from kvcal.runtime.stores.loki import Loki, LokiStore
 
 Call = Callable[[], Any]
+CLIPS = {2: 0.6}
+"""Of scales, where it is not 1."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,14 @@ def dense_method(copy: Copy, sizes: Sizes) -> Method:
 class LokiKernels:
     """One product that projects the queries, then a kernel each: append, score, select, attend."""
 
-    def __init__(self, copy: Copy, sizes: Sizes, bits: int = 16, of_keys: bool = False):
+    def __init__(self, copy: Copy, sizes: Sizes, bits: int = 16, rank: int | None = None, of_keys: bool = False):
         """Args: of_keys: the index is the first dimensions of the keys, which lie in the basis."""
         self.copy, self.sizes, self.bits, self.clock = copy, sizes, bits, _clock(copy)
-        self.map = copy.basis[:, : sizes.rank].contiguous()
-        index = copy.key[..., : sizes.rank] if of_keys else self._projected()
-        self.codes, self.scales = quantize(index, bits)
+        rank = rank or sizes.rank
+        self.clip = CLIPS.get(bits, 1.0)
+        self.map = copy.basis[:, :rank].contiguous()
+        index = copy.key[..., :rank] if of_keys else self._projected()
+        self.codes, self.scales = quantize(index, bits, self.clip)
         self.written = None if of_keys else self.codes
         self.arrivals = torch.zeros(copy.key.shape[:2].numel(), dtype=torch.int32, device=copy.key.device)
 
@@ -75,9 +80,8 @@ class LokiKernels:
         return torch.stack([key.float() @ map.float().mT for key, map in of_heads], 1)
 
     def append(self) -> None:
-        _append(
-            self.copy, self.clock, self.map if self.written is not None else None, self.written, self.scales, self.bits
-        )
+        map = None if self.written is None else self.map
+        _append(self.copy, self.clock, map, self.written, self.scales, bits=self.bits, clip=self.clip)
 
     def project(self) -> Tensor:
         return self.copy.grouped @ self.map.mT
@@ -130,8 +134,8 @@ def loki(copy: Copy, sizes: Sizes, basis: str) -> Method:
     return kernels.method(partial(step.step, *copy.new, Logits(sizes.scaling)))
 
 
-def loki_int4(copy: Copy, sizes: Sizes) -> Method:
-    return LokiKernels(copy, sizes, bits=4).method()
+def loki_codes(copy: Copy, sizes: Sizes, bits: int, rank: int) -> Method:
+    return LokiKernels(copy, sizes, bits, rank).method()
 
 
 def clusterkv(copy: Copy, sizes: Sizes, per_cluster: int) -> Method:
@@ -143,25 +147,20 @@ def clusterkv(copy: Copy, sizes: Sizes, per_cluster: int) -> Method:
     fill(store, length - 1, {"key": copy.key, "value": copy.value})
     fill_clusters(store, sizes, length - 1, per_cluster)
     step = _step(settings, store, clock, copy)
-    sinks = clock.seen.clamp_max(sizes.sinks)
-    begin = clock.seen - (length - store.clusters.upto[0])
-    room = (clock.budgets(settings) - sinks - (clock.seen - begin)).clamp_min(0)
     grouped, scaling = copy.grouped, sizes.scaling
-    scores = step._scores(grouped, logits)
-    index, count = step._recall(scores, room, sinks)
-    longest = settings.window + 1
-    recent = window(grouped, copy.key, copy.value, begin, clock.seen, scaling=scaling, most=longest)
+    scores = step.scores(grouped, logits)
+    runs = step.choose(scores)
+    longest = most(settings, length)
     parts: dict[str, Call] = {
         "append": partial(_append, copy, clock),
-        "centroids": partial(step._scores, grouped, logits),
-        "choice": partial(step._recall, scores, room, sinks),
-        "window": partial(window, grouped, copy.key, copy.value, begin, clock.seen, scaling=scaling, most=longest),
-        "attend": partial(attend, grouped, copy.key, copy.value, index, count, scaling=scaling, extra=[recent]),
+        "score": partial(step.scores, grouped, logits),
+        "select": partial(step.choose, scores),
+        "attend": partial(attend_runs, grouped, copy.key, copy.value, *runs, scaling=scaling, most=longest),
     }
-    centroids = step.buffer("cluster.key").nbytes + step.buffer("cluster.size").nbytes
-    rows, of_window = _rows(copy, min(sizes.keep, length)), _rows(copy, sizes.window // 2)
-    part_bytes = {"centroids": centroids, "window": of_window, "attend": rows - of_window + index.nbytes}
-    return Method(partial(step.step, *copy.new, logits), centroids + rows, parts, part_bytes)
+    centroids, size = step.buffer("cluster.key").nbytes, step.buffer("cluster.size").nbytes
+    rows = _rows(copy, min(sizes.keep, length))
+    part_bytes = {"score": centroids + scores.nbytes, "attend": rows}
+    return Method(partial(step.step, *copy.new, logits), centroids + size + rows, parts, part_bytes)
 
 
 def methods(sizes: Sizes) -> dict[str, Callable[[Copy], Method]]:
@@ -169,7 +168,8 @@ def methods(sizes: Sizes) -> dict[str, Callable[[Copy], Method]]:
         "dense": partial(dense_method, sizes=sizes),
         "loki": partial(loki, sizes=sizes, basis="pca"),
         "loki, own index": partial(loki, sizes=sizes, basis="score"),
-        "loki, int4": partial(loki_int4, sizes=sizes),
+        "loki, int4": partial(loki_codes, sizes=sizes, bits=4, rank=sizes.rank),
+        "loki, int2": partial(loki_codes, sizes=sizes, bits=2, rank=2 * sizes.rank),  # of as many bytes
     }
     for per_cluster in sizes.per_cluster:
         found[f"clusterkv {per_cluster}"] = partial(clusterkv, sizes=sizes, per_cluster=per_cluster)
@@ -193,10 +193,10 @@ def _append(
     map: Tensor | None = None,
     codes: Tensor | None = None,
     scales: Tensor | None = None,
-    bits: int = 16,
+    **of_codes: Any,
 ) -> None:
     key, value = copy.key_new[:, :, 0], copy.value_new[:, :, 0]
-    append(key, value, map, copy.key, copy.value, codes, scales, clock.held, bits=bits)
+    append(key, value, map, copy.key, copy.value, codes, scales, clock.held, **of_codes)
 
 
 def _rows(copy: Copy, tokens: int) -> int:

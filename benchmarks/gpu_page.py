@@ -14,6 +14,7 @@ LINES = {
     "dense": ("our dense", "C7", "o"),
     "loki": ("Loki", "C0", "o"),
     "loki, int4": ("Loki, int4", "C0", "s"),
+    "loki, int2": ("Loki, int2, r 64", "C0", "^"),
     "clusterkv 80": ("ClusterKV, 80", "C2", "o"),
     "clusterkv 16": ("ClusterKV, 16", "C2", "s"),
 }
@@ -122,9 +123,10 @@ def figure(results: Results) -> bytes:
 HEAD = """# Speed on a GPU
 
 Made by `python benchmarks/gpu.py`. Llama-3-8B's shape: 8 KV heads, 4 query heads each, head dimension 128, bfloat16;
-random keys and values, laid where the stores have them instead of prefilled. Loki: rank 32, 2048 tokens, one choice for
-a group of query heads (`select="max"`); its index is the first dimensions of the keys, a tensor of its own, or 4-bit
-codes of its own (made of kernels in the benchmark, not yet a method of the runtime). ClusterKV: 2048 tokens, 80 or 16
+random keys and values, laid where the stores have them instead of prefilled. Loki: rank 32 (64 in int2: as many bytes
+as int4), 2048 tokens, one choice for a group of query heads (`select="max"`); its index is the first dimensions of the
+keys, a tensor of its own, or codes of 4 or 2 bits of its own (made of kernels in the benchmark, not yet a method of the
+runtime). ClusterKV: 2048 tokens, 80 or 16
 tokens per cluster, half a window open.
 
 Steps are replayed in a CUDA graph, over several caches in turn so that L2 holds none of what is read; medians. Ours

@@ -30,7 +30,8 @@ def test_dry_measures_everything_and_writes_nothing(gpu, tmp_path, capsys):
     before = page.read_bytes() if page.exists() else None
     assert gpu.main(["--dry", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    for name in ("dense", "loki, own index", "loki, int4", "clusterkv 4", "SDPA flash", "flex attention", "full"):
+    ours = ("dense", "loki, own index", "loki, int4", "loki, int2", "clusterkv 4", "full")
+    for name in (*ours, "SDPA flash", "flex attention"):
         assert f"method {name}" in said
     assert "WRONG" not in said and "on reference" in said and "No module named 'flashinfer'" in said
     for task in ("attention of 192 tokens, batch 2", "model at 128 tokens, as many rows as fit", "clusters of 192"):
@@ -88,7 +89,7 @@ def test_without_a_gpu(gpu, capsys):
 
 
 def test_steps_that_read_everything_are_dense(module):
-    """Each of the measured steps, the one over 4 bits too, against one softmax in float64."""
+    """Each of the measured steps, those over 4 and 2 bits too, against one softmax in float64."""
     sizes = replace(module("gpu_sizes").DRY, keep=TOKENS, dtype=torch.float32)
     for name, make in module("gpu_methods").methods(sizes).items():
         copy = module("gpu_caches").draw(sizes, 2, TOKENS, torch.device("cpu"), rotated=name == "loki")

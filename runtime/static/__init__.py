@@ -22,8 +22,6 @@ def refusal(method: Method) -> str | None:
     """Why a method has no such step; None: it has one."""
     if type(method) not in STEPS:
         return f"{type(method).__name__} has no step of fixed shapes"
-    if getattr(method, "tail", False):
-        return "the tail has no step of fixed shapes"
     if getattr(method, "offload", "none") != "none":
         return "an offloaded cache copies what the step selects"
     if getattr(method, "record_mass", False):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ..stores.amounts import Amount, Budget
+from ..stores.amounts import Budget
+
+T = TypeVar("T")
 
 
 class Clock:
@@ -18,19 +21,22 @@ class Clock:
         """[B] tokens before the step: the slot of the coming one."""
         self.seen = self.held + 1
         """[B] tokens with the coming one."""
-        self._budgets: dict[tuple[Amount, int], Tensor] = {}
+        self._reckoned: dict[Hashable, object] = {}
 
     def tick(self) -> None:
         self.held.add_(1)
         self.seen.add_(1)
-        self._budgets.clear()
+        self._reckoned.clear()
+
+    def once(self, name: Hashable, reckon: Callable[[], T]) -> T:
+        """What `reckon` gives, which is the same in all layers of a step."""
+        if name not in self._reckoned:
+            self._reckoned[name] = reckon()
+        return self._reckoned[name]  # type: ignore[return-value]
 
     def budgets(self, budget: Budget) -> Tensor:
-        """[B] int32: how many of its tokens each row reads, reckoned once for all layers of a step."""
-        settings = (budget.keep, budget.dense_below)
-        if settings not in self._budgets:
-            self._budgets[settings] = budgets(budget, self.seen)
-        return self._budgets[settings]
+        """[B] int32: how many of its tokens each row reads."""
+        return self.once(("budget", budget.keep, budget.dense_below), lambda: budgets(budget, self.seen))
 
 
 def budgets(budget: Budget, seen: Tensor) -> Tensor:

@@ -1,95 +1,84 @@
-"""ClusterKV: whole clusters by their mean keys, sinks and the open window, at fixed addresses."""
+"""ClusterKV: whole clusters by their mean keys, sinks and the open window, at fixed addresses.
+
+A layer's step launches append, score, select_runs, attend_runs and its merge (counted in kernels/select/README.md).
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ...kernels.attend import attend, window
+from ...kernels.attend import attend_runs
 from ...kernels.dense import dense
+from ...kernels.score import score
+from ...kernels.select import select_runs
 from ..attention import Logits
 from ..stores.clusterkv import ClusterKVStore
-from .clock import Clock, most
-from .step import Step, kernel_logits
+from .clock import most
+from .clustered import ClusteredStep
+from .step import kernel_logits
 
 
-class ClusterKVStep(Step):
-    """Between windows the clusters stand still; the host closes a window when it is full."""
-
+class ClusterKVStep(ClusteredStep):
     store: ClusterKVStore
 
-    def __init__(self, store: ClusterKVStore, clock: Clock):
-        super().__init__(store, clock)
-        self._closed = torch.zeros_like(clock.held)
-        """[B] tokens before the open window."""
-        self._counts = torch.zeros_like(clock.held)
-        """[B] clusters."""
-
     def attend(self, query: Tensor, logits: Logits) -> Tensor:
-        key, value, seen = self.buffer("key"), self.buffer("value"), self.clock.seen
-        if "cluster.key" not in self.store.rows:  # no row is longer than its sinks and a window
-            return dense(query, key, value, seen, **kernel_logits(logits))
-        selection = self.store.selection
-        sinks = seen.clamp_max(selection.sinks)
-        begin = torch.maximum(self._closed, sinks)
-        # Its length bounds the programs that a launch spends on it.
-        longest = selection.window + 1
-        recent = window(query, key, value, begin, seen, scaling=logits.scaling, softcap=logits.softcap, most=longest)
-        room = (self.clock.budgets(selection) - sinks - (seen - begin)).clamp_min(0)
-        index, count = self._recall(self._scores(query, logits), room, sinks)
-        return attend(query, key, value, index, count, extra=[recent], **kernel_logits(logits))
+        key, value = self.buffer("key"), self.buffer("value")
+        if not self.clustered:
+            return dense(query, key, value, self.clock.seen, **kernel_logits(logits))
+        scores = self.scores(query, logits)
+        unread = torch.empty_like(scores, memory_format=torch.contiguous_format) if self.store.tail else None
+        runs = self.choose(scores, unread)
+        extra = [] if unread is None else [self.tail(query, unread, logits)]
+        longest = most(self.store.selection, self.capacity)  # bounds the programs that a launch spends on it
+        return attend_runs(query, key, value, *runs, extra=extra, most=longest, **kernel_logits(logits))
 
-    def _scores(self, query: Tensor, logits: Logits) -> Tensor:
-        """[B, Hkv, G or 1, C] float32 of the clusters, -inf where a row has none."""
-        centroids = self.buffer("cluster.key")
-        there = torch.arange(centroids.shape[2], device=query.device) < self._counts.view(-1, 1, 1, 1)
-        scores = logits.of(query.float() @ centroids.float().mT).masked_fill(~there, -torch.inf)
-        if self.store.selection.select == "group":
-            # A row without clusters would divide by nothing.
-            return scores.log_softmax(-1).logsumexp(2, keepdim=True).masked_fill(~there, -torch.inf)
-        return scores.amax(2, keepdim=True) if self.store.selection.select == "max" else scores
+    def scores(self, query: Tensor, logits: Logits) -> Tensor:
+        """[B, Hkv, C], or [B, Hkv, G, C] by query head: float32 of the clusters; -inf, or NaN, where a row has none."""
+        select = self.store.selection.select
+        scores = score(
+            query.contiguous(),
+            self.buffer("cluster.key"),
+            None,
+            self._counts,
+            scaling=logits.scaling,
+            softcap=logits.softcap,
+            combine="max" if select == "max" else "none",
+        )
+        return scores.log_softmax(-1).logsumexp(2) if select == "group" else scores
 
-    def _recall(self, scores: Tensor, room: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-        """Sinks, then whole clusters by score until `room` [B] is filled, of the last one its first tokens.
+    def choose(self, scores: Tensor, unread: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Sinks and open window, then whole clusters by score until the budget is filled, of the last its first tokens.
+
+        Args:
+            unread: like the scores, receives the tokens of each cluster that are not read.
 
         Returns:
-            (slots [B, Hkv, K] or [B, Hkv, G, K], how many count).
+            (starts, sizes [B, Hkv, R] or [B, Hkv, G, R], how many count), as `attend_runs` takes them.
         """
-        device, selection = scores.device, self.store.selection
-        there = torch.arange(scores.shape[-1], device=device) < self._counts.view(-1, 1, 1)
-        size = self.buffer("cluster.size").squeeze(-1).long() * there
-        start = (size.cumsum(-1) - size + selection.sinks).unsqueeze(2).expand_as(scores)
-        order = scores.argsort(dim=-1, descending=True, stable=True)
-        ordered = size.unsqueeze(2).expand_as(scores).gather(-1, order)
-        filled = ordered.cumsum(-1)
-        slot_of = torch.arange(most(selection, self.capacity) + selection.sinks, device=device)
-        rank_of = (slot_of - sinks.view(-1, 1, 1, 1)).expand(*scores.shape[:3], -1).contiguous()
-        rank = torch.searchsorted(filled, rank_of, right=True).clamp_max(scores.shape[-1] - 1)
-        within = rank_of - (filled - ordered).gather(-1, rank)
-        recalled = start.gather(-1, order.gather(-1, rank)) + within
-        taken = torch.minimum(room.view(-1, 1, 1), filled[..., -1])
-        index = torch.where(rank_of < 0, slot_of, recalled)
-        count = taken + sinks.view(-1, 1, 1)
-        index = index.masked_fill(slot_of >= count.unsqueeze(-1), 0)
-        if selection.select != "head":
-            index, count = index.squeeze(2), count.squeeze(2)
-        return index.to(torch.int32), count.to(torch.int32)
+        own = scores.shape[1:-1]
+        selection = self.store.selection
+        runs = select_runs(
+            scores.flatten(1, -2),
+            self._kept["start"],
+            self._kept["size"],
+            self.clock.once(("room", selection.keep, selection.dense_below, self.place()), self._room),
+            self._counts,
+            leading=self.open().runs,
+            # No cluster is empty.
+            capacity_out=min(scores.shape[-1], most(selection, self.capacity)),
+            unread=None if unread is None else unread.flatten(1, -2),
+        )
+        starts, sizes, count = (of.unflatten(1, own) for of in runs)
+        return starts, sizes, count
 
-    def reserve(self, capacity: int) -> None:
-        super().reserve(capacity)
-        self._close()  # not when the store is settled: a turn that comes then is clustered with the open window
-        clusters, selection = self.store.clusters, self.store.selection
-        # No window that closes makes more clusters than this: windows only grow with the row.
-        shortest = min(self.store.lengths)
-        more = -(-(capacity - shortest) // min(selection.window_of(shortest), selection.tokens_per_cluster)) + 1
-        for name in ("cluster.key", "cluster.value", "cluster.size"):
-            if name in self.store.rows:
-                self.store.rows[name].reserve(max(clusters.counts) + more, self.store.rows[name].view)
+    def _room(self) -> Tensor:
+        """[B] int32: tokens that clusters may take."""
+        return (self.clock.budgets(self.store.selection) - self.open().number).clamp_min(0)
 
-    def due(self, tokens: int) -> bool:
-        lengths = [length + tokens for length in self.store.lengths]
-        windows = [self.store.selection.window_of(length) for length in lengths]
-        return any(self.store.clusters.due(lengths, windows, [True] * len(lengths)))
+    def _derive(self, size: Tensor) -> None:
+        self.keep("size", size)
+        self.keep("start", (size.cumsum(-1) - size + self.store.selection.sinks).to(torch.int32))
 
     def settle(self, tokens: int) -> None:
         first = list(self.store.lengths)
@@ -97,13 +86,6 @@ class ClusterKVStep(Step):
         position = self.buffer("position")
         for row, (begin, end) in enumerate(zip(first, self.store.lengths, strict=True)):
             position[row, :, begin:end, 0] = torch.arange(begin, end, device=position.device, dtype=position.dtype)
-
-    def _close(self) -> None:
-        """Cluster what is due before the next token."""
-        self.store.close_windows([True] * len(self.store.lengths))
-        store = self.store
-        self._closed.copy_(torch.tensor(store.clusters.upto))
-        self._counts.copy_(torch.tensor(store.clusters.counts))
 
     @property
     def per_token(self) -> tuple[str, ...]:

@@ -7,15 +7,18 @@ from torch import Tensor
 
 from ...kernels.append import append
 from ...kernels.attend import attend
+from ...kernels.dense import dense
 from ...kernels.score import score
 from ...kernels.select import select
 from ..attention import Logits
 from ..stores.loki import LokiStore
+from ..stores.tail import OWNER
 from .clock import most
-from .step import Step, kernel_logits
+from .clustered import ClusteredStep
+from .step import kernel_logits
 
 
-class LokiStep(Step):
+class LokiStep(ClusteredStep):
     store: LokiStore
     _arrivals: Tensor | None = None
     """The workspace of `select`, which leaves it zero: made before a graph is captured, by the step that warms up."""
@@ -37,6 +40,9 @@ class LokiStep(Step):
             part, index = query[..., :rank], self.buffer("key")[..., :rank]
         else:
             part, index = query @ query_map[:, :rank].mT, self.buffer("index")[..., :rank]
+        key, value = self.buffer("key"), self.buffer("value")
+        if store.tail and not self.clustered:
+            return dense(query, key, value, self.clock.seen, **kernel_logits(logits))
         scores = score(
             part.contiguous(),
             index,
@@ -50,8 +56,12 @@ class LokiStep(Step):
         )
         if selection.select == "group":
             scores = scores.float().log_softmax(-1).logsumexp(2)
-        chosen, count = self._select(scores)
-        return attend(query, self.buffer("key"), self.buffer("value"), chosen, count, **kernel_logits(logits))
+        if not store.tail:
+            return attend(query, key, value, *self._select(scores), **kernel_logits(logits))
+        # What is in no cluster is read whatever its score: the best there is.
+        chosen = self._select(scores.masked_fill_(self._always(scores), torch.inf))
+        rest = self.tail(query, self._unread(*chosen), logits)
+        return attend(query, key, value, *chosen, extra=[rest], **kernel_logits(logits))
 
     def _select(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Of scores [B, Hkv, S], or [B, Hkv, G, S] by query head: (index […, K] int32, count […])."""
@@ -59,14 +69,36 @@ class LokiStep(Step):
         pairs = rows.shape[0] * rows.shape[1]
         if self._arrivals is None or len(self._arrivals) != pairs:
             self._arrivals = self.clock.held.new_zeros(pairs)
-        index, count = select(
-            rows,
-            self.clock.budgets(selection),
-            self.clock.seen,
-            capacity_out=most(selection, self.capacity),
-            arrivals=self._arrivals,
-        )
+        budgets, capacity = self.clock.budgets(selection), most(selection, self.capacity)
+        if self.store.tail:
+            budgets = torch.maximum(budgets, self.open().number)
+            capacity = max(capacity, selection.sinks + selection.window + 1)
+        index, count = select(rows, budgets, self.clock.seen, capacity_out=capacity, arrivals=self._arrivals)
         return index.unflatten(1, scores.shape[1:-1]), count.unflatten(1, scores.shape[1:-1])
+
+    def _always(self, scores: Tensor) -> Tensor:
+        """Which of the slots are in no cluster, bool; broadcasts to scores [B, Hkv(, G), S]."""
+
+        def reckon() -> Tensor:
+            slot, of = torch.arange(scores.shape[-1], device=scores.device), self.open()
+            return (slot < of.sinks) | (slot >= of.begin)
+
+        always = self.clock.once(("always", self.place(), scores.shape[-1]), reckon)
+        return always if scores.dim() == 3 else always.unsqueeze(2)
+
+    def _unread(self, index: Tensor, count: Tensor) -> Tensor:
+        """[B, Hkv(, G), C] float32: tokens of each cluster that are not among the `index` [B, Hkv(, G), K]."""
+        of, flat, left = self.open(), index.flatten(2), self._kept["size"]
+        read = torch.arange(index.shape[-1], device=index.device) < count.unsqueeze(-1)
+        clustered = read.flatten(2) & (flat >= of.sinks) & (flat < of.begin)
+        # What was never clustered has no entry, or a stale one, and is not counted.
+        owner = self.buffer(OWNER).squeeze(-1).gather(2, flat.long()).long().clamp(0, left.shape[-1] - 1)
+        if index.dim() == 4:
+            left = left.unsqueeze(2).expand(*index.shape[:3], -1)
+        return left.scatter_add(-1, owner.view_as(index), clustered.view_as(index).to(left.dtype).neg())
+
+    def _derive(self, size: Tensor) -> None:
+        self.keep("size", size.float())
 
     @property
     def per_token(self) -> tuple[str, ...]:

@@ -20,6 +20,12 @@ METHODS = {
     "clusterkv": {"method": "clusterkv", "keep": 20, "tokens_per_cluster": 4, "window": 5, "sinks": 2},
     "clusterkv-head": {"method": "clusterkv", "keep": 0.6, "tokens_per_cluster": 3, "window": 4, "select": "head"},
     "clusterkv-max": {"method": "clusterkv", "keep": 9, "tokens_per_cluster": 3, "sinks": 0, "select": "max"},
+    "loki-tail": {"method": "loki", "rank": 8, "keep": 14, "tail": True, "window": 5, "tokens_per_cluster": 3},
+    "loki-tail-max": {"method": "loki", "rank": 0.5, "keep": 0.4, "tail": True, "select": "max", "basis": "score"},
+    "loki-tail-group": {"method": "loki", "rank": 4, "keep": 3, "tail": True, "select": "group", "dense_below": 25},
+    "clusterkv-tail": {"method": "clusterkv", "keep": 12, "tokens_per_cluster": 3, "sinks": 2, "tail": True},
+    "clusterkv-tail-max": {"method": "clusterkv", "keep": 0.4, "window": 6, "sinks": 0, "tail": True, "select": "max"},
+    "clusterkv-tail-head": {"method": "clusterkv", "keep": 9, "tokens_per_cluster": 4, "tail": True, "select": "head"},
 }
 NO_GRAPH = "CUDA graphs need a GPU, the model is on cpu"
 
@@ -145,7 +151,6 @@ def test_small_budgets_do_not_move_buffers(monkeypatch):
         ("llama", METHODS["loki"], NO_GRAPH),
         ("gemma2", METHODS["loki"], "the model has layers that keep transformers' own cache"),
         ("llama", {"method": "quest"}, "Quest has no step of fixed shapes"),
-        ("llama", {"method": "loki", "tail": True}, "the tail has no step of fixed shapes"),
         ("llama", {"method": "clusterkv", "offload": "cpu"}, "an offloaded cache copies what the step selects"),
     ],
 )

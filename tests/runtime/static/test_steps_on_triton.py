@@ -1,4 +1,5 @@
-"""The steps that a CUDA graph replays, on Triton's kernels, against the same steps on the kernels' references."""
+"""The steps that a CUDA graph replays: on Triton's kernels against the kernels' references, and these against the
+stores."""
 
 import pytest
 import torch
@@ -24,6 +25,10 @@ METHODS = {
     "clusterkv": ClusterKV(**CLUSTERS),
     "clusterkv-head": ClusterKV(**CLUSTERS, select="head"),
     "clusterkv-max": ClusterKV(**CLUSTERS, select="max"),
+    "loki-tail": Loki(rank=RANK, keep=14, tail=True, tokens_per_cluster=5, window=7),
+    "loki-index-tail": Loki(rank=RANK, keep=14, tail=True, tokens_per_cluster=5, select="max", basis="score"),
+    "clusterkv-tail": ClusterKV(**CLUSTERS, tail=True, select="max"),
+    "clusterkv-head-tail": ClusterKV(**CLUSTERS, tail=True, select="head"),
 }
 STEPPED = 2
 
@@ -99,6 +104,19 @@ def test_equals_the_reference(method, capped, on, device):
     assert_close(out, expected)
     for name in held:
         assert_close(written[name], held[name])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_equals_the_store(method, on, device):
+    """One softmax over what the store's own, eager attention reads, and its tail."""
+    text, logits = Text(torch.float32, device), Logits(DIMS**-0.5)
+    on("reference")
+    out, _ = stepped(METHODS[method], text, logits)
+    store = make_store(METHODS[method], text.basis)
+    store.prefill(*text.prompt, logits, text.valid)
+    for step, (query, key, value) in zip(out, text.decoded, strict=True):
+        store.append(key, value)
+        assert_close(step, store.attend(query, logits).squeeze(2).double())
 
 
 @pytest.mark.parametrize("method", ["full", "loki-max", "clusterkv-max"])
