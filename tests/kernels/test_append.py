@@ -193,6 +193,21 @@ def test_bad_arguments_are_named(changes, message):
         append(**arguments | {"bits": 4} | changes)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="long rows take a GPU")
+@pytest.mark.parametrize("bits", [16, 8, 4, 2])
+def test_rows_of_131072_whose_offsets_have_more_than_32_bits(device, monkeypatch, bits):
+    monkeypatch.setitem(globals(), "CAPACITY", 131072)
+    heads, batch, rank = 8, 17, 64
+    cache = Cache(bits, torch.bfloat16, rank, 128, 128, batch, heads, device)
+    key_new, value_new, map = draw(torch.bfloat16, 128, 128, rank, device, batch, heads)
+    slots = [131071 - 7001 * row for row in range(batch)]
+    cache.append(key_new, value_new, map, slots)
+    projected = torch.einsum("hrd,bhd->bhr", map.double().cpu(), key_new.double().cpu())
+    for row, slot in enumerate(slots):
+        cache.assert_holds(row, slot, key_new[row], value_new[row], projected[row])
+    cache.assert_untouched(but=list(enumerate(slots)))
+
+
 def test_compiles_for_hopper_without_spilling_and_once_for_all_capacities():
     pytest.importorskip("triton")
     launches = compiled("""

@@ -6,7 +6,7 @@ from attend_problem import Problem
 from attention_oracle import NAN, make, poisoned_empty
 from tolerances import assert_close
 
-from kvcal.kernels.attend import merge
+from kvcal.kernels.attend import merge, tail, window
 
 BOTH = pytest.mark.parametrize("backend", ["reference", "triton"])
 
@@ -57,3 +57,39 @@ def test_a_merge_takes_any_number_of_partials_and_skips_empty_ones(device, backe
     out = merge(query, [(outs[..., a:b, :], lse[..., a:b]) for a, b in cuts], backend=backend)
     mass = lse.double().exp().unsqueeze(-1)
     assert_close(out, (mass * outs.double()).nan_to_num(0).sum(3) / mass.sum(3))
+
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="long rows take a GPU")
+
+
+@on_a_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_windows_of_131072(device, dtype):
+    problem = Problem(device, [[0, 0], [0, 0]], 1, capacity=131072, dtype=dtype)
+    problem.key, problem.value = problem.key.nan_to_num(0.5), problem.value.nan_to_num(-0.5)
+    problem.begin = torch.tensor([1, 131000], dtype=torch.int32, device=device)
+    problem.end = torch.tensor([131072, 131072], dtype=torch.int32, device=device)
+    out = merge(problem.query, [problem.window("triton", scaling=0.125)], backend="triton")
+    assert_close(out, problem.expected("near", scaling=0.125), dtype)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_tail_of_131072_clusters(device, dtype):
+    problem = Problem(device, [[0, 0]], 1, clusters=131072, dtype=dtype)
+    out = merge(problem.query, [problem.tail("triton", scaling=0.125)], backend="triton")
+    assert_close(out, problem.expected("far", scaling=0.125), dtype)
+
+
+@on_a_gpu
+def test_more_groups_than_the_second_axis_of_a_grid_has(device):
+    generator = torch.Generator(device).manual_seed(0)
+    query, key, value = (torch.randn(9000, 8, count, 16, generator=generator, device=device) for count in (2, 12, 12))
+    begin = torch.randint(0, 5, (9000,), generator=generator, device=device, dtype=torch.int32)
+    unread = torch.randint(1, 5, (9000, 8, 2, 12), generator=generator, device=device).float()
+    for part in (
+        lambda backend: window(query, key, value, begin, begin + 7, scaling=0.2, backend=backend),
+        lambda backend: tail(query, key, value, unread, scaling=0.2, backend=backend),
+    ):
+        out, expected = (merge(query, [part(backend)], backend="reference") for backend in ("triton", "reference"))
+        assert_close(out, expected.double())

@@ -89,6 +89,33 @@ def test_runs_of_each_query_head(device, backend):
     check(device, backend, starts, sizes, most=110)
 
 
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="long rows take a GPU")
+
+
+@on_a_gpu
+@pytest.mark.parametrize("splits", [None, 1])
+def test_rows_of_131072(device, splits):
+    """A few long runs, and as many short ones as a selection of small clusters has."""
+    clusters = list(range(131072 - 16, 0, -512))
+    starts = [[[131000, 16, 100000], [3, 0, 0]], [clusters, [7 * at for at in range(len(clusters))]]]
+    sizes = [[[72, 90000, 5], [131069, 3, 0]], [[at % 17 for at in range(len(clusters))], [7] * len(clusters)]]
+    for row, sizes_of_row in zip(starts, sizes, strict=True):
+        given = {"capacity": 131072, "dtype": torch.bfloat16, "splits": splits}
+        check(device, "triton", [row], [sizes_of_row], **given)
+
+
+@on_a_gpu
+def test_more_groups_than_the_second_axis_of_a_grid_has(device):
+    generator = torch.Generator(device).manual_seed(0)
+    query, key, value = (torch.randn(9000, 8, count, 16, generator=generator, device=device) for count in (2, 12, 12))
+    starts = torch.randint(0, 6, (9000, 8, 1), generator=generator, device=device, dtype=torch.int32)
+    out, expected = (
+        attend_runs(query, key, value, starts, torch.full_like(starts, 5), scaling=0.2, backend=backend)
+        for backend in ("triton", "reference")
+    )
+    assert_close(out, expected.double())
+
+
 def test_sizes_are_those_of_the_starts():
     cache = torch.zeros(1, 1, 8, 16)
     runs = torch.zeros(1, 1, 3, dtype=torch.int32)

@@ -216,6 +216,17 @@ def test_long_rows_replayed_from_a_cuda_graph(device, bits):
         assert_close(out, expected(query, keys, now, "max"), precision(bits))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="long rows take a GPU")
+@pytest.mark.parametrize("combine", ["none", "max"])
+@pytest.mark.parametrize(("bits", "rank"), [(16, 128), (8, 32), (4, 32), (2, 32), (2, 64)])
+def test_rows_of_131072(device, bits, rank, combine):
+    query, codes, scales, keys = draw(bits, torch.bfloat16, tokens=131072, rank=rank, device=device)
+    lengths = [131072, 100003]
+    out = poisoned((2, 2, 4, 131072) if combine == "none" else (2, 2, 131072), device=device)
+    run(query, codes, scales, lengths, bits=bits, combine=combine, out=out)
+    assert_close(out, expected(query, keys, lengths, combine), precision(bits))
+
+
 def several_blocks_per_program(monkeypatch):
     from kvcal.kernels.score import triton_kernel
 
