@@ -21,7 +21,7 @@ import torch
 from gpu_attention import attempt, attention_rows, compiled_rows, selection_row
 from gpu_build import build_row
 from gpu_gate import Gate, check_append, check_cluster, check_score
-from gpu_gate_attention import check_attend, check_dense, check_runs, check_steps, check_tail
+from gpu_gate_attention import check_attend, check_dense, check_runs, check_steps, check_tail, check_unread
 from gpu_gate_select import check_select, check_select_runs
 from gpu_model import build_model, model_rows
 from gpu_results import PAGES, RESULTS, brief, commit, machine, save
@@ -40,6 +40,7 @@ CHECKS = (
     check_attend,
     check_runs,
     check_tail,
+    check_unread,
     check_steps,
 )
 Results = dict[str, Any]

@@ -13,7 +13,7 @@ from gpu_methods import methods
 from gpu_timing import captured
 from torch import Tensor
 
-from kvcal.kernels.attend import attend, attend_runs, tail, window
+from kvcal.kernels.attend import attend, attend_runs, tail, unread, window
 from kvcal.kernels.dense import dense
 
 ALLOWED = 1e-2
@@ -116,6 +116,11 @@ def check_runs(gate: Gate) -> None:
     out = of.out()
     attend_runs(of.query, key, value, starts, size, scaling=sizes.scaling, out=out, backend=gate.backend)
     gate.near("attend_runs", out, of.exact(visible), ALLOWED)
+    out = of.out()
+    more = [torch.cat((run, torch.full_like(run, 9)), -1) for run in (starts, size)]  # beyond the count
+    count = torch.full_like(size[..., 0], runs)
+    attend_runs(of.query, key, value, *more, count, scaling=sizes.scaling, out=out, backend=gate.backend)
+    gate.near("attend_runs of a count", out, of.exact(visible), ALLOWED)
 
 
 def check_tail(gate: Gate) -> None:
@@ -129,6 +134,26 @@ def check_tail(gate: Gate) -> None:
     logits = of.query.double() @ of.key.double().mT * sizes.scaling + unread.double().log().unsqueeze(2)
     gate.near("tail", merged, logits.softmax(-1) @ of.value.double(), ALLOWED)
     gate.near("tail: mass", lse.double().logsumexp(-1), logits.logsumexp(-1), 1e-3)
+
+
+def check_unread(gate: Gate) -> None:
+    """Of clusters that tokens between the first few and the last few are in; of the others the owner is no cluster."""
+    sizes, heads, capacity = gate.sizes, gate.sizes.heads, gate.sizes.gate_long
+    clusters, keep = capacity // sizes.per_cluster[-1], min(sizes.keep, capacity // 4)
+    begin, end = gate.integers(4, 0, 9), gate.integers(capacity - 9, capacity // 2, 9)
+    slot = torch.arange(capacity, device=gate.device)
+    clustered = (slot >= begin.view(-1, 1, 1)) & (slot < end.view(-1, 1, 1))
+    owner = torch.randint(clusters, (3, heads, capacity), generator=gate.generator, device=gate.device)
+    members = torch.zeros(3, heads, clusters, dtype=torch.int32, device=gate.device)
+    members.scatter_add_(2, owner, clustered.int().expand_as(owner))
+    index = torch.rand(owner.shape, generator=gate.generator, device=gate.device).topk(keep).indices
+    count = gate.integers(*(keep - 7 * pair % 31 for pair in range(3 * heads))).view(3, heads)
+    read = (slot[:keep] < count.unsqueeze(-1)) & clustered.expand_as(owner).gather(2, index)
+    expected = members.clone().scatter_add_(2, owner.gather(2, index), -read.int())
+    owners = owner.where(clustered, 2**30).int()
+    out = gate.nan(3, heads, clusters, dtype=torch.float32)
+    unread(index.int(), count, owners, members, begin, end, out=out, backend=gate.backend)
+    gate.same("unread", out, expected.float())
 
 
 def check_steps(gate: Gate) -> None:

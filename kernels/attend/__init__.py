@@ -13,7 +13,7 @@ from ..backend import choose
 from . import reference
 from .shapes import Partial, check, check_cache, check_merge, check_selection
 
-__all__ = ["Partial", "attend", "attend_runs", "merge", "tail", "window"]
+__all__ = ["Partial", "attend", "attend_runs", "merge", "tail", "unread", "window"]
 
 
 def attend(
@@ -176,6 +176,57 @@ def tail(
     from . import partials
 
     return partials.tail(query, mean_key, mean_value, unread, scaling=scaling, softcap=softcap, splits=splits)
+
+
+def unread(
+    index: Tensor,
+    count: Tensor,
+    owner: Tensor,
+    sizes: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    *,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """What `tail` takes beside `attend`: tokens of each cluster that are not among the chosen.
+
+    Args:
+        index, count: as of `attend`, no token twice.
+        owner: [B, Hkv, capacity] int32, contiguous along the capacity: the cluster of each slot, looked at in begin …
+            end - 1 only.
+        sizes: [B, Hkv, C] int32, contiguous along C.
+        begin, end: [B] int32: the slots that are in clusters.
+        out: contiguous, to be written and returned.
+
+    Returns:
+        [B, Hkv, C], or [B, Hkv, G, C] as the index, float32.
+    """
+    if index.dim() not in (3, 4) or owner.dim() != 3 or owner.shape[:2] != index.shape[:2]:
+        raise ValueError(
+            f"owner: received shape {tuple(owner.shape)} for an index {tuple(index.shape)}, expected [B, Hkv, capacity]"
+        )
+    check("index", index, torch.int32, index.shape)
+    check("count", count, torch.int32, index.shape[:-1])
+    check("owner", owner, torch.int32, owner.shape)
+    check("sizes", sizes, torch.int32, [*owner.shape[:2], sizes.shape[-1]])
+    for name, of in (("owner", owner), ("sizes", sizes)):
+        if of.shape[-1] > 1 and of.stride(-1) != 1:
+            raise ValueError(f"{name}: received stride {of.stride(-1)} along its last dimension, expected 1")
+    for name, limit in (("begin", begin), ("end", end)):
+        check(name, limit, torch.int32, owner.shape[:1])
+    shape = (*index.shape[:-1], sizes.shape[-1])
+    if out is not None:
+        check("out", out, torch.float32, shape)
+        if not out.is_contiguous():
+            raise ValueError(f"out: received strides {out.stride()}, expected a contiguous tensor")
+    if choose(backend, index) == "reference":
+        result = reference.unread(index, count, owner, sizes, begin, end)
+        return result if out is None else out.copy_(result)
+    from . import counting
+
+    out = torch.empty(shape, dtype=torch.float32, device=index.device) if out is None else out
+    return counting.unread(index, count, owner, sizes, begin, end, out)
 
 
 def merge(

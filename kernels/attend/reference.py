@@ -67,6 +67,16 @@ def tail(
     return partial(query, mean_key.unsqueeze(2), mean_value.unsqueeze(2), there, scaling, softcap, weight)
 
 
+def unread(index: Tensor, count: Tensor, owner: Tensor, sizes: Tensor, begin: Tensor, end: Tensor) -> Tensor:
+    flat = index.flatten(2)
+    read = (torch.arange(index.shape[-1], device=index.device) < count.unsqueeze(-1)).flatten(2)
+    read = read & (flat >= begin.view(-1, 1, 1)) & (flat < end.view(-1, 1, 1))
+    # The owner of a slot that is in no cluster may be anything.
+    cluster = owner.gather(2, flat.where(read, 0).long()).where(read, 0).long().view_as(index)
+    left = sizes.float() if index.dim() == 3 else sizes.float().unsqueeze(2).expand(*index.shape[:3], -1)
+    return left.scatter_add(-1, cluster, -read.view_as(index).float())
+
+
 def chosen(
     query: Tensor, key: Tensor, value: Tensor, index: Tensor, valid: Tensor, scaling: float, softcap: float | None
 ) -> Partial:

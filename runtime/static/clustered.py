@@ -24,20 +24,14 @@ ALIGNED = 16
 class Open:
     """The tokens that are in no cluster and always read: the sinks, and the window since the last clustering."""
 
+    sinks: Tensor
+    """[B] int32: how many, and where the clustered tokens begin."""
+    window: Tensor
+    """[B] int32: where they end and the window begins."""
     runs: tuple[Tensor, Tensor]
-    """Starts and sizes [B, 2] int32."""
+    """Starts and sizes [B, 2] int32 of both."""
     number: Tensor
     """[B] int32"""
-
-    @property
-    def sinks(self) -> Tensor:
-        """[B, 1, 1] int32, where the clustered tokens begin."""
-        return self.runs[1][:, :1, None]
-
-    @property
-    def begin(self) -> Tensor:
-        """[B, 1, 1] int32, where they end."""
-        return self.runs[0][:, 1:, None]
 
 
 class ClusteredStep(Step):
@@ -60,9 +54,9 @@ class ClusteredStep(Step):
         return "cluster.key" in self.store.rows
 
     def place(self) -> Hashable:
-        """The same for all layers whose windows began together."""
+        """The same for all layers whose windows began together and will end together, for as long as a graph lives."""
         assert self.store.clusters is not None
-        return self.store.clusters.sinks, tuple(self.store.clusters.upto)
+        return self.store.selection, tuple(self.store.clusters.upto)
 
     def open(self) -> Open:
         """Reckoned once for all layers of a step."""
@@ -71,9 +65,9 @@ class ClusteredStep(Step):
     def _open(self) -> Open:
         seen = self.clock.seen
         sinks = seen.clamp_max(self.store.selection.sinks)
-        begin = torch.maximum(self._closed, sinks)
-        starts, sizes = torch.stack((torch.zeros_like(begin), begin), 1), torch.stack((sinks, seen - begin), 1)
-        return Open((starts, sizes), sizes.sum(1, dtype=torch.int32))
+        window = torch.maximum(self._closed, sinks)
+        starts, sizes = torch.stack((torch.zeros_like(window), window), 1), torch.stack((sinks, seen - window), 1)
+        return Open(sinks, window, (starts, sizes), sizes.sum(1, dtype=torch.int32))
 
     def tail(self, query: Tensor, unread: Tensor, logits: Logits) -> Partial:
         """What is not read, through its clusters. Args: unread: [B, Hkv, C] or [B, Hkv, G, C] float32."""

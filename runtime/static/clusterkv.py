@@ -62,7 +62,7 @@ class ClusterKVStep(ClusteredStep):
             scores.flatten(1, -2),
             self._kept["start"],
             self._kept["size"],
-            self.clock.once(("room", selection.keep, selection.dense_below, self.place()), self._room),
+            self.clock.once(("room", self.place()), self._room),
             self._counts,
             leading=self.open().runs,
             # No cluster is empty.

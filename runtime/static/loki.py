@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.append import append
-from ...kernels.attend import attend
+from ...kernels.attend import attend, unread
 from ...kernels.dense import dense
 from ...kernels.score import score
 from ...kernels.select import select
@@ -71,7 +71,9 @@ class LokiStep(ClusteredStep):
             self._arrivals = self.clock.held.new_zeros(pairs)
         budgets, capacity = self.clock.budgets(selection), most(selection, self.capacity)
         if self.store.tail:
-            budgets = torch.maximum(budgets, self.open().number)
+            budgets = self.clock.once(
+                ("with open", self.place()), lambda of=budgets: torch.maximum(of, self.open().number)
+            )
             capacity = max(capacity, selection.sinks + selection.window + 1)
         index, count = select(rows, budgets, self.clock.seen, capacity_out=capacity, arrivals=self._arrivals)
         return index.unflatten(1, scores.shape[1:-1]), count.unflatten(1, scores.shape[1:-1])
@@ -81,24 +83,18 @@ class LokiStep(ClusteredStep):
 
         def reckon() -> Tensor:
             slot, of = torch.arange(scores.shape[-1], device=scores.device), self.open()
-            return (slot < of.sinks) | (slot >= of.begin)
+            return (slot < of.sinks.view(-1, 1, 1)) | (slot >= of.window.view(-1, 1, 1))
 
         always = self.clock.once(("always", self.place(), scores.shape[-1]), reckon)
         return always if scores.dim() == 3 else always.unsqueeze(2)
 
     def _unread(self, index: Tensor, count: Tensor) -> Tensor:
         """[B, Hkv(, G), C] float32: tokens of each cluster that are not among the `index` [B, Hkv(, G), K]."""
-        of, flat, left = self.open(), index.flatten(2), self._kept["size"]
-        read = torch.arange(index.shape[-1], device=index.device) < count.unsqueeze(-1)
-        clustered = read.flatten(2) & (flat >= of.sinks) & (flat < of.begin)
-        # What was never clustered has no entry, or a stale one, and is not counted.
-        owner = self.buffer(OWNER).squeeze(-1).gather(2, flat.long()).long().clamp(0, left.shape[-1] - 1)
-        if index.dim() == 4:
-            left = left.unsqueeze(2).expand(*index.shape[:3], -1)
-        return left.scatter_add(-1, owner.view_as(index), clustered.view_as(index).to(left.dtype).neg())
+        of = self.open()
+        return unread(index, count, self.buffer(OWNER).squeeze(-1), self._kept["size"], of.sinks, of.window)
 
     def _derive(self, size: Tensor) -> None:
-        self.keep("size", size.float())
+        self.keep("size", size)
 
     @property
     def per_token(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from attend_problem import Problem
 from attention_oracle import NAN, make, poisoned_empty
 from tolerances import assert_close
 
-from kvcal.kernels.attend import merge, tail, window
+from kvcal.kernels.attend import merge, tail, unread, window
 
 BOTH = pytest.mark.parametrize("backend", ["reference", "triton"])
 
@@ -44,6 +44,50 @@ def test_a_tail_whose_unread_tokens_differ_between_query_heads(device, backend):
     out = merge(problem.query, [part], backend=backend)
     assert_close(out, problem.expected("far", scaling=0.125))
     assert not out[0, 1, 2].any()
+
+
+@BOTH
+@pytest.mark.parametrize("each", [False, True], ids=["by KV head", "by query head"])
+def test_what_a_selection_leaves_of_each_cluster(device, backend, each):
+    """Counted one token at a time; owners of slots that are in no cluster are beyond all clusters."""
+    generator = torch.Generator().manual_seed(4)
+    begin, end, clusters, capacity = [2, 0, 3], [1500, 40, 3], 77, 1600
+    owner = torch.full((3, 2, capacity), 2**30, dtype=torch.int32)
+    sizes = torch.zeros(3, 2, clusters, dtype=torch.int32)
+    for row in range(3):
+        of = torch.randint(0, clusters - 1, (2, end[row] - begin[row]), generator=generator, dtype=torch.int32)
+        owner[row, :, begin[row] : end[row]] = of
+        sizes[row].scatter_add_(1, of.long(), torch.ones_like(of))
+    groups = (3, 2, 3) if each else (3, 2)
+    index = torch.rand(*groups, capacity, generator=generator).argsort(-1)[..., :1200].int()
+    count = torch.randint(0, 1300, groups, generator=generator, dtype=torch.int32)
+    count.view(-1)[0] = 1200
+    expected = (sizes.unsqueeze(2).expand(3, 2, 3, -1) if each else sizes).double().clone()
+    for number, (slots, most) in enumerate(zip(index.view(-1, 1200).tolist(), count.flatten().tolist(), strict=True)):
+        pair = number // (3 if each else 1)
+        for slot in slots[:most]:
+            if begin[pair // 2] <= slot < end[pair // 2]:
+                expected.view(-1, clusters)[number, owner[pair // 2, pair % 2, slot]] -= 1
+    limits = (torch.tensor(of, dtype=torch.int32, device=device) for of in (begin, end))
+    out = torch.full((*groups, clusters), NAN, device=device)
+    operands = (of.to(device) for of in (index, count, owner, sizes))
+    assert unread(*operands, *limits, out=out, backend=backend) is out
+    assert torch.equal(out.double().cpu(), expected) and (expected >= 0).all()
+
+
+def test_owners_fit_the_index():
+    ints = torch.zeros(1, 2, 8, dtype=torch.int32)
+    row, count = ints[:, 0, 0].contiguous(), ints[..., 0].contiguous()
+    for change, message in [
+        ({"owner": ints[:, :1]}, r"owner: received shape \(1, 1, 8\) for an index \(1, 2, 8\)"),
+        ({"owner": ints.long()}, "owner: received torch.int64"),
+        ({"owner": ints[..., ::2]}, "owner: received stride 2"),
+        ({"sizes": ints.float()}, "sizes: received torch.float32"),
+        ({"begin": count}, r"begin: received torch.int32 \[1, 2\]"),
+    ]:
+        operands = {"index": ints, "count": count, "owner": ints, "sizes": ints, "begin": row, "end": row}
+        with pytest.raises(ValueError, match=message):
+            unread(**operands | change)
 
 
 @BOTH

@@ -119,6 +119,22 @@ def test_equals_the_store(method, on, device):
         assert_close(step, store.attend(query, logits).squeeze(2).double())
 
 
+def test_only_layers_whose_windows_close_together_share_what_is_open(on, device):
+    """A graph captured while two windows begin alike must not read one for the other once they differ."""
+    text, logits = Text(torch.float32, device), Logits(DIMS**-0.5)
+    on("reference")
+    steps = []
+    for window in (12, 12, 7):
+        store = make_store(ClusterKV(**{**CLUSTERS, "window": window}), text.basis)
+        store.prefill(*text.prompt, logits, text.valid)
+        clock = steps[0].clock if steps else Clock(store.lengths, device)
+        steps.append(STEPS[ClusterKV](store, clock))
+        steps[-1].reserve(max(LENGTHS) + 2)
+    first, alike, other = (step.open() for step in steps)
+    assert first is alike and first is not other
+    assert torch.equal(torch.stack(first.runs), torch.stack(other.runs))
+
+
 @pytest.mark.parametrize("method", ["full", "loki-max", "clusterkv-max"])
 def test_sixteen_bits(method, on, device):
     """Against float32: what is chosen may differ in a token or two whose scores are nearly those of others."""
