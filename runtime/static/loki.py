@@ -71,12 +71,14 @@ class LokiStep(ClusteredStep):
             self._arrivals = self.clock.held.new_zeros(pairs)
         budgets, capacity = self.clock.budgets(selection), most(selection, self.capacity)
         if self.store.tail:
-            budgets = self.clock.once(
-                ("with open", self.place()), lambda of=budgets: torch.maximum(of, self.open().number)
-            )
+            budgets = self.clock.once(("with open", self.place()), self._with_open)
             capacity = max(capacity, selection.sinks + selection.window + 1)
         index, count = select(rows, budgets, self.clock.seen, capacity_out=capacity, arrivals=self._arrivals)
         return index.unflatten(1, scores.shape[1:-1]), count.unflatten(1, scores.shape[1:-1])
+
+    def _with_open(self) -> Tensor:
+        """[B] int32: the budget, or what is read anyway."""
+        return torch.maximum(self.clock.budgets(self.store.selection), self.open().number)
 
     def _always(self, scores: Tensor) -> Tensor:
         """Which of the slots are in no cluster, bool; broadcasts to scores [B, Hkv(, G), S]."""
