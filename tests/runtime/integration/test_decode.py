@@ -21,10 +21,8 @@ METHODS = {
     "clusterkv-head": {"method": "clusterkv", "keep": 0.6, "tokens_per_cluster": 3, "window": 4, "select": "head"},
     "clusterkv-max": {"method": "clusterkv", "keep": 9, "tokens_per_cluster": 3, "sinks": 0, "select": "max"},
     "loki-tail": {"method": "loki", "rank": 8, "keep": 14, "tail": True, "window": 5, "tokens_per_cluster": 3},
-    "loki-tail-max": {"method": "loki", "rank": 0.5, "keep": 0.4, "tail": True, "select": "max", "basis": "score"},
     "loki-tail-group": {"method": "loki", "rank": 4, "keep": 3, "tail": True, "select": "group", "dense_below": 25},
     "clusterkv-tail": {"method": "clusterkv", "keep": 12, "tokens_per_cluster": 3, "sinks": 2, "tail": True},
-    "clusterkv-tail-max": {"method": "clusterkv", "keep": 0.4, "window": 6, "sinks": 0, "tail": True, "select": "max"},
     "clusterkv-tail-head": {"method": "clusterkv", "keep": 9, "tokens_per_cluster": 4, "tail": True, "select": "head"},
 }
 NO_GRAPH = "CUDA graphs need a GPU, the model is on cpu"
