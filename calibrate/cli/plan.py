@@ -36,6 +36,12 @@ from .output import json_option, print_json, print_table, progress_bar, say, wor
 @click.option(
     "--continuation", type=click.IntRange(17), default=128, show_default=True, help="Tokens decoded in a check."
 )
+@click.option(
+    "--tasks",
+    default="perplexity,passkey,multikey",
+    show_default=True,
+    help="Comma list of what a check measures; the last recall task is also measured on.",
+)
 @click.option("--episodes", type=click.IntRange(1), default=10, show_default=True, help="Questions of a recall check.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the questions.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
@@ -54,6 +60,7 @@ def plan_command(
     device: str,
     dtype: str,
     as_json: bool,
+    tasks: str,
     episodes: int,
     **prompt_options: Any,
 ) -> None:
@@ -87,6 +94,7 @@ def plan_command(
         raise click.UsageError("give --data: text that the artifact was not calibrated on, e.g. stdlib --split heldout")
     if budget is not None and quality is not None:
         raise click.UsageError("--bytes and --quality: give one of them")
+    words = [word.strip() for word in tasks.split(",") if word.strip()]
     grid(method, 64, {})  # an unknown method is said before any work
     with working("checking hashes"):
         found = load(artifact)
@@ -100,6 +108,7 @@ def plan_command(
             data,
             loaded.tokenizer,
             windows=windows + check_windows,
+            tasks=words,
             episodes=episodes + QUESTIONS,
             **prompt_options,
             name=str(data.source["id"]),
@@ -125,6 +134,7 @@ def plan_command(
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "windows": windows,
         "check_windows": check_windows,
+        "tasks": words,
         "episodes": episodes,
         **prompt_options,
     }

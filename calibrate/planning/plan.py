@@ -21,6 +21,8 @@ from .settings import bases, grid
 Progress = Callable[[int, int], None]
 QUESTIONS = 5
 """To measure on: one for each depth."""
+STEPS = 16
+"""Tokens that are decoded to measure on, where no question says how many."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,20 @@ class Offers:
 
 
 def split_prompts(prompts: Prompts, windows: int, questions: int) -> tuple[Measured, Prompts]:
-    """The first windows and the first questions of the last recall task to measure on; the others to check on."""
-    assert prompts.windows is not None and prompts.recall
-    ids, prefix, asked = prompts.windows.ids, prompts.windows.prefix, prompts.recall[-1]
-    steps = min(asked.continuations.shape[1], ids.shape[1] - prefix)
-    rows = torch.cat((asked.prefixes[:questions], asked.continuations[:questions, :steps]), 1)
-    measured = Measured(torch.cat((ids[:windows, : prefix + steps], rows)), steps, windows)
+    """The first windows, and the first questions of the last recall task, to measure on; the others to check on.
+
+    Raises:
+        KvcalError: no windows among the prompts.
+    """
+    if prompts.windows is None:
+        raise KvcalError("a plan is measured on text: let perplexity be among --tasks")
+    ids, prefix = prompts.windows.ids, prompts.windows.prefix
+    rows, steps = [], min(STEPS, ids.shape[1] - prefix)
+    if prompts.recall:
+        asked = prompts.recall[-1]
+        steps = min(asked.continuations.shape[1], ids.shape[1] - prefix)
+        rows = [torch.cat((asked.prefixes[:questions], asked.continuations[:questions, :steps]), 1)]
+    measured = Measured(torch.cat((ids[:windows, : prefix + steps], *rows)), steps, windows)
     tasks = tuple(
         dataclasses.replace(
             task,

@@ -1,0 +1,58 @@
+"""What a plan measures, against formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvcal.calibrate.planning.points import Problem
+from kvcal.runtime.attention import Logits
+
+TOKENS, STEPS, SCALING = 40, 3, 0.25
+
+
+def problem(texts: int = 2) -> Problem:
+    draw = torch.Generator().manual_seed(0)
+    query = torch.randn(3, 4, TOKENS, 16, generator=draw)
+    key, value = (torch.randn(3, 2, TOKENS, 16, generator=draw) for _ in range(2))
+    return Problem(0, query, key, value, Logits(SCALING), STEPS, texts)
+
+
+def top_errors(of: Problem, keep: int) -> torch.Tensor:
+    """[B, steps, Hq] relative error of attention to the `keep` largest logits of each query alone, in float64."""
+    found = torch.zeros(3, STEPS, 4, dtype=torch.float64)
+    for row in range(3):
+        for step, at in enumerate(range(TOKENS - STEPS, TOKENS)):
+            for head in range(4):
+                keys, values = (each[row, head // 2, : at + 1].double() for each in (of.key, of.value))
+                logits = keys @ of.query[row, head, at].double() * SCALING
+                best = logits.topk(keep).indices
+                dense = logits.softmax(0) @ values
+                found[row, step, head] = (logits[best].softmax(0) @ values[best] - dense).norm() / dense.norm()
+    return found
+
+
+def test_errors_are_those_of_the_formula_over_rows_of_text():
+    of = problem()
+    errors = top_errors(of, 5)
+    point = of.measure({"method": "exact_topk", "keep": 5}, None)
+    assert point.error == pytest.approx(float(errors[:2].mean()), rel=1e-4)
+    by_head = errors[:2].unflatten(2, (2, 2)).mean((0, 1, 3))
+    assert point.head_errors == pytest.approx(by_head.tolist(), rel=1e-4)
+
+
+def test_loss_is_half_of_text_and_half_of_questions():
+    of = problem()
+    squares = top_errors(of, 5).square()
+    expected = 0.5 * float(squares[:2].mean()) + 0.5 * float(squares[2:].mean())
+    assert of.measure({"method": "exact_topk", "keep": 5}, None).loss == pytest.approx(expected, rel=1e-4)
+    only_text = problem(texts=3).measure({"method": "exact_topk", "keep": 5}, None)
+    assert only_text.loss == pytest.approx(float(squares.mean()), rel=1e-4)
+
+
+def test_bytes_are_over_those_of_dense_attention():
+    full = problem().measure({"method": "full"}, None)
+    assert (full.bytes, full.error, full.loss) == (1.0, 0.0, 0.0)
+    window = problem().measure({"method": "streaming", "keep": 10, "sinks": 2}, None)
+    lengths = range(TOKENS - STEPS + 1, TOKENS + 1)
+    assert window.bytes == pytest.approx(10 * STEPS / sum(lengths), rel=1e-6)
