@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 from ..artifacts import Artifact
 from .plots import rank_figure
 from .rank import rank_report
+
+PLACE = "THIS FOLDER OR ITS HUB ID"
+"""What the card's example loads, until it is known where the artifact lies on the Hub."""
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def card_files(artifact: Artifact, variance: float = 0.9) -> dict[str, bytes]:
@@ -25,8 +32,7 @@ def _card(artifact: Artifact, report: dict) -> str:
         f"| {name} | {report['model'][name]:.1f} |" for name in ("key_pre", "key_post", "query_post", "value")
     )
     return f"""---
-library_name: kvcal
-tags: [kvcal, kv-cache, calibration]
+{_front_matter(artifact)}
 ---
 
 # kvcal artifact: {model.id} on {source.get("id", "text")}
@@ -56,7 +62,7 @@ Mean rank@{100 * report["variance"]:g} over layers and KV heads:
 ```python
 from kvcal.runtime import compress, load
 
-artifact = load("THIS FOLDER OR ITS HUB ID")
+artifact = load("{PLACE}")
 with compress(model, artifact, method="loki", rank=0.25, keep=0.25):
     model.generate(**inputs)
 ```
@@ -65,3 +71,15 @@ The same model, text, settings, versions and number of threads on one machine gi
 files. At another batch size the model's own rounding differs: statistics then agree within 1e-5 relative in
 float32. `calibrate verify` checks every hash; the format is specified in kvcal's docs/format.md.
 """
+
+
+def _front_matter(artifact: Artifact) -> str:
+    """What the Hub files the artifact under. JSON strings are YAML, whatever is in them."""
+    model, source = artifact.model, artifact.data.get("source", {})
+    lines = ["library_name: kvcal", "tags: [kvcal, kv-cache, calibration]"]
+    # A model in a folder may be called as a repository is; only those of the Hub have a commit.
+    if model.revision and _HUB_ID.fullmatch(model.id):
+        lines.append(f"base_model: {json.dumps(model.id)}")
+    if source.get("kind") == "hub":
+        lines.append(f"datasets: [{json.dumps(str(source.get('id')))}]")
+    return "\n".join(lines)

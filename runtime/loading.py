@@ -7,26 +7,41 @@ from pathlib import Path
 from typing import Any
 
 from .. import artifacts
-from ..artifacts import Artifact, ArtifactError, MismatchError, differences, fingerprint, weights_sha256
+from ..artifacts import (
+    Artifact,
+    ArtifactError,
+    KvcalError,
+    MismatchError,
+    differences,
+    fingerprint,
+    weights_sha256,
+)
+from ..artifacts.manifest import MANIFEST, read_manifest
 from . import hub
+
+CARD = "README.md"
 
 
 def load(source: str | os.PathLike[str], revision: str | None = None) -> Artifact:
     """Load an artifact and verify it.
 
     Args:
-        source: a folder, or a Hub id `org/name` (needs huggingface_hub; its cache is used first).
-        revision: branch, tag or commit of the Hub id.
+        source: a folder, or a Hub id `org/name` or `org/name@revision` (needs huggingface_hub; its cache is used
+            first).
+        revision: branch, tag or commit of the Hub id; None: the default branch, of which an older state may lie in
+            the cache: name a branch to ask the Hub, or a commit to get the same for ever.
 
     Raises:
         KvcalError: not found here, in the Hub's cache or online; as ArtifactError: damaged, or of a newer schema.
     """
-    if Path(source).exists():
+    if _is_there(source):
         return artifacts.load(source)
-    name = os.fspath(source)
+    name, _, stated = os.fspath(source).partition("@")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ArtifactError(f"{name}: no such artifact folder: make one with `calibrate pca --output {name}`")
-    return artifacts.load(_download(name, revision))
+        raise ArtifactError(f"{source}: no such artifact folder: make one with `calibrate pca --output {source}`")
+    if stated and revision not in (None, stated):
+        raise ArtifactError(f"{source}: and revision {revision!r} beside it: give one of them")
+    return artifacts.load(_download(name, stated or revision))
 
 
 def check_model(artifact: Artifact, model: Any, *, weights: bool = False) -> None:
@@ -55,16 +70,37 @@ def check_model(artifact: Artifact, model: Any, *, weights: bool = False) -> Non
         )
 
 
+def _is_there(source: str | os.PathLike[str]) -> bool:
+    try:
+        return Path(source).exists()
+    except (OSError, ValueError):  # too long for a path, or with a zero byte
+        return False
+
+
 def _download(name: str, revision: str | None) -> Path:
     try:
-        found = hub.locate(name, "model", revision, _lacking)
-        if found.folder is not None:
-            return found.folder
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(name, revision=found.revision))
+        from huggingface_hub import constants, hf_hub_download, snapshot_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError:
         raise ArtifactError(f"{name}: no such folder, and Hub ids need huggingface_hub: pip install it") from None
+    found = hub.locate(name, "model", revision, _lacking)
+    if found.folder is not None:
+        return found.folder
+    at = {"revision": found.revision, "endpoint": constants.ENDPOINT}
+    try:
+        # The manifest first: a repository may be anything, and hold hundreds of GB.
+        manifest = hf_hub_download(name, MANIFEST, **at)
+        files = read_manifest(Path(manifest).parent)[1]
+        wanted = [MANIFEST, CARD, *(file.file for file in files.values())]
+        return Path(snapshot_download(name, allow_patterns=wanted, **at))
+    except KvcalError:
+        raise
+    except Exception as error:  # the network's, the server's or the disk's fault
+        # The client tells by a subclass that it could not ask.
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            problem = f"that repository is not a kvcal artifact (no {MANIFEST}): check the id"
+            raise ArtifactError(f"{name}: {problem}") from None
+        raise KvcalError(f"{name}: the download failed ({hub.one_line(error)}): try again") from error
 
 
 def _lacking(folder: Path) -> str | None:

@@ -24,6 +24,7 @@ COMMANDS = {
     "inspect": "inspect_",
     "verify": "verify",
     "diff": "diff",
+    "push": "push",
     "models": "listings",
     "datasets": "listings",
 }

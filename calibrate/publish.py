@@ -1,0 +1,177 @@
+"""Artifacts on the Hub: verified here, sent there as one commit, so that every revision is a whole artifact."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from ..artifacts import Artifact, KvcalError, load
+from ..artifacts.manifest import FILE_NAME, MANIFEST
+from ..runtime import hub
+from .card import PLACE, card_files
+
+CARD, FIGURES = "README.md", ("rank.png", "clusters.png", "uptraining.png")
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What is on the Hub now."""
+
+    repo_id: str
+    commit: str
+    """The revision by which `load` finds exactly this artifact."""
+    url: str
+    files: tuple[str, ...]
+
+
+def push(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    branch: str | None = None,
+    private: bool = False,
+    message: str | None = None,
+) -> Pushed:
+    """Check an artifact and upload it; the repository and the branch are made when they are not there.
+
+    Its manifest, the stage files that it names, the card and our figures are sent, nothing else that lies in the
+    folder. Stage files of an earlier push that the manifest no longer names leave with the same commit.
+
+    Args:
+        repo_id: `org/name` of a model repository.
+        branch: None: the default one.
+        private: of a repository that is made now; a public one that is there already is refused.
+        message: of the commit.
+
+    Raises:
+        KvcalError: the artifact does not hold, no token, no permission, no network, or the Hub failed; no revision
+            there is then incomplete.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+
+    artifact = load(folder)
+    contents = _contents(artifact, repo_id)
+    _check_online(repo_id)
+    api = HfApi(endpoint=constants.ENDPOINT)
+    with _in_one_line(repo_id):
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        if branch is not None:
+            api.create_branch(repo_id, branch=branch, exist_ok=True)
+        before = api.repo_info(repo_id, revision=branch)
+        if private and before.private is False:
+            raise KvcalError(
+                f"{repo_id}: is there and public: make it private in its settings on the Hub, or leave --private out"
+            )
+        additions = [CommitOperationAdd(name, content) for name, content in contents.items()]
+        api.preupload_lfs_files(repo_id, additions, revision=branch, free_memory=False)
+        _check_sent(artifact, additions)
+        there = {file.rfilename for file in before.siblings or ()}
+        old = sorted(name for name in there - contents.keys() if FILE_NAME.fullmatch(name))
+        commit = api.create_commit(
+            repo_id,
+            [*additions, *(CommitOperationDelete(name) for name in old)],
+            commit_message=message or f"kvcal artifact of {artifact.model.id}, content {artifact.content_hash}",
+            revision=branch,
+            parent_commit=before.sha,
+        )
+    return Pushed(repo_id, commit.oid, f"{constants.ENDPOINT}/{repo_id}/tree/{commit.oid}", tuple(contents))
+
+
+def _contents(artifact: Artifact, repo_id: str) -> dict[str, bytes | str]:
+    """Name on the Hub -> bytes, or the path of a file."""
+    folder = artifact.folder
+    assert folder is not None
+    manifest = (folder / MANIFEST).read_bytes()
+    if json.loads(manifest).get("content_hash") != artifact.content_hash:
+        raise KvcalError(f"{folder}: was changed meanwhile by another process: repeat the command")
+    contents: dict[str, bytes | str] = {MANIFEST: manifest}
+    for stage in artifact.stages.values():
+        name = stage.tensors.file.file  # type: ignore[attr-defined]
+        contents[name] = str(folder / name)
+    contents |= {name: (folder / name).read_bytes() for name in FIGURES if (folder / name).is_file()}
+    card = folder / CARD
+    text = card.read_text("utf-8", errors="replace") if card.is_file() else ""
+    if not _has_front_matter(text):
+        made = card_files(artifact)
+        contents |= made
+        text = made[CARD].decode()
+    contents[CARD] = text.replace(PLACE, repo_id).encode()
+    return contents
+
+
+def _has_front_matter(card: str) -> bool:
+    from huggingface_hub import ModelCard
+
+    try:
+        return bool(ModelCard(card).data.to_dict().get("library_name"))
+    except Exception:  # a person may have written anything there
+        return False
+
+
+def _check_online(repo_id: str) -> None:
+    """Raise KvcalError within seconds for what would make the upload fail after minutes."""
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+        valid = "/" in repo_id
+    except HFValidationError:
+        valid = False
+    if not valid:
+        raise KvcalError(f"{repo_id}: not a Hub id: give org/name, or your user name before the slash")
+    if constants.HF_HUB_OFFLINE:
+        raise KvcalError(f"{repo_id}: HF_HUB_OFFLINE is set, nothing can be sent: unset it")
+    if not get_token():
+        raise KvcalError(f"{repo_id}: no Hub token here: `hf auth login`, or set HF_TOKEN to one with write access")
+    if problem := hub.unreachable():
+        raise KvcalError(f"{repo_id}: {constants.ENDPOINT} does not answer ({problem}): try again with a network")
+
+
+def _check_sent(artifact: Artifact, additions: list[Any]) -> None:
+    """A file that changed between our check and the upload must not get a commit."""
+    expected = {stage.tensors.file.file: stage.tensors.file.sha256 for stage in artifact.stages.values()}  # type: ignore[attr-defined]
+    for addition in additions:
+        name, sent = addition.path_in_repo, addition.upload_info.sha256.hex()
+        if sent != expected.get(name, sent):
+            raise KvcalError(f"{artifact.folder}: {name} was changed while it was sent: repeat the command")
+
+
+@contextmanager
+def _in_one_line(repo_id: str) -> Iterator[None]:
+    """What the Hub's client raises, as a line of ours with advice."""
+    try:
+        yield
+    except KvcalError:
+        raise
+    except Exception as error:  # the client raises its own, its HTTP library's, OSError, ValueError and RuntimeError
+        raise KvcalError(f"{repo_id}: {_problem(error)}; every revision there is still whole") from error
+
+
+def _problem(error: BaseException) -> str:
+    status = next((code for cause in _causes(error) if (code := _status(cause))), None)
+    said = hub.one_line(error)
+    if status == 401:
+        return "the Hub does not accept the token: `hf auth login` with a valid one, or set HF_TOKEN"
+    if status == 403:
+        return f"the token may not write there ({said}): take one with write access, or another name before the slash"
+    if status == 404:
+        return "the Hub knows no such user, organisation, repository or branch: check the spelling"
+    if status in (409, 412):
+        return "was changed there meanwhile by somebody else: repeat the command"
+    return f"the upload failed ({said}): repeat the command"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
