@@ -62,7 +62,8 @@ def make_blocks(
         num_tokens: block positions, BOS and separators included: ceil(num_tokens / seq_len) blocks,
             fewer when the text ends before; the last one is padded.
         seq_len: positions per block.
-        source: kept in the result.
+        source: kept in the result, with the number of block positions under `num_tokens`: the last block may be
+            padded, so their number does not tell it.
 
     Raises:
         KvcalError: less text than one block.
@@ -106,7 +107,7 @@ def make_blocks(
     blocks[body] = torch.tensor(ids, dtype=torch.int32)
     counted = torch.zeros_like(attended)
     counted[body] = torch.tensor(own, dtype=torch.bool)
-    return TokenBlocks(blocks, counted, attended, source or {})
+    return TokenBlocks(blocks, counted, attended, {**(source or {}), "num_tokens": positions})
 
 
 def token_pieces(documents: Iterable[str], tokenizer: Any) -> Iterator[tuple[list[int], bool]]:

@@ -61,7 +61,7 @@ def push(
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         if branch is not None:
             api.create_branch(repo_id, branch=branch, exist_ok=True)
-        before = api.repo_info(repo_id, revision=branch)
+        before = api.model_info(repo_id, revision=branch)
         if private and before.private is False:
             raise KvcalError(
                 f"{repo_id}: is there and public: make it private in its settings on the Hub, or leave --private out"

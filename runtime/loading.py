@@ -86,13 +86,14 @@ def _download(name: str, revision: str | None) -> Path:
     found = hub.locate(name, "model", revision, _lacking)
     if found.folder is not None:
         return found.folder
-    at = {"revision": found.revision, "endpoint": constants.ENDPOINT}
     try:
         # The manifest first: a repository may be anything, and hold hundreds of GB.
-        manifest = hf_hub_download(name, MANIFEST, **at)
+        manifest = hf_hub_download(name, MANIFEST, revision=found.revision, endpoint=constants.ENDPOINT)
         files = read_manifest(Path(manifest).parent)[1]
         wanted = [MANIFEST, CARD, *(file.file for file in files.values())]
-        return Path(snapshot_download(name, allow_patterns=wanted, **at))
+        return Path(
+            snapshot_download(name, revision=found.revision, endpoint=constants.ENDPOINT, allow_patterns=wanted)
+        )
     except KvcalError:
         raise
     except Exception as error:  # the network's, the server's or the disk's fault

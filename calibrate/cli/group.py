@@ -25,6 +25,8 @@ COMMANDS = {
     "verify": "verify",
     "diff": "diff",
     "push": "push",
+    "run": "run",
+    "recipe": "recipe",
     "models": "listings",
     "datasets": "listings",
 }

@@ -1,0 +1,142 @@
+"""An artifact's manifest turned back into the recipe that makes the same artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ..artifacts import Artifact, KvcalError
+from .models import MODEL_ALIASES
+from .recipe import VERSION
+
+_UPTRAINING = ("steps", "lr", "distill", "train", "pool", "batch_size", "warmup", "seed", "dtype", "device")
+
+
+def recipe_of(artifact: Artifact, pca_options: Collection[str]) -> str:
+    """YAML for `calibrate run --recipe`; what the manifest cannot tell is said in comments.
+
+    Args:
+        pca_options: names that the section `pca` of a recipe may have.
+    """
+    notes = [f"The recipe of {artifact.name}, content {artifact.content_hash}.", _made_with(artifact)]
+    source = dict(artifact.data.get("source", {}))
+    head: dict[str, Any] = {"recipe": VERSION, "model": _model(artifact, notes), "data": data_spec(source, notes)}
+    if artifact.folder is not None:
+        head["output"] = artifact.folder.absolute().name or "artifact"
+    expect = {"text_sha256": artifact.data["content_sha256"], "weights_sha256": artifact.model.weights_sha256}
+    body: dict[str, Any] = {"pca": _pca(artifact, source, pca_options, notes)}
+    if stages := _stages(artifact, notes):
+        body["stages"] = stages
+    comment = "".join(f"# {' '.join(note.split())}\n" for note in notes)
+    return "\n".join((comment, _yaml(head), _yaml(body), _yaml({"expect": expect})))
+
+
+def data_spec(source: Mapping[str, Any], notes: list[str]) -> str | None:
+    """What `open_data` takes, from what it put into the manifest."""
+    name, kind = source.get("id"), source.get("kind")
+    if not isinstance(name, str) or kind not in ("builtin", "hub", "local"):
+        notes.append("The text was given in Python: the manifest does not say where it is, put it in at `data`.")
+        return name if isinstance(name, str) else None
+    if kind == "builtin":
+        return f"{name}:{source.get('split') or 'train'}"
+    revision = f"@{source['revision']}" if source.get("revision") else ""
+    if kind == "local":
+        notes.append(
+            f"The text was local: {name!r}, from the folder that the run was started in. It may have been moved or "
+            "changed since; the run is refused where its blocks do not have the hash below."
+        )
+    return f"{name}{revision}:{source.get('config') or ''}:{source.get('split') or ''}".rstrip(":")
+
+
+def _model(artifact: Artifact, notes: list[str]) -> str:
+    model = artifact.model
+    if model.revision is not None:
+        return f"{model.id}@{model.revision}"
+    if model.id not in MODEL_ALIASES:
+        notes.append(
+            f"The model was a folder, {model.id!r}, from the folder that the run was started in; put another path in "
+            "at `model` where it lies elsewhere."
+        )
+    return model.id
+
+
+def _made_with(artifact: Artifact) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(artifact.versions.items()))
+    return f"Same bytes on the same machine with as many threads and {versions}; elsewhere within rounding."
+
+
+def _pca(artifact: Artifact, source: Mapping[str, Any], options: Collection[str], notes: list[str]) -> dict[str, Any]:
+    data = artifact.data
+    positions = source.get("num_tokens")
+    if type(positions) is not int:
+        positions = data["blocks"] * data["seq_len"]
+        notes.append("The manifest does not tell whether the last block was padded: num_tokens is of full blocks.")
+    found: dict[str, Any] = {"num_tokens": positions, "seq_len": data["seq_len"]}
+    for name, value in artifact.settings.items():
+        if name == "centred":
+            found |= {} if value else {"uncentred": True}
+        elif name in options:
+            found[name] = value
+        else:
+            notes.append(f"Of the pass the manifest also says {name} {value!r}, which is no option of `calibrate pca`.")
+    return found
+
+
+def _stages(artifact: Artifact, notes: list[str]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    if "clusters" in artifact.stages:
+        found.append({"cluster": dict(artifact.stages["clusters"].settings)})
+    if "cla" in artifact.stages:
+        settings = artifact.stages["cla"].settings
+        asked = _sharing(artifact, settings, notes)
+        trainings = _trainings(settings.get("uptraining"))
+        if not trainings:
+            found.append({"share": asked})
+        for number, training in enumerate(reversed(trainings)):
+            found.append({"share": {**(asked if number == 0 else {"continue": True}), **_training(training, notes)}})
+    return found
+
+
+def _sharing(artifact: Artifact, settings: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """Options of `calibrate share` that give these groups under this name of a pattern."""
+    from .sharing.plan import planned_map
+
+    pattern, stored, groups = settings.get("pattern"), settings.get("stored_layers"), settings["groups"]
+    if pattern == "list":
+        return {"pattern": groups}
+    if pattern == "auto":
+        return {"pattern": pattern, "budget_layers": stored}
+    for group in (2, 3, 4):
+        for budget in (None, stored):
+            try:
+                planned = planned_map(artifact, group=group, pattern=str(pattern), stored_layers=budget)
+            except KvcalError:
+                continue
+            if str(planned) == groups:
+                return {"pattern": pattern, "group": group, **({"budget_layers": budget} if budget else {})}
+    notes.append(f"No size of groups makes the pattern {pattern!r} share {groups}: they are listed, instead.")
+    return {"pattern": groups}
+
+
+def _trainings(last: Any) -> list[Mapping[str, Any]]:
+    """The last one first."""
+    found = []
+    while last is not None:
+        found.append(last)
+        last = last.get("earlier")
+    return found
+
+
+def _training(settings: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    data = settings.get("data")
+    data = data if isinstance(data, Mapping) else {}
+    source = data.get("source")
+    given = {name: settings[name] for name in _UPTRAINING if name in settings}
+    spec = data_spec(source if isinstance(source, Mapping) else {}, notes)
+    return {"uptrain": True, "data": spec, "block_size": data.get("block_size"), **given}
+
+
+def _yaml(value: Mapping[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True, width=110)

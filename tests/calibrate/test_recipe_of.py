@@ -1,0 +1,78 @@
+"""What a manifest says of text, as a specification that opens the same text."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from samples import artifact
+
+from kvcal.calibrate import data as data_module
+from kvcal.calibrate.data import open_data
+from kvcal.calibrate.recipe_of import data_spec, recipe_of
+from kvcal.runtime import hub
+
+CARD = """---
+configs:
+- config_name: plain
+  data_files:
+  - split: train
+    path: a.txt
+  - split: test
+    path: b.txt
+- config_name: other
+  data_files: b.txt
+---
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in ("set/a.txt", "set/b.txt", "plain.txt", "many/1.md", "many/2.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"text of {name}")
+    (tmp_path / "set" / "README.md").write_text(CARD)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "spec", ["stdlib", "stdlib:heldout", "plain.txt", "many", "many/*.md", "set:plain", "set:plain:test", "set:other"]
+)
+def test_text_of_this_machine(here: Path, spec: str) -> None:
+    opened = open_data(spec)
+    again = open_data(data_spec(opened.source, []))
+    assert again.source["split" if "split" in opened.source else "id"] == opened.source.get("split", spec)
+    assert next(iter(again)) == next(iter(opened)) and again.source.get("files") == opened.source.get("files")
+
+
+@pytest.mark.parametrize("spec", ["org/set:plain", "org/set:plain:test", "org/set:other:train"])
+def test_text_of_the_hub_at_its_commit(here: Path, monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
+    asked = []
+
+    def locate(repo_id: str, kind: str, revision: str | None, lacking: object) -> hub.Located:
+        asked.append((repo_id, revision))
+        return hub.Located(here / "set", "c" * 40)
+
+    monkeypatch.setattr(data_module.hub, "locate", locate)
+    opened = open_data(spec)
+    again = open_data(data_spec(opened.source, []))
+    assert again.source == opened.source and list(again) == list(opened)
+    assert asked == [("org/set", None), ("org/set", "c" * 40)]
+
+
+def test_what_the_manifest_cannot_tell_is_said() -> None:
+    made = artifact()
+    found = recipe_of(made, {"seed"})
+    assert "# The text was given in Python" in found and "# The manifest does not tell whether" in found
+    assert yaml.safe_load(found)["pca"] == {"num_tokens": 7, "seq_len": 7, "seed": 0}
+    unheard_of = recipe_of(replace(made, settings={**made.settings, "shards": 4}), {"seed"})
+    assert "# Of the pass the manifest also says shards 4" in unheard_of
+
+
+def test_a_model_of_the_hub_at_its_commit() -> None:
+    made = artifact()
+    pinned = replace(made, model=replace(made.model, revision="c" * 40))
+    assert yaml.safe_load(recipe_of(pinned, ()))["model"] == f"org/model@{'c' * 40}"
