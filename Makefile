@@ -1,13 +1,15 @@
 # make demo    set up, then calibrate the built-in model on the built-in text
 # make test    set up, then lint, types and tests
+# make fuzz    set up, then look for inputs that crash us, guided by coverage, for SECONDS per target
 # make peers   set up kvpress in a virtual environment of its own, then measure it on the built-in model
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
 PYTHON ?= python3
+SECONDS ?= 60
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types check benchmark peers clean
+.PHONY: demo test lint types check benchmark fuzz peers clean
 
 demo: $(INSTALLED)
 	$(BIN)/calibrate demo
@@ -29,6 +31,11 @@ check: $(INSTALLED)
 
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/calibration.py
+
+# atheris has wheels for Linux only, so it is in no extra.
+fuzz: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt atheris
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seconds $(SECONDS)
 
 peers: $(INSTALLED) $(PEERS)/.installed
 	$(BIN)/python benchmarks/peers.py --python $(PEERS)/bin/python

@@ -189,6 +189,8 @@ def _building_place(folder: Path) -> Path:
 
 def _check_bytes(path: Path, file: StageFile) -> None:
     try:
+        if not path.is_file():
+            raise ArtifactError(f"{path}: cannot be read (no such file, or a device or pipe): fetch it again")
         size = path.stat().st_size
         if size != file.bytes:
             raise ArtifactError(f"{path}: {size} bytes, the manifest says {file.bytes}: truncated? fetch it again")

@@ -18,6 +18,7 @@ from .schema import LAYER_TENSORS, SCHEMA_VERSION, STAGE_SINCE
 MANIFEST = "manifest.json"
 FORMAT = "kvcal"
 _MAX_BYTES = 16 * 1024 * 1024
+_MOST_LEVELS = 400
 FILE_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}\.[0-9a-f]{8}\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -80,12 +81,19 @@ def read_manifest(folder: Path) -> tuple[Artifact, dict[str, StageFile], dict[st
 def _build(
     folder: Path, body: dict[str, Any], content_hash: str
 ) -> tuple[Artifact, dict[str, StageFile], dict[str, Mapping[str, Any]]]:
+    for name, kind in (("layers", list), ("stages", dict), ("data", dict), ("settings", dict), ("versions", dict)):
+        if not isinstance(body[name], kind):
+            raise ValueError(f"{name}: expected {'a list' if kind is list else 'an object'}")
     layers = tuple(_layer(index, fields) for index, fields in enumerate(body["layers"]))
     identity = ModelIdentity(**body["model"])
     if not layers:
         raise ValueError("no layers")
     if not isinstance(identity.id, str) or not isinstance(identity.fingerprint, dict):
         raise ValueError("model: id or fingerprint")
+    if not isinstance(identity.revision, (str, type(None))):
+        raise ValueError("model: revision")
+    if not all(isinstance(version, str) for version in body["versions"].values()):
+        raise ValueError("versions: expected texts")
     if not _SHA256.fullmatch(identity.weights_sha256):
         raise ValueError("model: weights_sha256")
     files: dict[str, StageFile] = {}
@@ -101,12 +109,14 @@ def _build(
         if not _SHA256.fullmatch(entry["sha256"]) or type(entry["bytes"]) is not int:
             raise ValueError(f"stage {name}: sha256 or bytes")
         files[name] = StageFile(entry["file"], entry["sha256"], entry["bytes"])
-        settings[name] = dict(entry["settings"])
+        if not isinstance(entry["settings"], dict):
+            raise ValueError(f"stage {name}: settings")
+        settings[name] = entry["settings"]
     data = body["data"]
     counts = [data[name] for name in ("blocks", "seq_len", "tokens_counted")]
     if not isinstance(data["source"], dict) or not _SHA256.fullmatch(data["content_sha256"]):
         raise ValueError("data: source or content_sha256")
-    if any(type(count) is not int or count < 0 for count in counts):
+    if any(type(count) is not int or not 0 <= count < 1 << 63 for count in counts):
         raise ValueError("data: blocks, seq_len or tokens_counted")
     artifact = Artifact(
         model=identity,
@@ -124,10 +134,12 @@ def _build(
 def _layer(index: int, fields: dict[str, Any]) -> Layer:
     layer = Layer(**fields)
     sizes = (layer.kv_heads, layer.query_heads, layer.head_dim, layer.value_dim)
-    if layer.index != index or any(type(size) is not int or size < 1 for size in sizes):
+    if layer.index != index or not all(map(_is_size, sizes)):
         raise ValueError(f"layer {index}: index and sizes")
-    if type(layer.scaling) not in (int, float) or not (layer.window is None or type(layer.window) is int):
-        raise ValueError(f"layer {index}: scaling or window")
+    if type(layer.scaling) not in (int, float) or not abs(layer.scaling) < 1e30:
+        raise ValueError(f"layer {index}: scaling")
+    if not (layer.window is None or _is_size(layer.window)):
+        raise ValueError(f"layer {index}: window")
     if layer.pre_rotary not in ("unrotate", "replay", "none"):
         raise ValueError(f"layer {index}: pre_rotary {layer.pre_rotary!r}")
     if layer.query_heads % layer.kv_heads:
@@ -135,11 +147,22 @@ def _layer(index: int, fields: dict[str, Any]) -> Layer:
     return layer
 
 
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value < 1 << 31
+
+
 def _parse(path: Path) -> dict[str, Any]:
     try:
+        if path.exists() and not path.is_file():
+            raise IsADirectoryError  # or a pipe, which would be waited for
         with path.open("rb") as file:
             text = file.read(_MAX_BYTES + 1)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+        IsADirectoryError,
+        ValueError,
+    ):  # ValueError: a zero byte in the path
         raise ArtifactError(
             f"{path.parent}: not an artifact (no {MANIFEST}): make one with `calibrate pca --output {path.parent}`"
         ) from None
@@ -149,11 +172,22 @@ def _parse(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path}: larger than {_MAX_BYTES} bytes, not a manifest")
     try:
         body = json.loads(text)
+        # json.loads takes more than JSON: NaN, and half characters that no file or terminal can hold.
+        _check_levels(body, _MOST_LEVELS)
+        json.dumps(body, allow_nan=False, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: not valid JSON ({error}): fetch or calibrate it again") from error
     if not isinstance(body, dict):
         raise ArtifactError(f"{path}: not a kvcal manifest (a JSON object is expected)")
     return body
+
+
+def _check_levels(value: Any, most: int) -> None:
+    """Raise ValueError for lists and objects inside one another so deep that writing them again would fail."""
+    if most == 0:
+        raise ValueError(f"more than {_MOST_LEVELS} levels")
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_levels(item, most - 1)
 
 
 def _content_hash(body: Mapping[str, Any]) -> str:

@@ -78,9 +78,9 @@ def _builtin(split: str) -> TextData:
 
 def _local(spec: str, split: str | None) -> TextData | None:
     """What `spec` means on the disk; None when nothing is there under this name."""
-    path = Path(spec).expanduser()
+    path = hub.path_of(spec)
     address, config, wanted = _parts(spec)
-    folder = Path(address).expanduser()
+    folder = hub.path_of(address)
     if folder.is_dir() and (path == folder or not path.exists()) and _card(folder):
         return _repository(address, folder, config, split or wanted)
     if path.is_file():

@@ -65,7 +65,7 @@ def resolve_model(spec: str | os.PathLike[str]) -> ModelSource:
         KvcalError: unknown, incomplete, or neither here nor to be had online.
     """
     name = os.fspath(spec)
-    folder = Path(name).expanduser()
+    folder = hub.path_of(name)
     # A folder that happens to be called as an alias wins only when it is a model.
     if folder.is_dir() and (name not in MODEL_ALIASES or (folder / "config.json").is_file()):
         if missing := _lacking(folder):

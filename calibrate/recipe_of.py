@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..artifacts import Artifact, KvcalError
+from ..artifacts.errors import one_line
 from .models import MODEL_ALIASES
 from .recipe import VERSION
 
@@ -27,7 +28,7 @@ def recipe_of(artifact: Artifact, pca_options: Collection[str]) -> str:
     body: dict[str, Any] = {"pca": _pca(artifact, source, pca_options, notes)}
     if stages := _stages(artifact, notes):
         body["stages"] = stages
-    comment = "".join(f"# {' '.join(note.split())}\n" for note in notes)
+    comment = "".join(f"# {one_line(note)}\n" for note in notes)
     return "\n".join((comment, _yaml(head), _yaml(body), _yaml({"expect": expect})))
 
 
@@ -102,6 +103,7 @@ def _sharing(artifact: Artifact, settings: Mapping[str, Any], notes: list[str]) 
     from .sharing.plan import planned_map
 
     pattern, stored, groups = settings.get("pattern"), settings.get("stored_layers"), settings["groups"]
+    stored = stored if type(stored) is int else None
     if pattern == "list":
         return {"pattern": groups}
     if pattern == "auto":

@@ -29,6 +29,17 @@ class Located:
     """The commit."""
 
 
+def path_of(spec: str) -> Path:
+    """The path that a specification names if it names one. Raises KvcalError: it can be none."""
+    try:
+        path = Path(spec).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, not to be looked at, or no such user after ~
+        shown = spec if len(spec) <= 1000 else f"{spec[:1000]}…"
+        raise KvcalError(f"{shown}: no such file or folder ({one_line(error)}): check the path") from None
+    return path
+
+
 def locate(
     repo_id: str,
     repo_type: RepoType = "model",

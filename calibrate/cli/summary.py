@@ -43,7 +43,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     split = f" ({source['split']})" if source.get("split") else ""
     lines = {
         "artifact": summary["artifact"],
-        "model": f"{summary['model']['id']}{revision} · {summary['model']['model_type']}",
+        "model": f"{summary['model']['id']}{revision} · {summary['model'].get('model_type')}",
         "shape": f"{summary['layers']} layers · {summary['kv_heads']} KV heads · {summary['query_heads']} query heads "
         f"· head dim {summary['head_dim']}",
         "text": f"{source.get('id', 'text')}{split} · {data['tokens_counted']} tokens in {data['blocks']} blocks "

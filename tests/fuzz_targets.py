@@ -1,0 +1,232 @@
+"""What is fuzzed: bytes of a stranger go in, and what comes out is a result or one of our named errors, in one line.
+
+Any other exception is a fault of ours and is let through. `tests/fuzz.py` runs these under atheris, `test_fuzz.py`
+under hypothesis, `tests/attacks/test_attacks.py` on the kept abusive files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+import torch
+from samples import artifact
+
+from kvcal.artifacts import Artifact, KvcalError, Stage, load, save
+from kvcal.artifacts.manifest import MANIFEST
+from kvcal.artifacts.schema import LAYER_TENSORS
+from kvcal.calibrate.cli import cli
+from kvcal.calibrate.cli.pca import pca_command
+from kvcal.calibrate.cli.recipe_arguments import STAGES, arguments, options_of
+from kvcal.calibrate.cli.summary import artifact_summary, print_summary
+from kvcal.calibrate.data import open_data
+from kvcal.calibrate.recipe import read_recipe
+from kvcal.calibrate.recipe_of import recipe_of
+from kvcal.calibrate.text_files import KNOWN, read
+from kvcal.runtime.cla import stage_map
+
+_MOST_TEXTS = 100
+
+
+def manifest(data: bytes) -> None:
+    """A manifest whose content hash is right, which any forger can compute; then all that is said of the artifact."""
+    folder = _sample()
+    with contextlib.suppress(ValueError, RecursionError):
+        body = json.loads(data)
+        if isinstance(body, dict):
+            data = _hashed(body)
+    (folder / MANIFEST).write_bytes(data)
+    found = load(folder)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        print_summary(artifact_summary(found))
+    if "cla" in found.stages:
+        stage_map(found)
+    made = recipe_of(found, options_of(pca_command))
+    (printed.getvalue() + made).encode()
+    with contextlib.suppress(KvcalError):  # of an artifact that was made in Python some things have to be put in
+        _read_recipe(made.encode())
+
+
+def stage_file(data: bytes) -> None:
+    """A stage file whose hash, size and name are right."""
+    folder = _sample()
+    digest = hashlib.sha256(data).hexdigest()
+    path = folder / f"pca.{digest[:8]}.safetensors"
+    body = _seeds()
+    body["stages"]["pca"] |= {"file": path.name, "sha256": digest, "bytes": len(data)}
+    (folder / MANIFEST).write_bytes(_hashed(body))
+    own = not path.exists()
+    path.write_bytes(data)
+    try:
+        found = load(folder).stages["pca"].tensors
+        for name in found:
+            found[name]
+    finally:
+        if own:
+            path.unlink()
+
+
+def recipe(data: bytes) -> None:
+    """A recipe, up to the point at which its commands would be run."""
+    _read_recipe(data)
+
+
+def data_spec(data: bytes) -> None:
+    """A specification of text, as a command line gives it; in a folder of its own and without a network."""
+    spec, _, split = data.decode("utf-8", "surrogateescape").partition("\n")
+    if spec.strip().startswith("/") or ".." in spec:
+        return  # this machine's own files are no input of ours
+    before = Path.cwd()
+    os.chdir(_texts())
+    try:
+        _first(open_data(spec, split or None))
+    finally:
+        os.chdir(before)
+
+
+def text_file(data: bytes) -> None:
+    """A file of text: the first byte chooses its ending, the others are what is in it."""
+    path = _texts() / f"text{KNOWN[data[0] % len(KNOWN)] if data else '.txt'}"
+    path.write_bytes(data[1:])
+    try:
+        _first(read(path))
+    finally:
+        path.unlink()
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    target.__name__: target for target in (manifest, stage_file, recipe, data_spec, text_file)
+}
+
+
+def refusal(target: str, data: bytes) -> str | None:
+    """The named error that the bytes meet, None when they are taken; anything else that is raised comes through."""
+    try:
+        TARGETS[target](data)
+    except KvcalError as error:
+        message = str(error)
+        assert message.isprintable() and len(message) < 5000, message
+        message.encode()
+        return message
+    return None
+
+
+def seeds(target: str) -> list[bytes]:
+    """Inputs that are taken, to start from."""
+    folder = _sample()
+    specs = ["stdlib", "stdlib:heldout", "a.txt", "set:plain:train", "*.txt", "org/name@main:config\ntrain", "~/a"]
+    texts = (b'{"text": "a"}\n', b"a")
+    return {
+        "manifest": [json.dumps(_seeds()).encode()],
+        "stage_file": [path.read_bytes() for path in folder.glob("pca.*")],
+        "recipe": [_RECIPE],
+        "data_spec": [spec.encode() for spec in specs],
+        "text_file": [bytes([index]) + text for index in range(len(KNOWN)) for text in texts],
+    }[target]
+
+
+_RECIPE = b"""recipe: 1
+model: demo
+data: stdlib
+pca: {num_tokens: 5, uncentred: true, dtype: float32}
+stages:
+- cluster: {metric: l2}
+- share
+- evaluate: {data: x, keep: [0.5, 2], set: {basis: pca}}
+expect: {}
+"""
+_CARD = "---\nconfigs:\n- config_name: plain\n  data_files: a.txt\n---\n"
+
+
+def _read_recipe(data: bytes) -> None:
+    path = _texts().parent / "recipe.yaml"
+    path.write_bytes(data)
+    found = read_recipe(path, STAGES)
+    for section in (found.pca, *found.stages):
+        command = cli.get_command(click.Context(cli), section.command)
+        given = arguments(found, section, command)
+        with contextlib.suppress(click.UsageError):  # becomes a named error in `calibrate run`
+            command.make_context(section.command, [*given, *([] if command is pca_command else ["--", "a"])])
+
+
+def _first(texts: Iterator[str]) -> None:
+    for _, text in zip(range(_MOST_TEXTS), texts, strict=False):
+        assert isinstance(text, str)
+
+
+def _hashed(body: dict) -> bytes:
+    body = {name: value for name, value in body.items() if name != "content_hash"}
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return json.dumps({**body, "content_hash": hashlib.sha256(canonical.encode()).hexdigest()}).encode()
+
+
+@functools.cache
+def _folder() -> Path:
+    keep = tempfile.TemporaryDirectory(prefix="kvcal-fuzz-")
+    _kept.append(keep)
+    os.environ["HOME"] = keep.name  # what ~ stands for
+    return Path(keep.name)
+
+
+_kept: list[tempfile.TemporaryDirectory[str]] = []
+
+
+@functools.cache
+def _sample() -> Path:
+    folder = _folder() / "artifact"
+    save(_small(), folder)
+    return folder
+
+
+@functools.cache
+def _manifest_of_sample() -> bytes:
+    folder = _folder() / "unchanged"
+    save(_small(), folder)
+    return (folder / MANIFEST).read_bytes()
+
+
+def _seeds() -> dict:
+    return json.loads(_manifest_of_sample())
+
+
+def _small() -> Artifact:
+    """All stages, also those whose settings are read."""
+    found = artifact(layers=2, head_dim=2, value_dim=1, tokens=2)
+    sizes = {"Hkv": 2, "D": 2, "Dv": 1, "L": 2, "C": 1, "P": 1}
+    for name, settings in (("clusters", {"clusters": 1, "metric": "l2", "iterations": 20, "seed": 0}), ("cla", _CLA)):
+        tensors = {}
+        for tensor, (symbols, kinds) in LAYER_TENSORS[name].items():
+            shape = [sizes[symbol] for symbol in symbols.split()]
+            tensors |= {f"layers.{layer}.{tensor}": torch.zeros(shape, dtype=_DTYPES[kinds[0]]) for layer in range(2)}
+        found = found.with_stage(name, Stage(tensors, settings))
+    return found
+
+
+_DTYPES = {"F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
+_TRAINING = {
+    "run": "0", "groups": "0-1", "pool": "mean", "train": "all", "steps": 1, "lr": 0.1, "first_losses": {"loss": 1.5},
+    "last_losses": {"loss": 1.0}, "warmup": 1, "data": {"source": {"kind": "builtin", "id": "stdlib"}, "block_size": 8},
+}  # fmt: skip
+_CLA = {
+    "groups": "0-1", "pattern": "uniform", "pool": "mean", "stored_layers": 1, "keys_aligned": "pre",
+    "uptraining": {**_TRAINING, "earlier": _TRAINING},
+}  # fmt: skip
+
+
+@functools.cache
+def _texts() -> Path:
+    folder = _folder() / "texts"
+    (folder / "set").mkdir(parents=True)
+    (folder / "set" / "README.md").write_text(_CARD)
+    for name in ("a.txt", "set/a.txt"):
+        (folder / name).write_text("some text")
+    return folder
