@@ -29,6 +29,8 @@ def matching(folder: Path, pattern: str) -> list[str]:
         found = [path.relative_to(folder) for path in folder.glob(pattern) if path.is_file()]
     except (ValueError, NotImplementedError):  # no glob pattern, or one that leads outside
         return []
+    except OSError as error:
+        raise KvcalError(f"{error.filename or folder}: cannot be read ({error.strerror}): check who may") from None
     return sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
 
 

@@ -6,6 +6,7 @@ own client, which retries for many seconds to minutes before it gives up.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from ..artifacts import KvcalError
 RepoType = Literal["model", "dataset"]
 
 TIMEOUT_S = 3.0
+_REVISION = re.compile(r"[\w+-][\w.+-]*(/[\w+-][\w.+-]*)*")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,9 @@ def locate(
         raise KvcalError(
             f"{repo_id}: no such file or folder, and not a Hub id (org/name) either: check the spelling"
         ) from None
+    # It becomes part of a path in the cache, and must not lead out of it.
+    if revision is not None and not (_REVISION.fullmatch(revision) and ".." not in revision):
+        raise KvcalError(f"{repo_id}@{revision}: no name of a branch or tag, and no commit: check what is behind the @")
     folder = cached(repo_id, repo_type, revision)
     missing = lacking(folder) if folder and lacking else None
     if folder and missing is None:

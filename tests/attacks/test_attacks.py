@@ -14,7 +14,8 @@ from fuzz_targets import TARGETS, refusal
 from huggingface_hub import constants
 from samples import artifact
 
-from kvcal.artifacts import ArtifactError, load, save
+from kvcal.artifacts import ArtifactError, KvcalError, load, save
+from kvcal.calibrate.data import open_data
 
 HERE = Path(__file__).parent
 FILES = sorted(path for target in TARGETS for path in (HERE / target).iterdir())
@@ -47,7 +48,8 @@ SAID = {
     "recipe/thousands-of-brackets.yaml": "lists in lists",
     "recipe/thousands-of-levels.yaml": "lists in lists",
     "recipe/twice.yaml": "recipe stands there twice",
-    "data_spec/ats": "dataset org/name@@@ is no folder here",
+    "data_spec/ats": "org/name@@@: no name of a branch",
+    "data_spec/root-as-a-revision": "org/name@/: no name of a branch",
     "data_spec/empty": "data: an empty name",
     "data_spec/white-space": "data: an empty name",
     "data_spec/home-of-nobody": "~no-such-user/a.txt: no such file or folder",
@@ -99,3 +101,10 @@ def test_what_is_no_plain_file_is_not_waited_for(tmp_path: Path, which: str, put
     thread.start()
     thread.join(30)
     assert len(errors) == 1 and isinstance(errors[0], ArtifactError), errors
+
+
+def test_a_card_with_a_name_of_a_file_that_no_disk_can_hold(tmp_path: Path) -> None:
+    card = f"---\nconfigs:\n- config_name: plain\n  data_files: {'a' * 300}.txt\n---\n"
+    (tmp_path / "README.md").write_text(card)
+    with pytest.raises(KvcalError, match="cannot be read"):
+        open_data(tmp_path)

@@ -175,6 +175,20 @@ def test_invalid_ids(cache: Path, no_network: None, name: str) -> None:
         hub.locate(name)
 
 
+@pytest.mark.parametrize("revision", ["/", "..", "../../..", "a/../../b", "/etc", "a//b", "a/", "a\0", "a\nb", "~", ""])
+def test_a_revision_does_not_lead_out_of_the_cache(cache: Path, no_network: None, revision: str) -> None:
+    with pytest.raises(KvcalError, match="no name of a branch or tag"):
+        hub.locate("org/name", "dataset", revision)
+
+
+@pytest.mark.parametrize("revision", ["v1.0", "refs/pr/3", "feature/x_y-z", "_a", "2024+b"])
+def test_names_of_branches(cache: Path, revision: str) -> None:
+    folder = cache / "models--org--name" / "refs" / revision
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.write_text(COMMIT)
+    assert hub.locate("org/name", revision=revision).revision == COMMIT
+
+
 def test_one_line() -> None:
     assert hub.one_line(ValueError("first  line\nsecond\n")) == "first line second"
     assert hub.one_line(EOFError()) == "EOFError"
