@@ -85,12 +85,14 @@ def data_spec(data: bytes) -> None:
     spec, _, split = data.decode("utf-8", "surrogateescape").partition("\n")
     if spec.strip().startswith("/") or ".." in spec:
         return  # this machine's own files are no input of ours
-    before = Path.cwd()
+    before, home = Path.cwd(), os.environ.get("HOME", "/")
     os.chdir(_texts())
+    os.environ["HOME"] = str(_texts())  # what ~ stands for
     try:
         _first(open_data(spec, split or None))
     finally:
         os.chdir(before)
+        os.environ["HOME"] = home
 
 
 def text_file(data: bytes) -> None:
@@ -173,7 +175,6 @@ def _hashed(body: dict) -> bytes:
 def _folder() -> Path:
     keep = tempfile.TemporaryDirectory(prefix="kvcal-fuzz-")
     _kept.append(keep)
-    os.environ["HOME"] = keep.name  # what ~ stands for
     return Path(keep.name)
 
 
