@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from kvcal.calibrate.cli import cli
 
-QUICK = ("--prefix", 96, "--windows", 1, "--check-windows", 2, "--continuation", 20)
+QUICK = ("--prefix", 72, "--windows", 1, "--check-windows", 2, "--continuation", 20)
 TEXT_ONLY = ("--tasks", "perplexity")
 
 
@@ -57,8 +57,8 @@ def test_the_plan_is_written_and_decodes(artifact, text, tmp_path):
     assert body == json.loads((artifact / "plan.json").read_text())
     assert len(body["layers"]) == 2 and {layer["method"] for layer in body["layers"]} <= {"spectral", "full"}
     assert body["predicted"]["bytes"] <= budget
-    assert set(body["measured"]["recall"]) == {"passkey@96"}
-    arguments = ("--prefix", 96, "--continuation", 20, "--windows", 3, *TEXT_ONLY)
+    assert set(body["measured"]["recall"]) == {"passkey@72"}
+    arguments = ("--prefix", 72, "--continuation", 20, "--windows", 3, *TEXT_ONLY)
     found = json.loads(run("evaluate", artifact, "--data", text, *arguments, "--method", "plan", "--json").stdout)
     full, planned = found["results"]
     assert planned["method"] == "plan" and planned["bytes_per_step"] < full["bytes_per_step"]
@@ -92,7 +92,7 @@ def test_quality_finds_the_fewest_bytes_that_keep_it(artifact, text):
         (("--data", "TEXT", "--method", "h2o"), "no plans for method 'h2o': choose among spectral, loki, clusterkv"),
         (("--data", "TEXT", "--bytes", 0.0001, *QUICK, *TEXT_ONLY), "the cheapest settings read"),
         (("--data", "TEXT", *QUICK, "--tasks", "passkey"), "let perplexity be among --tasks"),
-        (("--data", "TEXT", "--bytes", 2), "2 is not in the range"),
+        (("--data", "TEXT", "--bytes", 2), "2.0 is not in the range"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_the_plan(artifact, text, arguments, message):
