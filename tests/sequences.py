@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import coded
 import torch
 from torch import Tensor
 
@@ -21,9 +22,11 @@ TOLERANCES: dict[torch.dtype, dict[str, float]] = {
     # Logits are float32 whatever the cache's dtype.
     torch.float64: {"rtol": 1e-5, "atol": 1e-6},
     torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
+    torch.float16: {"rtol": 2e-3, "atol": 2e-3},
 }
 
 
+CODED = {"keep": 0.3, "tokens_per_cluster": 4, "sinks": 2, "window": 3, "recent": 2, "rank": 1.0}
 TAIL = {"tail": True, "tokens_per_cluster": 4, "sinks": 2, "window": 3}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
@@ -44,12 +47,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "loki-score-tail": ("loki", {"rank": 0.25, "keep": 0.3, "basis": "score", "select": "group", **TAIL}),
     "exact_topk-tail": ("exact_topk", {"keep": 0.3, **TAIL}),
     "quest-tail": ("quest", {"keep": 0.4, "page": 4, "select": "group", **TAIL}),
+    "spectral": ("spectral", CODED),
+    "spectral-two-level": ("spectral", {**CODED, "flat_below": 0, "refine": 0.5, "select": "head", "bits": 4}),
+    "spectral-no-tail": ("spectral", {**CODED, "tail": False, "basis": "pca", "flat_below": 20, "refine": 3}),
+    "spectral-offload": ("spectral", {**CODED, "flat_below": 20, "offload": "cpu", "cached": 5}),
     "sparq": ("sparq", {"rank": 0.25, "keep": 0.25}),
     "streaming": ("streaming", {"keep": 0.25, "sinks": 2}),
     "h2o": ("h2o", {"keep": 0.25}),
     "subgen": ("subgen", {"window": 6, "sinks": 2, "clusters": 5, "t": 2, "s": 7}),
 }
 """Every method, and every kind of store, with budgets that short rows feel."""
+CLUSTERED = [name for name, (_, settings) in VARIANTS.items() if "tokens_per_cluster" in settings]
+"""Those whose tokens are in clusters."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +185,10 @@ def decode(store: Store, rows: Sequence[Row], logits: Logits, steps: range | Non
 
 
 def make(method: str, geometry: Geometry, **settings: Any) -> Store:
-    """An empty store; loki on random maps that are orthonormal for "pca" and not for "score"."""
+    """An empty store; loki on random maps that are orthonormal for "pca" and not for "score", spectral on random
+    moments."""
+    if method == "spectral":
+        return METHODS[method](**settings).build(0, geometry.dim, coded.artifact(geometry.dim, geometry.kv_heads))()
     if method != "loki":
         return METHODS[method](**settings).build(0, geometry.dim, None)()
     loki = Loki(**settings)

@@ -20,9 +20,9 @@ from ..planned import chosen
 from ..settings import builders, describe, name_of, plan
 from ..sharing import SharingMap
 from ..stores import Method, Store
-from ..stores.clusterkv import ClusterKVStore
 from ..stores.full import Full
 from ..stores.row_store import RowStore
+from ..stores.sorted_by_cluster import SortedStore
 from .attachment import attach
 from .layer import Call, CompressedLayer, Observer, full_attention_layers, restore_stock, stock_state
 from .reading import ReadingLayer
@@ -72,7 +72,7 @@ class Recipe:
                 raise KvcalError(
                     f"layers {', '.join(map(str, group))} share keys and values, and {name_of(methods[group[0]])} "
                     "forgets tokens that the others still want: take a method that keeps every token (full, loki, "
-                    "exact_topk, quest, sparq, clusterkv)"
+                    "exact_topk, quest, sparq, clusterkv, spectral)"
                 )
         return cls(methods, made, artifact, total, groups, sharing.identity if sharing else None)
 
@@ -137,7 +137,7 @@ class CompressedCache(DynamicCache):
 
     def device_hits(self) -> tuple[int, int]:
         """Of an offloaded cache: (tokens read that lay on the device already, tokens read), of all heads and steps."""
-        found = [store.device_cache for store in set(self.stores.values()) if isinstance(store, ClusterKVStore)]
+        found = [store.device_cache for store in set(self.stores.values()) if isinstance(store, SortedStore)]
         hits = sum(cache.hits for cache in found if cache)
         return hits, hits + sum(cache.misses for cache in found if cache)
 

@@ -2,12 +2,14 @@
 
     q·k ≈ q·μ + (A q)·(s · code),    s · code ≈ B (k − μ)
 
-with μ the mean key of the calibration text and A, B the two maps of a basis. Each dimension of B is divided by the
+with μ the mean key of the calibration text (after the rotary embedding, as all moments here) and A, B the two maps of a
+basis. Each dimension of B is divided by the
 standard deviation of the keys there, and that of A multiplied by it, so that all dimensions of a code use its few
-levels alike; of a token's dimensions the largest sets the scale s, times `clip`.
+levels alike; of a token's dimensions the largest sets the scale s, times `clip`. Deviations below a thousandth of the
+KV head's largest count as that: what is divided there would be rounding errors.
 
-What the basis leaves out has, over queries and keys of the calibration text, the variance σ² = tr(Fᵀ Σq F Σk) with
-F = 1 − Aᵀ B. It averages out in a choice, but where exponentials are summed it lifts their mean by e^{σ²/2}, which is
+What the basis leaves out has, over queries and keys of the calibration text, the variance σ² = tr(Fᵀ Mq F Σk) with
+F = 1 − Aᵀ B, Mq = E[q qᵀ] and Σk the covariance of the keys. It averages out in a choice, but where exponentials are summed it lifts their mean by e^{σ²/2}, which is
 what a normal distribution would do: logits get σ²/2 added.
 """
 
@@ -25,6 +27,8 @@ from .basis import Basis
 BITS = (2, 4, 8)
 CLIP = {2: 0.8, 4: 1.0, 8: 1.0}
 """Shares of the largest magnitude that lost least on the demo model (two bits: 0.7 and 0.9 lose 4 % more)."""
+LEAST_SPREAD = 1e-3
+"""Of a dimension, as a share of the largest."""
 STEP = 16
 """Ranks are multiples of it: what one tile of the kernels takes."""
 
@@ -50,7 +54,7 @@ class CodedBasis:
         cls, artifact: Artifact, layer: int, rank: Amount | str, bits: int, clip: float | None, stage: str, basis: str
     ) -> CodedBasis:
         """Raises KvcalError: bits, clip or rank that mean nothing here."""
-        if bits not in BITS:
+        if type(bits) is not int or bits not in BITS:
             raise KvcalError(f"bits {bits!r}: give 2, 4 or 8")
         if clip is not None:
             check_number("clip", clip, 0.01, 1.0, "a share of the largest magnitude")
@@ -69,6 +73,7 @@ class CodedBasis:
         missed = torch.eye(width, dtype=torch.float64) - query_map.mT @ key_map
         variance = torch.einsum("hij,hik,hkl,hlj->h", missed, second_moment, missed, keys["covariance"])
         spread = (key_map @ keys["covariance"] * key_map).sum(-1, keepdim=True).clamp_min(0).sqrt()
+        spread = spread.clamp_min(LEAST_SPREAD * spread.amax(1, keepdim=True))
         spread = torch.where(spread > 0, spread, 1.0)
         parts = (query_map * spread, key_map / spread, keys["mean"], variance)
         return cls(*(part.float() for part in parts), bits, CLIP[bits] if clip is None else clip)
@@ -113,7 +118,7 @@ class CodedBasis:
 
     def nbytes(self, like: Tensor) -> int:
         """Read once per step for the query and the new key."""
-        return sum(part.nbytes for part in self.parts(like))
+        return sum(part.nbytes for part in self.parts(like)) + self._variance[torch.device("cpu")].nbytes
 
 
 def coded_rank(rank: Amount | str, dims: int, width: int, bits: int) -> int:
@@ -127,5 +132,7 @@ def coded_rank(rank: Amount | str, dims: int, width: int, bits: int) -> int:
         raise KvcalError(f"rank {rank}: codes take a multiple of {step}, e.g. {max(step, dims // step * step)}")
     dims = min(width, -(-dims // step) * step)
     if dims % max(1, 8 // bits):
-        raise KvcalError(f"a head dim of {width}: codes of {bits} bits take a multiple of {8 // bits}")
+        raise KvcalError(
+            f"a head dim of {width}: codes of {bits} bits take a multiple of {8 // bits}: give a smaller rank, or bits=8"
+        )
     return dims

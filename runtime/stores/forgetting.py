@@ -78,7 +78,7 @@ class ForgettingStore(Store):
         if self._changed():
             raise KvcalError(
                 f"{self.name} cannot take back the last {tokens} tokens, which changed what it holds: crop works for "
-                "methods that keep all tokens (full, loki, exact_topk, quest, sparq, clusterkv), and for guesses of "
+                "methods that keep all tokens (full, loki, exact_topk, quest, sparq, clusterkv, spectral), and for guesses of "
                 "assisted decoding"
             )
         self._retreat(tokens)

@@ -13,7 +13,7 @@ A step reads
 
 Rows shorter than `flat_below` have all codes read, and those of no cluster. Tokens lie sorted by cluster, so what is
 refined is read in runs. New tokens have their code at once and their cluster when their window closes; until then the
-open window is one more cluster, whose mean value is kept up to date.
+open window is one more cluster, whose mean value is kept up to date. A row without clusters is read whole.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from .tail import Remainder, Tail
 
 MEAN_KEY_BITS, MEAN_VALUE_BITS = 4, 8
 """Of clusters: fewer cost accuracy, more gain none (docs/results/spectral.md)."""
+OPEN = "open.value"
+"""Sum of the values in each row's open window."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Spectral(Sorted):
     flat_below: int = 8192
     """Rows of fewer tokens have all codes read, and no cluster's."""
     recent: int = 16
-    """Last tokens that are always read exactly, but half of `keep` at most."""
+    """Last tokens that are always read exactly; with the sinks, half of `keep` at most."""
     stage: str = "post"
     basis: str = "score"
 
@@ -126,12 +128,19 @@ class SpectralStore(SortedStore):
 
     def append(self, key: Tensor, value: Tensor, valid: Tensor | None = None) -> None:
         super().append(key, value, valid)
-        if "open.value" not in self.totals:
-            self.totals["open.value"] = value.new_zeros(*value.shape[:2], value.shape[3], dtype=torch.float32)
+        if OPEN not in self.totals:
+            self.totals[OPEN] = self._sum_of_open()
+            return
         came = [True] * len(self.lengths) if valid is None else valid[:, 0].tolist()
         joins = [at and length > self.selection.sinks for at, length in zip(came, self.lengths, strict=True)]
         mask = torch.tensor(joins, device=value.device).view(-1, 1, 1)
-        self.totals["open.value"] += value[:, :, 0].float().masked_fill(~mask, 0)
+        self.totals[OPEN] = self.totals[OPEN] + value[:, :, 0].float().masked_fill(~mask, 0)
+
+    def _sum_of_open(self) -> Tensor:
+        """[B, Hkv, Dv] float32, of the values in the open windows."""
+        slots = [range(begin, length) for begin, length in zip(self._open_begin(), self.lengths, strict=True)]
+        index, held = slot_index(slots, self._device)
+        return take(self.rows["value"].view, index).float().masked_fill(~held.unsqueeze(-1), 0).sum(2)
 
     def _extended(self, key: Tensor, value: Tensor, places: Places) -> None:
         super()._extended(key, value, places)
@@ -140,25 +149,20 @@ class SpectralStore(SortedStore):
 
     def _close(self, clusters: Clusters, slots: list[range]) -> None:
         super()._close(clusters, slots)
-        if "open.value" in self.totals:
-            closed = torch.tensor([bool(part) for part in slots], device=self._device).view(-1, 1, 1)
-            self.totals["open.value"].masked_fill_(closed, 0)
+        self.totals.pop(OPEN, None)  # the next token sums up anew
 
     def _forget(self) -> None:
         super()._forget()
-        slots = [range(begin, length) for begin, length in zip(self._open_begin(), self.lengths, strict=True)]
-        if "open.value" in self.totals:
-            index, held = slot_index(slots, self._device)
-            values = take(self.rows["value"].view, index).float()
-            self.totals["open.value"] = values.masked_fill(~held.unsqueeze(-1), 0).sum(2)
+        self.totals.pop(OPEN, None)
 
     def _left(self) -> list[int]:
         """Tokens of each row that the choice is among; all of a row that is read whole."""
         of = self.selection
         left = []
-        for recent, length in zip(self._recent_begin(), self.lengths, strict=True):
+        for recent, length, count in zip(self._recent_begin(), self.lengths, self.clusters.counts, strict=True):
             budget = of.of(length)
-            left.append(length if budget == length else max(0, budget - min(of.sinks, length) - (length - recent)))
+            whole = budget == length or not count  # without clusters as it would be alone
+            left.append(length if whole else max(0, budget - min(of.sinks, length) - (length - recent)))
         return left
 
     def _recent_begin(self) -> list[int]:
@@ -189,8 +193,9 @@ class SpectralStore(SortedStore):
 
     def _refine(self, query: Tensor, logits: Logits) -> tuple[Chosen, Tensor | None]:
         """Clustered tokens whose codes are read, and the clusters' logits where a row has others."""
-        of, sizes, there = self.selection, self.clusters.sizes, self.clusters.there(query.device).unsqueeze(2)
+        of, sizes = self.selection, self.clusters.sizes
         self._read += sizes.nbytes
+        there = (self.clusters.there(query.device) & (sizes > 0)).unsqueeze(2)
         clustered = [max(0, done - min(of.sinks, done)) for done in self.clusters.upto]
         room = [
             held if length < of.flat_below else min(held, max(count_of(of.refine, held), left))
@@ -213,7 +218,8 @@ class SpectralStore(SortedStore):
         found = self._candidates
         left = [min(budget, scores.shape[-1]) for budget in self._left()]
         taken = best(scores, left)
-        counted = found.counted.gather(-1, taken.index)
+        shape = (*taken.index.shape[:3], -1)
+        counted = found.counted.expand(shape).gather(-1, taken.index)
         self._taken = Chosen(taken.index, counted if taken.counted is None else counted & taken.counted)
         always = [
             [*range(min(self.selection.sinks, length)), *range(recent, length)]
@@ -221,15 +227,15 @@ class SpectralStore(SortedStore):
         ]
         most = max(map(len, always))
         padded = torch.tensor([[*row, *[-1] * (most - len(row))] for row in always], device=scores.device)
-        padded = padded[:, None, None].expand(*taken.index.shape[:3], -1)
-        slots = found.slots.gather(-1, taken.index)
+        padded = padded[:, None, None].expand(shape)
+        slots = found.slots.expand(shape).gather(-1, taken.index)
         return Chosen(torch.cat((padded.clamp_min(0), slots), -1), torch.cat((padded >= 0, self._taken.counted), -1))
 
     def _rest(self, query: Tensor, logits: Logits, own: Tensor, chosen: Chosen) -> Remainder | None:
         if not self.selection.tail:
             return None
         values, scales = self.rows["cluster.value"].view, self.rows["cluster.value_scale"].view
-        opened, sizes = self.totals["open.value"], self.clusters.sizes
+        opened, sizes = self.totals[OPEN], self.clusters.sizes
         self._read += values.nbytes + scales.nbytes + opened.nbytes
         found, clusters = self._candidates, sizes.shape[-1]
         there = self.clusters.there(query.device)

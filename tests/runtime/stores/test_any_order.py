@@ -7,14 +7,13 @@ import random
 
 import pytest
 import torch
-from sequences import TOLERANCES, VARIANTS, Geometry, make
+from sequences import CLUSTERED, TOLERANCES, VARIANTS, Geometry, make
 from torch import Tensor
 
 from kvcal.runtime.attention import Logits
 from kvcal.runtime.stores import METHODS, Store
 
 GEOMETRY, LOGITS = Geometry(8, 4, 2, 2), Logits(0.35)
-CLUSTERED = [name for name in VARIANTS if "tail" in name or "clusterkv" in name]
 FORGETTING = [name for name, (method, _) in VARIANTS.items() if method in ("streaming", "h2o", "subgen")]
 
 Position = tuple[bool, bool, list[Tensor]]

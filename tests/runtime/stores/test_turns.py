@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle_heads import heads_at
-from sequences import TOLERANCES, VARIANTS, Geometry, Row, alone, assert_steps, decode, draw, make, prefill
+from sequences import CLUSTERED, TOLERANCES, VARIANTS, Geometry, Row, alone, assert_steps, decode, draw, make, prefill
 
 from kvcal.runtime.attention import Logits
 
@@ -29,7 +29,7 @@ def test_turns_are_one_prompt_where_everything_is_kept(name: str) -> None:
     assert_steps(decode(store, [resumed], LOGITS)[0], alone(method, GEOMETRY, resumed, LOGITS, **settings))
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if "tail" in name or "clusterkv" in name])
+@pytest.mark.parametrize("name", CLUSTERED)
 def test_a_turn_is_dense_whatever_was_clustered(name: str) -> None:
     """Three windows of decoded tokens were; rows lie in another order then."""
     method, settings = VARIANTS[name]

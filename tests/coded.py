@@ -1,0 +1,48 @@
+"""An artifact for methods that code keys: random moments of queries and keys, and the bases that are made of them."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import samples
+import torch
+from torch import Tensor
+
+from kvcal.artifacts import Artifact, Stage
+from kvcal.calibrate.moments import Moments
+from kvcal.calibrate.pca import fit_pca, spectrum
+from kvcal.calibrate.score_basis import fit_score_basis
+
+COUNT = 1000
+
+
+@functools.cache
+def artifact(dim: int, kv_heads: int) -> Artifact:
+    """One layer. Keys have a mean and a falling spectrum, queries another; before and after rotation they differ."""
+    generator = torch.Generator().manual_seed(dim + kv_heads)
+    moments: dict[str, Tensor] = {}
+    pca: dict[str, Tensor] = {}
+    score: dict[str, Tensor] = {}
+    for stage in ("pre", "post"):
+        keys, queries = (_moments(generator, kv_heads, dim, size) for size in (1.0, 1.5))
+        for name, of in (("key", keys), ("query", queries)):
+            moments[f"layers.0.{name}_{stage}.mean"] = of.mean
+            moments[f"layers.0.{name}_{stage}.covariance"] = of.covariance
+        prefix, fitted = f"layers.0.key_{stage}", fit_pca(keys)
+        pca[f"{prefix}.mean"], pca[f"{prefix}.components"] = fitted.mean.float(), fitted.components.float()
+        for suffix, centred in (("eigenvalues", True), ("eigenvalues_uncentred", False)):
+            pca[f"{prefix}.{suffix}"] = spectrum(keys, centred=centred)
+        best = fit_score_basis(queries, keys)
+        score[f"layers.0.{stage}.query_map"] = best.query_map.float()
+        score[f"layers.0.{stage}.key_map"] = best.key_map.float()
+        score[f"layers.0.{stage}.singular_values"] = best.singular_values
+    stages = {"moments": Stage(moments), "pca": Stage(pca), "score": Stage(score)}
+    return replace(samples.artifact(layers=1, head_dim=dim), stages=stages)
+
+
+def _moments(generator: torch.Generator, heads: int, dim: int, size: float) -> Moments:
+    axes = torch.linalg.qr(torch.randn(heads, dim, dim, generator=generator, dtype=torch.float64)).Q
+    spread = size * torch.linspace(1.5, 0.3, dim, dtype=torch.float64)
+    mean = 0.4 * torch.randn(heads, dim, generator=generator, dtype=torch.float64)
+    return Moments(COUNT, mean, axes @ torch.diag(spread**2) @ axes.mT)
