@@ -20,6 +20,7 @@ from kvcal.calibrate.one_pass import calibrate
 from kvcal.runtime import CompressedCache
 
 CLUSTERS = {"tokens_per_cluster": 4, "sinks": 2, "window": 4}
+LEVELS = {"flat_below": 30, "refine": 0.4}
 SMALL: dict[str, dict[str, Any]] = {
     "full": {},
     "loki": {"rank": 0.5, "keep": 0.25},
@@ -31,6 +32,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "subgen": {"window": 6, "sinks": 2, "clusters": 5, "t": 2, "s": 7},
     "clusterkv": {"keep": 0.3, **CLUSTERS},
     "clusterkv-tail": {"method": "clusterkv", "keep": 0.3, "tail": True, "offload": "cpu", "cached": 7, **CLUSTERS},
+    "spectral": {"rank": 1.0, "bits": 4, "keep": 0.3, "basis": "pca", "recent": 2, **LEVELS, **CLUSTERS},
     "loki-tail": {"method": "loki", "rank": 0.5, "keep": 0.3, "tail": True, **CLUSTERS},
     "quest-tail": {"method": "quest", "page": 4, "keep": 0.3, "tail": True, "select": "group", **CLUSTERS},
 }

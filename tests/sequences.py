@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,13 +189,19 @@ def make(method: str, geometry: Geometry, **settings: Any) -> Store:
     """An empty store; loki on random maps that are orthonormal for "pca" and not for "score", spectral on random
     moments."""
     if method == "spectral":
-        return METHODS[method](**settings).build(0, geometry.dim, coded.artifact(geometry.dim, geometry.kv_heads))()
+        return _spectral(geometry, tuple(sorted(settings.items())))()
     if method != "loki":
         return METHODS[method](**settings).build(0, geometry.dim, None)()
     loki = Loki(**settings)
     assert not isinstance(loki.rank, str)
     rank = loki.rank if isinstance(loki.rank, int) else math.ceil(loki.rank * geometry.dim)
     return LokiStore(loki, Basis(*maps(geometry, loki.basis, rank), rank))
+
+
+@functools.cache
+def _spectral(geometry: Geometry, settings: tuple[tuple[str, Any], ...]) -> Callable[[], Store]:
+    artifact = coded.artifact(geometry.dim, geometry.kv_heads)
+    return METHODS["spectral"](**dict(settings)).build(0, geometry.dim, artifact)
 
 
 def maps(geometry: Geometry, basis: str, rank: int) -> tuple[Tensor, Tensor]:

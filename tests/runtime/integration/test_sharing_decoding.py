@@ -195,13 +195,21 @@ def test_a_saved_cache_of_another_sharing_is_refused(tmp_path):
 def test_resident_bytes_are_those_of_the_storing_layers(form, text, layers, part):
     of, found = several("llama", num_hidden_layers=layers), artifact()
     # More layers than the artifact was fitted on: it is as good as any where only bytes are counted.
-    pca = {
-        f"layers.{layer}.key_post.{name}": found.tensor("pca", layer % 3, f"key_post.{name}")
-        for layer in range(layers)
-        for name in ("components", "eigenvalues")
+    fitted = {
+        stage: Stage(
+            {
+                f"layers.{layer}.{name}": found.tensor(stage, layer % 3, name)
+                for layer in range(layers)
+                for name in names
+            }
+        )
+        for stage, names in {
+            "pca": ("key_post.components", "key_post.eigenvalues"),
+            "moments": [f"{side}_post.{part}" for side in ("key", "query") for part in ("mean", "covariance")],
+        }.items()
     }
     identity = replace(found.model, fingerprint=fingerprint(of.config))
-    found = replace(found, model=identity, layers=found.layers * 2, stages={"pca": Stage(pca)})
+    found = replace(found, model=identity, layers=found.layers * 2, stages=fitted)
     ids, resident, read = random_ids(40), [], []
     for groups in (",".join(map(str, range(layers))), text):
         with shared(of, SharingMap.parse(groups)):

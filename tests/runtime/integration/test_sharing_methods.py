@@ -13,6 +13,7 @@ from kvcal.artifacts import KvcalError, Stage
 from kvcal.calibrate.blocks import TokenBlocks
 from kvcal.calibrate.one_pass import calibrate
 from kvcal.runtime import CompressedCache, SharingMap, compress, shared, sharing_of
+from kvcal.runtime.stores.codes import CodedBasis
 
 GROUPS = SharingMap.parse("0-1,2")
 PREFIX = 24
@@ -110,6 +111,20 @@ def test_each_reading_layer_selects_with_its_own_queries_in_the_refit_basis(trai
     assert (found - others).abs().max() > 1e-3  # what is told apart
 
 
+def test_spectral_codes_the_keys_as_shared(trained, of_shared):
+    """Mean and deviations are those of a calibration of the shared model, not of the calibrated one."""
+    _, cache = decoded(trained, "cla+spectral", **SMALL["spectral"])
+    like = torch.empty(0)
+    for layer in GROUPS.storing:
+        found = cache.stores[layer].basis.parts(like)
+        expected, stale = (
+            CodedBasis.load(of, layer, 16, 4, None, "post", "pca").parts(like) for of in (of_shared, trained)
+        )
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
+        assert (found[2] - stale[2]).abs().max() > 1e-2
+
+
 def test_what_keeps_all_equals_cla(trained, weights):
     expected, cache = decoded(trained, "cla")
     with shared(model(), GROUPS, weights=weights), torch.no_grad():
@@ -119,6 +134,7 @@ def test_what_keeps_all_equals_cla(trained, weights):
         ("cla+loki", {"keep": 1.0}),
         ("cla+clusterkv", {"keep": 1.0, **{k: SMALL["clusterkv"][k] for k in ("tokens_per_cluster", "window")}}),
         ("cla+exact_topk", {"keep": 1.0}),
+        ("cla+spectral", {"keep": 1.0, "basis": "pca", "tokens_per_cluster": 4}),
     ):
         found, of = decoded(trained, method, **settings)
         torch.testing.assert_close(found, expected, **CLOSE)
@@ -144,15 +160,16 @@ def test_untrained_projections_and_other_groups(trained):
 
 
 @pytest.mark.parametrize("settings", [{"uptrained": False}, {"groups": "0,1-2"}])
-def test_loki_without_a_basis_of_the_shared_keys_is_refused(trained, settings):
+@pytest.mark.parametrize("method", ["loki", "spectral"])
+def test_no_basis_of_the_shared_keys_is_refused(trained, method, settings):
     before = inventory(model())
-    message = r"loki needs a basis of the keys as shared in layer 0: make it with `calibrate share ARTIFACT"
-    with pytest.raises(KvcalError, match=message), compress(model(), trained, "cla+loki", **settings):
+    message = rf"{method} needs a basis of the keys as shared in layer 0: make it with `calibrate share ARTIFACT"
+    with pytest.raises(KvcalError, match=message), compress(model(), trained, f"cla+{method}", basis="pca", **settings):
         pass
     assert inventory(model()) == before and sharing_of(model()) is None
 
 
-@pytest.mark.parametrize("method", ["loki", "clusterkv"])
+@pytest.mark.parametrize("method", ["loki", "clusterkv", "spectral"])
 def test_where_no_two_layers_share_the_artifacts_own_fits_are_used(trained, method):
     for of in (trained, artifact()):
         expected, _ = decoded(of, method, **SMALL[method])
