@@ -153,7 +153,7 @@ def with_bases(artifact: Artifact, bases: Mapping[str, Tensor]) -> Artifact:
 
 def _moments(bases: Mapping[str, Tensor], centred: bool) -> dict[str, Tensor]:
     """Mean and covariance of the keys, by the names of the stage `moments`."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for prefix in {name.rpartition(".")[0] for name in bases if name.endswith(".mean")}:
         mean, components = (bases[f"{prefix}.{part}"].double() for part in ("mean", "components"))
         spectrum = bases[f"{prefix}.eigenvalues" if centred else f"{prefix}.eigenvalues_uncentred"].double()

@@ -146,7 +146,9 @@ def attend(heads: list[Head], settings: Spectral, held: Held, coding: Coding) ->
         logits, values = head.logit(head.key[read] @ head.query).tolist(), list(head.value[read])
         if settings.tail:
             unread = of_token.keys() - set(chosen.tolist())
-            groups = [(members.tolist(), float(coarse[number][which])) for which, members in enumerate(held.found.members)]
+            groups = [
+                (members.tolist(), float(coarse[number][which])) for which, members in enumerate(held.found.members)
+            ]
             for which, (members, of_mean) in enumerate([*groups, (window, math.nan)]):
                 mass = sum(math.exp(of_token[token]) for token in members if token in unread)
                 if which < len(groups):
@@ -175,9 +177,7 @@ def expected(rows: Sequence[Row], logits: Logits, store: SpectralStore, artifact
     return steps
 
 
-def decode_checked(
-    store: SpectralStore, rows: Sequence[Row], logits: Logits, artifact: Artifact, steps: range
-) -> None:
+def decode_checked(store: SpectralStore, rows: Sequence[Row], logits: Logits, artifact: Artifact, steps: range) -> None:
     """Decode; every step of every row equals its formula."""
     double = [row.double() for row in rows]
     for step in steps:

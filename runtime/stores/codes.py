@@ -9,8 +9,8 @@ levels alike; of a token's dimensions the largest sets the scale s, times `clip`
 KV head's largest count as that: what is divided there would be rounding errors.
 
 What the basis leaves out has, over queries and keys of the calibration text, the variance σ² = tr(Fᵀ Mq F Σk) with
-F = 1 − Aᵀ B, Mq = E[q qᵀ] and Σk the covariance of the keys. It averages out in a choice, but where exponentials are summed it lifts their mean by e^{σ²/2}, which is
-what a normal distribution would do: logits get σ²/2 added.
+F = 1 − Aᵀ B, Mq = E[q qᵀ] and Σk the covariance of the keys. It averages out in a choice, but where exponentials are
+summed it lifts their mean by e^{σ²/2}, which is what a normal distribution would do: logits get σ²/2 added.
 """
 
 from __future__ import annotations
@@ -75,8 +75,9 @@ class CodedBasis:
         spread = (key_map @ keys["covariance"] * key_map).sum(-1, keepdim=True).clamp_min(0).sqrt()
         spread = spread.clamp_min(LEAST_SPREAD * spread.amax(1, keepdim=True))
         spread = torch.where(spread > 0, spread, 1.0)
-        parts = (query_map * spread, key_map / spread, keys["mean"], variance)
-        return cls(*(part.float() for part in parts), bits, CLIP[bits] if clip is None else clip)
+        whitened = (query_map * spread).float(), (key_map / spread).float()
+        clip = CLIP[bits] if clip is None else clip
+        return cls(*whitened, keys["mean"].float(), variance.float(), bits, clip)
 
     def parts(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(query map, key map, mean key, what the key map makes of it) on the device and in the dtype of `like`."""
@@ -133,6 +134,7 @@ def coded_rank(rank: Amount | str, dims: int, width: int, bits: int) -> int:
     dims = min(width, -(-dims // step) * step)
     if dims % max(1, 8 // bits):
         raise KvcalError(
-            f"a head dim of {width}: codes of {bits} bits take a multiple of {8 // bits}: give a smaller rank, or bits=8"
+            f"a head dim of {width}: codes of {bits} bits take a multiple of {8 // bits}: give a smaller rank, "
+            "or bits=8"
         )
     return dims

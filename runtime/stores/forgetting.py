@@ -78,8 +78,8 @@ class ForgettingStore(Store):
         if self._changed():
             raise KvcalError(
                 f"{self.name} cannot take back the last {tokens} tokens, which changed what it holds: crop works for "
-                "methods that keep all tokens (full, loki, exact_topk, quest, sparq, clusterkv, spectral), and for guesses of "
-                "assisted decoding"
+                "methods that keep all tokens (full, loki, exact_topk, quest, sparq, clusterkv, spectral), and for "
+                "guesses of assisted decoding"
             )
         self._retreat(tokens)
         self._reset_books()

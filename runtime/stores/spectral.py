@@ -105,8 +105,9 @@ class SpectralStore(SortedStore):
     selection: Spectral
     beside = ("position", "code", "scale")
     _candidates: Candidates
-    """Of the step that is under way, and which of them are read: indices [B, Hkv, G or 1, k], and which count."""
-    _taken: Chosen
+    """Of the step that is under way."""
+    _taken: tuple[Tensor, Tensor]
+    """Which of them are read: indices [B, Hkv, G or 1, k], and which count."""
 
     def __init__(self, settings: Spectral, basis: CodedBasis, start: Tensor | None):
         self.basis = basis
@@ -184,6 +185,7 @@ class SpectralStore(SortedStore):
         index, held = slot_index(slots, query.device)
         shape = (*recalled.index.shape[:3], -1)
         index = torch.cat((recalled.index, index.unsqueeze(1).expand(shape)), -1)
+        assert recalled.counted is not None
         counted = torch.cat((recalled.counted, held.unsqueeze(1).expand(shape)), -1)
         codes, scales = (self._at(name, index) for name in ("code", "scale"))
         self._read += codes.nbytes + scales.nbytes + self.basis.nbytes(query)
@@ -220,7 +222,8 @@ class SpectralStore(SortedStore):
         taken = best(scores, left)
         shape = (*taken.index.shape[:3], -1)
         counted = found.counted.expand(shape).gather(-1, taken.index)
-        self._taken = Chosen(taken.index, counted if taken.counted is None else counted & taken.counted)
+        counted = counted if taken.counted is None else counted & taken.counted
+        self._taken = taken.index, counted
         always = [
             [*range(min(self.selection.sinks, length)), *range(recent, length)]
             for recent, length in zip(self._recent_begin(), self.lengths, strict=True)
@@ -229,7 +232,7 @@ class SpectralStore(SortedStore):
         padded = torch.tensor([[*row, *[-1] * (most - len(row))] for row in always], device=scores.device)
         padded = padded[:, None, None].expand(shape)
         slots = found.slots.expand(shape).gather(-1, taken.index)
-        return Chosen(torch.cat((padded.clamp_min(0), slots), -1), torch.cat((padded >= 0, self._taken.counted), -1))
+        return Chosen(torch.cat((padded.clamp_min(0), slots), -1), torch.cat((padded >= 0, counted), -1))
 
     def _rest(self, query: Tensor, logits: Logits, own: Tensor, chosen: Chosen) -> Remainder | None:
         if not self.selection.tail:
@@ -241,8 +244,9 @@ class SpectralStore(SortedStore):
         there = self.clusters.there(query.device)
         ends = (sizes * there).long().cumsum(-1) + self.selection.sinks
         owner = torch.searchsorted(ends, found.slots.flatten(2), right=True).view_as(found.slots)  # C: the open window
-        taken = self._taken.index.expand(*own.shape[:3], -1)
-        gone = torch.zeros(taken.shape, device=own.device).masked_fill(self._taken.counted, -torch.inf)
+        index, counted = self._taken
+        taken = index.expand(*own.shape[:3], -1)
+        gone = torch.zeros(taken.shape, device=own.device).masked_fill(counted, -torch.inf)
         unread = own.scatter_add(-1, taken, gone)
         highest = unread.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
         mass = own.new_zeros(*own.shape[:3], clusters + 1)

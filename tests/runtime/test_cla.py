@@ -130,7 +130,10 @@ def test_methods_see_the_moments_of_the_shared_keys(centred):
     moments, own = fitter.finalize(), replace(artifact(TRAINED), settings={"centred": centred})
     pca, prefix = fit_pca(moments, centred=centred), "layers.0.key_post"
     bases = {f"{prefix}.mean": pca.mean.float(), f"{prefix}.components": pca.components.float()}
-    bases |= {f"{prefix}.eigenvalues": spectrum(moments), f"{prefix}.eigenvalues_uncentred": spectrum(moments, centred=False)}
+    bases |= {
+        f"{prefix}.eigenvalues": spectrum(moments),
+        f"{prefix}.eigenvalues_uncentred": spectrum(moments, centred=False),
+    }
     view = with_bases(own, bases)
     covariance = (samples_of - samples_of.mean(1, True)).mT @ (samples_of - samples_of.mean(1, True)) / 900
     torch.testing.assert_close(view.tensor("moments", 0, "key_post.mean"), samples_of.mean(1), rtol=1e-6, atol=1e-6)

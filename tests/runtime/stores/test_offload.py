@@ -11,10 +11,12 @@ from sequences import Geometry, Row, append, assert_steps, decode, draw, fork, m
 from kvcal.runtime.attention import Logits
 from kvcal.runtime.stores.clusterkv import ClusterKVStore
 from kvcal.runtime.stores.offload import DeviceCache, HostRows
+from kvcal.runtime.stores.sorted_by_cluster import SortedStore
 
 GEOMETRY, LOGITS = Geometry(16, 8, 2, 3), Logits(0.25)
 D, DV, HKV = GEOMETRY.dim, GEOMETRY.value_dim, GEOMETRY.kv_heads
 SETTINGS: dict[str, Any] = {"keep": 20, "tokens_per_cluster": 4, "sinks": 3, "window": 5}
+SPECTRAL = {"method": "spectral", "rank": 1.0, "flat_below": 30}
 
 
 def on_host(tensor: torch.Tensor) -> HostRows:
@@ -23,17 +25,17 @@ def on_host(tensor: torch.Tensor) -> HostRows:
     return rows
 
 
-def pair(rows: list[Row], cached: int, **more: Any) -> tuple[ClusterKVStore, ClusterKVStore]:
+def pair(rows: list[Row], cached: int, method: str = "clusterkv", **more: Any) -> tuple[SortedStore, SortedStore]:
     """(with offload, without), the prompts taken in."""
     offload = {"offload": "cpu", "cached": cached}
-    stores = [make("clusterkv", GEOMETRY, **{**SETTINGS, **more, **which}) for which in (offload, {})]
+    stores = [make(method, GEOMETRY, **{**SETTINGS, **more, **which}) for which in (offload, {})]
     for store in stores:
-        assert isinstance(store, ClusterKVStore)
+        assert isinstance(store, SortedStore)
         prefill(store, rows, LOGITS)
     return stores[0], stores[1]  # type: ignore[return-value]
 
 
-def assert_same(one: ClusterKVStore, other: ClusterKVStore, rows: list[Row], steps: range) -> None:
+def assert_same(one: SortedStore, other: SortedStore, rows: list[Row], steps: range) -> None:
     for mine, theirs in zip(decode(one, rows, LOGITS, steps), decode(other, rows, LOGITS, steps), strict=True):
         for first, second in zip(mine, theirs, strict=True):
             assert torch.equal(first.output, second.output) and torch.equal(first.read, second.read)
@@ -41,7 +43,9 @@ def assert_same(one: ClusterKVStore, other: ClusterKVStore, rows: list[Row], ste
 
 
 @pytest.mark.parametrize("cached", [1, 8, 24, 64, 1000])
-@pytest.mark.parametrize("more", [{}, {"select": "head", "tail": True}, {"keep": 0.4, "dense_below": 30}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{}, {"select": "head", "tail": True}, {"keep": 0.4, "dense_below": 30}, SPECTRAL], ids=str
+)
 def test_equals_no_offload(cached: int, more: dict[str, Any]) -> None:
     """Ragged rows, windows that close, a step that reads more than is cached, steps that read all."""
     rows = draw(GEOMETRY, (1, 15, 63, 100), 14)
@@ -50,10 +54,11 @@ def test_equals_no_offload(cached: int, more: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("cached", [1, 12, 200])
-def test_after_rows_went_or_were_taken_back(cached: int) -> None:
+@pytest.mark.parametrize("more", [{}, SPECTRAL], ids=str)
+def test_after_rows_went_or_were_taken_back(cached: int, more: dict[str, Any]) -> None:
     """What the device holds may lie elsewhere by then, or be of another row."""
     rows = draw(GEOMETRY, (15, 63, 100), 24)
-    store, plain = pair(rows, cached)
+    store, plain = pair(rows, cached, **more)
     assert_same(store, plain, rows, range(7))
     forks = [fork(row, 4, seed) for seed, row in enumerate(rows)]
     for each in (store, plain):
@@ -65,7 +70,8 @@ def test_after_rows_went_or_were_taken_back(cached: int) -> None:
     assert_same(store, plain, kept, range(9, 15))
     turn = [torch.stack([row.tensors()[which][:, :6] for row in kept]) for which in range(3)]
     assert torch.equal(*(each.prefill(*turn, LOGITS) for each in (store, plain)))
-    restored = make("clusterkv", GEOMETRY, **SETTINGS, offload="cpu", cached=cached)
+    settings = {"method": "clusterkv", **SETTINGS, **more, "offload": "cpu", "cached": cached}
+    restored = make(settings.pop("method"), GEOMETRY, **settings)
     restored.restore({name: tensor.clone() for name, tensor in store.state().items()})
     for step in range(15, 24):
         outputs = [each.attend(append(each, kept, step), LOGITS) for each in (store, plain, restored)]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from oracle_spectral import decode_checked
 from oracles import full
-from sequences import Geometry, Row, append, assert_steps, decode, draw, fork, make, padded, prefill
+from sequences import Geometry, Row, assert_steps, decode, draw, fork, make, padded, prefill
 
 from kvcal.runtime.attention import Logits
 from kvcal.runtime.stores.spectral import SpectralStore
@@ -127,7 +127,12 @@ def test_a_row_that_pauses_goes_on_by_the_formula() -> None:
     for coming in (0, 0, 1, 0, 1, 1):
         at = [length - row.prompt for length, row in zip(store.lengths, rows, strict=True)]
         new = [
-            torch.stack([row.tensors()[of][:, row.prompt + step : row.prompt + step + 1] for row, step in zip(rows, at)])
+            torch.stack(
+                [
+                    row.tensors()[of][:, row.prompt + step : row.prompt + step + 1]
+                    for row, step in zip(rows, at, strict=True)
+                ]
+            )
             for of in (1, 2)
         ]
         new[0][1 - coming] = new[1][1 - coming] = torch.nan

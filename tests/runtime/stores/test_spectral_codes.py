@@ -83,7 +83,12 @@ def test_variance_is_that_of_what_the_basis_leaves_out(basis: str) -> None:
     for head in range(2):
         missed = torch.stack(
             [
-                torch.stack([q @ k - (query_map[head] @ q) @ (key_map[head] @ k - offset[head]) - q @ mean[head] for k in keys[head]])
+                torch.stack(
+                    [
+                        q @ k - (query_map[head] @ q) @ (key_map[head] @ k - offset[head]) - q @ mean[head]
+                        for k in keys[head]
+                    ]
+                )
                 for q in queries[head]
             ]
         )
@@ -110,7 +115,7 @@ def test_directions_without_keys_do_not_drown_the_others(dtype: torch.dtype) -> 
     keys[..., 20:] = 0
     keys, queries = (keys @ axes).float().double(), queries @ axes
     artifact = fitted_to(queries, keys)
-    components = axes.T.float().expand(2, -1, -1) if False else axes.float().expand(2, -1, -1)
+    components = axes.float().expand(2, -1, -1)
     pca = {**artifact.stages["pca"].tensors, "layers.0.key_post.components": components.contiguous()}
     artifact = replace(artifact, stages={**artifact.stages, "pca": Stage(pca)})
     basis = CodedBasis.load(artifact, 0, 32, 8, None, "post", "pca")
@@ -183,7 +188,7 @@ def test_refused(width: int, settings: dict[str, Any], message: str) -> None:
 
 
 def test_what_an_artifact_has_to_have() -> None:
-    with pytest.raises(KvcalError, match="^spectral needs an artifact: make one with `calibrate pca`[^\n]*$"):
+    with pytest.raises(KvcalError, match=r"^spectral needs an artifact: make one with `calibrate pca`[^\n]*$"):
         Spectral().build(0, 64, None)
     whole = samples.artifact(head_dim=16)
     for stage in ("score", "moments"):
