@@ -3,10 +3,10 @@
     q·k ≈ q·μ + (A q)·(s · code),    s · code ≈ B (k − μ)
 
 with μ the mean key of the calibration text (after the rotary embedding, as all moments here) and A, B the two maps of a
-basis. Each dimension of B is divided by the
-standard deviation of the keys there, and that of A multiplied by it, so that all dimensions of a code use its few
-levels alike; of a token's dimensions the largest sets the scale s, times `clip`. Deviations below a thousandth of the
-KV head's largest count as that: what is divided there would be rounding errors.
+basis. Each dimension of B is divided by the standard deviation of the keys there, and that of A multiplied by it, so
+that all dimensions of a code use its few levels alike; of a token's dimensions the largest sets the scale s, times
+`clip`. Deviations below a thousandth of the KV head's largest count as that: what is divided there would be rounding
+errors.
 
 What the basis leaves out has, over queries and keys of the calibration text, the variance σ² = tr(Fᵀ Mq F Σk) with
 F = 1 − Aᵀ B, Mq = E[q qᵀ] and Σk the covariance of the keys. It averages out in a choice, but where exponentials are
