@@ -10,7 +10,7 @@ import pytest
 import torch
 from oracle_spectral import decode_checked
 from oracles import full
-from sequences import Geometry, Row, assert_steps, decode, draw, fork, make, padded, prefill
+from sequences import Geometry, Row, append, assert_steps, decode, draw, fork, make, padded, prefill
 
 from kvcal.runtime.attention import Logits
 from kvcal.runtime.stores.spectral import SpectralStore
@@ -162,15 +162,26 @@ def test_keeps_to_its_budget(select: str, more: dict[str, Any]) -> None:
         assert step.read[:, :2].all() and step.read[:, -min(6, window) :].all()
 
 
-@pytest.mark.parametrize("more", [SPARSE, DEEP, {**DEEP, "refine": 1}], ids=name)
-def test_more_clusters_than_directions(more: dict[str, Any]) -> None:
-    """Some stay without tokens, and take no part."""
+@pytest.mark.parametrize("select", ["head", "group", "max"])
+def test_more_clusters_than_directions(select: str) -> None:
+    """Some stay without tokens, and take no part in a choice."""
     (row,) = draw(SMALL, [60], 3)
-    row = Row(row.query, row.key[:, :2].repeat(1, 32, 1)[:, :63], row.value, row.prompt)
-    store = built(SMALL, {"keep": 0.3, "rank": 1.0, **more})
+    length = 0.5 + torch.rand(2, 63, 1, generator=torch.Generator().manual_seed(1))
+    row = Row(row.query, row.key[:, :2].repeat(1, 32, 1)[:, :63] * length, row.value, row.prompt)
+    store = built(SMALL, {"keep": 0.3, "rank": 1.0, "select": select, **DEEP, "bits": 8})
     prefill(store, [row], PLAIN)
-    (steps,) = decode(store, [row], PLAIN)
+    checked(store, SMALL, [row], range(3))
     assert (store.clusters.sizes == 0).any()
-    for number, step in enumerate(steps):
-        assert step.read.sum(1).tolist() == [math.ceil(0.3 * (61 + number))] * SMALL.heads
-        assert torch.isfinite(step.output).all()
+
+
+def test_sum_of_the_open_window() -> None:
+    """Sinks are in none, nor is what has a cluster."""
+    store, rows = built(SMALL, {"keep": 0.3, "rank": 1.0, **SPARSE, "sinks": 5}), draw(SMALL, (1, 3, 40), 14)
+    prefill(store, rows, PLAIN)
+    for step in range(14):
+        append(store, rows, step)
+        for index, row in enumerate(rows):
+            tokens = row.prompt + step + 1
+            closed = (tokens - 1 - max(row.prompt, 5)) // 4 * 4 if tokens > 5 else 0
+            value = row.value[:, max(row.prompt, 5) + closed : tokens].sum(1) if tokens > 5 else torch.zeros(2, 8)
+            torch.testing.assert_close(store.totals["open.value"][index], value, rtol=1e-5, atol=1e-5)
