@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import coded
@@ -165,12 +164,14 @@ def test_keeps_to_its_budget(select: str, more: dict[str, Any]) -> None:
 @pytest.mark.parametrize("select", ["head", "group", "max"])
 def test_more_clusters_than_directions(select: str) -> None:
     """Some stay without tokens, and take no part in a choice."""
-    (row,) = draw(SMALL, [60], 3)
     length = 0.5 + torch.rand(2, 63, 1, generator=torch.Generator().manual_seed(1))
-    row = Row(row.query, row.key[:, :2].repeat(1, 32, 1)[:, :63] * length, row.value, row.prompt)
-    store = built(SMALL, {"keep": 0.3, "rank": 1.0, "select": select, **DEEP, "bits": 8})
-    prefill(store, [row], PLAIN)
-    checked(store, SMALL, [row], range(3))
+    rows = [
+        Row(row.query, row.key[:, :6].repeat(1, 11, 1)[:, :63] * length, row.value, row.prompt)
+        for row in draw(SMALL, [60] * 12, 3)
+    ]
+    store = built(SMALL, {"keep": 8, "rank": 1.0, "select": select, **DEEP, "bits": 8})
+    prefill(store, rows, PLAIN)
+    checked(store, SMALL, rows, range(3))
     assert (store.clusters.sizes == 0).any()
 
 
