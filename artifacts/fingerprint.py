@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -41,16 +41,20 @@ def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[t
 
 
 @torch.no_grad()
-def weights_sha256(model: nn.Module) -> str:
+def weights_sha256(model: nn.Module, whole: Callable[[str, Tensor], Tensor] | None = None) -> str:
     """sha256 over all parameters by name, as float32: a bf16 checkpoint has one hash loaded as bf16 or as float32.
 
     A dtype that rounds the checkpoint (float32 weights loaded as bf16) is other weights, and another hash.
+
+    Args:
+        whole: gives the whole of a parameter, by its name, where the model here holds a part of it or none.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {list(parameter.shape)}\n".encode())
+        weight: Tensor = whole(name, parameter) if whole is not None else parameter
         # In pieces: an embedding of a large model in float32 is several GB.
-        for piece in parameter.detach().flatten().split(1 << 24):
+        for piece in weight.detach().flatten().split(1 << 24):
             update_digest(digest, piece.to("cpu", torch.float32))
     return digest.hexdigest()
 

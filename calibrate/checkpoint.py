@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
+import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..artifacts import KvcalError, Layer
+from ..artifacts import KvcalError
 from ..artifacts.folder import save_tensors, write_atomically
 from .statistics import StatisticsFitter
+
+_COMMIT = re.compile(r"(?P<part>(?P<kind>[a-z]+)-\d+-of-(?P<size>\d+))\.(?P<done>\d+)\.json")
 
 
 def run_id(model: Mapping[str, Any], data: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
@@ -25,71 +28,83 @@ def run_id(model: Mapping[str, Any], data: Mapping[str, Any], settings: Mapping[
 
 
 class Checkpoint:
-    """A folder beside the artifact-to-be. `save` replaces the previous state in one step."""
+    """A folder beside the artifact-to-be, where each process of a run keeps its own part.
 
-    def __init__(self, folder: Path, run: str):
+    A state is two files, PART.DONE.safetensors and PART.DONE.json. The second is the commit: it appears whole, and
+    only after the first and the first's name are on the disk. What came before is deleted only then.
+    """
+
+    def __init__(self, folder: Path, run: str, kind: str = "blocks", rank: int = 0, size: int = 1):
         self.folder = folder
         self.run = run
+        self._shares = (kind, str(size))
+        self._part = f"{kind}-{rank}-of-{size}"
 
     @classmethod
-    def beside(cls, output: Path, run: str) -> Checkpoint:
+    def beside(cls, output: Path, run: str, kind: str = "blocks", rank: int = 0, size: int = 1) -> Checkpoint:
+        """Args: kind: what the processes of a run share out, "blocks" or "heads"."""
         output = output.absolute()  # "." has no name of its own
-        return cls(output.with_name(f"{output.name}.partial"), run)
+        return cls(output.with_name(f"{output.name}.partial"), run, kind, rank, size)
 
     def exists(self) -> bool:
-        return (self.folder / "state.json").is_file()
+        """Whether any process of any run left a state here."""
+        return any(self._commits())
 
-    def save(self, statistics: StatisticsFitter, blocks_done: int) -> None:
+    def newest(self) -> int:
+        """Batches done in this part's newest state; 0: there is none.
+
+        Raises:
+            KvcalError: the states here are of another number of processes, whose parts are others.
+        """
+        commits = self._commits()
+        for commit in commits:
+            if commit.group("kind", "size") != self._shares:
+                heads = " with --tp" if commit["kind"] == "heads" else ""
+                raise KvcalError(
+                    f"{self.folder}: interrupted run of {commit['size']} process(es){heads}, whose shares of the work "
+                    "were others: resume it as it was started, or remove the folder"
+                )
+        return max((int(commit["done"]) for commit in commits if commit["part"] == self._part), default=0)
+
+    def save(self, statistics: StatisticsFitter, done: int) -> None:
         """Raises KvcalError when the disk does not take it; the previous state is then still there."""
-        tensors = {"token": statistics.sample.token}
-        counts = {}
-        for (layer, quantity), fitter in statistics.moments.items():
-            tensors[f"{layer}.{quantity}.mean"] = fitter.mean
-            tensors[f"{layer}.{quantity}.scatter"] = fitter.scatter
-            counts[f"{layer}.{quantity}"] = fitter.count
-        for (layer, quantity), rows in statistics.rows.items():
-            tensors[f"{layer}.{quantity}.rows"] = rows.rows
-        state = {
-            "run": self.run,
-            "blocks_done": blocks_done,
-            "layers": [dataclasses.asdict(layer) for layer in statistics.layers.values()],
-            "counts": counts,
-            "tensors": f"state-{blocks_done}.safetensors",
-        }
+        numbers, tensors = statistics.state()
+        state = {"run": self.run, **numbers}
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_tensors(self.folder / state["tensors"], tensors)  # type: ignore[operator]
-            write_atomically(self.folder / "state.json", json.dumps(state).encode())
-            for old in self.folder.glob("state-*.safetensors"):
-                if old.name != state["tensors"]:
-                    old.unlink()
+            if not self.folder.is_dir():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                _sync(self.folder.parent)
+            save_tensors(self._file(done, "safetensors"), tensors)
+            _sync(self.folder)
+            write_atomically(self._file(done, "json"), json.dumps(state).encode())
+            _sync(self.folder)
         except (OSError, SafetensorError) as error:
             raise KvcalError(f"{self.folder}: checkpoint cannot be written ({error}): free some space there") from error
 
-    def load(self, statistics: StatisticsFitter) -> int:
-        """Restore `statistics` (empty, of the same settings); returns the number of blocks already done.
+    def drop_older(self, done: int) -> None:
+        """Delete this part's states but that of `done`, which all processes that need it have."""
+        kept = {self._file(done, kind) for kind in ("safetensors", "json")}
+        # Commits first: no state may name tensors that are gone.
+        for kind in ("json", "safetensors"):
+            for old in self.folder.glob(f"{self._part}.*.{kind}"):
+                if old not in kept:
+                    old.unlink(missing_ok=True)
+
+    def load(self, done: int, reservoir: int, seed: int) -> StatisticsFitter:
+        """The state after `done` batches of this part.
 
         Raises:
             KvcalError: the state is of another run, or damaged.
         """
         try:
-            state = json.loads((self.folder / "state.json").read_text())
+            state = json.loads(self._file(done, "json").read_text())
             if state["run"] != self.run:
                 raise KvcalError(
                     f"{self.folder}: interrupted run of another model, text or settings: "
                     "repeat its command with --resume, or remove the folder"
                 )
-            tensors = load_file(self.folder / state["tensors"])
-            statistics.sample.token = tensors["token"]
-            for fields in state["layers"]:
-                statistics.add_layer(Layer(**fields), tensors[f"{fields['index']}.value.rows"].dtype)
-            for (layer, quantity), fitter in statistics.moments.items():
-                fitter.count = state["counts"][f"{layer}.{quantity}"]
-                fitter.mean.copy_(tensors[f"{layer}.{quantity}.mean"])
-                fitter.scatter.copy_(tensors[f"{layer}.{quantity}.scatter"])
-            for (layer, quantity), rows in statistics.rows.items():
-                rows.rows.copy_(tensors[f"{layer}.{quantity}.rows"])
-            return int(state["blocks_done"])
+            tensors = load_file(self._file(done, "safetensors"))
+            return StatisticsFitter.from_state(reservoir, seed, state, tensors)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise KvcalError(
                 f"{self.folder}: checkpoint is damaged ({error}): remove the folder and start again"
@@ -97,3 +112,19 @@ class Checkpoint:
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _commits(self) -> list[re.Match[str]]:
+        names = sorted(path.name for path in self.folder.glob("*.json"))
+        return [match for match in map(_COMMIT.fullmatch, names) if match]
+
+    def _file(self, done: int, kind: str) -> Path:
+        return self.folder / f"{self._part}.{done}.{kind}"
+
+
+def _sync(folder: Path) -> None:
+    """Names of new files are on the disk when this returns."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

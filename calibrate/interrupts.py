@@ -11,17 +11,19 @@ from typing import Any
 
 
 @contextmanager
-def deferred_interrupt(enabled: bool = True) -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether an interrupt came; a second Ctrl-C acts at once.
+def deferred_interrupt(enabled: bool = True, *, insist: bool = True) -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether an interrupt came; a second one acts at once if `insist`.
 
-    Does nothing off the main thread, where Python delivers no signals.
+    Under torchrun one Ctrl-C arrives twice, from the terminal and from torchrun. Does nothing off the main thread,
+    where Python delivers no signals.
     """
     came = False
 
     def remember(number: int, frame: FrameType | None) -> None:
         nonlocal came
         came = True
-        signal.signal(number, previous[number])
+        if insist:
+            signal.signal(number, previous[number])
 
     if not enabled or threading.current_thread() is not threading.main_thread():
         yield lambda: False

@@ -7,7 +7,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,13 +93,20 @@ def resolve_model(spec: str | os.PathLike[str]) -> ModelSource:
     return ModelSource(repo_id, found.folder, found.revision)
 
 
-def load_model(spec: str | os.PathLike[str], device: str = "auto", dtype: str = "auto") -> LoadedModel:
+def load_model(
+    spec: str | os.PathLike[str],
+    device: str = "auto",
+    dtype: str = "auto",
+    placement: Callable[[Any], dict[str, Any]] | None = None,
+) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
     Args:
         spec: see `resolve_model`.
-        device: auto (CUDA if there is one), cpu, cuda or cuda:N.
+        device: auto (CUDA if there is one, under torchrun the one of this process's number), cpu, cuda or cuda:N.
         dtype: auto (float32 on CPU, the checkpoint's own on CUDA), float32, bfloat16 or float16.
+        placement: of the config, more options of `from_pretrained` that say on which devices the model lies; `device`
+            then only decides about the dtype. See `placement`.
 
     Raises:
         KvcalError: not found, not loadable, or no such device or dtype.
@@ -129,13 +136,16 @@ def load_model(spec: str | os.PathLike[str], device: str = "auto", dtype: str = 
         downloaded = source.folder or hub.cached(source.id, "model", source.revision)
         if downloaded and not _has_tokenizer(downloaded):
             raise KvcalError(f"model {source.id}: the repository has no tokenizer (tokenizer.json): choose another one")
+        placed = placement(config) if placement else {}
         missing = []
         with _user_errors(source, "weights"):
             if downloaded and (downloaded / cla_file.NAME).is_file():
+                if placed:
+                    raise KvcalError(f"model {source.id}: layers that share keys cannot be spread over devices")
                 model = _shared(downloaded, wanted)
             else:
                 model, report = AutoModelForCausalLM.from_pretrained(
-                    place, dtype=wanted, output_loading_info=True, **options
+                    place, dtype=wanted, output_loading_info=True, **options, **placed
                 )
                 missing = sorted(report["missing_keys"])
     if missing:
@@ -144,7 +154,7 @@ def load_model(spec: str | os.PathLike[str], device: str = "auto", dtype: str = 
             "the checkpoint is incomplete, or not of a causal language model"
         )
     try:
-        model = model.to(where)
+        model = model if placed else model.to(where)
     except torch.OutOfMemoryError as error:
         raise KvcalError(f"model {source.id} does not fit on {where} as {model.dtype}: give --device cpu") from error
     return LoadedModel(model.eval().requires_grad_(False), tokenizer, source)
@@ -197,7 +207,9 @@ def _has_tokenizer(folder: Path) -> bool:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise KvcalError(f"unknown device {name!r}: give auto, cpu, cuda or cuda:N")
     device = torch.device(name)

@@ -5,28 +5,21 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .. import artifacts
-from ..artifacts import Artifact, KvcalError, ModelIdentity, Stage, differences, fingerprint, weights_sha256
+from ..artifacts import Artifact, KvcalError, ModelIdentity, Stage, differences, fingerprint
 from ..artifacts.folder import has_content
 from ..artifacts.manifest import MANIFEST
-from ..runtime.integration.routing import backbone
 from .blocks import TokenBlocks
-from .capture import LayerTensors, capture
 from .checkpoint import Checkpoint, run_id
-from .interrupts import deferred_interrupt
+from .distributed import SINGLE, World
+from .distributed.merging import join_heads, merge_tokens
 from .models import check_seq_len
-from .pre_rotary import PreRotary
+from .pass_loop import PassLoop, Progress, Saving
+from .placement import input_device, is_tensor_parallel, whole_weights_sha256
 from .statistics import StatisticsFitter
-
-Progress = Callable[[int, int], None]
-"""Called with (blocks done, blocks in all)."""
 
 
 def calibrate(
@@ -42,7 +35,9 @@ def calibrate(
     batch_size: int = 1,
     resume: bool = False,
     checkpoint_every: float = 60.0,
+    checkpoint_blocks: int | None = None,
     progress: Progress | None = None,
+    world: World = SINGLE,
 ) -> Artifact:
     """One pass of `model` over `blocks`: moments, PCA, score-optimal basis and the reservoir.
 
@@ -54,9 +49,13 @@ def calibrate(
         centred: PCA of the covariance; False: of the second moment.
         reservoir: tokens whose keys, queries and values are kept.
         checkpoint_every: seconds between checkpoints, more when saving takes long; 0: after every batch.
+        checkpoint_blocks: also after so many blocks.
+        world: the processes that share the work: batches are dealt to them in turn, or, of a tensor-parallel model,
+            each has its heads in all batches. All call this alike and see the same file system.
 
     Returns:
-        The artifact in memory, for `save` to write; or the one at `output` when it is of this very run.
+        The artifact in memory, the same on every rank, for `save` to write on rank 0; or the one at `output` when it
+        is of this very run.
 
     Raises:
         KvcalError: text longer than the model's context, NaN activations, an unsupported architecture,
@@ -64,6 +63,8 @@ def calibrate(
     """
     if batch_size < 1:
         raise KvcalError(f"batch size {batch_size}: give at least 1")
+    if checkpoint_blocks is not None and checkpoint_blocks < 1:
+        raise KvcalError(f"a checkpoint every {checkpoint_blocks} blocks: give at least 1")
     if reservoir < 2:
         raise KvcalError(f"reservoir of {reservoir} tokens: give at least 2")
     if model.training:
@@ -76,7 +77,7 @@ def calibrate(
         check_output(output)
     if progress:
         progress(0, len(blocks))
-    identity = ModelIdentity(model_id, revision, fingerprint(model.config), weights_sha256(model))
+    identity = ModelIdentity(model_id, revision, fingerprint(model.config), whole_weights_sha256(model))
     data = {
         "content_sha256": blocks.content_hash,
         "blocks": len(blocks),
@@ -89,25 +90,30 @@ def calibrate(
         "seed": seed,
         "batch_size": batch_size,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
+        "device": input_device(model).type,
     }
-    if output is not None and has_content(output):
+    run = _agreed(world, run_id(dataclasses.asdict(identity), data, settings))
+    if output is not None and world.agree(has_content(output)):
         found = _same_run(output, identity, data, settings)
-        Checkpoint.beside(output, "").remove()  # a kill after saving may have left it
+        if world.first:
+            Checkpoint.beside(output, "").remove()  # a kill after saving may have left it
         return found
-    statistics = StatisticsFitter(reservoir, seed)
-    checkpoint = None
-    done = 0
+    heads = is_tensor_parallel(model)
+    saving = None
     if output is not None:
-        checkpoint = Checkpoint.beside(output, run_id(dataclasses.asdict(identity), data, settings))
-        if checkpoint.exists():
-            if not resume:
-                raise KvcalError(
-                    f"{checkpoint.folder}: an interrupted run is there: add --resume to continue it, "
-                    "or remove the folder"
-                )
-            done = checkpoint.load(statistics)
-    _run(model, blocks, statistics, done, batch_size, checkpoint, checkpoint_every, progress)
+        kind = "heads" if heads else "blocks"
+        checkpoint = Checkpoint.beside(output, run, kind, world.rank, world.size)
+        if world.agree(checkpoint.exists()) and not resume:
+            raise KvcalError(
+                f"{checkpoint.folder}: an interrupted run is there: add --resume to continue it, or remove the folder"
+            )
+        saving = Saving(checkpoint, checkpoint_every, checkpoint_blocks)
+    loop = PassLoop(model, blocks, StatisticsFitter(reservoir, seed), batch_size, world, heads=heads)
+    statistics = loop.run(saving, progress)
+    if heads:
+        statistics = join_heads(statistics, world, identity.fingerprint)
+    else:
+        statistics = merge_tokens(statistics, world)
 
     tensors = statistics.finalize(centred=centred)
     tensors["reservoir"]["position"] = tensors["reservoir"]["token"] % blocks.seq_len
@@ -136,6 +142,18 @@ def check_output(output: Path) -> None:
         raise KvcalError(f"{output}: exists and is not an artifact: choose another --output")
 
 
+def _agreed(world: World, run: str) -> str:
+    """The run that all ranks are of; the least that would come of another one is a wrong artifact."""
+    runs = world.exchange(run)
+    for rank, other in enumerate(runs):
+        if other != runs[0]:
+            raise KvcalError(
+                f"rank {rank} of {world.size} has another model, text or settings than rank 0: "
+                "give all of them the same files and the same command"
+            )
+    return run
+
+
 def _same_run(output: Path, identity: ModelIdentity, data: dict[str, Any], settings: dict[str, Any]) -> Artifact:
     found = artifacts.load(output)
     # Where the text came from may differ, its content may not.
@@ -162,56 +180,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-@torch.no_grad()
-def _run(
-    model: Any,
-    blocks: TokenBlocks,
-    statistics: StatisticsFitter,
-    done: int,
-    batch_size: int,
-    checkpoint: Checkpoint | None,
-    checkpoint_every: float,
-    progress: Progress | None,
-) -> None:
-    decoder = backbone(model)
-    pre_rotary = PreRotary({index: layer.pre_rotary for index, layer in statistics.layers.items()})
-    total, seq_len = len(blocks), blocks.seq_len
-    saved_at = time.monotonic()
-    interval = checkpoint_every
-
-    def observe(seen: LayerTensors) -> None:
-        statistics.update(seen, pre_rotary.methods[seen.layer])
-
-    if progress:
-        progress(done, total)
-    with deferred_interrupt(enabled=checkpoint is not None) as interrupted, capture(model, observe, pre_rotary):
-        while done < total:
-            rows = slice(done, min(done + batch_size, total))
-            index = torch.arange(rows.start * seq_len, rows.stop * seq_len).view(-1, seq_len)
-            statistics.begin_batch(index, blocks.counted[rows])
-            try:
-                decoder(
-                    input_ids=blocks.ids[rows].long().to(model.device),
-                    attention_mask=blocks.attended[rows].long().to(model.device),
-                    use_cache=False,
-                )
-            except torch.OutOfMemoryError as error:
-                raise KvcalError(
-                    f"out of memory on {model.device} in blocks {rows.start} to {rows.stop - 1}: "
-                    "give a smaller --batch-size or --seq-len"
-                ) from error
-            done = rows.stop
-            if progress:
-                progress(done, total)
-            if checkpoint and done < total and (interrupted() or time.monotonic() - saved_at > interval):
-                began = time.monotonic()
-                checkpoint.save(statistics, done)
-                saved_at = time.monotonic()
-                # The state of a large model is gigabytes: at most a twentieth of the time goes into saving it.
-                interval = max(checkpoint_every, 20 * (saved_at - began)) if checkpoint_every else 0
-                if interrupted():
-                    raise KvcalError(
-                        f"interrupted after {done} of {total} blocks, nothing lost: add --resume to continue"
-                    )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,6 +79,41 @@ class StatisticsFitter:
             self.moments[name].merge(fitter)
         for name, rows in other.rows.items():
             self.rows[name].update(rows.rows, placement)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Everything, as JSON-able numbers and tensors: what checkpoints hold and processes send one another."""
+        numbers = {
+            "layers": [asdict(layer) for layer in self.layers.values()],
+            "counts": {f"{layer}.{quantity}": fitter.count for (layer, quantity), fitter in self.moments.items()},
+        }
+        tensors = {"token": self.sample.token}
+        for (layer, quantity), fitter in self.moments.items():
+            tensors[f"{layer}.{quantity}.mean"] = fitter.mean
+            tensors[f"{layer}.{quantity}.scatter"] = fitter.scatter
+        for (layer, quantity), rows in self.rows.items():
+            tensors[f"{layer}.{quantity}.rows"] = rows.rows
+        return numbers, tensors
+
+    @classmethod
+    def from_state(
+        cls, reservoir: int, seed: int, numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> StatisticsFitter:
+        """The inverse of `state`.
+
+        Raises:
+            KeyError, TypeError, ValueError, RuntimeError: not such a state.
+        """
+        found = cls(reservoir, seed)
+        found.sample.token = tensors["token"]
+        for fields in numbers["layers"]:
+            found.add_layer(Layer(**fields), tensors[f"{fields['index']}.value.rows"].dtype)
+        for (layer, quantity), fitter in found.moments.items():
+            fitter.count = numbers["counts"][f"{layer}.{quantity}"]
+            fitter.mean.copy_(tensors[f"{layer}.{quantity}.mean"])
+            fitter.scatter.copy_(tensors[f"{layer}.{quantity}.scatter"])
+        for (layer, quantity), rows in found.rows.items():
+            rows.rows.copy_(tensors[f"{layer}.{quantity}.rows"])
+        return found
 
     def finalize(self, *, centred: bool = True) -> dict[str, dict[str, Tensor]]:
         """The tensors of the stages moments, pca, score and reservoir, as docs/format.md names them."""

@@ -6,6 +6,8 @@ from typing import Any
 import click
 
 from ...artifacts import QUANTITIES, load
+from ..distributed import World
+from .job import one_job
 from .output import json_option, plot_option, print_json, print_table, write_plot
 from .pass_options import PassOptions, pass_options, run_pass
 
@@ -18,8 +20,9 @@ from .pass_options import PassOptions, pass_options, run_pass
 @plot_option
 @pass_options
 @json_option
+@one_job
 def analyze_rank_command(
-    artifact: Path | None, variance: float, plot: Path | None, as_json: bool, **options: Any
+    artifact: Path | None, variance: float, plot: Path | None, as_json: bool, world: World, **options: Any
 ) -> None:
     """Rank@p of keys, queries and values by layer and head, from ARTIFACT alone.
 
@@ -38,7 +41,8 @@ def analyze_rank_command(
         raise click.UsageError("give either ARTIFACT or --model and --data, not both")
     if artifact is None and not (given.model_spec and given.data_spec):
         raise click.UsageError("give an ARTIFACT folder, or --model and --data to calibrate first")
-    found = load(artifact) if artifact is not None else run_pass(given)
+    found = load(artifact) if artifact is not None else run_pass(given, world)
+    world.leave_to_first()
     report = rank_report(found, variance)
     if as_json:
         print_json(report)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from ...artifacts import Artifact
+from ..distributed import SINGLE, World
 from .output import progress_bar, say, working
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -41,9 +42,24 @@ _OPTIONS = [
     click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16."),
     click.option("--uncentred", is_flag=True, help="PCA of the second moment instead of the covariance."),
     click.option(
+        "--device-map",
+        help="Spread the model over GPUs, CPU memory and disk with accelerate: auto, balanced, balanced_low_0, "
+        "sequential.",
+    ),
+    click.option("--max-memory", help="With --device-map: amounts by device, e.g. 0=20GiB,1=20GiB,cpu=64GiB."),
+    click.option("--tp", is_flag=True, help="Under torchrun: deal the model's heads to the processes, not the blocks."),
+    click.option(
+        "--checkpoint-every",
+        type=click.FloatRange(0),
+        default=60.0,
+        show_default=True,
+        help="Seconds between two saved states, more when saving takes long.",
+    ),
+    click.option("--checkpoint-blocks", type=click.IntRange(1), help="Save the state after so many blocks, too."),
+    click.option(
         "--resume",
         is_flag=True,
-        help="Continue an interrupted run of the same settings (saved every minute, and on Ctrl-C).",
+        help="Continue an interrupted run of the same settings from its last saved state, if there is one.",
     ),
 ]
 
@@ -65,6 +81,11 @@ class PassOptions:
     dtype: str
     uncentred: bool
     resume: bool
+    device_map: str | None = None
+    max_memory: str | None = None
+    tp: bool = False
+    checkpoint_every: float = 60.0
+    checkpoint_blocks: int | None = None
 
     def output_folder(self) -> Path:
         return self.output or Path(f"{_slug(self.model_spec or '')}-{_slug(self.data_spec or '')}")
@@ -77,14 +98,18 @@ def pass_options(command: Command) -> Command:
     return command
 
 
-def run_pass(options: PassOptions) -> Artifact:
-    """Load model and text, calibrate, save: the artifact at `options.output_folder()`."""
+def run_pass(options: PassOptions, world: World = SINGLE) -> Artifact:
+    """Load model and text, calibrate, save: the artifact at `options.output_folder()`.
+
+    Returns on rank 0 only; the other ranks' work ends here.
+    """
     from ..blocks import make_blocks
     from ..card import card_files
     from ..checkpoint import Checkpoint
     from ..data import open_data
     from ..models import check_seq_len, load_model
     from ..one_pass import calibrate, check_output, save
+    from ..placement import input_device
 
     if options.model_spec is None or options.data_spec is None:
         raise click.UsageError("give both --model and --data, e.g. --model demo --data stdlib")
@@ -95,7 +120,9 @@ def run_pass(options: PassOptions) -> Artifact:
     with working("finding the text"):
         data = open_data(options.data_spec, options.split)
     with working("loading the model"):
-        loaded = load_model(options.model_spec, device=options.device, dtype=options.dtype)
+        loaded = load_model(
+            options.model_spec, device=options.device, dtype=options.dtype, placement=_placement(options, world)
+        )
     check_seq_len(options.seq_len, loaded.model.config)
     with working("reading and tokenising the text"):
         blocks = make_blocks(
@@ -113,15 +140,44 @@ def run_pass(options: PassOptions) -> Artifact:
             centred=not options.uncentred,
             reservoir=options.reservoir,
             seed=options.seed,
-            batch_size=options.batch_size or (1 if loaded.model.device.type == "cpu" else 4),
+            batch_size=options.batch_size or (1 if input_device(loaded.model).type == "cpu" else 4),
             resume=options.resume,
+            checkpoint_every=options.checkpoint_every,
+            checkpoint_blocks=options.checkpoint_blocks,
             progress=progress,
+            world=world,
         )
+    world.leave_to_first()
     if artifact.folder is not None:
         say(f"{output}: already calibrated with this model, text and settings")
         return artifact
     with working("writing"):
         return save(artifact, output, card_files(artifact))
+
+
+def _placement(options: PassOptions, world: World) -> Callable[[Any], dict[str, Any]] | None:
+    """How the model is to lie on devices; None: whole on one."""
+    from ..placement import device_map_options, tensor_parallel_options
+
+    if options.tp and options.device_map:
+        raise click.UsageError("give either --tp or --device-map, not both")
+    if options.max_memory and not options.device_map:
+        raise click.UsageError("--max-memory goes with --device-map")
+    if options.tp:
+        if world.size == 1:
+            raise click.UsageError("--tp needs several processes: torchrun --nproc-per-node N -m kvcal.calibrate pca …")
+        if options.device != "auto":
+            raise click.UsageError("--tp chooses the devices: drop --device")
+        return lambda config: tensor_parallel_options(config, world.size)
+    if options.device_map:
+        if world.size > 1:
+            raise click.UsageError("--device-map takes all devices of the machine for one process: drop torchrun")
+        output = options.output_folder().absolute()
+        found = device_map_options(
+            options.device_map, options.max_memory, str(output.with_name(f"{output.name}.offload"))
+        )
+        return lambda config: found
+    return None
 
 
 def _slug(spec: str) -> str:

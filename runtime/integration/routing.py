@@ -109,7 +109,8 @@ def watch(model: Any, tokens: int, see: Callable[..., object]) -> None:
         see(module, query, key, value)
         return delegate(original, module)(module, query, key, value, *args, **kwargs)
 
-    ids = torch.arange(tokens, device=model.device).unsqueeze(0)
+    # Offloaded weights are on no device until they are used; accelerate then brings the ids to them.
+    ids = torch.arange(tokens, device="cpu" if model.device.type == "meta" else model.device).unsqueeze(0)
     gpus = [model.device] if model.device.type == "cuda" else []
     # A model in training mode would draw dropout.
     with torch.no_grad(), torch.random.fork_rng(gpus), closing(Route(model, attention, masks=original)):
