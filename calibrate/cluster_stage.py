@@ -12,6 +12,7 @@ from torch import Tensor
 from ..artifacts import Artifact, KvcalError, Stage
 from .clusterability import Clusterability, clusterability
 from .clustering import cluster_keys
+from .distributed import SINGLE, World
 from .warm_start import warm_start
 
 CURVE = ("counts", "radius", "query_norm_max", "query_norm_p99")
@@ -26,15 +27,17 @@ def cluster(
     iterations: int = 20,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    world: World = SINGLE,
 ) -> Artifact:
     """Cluster the sampled post-rotary keys per (layer, KV head), and measure what clustering methods assume.
 
     Args:
         clusters: number of clusters; by default one per `tokens_per_cluster` sampled tokens.
-        progress: called with (layers done, layers in all).
+        progress: called with (KV heads done, KV heads in all), of this rank's share.
+        world: the processes that share the heads of all layers.
 
     Returns:
-        The artifact with the stage `clusters`; `kvcal.artifacts.save` writes it.
+        The artifact with the stage `clusters`, the same on every rank; `kvcal.artifacts.save` writes it on rank 0.
 
     Raises:
         KvcalError: fewer keys than clusters.
@@ -45,36 +48,70 @@ def cluster(
     if tokens_per_cluster < 1:
         raise KvcalError(f"{tokens_per_cluster} tokens per cluster: give at least 1")
     count = clusters if clusters is not None else max(1, round(tokens / tokens_per_cluster))
-    tensors: dict[str, Tensor] = {}
-    total = len(artifact.layers)
-    for layer in artifact.layers:
+    heads = [(layer.index, head) for layer in artifact.layers for head in range(layer.kv_heads)]
+    mine = [heads[index] for index in world.deal(len(heads))]
+    found: dict[str, Tensor] = {}
+    for done, (layer, head) in enumerate(mine):
         if progress:
-            progress(layer.index, total)
-        where = f"layer {layer.index} of {artifact.name}"
+            progress(done, len(mine))
+        world.check()
         keys, queries, values = (
-            artifact.tensor("reservoir", layer.index, name).float() for name in ("key_post", "query_post", "value")
+            artifact.tensor("reservoir", layer, name)[head : head + 1].float()
+            for name in ("key_post", "query_post", "value")
         )
-        found = cluster_keys(keys, values, clusters=count, metric=metric, iterations=iterations, seed=seed, where=where)
-        curve = clusterability(keys, queries)
-        # The first half of the text stands for calibration, the second for a context met at inference.
-        half = tokens // 2
-        saved = warm_start(
-            keys[:, :half], keys[:, half:], clusters=max(1, count // 2), metric=metric, seed=seed, where=where
-        )
-        prefix = f"layers.{layer.index}"
-        for name in ("centroids", "sizes", "radius_mean", "radius_p95", "radius_max", "value_mean"):
-            tensors[f"{prefix}.{name}"] = getattr(found, name)
-        tensors[f"{prefix}.inertia"] = found.inertia
-        tensors[f"{prefix}.silhouette"] = found.silhouette
-        for name in CURVE:
-            tensors[f"{prefix}.curve.{name}"] = getattr(curve, name)
-        for start in ("calibrated", "plusplus", "random"):
-            for what in ("iterations", "inertia"):
-                tensors[f"{prefix}.warm_start.{start}_{what}"] = getattr(saved, f"{start}_{what}")
+        where = f"layer {layer}, KV head {head} of {artifact.name}"
+        for name, tensor in _cluster_head(keys, queries, values, count, metric, iterations, seed, where).items():
+            found[f"{layer} {head} {name}"] = tensor
     if progress:
-        progress(total, total)
+        progress(len(mine), len(mine))
+    found = {name: part for rank in range(world.size) for name, part in _from(world, rank, found).items()}
+    names = [name.split(" ", 2)[2] for name in found if name.startswith("0 0 ")]
+    tensors = {
+        f"layers.{layer.index}.{name}": _join(
+            name, [found[f"{layer.index} {head} {name}"] for head in range(layer.kv_heads)]
+        )
+        for layer in artifact.layers
+        for name in names
+    }
     settings = {"clusters": count, "metric": metric, "iterations": iterations, "seed": seed}
     return artifact.with_stage("clusters", Stage(tensors, settings))
+
+
+def _cluster_head(
+    keys: Tensor,
+    queries: Tensor,
+    values: Tensor,
+    clusters: int,
+    metric: str,
+    iterations: int,
+    seed: int,
+    where: str,
+) -> dict[str, Tensor]:
+    """The stage's tensors, by name, of one head: keys, queries and values [1, N, D]."""
+    found = cluster_keys(keys, values, clusters=clusters, metric=metric, iterations=iterations, seed=seed, where=where)
+    curve = clusterability(keys, queries)
+    # The first half of the text stands for calibration, the second for a context met at inference.
+    half = keys.shape[1] // 2
+    saved = warm_start(
+        keys[:, :half], keys[:, half:], clusters=max(1, clusters // 2), metric=metric, seed=seed, where=where
+    )
+    fields = ("centroids", "sizes", "radius_mean", "radius_p95", "radius_max", "value_mean", "inertia", "silhouette")
+    tensors = {name: getattr(found, name) for name in fields}
+    tensors |= {f"curve.{name}": getattr(curve, name) for name in CURVE}
+    for start in ("calibrated", "plusplus", "random"):
+        for what in ("iterations", "inertia"):
+            tensors[f"warm_start.{start}_{what}"] = getattr(saved, f"{start}_{what}")
+    return tensors
+
+
+def _join(name: str, heads: list[Tensor]) -> Tensor:
+    """A tensor of all heads of a layer; the counts of the curve are the same for all."""
+    return heads[0] if name == "curve.counts" else torch.cat(heads)
+
+
+def _from(world: World, rank: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a rank found, on every rank."""
+    return world.broadcast(None, tensors, rank)[1]
 
 
 def cluster_report(artifact: Artifact) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from typing import Any
 import click
 
 from ...artifacts import load, save
+from ..distributed import World
+from .job import one_job
 from .output import json_option, plot_option, print_json, print_table, progress_bar, write_plot
 
 
@@ -18,7 +20,8 @@ from .output import json_option, plot_option, print_json, print_table, progress_
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @plot_option
 @json_option
-def cluster_command(artifact: Path, plot: Path | None, as_json: bool, **settings: Any) -> None:
+@one_job
+def cluster_command(artifact: Path, plot: Path | None, as_json: bool, world: World, **settings: Any) -> None:
     """Cluster the sampled keys per layer and KV head (faiss k-means); adds the stage `clusters` to ARTIFACT.
 
     \b
@@ -31,7 +34,8 @@ def cluster_command(artifact: Path, plot: Path | None, as_json: bool, **settings
 
     found = load(artifact)
     with progress_bar("clustering") as progress:
-        clustered = cluster(found, **settings, progress=progress)
+        clustered = cluster(found, **settings, progress=progress, world=world)
+    world.leave_to_first()
     saved = save(clustered, artifact, card_files(clustered))
     report = cluster_report(saved)
     if as_json:

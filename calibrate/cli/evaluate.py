@@ -7,7 +7,9 @@ from typing import Any
 import click
 
 from ...artifacts import Artifact, KvcalError, load
+from ..distributed import World
 from .evaluation_table import print_results
+from .job import one_job
 from .output import json_option, plot_option, print_json, progress_bar, say, working, write_plot
 
 
@@ -59,6 +61,7 @@ from .output import json_option, plot_option, print_json, progress_bar, say, wor
 )
 @plot_option
 @json_option
+@one_job
 def evaluate_command(
     artifact: Path,
     model_spec: str | None,
@@ -77,6 +80,7 @@ def evaluate_command(
     compare: tuple[Path, ...],
     plot: Path | None,
     as_json: bool,
+    world: World,
     **prompt_options: Any,
 ) -> None:
     """What decoding methods cost in quality and save in bytes, on the same tokens and the same code path.
@@ -115,13 +119,17 @@ def evaluate_command(
         prompts = make_prompts(data, loaded.tokenizer, **prompt_options, name=str(data.source["id"]))
     check_lengths(prompts, loaded.model)
     settings = _settings(found, loaded, data.source, prompts, batch_size, prompt_options)
-    results = Results.open(settings, output) if output is not None else Results(settings)
+    results = Results.open(settings, output) if output is not None and world.first else Results(settings, output)
+    results = results.for_rank(world)
     for path in compare:
         compared_rows(settings, {}, path)  # said before the work, not after it
     if results.rows:
         say(f"{output}: {len(results.rows)} settings are there already")
     with progress_bar("decoding") as progress:
-        rows = evaluate(loaded.model, found, prompts, grid, batch_size=batch_size, results=results, progress=progress)
+        rows = evaluate(
+            loaded.model, found, prompts, grid, batch_size=batch_size, results=results, progress=progress, world=world
+        )
+    world.leave_to_first()
     rows += [row for path in compare for row in compared_rows(settings, rows[0], path)]
     if as_json:
         print_json({"settings": settings, "results": rows})

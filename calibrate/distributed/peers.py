@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-JOIN_SECONDS = 300.0
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # seconds, seconds, probes: gone after 25 s
 _BYE = b"bye\n"
 
@@ -24,6 +23,7 @@ class Peers:
     Args:
         post, fetch: put text under a name where all ranks find it, and wait for it.
         on_lost: called once, in another thread, with the rank that is gone.
+        patience: seconds for all ranks to come.
 
     Raises:
         OSError: rank 0 cannot be reached, or not all ranks came.
@@ -34,14 +34,16 @@ class Peers:
         rank: int,
         size: int,
         host: str,
+        *,
         post: Callable[[str, str], None],
         fetch: Callable[[str], str],
         on_lost: Callable[[int], None],
+        patience: float,
     ):
         self._on_lost = on_lost
         self._leaving = False
         self._others: dict[int, socket.socket] = (
-            _accept(size, post) if rank == 0 else {0: _connect(rank, host, fetch("peers"))}
+            _accept(size, post, patience) if rank == 0 else {0: _connect(rank, host, fetch("peers"), patience)}
         )
         for connection in self._others.values():
             _keep_alive(connection)
@@ -85,12 +87,12 @@ class Peers:
             self._on_lost(rank)
 
 
-def _accept(size: int, post: Callable[[str, str], None]) -> dict[int, socket.socket]:
+def _accept(size: int, post: Callable[[str, str], None], patience: float) -> dict[int, socket.socket]:
     family: Any = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     token = secrets.token_hex(16)
     found: dict[int, socket.socket] = {}
     with socket.create_server(("", 0), family=family, dualstack_ipv6=family == socket.AF_INET6) as server:
-        server.settimeout(JOIN_SECONDS)
+        server.settimeout(patience)
         post("peers", f"{server.getsockname()[1]} {token}")
         while len(found) < size - 1:
             connection, _ = server.accept()
@@ -108,9 +110,9 @@ def _accept(size: int, post: Callable[[str, str], None]) -> dict[int, socket.soc
     return found
 
 
-def _connect(rank: int, host: str, place: str) -> socket.socket:
+def _connect(rank: int, host: str, place: str, patience: float) -> socket.socket:
     port, token = place.split()
-    connection = socket.create_connection((host, int(port)), timeout=JOIN_SECONDS)
+    connection = socket.create_connection((host, int(port)), timeout=patience)
     connection.sendall(f"{token} {rank}".encode())
     connection.settimeout(None)
     return connection

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from ...artifacts import KvcalError
-from .peers import JOIN_SECONDS, Peers
+from .peers import Peers
 
 TRANSFER_SECONDS = 1800.0
 """One tensor from one rank to another, waiting for the other included; lost ranks are found out within seconds."""
+JOIN_SECONDS, LONE_JOIN_SECONDS = 300.0, 45.0
+"""For all ranks to come, under torchrun and without it."""
 GRACE_SECONDS = 30.0
 """For a rank to end by itself after another was lost."""
 
@@ -43,12 +45,19 @@ class World:
         self._store = store
         self._claims = store.clone() if store is not None else None  # a store's call blocks its other callers
         self._peers: Peers | None = None
+        self._telling = threading.RLock()
         self._rounds = 0
 
-    def watch(self, host: str) -> None:
-        """From now on, find out when another rank is gone."""
+    def watch(self, host: str, patience: float) -> None:
+        """From now on, find out when another rank is gone; all must come within `patience` seconds."""
         self._peers = Peers(
-            self.rank, self.size, host, self._store.set, lambda key: self._store.get(key).decode(), self._on_lost
+            self.rank,
+            self.size,
+            host,
+            post=self._store.set,
+            fetch=lambda key: self._store.get(key).decode(),
+            on_lost=self._on_lost,
+            patience=patience,
         )
 
     @property
@@ -62,7 +71,7 @@ class World:
     def check(self) -> None:
         """Raises PeerLost when another rank is gone."""
         if self.lost is not None:
-            raise PeerLost(self._gone())
+            raise PeerLost(self._gone(self.lost))
 
     def exchange(self, value: Any) -> list[Any]:
         """What each rank gave, by rank, as JSON has it. Waits for the slowest rank as long as it lives."""
@@ -92,15 +101,16 @@ class World:
                 torch.distributed.recv(_bytes(tensor), source)
             return meta, tensors
 
-    def broadcast(self, meta: Any, tensors: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-        """What rank 0 gave."""
+    def broadcast(self, meta: Any, tensors: Mapping[str, Tensor], source: int = 0) -> tuple[Any, dict[str, Tensor]]:
+        """JSON-able `meta` and tensors that rank `source` gave; the tensors are on the CPU."""
         if self.size == 1:
             return meta, dict(tensors)
-        meta, shapes = self.agree([meta, _shapes(tensors)])
-        found = {name: tensors[name].contiguous() for name in tensors} if self.first else _empty(shapes)
+        mine = self.rank == source
+        meta, shapes = self.exchange([meta, _shapes(tensors)] if mine else None)[source]
+        found = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()} if mine else _empty(shapes)
         with self.talking():
             for tensor in found.values():
-                torch.distributed.broadcast(_bytes(tensor), 0)
+                torch.distributed.broadcast(_bytes(tensor), source)
         return meta, found
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
@@ -114,10 +124,11 @@ class World:
         """Whether this is the first rank to report why the job fails: the others keep silent."""
         if self._claims is None:
             return True
-        try:
-            return int(self._claims.add("told", 1)) == 1
-        except RuntimeError:  # the store went with the process that kept it
-            return True
+        with self._telling:
+            try:
+                return int(self._claims.add("told", 1)) == 1
+            except RuntimeError:  # the store went with the process that kept it
+                return True
 
     @contextmanager
     def talking(self) -> Iterator[None]:
@@ -129,7 +140,7 @@ class World:
                 raise
             for _ in range(20):  # which rank it was arrives a moment later
                 if self.lost is not None:
-                    raise PeerLost(self._gone()) from error
+                    raise PeerLost(self._gone(self.lost)) from error
                 time.sleep(0.1)
             raise
 
@@ -160,16 +171,17 @@ class World:
         found: bytes = self._store.get(key)
         return found
 
-    def _gone(self) -> str:
+    def _gone(self, rank: int) -> str:
         return (
-            f"rank {self.lost} of {self.size} is gone (killed, out of memory, or its machine is), so the others stop: "
+            f"rank {rank} of {self.size} is gone (killed, out of memory, or its machine is), so the others stop: "
             "repeat the command to go on (pca: with --resume)"
         )
 
     def _on_lost(self, rank: int) -> None:
+        with self._telling:  # before the main thread takes the line for told, and ends
+            if self.claim():
+                print(f"Error: {self._gone(rank)}", file=sys.__stderr__, flush=True)
         self.lost = rank
-        if self.claim():
-            print(f"Error: {self._gone()}", file=sys.__stderr__, flush=True)
         # Between two batches this rank notices by itself; blocked in a kernel or a transfer it may not.
         timer = threading.Timer(GRACE_SECONDS, os._exit, [2])
         timer.daemon = True
@@ -193,10 +205,14 @@ def join() -> World:
     Raises:
         KvcalError: they cannot be reached.
     """
+    # torchrun ends all processes when one fails; without it nobody knows whether one that has not come yet will.
+    patience = JOIN_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else LONE_JOIN_SECONDS
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        store, rank, size = next(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
+        store, rank, size = next(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=patience)))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        world = World(rank, size, torch.distributed.PrefixStore(f"kvcal {attempt}", store))
+        world.watch(os.environ["MASTER_ADDR"], patience)
         torch.distributed.init_process_group(
             backend,
             store=torch.distributed.PrefixStore(f"torch {attempt}", store),
@@ -204,8 +220,6 @@ def join() -> World:
             world_size=size,
             timeout=timedelta(seconds=TRANSFER_SECONDS),
         )
-        world = World(rank, size, torch.distributed.PrefixStore(f"kvcal {attempt}", store))
-        world.watch(os.environ["MASTER_ADDR"])
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise KvcalError(f"the processes of this job do not find one another ({reason}): use torchrun") from error

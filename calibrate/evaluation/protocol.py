@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...artifacts import Artifact, KvcalError
 from ...runtime import CompressedCache, sharing_of
+from ..distributed import SINGLE, World
 from ..models import max_context
 from .attention_error import AttentionProbe, History, now
 from .grid import FULL, Setting, by_sharing, check_grid, decoding, sharing
@@ -38,6 +39,7 @@ def evaluate(
     batch_size: int = 8,
     results: Results | None = None,
     progress: Progress | None = None,
+    world: World = SINGLE,
 ) -> list[dict[str, Any]]:
     """Measure every setting on every prompt.
 
@@ -47,10 +49,11 @@ def evaluate(
         batch_size: rows that are decoded together; of them `ms_per_step` is the time.
         results: what earlier runs found, which is not measured again; kept up to date, and on the disk
             when it has a path.
-        progress: called with (decode steps done, all).
+        progress: called with (decode steps done, all), of this rank's share.
+        world: the processes that share the work, with the same `results`; each measures some settings on some batches.
 
     Returns:
-        A row for each setting, in the order of the grid: see `result_row`.
+        A row for each setting, in the order of the grid: see `result_row`. The same on every rank.
 
     Raises:
         KvcalError: a setting that this model or artifact does not allow, or prompts beyond the model's context;
@@ -61,10 +64,15 @@ def evaluate(
     check_lengths(prompts, model)
     check_grid(grid, model, artifact)
     missing = [setting for setting in grid if results.row(setting) is None]
-    work = [
-        (batch, [setting for setting in missing if batch.key not in results.partial(setting)])
-        for batch in batches(prompts, batch_size)
-    ]
+    work = _share(
+        [
+            (batch, setting)
+            for batch in batches(prompts, batch_size)
+            for setting in missing
+            if batch.key not in results.partial(setting)
+        ],
+        world,
+    )
     total = sum(len(settings) * _steps(prompts, batch) for batch, settings in work)
     done = 0
     layers = int(_text_config(model).num_hidden_layers)
@@ -83,14 +91,29 @@ def evaluate(
             with sharing(model, artifact, alike[0]):
                 prefilled = _Prefilled.run(model, prompts, batch)
                 for setting in alike:
+                    world.check()
                     results.add(setting, batch.key, prefilled.measure(artifact, decoding(setting), step))
-                    _finish(results, grid, setting, prompts, batch_size, layers)
+                    if world.size == 1:
+                        _finish(results, grid, setting, prompts, batch_size, layers)
                     results.write()
                 del prefilled  # before the next one takes its memory
+    for measured in world.exchange(results.unfinished):
+        results.take(measured)
     for setting in missing:  # those that only their row was missing of
         _finish(results, grid, setting, prompts, batch_size, layers)
-    results.write()
+    if world.first:
+        results.write()
+        results.remove_shares()
     return [row for row in map(results.row, grid) if row is not None]
+
+
+def _share(work: Sequence[tuple[Batch, Setting]], world: World) -> list[tuple[Batch, list[Setting]]]:
+    """This rank's part of the work, by batch: consecutive, so that few batches are prefilled by two ranks."""
+    bounds = [len(work) * rank // world.size for rank in (world.rank, world.rank + 1)]
+    found: dict[Batch, list[Setting]] = {}
+    for batch, setting in work[slice(*bounds)]:
+        found.setdefault(batch, []).append(setting)
+    return list(found.items())
 
 
 def check_lengths(prompts: Prompts, model: Any) -> None:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import Any
 
 from ...artifacts import KvcalError
 from ...artifacts.folder import write_atomically
+from ..distributed import World
 from .grid import Setting, key_of
 from .measurements import MEASURED, Measured
 
@@ -50,6 +52,8 @@ class Results:
                     f"for{more}): choose another --output, or remove it"
                 )
             results.rows, results._partial = body["results"], body.get("partial", {})
+        for share in results._shares():  # of ranks whose job was interrupted
+            results.take(cls.open(settings, share).unfinished)
         return results
 
     def row(self, setting: Setting) -> dict[str, Any] | None:
@@ -59,6 +63,51 @@ class Results:
     def partial(self, setting: Setting) -> Mapping[str, Any]:
         """Raw numbers of a setting that is not finished, by batch."""
         return self._partial.get(key_of(setting), {})
+
+    @property
+    def unfinished(self) -> dict[str, dict[str, Any]]:
+        """Raw numbers of all settings that are not finished, as `take` takes them."""
+        return self._partial
+
+    def take(self, unfinished: Mapping[str, Mapping[str, Any]]) -> None:
+        """Add what another process measured of the same settings."""
+        finished = {key_of(parameters(row)) for row in self.rows}
+        for key, batches in unfinished.items():
+            if key in finished:
+                continue
+            self._partial.setdefault(key, {}).update(batches)
+
+    def for_rank(self, world: World) -> Results:
+        """What rank 0 has, for every rank; the others keep what they measure in files of their own, beside its.
+
+        Raises:
+            KvcalError: the ranks do not evaluate the same.
+        """
+        if world.size == 1:
+            return self
+        if world.first:
+            self.write()
+        found = world.exchange([{name: self.settings.get(name) for name in SAME}, self.rows, self._partial])
+        for rank, (settings, _, _) in enumerate(found):
+            for name, there, ours in _differences(settings, found[0][0]):
+                raise KvcalError(
+                    f"rank {rank} evaluates something else than rank 0 ({name} {_short(there)}, {_short(ours)} on "
+                    "rank 0): give all of them the same files and the same command"
+                )
+        if world.first:
+            return self
+        path = self.path.with_name(f"{self.path.name}.rank-{world.rank}") if self.path else None
+        mine = Results(self.settings, path)
+        _, mine.rows, mine._partial = found[0]
+        return mine
+
+    def remove_shares(self) -> None:
+        """Of the other ranks, once this file has all of it."""
+        for path in self._shares():
+            path.unlink(missing_ok=True)
+
+    def _shares(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.rank-*")) if self.path else []
 
     def add(self, setting: Setting, batch: str, measured: Measured) -> None:
         self._partial.setdefault(key_of(setting), {})[batch] = measured.as_json()

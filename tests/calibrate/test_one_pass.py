@@ -241,7 +241,7 @@ def test_an_interrupted_run_is_neither_lost_nor_mixed_with_another(llama, tmp_pa
 
 def test_a_damaged_checkpoint_is_named(llama, tmp_path):
     (tmp_path / "a.partial").mkdir()
-    (tmp_path / "a.partial" / "state.json").write_text("{")
+    (tmp_path / "a.partial" / "blocks-0-of-1.3.json").write_text("{")
     with pytest.raises(KvcalError, match=r"a\.partial: checkpoint is damaged"):
         calibrate(llama, make_blocks(), output=tmp_path / "a", resume=True)
 

@@ -1,0 +1,133 @@
+"""Runs that are killed, by real signals at any moment, and resumed: the bytes of an uninterrupted one."""
+
+import hashlib
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from ranks import start
+
+from kvcal.calibrate.checkpoint import Checkpoint
+from kvcal.calibrate.statistics import StatisticsFitter
+
+OPTIONS = ("--num-tokens", 32 * 41, "--seq-len", 32, "--reservoir", 60, "--checkpoint-every", 1000)
+
+SLOW = """
+import time
+from pathlib import Path
+from kvcal.calibrate.pass_loop import PassLoop
+forward = PassLoop._forward
+def slow(self, rows):
+    time.sleep(0.02)
+    forward(self, rows)
+PassLoop._forward = slow
+"""
+
+
+@pytest.fixture(scope="module")
+def pca(tmp_path_factory, tiny_model_folder):
+    rng = random.Random(1)
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text("".join(rng.choice("abcdefgh \n") for _ in range(5_000)))
+    return lambda output, *more: [
+        *("pca", "--model", tiny_model_folder, "--data", text, "--output", output, *OPTIONS, *more)
+    ]
+
+
+def hashes(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize(("size", "attempts"), [(1, 5), (2, 10), (3, 4)])
+def test_killed_again_and_again_it_ends_at_the_bytes_of_an_uninterrupted_run(tmp_path, pca, size, attempts):
+    assert start(tmp_path / "logs", pca(tmp_path / "straight"), size).wait() == [0] * size
+    rng = random.Random(size)
+    output, kills, states = tmp_path / "a", 0, set()
+    for attempt in range(60):
+        arguments = pca(output, "--checkpoint-blocks", 2, *(["--resume"] if attempt else []))
+        job = start(tmp_path / f"logs-{attempt}", arguments, size, SLOW)
+        if attempt < attempts:
+            # One rank or all of them, from before the processes meet until after the artifact is there.
+            victims = range(size) if rng.random() < 0.5 else [rng.randrange(size)]
+            job.processes[0].join(rng.uniform(0.2, 1.5))
+            for rank in victims:
+                job.kill(rank)
+        codes = job.wait() if attempt >= attempts else job.end()
+        states |= {path.name for path in tmp_path.glob("a.partial/*.json")}
+        if codes == [0] * size:
+            break
+        kills += -signal.SIGKILL in codes
+        assert set(codes) <= {0, 2, -signal.SIGKILL, -signal.SIGTERM}, job.err
+        # Each rank keeps one state, but for the moment between a new one's commit and the old one's end.
+        assert len(list(tmp_path.glob("a.partial/*.json"))) <= 2 * size
+    assert codes == [0] * size and kills >= 3 and len(states) >= 2
+    assert hashes(output) == hashes(tmp_path / "straight") and len(hashes(output)) == 4
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_kill_loses_at_most_the_blocks_since_the_last_state(tmp_path, pca):
+    kill = SLOW.replace("time.sleep(0.02)", "seen.append(rows); len(seen) == 12 and os.kill(os.getpid(), 9)")
+    job = start(tmp_path / "logs", pca(tmp_path / "a", "--checkpoint-blocks", 3), 1, f"import os\nseen = []\n{kill}")
+    assert job.wait() == [-signal.SIGKILL]
+    assert [path.name for path in tmp_path.glob("a.partial/*.json")] == ["blocks-0-of-1.9.json"]
+
+
+@pytest.mark.parametrize(("sizes", "named"), [((2, 1), "2 process"), ((1, 2), "1 process"), ((3, 2), "3 process")])
+def test_another_number_of_processes_is_refused_and_nothing_lost(tmp_path, pca, sizes, named):
+    first, second = sizes
+    job = start(tmp_path / "logs", pca(tmp_path / "a", "--checkpoint-blocks", 1), first, SLOW)
+    while not list(tmp_path.glob("a.partial/*-0-of-*.json")):
+        time.sleep(0.01)
+    job.kill(0)
+    job.wait()
+    before = sorted(tmp_path.glob("a.partial/*"))
+    again = start(tmp_path / "again", pca(tmp_path / "a", "--resume"), second)
+    assert again.wait() == [2] * second
+    assert len(again.err) == 1 and f"interrupted run of {named}" in again.err[0]
+    assert sorted(tmp_path.glob("a.partial/*")) == before
+
+
+def test_a_signal_to_all_ranks_saves_all_of_them(tmp_path, pca):
+    """As a scheduler that preempts the job does; under torchrun Ctrl-C arrives twice."""
+    assert start(tmp_path / "logs", pca(tmp_path / "straight"), 2).wait() == [0, 0]
+    job = start(tmp_path / "logs", pca(tmp_path / "a", "--checkpoint-blocks", 1), 2, SLOW)
+    while len(list(tmp_path.glob("a.partial/*.json"))) < 2:
+        time.sleep(0.01)
+    for number in (signal.SIGINT, signal.SIGINT):
+        for rank in range(2):
+            job.kill(rank, number)
+    assert job.wait() == [2, 2]
+    (line,) = job.err
+    assert "interrupted after" in line and "add --resume" in line
+    assert start(tmp_path / "logs", pca(tmp_path / "a", "--resume"), 2).wait() == [0, 0]
+    assert hashes(tmp_path / "a") == hashes(tmp_path / "straight")
+
+
+def test_no_state_is_named_before_it_is_on_the_disk(tmp_path, monkeypatch):
+    """What a crash of the machine can leave: everything up to some fsync, and of what follows anything."""
+    events = []
+
+    def kind(number):
+        path = Path(f"/proc/self/fd/{number}").readlink()
+        return "folder" if path.is_dir() else path.suffix[1:].replace("new", "json")
+
+    sync, rename, unlink = os.fsync, type(tmp_path).rename, type(tmp_path).unlink
+    monkeypatch.setattr(os, "fsync", lambda number: (events.append(f"sync {kind(number)}"), sync(number))[1])
+    monkeypatch.setattr(
+        type(tmp_path), "rename", lambda self, to: (events.append(f"name {to.suffix[1:]}"), rename(self, to))[1]
+    )
+    monkeypatch.setattr(
+        type(tmp_path),
+        "unlink",
+        lambda self, **more: (self.exists() and events.append(f"drop {self.suffix[1:]}"), unlink(self, **more))[1],
+    )
+    checkpoint = Checkpoint.beside(tmp_path / "a", "run")
+    for done in (1, 2):
+        events.clear()
+        checkpoint.save(StatisticsFitter(4), done)
+        checkpoint.drop_older(done)
+    written = ["sync safetensors", "sync folder", "sync json", "name json", "sync folder"]
+    assert events == [*written, "drop json", "drop safetensors"]
