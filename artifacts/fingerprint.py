@@ -41,18 +41,21 @@ def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[t
 
 
 @torch.no_grad()
-def weights_sha256(model: nn.Module, whole: Callable[[str, Tensor], Tensor] | None = None) -> str:
+def weights_sha256(model: nn.Module, whole: Callable[[str, Tensor], Tensor | None] | None = None) -> str:
     """sha256 over all parameters by name, as float32: a bf16 checkpoint has one hash loaded as bf16 or as float32.
 
     A dtype that rounds the checkpoint (float32 weights loaded as bf16) is other weights, and another hash.
 
     Args:
-        whole: gives the whole of a parameter, by its name, where the model here holds a part of it or none.
+        whole: gives the whole of a parameter, by its name, where the model here holds a part of it or none; None for
+            one that is the same as another.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {list(parameter.shape)}\n".encode())
-        weight: Tensor = whole(name, parameter) if whole is not None else parameter
+        weight = whole(name, parameter) if whole is not None else parameter
+        if weight is None:
+            continue
+        digest.update(f"{name} {list(weight.shape)}\n".encode())
         # In pieces: an embedding of a large model in float32 is several GB.
         for piece in weight.detach().flatten().split(1 << 24):
             update_digest(digest, piece.to("cpu", torch.float32))

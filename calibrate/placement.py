@@ -73,24 +73,29 @@ def whole_weights_sha256(model: torch.nn.Module) -> str:
 
     Ranks of a tensor-parallel model call it together.
     """
+    # Offloading takes tied weights apart, which are one parameter elsewhere.
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    known = dict(model.named_parameters())
 
-    def whole(name: str, parameter: Tensor) -> Tensor:
+    def whole(name: str, parameter: Tensor) -> Tensor | None:
         if _is_sharded(parameter):
             return parameter.full_tensor()  # type: ignore[attr-defined]
-        return _fetched(model, name) if parameter.is_meta else parameter
+        if not parameter.is_meta:
+            return parameter
+        return None if tied.get(name) in known else _fetched(model, name)
 
     return weights_sha256(model, whole)
 
 
 def _fetched(model: torch.nn.Module, name: str) -> Tensor:
-    """A weight that accelerate keeps in CPU memory or on disk."""
-    from accelerate.utils import align_module_device
-
+    """A weight that accelerate keeps in CPU memory or on disk. Read only: putting it in place would untie weights."""
     owner, _, own = name.rpartition(".")
-    module = model.get_submodule(owner)
-    with align_module_device(module, torch.device("cpu")):
-        weight: Tensor = getattr(module, own).detach().clone()
-    return weight
+    hook = getattr(model.get_submodule(owner), "_hf_hook", None)
+    for each in getattr(hook, "hooks", [hook]):
+        if getattr(each, "weights_map", None) is not None:
+            weight: Tensor = each.weights_map[own]
+            return weight
+    raise KvcalError(f"{name}: this model has no weights for it: load it with from_pretrained")
 
 
 def _is_sharded(parameter: Tensor) -> bool:

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,12 @@ class Job:
             self.kill(rank)
         assert not hanging, f"ranks {hanging} still ran after {seconds} s"
         return [process.exitcode for process in self.processes]
+
+    def until(self, condition: Callable[[], Any]) -> None:
+        """Wait for something that the running processes bring about."""
+        while not condition():
+            assert any(process.is_alive() for process in self.processes), self.err
+            time.sleep(0.01)
 
     def end(self) -> list[int]:
         """As torchrun does when one rank failed: end the others. Exit codes, by rank."""

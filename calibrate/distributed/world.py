@@ -236,4 +236,6 @@ def _empty(shapes: list[Any]) -> dict[str, Tensor]:
 
 def _bytes(tensor: Tensor) -> Tensor:
     """A contiguous CPU tensor's own memory; any dtype, which gloo does not take."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    flat = tensor.detach().cpu().contiguous().flatten()
+    # One element may have any stride and still be contiguous; such a tensor is only ever read from.
+    return (flat if flat.stride(0) == 1 else flat.new_empty(flat.shape).copy_(flat)).view(torch.uint8)

@@ -1,0 +1,110 @@
+"""What calibration costs when it is scaled: processes, bytes of state, and the arithmetic for a model of 70B.
+
+    python benchmarks/scale.py [--rounds 5] [--blocks 32] [--page docs/results/scale.md]
+
+Throughput is a ratio of runs that alternate within this one, one thread per process. The projection is arithmetic on
+stated assumptions, not a measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import machine
+from scale_page import page, state_bytes
+
+from kvcal.artifacts import load
+from kvcal.calibrate.statistics import StatisticsFitter
+
+SEQ_LEN, RESERVOIR = 512, 4096
+CHILD = """
+import os, sys, time
+from kvcal.calibrate import pass_loop
+run = pass_loop.PassLoop.run
+def timed(self, *rest):
+    self._world.exchange("start")
+    began = time.perf_counter()
+    found = run(self, *rest)
+    self._world.exchange("end")
+    if self._world.first:
+        open(os.environ["SECONDS_FILE"], "w").write(str(time.perf_counter() - began))
+    return found
+pass_loop.PassLoop.run = timed
+from kvcal.calibrate.__main__ import main
+main()
+"""
+
+
+def main() -> None:
+    options = parse()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        (place / "child.py").write_text(CHILD)
+        seconds: dict[int, list[float]] = {1: [], 2: []}
+        for number in range(options.rounds + 1):
+            for size, found in seconds.items():
+                found.append(run(place, f"{size}-{number}", size, options.blocks))
+                print(f"round {number}: {size} process(es) {found[-1]:.2f} s", flush=True)
+        measured = {
+            "rounds": options.rounds,
+            "blocks": options.blocks,
+            "seq_len": SEQ_LEN,
+            "seconds": {size: statistics.median(found[1:]) for size, found in seconds.items()},
+            "ratios": sorted(one / two for one, two in zip(seconds[1][1:], seconds[2][1:], strict=True)),
+            "state": measure_state(place / "1-0"),
+            "machine": machine(),
+        }
+    options.page.write_text(page(measured))
+    print(options.page)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--blocks", type=int, default=32)
+    parser.add_argument(
+        "--page", type=Path, default=Path(__file__).resolve().parent.parent / "docs" / "results" / "scale.md"
+    )
+    return parser.parse_args()
+
+
+def run(place: Path, name: str, size: int, blocks: int) -> float:
+    """Seconds of the pass itself, from when all processes are ready until the last has done its share."""
+    launcher = [sys.executable]
+    if size > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(size)]
+    words = ["pca", "--model", "demo", "--data", "stdlib", "--device", "cpu", "--output", str(place / name)]
+    words += ["--num-tokens", str(blocks * SEQ_LEN), "--seq-len", str(SEQ_LEN), "--reservoir", str(RESERVOIR)]
+    words += ["--checkpoint-every", "100000"]
+    result = place / "seconds"
+    done = subprocess.run(
+        [*launcher, str(place / "child.py"), *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "SECONDS_FILE": str(result)},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        sys.exit(f"{size} processes failed:\n{done.stderr[-2000:]}")
+    return float(result.read_text())
+
+
+def measure_state(folder: Path) -> dict[str, Any]:
+    """Bytes of the tensors that a layer's statistics hold, counted and by the formula."""
+    layer = load(folder).layers[0]
+    fitter = StatisticsFitter(RESERVOIR)
+    fitter.add_layer(layer, torch.float32)
+    counted = sum(tensor.nbytes for name, tensor in fitter.state()[1].items() if name != "token")
+    formula = state_bytes(layer.kv_heads, layer.head_dim, RESERVOIR, element=4)
+    return {"kv_heads": layer.kv_heads, "head_dim": layer.head_dim, "reservoir": RESERVOIR, "bytes": counted} | formula
+
+
+if __name__ == "__main__":
+    main()
