@@ -31,11 +31,12 @@ from kvcal.calibrate import pass_loop
 run = pass_loop.PassLoop.run
 def timed(self, *rest):
     self._world.exchange("start")
-    began = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     found = run(self, *rest)
-    self._world.exchange("end")
+    cpu = time.process_time() - cpu
+    slowest = max(self._world.exchange(cpu))
     if self._world.first:
-        open(os.environ["SECONDS_FILE"], "w").write(str(time.perf_counter() - began))
+        open(os.environ["SECONDS_FILE"], "w").write(f"{time.perf_counter() - wall} {slowest}")
     return found
 pass_loop.PassLoop.run = timed
 from kvcal.calibrate.__main__ import main
@@ -48,17 +49,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         (place / "child.py").write_text(CHILD)
-        seconds: dict[int, list[float]] = {1: [], 2: []}
+        seconds: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
         for number in range(options.rounds + 1):
             for size, found in seconds.items():
                 found.append(run(place, f"{size}-{number}", size, options.blocks))
-                print(f"round {number}: {size} process(es) {found[-1]:.2f} s", flush=True)
+                print(
+                    f"round {number}: {size} process(es) {found[-1][0]:.2f} s wall, {found[-1][1]:.2f} s CPU",
+                    flush=True,
+                )
         measured = {
             "rounds": options.rounds,
             "blocks": options.blocks,
             "seq_len": SEQ_LEN,
-            "seconds": {size: statistics.median(found[1:]) for size, found in seconds.items()},
-            "ratios": sorted(one / two for one, two in zip(seconds[1][1:], seconds[2][1:], strict=True)),
+            "clocks": {clock: compare(seconds, index) for index, clock in enumerate(("wall", "cpu"))},
             "state": measure_state(place / "1-0"),
             "machine": machine(),
         }
@@ -76,8 +79,16 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(place: Path, name: str, size: int, blocks: int) -> float:
-    """Seconds of the pass itself, from when all processes are ready until the last has done its share."""
+def compare(seconds: dict[int, list[tuple[float, float]]], clock: int) -> dict[str, Any]:
+    """Medians by one of the clocks, and the ratios of one process to two of each round, ascending."""
+    one, two = ([each[clock] for each in seconds[size][1:]] for size in (1, 2))
+    ratios = sorted(a / b for a, b in zip(one, two, strict=True))
+    return {"one": statistics.median(one), "two": statistics.median(two), "ratios": ratios}
+
+
+def run(place: Path, name: str, size: int, blocks: int) -> tuple[float, float]:
+    """Seconds of the pass itself: on the wall, from when all processes are ready until the last has done its share;
+    and of CPU time, of the process that used most."""
     launcher = [sys.executable]
     if size > 1:
         launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(size)]
@@ -93,7 +104,8 @@ def run(place: Path, name: str, size: int, blocks: int) -> float:
     )
     if done.returncode:
         sys.exit(f"{size} processes failed:\n{done.stderr[-2000:]}")
-    return float(result.read_text())
+    wall, cpu = map(float, result.read_text().split())
+    return wall, cpu
 
 
 def measure_state(folder: Path) -> dict[str, Any]:
