@@ -61,9 +61,10 @@ class Coding:
         parts = (to_query * spread, to_key / spread, key_mean)
         return cls(*(part.float().to(dtype).double() for part in parts), float(lift))
 
-    def logits(self, head: Head, stored: Tensor) -> Tensor:
-        """Args: stored: [n, r], what the codes stand for."""
-        dots = stored @ (self.query_map @ head.query) + self.mean @ head.query
+    def logits(self, head: Head, stored: Tensor, far: Tensor | float = 0.0) -> Tensor:
+        """Args: stored: [n, r], what the codes stand for; far: [n], beyond them along the query."""
+        mapped = self.query_map @ head.query
+        dots = stored @ mapped + self.mean @ head.query + mapped.norm() * far
         return head.logit(dots) + self.lift * head.logits.scaling**2 / 2
 
 
@@ -132,8 +133,13 @@ def attend(heads: list[Head], settings: Spectral, held: Held, coding: Coding) ->
     sinks, window, last, waiting, left, room = budgets(settings, len(heads[0].key), held)
     filled = [which for which, members in enumerate(held.found.members) if len(members)]
     coarse = [coding.logits(head, held.clusters) if filled else torch.empty(0).double() for head in heads]
+    # 2.5 standard deviations of a step as long as the one to the farthest member, in a random direction.
+    keys = [coding.key_map @ heads[0].key[held.found.members[which]].T for which in filled]
+    radii = torch.tensor([float((each - each.mean(1, keepdim=True)).norm(dim=0).max()) for each in keys]).double()
+    far = 2.5 * radii.half().double() / math.sqrt(len(coding.key_map))
+    reach = [coding.logits(head, held.clusters[filled], far) if filled else torch.empty(0).double() for head in heads]
     candidates = []
-    for by in rankings([each[filled] for each in coarse], settings.select):
+    for by in rankings(reach, settings.select):
         order = [filled[which] for which in by.argsort(descending=True).tolist()]
         refined = [token for which in order for token in held.found.members[which].tolist()][:room]
         candidates.append(torch.tensor([*refined, *waiting], dtype=torch.int64))

@@ -109,7 +109,7 @@ def _measure_layer(problem: Problem, method: str, artifact: Artifact, step: Call
     tried = measure([problem], {problem.layer: bases(method, head_dim)}, artifact, step)[problem.layer]
     # The basis is chosen once per layer, all else being equal: it costs the same bytes whichever it is.
     best = min(tried, key=lambda point: point.loss).setting if tried else {}
-    basis = {name: best[name] for name in ("stage", "basis") if name in best}
+    basis: Setting = {name: best[name] for name in ("stage", "basis") if name in best}
     return measure([problem], {problem.layer: grid(method, head_dim, basis)}, artifact, step)[problem.layer]
 
 

@@ -29,6 +29,9 @@ CLIP = {2: 0.8, 4: 1.0, 8: 1.0}
 """Shares of the largest magnitude that lost least on the demo model (two bits: 0.7 and 0.9 lose 4 % more)."""
 LEAST_SPREAD = 1e-3
 """Of a dimension, as a share of the largest."""
+REACH = 2.5
+"""How far a cluster's best member is thought to lie along the query: a step of length ρ in a random one of r directions
+changes the product with A q by ‖A q‖ ρ / √r, as a standard deviation, and so many of these are allowed for."""
 STEP = 16
 """Ranks are multiples of it: what one tile of the kernels takes."""
 
@@ -103,19 +106,47 @@ class CodedBasis:
         assert scales is not None
         return codes, scales.unsqueeze(-1)
 
-    def logits(self, query: Tensor, codes: Tensor, scales: Tensor, logits: Logits, bits: int | None = None) -> Tensor:
+    def logits(
+        self,
+        query: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        logits: Logits,
+        bits: int | None = None,
+        radius: Tensor | None = None,
+    ) -> Tensor:
         """float32 logits of every query against every code.
 
         Args:
             query: [B, Hkv, G, D].
             codes, scales: [B, Hkv, S, …], or [B, Hkv, G or 1, S, …] where query heads have tokens of their own.
+            radius: [B, Hkv, S]: the logits are those of likely members so far from the code, see `REACH`.
         """
         query_map, _, mean, _ = self.parts(query)
         part = query.float() @ query_map.float().mT
         held = unpack(codes, self.bits if bits is None else bits) * scales.float()
         dots = part @ held.mT if held.dim() == 4 else (part.unsqueeze(3) @ held.mT).squeeze(3)
         base = query.float() @ mean.float().unsqueeze(-1)
+        if radius is not None:
+            dots = dots + REACH * self.rank**-0.5 * part.norm(dim=-1, keepdim=True) * radius.float().unsqueeze(2)
         return logits.of(dots + base) + self.correction(query, logits.scaling).view(-1, 1, 1)
+
+    def radii(self, key: Tensor, owner: Tensor, clusters: int) -> Tensor:
+        """[B, Hkv, C] float32: how far the farthest member of each cluster lies from its mean, as codes measure.
+
+        Args:
+            key: [B, Hkv, S, D].
+            owner: [B, Hkv, S] int64, C where a token is in no cluster.
+            clusters: C.
+        """
+        _, key_map, _, _ = self.parts(key)
+        points = key.float() @ key_map.float().mT
+        index = owner.unsqueeze(-1).expand_as(points)
+        sums = points.new_zeros(*points.shape[:2], clusters + 1, points.shape[-1]).scatter_add(2, index, points)
+        sizes = points.new_zeros(*points.shape[:2], clusters + 1).scatter_add(2, owner, torch.ones_like(points[..., 0]))
+        means = sums / sizes.clamp_min(1).unsqueeze(-1)
+        far = (points - means.gather(2, index)).norm(dim=-1)
+        return far.new_zeros(sizes.shape).scatter_reduce(2, owner, far, "amax")[..., :clusters]
 
     def nbytes(self, like: Tensor) -> int:
         """Read once per step for the query and the new key."""

@@ -2,7 +2,8 @@
 
 A step reads
 
-1. of every cluster a code of its mean key; by it the clusters of highest score are refined, `refine` tokens in all;
+1. of every cluster a code of its mean key, and how far its members lie from it; by what the best of them may reach,
+   clusters are refined, `refine` tokens in all;
 2. of their tokens, and of those in the open window, the codes; by them the best `keep` tokens are read exactly, the
    sinks and the most recent tokens among them;
 3. of every cluster its mean value. It stands for what was not read: of refined tokens with the sum of the
@@ -30,7 +31,7 @@ from ..attention import Logits
 from .amounts import Amount, check_amount, check_count, count_of
 from .clusters import Clusters, slot_index, take
 from .codes import CodedBasis
-from .rows import Places
+from .rows import Places, find_places
 from .selecting import Chosen, best
 from .sorted_by_cluster import Sorted, SortedStore, calibrated_centroids
 from .tail import Remainder, Tail
@@ -149,8 +150,26 @@ class SpectralStore(SortedStore):
             self.rows.setdefault(name, self._buffer(name)).write(new, places)
 
     def _close(self, clusters: Clusters, slots: list[range]) -> None:
+        before = clusters.counts
         super()._close(clusters, slots)
         self.totals.pop(OPEN, None)  # the next token sums up anew
+        self._measure_radii(slots, before)
+
+    def _measure_radii(self, slots: list[range], before: list[int]) -> None:
+        """Of the clusters that these slots of each row became, of which a row had `before`."""
+        index, held = slot_index(slots, self._device)
+        keys = take(self.rows["key"].view, index)
+        first = torch.tensor(before, device=index.device).view(-1, 1, 1)
+        new = [after - count for after, count in zip(self.clusters.counts, before, strict=True)]
+        owner = (self._owner(index.expand(*keys.shape[:3]).contiguous()) - first).masked_fill(~held, max(new))
+        places = find_places(before, max(new), torch.arange(max(new)) < torch.tensor(new).unsqueeze(1), index.device)
+        radii = self.basis.radii(keys, owner, max(new)).half().unsqueeze(-1)
+        self.rows.setdefault("cluster.radius", self._buffer("cluster.radius")).write(radii, places)
+
+    def _owner(self, slots: Tensor) -> Tensor:
+        """The cluster of each slot [B, Hkv, L]; C beyond the clustered ones."""
+        ends = (self.clusters.sizes * self.clusters.there(slots.device)).long().cumsum(-1) + self.selection.sinks
+        return torch.searchsorted(ends, slots, right=True)
 
     def _forget(self) -> None:
         super()._forget()
@@ -206,10 +225,11 @@ class SpectralStore(SortedStore):
         if room == clustered:
             alike = torch.zeros(sizes.shape, device=query.device).unsqueeze(2).masked_fill(~there, -torch.inf)
             return self.recall(alike, room), None
-        codes, scales = self.rows["cluster.key"].view, self.rows["cluster.key_scale"].view
-        self._read += codes.nbytes + scales.nbytes
+        codes, scales, radii = (self.rows[f"cluster.{name}"].view for name in ("key", "key_scale", "radius"))
+        self._read += codes.nbytes + scales.nbytes + radii.nbytes
         scores = self.basis.logits(query, codes, scales, logits, MEAN_KEY_BITS).masked_fill(~there, -torch.inf)
-        return self.recall(self._shared(scores), room), scores
+        reach = self.basis.logits(query, codes, scales, logits, MEAN_KEY_BITS, radii.squeeze(-1))
+        return self.recall(self._shared(reach.masked_fill(~there, -torch.inf)), room), scores
 
     def _at(self, name: str, slots: Tensor) -> Tensor:
         """[B, Hkv, G or 1, M, …] of the tokens there."""
@@ -242,8 +262,7 @@ class SpectralStore(SortedStore):
         self._read += values.nbytes + scales.nbytes + opened.nbytes
         found, clusters = self._candidates, sizes.shape[-1]
         there = self.clusters.there(query.device)
-        ends = (sizes * there).long().cumsum(-1) + self.selection.sinks
-        owner = torch.searchsorted(ends, found.slots.flatten(2), right=True).view_as(found.slots)  # C: the open window
+        owner = self._owner(found.slots.flatten(2)).view_as(found.slots)  # C: the open window
         index, counted = self._taken
         taken = index.expand(*own.shape[:3], -1)
         gone = torch.zeros(taken.shape, device=own.device).masked_fill(counted, -torch.inf)

@@ -20,8 +20,8 @@ N = PROMPT + STEPS
 CLUSTERED, CLUSTERS = PROMPT - SINKS, round((PROMPT - SINKS) / PER_CLUSTER)
 OPEN = 4 * DV
 """The sum of the values in the open window, in float32."""
-MEAN_KEY, MEAN_VALUE, SIZE = R // 2 + 2, DV + 2, 4
-"""Of a cluster: codes of 4 and of 8 bits, each with a scale of two bytes; an int32."""
+MEAN_KEY, MEAN_VALUE, SIZE = R // 2 + 2 + 2, DV + 2, 4
+"""Of a cluster: codes of 4 bits, a scale and a radius of two bytes each; codes of 8 bits and a scale; an int32."""
 BASIS = HKV * ((2 * R * D + D + R) * B + 4)
 """Both maps, the mean key, what the key map makes of it, and the float32 variance of what is left out."""
 
