@@ -1,0 +1,133 @@
+"""`spectral` beside every other method at equal bytes, its plans and its ablation, on the demo model.
+
+python benchmarks/spectral.py            # about half an hour on two quiet cores; interrupted runs go on
+python benchmarks/spectral.py --page     # only the page, from what was measured
+
+Writes docs/results/spectral.json, .md and .png. All in bfloat16, so that a number of the cache has two bytes as where
+caches are large.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from spectral_page import write_page
+
+from kvcal.artifacts import Artifact
+from kvcal.calibrate import calibrate, load_model, make_blocks, open_data
+from kvcal.calibrate.evaluation.prompts import make_prompts
+from kvcal.calibrate.evaluation.protocol import evaluate
+from kvcal.calibrate.evaluation.results import Results
+from kvcal.calibrate.planning.plan import QUESTIONS, for_bytes, measure_offers, split_prompts
+
+FOLDER = Path(__file__).parent.parent / "docs" / "results"
+LEVELS = {"1/32": 1 / 32, "1/16": 1 / 16, "1/12": 1 / 12, "1/8": 1 / 8, "1/4": 1 / 4}
+WINDOWS, EPISODES, MEASURED = 8, 20, 4
+GROUP = {"select": "group"}
+CLUSTERS = {"sinks": 4, "window": 64}
+TAIL = {"tail": True, "tokens_per_cluster": 80}
+
+OTHERS: list[dict[str, Any]] = [
+    *({"method": "streaming", "keep": keep} for keep in LEVELS.values()),
+    *({"method": "h2o", "keep": keep} for keep in LEVELS.values()),
+    *(
+        {"method": "loki", "rank": rank, "keep": keep, **GROUP}
+        for rank, keep in ((4, 0.015), (4, 0.035), (8, 0.015), (8, 0.04), (16, 0.06), (16, 0.1))
+    ),
+    *({"method": "loki", "rank": rank, "keep": keep, **GROUP, **TAIL} for rank, keep in ((8, 0.03), (16, 0.09))),
+    *(
+        {"method": "clusterkv", "keep": keep, "tokens_per_cluster": tokens, **CLUSTERS}
+        for tokens, keep in ((80, 0.02), (80, 0.05), (16, 0.03), (16, 0.05), (16, 0.09), (80, 0.11), (16, 0.21))
+    ),
+    *(
+        {"method": "clusterkv", "keep": keep, "tokens_per_cluster": 16, "tail": True, **CLUSTERS}
+        for keep in (0.06, 0.18)
+    ),
+    *(
+        {"method": "quest", "keep": keep, "page": page, **GROUP}
+        for page, keep in ((64, 0.0156), (64, 0.0625), (32, 0.03), (16, 0.0156), (16, 0.0625), (16, 0.18))
+    ),
+    *(
+        {"method": "sparq", "rank": rank, "keep": keep, **GROUP}
+        for rank, keep in ((2, 0.015), (4, 0.03), (4, 0.05), (8, 0.06), (16, 0.12))
+    ),
+    *(
+        {"method": "subgen", "window": window, "clusters": clusters, "t": 2, "s": samples, "normaliser": "values"}
+        for window, clusters, samples in ((16, 2, 8), (40, 4, 12), (90, 8, 24), (200, 16, 40))
+    ),
+]
+MIDDLE = {"method": "spectral", "rank": 32, "bits": 2, "keep": 0.03125, "tokens_per_cluster": 80}
+TWO_LEVELS = {"tokens_per_cluster": 32, "refine": 0.125, "flat_below": 0}
+UNIFORM: list[dict[str, Any]] = [
+    {"method": "spectral", "rank": 16, "bits": 2, "keep": 0.0075, **TWO_LEVELS},
+    {**MIDDLE, "rank": 32, "bits": 4, "keep": 0.015625, **TWO_LEVELS},
+    {**MIDDLE, "keep": 0.015},
+    MIDDLE,
+    {**MIDDLE, "bits": 4, "keep": 0.04},
+    {**MIDDLE, "rank": 64, "bits": 4, "keep": 0.1},
+]
+ABLATION: dict[str, dict[str, Any]] = {
+    "as it is": MIDDLE,
+    "key PCA instead of the score basis": {**MIDDLE, "basis": "pca"},
+    "half the dimensions, 4 bits": {**MIDDLE, "rank": 16, "bits": 4},
+    "4 bits": {**MIDDLE, "bits": 4},
+    "no tail": {**MIDDLE, "tail": False},
+    "tail of clusters of 16": {**MIDDLE, "tokens_per_cluster": 16},
+    "two levels, an eighth refined": {**MIDDLE, **TWO_LEVELS},
+    "choice by the largest score of a group": {**MIDDLE, "select": "max"},
+    "choice by every query head": {**MIDDLE, "select": "head"},
+}
+
+
+def make_artifact(model: Any, tokenizer: Any) -> Artifact:
+    data = open_data("stdlib")
+    blocks = make_blocks(data, tokenizer, num_tokens=131072, seq_len=2048, source=data.source)
+    return calibrate(model, blocks, model_id="demo")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", action="store_true", help="only write the page again")
+    if not parser.parse_args().page:
+        measure()
+    write_page(FOLDER, LEVELS, ABLATION)
+
+
+def measure() -> None:
+    calibrated = load_model("demo", device="cpu", dtype="float32")
+    artifact = make_artifact(calibrated.model, calibrated.tokenizer)
+    loaded = load_model("demo", device="cpu", dtype="bfloat16")
+    heldout = open_data("stdlib", "heldout")
+    prompts = make_prompts(
+        heldout, loaded.tokenizer, windows=MEASURED + WINDOWS, episodes=QUESTIONS + EPISODES, name="heldout"
+    )
+    measured, checked = split_prompts(prompts, MEASURED, QUESTIONS)
+    path = FOLDER / "spectral.json"
+    settings = {"model": "demo", "dtype": "bfloat16", "tokens_sha256": checked.tokens_sha256, "plans": {}}
+    if path.exists():
+        settings["plans"] = json.loads(path.read_text())["settings"]["plans"]
+    if not settings["plans"]:
+        offers = measure_offers(loaded.model, artifact, measured, "spectral", progress("measuring"))
+        for name, budget in LEVELS.items():
+            choice = for_bytes(offers, budget)
+            predicted = {"bytes": choice.bytes, "attention_error": choice.error}
+            settings["plans"][name] = {"layers": offers.layered(choice), "predicted": predicted}
+    plans = [{"method": plan["layers"]} for plan in settings["plans"].values()]
+    results = Results.open(settings, path)
+    grid = [*plans, *UNIFORM, *ABLATION.values(), *OTHERS]
+    evaluate(loaded.model, artifact, checked, grid, results=results, progress=progress("decoding"))
+
+
+def progress(what: str) -> Any:
+    def show(done: int, total: int) -> None:
+        if done % 1000 == 0 or done == total:
+            print(f"{what}: {done} of {total}", flush=True)
+
+    return show
+
+
+if __name__ == "__main__":
+    main()
