@@ -63,15 +63,20 @@ def select_threshold(
     lengths: Tensor,
     capacity_out: int,
     *,
+    least: int | Tensor = 0,
+    most: int | Tensor | None = None,
     out: Selection | None = None,
     arrivals: Tensor | None = None,
     backend: str = "auto",
 ) -> Selection:
-    """All scores of each row that reach its threshold: one pass. If more than K do, exactly the K best of them.
+    """All scores of each row that reach its threshold: one pass. If more than `most` do, exactly the `most` best of
+    them; if fewer than `least` do, exactly the `least` best of the row.
 
     Args:
         threshold: [B, Hkv] float32, compared without rounding; a NaN is reached by nobody.
         capacity_out: K, the slots of a row's result.
+        least, most: from 0, or [B] int32 on the same device (below 0 is taken as 0); neither compiles a new kernel, and
+            K bounds both. Of `least` above `most`, `most` are taken. most=None: K.
         scores, lengths, out, arrivals: as in `select`, and so are ties, -inf and NaN.
 
     Returns:
@@ -79,11 +84,16 @@ def select_threshold(
     """
     check(scores, lengths)
     check_operand("threshold", threshold, torch.float32, scores.shape[:2], scores)
+    for name, bound in (("least", least), ("most", most)):
+        if isinstance(bound, Tensor):
+            check_operand(name, bound, torch.int32, (scores.shape[0],), scores)
+        elif bound is not None and bound < 0:
+            raise ValueError(f"{name}: received {bound}, expected at least 0")
     index, count = results(scores, capacity_out, out, arrivals)
     run = reference.select_threshold
     if choose(backend, scores) == "triton":
         from .triton_kernel import select_threshold as run
-    run(scores, threshold, lengths, index, count, arrivals)
+    run(scores, threshold, least, capacity_out if most is None else most, lengths, index, count, arrivals)
     return index, count
 
 

@@ -15,12 +15,26 @@ def select(
 
 
 def select_threshold(
-    scores: Tensor, threshold: Tensor, lengths: Tensor, index: Tensor, count: Tensor, arrivals: Tensor | None
+    scores: Tensor,
+    threshold: Tensor,
+    least: int | Tensor,
+    most: int | Tensor,
+    lengths: Tensor,
+    index: Tensor,
+    count: Tensor,
+    arrivals: Tensor | None,
 ) -> None:
     """Writes `index` and `count`, already checked; see `kvcal.kernels.select.select_threshold`."""
-    eligible = held(scores, lengths) & (scores.float() >= threshold[..., None])
-    count.copy_(eligible.sum(-1).clamp(max=index.shape[-1]))
+    eligible = held(scores, lengths)
+    reaching = (eligible & (scores.float() >= threshold[..., None])).sum(-1)
+    count.copy_(reaching.maximum(per_row(least)).minimum(per_row(most)).minimum(eligible.sum(-1)))
+    count.clamp_(0, index.shape[-1])
     write(scores, eligible, index, count)
+
+
+def per_row(number: int | Tensor) -> Tensor:
+    """That broadcasts with [B, Hkv]."""
+    return number[:, None] if isinstance(number, Tensor) else torch.tensor(number)
 
 
 def held(scores: Tensor, lengths: Tensor) -> Tensor:

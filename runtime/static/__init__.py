@@ -22,6 +22,8 @@ def refusal(method: Method) -> str | None:
     """Why a method has no such step; None: it has one."""
     if type(method) not in STEPS:
         return f"{type(method).__name__} has no step of fixed shapes"
+    if getattr(method, "tail", False) and getattr(method, "choice", "exact") != "exact":
+        return "a tail beside a threshold has no step of fixed shapes"
     if getattr(method, "offload", "none") != "none":
         return "an offloaded cache copies what the step selects"
     if getattr(method, "record_mass", False):

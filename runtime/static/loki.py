@@ -9,10 +9,11 @@ from ...kernels.append import append
 from ...kernels.attend import attend, unread
 from ...kernels.dense import dense
 from ...kernels.score import score
-from ...kernels.select import select
+from ...kernels.select import select, select_threshold
 from ..attention import Logits
 from ..stores.loki import LokiStore
 from ..stores.tail import OWNER
+from ..stores.thresholds import MOST, bounds
 from .clock import most
 from .clustered import ClusteredStep
 from .step import kernel_logits
@@ -57,23 +58,34 @@ class LokiStep(ClusteredStep):
         if selection.select == "group":
             scores = scores.float().log_softmax(-1).logsumexp(2)
         if not store.tail:
-            return attend(query, key, value, *self._select(scores), **kernel_logits(logits))
+            return attend(query, key, value, *self._select(scores, part, logits), **kernel_logits(logits))
         # What is in no cluster is read whatever its score: the best there is.
-        chosen = self._select(scores.masked_fill_(self._always(scores), torch.inf))
+        chosen = self._select(scores.masked_fill_(self._always(scores), torch.inf), part, logits)
         rest = self.tail(query, self._unread(*chosen), logits)
         return attend(query, key, value, *chosen, extra=[rest], **kernel_logits(logits))
 
-    def _select(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Of scores [B, Hkv, S], or [B, Hkv, G, S] by query head: (index […, K] int32, count […])."""
+    def _select(self, scores: Tensor, part: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
+        """Of scores [B, Hkv, S], or [B, Hkv, G, S] by query head: (index […, K] int32, count […]).
+
+        Args: part: [B, Hkv, G, r], the queries that scored.
+        """
         selection, rows = self.store.selection, scores.flatten(1, -2)
         pairs = rows.shape[0] * rows.shape[1]
         if self._arrivals is None or len(self._arrivals) != pairs:
             self._arrivals = self.clock.held.new_zeros(pairs)
-        budgets, capacity = self.clock.budgets(selection), most(selection, self.capacity)
+        wanted, seen, capacity = self.clock.budgets(selection), self.clock.seen, most(selection, self.capacity)
         if self.store.tail:
-            budgets = self.clock.once(("with open", self.place()), self._with_open)
+            wanted = self.clock.once(("with open", self.place()), self._with_open)
             capacity = max(capacity, selection.sinks + selection.window + 1)
-        index, count = select(rows, budgets, self.clock.seen, capacity_out=capacity, arrivals=self._arrivals)
+        if self.store.thresholds is None:
+            index, count = select(rows, wanted, seen, capacity_out=capacity, arrivals=self._arrivals)
+        else:
+            threshold = self.store.thresholds.of(part, wanted, seen, logits).flatten(1)
+            low, high = bounds(wanted, seen)
+            capacity = min(MOST * capacity, self.capacity)
+            index, count = select_threshold(
+                rows, threshold, seen, capacity, least=low, most=high, arrivals=self._arrivals
+            )
         return index.unflatten(1, scores.shape[1:-1]), count.unflatten(1, scores.shape[1:-1])
 
     def _with_open(self) -> Tensor:

@@ -5,21 +5,28 @@ components are orthonormal, so dot products with rotated queries are unchanged, 
 first `rank` dimensions of what is stored anyway. With `basis="score"` (SVD of Σq^{1/2} Σk^{1/2}, see
 `calibrate/score_basis.py`) the maps are not orthonormal, so keys stay as they are and the index is a tensor
 of its own. Both are applied after the rotary embedding, whichever `stage` they were fitted on.
+
+With `choice="threshold"` (ours) a step reads the tokens whose score reaches a calibrated threshold (`thresholds.py`),
+which takes no look at the other scores, from half of the budget to twice as many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ...artifacts import Artifact, KvcalError
+from ...kernels.select import select_threshold
 from ..attention import Logits
 from .amounts import Amount, check_choice
 from .basis import Basis
 from .clustered import Clustered, ClusteredStore
 from .rows import Places, Rows
+from .selecting import Chosen
+from .thresholds import MOST, Thresholds, bounds, fit_layer
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,18 @@ class Loki(Clustered):
     """Keys before ("pre") or after ("post") their rotary embedding were what the basis was fitted on."""
     basis: str = "pca"
     """"pca" or "score"."""
+    choice: str = "exact"
+    """"exact": the highest scores, as many as `keep` says. "threshold": what reaches a calibrated threshold, about as
+    many on average. It needs the artifact's reservoir, and scores that need no second look: `select` head or max."""
+
+    def check(self) -> None:
+        super().check()
+        check_choice("choice", self.choice, ("exact", "threshold"))
+        if self.choice == "threshold" and self.select == "group":
+            raise KvcalError(
+                "choice 'threshold' with select 'group': a mean of softmaxes is known only when all scores are; "
+                "take select 'max' or 'head'"
+            )
 
     def build(self, layer: int, head_dim: int, artifact: Artifact | None) -> Callable[[], LokiStore]:
         self.check()
@@ -39,15 +58,17 @@ class Loki(Clustered):
         if artifact is None:
             raise KvcalError("loki needs an artifact: make one with `calibrate pca` and pass it")
         basis = Basis.load(artifact, layer, self.rank, stage=self.stage, basis=self.basis)
-        return lambda: LokiStore(self, basis)
+        exact = self.choice == "exact"
+        thresholds = None if exact else fit_layer(artifact, layer, basis, by_group=self.select == "max")
+        return lambda: LokiStore(self, basis, thresholds)
 
 
 class LokiStore(ClusteredStore):
     selection: Loki
 
-    def __init__(self, settings: Loki, basis: Basis):
+    def __init__(self, settings: Loki, basis: Basis, thresholds: Thresholds | None = None):
         super().__init__(settings)
-        self.basis = basis
+        self.basis, self.thresholds = basis, thresholds
         self.rotates = settings.basis == "pca"
 
     def _score(self, query: Tensor, logits: Logits) -> Tensor:
@@ -56,7 +77,29 @@ class LokiStore(ClusteredStore):
         index = self.rows["key" if self.rotates else "index"].view[..., : self.basis.rank]
         # The rotation of the query for the exact part is counted with its keys, in `_encode_query`'s bytes.
         self._read += index.nbytes + (self._encoding_bytes() if self.rotates else 2 * query_map.nbytes)
-        return self._masked(logits.of((query @ query_map.mT) @ index.mT))
+        self._asked = (query @ query_map.mT, logits)
+        return self._masked(logits.of(self._asked[0] @ index.mT))
+
+    def _choose(self, scores: Tensor, budgets: list[int]) -> Chosen:
+        if self.thresholds is None:
+            return super()._choose(scores, budgets)
+        wanted, seen = (torch.tensor(of, dtype=torch.int32, device=scores.device) for of in (budgets, self.lengths))
+        threshold = self.thresholds.of(self._asked[0], wanted, seen, self._asked[1]).flatten(1)
+        self._read += self.thresholds.bytes_read(self.lengths)
+        least, most = bounds(wanted, seen)
+        room = max(1, min(scores.shape[-1], MOST * max(budgets)))
+        index, count = select_threshold(scores.flatten(1, 2), threshold, seen, room, least=least, most=most)
+        index, count = (each.unflatten(1, scores.shape[1:3]) for each in (index, count))
+        taken = max(1, int(count.max()))
+        counted = torch.arange(taken, device=scores.device) < count.unsqueeze(-1)
+        return Chosen(index[..., :taken].long(), counted)
+
+    def _gather(self, names: Sequence[str], chosen: Chosen) -> list[Tensor]:
+        before = self._read
+        gathered = super()._gather(names, chosen)
+        if self.thresholds is not None and chosen.counted is not None:  # heads choose different numbers of tokens
+            self._read = before + round((self._read - before) * float(chosen.counted.float().mean()))
+        return gathered
 
     def _extended(self, key: Tensor, value: Tensor, places: Places) -> None:
         if not self.rotates:

@@ -17,6 +17,8 @@ METHODS = {
     "loki-max": {"method": "loki", "rank": 0.25, "keep": 0.25, "select": "max"},
     "loki-group": {"method": "loki", "rank": 8, "keep": 12, "select": "group", "dense_below": 25},
     "loki-score": {"method": "loki", "rank": 0.5, "keep": 0.3, "basis": "score"},
+    "loki-threshold": {"method": "loki", "rank": 0.5, "keep": 0.3, "choice": "threshold", "dense_below": 12},
+    "loki-max-threshold": {"method": "loki", "rank": 4, "keep": 8, "choice": "threshold", "select": "max"},
     "clusterkv": {"method": "clusterkv", "keep": 20, "tokens_per_cluster": 4, "window": 5, "sinks": 2},
     "clusterkv-head": {"method": "clusterkv", "keep": 0.6, "tokens_per_cluster": 3, "window": 4, "select": "head"},
     "clusterkv-max": {"method": "clusterkv", "keep": 9, "tokens_per_cluster": 3, "sinks": 0, "select": "max"},
@@ -149,6 +151,7 @@ def test_small_budgets_do_not_move_buffers(monkeypatch):
         ("llama", METHODS["loki"], NO_GRAPH),
         ("gemma2", METHODS["loki"], "the model has layers that keep transformers' own cache"),
         ("llama", {"method": "quest"}, "Quest has no step of fixed shapes"),
+        ("llama", {"method": "loki", "tail": True, "choice": "threshold"}, "a tail beside a threshold has no step"),
         ("llama", {"method": "clusterkv", "offload": "cpu"}, "an offloaded cache copies what the step selects"),
     ],
 )
