@@ -17,6 +17,7 @@ from kvcal.runtime.attention import Logits
 from kvcal.runtime.stores import METHODS, Store
 from kvcal.runtime.stores.basis import Basis
 from kvcal.runtime.stores.loki import Loki, LokiStore
+from kvcal.runtime.stores.thresholds import Thresholds
 
 TOLERANCES: dict[torch.dtype, dict[str, float]] = {
     torch.float32: {"rtol": 1e-4, "atol": 1e-5},
@@ -33,6 +34,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
     "loki-pca": ("loki", {"rank": 0.25, "keep": 0.25}),
     "loki-score": ("loki", {"rank": 0.25, "keep": 0.25, "basis": "score", "select": "group"}),
+    "loki-threshold": ("loki", {"rank": 0.25, "keep": 0.25, "choice": "threshold"}),
     "exact_topk": ("exact_topk", {"keep": 0.25, "select": "group"}),
     "quest": ("quest", {"keep": 0.3, "page": 4}),
     "clusterkv": ("clusterkv", {"keep": 0.4, "tokens_per_cluster": 4, "sinks": 2, "window": 3}),
@@ -45,6 +47,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"keep": 0.4, "tokens_per_cluster": 4, "sinks": 2, "window": 3, "offload": "cpu", "cached": 5},
     ),
     "loki-pca-tail": ("loki", {"rank": 0.25, "keep": 0.3, **TAIL}),
+    "loki-threshold-tail": ("loki", {"rank": 0.25, "keep": 0.4, "choice": "threshold", "select": "max", **TAIL}),
     "loki-score-tail": ("loki", {"rank": 0.25, "keep": 0.3, "basis": "score", "select": "group", **TAIL}),
     "exact_topk-tail": ("exact_topk", {"keep": 0.3, **TAIL}),
     "quest-tail": ("quest", {"keep": 0.4, "page": 4, "select": "group", **TAIL}),
@@ -195,7 +198,17 @@ def make(method: str, geometry: Geometry, **settings: Any) -> Store:
     loki = Loki(**settings)
     assert not isinstance(loki.rank, str)
     rank = loki.rank if isinstance(loki.rank, int) else math.ceil(loki.rank * geometry.dim)
-    return LokiStore(loki, Basis(*maps(geometry, loki.basis, rank), rank))
+    basis = Basis(*maps(geometry, loki.basis, rank), rank)
+    return LokiStore(loki, basis, thresholds(geometry, loki, basis) if loki.choice == "threshold" else None)
+
+
+def thresholds(geometry: Geometry, loki: Loki, basis: Basis) -> Thresholds:
+    """Of the text that `draw` draws from."""
+    (row,) = draw(geometry, [400], 0, seed=98)
+    query = row.query.unflatten(0, (geometry.kv_heads, geometry.group))[:, 0]
+    sides = zip((query, row.key), basis.maps(query), strict=True)
+    coded = [side @ to[:, : basis.rank].mT for side, to in sides]
+    return Thresholds.fit(*coded, torch.arange(400), geometry.group if loki.select == "max" else 1)
 
 
 @functools.cache

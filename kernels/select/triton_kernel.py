@@ -26,7 +26,9 @@ KEYS = {torch.float16: (-(1 << 15), 0x7C00), torch.float32: (-(1 << 31), 0x7F800
 """What stores a key, the key that nothing may choose, and infinity's."""
 
 
-@triton.jit(do_not_specialize=["k", "least", "parts", "heads", "units", "slots", "most_share", "scores_row", "scores_head"])
+@triton.jit(
+    do_not_specialize=["k", "least", "parts", "heads", "units", "slots", "most_share", "scores_row", "scores_head"]
+)
 def select_kernel(
     scores, lengths, k, threshold, least, index, count, entries, taken, arrivals,
     parts, heads, units, slots, most_share, scores_row: tl.int64, scores_head: tl.int64,

@@ -13,7 +13,7 @@ from ...kernels.select import select, select_threshold
 from ..attention import Logits
 from ..stores.loki import LokiStore
 from ..stores.tail import OWNER
-from ..stores.thresholds import MOST, bounds
+from ..stores.thresholds import bounds, room
 from .clock import most
 from .clustered import ClusteredStep
 from .step import kernel_logits
@@ -82,7 +82,7 @@ class LokiStep(ClusteredStep):
         else:
             threshold = self.store.thresholds.of(part, wanted, seen, logits).flatten(1)
             low, high = bounds(wanted, seen)
-            capacity = min(MOST * capacity, self.capacity)
+            capacity = room(capacity, self.capacity)
             index, count = select_threshold(
                 rows, threshold, seen, capacity, least=low, most=high, arrivals=self._arrivals
             )

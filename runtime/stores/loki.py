@@ -7,7 +7,7 @@ first `rank` dimensions of what is stored anyway. With `basis="score"` (SVD of Î
 of its own. Both are applied after the rotary embedding, whichever `stage` they were fitted on.
 
 With `choice="threshold"` (ours) a step reads the tokens whose score reaches a calibrated threshold (`thresholds.py`),
-which takes no look at the other scores, from half of the budget to twice as many.
+which takes no look at the other scores: from three quarters of the budget to half as many again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .basis import Basis
 from .clustered import Clustered, ClusteredStore
 from .rows import Places, Rows
 from .selecting import Chosen
-from .thresholds import MOST, Thresholds, bounds, fit_layer
+from .thresholds import Thresholds, bounds, fit_layer, room
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ class LokiStore(ClusteredStore):
         threshold = self.thresholds.of(self._asked[0], wanted, seen, self._asked[1]).flatten(1)
         self._read += self.thresholds.bytes_read(self.lengths)
         least, most = bounds(wanted, seen)
-        room = max(1, min(scores.shape[-1], MOST * max(budgets)))
-        index, count = select_threshold(scores.flatten(1, 2), threshold, seen, room, least=least, most=most)
+        slots = room(max(budgets), scores.shape[-1])
+        index, count = select_threshold(scores.flatten(1, 2), threshold, seen, slots, least=least, most=most)
         index, count = (each.unflatten(1, scores.shape[1:3]) for each in (index, count))
         taken = max(1, int(count.max()))
         counted = torch.arange(taken, device=scores.device) < count.unsqueeze(-1)

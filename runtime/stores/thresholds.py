@@ -33,7 +33,7 @@ FEWEST_KEYS = 64
 """Keys before a length that is calibrated by itself."""
 POINTS = 33
 """Of the grid of p."""
-LEAST, MOST = 0.5, 2
+LEAST, MOST = 0.75, 1.5
 """A choice by a threshold is of at least and at most so many times the tokens wanted (docs/results/threshold.md)."""
 
 
@@ -64,9 +64,9 @@ class Thresholds:
         Raises:
             KvcalError: too few tokens.
         """
-        heads, tokens, rank = key.shape
+        _, tokens, rank = key.shape
         if tokens < max(2, group):
-            raise KvcalError(f"a reservoir of {tokens} tokens: fit thresholds on more, `calibrate pca --reservoir 4096`")
+            raise KvcalError(f"a reservoir of {tokens} tokens: thresholds need more, `calibrate pca --reservoir 4096`")
         longest = int(position.max()) + 1
         lengths = [float(longest)]
         while (position < (shorter := longest * 2 ** (-len(lengths) / 2))).sum() >= FEWEST_KEYS:
@@ -151,13 +151,18 @@ def fit_layer(artifact: Artifact, layer: int, basis: Basis, by_group: bool) -> T
 
 def bounds(wanted: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     """(least, most) tokens [B] int32 of a choice by a threshold; a row that is to be read whole is."""
-    least = torch.where(wanted < seen, (wanted * LEAST).ceil().to(wanted.dtype), wanted)
-    return least, torch.minimum(wanted * MOST, seen)
+    least, most = ((wanted * share).ceil().to(wanted.dtype) for share in (LEAST, MOST))
+    return torch.where(wanted < seen, least, wanted), torch.minimum(most, seen)
+
+
+def room(wanted: int, tokens: int) -> int:
+    """The most that a choice of `wanted` of so many tokens takes."""
+    return max(1, min(tokens, math.ceil(wanted * MOST)))
 
 
 def standardised(query: Tensor, key: Tensor, mean: Tensor, covariance: Tensor, group: int) -> Tensor:
-    """[Hkv, n, r], [Hkv, N, r] -> [Hkv, n / group, N]: deviations of each score above the mean that the moments predict;
-    of a group's largest score, the least among its queries."""
+    """[Hkv, n, r], [Hkv, N, r] -> [Hkv, n / group, N]: deviations of each score above the mean that the moments
+    predict; of a group's largest score, the least among its queries."""
     expected = (query @ mean.unsqueeze(-1)).unflatten(1, (-1, group))
     deviation = ((query @ covariance) * query).sum(-1, keepdim=True).sqrt().unflatten(1, (-1, group))
     largest = (query @ key.mT).unflatten(1, (-1, group)).amax(2, keepdim=True)

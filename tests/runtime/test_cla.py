@@ -116,7 +116,7 @@ def test_a_basis_of_every_storing_layer_is_wanted(name):
 def test_methods_see_the_bases_of_the_shared_keys_and_no_other_fits():
     view = with_bases(artifact(TRAINED), {"layers.0.key_post.components": BASIS})
     assert view.tensor("pca", 0, "key_post.components") is BASIS
-    assert {"score", "clusters"} & view.stages.keys() == set()
+    assert {"score", "clusters", "reservoir"} & view.stages.keys() == set()
     with pytest.raises(KvcalError):
         view.tensor("pca", 1, "key_post.components")
 

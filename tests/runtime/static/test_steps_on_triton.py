@@ -11,6 +11,7 @@ from kvcal.runtime.stores.basis import Basis
 from kvcal.runtime.stores.clusterkv import ClusterKV, ClusterKVStore
 from kvcal.runtime.stores.full import Full, FullStore
 from kvcal.runtime.stores.loki import Loki, LokiStore
+from kvcal.runtime.stores.thresholds import Thresholds
 
 KERNELS = ("append", "attend", "dense", "score", "select")
 HEADS, GROUP, DIMS, RANK = 2, 4, 32, 16
@@ -22,6 +23,8 @@ METHODS = {
     "loki-group": Loki(rank=RANK, keep=0.5, select="group"),
     "loki-max": Loki(rank=RANK, keep=12, select="max", dense_below=20),
     "loki-index": Loki(rank=RANK, keep=12, select="max", basis="score"),
+    "loki-threshold": Loki(rank=RANK, keep=12, choice="threshold", dense_below=20),
+    "loki-max-threshold": Loki(rank=RANK, keep=0.25, choice="threshold", select="max"),
     "clusterkv": ClusterKV(**CLUSTERS),
     "clusterkv-head": ClusterKV(**CLUSTERS, select="head"),
     "clusterkv-max": ClusterKV(**CLUSTERS, select="max"),
@@ -67,10 +70,17 @@ class Text:
         return torch.randn(shape, generator=self.generator).to(self.device, dtype)
 
 
+def fitted(method):
+    """Thresholds of queries and keys such as `Text` draws, in any basis of orthonormal rows."""
+    sample = torch.randn(2, HEADS, 500, RANK, generator=torch.Generator().manual_seed(6))
+    return Thresholds.fit(*sample, torch.arange(500), GROUP if method.select == "max" else 1)
+
+
 def make_store(method, basis):
     if isinstance(method, Loki):
         part = basis[:, :RANK].contiguous()
-        return LokiStore(method, Basis(basis, basis, RANK) if method.basis == "pca" else Basis(part, part, RANK))
+        made = Basis(basis, basis, RANK) if method.basis == "pca" else Basis(part, part, RANK)
+        return LokiStore(method, made, fitted(method) if method.choice == "threshold" else None)
     return ClusterKVStore(method, None) if isinstance(method, ClusterKV) else FullStore()
 
 

@@ -168,8 +168,9 @@ def test_counted_is_allocated(name: str) -> None:
     assert held(store) == memory(store)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "threshold" not in name])
 def test_equal_rows_add_up(name: str) -> None:
+    """Where the number of tokens read does not depend on what stands in a row."""
     method, settings = VARIANTS[name]
     one, three = (step(90, method, batch=batch, **settings) for batch in (1, 3))
     assert three.resident_bytes() == 3 * one.resident_bytes()
