@@ -77,11 +77,15 @@ class LokiStep(ClusteredStep):
         if self.store.tail:
             wanted = self.clock.once(("with open", self.place()), self._with_open)
             capacity = max(capacity, selection.sinks + selection.window + 1)
-        if self.store.thresholds is None:
+        thresholds = self.store.thresholds
+        if thresholds is None:
             index, count = select(rows, wanted, seen, capacity_out=capacity, arrivals=self._arrivals)
         else:
-            threshold = self.store.thresholds.of(part, wanted, seen, logits).flatten(1)
-            low, high = bounds(wanted, seen)
+            place, low, high = self.clock.once(
+                (selection.keep, selection.dense_below, thresholds.grid),
+                lambda: (thresholds.place(wanted, seen), *bounds(wanted, seen)),
+            )
+            threshold = thresholds.at(part, place, logits).flatten(1)
             capacity = room(capacity, self.capacity)
             index, count = select_threshold(
                 rows, threshold, seen, capacity, least=low, most=high, arrivals=self._arrivals

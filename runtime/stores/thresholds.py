@@ -38,13 +38,26 @@ LEAST, MOST = 0.75, 1.5
 
 
 @dataclass(frozen=True)
+class Place:
+    """Of each row: between which two lengths, and where on the grid of p."""
+
+    below: Tensor
+    """[B] int64, tables; `above` too."""
+    above: Tensor
+    share: Tensor
+    """[B, 1, 1], from the lower to the upper."""
+    points: Tensor
+    """[B, P + 1, 1]: weights of the grid's points, linear in log p, and how far a normal quantile rises beyond them."""
+
+
+@dataclass(frozen=True)
 class Thresholds:
     """One object for all caches, in float32."""
 
     longest: int
     """The longest calibrated length, in tokens; there are J, each √2 of the one before."""
     tables: Tensor
-    """[J, Hkv, r + r² + P]: μ, Σ and z of each length, ascending; z descending, of p from `smallest` to 1."""
+    """[J, Hkv, r + r² + P + 1]: μ, Σ, z of each length, ascending, and 1; z descending, of p from `smallest` to 1."""
     rank: int
     smallest: float
     """The smallest p of the grid."""
@@ -82,7 +95,7 @@ class Thresholds:
             spread = held - mean.unsqueeze(1)
             covariance = spread.mT @ spread / held.shape[1]
             z = quantiles(standardised(query[:, near], held, mean, covariance, group), shares)
-            tables.append(torch.cat((mean, covariance.flatten(1), z), -1))
+            tables.append(torch.cat((mean, covariance.flatten(1), z, torch.ones_like(z[:, :1])), -1))
         return cls(longest, torch.stack(tables), rank, smallest, group > 1)
 
     def of(self, query: Tensor, wanted: Tensor, seen: Tensor, logits: Logits) -> Tensor:
@@ -95,39 +108,40 @@ class Thresholds:
         Returns:
             [B, Hkv, G] float32, by group [B, Hkv, 1].
         """
-        query = query.float()
-        mean, covariance, z = self._at(seen, query.device)
-        z = (z * self._weights(wanted / seen)).sum(-1) + self._beyond(wanted / seen)
-        expected = (query * mean.unsqueeze(2)).sum(-1)
-        variance = ((query @ covariance) * query).sum(-1)
-        dots = expected + variance.clamp_min(0).sqrt() * z.unsqueeze(2)
+        return self.at(query, self.place(wanted, seen), logits)
+
+    def at(self, query: Tensor, place: Place, logits: Logits) -> Tensor:
+        """As `of`, at a place that all layers of a step share."""
+        query, tables = query.float(), self._on(query.device)
+        table = tables[place.below].lerp(tables[place.above], place.share)
+        mean, covariance, z = table.split((self.rank, self.rank**2, POINTS + 1), -1)
+        expected = (query @ mean.unsqueeze(-1)).squeeze(-1)
+        variance = ((query @ covariance.unflatten(-1, (self.rank, self.rank))) * query).sum(-1)
+        dots = expected.addcmul(variance.clamp_min(0).sqrt(), z @ place.points)
         thresholds = logits.of(dots)
         return thresholds.amax(2, keepdim=True) if self.by_group else thresholds
+
+    def place(self, wanted: Tensor, seen: Tensor) -> Place:
+        """Where rows stand among the lengths and on the grid; the same for all layers of an artifact."""
+        last = len(self.tables) - 1
+        level = ((seen / self.longest).log2() * 2 + last).clamp(0, last)
+        below = level.long()
+        share, end = wanted / seen, torch.full_like(level, self.smallest)
+        at = (POINTS - 1) * (1 - share.clamp(self.smallest, 1).log() / math.log(self.smallest))
+        points = torch.arange(POINTS, device=share.device)
+        linear = (1 - (points - at.unsqueeze(-1)).abs()).clamp_min(0)
+        beyond = torch.special.ndtri(end) - torch.special.ndtri(share.minimum(end))
+        weights = torch.cat((linear, beyond.unsqueeze(-1)), -1)
+        return Place(below, (below + 1).clamp_max(last), (level - below).view(-1, 1, 1), weights.unsqueeze(-1))
+
+    @property
+    def grid(self) -> tuple[int, int, float]:
+        """Thresholds of the same grid have the same places."""
+        return self.longest, len(self.tables), self.smallest
 
     def bytes_read(self, lengths: list[int]) -> int:
         """Of the tables of rows of these lengths: each lies between two."""
         return self.tables[0].nbytes * min(len(self.tables), 2 * len(set(lengths)))
-
-    def _at(self, seen: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """μ [B, Hkv, r], Σ [B, Hkv, r, r] and z [B, Hkv, P] at these lengths [B]."""
-        tables, last = self._on(device), len(self.tables) - 1
-        level = ((seen / self.longest).log2() * 2 + last).clamp(0, last)
-        below = level.long()
-        share = (level - below).view(-1, 1, 1)
-        table = tables[below].lerp(tables[(below + 1).clamp_max(last)], share)
-        mean, covariance, z = table.split((self.rank, self.rank**2, POINTS), -1)
-        return mean, covariance.unflatten(-1, (self.rank, self.rank)), z
-
-    def _weights(self, share: Tensor) -> Tensor:
-        """[B] -> [B, 1, P]: of the grid's points, linear in log p."""
-        at = (POINTS - 1) * (1 - share.clamp(self.smallest, 1).log() / math.log(self.smallest))
-        points = torch.arange(POINTS, device=share.device)
-        return (1 - (points - at.unsqueeze(-1)).abs()).clamp_min(0).unsqueeze(1)
-
-    def _beyond(self, share: Tensor) -> Tensor:
-        """[B] -> [B, 1]: what a normal distribution's quantile rises beyond the grid."""
-        end = torch.full_like(share, self.smallest)
-        return (torch.special.ndtri(end) - torch.special.ndtri(share.minimum(end))).unsqueeze(-1)
 
     def _on(self, device: torch.device) -> Tensor:
         if device not in self._moved:

@@ -194,7 +194,7 @@ def test_bytes_are_those_of_the_chosen_tokens() -> None:
     store = make("loki", GEOMETRY, **SETTINGS)
     prefill(store, [row], PLAIN)
     (((step),),) = decode(store, [row], PLAIN)
-    tables = 2 * 2 * (8 + 64 + POINTS) * 4  # of two lengths, for two heads
+    tables = 2 * 2 * (8 + 64 + POINTS + 1) * 4  # of two lengths, for two heads
     rows_read = int(step.read.sum()) * (16 + 8) * 4
     assert len(store.thresholds.tables) > 1
     assert store.bytes_read() == 2 * 301 * 8 * 4 + 2 * 16 * 16 * 4 + tables + rows_read
