@@ -1,6 +1,6 @@
 """How many tokens reach a calibrated threshold, and what such a choice costs in quality, on the demo model.
 
-python benchmarks/threshold.py [ARTIFACT]     # about ten minutes on two cores; writes docs/results/threshold.md
+python benchmarks/threshold.py [ARTIFACT]     # about eight minutes on two busy cores; writes docs/results/threshold.md
 
 ARTIFACT: of `calibrate pca --model demo --data stdlib`; made here where none is given. All text is unseen.
 """
@@ -110,7 +110,9 @@ def bounds_table(found: Sequence[LayerTensors], artifact: Artifact) -> list[list
                         error.append(of.error(count))
                         equal.append(of.error((wanted * read[-1]).round().expand_as(count)))
                     means = [f"{sum(each) / len(each):.3f}" for each in (read, error, equal)]
-                    lines.append([select, str(length), fraction(keep), f"{low:g}", f"{high:g}", *means])
+                    lines.append(
+                        [select, str(length), fraction(keep), f"{low:g}", f"{high:g}" if high < 100 else "all", *means]
+                    )
                     print(*lines[-1], sep=" | ", flush=True)
     return lines
 
@@ -188,6 +190,16 @@ def main() -> None:
 
 
 HEAD = """# A calibrated threshold in place of an exact choice
+
+- **It saves no quality.** At as many tokens read perplexity is worse than the exact choice's in all four settings: by
+  0.2 % per head, and by 0.6 % and 2.4 % with `select="max"` at an eighth and a sixteenth of the tokens. Recall is the
+  same or one or two questions of 16 lower; the mean error of the attention output is the same. What a threshold can
+  save is time on a GPU, which was not measured.
+- **It finds about as many tokens as it should**: the medians of layers, lengths and settings are 0.76 to 1.21 of
+  `keep`; 2 to 11 % of all choices are below half, 0 to 4 % above twice.
+- **Tight bounds are the better ones.** From 3/4 to 3/2 of `keep` about halves what is lost against an exact choice of
+  as many tokens (1/16 of 2048 tokens, per head: 0.428 against 0.421; from 1/2 to 2 it is 0.441 against 0.429). An
+  exact choice beats all of them.
 
 `python benchmarks/threshold.py`: the demo model, unseen text, `loki` with `basis="score"` and a quarter of the
 dimensions; thresholds from the reservoir of an artifact of other text.
