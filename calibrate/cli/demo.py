@@ -9,12 +9,13 @@ from ...artifacts import Artifact, load, save
 from .analyze_rank import print_ranks
 from .cluster import print_clusters
 from .evaluation_table import print_results
-from .output import json_option, print_json, progress_bar, working
+from .output import json_option, print_json, progress_bar, working, write_plot
 from .pass_options import PassOptions, run_pass
 from .summary import artifact_summary, print_summary
 
 NUM_TOKENS = 131072
 LOKI = {"method": "loki", "rank": 0.25, "keep": 0.25}
+SPECTRAL = {"method": "spectral", "rank": 32, "bits": 2, "keep": 0.03125, "tokens_per_cluster": 80}
 PROMPTS: dict[str, Any] = {"prefix": 1024, "continuation": 64, "windows": 8, "episodes": 10}
 BATCH_SIZE = 8
 
@@ -29,7 +30,7 @@ BATCH_SIZE = 8
 )
 @json_option
 def demo_command(output: Path, as_json: bool) -> None:
-    """All of it on the built-in model and text, without a network: calibrate, verify, decode with Loki.
+    """All of it on the built-in model and text, without a network: calibrate, verify, decode with Loki and spectral.
 
     \b
     Example:
@@ -38,6 +39,7 @@ def demo_command(output: Path, as_json: bool) -> None:
     from ..card import card_files
     from ..checkpoint import Checkpoint
     from ..cluster_stage import cluster, cluster_report
+    from ..evaluation.figure import evaluation_figure
     from ..plots import cluster_figure
     from ..rank import rank_report
 
@@ -65,6 +67,8 @@ def demo_command(output: Path, as_json: bool) -> None:
     verified = load(output)
     ranks, clusters = rank_report(verified), cluster_report(verified)
     rows, texts = decode(verified)
+    described = {"model": "demo", **PROMPTS, "batch_size": BATCH_SIZE}
+    write_plot(output / "quality.png", evaluation_figure(described, rows))
     if as_json:
         summary = artifact_summary(verified)
         print_json({"artifact": summary, "ranks": ranks, "clusters": clusters, "results": rows, "side_by_side": texts})
@@ -75,15 +79,17 @@ def demo_command(output: Path, as_json: bool) -> None:
     click.echo()
     print_clusters(clusters)
     click.echo()
-    print_results({"model": "demo", **PROMPTS, "batch_size": BATCH_SIZE}, rows)
+    print_results(described, rows)
     print_side_by_side(texts)
     click.echo(f"\nverified: every hash, shape and dtype of {output} holds")
-    click.echo(f"figures:  {output / 'rank.png'}  {output / 'clusters.png'}")
-    click.echo(f"next:     calibrate evaluate {output} --data stdlib --split heldout --method loki,h2o,streaming")
+    click.echo(f"figures:  {output / 'rank.png'}  {output / 'clusters.png'}  {output / 'quality.png'}")
+    click.echo(
+        f"next:     calibrate evaluate {output} --data stdlib --split heldout --method spectral,loki,h2o,streaming"
+    )
 
 
 def decode(artifact: Artifact) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Loki beside the whole cache on text that neither training nor calibration saw: (figures, texts)."""
+    """Loki and spectral beside the whole cache on text that neither training nor calibration saw: (rows, texts)."""
     from ..data import open_data
     from ..evaluation.grid import FULL
     from ..evaluation.prompts import make_prompts
@@ -96,7 +102,7 @@ def decode(artifact: Artifact) -> tuple[list[dict[str, Any]], list[dict[str, Any
         prompts = make_prompts(
             open_data("stdlib", "heldout"), loaded.tokenizer, tasks=("perplexity", "passkey"), **PROMPTS
         )
-    grid = [FULL, LOKI]
+    grid = [FULL, LOKI, SPECTRAL]
     with progress_bar("decoding") as progress:
         rows = evaluate(loaded.model, artifact, prompts, grid, batch_size=BATCH_SIZE, progress=progress)
     with working("generating"):
@@ -108,4 +114,4 @@ def print_side_by_side(texts: list[dict[str, Any]]) -> None:
         click.echo(f"\n…{entry['prompt']!r}")
         for each in entry["continuations"]:
             read = each["bytes_per_step"] / 1e6
-            click.echo(f"  {each['setting']['method']:5} reads {read:.2f} MB a step  →  {each['text']!r}")
+            click.echo(f"  {each['setting']['method']:8} reads {read:.2f} MB a step  →  {each['text']!r}")
