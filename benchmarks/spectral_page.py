@@ -158,7 +158,7 @@ def table(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])
 
 
-LEVELS = """For each budget (bytes read per step over dense attention's; codes, scales, maps, exact rows and tail count) the
+LEVELS = """For each budget (bytes read per step over dense attention's; codes, scales, maps, rows and tail count) the
 plan made for it, and of every other method the best row within it, by each column on its own: a method's three cells
 may come from three settings.
 

@@ -12,6 +12,8 @@ from typing import Any
 from ..artifacts import Artifact, KvcalError, load
 from ..artifacts.manifest import FILE_NAME, MANIFEST
 from ..runtime import hub
+from ..runtime.planned import FILE as PLAN
+from ..runtime.planned import has_plan, read_plan
 from .card import PLACE, card_files
 
 CARD, FIGURES = "README.md", ("rank.png", "clusters.png", "uptraining.png")
@@ -38,8 +40,9 @@ def push(
 ) -> Pushed:
     """Check an artifact and upload it; the repository and the branch are made when they are not there.
 
-    Its manifest, the stage files that it names, the card and our figures are sent, nothing else that lies in the
-    folder. Stage files of an earlier push that the manifest no longer names leave with the same commit.
+    Its manifest, the stage files that it names, its plan, the card and our figures are sent, nothing else that lies
+    in the folder. Stage files of an earlier push that the manifest no longer names, and a plan that is not there any
+    more, leave with the same commit.
 
     Args:
         repo_id: `org/name` of a model repository.
@@ -70,7 +73,7 @@ def push(
         api.preupload_lfs_files(repo_id, additions, revision=branch, free_memory=False)
         _check_sent(artifact, additions)
         there = {file.rfilename for file in before.siblings or ()}
-        old = sorted(name for name in there - contents.keys() if FILE_NAME.fullmatch(name))
+        old = sorted(name for name in there - contents.keys() if FILE_NAME.fullmatch(name) or name == PLAN)
         commit = api.create_commit(
             repo_id,
             [*additions, *(CommitOperationDelete(name) for name in old)],
@@ -93,6 +96,9 @@ def _contents(artifact: Artifact, repo_id: str) -> dict[str, bytes | str]:
         name = stage.tensors.file.file  # type: ignore[attr-defined]
         contents[name] = str(folder / name)
     contents |= {name: (folder / name).read_bytes() for name in FIGURES if (folder / name).is_file()}
+    if has_plan(artifact):
+        read_plan(artifact)  # raises where it is none
+        contents[PLAN] = (folder / PLAN).read_bytes()
     card = folder / CARD
     text = card.read_text("utf-8", errors="replace") if card.is_file() else ""
     if not _has_front_matter(text):

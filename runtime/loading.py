@@ -18,6 +18,7 @@ from ..artifacts import (
 )
 from ..artifacts.manifest import MANIFEST, read_manifest
 from . import hub
+from .planned import FILE as PLAN
 
 CARD = "README.md"
 
@@ -90,7 +91,7 @@ def _download(name: str, revision: str | None) -> Path:
         # The manifest first: a repository may be anything, and hold hundreds of GB.
         manifest = hf_hub_download(name, MANIFEST, revision=found.revision, endpoint=constants.ENDPOINT)
         files = read_manifest(Path(manifest).parent)[1]
-        wanted = [MANIFEST, CARD, *(file.file for file in files.values())]
+        wanted = [MANIFEST, CARD, PLAN, *(file.file for file in files.values())]
         return Path(
             snapshot_download(name, revision=found.revision, endpoint=constants.ENDPOINT, allow_patterns=wanted)
         )

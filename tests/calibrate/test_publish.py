@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -24,6 +25,7 @@ from kvcal.calibrate.card import card_files
 from kvcal.calibrate.cli import cli
 from kvcal.calibrate.publish import push
 from kvcal.runtime import load as load_anywhere
+from kvcal.runtime.planned import has_plan, read_plan
 
 REPO = "org/tiny-kvcal"
 
@@ -109,6 +111,18 @@ def test_a_branch_beside_the_main_one(hub: StandInHub, folder: Path, other: Path
 def test_the_same_again_is_no_new_commit(hub: StandInHub, folder: Path) -> None:
     assert push(folder, REPO).commit == push(folder, REPO).commit
     assert len(hub.repositories[REPO].commits) == 2
+
+
+def test_a_plan_goes_with_the_artifact_and_leaves_with_it(hub: StandInHub, folder: Path) -> None:
+    plan = {"format": 1, "layers": [{"method": "loki", "keep": 0.5}, None]}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    first = push(folder, REPO)
+    assert read_plan(load_anywhere(f"{REPO}@{first.commit}")) == plan
+    (folder / "plan.json").write_text("{")
+    with pytest.raises(ArtifactError, match="plan.json: cannot be read"):
+        push(folder, REPO)
+    (folder / "plan.json").unlink()
+    assert not has_plan(load_anywhere(f"{REPO}@{push(folder, REPO).commit}"))
 
 
 def test_only_the_artifact_is_sent(hub: StandInHub, folder: Path) -> None:
