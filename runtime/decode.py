@@ -119,7 +119,7 @@ def _replayed(model: Any, stepping: Any, state: State, graph: bool) -> tuple[int
         stepping.clock.tick()
         state.take(out.logits[:, -1])
 
-    replay = Replay(step, [*state.small(), stepping.clock.held, stepping.clock.seen], state, graph)
+    replay = Replay(step, [*state.small(), *stepping.changed()], state, graph)
     done = 1
     while not _finished(state, done):
         replay(stepping.prepare())

@@ -1,5 +1,7 @@
 """One launch per decoded token: the new key and value into the cache, the key's projection into the index."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,9 @@ def append(
     *,
     bits: int = 16,
     clip: float = 1.0,
+    offset: Tensor | None = None,
+    value_sum: Tensor | None = None,
+    summed_from: int = 0,
     backend: str = "auto",
 ) -> None:
     """Writes one token of each row at slot `lengths[b]`; `lengths` itself is advanced by the caller.
@@ -44,6 +49,9 @@ def append(
         lengths: [B] int32 on the same device: tokens held before this one.
         active: [B] bool; None: every row.
         bits, clip: of the codes, as in `quantize`.
+        offset: [Hkv, r] float32, contiguous: the index holds map · key − offset.
+        value_sum: [B, Hkv, Dv] float32, contiguous: the new values are added to it in rows that hold at least
+            `summed_from` tokens already. A second call for the same token adds it again.
     """
     check_cache("key", key_new, key, lengths)
     check_cache("value", value_new, value, lengths)
@@ -55,10 +63,23 @@ def append(
         raise ValueError(f"active: received {active.dtype} {list(active.shape)}, expected bool {list(lengths.shape)}")
     if codes is not None:
         check_index(map, key, codes, scales, bits, clip)
+        check_float32("offset", offset, (key.shape[1], rank_of(codes, bits)))
+    check_float32("value_sum", value_sum, value_new.shape)
     run = reference
     if choose(backend, key) == "triton":
         from .triton_kernel import append as run
-    run(key_new, value_new, map, key, value, codes, scales, lengths, active, bits, clip)
+    run(
+        key_new, value_new, map, key, value, codes, scales, lengths, active, bits, clip, offset, value_sum, summed_from
+    )  # fmt: skip
+
+
+def check_float32(name: str, tensor: Tensor | None, shape: Sequence[int]) -> None:
+    if tensor is not None and (
+        tensor.dtype != torch.float32 or tensor.shape != tuple(shape) or not tensor.is_contiguous()
+    ):
+        raise ValueError(
+            f"{name}: received {tensor.dtype} {list(tensor.shape)}, expected contiguous float32 {list(shape)}"
+        )
 
 
 def check_cache(name: str, new: Tensor, cache: Tensor, lengths: Tensor) -> None:

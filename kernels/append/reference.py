@@ -18,8 +18,11 @@ def append(
     active: Tensor | None,
     bits: int,
     clip: float,
+    offset: Tensor | None,
+    value_sum: Tensor | None,
+    summed_from: int,
 ) -> None:
-    """Writes into `key`, `value`, `codes` and `scales`, already checked; see `kvcal.kernels.append.append`."""
+    """Writes into the caches and `value_sum`, already checked; see `kvcal.kernels.append.append`."""
     written = lengths < key.shape[2]
     if active is not None:
         written = written & active
@@ -27,10 +30,14 @@ def append(
     write(key, key_new, slots, written)
     write(value, value_new, slots, written)
     if codes is not None:
-        new_codes, new_scales = quantize(projected(key_new, map, rank_of(codes, bits)), bits, clip)
+        entry = projected(key_new, map, rank_of(codes, bits))
+        new_codes, new_scales = quantize(entry if offset is None else entry - offset, bits, clip)
         write(codes, new_codes, slots, written)
         if scales is not None and new_scales is not None:
             write(scales, new_scales, slots, written)
+    if value_sum is not None:
+        adds = (written & (lengths >= summed_from)).view(-1, 1, 1)
+        value_sum += value_new.float().masked_fill(~adds, 0)
 
 
 def projected(key_new: Tensor, map: Tensor | None, rank: int) -> Tensor:

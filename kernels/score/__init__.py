@@ -8,8 +8,9 @@ from torch import Tensor
 from ..backend import choose
 from .quantize import check_bits, quantize, rank_of, unpack
 from .reference import score as reference
+from .runs import score_runs
 
-__all__ = ["block_of", "quantize", "score", "unpack"]
+__all__ = ["block_of", "quantize", "score", "score_runs", "unpack"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 CODES = {16: FLOATS, 8: (torch.int8,), 4: (torch.uint8,), 2: (torch.uint8,)}

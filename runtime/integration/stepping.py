@@ -108,6 +108,10 @@ class SteppingCache(DynamicCache):
                 step.reserve(-(-(length + 1) // BUCKET) * BUCKET if full else step.capacity)
         return tuple(address for step in self.steps for address in step.addresses())
 
+    def changed(self) -> list[Tensor]:
+        """What a step changes but the slots of the coming token."""
+        return [self.clock.held, self.clock.seen, *(tensor for step in self.steps for tensor in step.sums())]
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def settle(self) -> None:

@@ -9,13 +9,20 @@ from ..stores import Method
 from ..stores.clusterkv import ClusterKV
 from ..stores.full import Full
 from ..stores.loki import Loki
+from ..stores.spectral import Spectral
 from .clock import Clock
 from .clusterkv import ClusterKVStep
 from .full import FullStep
 from .loki import LokiStep
+from .spectral import SpectralStep
 from .step import Step
 
-STEPS: dict[type, Callable[[Any, Clock], Step]] = {Full: FullStep, Loki: LokiStep, ClusterKV: ClusterKVStep}
+STEPS: dict[type, Callable[[Any, Clock], Step]] = {
+    Full: FullStep,
+    Loki: LokiStep,
+    ClusterKV: ClusterKVStep,
+    Spectral: SpectralStep,
+}
 
 
 def refusal(method: Method) -> str | None:

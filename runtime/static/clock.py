@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..stores.amounts import Budget
+from ..stores.amounts import Amount, Budget
 
 T = TypeVar("T")
 
@@ -41,12 +41,17 @@ class Clock:
 
 def budgets(budget: Budget, seen: Tensor) -> Tensor:
     """[B] int32: `budget.of` each of `seen` [B]."""
-    if isinstance(budget.keep, float):
+    return torch.where(seen < budget.dense_below, seen, share(budget.keep, seen))
+
+
+def share(amount: Amount, total: Tensor) -> Tensor:
+    """[B] int32: `count_of(amount, total)` of each of `total` [B], and 0 of none."""
+    if isinstance(amount, float):
         # As count_of rounds: 0.55 · 100 is 55.00000000000001 in floating point and means 55.
-        wanted = (seen.double() * budget.keep - 1e-9).ceil().to(torch.int32).clamp_min(1)
+        wanted = (total.double() * amount - 1e-9).ceil().to(torch.int32).clamp_min(1)
     else:
-        wanted = torch.full_like(seen, min(budget.keep, torch.iinfo(seen.dtype).max))
-    return torch.where(seen < budget.dense_below, seen, torch.minimum(wanted, seen))
+        wanted = torch.full_like(total, min(amount, torch.iinfo(total.dtype).max))
+    return torch.minimum(wanted, total)
 
 
 def most(budget: Budget, capacity: int) -> int:

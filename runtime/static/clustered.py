@@ -105,6 +105,14 @@ class ClusteredStep(Step):
     def addresses(self) -> tuple[tuple[int, int], ...]:
         return super().addresses() + tuple((of.data_ptr(), of.shape[-1]) for of in self._kept.values())
 
+    def settle(self, tokens: int) -> None:
+        first = list(self.store.lengths)
+        super().settle(tokens)
+        if "position" in self.per_token:
+            position = self.buffer("position")
+            for row, (begin, end) in enumerate(zip(first, self.store.lengths, strict=True)):
+                position[row, :, begin:end, 0] = torch.arange(begin, end, device=position.device, dtype=position.dtype)
+
     def due(self, tokens: int) -> bool:
         if self.store.clusters is None:
             return False

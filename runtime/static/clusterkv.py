@@ -80,13 +80,6 @@ class ClusterKVStep(ClusteredStep):
         self.keep("size", size)
         self.keep("start", (size.cumsum(-1) - size + self.store.selection.sinks).to(torch.int32))
 
-    def settle(self, tokens: int) -> None:
-        first = list(self.store.lengths)
-        super().settle(tokens)
-        position = self.buffer("position")
-        for row, (begin, end) in enumerate(zip(first, self.store.lengths, strict=True)):
-            position[row, :, begin:end, 0] = torch.arange(begin, end, device=position.device, dtype=position.dtype)
-
     @property
     def per_token(self) -> tuple[str, ...]:
         return ("key", "value", "position")

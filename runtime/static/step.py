@@ -67,6 +67,10 @@ class Step(ABC):
         """The store's tensors that have an entry per token."""
         return ("key", "value")
 
+    def sums(self) -> list[Tensor]:
+        """What a step adds to rather than writes: a step that is run again for the same token needs it as before."""
+        return []
+
     def buffer(self, name: str) -> Tensor:
         """[B, Hkv, capacity, …], to the end of its capacity."""
         tensor = self.store.rows[name].tensor

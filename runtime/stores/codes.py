@@ -51,6 +51,8 @@ class CodedBasis:
         offset = (key_map @ mean.unsqueeze(-1)).squeeze(-1)
         self._parts = {(torch.device("cpu"), torch.float32): (query_map, key_map, mean, offset)}
         self._variance = {torch.device("cpu"): variance}
+        self._query_sides: dict[torch.dtype, Tensor] = {}
+        self._offsets: dict[torch.dtype, Tensor] = {}
 
     @classmethod
     def load(
@@ -89,6 +91,20 @@ class CodedBasis:
             first = next(iter(self._parts.values()))
             self._parts[place] = tuple(part.to(like) for part in first)  # type: ignore[assignment]
         return self._parts[place]
+
+    def query_side(self, like: Tensor) -> Tensor:
+        """[Hkv, D, r + 1] float32: what multiplies queries like these, the mean key last."""
+        if like.dtype not in self._query_sides or self._query_sides[like.dtype].device != like.device:
+            query_map, _, mean, _ = self.parts(like)
+            side = torch.cat((query_map, mean.unsqueeze(1)), 1).float().mT.contiguous()
+            self._query_sides[like.dtype] = side
+        return self._query_sides[like.dtype]
+
+    def offset(self, like: Tensor) -> Tensor:
+        """[Hkv, r] float32: what is taken off keys like these after their projection."""
+        if like.dtype not in self._offsets or self._offsets[like.dtype].device != like.device:
+            self._offsets[like.dtype] = self.parts(like)[3].float().contiguous()
+        return self._offsets[like.dtype]
 
     def correction(self, like: Tensor, scaling: float) -> Tensor:
         """[Hkv] float32: σ²/2 of the logits."""

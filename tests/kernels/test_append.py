@@ -112,6 +112,36 @@ def test_a_clip_of_the_scale(device, backend, bits):
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "first dimensions"])
+@pytest.mark.parametrize("bits", [16, 8, 4, 2])
+def test_an_offset_is_taken_off_after_the_projection(device, backend, mapped, bits):
+    key_new, value_new, map = draw(torch.bfloat16, 80, 80, 40, device)
+    offset = 3 * torch.randn(2, 40, generator=torch.Generator().manual_seed(2)).to(device)
+    cache = Cache(bits, torch.bfloat16, 40, 80, 80, device=device)
+    cache.append(key_new, value_new, map if mapped else None, [0, 5, 8], backend=backend, offset=offset)
+    projected = key_new.double().cpu()[..., :40]
+    if mapped:
+        projected = torch.einsum("hrd,bhd->bhr", map.double().cpu(), key_new.double().cpu())
+    for row, slot in enumerate([0, 5, 8]):
+        cache.assert_holds(row, slot, key_new[row], value_new[row], projected[row] - offset.double().cpu())
+    cache.assert_untouched(but=[(0, 0), (1, 5), (2, 8)])
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("value_dim", [64, 80])
+def test_values_are_summed_from_a_slot_on(device, backend, value_dim):
+    """Not of rows below it, nor of those that are full or not active."""
+    key_new, value_new, _ = draw(torch.float16, 64, value_dim, 32, device, batch=4)
+    cache = Cache(None, torch.float16, 32, 64, value_dim, batch=4, device=device)
+    before = torch.randn(4, 2, value_dim, generator=torch.Generator().manual_seed(1)).to(device)
+    total = before.clone()
+    active = [True, True, False, True]
+    cache.append(key_new, value_new, None, [3, 4, 5, CAPACITY], active, backend=backend, value_sum=total, summed_from=4)
+    assert_close(total[1], before[1].double() + value_new[1].double())
+    assert torch.equal(total[[0, 2, 3]], before[[0, 2, 3]])
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("bits", [None, 16, 8, 4])
 def test_inactive_and_full_rows_are_left_alone(device, backend, bits):
     key_new, value_new, map = draw(torch.float16, 64, 64, 32, device)
@@ -175,6 +205,8 @@ def test_score_reads_what_append_wrote(device, bits):
         ({"codes": torch.zeros(3, 2, 9, 32).long()}, "codes: received torch.int64"),
         ({"bits": 2}, r"map: received \[2, 32, 64\], expected contiguous \[2, 64, 64\]"),
         ({"bits": 6}, "bits: received 6, expected 16, 8, 4 or 2"),
+        ({"offset": torch.zeros(2, 31)}, r"offset: received torch.float32 \[2, 31\], expected .* \[2, 32\]"),
+        ({"value_sum": torch.zeros(3, 2, 64).half()}, "value_sum: received torch.float16"),
         ({"clip": -1.0}, "clip: received -1.0, expected a positive number"),
         ({"codes": torch.zeros(3, 2, 8, 16, dtype=torch.uint8)}, r"codes: received \[3, 2, 8, 16\]"),
         (
@@ -213,18 +245,21 @@ def test_compiles_for_hopper_without_spilling_and_once_for_all_capacities():
     launches = compiled("""
 import torch
 from kvcal.kernels.append import append
-def launch(capacity, head_dim, rank, bits):
+def launch(capacity, head_dim, rank, bits, **options):
     new, cache = torch.zeros(2, 8, head_dim).half(), torch.zeros(2, 8, capacity, head_dim).half()
     scales = None if bits == 16 else torch.zeros(2, 8, capacity).half()
     dtype = {16: torch.float16, 8: torch.int8}.get(bits, torch.uint8)
     codes = torch.zeros(2, 8, capacity, rank * bits // 8 if bits < 8 else rank, dtype=dtype)
     map, lengths = new.new_zeros(8, rank, head_dim), torch.zeros(2, dtype=torch.int32)
-    append(new, new, map, cache, cache, codes, scales, lengths, bits=bits, backend="triton")
+    append(new, new, map, cache, cache, codes, scales, lengths, bits=bits, backend="triton", **options)
 for capacity in (1, 1000, 4096):
     launch(capacity, 128, 32, 4)
+offset, total = torch.zeros(8, 64), torch.zeros(2, 8, 128)
+for capacity in (1, 4096):
+    launch(capacity, 128, 64, 2, offset=offset, value_sum=total, summed_from=capacity % 5)
 launch(64, 128, 64, 2)
 launch(64, 256, 128, 8)
 launch(64, 80, 48, 16)
 """)
     assert all(launch["stack"] <= 16 for launch in launches), launches
-    assert len({launch["hash"] for launch in launches[:3]}) == 1
+    assert len({launch["hash"] for launch in launches[:3]}) == len({launch["hash"] for launch in launches[3:5]}) == 1

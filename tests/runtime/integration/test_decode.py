@@ -27,6 +27,19 @@ METHODS = {
     "clusterkv-tail": {"method": "clusterkv", "keep": 12, "tokens_per_cluster": 3, "sinks": 2, "tail": True},
     "clusterkv-tail-head": {"method": "clusterkv", "keep": 9, "tokens_per_cluster": 4, "tail": True, "select": "head"},
 }
+SPECTRAL = {
+    "method": "spectral", "keep": 12, "rank": 0.5, "tokens_per_cluster": 4, "window": 5, "sinks": 2, "recent": 3,
+}  # fmt: skip
+REFINED = {**SPECTRAL, "flat_below": 0, "refine": 0.5}
+METHODS |= {
+    "spectral": SPECTRAL,
+    "spectral-4-bits-head": {**SPECTRAL, "bits": 4, "select": "head", "keep": 0.3},
+    "spectral-no-tail": {**SPECTRAL, "bits": 8, "select": "max", "tail": False, "dense_below": 25},
+    "spectral-two-levels": {**REFINED, "select": "max", "basis": "pca"},
+    "spectral-two-levels-head": {**REFINED, "bits": 4, "select": "head", "sinks": 0, "keep": 5, "refine": 9},
+    "spectral-two-levels-no-tail": {**REFINED, "bits": 4, "keep": 0.2, "tail": False, "window": 3},
+    "spectral-by-length": {**REFINED, "flat_below": 35, "refine": 0.3},
+}
 NO_GRAPH = "CUDA graphs need a GPU, the model is on cpu"
 
 
@@ -153,6 +166,7 @@ def test_small_budgets_do_not_move_buffers(monkeypatch):
         ("llama", {"method": "quest"}, "Quest has no step of fixed shapes"),
         ("llama", {"method": "loki", "tail": True, "choice": "threshold"}, "a tail beside a threshold has no step"),
         ("llama", {"method": "clusterkv", "offload": "cpu"}, "an offloaded cache copies what the step selects"),
+        ("llama", {**SPECTRAL, "offload": "cpu"}, "an offloaded cache copies what the step selects"),
     ],
 )
 def test_why_there_is_no_graph(name, method, reason):

@@ -1,0 +1,270 @@
+"""`spectral` at fixed addresses: codes choose, exact rows answer, clusters stand for the rest.
+
+Which tokens are candidates is decided on the device by each row's length; the host decides only, where it reserves
+capacity, whether any row can be long enough for clusters to be refined. Launches: kernels/remainder/README.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...kernels.append import append
+from ...kernels.attend import Partial, attend
+from ...kernels.dense import dense
+from ...kernels.remainder import chosen_slots, remainder
+from ...kernels.score import score_runs
+from ...kernels.select import select, select_runs
+from ..attention import Logits
+from ..stores.amounts import count_of
+from ..stores.spectral import MEAN_KEY_BITS, SpectralStore
+from .clock import Clock, most, share
+from .clustered import ALIGNED, ClusteredStep
+from .step import kernel_logits
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of each row, [B] int32, alike in all layers whose windows close together."""
+
+    sinks: Tensor
+    window: Tensor
+    """Where the open window begins."""
+    recent: Tensor
+    """Where the tokens begin that are read for being recent."""
+    opened: Tensor
+    """Tokens of the open window."""
+    left: Tensor
+    """Tokens that the choice is among."""
+    room: Tensor
+    """Clustered tokens whose codes are read."""
+    candidates: Tensor
+    none: Tensor
+    """0"""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Tokens that have been scored: as `score_runs` counts them."""
+
+    begin: Tensor
+    """[B] int32 where the range after the runs begins."""
+    starts: Tensor | None
+    ends: Tensor | None
+    """None: there is only the range."""
+    own: Tensor | None
+    """[B, Hkv, G, M], by query head; None: nobody needs it."""
+    shared: Tensor
+    """[B, Hkv, M], or [B, Hkv, G, M] by query head: by what is chosen."""
+    left: Tensor | None
+    """As `ends`, float32: tokens of each cluster that are no candidates."""
+    of_clusters: Tensor | None
+    """[B, Hkv, G, C] scores of the mean keys."""
+
+
+class SpectralStep(ClusteredStep):
+    store: SpectralStore
+    _arrivals: Tensor | None = None
+    """The workspace of `select`, which leaves it zero: made before a graph is captured, by the step that warms up."""
+
+    def __init__(self, store: SpectralStore, clock: Clock):
+        super().__init__(store, clock)
+        value = store.rows["value"].view
+        if "open.value" not in store.totals:
+            store.totals["open.value"] = value.new_zeros(*value.shape[:2], value.shape[3], dtype=torch.float32)
+        self._flat, self._room = True, 0
+
+    def reserve(self, capacity: int) -> None:
+        super().reserve(capacity)
+        of, shortest = self.store.selection, min(self.store.lengths)
+        self._flat = capacity < of.flat_below or of.refine == 1.0
+        kept = most(of, capacity)
+        room = max(
+            kept, count_of(of.refine, capacity), min(capacity, of.flat_below - 1) if shortest + 1 < of.flat_below else 0
+        )
+        room = capacity if self._flat else min(capacity, room + of.window)
+        # A bucket that has room for too many candidates is right as well: graphs that were captured with it go on.
+        self._room = -(-room // ALIGNED) * ALIGNED
+
+    def write(self, key: Tensor, value: Tensor) -> None:
+        store = self.store
+        _, key_map, _, _ = store.basis.parts(key)
+        append(
+            key,
+            value,
+            key_map,
+            self.buffer("key"),
+            self.buffer("value"),
+            self.buffer("code"),
+            self.buffer("scale").squeeze(-1),
+            self.clock.held,
+            bits=store.basis.bits,
+            clip=store.basis.clip,
+            offset=store.basis.offset(key),
+            value_sum=store.totals["open.value"],
+            summed_from=store.selection.sinks,
+        )
+
+    def attend(self, query: Tensor, logits: Logits) -> Tensor:
+        key, value = self.buffer("key"), self.buffer("value")
+        if not self.clustered:
+            return dense(query, key, value, self.clock.seen, **kernel_logits(logits))
+        projected = query.float() @ self.store.basis.query_side(query)
+        found = self.candidates(projected, logits)
+        chosen = self.choose(found)
+        slots = self.slots(found, chosen)
+        extra = [self.rest(projected, found, logits)] if self.store.selection.tail else []
+        return attend(query, key, value, *slots, extra=extra, **kernel_logits(logits))
+
+    def counts(self) -> Counts:
+        return self.clock.once(("spectral", self.place()), self._counts_of_rows)
+
+    def _counts_of_rows(self) -> Counts:
+        of, seen, held = self.store.selection, self.clock.seen, self.open()
+        budget = self.clock.budgets(of)
+        of_recent = (budget // 2 - of.sinks).clamp(1, max(1, of.recent))
+        recent = torch.maximum(held.window, seen - of_recent)
+        left = torch.where(budget == seen, seen, (budget - held.sinks - (seen - recent)).clamp_min(0))
+        clustered = held.window - held.sinks
+        refined = torch.minimum(clustered, torch.maximum(share(of.refine, clustered), left))
+        room = torch.where(seen < of.flat_below, clustered, refined)
+        opened = seen - held.window
+        candidates = (recent - held.sinks) if self._flat else room + recent - held.window
+        return Counts(held.sinks, held.window, recent, opened, left, room, candidates, torch.zeros_like(seen))
+
+    def candidates(self, projected: Tensor, logits: Logits) -> Candidates:
+        """Score what the choice is among. Args: projected: [B, Hkv, G, r + 1] float32: queries, then their product with
+        the mean key."""
+        of = self.counts()
+        codes = self.buffer("code"), self.buffer("scale").squeeze(-1)
+        if self._flat:
+            own, shared = self._score(
+                projected, codes, of.sinks, of.recent, self._room, logits, self.store.selection.tail
+            )
+            return Candidates(of.sinks, None, None, own, shared, None, None)
+        means = self.buffer("cluster.key"), self.buffer("cluster.key_scale").squeeze(-1)
+        clusters = means[0].shape[2]
+        of_clusters, by = self._score(
+            projected, means, of.none, self._counts, clusters, logits, self.store.selection.tail, bits=MEAN_KEY_BITS
+        )
+        starts = self._kept["start"]
+        left = torch.empty(by.shape, dtype=torch.float32, device=by.device)
+        ends = torch.empty(by.shape, dtype=torch.int32, device=by.device)
+        select_runs(
+            by.flatten(1, -2),
+            starts,
+            self._kept["size"],
+            of.room,
+            self._counts,
+            unread=left.flatten(1, -2),
+            ends=ends.flatten(1, -2),
+        )
+        own, shared = self._score(
+            projected,
+            codes,
+            of.window,
+            of.recent,
+            self._room,
+            logits,
+            self.store.selection.tail,
+            starts=starts,
+            ends=ends,
+        )
+        return Candidates(of.window, starts, ends, own, shared, left, of_clusters)
+
+    def _score(
+        self,
+        projected: Tensor,
+        codes: tuple[Tensor, Tensor],
+        begin: Tensor,
+        end: Tensor,
+        capacity: int,
+        logits: Logits,
+        own: bool,
+        bits: int | None = None,
+        starts: Tensor | None = None,
+        ends: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor]:
+        """(scores by query head, which are there if `own` is wanted, scores by what is chosen)."""
+        select, basis = self.store.selection.select, self.store.basis
+        scores, best = score_runs(
+            projected[..., : basis.rank],
+            *codes,
+            begin,
+            end,
+            capacity=capacity,
+            scaling=logits.scaling,
+            softcap=logits.softcap,
+            bits=bits or basis.bits,
+            starts=starts,
+            ends=ends,
+            bias=projected[..., basis.rank],
+            combine="none" if select != "max" else "both" if own else "max",
+            # As Loki's: 16-bit models' logits carry fewer digits than float16 does.
+            out_dtype=torch.float32 if self.buffer("key").dtype == torch.float32 else torch.float16,
+        )
+        if best is not None:
+            return scores, best
+        assert scores is not None
+        return scores, scores.float().log_softmax(-1).logsumexp(2) if select == "group" else scores
+
+    def choose(self, found: Candidates) -> tuple[Tensor, Tensor]:
+        """(index [B, Hkv(, G), K] int32 of the best candidates, count [B, Hkv(, G)])"""
+        of, scores = self.counts(), found.shared.flatten(1, -2)
+        pairs = scores.shape[0] * scores.shape[1]
+        if self._arrivals is None or len(self._arrivals) != pairs:
+            self._arrivals = self.clock.held.new_zeros(pairs)
+        kept = min(most(self.store.selection, self.capacity), scores.shape[-1])
+        index, count = select(scores, of.left, of.candidates, capacity_out=kept, arrivals=self._arrivals)
+        return index.unflatten(1, found.shared.shape[1:-1]), count.unflatten(1, found.shared.shape[1:-1])
+
+    def slots(self, found: Candidates, chosen: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """(slots [B, Hkv(, G), K'] int32 of all that is read, count); what is chosen leaves the scores by query head."""
+        of, selection = self.counts(), self.store.selection
+        return chosen_slots(
+            *chosen,
+            found.begin,
+            of.sinks,
+            of.recent,
+            self.clock.seen,
+            most_always=selection.sinks + selection.recent,
+            starts=found.starts,
+            ends=found.ends,
+            scores=found.own if selection.tail else None,
+        )
+
+    def rest(self, projected: Tensor, found: Candidates, logits: Logits) -> Partial:
+        """What is not read, through its clusters."""
+        of, rank = self.counts(), self.store.basis.rank
+        assert found.own is not None
+        return remainder(
+            found.own,
+            self._kept["end"] if found.ends is None else found.ends,
+            of.candidates,
+            self.buffer("cluster.value"),
+            self.buffer("cluster.value_scale").squeeze(-1),
+            self.store.totals["open.value"],
+            of.opened,
+            left=found.left,
+            cluster_scores=found.of_clusters,
+            bias=projected[..., rank] if logits.softcap is None else None,
+            correction=self.store.basis.correction(projected, logits.scaling),
+            scaling=logits.scaling,
+        )
+
+    def _derive(self, size: Tensor) -> None:
+        self.keep("size", size)
+        self.keep("end", size.cumsum(-1, dtype=torch.int32))
+        self.keep("start", (size.cumsum(-1) - size + self.store.selection.sinks).to(torch.int32))
+
+    def sums(self) -> list[Tensor]:
+        return [self.store.totals["open.value"]]
+
+    def addresses(self) -> tuple[tuple[int, int], ...]:
+        return (*super().addresses(), (self.store.totals["open.value"].data_ptr(), self._room), (0, int(self._flat)))
+
+    @property
+    def per_token(self) -> tuple[str, ...]:
+        return ("key", "value", "position", "code", "scale")
