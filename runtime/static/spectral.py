@@ -18,31 +18,11 @@ from ...kernels.remainder import chosen_slots, remainder
 from ...kernels.score import score_runs
 from ...kernels.select import select, select_runs
 from ..attention import Logits
-from ..stores.amounts import count_of
-from ..stores.spectral import MEAN_KEY_BITS, SpectralStore
-from .clock import Clock, most, share
+from ..stores.spectral import MEAN_KEY_BITS, OPEN, SpectralStore
+from .clock import Clock
 from .clustered import ALIGNED, ClusteredStep
+from .spectral_counts import Counts, counts, is_flat, most_candidates, most_read
 from .step import kernel_logits
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Of each row, [B] int32, alike in all layers whose windows close together."""
-
-    sinks: Tensor
-    window: Tensor
-    """Where the open window begins."""
-    recent: Tensor
-    """Where the tokens begin that are read for being recent."""
-    opened: Tensor
-    """Tokens of the open window."""
-    left: Tensor
-    """Tokens that the choice is among."""
-    room: Tensor
-    """Clustered tokens whose codes are read."""
-    candidates: Tensor
-    none: Tensor
-    """0"""
 
 
 @dataclass(frozen=True)
@@ -72,21 +52,17 @@ class SpectralStep(ClusteredStep):
     def __init__(self, store: SpectralStore, clock: Clock):
         super().__init__(store, clock)
         value = store.rows["value"].view
-        if "open.value" not in store.totals:
-            store.totals["open.value"] = value.new_zeros(*value.shape[:2], value.shape[3], dtype=torch.float32)
+        self._open_sum = value.new_zeros(*value.shape[:2], value.shape[3], dtype=torch.float32)
         self._flat, self._room = True, 0
 
     def reserve(self, capacity: int) -> None:
         super().reserve(capacity)
-        of, shortest = self.store.selection, min(self.store.lengths)
-        self._flat = capacity < of.flat_below or of.refine == 1.0
-        kept = most(of, capacity)
-        room = max(
-            kept, count_of(of.refine, capacity), min(capacity, of.flat_below - 1) if shortest + 1 < of.flat_below else 0
-        )
-        room = capacity if self._flat else min(capacity, room + of.window)
-        # A bucket that has room for too many candidates is right as well: graphs that were captured with it go on.
-        self._room = -(-room // ALIGNED) * ALIGNED
+        store = self.store
+        self._open_sum.copy_(store.sum_of_open())
+        store.totals[OPEN] = self._open_sum
+        self._flat = is_flat(store.selection, capacity)
+        # Room for too many candidates is right as well: a graph that was captured with it goes on.
+        self._room = -(-most_candidates(store.selection, capacity, min(store.lengths) + 1) // ALIGNED) * ALIGNED
 
     def write(self, key: Tensor, value: Tensor) -> None:
         store = self.store
@@ -103,7 +79,7 @@ class SpectralStep(ClusteredStep):
             bits=store.basis.bits,
             clip=store.basis.clip,
             offset=store.basis.offset(key),
-            value_sum=store.totals["open.value"],
+            value_sum=self._open_sum,
             summed_from=store.selection.sinks,
         )
 
@@ -119,20 +95,8 @@ class SpectralStep(ClusteredStep):
         return attend(query, key, value, *slots, extra=extra, **kernel_logits(logits))
 
     def counts(self) -> Counts:
-        return self.clock.once(("spectral", self.place()), self._counts_of_rows)
-
-    def _counts_of_rows(self) -> Counts:
-        of, seen, held = self.store.selection, self.clock.seen, self.open()
-        budget = self.clock.budgets(of)
-        of_recent = (budget // 2 - of.sinks).clamp(1, max(1, of.recent))
-        recent = torch.maximum(held.window, seen - of_recent)
-        left = torch.where(budget == seen, seen, (budget - held.sinks - (seen - recent)).clamp_min(0))
-        clustered = held.window - held.sinks
-        refined = torch.minimum(clustered, torch.maximum(share(of.refine, clustered), left))
-        room = torch.where(seen < of.flat_below, clustered, refined)
-        opened = seen - held.window
-        candidates = (recent - held.sinks) if self._flat else room + recent - held.window
-        return Counts(held.sinks, held.window, recent, opened, left, room, candidates, torch.zeros_like(seen))
+        of = self.store.selection
+        return self.clock.once(("spectral", self.place()), lambda: counts(of, self.clock, self.open(), self._counts))
 
     def candidates(self, projected: Tensor, logits: Logits) -> Candidates:
         """Score what the choice is among. Args: projected: [B, Hkv, G, r + 1] float32: queries, then their product with
@@ -208,7 +172,12 @@ class SpectralStep(ClusteredStep):
         if best is not None:
             return scores, best
         assert scores is not None
-        return scores, scores.float().log_softmax(-1).logsumexp(2) if select == "group" else scores
+        if select != "group":
+            return scores, scores
+        shared = scores.float()
+        if bits is not None:  # clusters: empty ones take no part
+            shared = shared.masked_fill(self._kept["empty"].unsqueeze(2), -torch.inf)
+        return scores, shared.log_softmax(-1).logsumexp(2)
 
     def choose(self, found: Candidates) -> tuple[Tensor, Tensor]:
         """(index [B, Hkv(, G), K] int32 of the best candidates, count [B, Hkv(, G)])"""
@@ -216,12 +185,12 @@ class SpectralStep(ClusteredStep):
         pairs = scores.shape[0] * scores.shape[1]
         if self._arrivals is None or len(self._arrivals) != pairs:
             self._arrivals = self.clock.held.new_zeros(pairs)
-        kept = min(most(self.store.selection, self.capacity), scores.shape[-1])
+        kept = min(most_read(self.store.selection, self.capacity), scores.shape[-1])
         index, count = select(scores, of.left, of.candidates, capacity_out=kept, arrivals=self._arrivals)
         return index.unflatten(1, found.shared.shape[1:-1]), count.unflatten(1, found.shared.shape[1:-1])
 
     def slots(self, found: Candidates, chosen: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """(slots [B, Hkv(, G), K'] int32 of all that is read, count); what is chosen leaves the scores by query head."""
+        """(slots [B, Hkv(, G), K'] int32 of all that is read, count); scores by query head lose it."""
         of, selection = self.counts(), self.store.selection
         return chosen_slots(
             *chosen,
@@ -245,7 +214,7 @@ class SpectralStep(ClusteredStep):
             of.candidates,
             self.buffer("cluster.value"),
             self.buffer("cluster.value_scale").squeeze(-1),
-            self.store.totals["open.value"],
+            self._open_sum,
             of.opened,
             left=found.left,
             cluster_scores=found.of_clusters,
@@ -256,14 +225,15 @@ class SpectralStep(ClusteredStep):
 
     def _derive(self, size: Tensor) -> None:
         self.keep("size", size)
+        self.keep("empty", size == 0)
         self.keep("end", size.cumsum(-1, dtype=torch.int32))
         self.keep("start", (size.cumsum(-1) - size + self.store.selection.sinks).to(torch.int32))
 
     def sums(self) -> list[Tensor]:
-        return [self.store.totals["open.value"]]
+        return [self._open_sum]
 
     def addresses(self) -> tuple[tuple[int, int], ...]:
-        return (*super().addresses(), (self.store.totals["open.value"].data_ptr(), self._room), (0, int(self._flat)))
+        return (*super().addresses(), (self._open_sum.data_ptr(), self._room), (0, int(self._flat)))
 
     @property
     def per_token(self) -> tuple[str, ...]:

@@ -131,14 +131,14 @@ class SpectralStore(SortedStore):
     def append(self, key: Tensor, value: Tensor, valid: Tensor | None = None) -> None:
         super().append(key, value, valid)
         if OPEN not in self.totals:
-            self.totals[OPEN] = self._sum_of_open()
+            self.totals[OPEN] = self.sum_of_open()
             return
         came = [True] * len(self.lengths) if valid is None else valid[:, 0].tolist()
         joins = [at and length > self.selection.sinks for at, length in zip(came, self.lengths, strict=True)]
         mask = torch.tensor(joins, device=value.device).view(-1, 1, 1)
         self.totals[OPEN] = self.totals[OPEN] + value[:, :, 0].float().masked_fill(~mask, 0)
 
-    def _sum_of_open(self) -> Tensor:
+    def sum_of_open(self) -> Tensor:
         """[B, Hkv, Dv] float32, of the values in the open windows."""
         slots = [range(begin, length) for begin, length in zip(self._open_begin(), self.lengths, strict=True)]
         index, held = slot_index(slots, self._device)

@@ -221,8 +221,8 @@ def launch(capacity, clusters, group=4, width=128, dtype=torch.float16, each=Fal
     ends = ints(1, 8, *own, clusters)
     remainder(scores, ends, ints(1), torch.zeros(1, 8, clusters, width, dtype=torch.int8),
               torch.zeros(1, 8, clusters).half(), torch.zeros(1, 8, width), ints(1), left=ends.float(),
-              cluster_scores=torch.zeros(1, 8, group, clusters, dtype=dtype), bias=torch.zeros(1, 8, group, 33)[..., 32],
-              correction=torch.zeros(8), backend="triton")
+              cluster_scores=torch.zeros(1, 8, group, clusters, dtype=dtype),
+              bias=torch.zeros(1, 8, group, 33)[..., 32], correction=torch.zeros(8), backend="triton")
     chosen_slots(ints(1, 8, *own, chosen), ints(1, 8, *own), *(ints(1) for _ in "abcd"), most_always=20,
                  starts=ints(1, 8, clusters), ends=ends, scores=scores, backend="triton")
 for capacity, clusters, chosen in ((16, 16, 1), (1000, 33, 70), (4096, 4096, 2048)):

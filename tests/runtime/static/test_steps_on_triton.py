@@ -9,14 +9,18 @@ from kvcal.runtime.attention import Logits
 from kvcal.runtime.static import STEPS, Clock
 from kvcal.runtime.stores.basis import Basis
 from kvcal.runtime.stores.clusterkv import ClusterKV, ClusterKVStore
+from kvcal.runtime.stores.codes import CodedBasis
 from kvcal.runtime.stores.full import Full, FullStore
 from kvcal.runtime.stores.loki import Loki, LokiStore
+from kvcal.runtime.stores.spectral import Spectral, SpectralStore
 from kvcal.runtime.stores.thresholds import Thresholds
 
-KERNELS = ("append", "attend", "dense", "score", "select")
+KERNELS = ("append", "attend", "dense", "remainder", "score", "score.runs", "select")
 HEADS, GROUP, DIMS, RANK = 2, 4, 32, 16
 LENGTHS = (37, 9, 60)
 CLUSTERS = {"keep": 30, "tokens_per_cluster": 6, "window": 12, "sinks": 4}
+CODED = {"rank": RANK, "keep": 12, "tokens_per_cluster": 5, "window": 7, "sinks": 3, "recent": 4}
+REFINED = {**CODED, "flat_below": 0, "refine": 0.4}
 METHODS = {
     "full": Full(),
     "loki": Loki(rank=RANK, keep=12),
@@ -32,6 +36,14 @@ METHODS = {
     "loki-index-tail": Loki(rank=RANK, keep=14, tail=True, tokens_per_cluster=5, select="max", basis="score"),
     "clusterkv-tail": ClusterKV(**CLUSTERS, tail=True, select="max"),
     "clusterkv-head-tail": ClusterKV(**CLUSTERS, tail=True, select="head"),
+    "spectral": Spectral(**CODED, select="max"),
+    "spectral-group-4-bits": Spectral(**CODED, bits=4),
+    "spectral-head-no-tail": Spectral(**CODED, bits=8, select="head", tail=False),
+    "spectral-two-levels": Spectral(**REFINED, select="max"),
+    "spectral-two-levels-group": Spectral(**REFINED, bits=4),
+    "spectral-two-levels-head": Spectral(**REFINED, select="head"),
+    "spectral-two-levels-no-tail": Spectral(**REFINED, bits=4, select="max", tail=False),
+    "spectral-by-length": Spectral(**CODED, refine=0.4, flat_below=40, select="max", dense_below=20),
 }
 STEPPED = 2
 
@@ -81,6 +93,12 @@ def make_store(method, basis):
         part = basis[:, :RANK].contiguous()
         made = Basis(basis, basis, RANK) if method.basis == "pca" else Basis(part, part, RANK)
         return LokiStore(method, made, fitted(method) if method.choice == "threshold" else None)
+    if isinstance(method, Spectral):
+        part, generator = basis[:, :RANK].float().contiguous(), torch.Generator().manual_seed(1)
+        mean = torch.randn(HEADS, DIMS, generator=generator).to(part)
+        variance = torch.rand(HEADS, generator=generator).to(part)
+        coded = CodedBasis(part.cpu(), part.cpu(), mean.cpu(), variance.cpu(), method.bits, 0.9)
+        return SpectralStore(method, coded, None)
     return ClusterKVStore(method, None) if isinstance(method, ClusterKV) else FullStore()
 
 
@@ -100,7 +118,10 @@ def stepped(method, text, logits):
 
 @pytest.mark.parametrize(
     ("method", "capped"),
-    [*((method, False) for method in METHODS), *((method, True) for method in ("full", "loki-max", "clusterkv"))],
+    [
+        *((method, False) for method in METHODS),
+        *((method, True) for method in ("full", "loki-max", "clusterkv", "spectral", "spectral-two-levels-group")),
+    ],
 )
 def test_equals_the_reference(method, capped, on, device):
     text, logits = Text(torch.float32, device), Logits(DIMS**-0.5)
@@ -111,9 +132,13 @@ def test_equals_the_reference(method, capped, on, device):
     expected, held = stepped(METHODS[method], text, logits)
     on("triton")
     out, written = stepped(METHODS[method], text, logits)
-    assert_close(out, expected)
+    # Beside integer codes the kernel rounds queries to float16.
+    assert_close(out, expected, torch.float16 if "spectral" in method else torch.float32)
     for name in held:
-        assert_close(written[name], held[name])
+        if held[name].is_floating_point():
+            assert_close(written[name], held[name])
+        else:
+            assert torch.equal(written[name], held[name])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -145,7 +170,7 @@ def test_only_layers_whose_windows_close_together_share_what_is_open(on, device)
     assert torch.equal(torch.stack(first.runs), torch.stack(other.runs))
 
 
-@pytest.mark.parametrize("method", ["full", "loki-max", "clusterkv-max"])
+@pytest.mark.parametrize("method", ["full", "loki-max", "clusterkv-max", "spectral", "spectral-two-levels"])
 def test_sixteen_bits(method, on, device):
     """Against float32: what is chosen may differ in a token or two whose scores are nearly those of others."""
     text, exact = Text(torch.bfloat16, device), Text(torch.float32, device)
