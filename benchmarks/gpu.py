@@ -23,9 +23,11 @@ from gpu_build import build_row
 from gpu_gate import Gate, check_append, check_cluster, check_score
 from gpu_gate_attention import check_attend, check_dense, check_runs, check_steps, check_tail, check_unread
 from gpu_gate_select import check_select, check_select_runs
+from gpu_gate_spectral import check_chosen_slots, check_offset, check_remainder, check_score_runs
 from gpu_model import build_model, model_rows
 from gpu_results import PAGES, RESULTS, brief, commit, machine, save
 from gpu_sizes import DRY, FULL, Sizes
+from gpu_spectral import FORMS
 from gpu_timing import Timer, ceilings, tidy
 
 from kvcal.kernels.backend import interpreting
@@ -41,6 +43,10 @@ CHECKS = (
     check_runs,
     check_tail,
     check_unread,
+    check_offset,
+    check_score_runs,
+    check_chosen_slots,
+    check_remainder,
     check_steps,
 )
 Results = dict[str, Any]
@@ -116,6 +122,7 @@ def tasks(results: Results, sizes: Sizes, timer: Timer) -> list[Task]:
     made: list[Any] = []
     longest, *others = sizes.lengths
     middle = others[0]
+    spectral = tuple(f"spectral {form}" for form in FORMS)
     clusterkv = tuple(f"clusterkv {per_cluster}" for per_cluster in sizes.per_cluster)
 
     def model() -> Any:
@@ -151,10 +158,10 @@ def tasks(results: Results, sizes: Sizes, timer: Timer) -> list[Task]:
         *(selection(longest, batch) for batch in sizes.batches),
         *(attention(middle, batch) for batch in sizes.batches),
         *(build(length, calibrated) for length in (middle, longest) for calibrated in (False, True)),
-        whole(longest, 1, ("full", "loki", *clusterkv)),
-        whole(longest, None, ("full", "loki", *clusterkv)),
-        whole(middle, 1, ("full", "loki", clusterkv[0])),
-        whole(middle, None, ("full", "loki", clusterkv[0])),
+        whole(longest, 1, ("full", "loki", *clusterkv, *spectral)),
+        whole(longest, None, ("full", "loki", *clusterkv, *spectral)),
+        whole(middle, 1, ("full", "loki", clusterkv[0], spectral[-1])),
+        whole(middle, None, ("full", "loki", clusterkv[0], spectral[-1])),
         ("giving the model back", 0, made.clear),
         *(attention(length, batch) for length in others[1:] for batch in sizes.batches),
         *(selection(length, batch) for length in others for batch in sizes.batches),

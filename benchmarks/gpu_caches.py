@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvcal.runtime.stores.rows import Rows
 
-KERNELS = ("append", "attend", "cluster", "dense", "score", "select")
+KERNELS = ("append", "attend", "cluster", "dense", "remainder", "score", "score.runs", "select")
 COLD = 4
 """Times the L2 cache that has to be read before something is read again."""
 MOST_COPIES = 24
@@ -101,14 +101,26 @@ def fill(store: Any, length: int, tensors: Mapping[str, Tensor], chunk: int = 25
     store.lengths, store.seen = [length] * batch, length
 
 
-def fill_clusters(store: Any, sizes: Sizes, length: int, per_cluster: int, seed: int = 0) -> None:
-    """Clusters over all tokens of a filled ClusterKV store but the sinks and half a window, of unequal sizes.
+def fill_clusters(
+    store: Any,
+    sizes: Sizes,
+    length: int,
+    per_cluster: int,
+    seed: int = 0,
+    *,
+    window: int | None = None,
+    means: Callable[[int], Mapping[str, Tensor]] | None = None,
+) -> None:
+    """Clusters over all tokens of a filled store but the sinks and half a window, of unequal sizes.
 
     Their tokens are adjacent, as the store sorts them; that their means are random matters to no time.
+
+    Args:
+        window: of the store; means: what it holds of so many of them; both as of ClusterKV by default.
     """
     key = store.rows["key"].tensor
     batch, heads, _, dims = key.shape
-    upto = length - sizes.window // 2
+    upto = length - (sizes.window if window is None else window) // 2
     clustered = upto - sizes.sinks
     count = max(1, round(clustered / per_cluster))
     room = -(-(count + 8) // 16) * 16
@@ -116,14 +128,16 @@ def fill_clusters(store: Any, sizes: Sizes, length: int, per_cluster: int, seed:
     member_of = torch.randint(count, (batch * heads, clustered), generator=generator, device=key.device)
     size = torch.zeros(batch * heads, room, dtype=torch.int32, device=key.device)
     size.scatter_add_(1, member_of, torch.ones_like(member_of, dtype=torch.int32))
-    mean_key, mean_value = (
-        torch.randn(batch, heads, room, dims, generator=generator, device=key.device).to(sizes.dtype).to(key.dtype)
-        for _ in "kv"
-    )
+
+    def plain(clusters: int) -> dict[str, Tensor]:
+        shape = batch, heads, clusters, dims
+        drawn = (torch.randn(shape, generator=generator, device=key.device) for _ in "kv")
+        names = ("cluster.key", "cluster.value")
+        return {name: of.to(sizes.dtype).to(key.dtype) for name, of in zip(names, drawn, strict=True)}
+
     position = torch.arange(key.shape[2], dtype=torch.int32, device=key.device).view(1, 1, -1, 1)
     tensors = {
-        "cluster.key": mean_key,
-        "cluster.value": mean_value,
+        **(means or plain)(room),
         "cluster.size": size.view(batch, heads, room, 1),
         "position": position.expand(batch, heads, -1, -1).contiguous(),
     }

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from gpu_caches import Copy, fill, fill_clusters
 from gpu_sizes import Sizes
+from gpu_spectral import FORMS, SpectralKernels
 from torch import Tensor
 
 from kvcal.kernels.append import append
@@ -163,6 +164,12 @@ def clusterkv(copy: Copy, sizes: Sizes, per_cluster: int) -> Method:
     return Method(partial(step.step, *copy.new, logits), centroids + size + rows, parts, part_bytes)
 
 
+def spectral(copy: Copy, sizes: Sizes, form: str, flat: bool) -> Method:
+    kernels = SpectralKernels(copy, sizes, form, flat)
+    whole, moved = kernels.bytes()
+    return Method(kernels.run, whole, kernels.parts(), moved)
+
+
 def methods(sizes: Sizes) -> dict[str, Callable[[Copy], Method]]:
     found: dict[str, Callable[[Copy], Method]] = {
         "dense": partial(dense_method, sizes=sizes),
@@ -173,6 +180,9 @@ def methods(sizes: Sizes) -> dict[str, Callable[[Copy], Method]]:
     }
     for per_cluster in sizes.per_cluster:
         found[f"clusterkv {per_cluster}"] = partial(clusterkv, sizes=sizes, per_cluster=per_cluster)
+    for form in FORMS:
+        for name, flat in ((f"spectral, {form}", False), (f"spectral, {form}, flat", True)):
+            found[name] = partial(spectral, sizes=sizes, form=form, flat=flat)
     return found
 
 

@@ -9,6 +9,8 @@ import torch
 from gpu_attention import attempt
 from gpu_caches import fill, fill_clusters
 from gpu_sizes import Sizes
+from gpu_spectral import coded_basis, fill_spectral
+from gpu_spectral import settings as spectral_settings
 from gpu_timing import tidy
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from kvcal.runtime.sampling import Sampler
 from kvcal.runtime.stores import METHODS, Method, Store
 from kvcal.runtime.stores.basis import Basis
 from kvcal.runtime.stores.loki import LokiStore
+from kvcal.runtime.stores.spectral import Spectral, SpectralStore
 
 Row = dict[str, Any]
 WARM = 4
@@ -103,26 +106,35 @@ def made_cache(model: Any, sizes: Sizes, held: int, batch: int, name: str) -> An
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=model.device, dtype=sizes.dtype)
 
-    settings = parameters(sizes, name)
-    per_cluster = settings.get("tokens_per_cluster", sizes.per_cluster[0])
-    method = METHODS[name.split()[0]](**settings)
+    kind, _, form = name.partition(" ")
+    if kind == "spectral":
+        method, per_cluster = spectral_settings(sizes, form), 0
+    else:
+        given = parameters(sizes, name)
+        method, per_cluster = METHODS[kind](**given), given.get("tokens_per_cluster", sizes.per_cluster[0])
     square = torch.randn(sizes.heads, sizes.dims, sizes.dims, generator=generator, device=model.device)
     components = torch.linalg.qr(square)[0].cpu()
-    basis = Basis(components, components, sizes.rank)
+    basis: Any = Basis(components, components, sizes.rank)
+    if isinstance(method, Spectral):
+        basis = coded_basis(sizes, components, method)
     layers = range(sizes.layers)
     methods, builders = dict.fromkeys(layers, method), dict.fromkeys(layers, builder(method, basis))
     recipe = Recipe(methods, builders, None, len(layers))
     cache = CompressedCache.of(model, recipe)
     for store in cache.stores.values():
         shape = batch, sizes.heads, held + sizes.spare, sizes.dims
-        fill(store, held, {"key": normal(*shape), "value": normal(*shape)})
+        key, value = normal(*shape), normal(*shape)
+        if isinstance(store, SpectralStore):
+            fill_spectral(store, sizes, held, key, value)
+            continue
+        fill(store, held, {"key": key, "value": value})
         if name.startswith("clusterkv"):
             fill_clusters(store, sizes, held, per_cluster)
     return cache
 
 
 def parameters(sizes: Sizes, name: str) -> dict[str, Any]:
-    """Of the names that a table shows: "full", "loki", "clusterkv 80"."""
+    """Of the names that a table shows: "full", "loki", "clusterkv 80"; not spectral's."""
     method, _, per_cluster = name.partition(" ")
     common = {"keep": sizes.keep, "select": "max"}
     if method == "full":
@@ -132,10 +144,12 @@ def parameters(sizes: Sizes, name: str) -> dict[str, Any]:
     return {**common, "tokens_per_cluster": int(per_cluster), "window": sizes.window, "sinks": sizes.sinks}
 
 
-def builder(method: Method, basis: Basis) -> Any:
+def builder(method: Method, basis: Any) -> Any:
     """As `method.build`, without an artifact to take Loki's basis from."""
 
     def build() -> Store:
+        if isinstance(method, Spectral):
+            return SpectralStore(method, basis, None)
         return LokiStore(method, basis) if hasattr(method, "rank") else method.build(0, 0, None)()  # type: ignore
 
     return build

@@ -17,7 +17,11 @@ LINES = {
     "loki, int2": ("Loki, int2, r 64", "C0", "^"),
     "clusterkv 80": ("ClusterKV, 80", "C2", "o"),
     "clusterkv 16": ("ClusterKV, 16", "C2", "s"),
+    "spectral, int4": ("spectral, int4", "C3", "s"),
+    "spectral, int2": ("spectral, int2, r 64", "C3", "^"),
 }
+
+SPECTRAL = ("spectral, int4", "spectral, int2", "spectral, int4, flat", "spectral, int2, flat")
 
 
 def write(found: Sequence[Results], folder: Path) -> None:
@@ -73,6 +77,8 @@ def targets(results: Results) -> list[str]:
         ("ClusterKV, batch 8", 8, "clusterkv 80", 6.0),
         ("Loki int4, batch 1", 1, "loki, int4", 3.0),
         ("ClusterKV, batch 1", 1, "clusterkv 80", 3.0),
+        *((f"{name}, batch 8", 8, name, 8.0) for name in SPECTRAL),
+        *((f"{name}, batch 1", 1, name, 4.0) for name in SPECTRAL),
     ):
         row, dense = at.get((batch, method), {}), fastest(results["attention"], 131072, batch)
         if "us" in row and dense:
@@ -127,7 +133,8 @@ random keys and values, laid where the stores have them instead of prefilled. Lo
 as int4), 2048 tokens, one choice for a group of query heads (`select="max"`); its index is the first dimensions of the
 keys, a tensor of its own, or codes of 4 or 2 bits of its own (made of kernels in the benchmark, not yet a method of the
 runtime). ClusterKV: 2048 tokens, 80 or 16
-tokens per cluster, half a window open.
+tokens per cluster, half a window open. Spectral: rank 32 in int4 or 64 in int2, 32 tokens per cluster, one choice for a
+group, a tail; an eighth of the clustered tokens refined, or (flat) all codes read and no cluster's.
 
 Steps are replayed in a CUDA graph, over several caches in turn so that L2 holds none of what is read; medians. Ours
 write the new token, project and choose; what others do is attention alone.

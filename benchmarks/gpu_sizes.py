@@ -22,6 +22,9 @@ class Sizes:
     """Tokens that Loki and ClusterKV read."""
     per_cluster: tuple[int, ...] = (80, 16)
     window: int = 320
+    coded_per_cluster: int = 32
+    """Of spectral, and its window."""
+    coded_window: int = 64
     sinks: int = 16
     gate: int = 32768
     gate_long: int = 131072
@@ -66,6 +69,8 @@ DRY = Sizes(
     keep=48,
     per_cluster=(8, 4),
     window=24,
+    coded_per_cluster=8,
+    coded_window=12,
     sinks=4,
     gate=136,
     gate_long=200,

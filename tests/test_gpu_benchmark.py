@@ -30,7 +30,8 @@ def test_dry_measures_everything_and_writes_nothing(gpu, tmp_path, capsys):
     before = page.read_bytes() if page.exists() else None
     assert gpu.main(["--dry", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    ours = ("dense", "loki, own index", "loki, int4", "loki, int2", "clusterkv 4", "full")
+    spectral = ("spectral, int4", "spectral, int2", "spectral, int4, flat", "spectral, int2, flat", "spectral int2")
+    ours = ("dense", "loki, own index", "loki, int4", "loki, int2", "clusterkv 4", "full", *spectral)
     for name in (*ours, "SDPA flash", "flex attention"):
         assert f"method {name}" in said
     assert "WRONG" not in said and "on reference" in said and "No module named 'flashinfer'" in said
@@ -89,7 +90,7 @@ def test_without_a_gpu(gpu, capsys):
 
 
 def test_steps_that_read_everything_are_dense(module):
-    """Each of the measured steps, those over 4 and 2 bits too, against one softmax in float64."""
+    """Each of the measured steps, those over 4 and 2 bits and spectral's too, against one softmax in float64."""
     sizes = replace(module("gpu_sizes").DRY, keep=TOKENS, dtype=torch.float32)
     for name, make in module("gpu_methods").methods(sizes).items():
         copy = module("gpu_caches").draw(sizes, 2, TOKENS, torch.device("cpu"), rotated=name == "loki")
@@ -146,6 +147,15 @@ def made_up():
                 "rest_us": 1.0,
             },
             {**place, "method": "loki, int4", "ours": True, "dense": False, **times, "parts": parts, "rest_us": 1.0},
+            {
+                **place,
+                "method": "spectral, int2",
+                "ours": True,
+                "dense": False,
+                **times,
+                "parts": parts,
+                "rest_us": 1.0,
+            },
             {**place, "method": "SDPA flash", "ours": False, "dense": True, **times, "us": 100.0},
             {**place, "method": "FlashInfer", "ours": False, "dense": True, "failed": "No module named 'flashinfer'"},
         ]
@@ -180,9 +190,11 @@ def test_the_page(module, tmp_path):
     assert (tmp_path / "gpu-nvidia-made-up.png").read_bytes().startswith(
         b"\x89PNG"
     ) and "(gpu-nvidia-made-up.png)" in page
-    assert "| 131072 | 8 | 100.0 (SDPA flash) | 120.0 (0.83×) | 40.0 (2.50×) |" in page
+    assert "| 131072 | 8 | 100.0 (SDPA flash) | 120.0 (0.83×) | 40.0 (2.50×) | 40.0 (2.50×) |" in page
     assert "score 10.0 (80%)" in page
     assert "- FlashInfer: No module named 'flashinfer'" in page
+    assert "- spectral, int2, batch 8: 2.50× the fastest dense step (SDPA flash), target 8×." in page
+    assert "- spectral, int2, batch 1: 2.50× the fastest dense step (SDPA flash), target 4×." in page
     assert "- Loki int4, batch 8: 2.50× the fastest dense step (SDPA flash), target 4×." in page
     assert "- select, batch 1: 0.20 of the fastest dense step, target 0.25." in page
     assert "| 131072 | 1 | loki | 8.00 | 50 | 2.50 | 16.0 |" in page

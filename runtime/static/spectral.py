@@ -87,7 +87,7 @@ class SpectralStep(ClusteredStep):
         key, value = self.buffer("key"), self.buffer("value")
         if not self.clustered:
             return dense(query, key, value, self.clock.seen, **kernel_logits(logits))
-        projected = query.float() @ self.store.basis.query_side(query)
+        projected = self.project(query)
         found = self.candidates(projected, logits)
         chosen = self.choose(found)
         slots = self.slots(found, chosen)
@@ -99,73 +99,64 @@ class SpectralStep(ClusteredStep):
         return self.clock.once(("spectral", self.place()), lambda: counts(of, self.clock, self.open(), self._counts))
 
     def candidates(self, projected: Tensor, logits: Logits) -> Candidates:
-        """Score what the choice is among. Args: projected: [B, Hkv, G, r + 1] float32: queries, then their product with
-        the mean key."""
+        """Score what the choice is among. Args: projected: [B, Hkv, G, r + 1] float32, of `project`."""
         of = self.counts()
-        codes = self.buffer("code"), self.buffer("scale").squeeze(-1)
         if self._flat:
-            own, shared = self._score(
-                projected, codes, of.sinks, of.recent, self._room, logits, self.store.selection.tail
-            )
-            return Candidates(of.sinks, None, None, own, shared, None, None)
+            return Candidates(of.sinks, None, None, *self.score_tokens(projected, logits), None, None)
+        of_clusters, by = self.score_clusters(projected, logits)
+        ends, left = self.refine(by)
+        own, shared = self.score_tokens(projected, logits, ends)
+        return Candidates(of.window, self._kept["start"], ends, own, shared, left, of_clusters)
+
+    def project(self, query: Tensor) -> Tensor:
+        """[B, Hkv, G, r + 1] float32: the queries' side of the codes, then their product with the mean key."""
+        return query.float() @ self.store.basis.query_side(query)
+
+    def score_clusters(self, projected: Tensor, logits: Logits) -> tuple[Tensor | None, Tensor]:
         means = self.buffer("cluster.key"), self.buffer("cluster.key_scale").squeeze(-1)
-        clusters = means[0].shape[2]
-        of_clusters, by = self._score(
-            projected, means, of.none, self._counts, clusters, logits, self.store.selection.tail, bits=MEAN_KEY_BITS
-        )
-        starts = self._kept["start"]
+        limits = self.counts().none, self._counts
+        return self._score(projected, means, limits, means[0].shape[2], logits, bits=MEAN_KEY_BITS)
+
+    def refine(self, by: Tensor) -> tuple[Tensor, Tensor]:
+        """(ends, left) of `Candidates`. Args: by: scores of the clusters, [B, Hkv(, G), C]."""
         left = torch.empty(by.shape, dtype=torch.float32, device=by.device)
         ends = torch.empty(by.shape, dtype=torch.int32, device=by.device)
-        select_runs(
-            by.flatten(1, -2),
-            starts,
-            self._kept["size"],
-            of.room,
-            self._counts,
-            unread=left.flatten(1, -2),
-            ends=ends.flatten(1, -2),
-        )
-        own, shared = self._score(
-            projected,
-            codes,
-            of.window,
-            of.recent,
-            self._room,
-            logits,
-            self.store.selection.tail,
-            starts=starts,
-            ends=ends,
-        )
-        return Candidates(of.window, starts, ends, own, shared, left, of_clusters)
+        runs = self._kept["start"], self._kept["size"], self.counts().room, self._counts
+        select_runs(by.flatten(1, -2), *runs, unread=left.flatten(1, -2), ends=ends.flatten(1, -2))
+        return ends, left
+
+    def score_tokens(
+        self, projected: Tensor, logits: Logits, ends: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor]:
+        """Args: ends: of the clusters; None: of a row all tokens but sinks and recent ones."""
+        of, codes = self.counts(), (self.buffer("code"), self.buffer("scale").squeeze(-1))
+        limits = of.sinks if ends is None else of.window, of.recent
+        return self._score(projected, codes, limits, self._room, logits, ends=ends)
 
     def _score(
         self,
         projected: Tensor,
         codes: tuple[Tensor, Tensor],
-        begin: Tensor,
-        end: Tensor,
+        limits: tuple[Tensor, Tensor],
         capacity: int,
         logits: Logits,
-        own: bool,
         bits: int | None = None,
-        starts: Tensor | None = None,
         ends: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor]:
-        """(scores by query head, which are there if `own` is wanted, scores by what is chosen)."""
+        """(scores by query head, None where there is no tail, scores by what is chosen). Args: bits: of clusters."""
         select, basis = self.store.selection.select, self.store.basis
         scores, best = score_runs(
             projected[..., : basis.rank],
             *codes,
-            begin,
-            end,
+            *limits,
             capacity=capacity,
             scaling=logits.scaling,
             softcap=logits.softcap,
             bits=bits or basis.bits,
-            starts=starts,
+            starts=None if ends is None else self._kept["start"],
             ends=ends,
             bias=projected[..., basis.rank],
-            combine="none" if select != "max" else "both" if own else "max",
+            combine="none" if select != "max" else "both" if self.store.selection.tail else "max",
             # As Loki's: 16-bit models' logits carry fewer digits than float16 does.
             out_dtype=torch.float32 if self.buffer("key").dtype == torch.float32 else torch.float16,
         )

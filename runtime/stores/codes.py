@@ -49,6 +49,7 @@ class CodedBasis:
         self.bits, self.clip = bits, clip
         self.rank = key_map.shape[1]
         offset = (key_map @ mean.unsqueeze(-1)).squeeze(-1)
+        key_map = key_map.contiguous()  # for `append`
         self._parts = {(torch.device("cpu"), torch.float32): (query_map, key_map, mean, offset)}
         self._variance = {torch.device("cpu"): variance}
         self._query_sides: dict[torch.dtype, Tensor] = {}
