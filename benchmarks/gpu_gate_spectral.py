@@ -100,6 +100,7 @@ def check_chosen_slots(gate: Gate) -> None:
     score = torch.rand(of.there.shape, generator=gate.generator, device=gate.device).where(of.there, -1.0)
     index = score.topk(chosen).indices.sort(-1).values
     count = gate.integers(*(chosen - pair % 7 for pair in range(of.rows * sizes.heads))).view(of.rows, sizes.heads)
+    count = count.clamp_min(0)
     first, recent = gate.integers(sizes.sinks, 0, 2), of.end - gate.integers(9, 1, 0)
     scores = gate.normal(of.rows, sizes.heads, sizes.group, of.most, dtype=torch.float16)
     counted = torch.arange(chosen, device=gate.device) < count.unsqueeze(-1)

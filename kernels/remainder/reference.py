@@ -21,6 +21,7 @@ def chosen_slots(
     number: Tensor,
 ) -> None:
     """Writes `slots` and `number`, and into `scores`, already checked."""
+    count = count.clamp(0, index.shape[-1])
     rest = [1] * (index.dim() - 1)
     first, recent, length = (of.view(-1, *rest) for of in (first, recent, length))
     always = first + length - recent

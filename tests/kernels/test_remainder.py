@@ -144,7 +144,7 @@ def test_slots_of_the_chosen(device, backend, form):
     per = (batch, heads, group) if each else (batch, heads)
     index = torch.rand(*per, capacity, generator=generator).argsort(-1)[..., :chosen].sort(-1).values.int()
     count = torch.randint(0, chosen + 1, per, generator=generator, dtype=torch.int32)
-    count.view(-1)[0] = chosen
+    count.view(-1)[:3] = torch.tensor([chosen, chosen + 3, -2])  # what is beyond the index is not there
     begin, first = torch.tensor([7, 1000]), torch.tensor([4, 0])
     recent, length = torch.tensor([2000, 30]), torch.tensor([2016, 31])
     scores = torch.randn(batch, heads, group, capacity, generator=generator)
@@ -159,6 +159,7 @@ def test_slots_of_the_chosen(device, backend, form):
     slots, number = chosen_slots(
         to(index), to(count), *rows, most_always=25, starts=to(starts), ends=to(ends), scores=marked, backend=backend
     )
+    count.clamp_(0, chosen)
     for where in itertools.product(*map(range, per)):
         row = where[0]
         always = [*range(int(first[row])), *range(int(recent[row]), int(length[row]))]
