@@ -69,7 +69,7 @@ def test_layers_that_share(method):
     assert out.why_not_captured == NO_GRAPH
 
 
-@pytest.mark.parametrize("method", ["full", "loki", "loki-score", "clusterkv"])
+@pytest.mark.parametrize("method", ["full", "loki", "loki-score", "clusterkv", "spectral-by-length"])
 def test_rows_grow_by_buckets(method, monkeypatch):
     monkeypatch.setattr(stepping, "BUCKET", 8)
     inputs = padded(9, 23, 40)
@@ -97,7 +97,7 @@ def test_the_cache_goes_on(method):
     assert cache.resident_bytes() <= out.cache.resident_bytes()  # reserved in buckets
 
 
-@pytest.mark.parametrize("method", ["full", "loki", "clusterkv"])
+@pytest.mark.parametrize("method", ["full", "loki", "clusterkv", "spectral-two-levels"])
 def test_rows_end_by_themselves(method):
     """As generate() pads them, and stops when all have ended."""
     inputs = padded(9, 23, 40)
@@ -126,7 +126,7 @@ def test_rows_end_where_nothing_can_be_taken_back(name, method, at):
     assert torch.equal(out.tokens, generated(name, inputs, method, eos_token_id=ends, pad_token_id=0))
 
 
-@pytest.mark.parametrize("method", ["full", "loki", "clusterkv"])
+@pytest.mark.parametrize("method", ["full", "loki", "clusterkv", "spectral"])
 def test_the_cache_outlives_inference_mode(method):
     """It goes on as one that was decoded without."""
     inputs, ends = padded(9, 23), []
@@ -148,13 +148,21 @@ def test_padding_is_that_of_generate():
     assert torch.equal(out.tokens, generated("llama", inputs, METHODS["full"], eos_token_id=ends))
 
 
-def test_small_budgets_do_not_move_buffers(monkeypatch):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "clusterkv", "keep": 6, "sinks": 2, "tokens_per_cluster": 80, "window": 320},
+        REFINED,
+        {**REFINED, "flat_below": 30},
+    ],
+    ids=["clusterkv", "spectral", "spectral by length"],
+)
+def test_small_budgets_do_not_move_buffers(settings, monkeypatch):
     """Buffers are reserved for all clusters that a bucket can bring."""
     seen = []
     prepare = stepping.SteppingCache.prepare
     monkeypatch.setattr(stepping.SteppingCache, "prepare", lambda self: seen.append(prepare(self)) or seen[-1])
-    settings = {"method": "clusterkv", "keep": 6, "sinks": 2, "tokens_per_cluster": 80, "window": 320}
-    decode(model(), max_new_tokens=60, **padded(9, 23), **settings)
+    decode(model(), artifact=artifact(), max_new_tokens=60, **padded(9, 23), **settings)
     assert len(set(seen)) == 1
 
 

@@ -154,6 +154,29 @@ def test_equals_the_store(method, on, device):
         assert_close(step, store.attend(query, logits).squeeze(2).double())
 
 
+@pytest.mark.parametrize("method", ["full", "loki-tail", "clusterkv", "spectral", "spectral-two-levels"])
+def test_a_step_can_be_taken_again(method, on, device):
+    """As a graph's is, which is run to warm up and then, from the same state, in earnest."""
+    text, logits = Text(torch.float32, device), Logits(DIMS**-0.5)
+    on("reference")
+    store = make_store(METHODS[method], text.basis)
+    store.prefill(*text.prompt, logits, text.valid)
+    clock = Clock(store.lengths, device)
+    step = STEPS[type(METHODS[method])](store, clock)
+    step.reserve(max(LENGTHS) + STEPPED + 1)
+    for query, key, value in text.decoded:
+        before = [tensor.clone() for tensor in step.sums()]
+        first = step.step(query, key, value, logits)
+        for tensor, was in zip(step.sums(), before, strict=True):
+            tensor.copy_(was)
+        assert torch.equal(step.step(query, key, value, logits), first)
+        clock.tick()
+    step.settle(STEPPED)
+    for name, total in store.totals.items():
+        assert name == "open.value"
+        assert_close(total, store.sum_of_open().double())
+
+
 def test_only_layers_whose_windows_close_together_share_what_is_open(on, device):
     """A graph captured while two windows begin alike must not read one for the other once they differ."""
     text, logits = Text(torch.float32, device), Logits(DIMS**-0.5)
