@@ -11,8 +11,9 @@ from ..attend.shapes import Partial, choose_splits
 from ..attend.tile import LN2, LOG2E, NONE
 from ..backend import device_of
 
-WARPS, TOKENS = 4, 16
-"""TOKENS: candidates of a cluster that are summed at once: as many as most clusters have."""
+WARPS = 4
+CLUSTERS, TOKENS, WIDE = 16, 16, 256
+"""Clusters of a tile, candidates of each that are summed at once, scores of which the largest is taken at once."""
 SMALLEST = 256
 """Clusters that a partial result should stand for."""
 VARYING = [
@@ -22,9 +23,9 @@ VARYING = [
 
 
 @triton.jit
-def over(rows, REPEAT: tl.constexpr, ROWS: tl.constexpr):
-    """[ROWS] again and again: [REPEAT · ROWS]."""
-    return tl.reshape(tl.broadcast_to(rows[None, :], [REPEAT, ROWS]), [REPEAT * ROWS])
+def repeated(rows, REPEAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] again and again: [REPEAT · ROWS, COLUMNS]."""
+    return tl.reshape(tl.broadcast_to(rows[None, :, :], [REPEAT, ROWS, COLUMNS]), [REPEAT * ROWS, COLUMNS])
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -35,8 +36,8 @@ def remainder_kernel(
     bias_row: tl.int64, bias_head: tl.int64, bias_stride: tl.int64, value_row: tl.int64, value_head: tl.int64,
     value_step: tl.int64, value_scale_row: tl.int64, value_scale_head: tl.int64, value_scale_step: tl.int64,
     SHARING: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, REPEAT: tl.constexpr, CLUSTERS: tl.constexpr,
-    TOKENS: tl.constexpr, GROUP_TILE: tl.constexpr, DV: tl.constexpr, DV_TILE: tl.constexpr, COARSE: tl.constexpr,
-    BIASED: tl.constexpr, CORRECTED: tl.constexpr, PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr, WIDE: tl.constexpr, GROUP_TILE: tl.constexpr, DV: tl.constexpr, DV_TILE: tl.constexpr,
+    COARSE: tl.constexpr, BIASED: tl.constexpr, CORRECTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: a part of the clusters of one group; SHARING groups are of one (row, KV head)."""
     slot = tl.program_id(0)
@@ -51,69 +52,73 @@ def remainder_kernel(
     value_scale += row * value_scale_row + head * value_scale_head
     query = tl.arange(0, ROWS)
     asked = query < QUERIES
-    scores += query[:, None, None] * capacity.to(tl.int64)
     column, token = tl.arange(0, DV_TILE), tl.arange(0, TOKENS)
-    best = tl.full([ROWS], NONE, tl.float32)
-    mass = tl.zeros([ROWS], tl.float32)
-    total = tl.zeros([REPEAT * ROWS, DV_TILE], tl.float32)
     begin, end = even_part(clusters, part, splits, CLUSTERS)
+
+    # The largest first: with it known, nothing is ever weighed anew.
+    wide = tl.arange(0, WIDE)
+    highest = tl.full([ROWS, WIDE], NONE, tl.float32)
+    if COARSE:
+        for first in range(begin, end, WIDE):
+            cluster = first + wide
+            some_left = tl.load(left + cluster, mask=cluster < end, other=0.0) > 0
+            at = cluster_scores + query[:, None] * clusters + cluster[None, :]
+            number = tl.load(at, mask=asked[:, None] & some_left[None, :], other=NONE)
+            highest = tl.maximum(highest, number.to(tl.float32))
+    start = tl.load(ends + begin - 1, mask=(begin > 0) & (begin < end), other=0)
+    stop = tl.load(ends + end - 1, mask=begin < end, other=0)
+    if part == splits - 1:  # the open window too
+        start = tl.where(begin < end, start, tl.load(ends + clusters - 1))
+        stop = tl.minimum(tl.load(candidates + row), capacity)
+    for first in range(start, stop, WIDE):
+        candidate = first + wide
+        at = scores + query[:, None] * capacity.to(tl.int64) + candidate[None, :]
+        number = tl.load(at, mask=asked[:, None] & (candidate < stop)[None, :], other=NONE)
+        highest = tl.maximum(highest, number.to(tl.float32))
+    best = tl.max(highest, 1) * LOG2E
+    shift = tl.where(best == NONE, 0.0, best)
+
+    total = tl.zeros([REPEAT * ROWS, DV_TILE], tl.float32)
+    all_masses = tl.zeros([ROWS, CLUSTERS], tl.float32)
+    of_query = scores + query[:, None, None] * capacity.to(tl.int64)
     for first in range(begin, end, CLUSTERS):
         cluster = first + tl.arange(0, CLUSTERS)
         valid = cluster < end
         after = tl.load(ends + cluster, mask=valid, other=0)
-        at = tl.load(ends + cluster - 1, mask=valid & (cluster > 0), other=0)
-        filled = tl.where(valid, after - at, 0)
+        before = tl.load(ends + cluster - 1, mask=valid & (cluster > 0), other=0)
+        filled = tl.where(valid, after - before, 0)
         there = filled > 0
-        risen = best
-        masses = tl.zeros([ROWS, CLUSTERS], tl.float32)
-        if COARSE:
-            number = tl.load(left + cluster, mask=valid, other=0.0)
-            there = there | (number > 0)
-            some_left = asked[:, None] & (number > 0)[None, :]
-            of_mean = cluster_scores + query[:, None] * clusters + cluster[None, :]
-            of_mean = tl.load(of_mean, mask=some_left, other=NONE)
-            of_mean = of_mean.to(tl.float32) * LOG2E
-            risen = tl.maximum(risen, tl.max(of_mean, 1))
-            shift = tl.where(risen == NONE, 0.0, risen)
-            masses = number[None, :] * tl.exp2(of_mean - shift[:, None])
+        sums = tl.zeros([ROWS, CLUSTERS, TOKENS], tl.float32)
         for step in range(0, tl.max(filled, 0), TOKENS):
-            within = (step + token)[None, :] < filled[:, None]
-            known = asked[:, None, None] & within[None, :, :]
-            logits = tl.load(scores + ((at + step)[:, None] + token[None, :])[None, :, :], mask=known, other=NONE)
-            logits = logits.to(tl.float32) * LOG2E
-            higher = tl.maximum(risen, tl.max(tl.max(logits, 2), 1))
-            shift = tl.where(higher == NONE, 0.0, higher)
-            masses = masses * tl.exp2(risen - shift)[:, None] + tl.sum(tl.exp2(logits - shift[:, None, None]), 2)
-            risen = higher
-        shift = tl.where(risen == NONE, 0.0, risen)
-        fade = tl.exp2(best - shift)
-        mass = mass * fade + tl.sum(masses, 1)
+            known = asked[:, None, None] & ((step + token)[None, :] < filled[:, None])[None, :, :]
+            logits = tl.load(of_query + ((before + step)[:, None] + token[None, :])[None, :, :], mask=known, other=NONE)
+            sums += tl.exp2(logits.to(tl.float32) * LOG2E - shift[:, None, None])
+        masses = tl.sum(sums, 2)
+        if COARSE:
+            unrefined = tl.load(left + cluster, mask=valid, other=0.0)
+            there = there | (unrefined > 0)
+            of_mean = cluster_scores + query[:, None] * clusters + cluster[None, :]
+            of_mean = tl.load(of_mean, mask=asked[:, None] & (unrefined > 0)[None, :], other=NONE)
+            masses += unrefined[None, :] * tl.exp2(of_mean.to(tl.float32) * LOG2E - shift[:, None])
+        all_masses += masses
         needed = there[:, None] & (column < DV)[None, :]
-        values = tl.load(value + cluster[:, None] * value_step + column[None, :], mask=needed, other=0)
+        values = tl.load(value + cluster[:, None] * value_step + column[None, :], mask=needed, other=0).to(tl.float32)
         scale = tl.load(value_scale + cluster * value_scale_step, mask=there, other=0.0).to(tl.float32)
-        weights = tl.reshape(tl.broadcast_to(masses[None, :, :], [REPEAT, ROWS, CLUSTERS]), [REPEAT * ROWS, CLUSTERS])
-        total = total * over(fade, REPEAT, ROWS)[:, None]
-        total = tl.dot(weights, values.to(tl.float32) * scale[:, None], total, input_precision=PRECISION)
-        best = risen
+        weights = repeated(masses * scale[None, :], REPEAT, ROWS, CLUSTERS)
+        total = tl.dot(weights, values, total, input_precision=PRECISION)
+    mass = tl.sum(all_masses, 1)
 
-    if part == splits - 1:  # the open window, one more cluster
-        window = tl.load(ends + clusters - 1)
-        finish = tl.minimum(tl.load(candidates + row), capacity)
-        opened = tl.zeros([ROWS], tl.float32)
-        risen = best
-        for step in range(window, finish, TOKENS):
-            current = asked[:, None, None] & (step + token < finish)[None, None, :]
-            recent = tl.load(scores + (step + token)[None, None, :], mask=current, other=NONE).to(tl.float32) * LOG2E
-            higher = tl.maximum(risen, tl.max(tl.max(recent, 2), 1))
-            shift = tl.where(higher == NONE, 0.0, higher)
-            opened = opened * tl.exp2(risen - shift) + tl.sum(tl.sum(tl.exp2(recent - shift[:, None, None]), 2), 1)
-            risen = higher
-        fade = tl.exp2(best - tl.where(risen == NONE, 0.0, risen))
-        mass = mass * fade + opened
+    if part == splits - 1:
+        sums = tl.zeros([ROWS, 1, TOKENS], tl.float32)
+        for step in range(tl.load(ends + clusters - 1), stop, TOKENS):
+            current = asked[:, None, None] & (step + token < stop)[None, None, :]
+            logits = tl.load(of_query + (step + token)[None, None, :], mask=current, other=NONE)
+            sums += tl.exp2(logits.to(tl.float32) * LOG2E - shift[:, None, None])
+        opened = tl.sum(sums, 2)
+        mass += tl.sum(opened, 1)
         tokens = tl.maximum(tl.load(open_count + row), 1).to(tl.float32)
         mean = tl.load(open_sum + pair.to(tl.int64) * DV + column, mask=column < DV, other=0.0) / tokens
-        total = total * over(fade, REPEAT, ROWS)[:, None] + over(opened, REPEAT, ROWS)[:, None] * mean[None, :]
-        best = risen
+        total += repeated(opened, REPEAT, ROWS, 1) * mean[None, :]
 
     some = tl.where(mass == 0, 1.0, mass)
     natural = (best + tl.log2(some)) * LN2
@@ -128,10 +133,10 @@ def remainder_kernel(
         natural += tl.load(correction + head)
     lines = slot.to(tl.int64) * QUERIES
     tl.store(lse + lines + query, tl.where(mass == 0, NONE, natural), mask=asked)
-    repeated = tl.arange(0, REPEAT * ROWS)
-    inside = (repeated < QUERIES)[:, None] & (column < DV)[None, :]
-    total = total / over(some, REPEAT, ROWS)[:, None]
-    tl.store(out + (lines + repeated)[:, None] * DV + column[None, :], total, mask=inside)
+    line = tl.arange(0, REPEAT * ROWS)
+    total = total / repeated(some[:, None], REPEAT, ROWS, 1)
+    inside = (line < QUERIES)[:, None] & (column < DV)[None, :]
+    tl.store(out + (lines + line)[:, None] * DV + column[None, :], total, mask=inside)
 
 
 def remainder(
@@ -164,7 +169,7 @@ def remainder(
             value.shape[1], clusters, scores.shape[-1], splits, scaling,
             *((0, 0, 0) if bias is None else bias.stride()), *value.stride()[:3], *value_scale.stride(),
             SHARING=groups // pairs, QUERIES=queries, ROWS=rows, REPEAT=max(1, 16 // rows),
-            CLUSTERS=16, TOKENS=TOKENS,
+            CLUSTERS=CLUSTERS, TOKENS=TOKENS, WIDE=WIDE,
             GROUP_TILE=triton.next_power_of_2(scores.shape[2]), DV=width,
             DV_TILE=max(16, triton.next_power_of_2(width)), COARSE=left is not None, BIASED=bias is not None,
             CORRECTED=correction is not None,

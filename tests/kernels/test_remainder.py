@@ -215,19 +215,21 @@ def test_compiles_for_hopper_without_spilling_and_once_for_all_capacities():
     launches = compiled("""
 import torch
 from kvcal.kernels.remainder import chosen_slots, remainder
-def launch(capacity, clusters, group=4, width=128, dtype=torch.float16, each=False, chosen=64):
+def launch(capacity, clusters, group=4, width=128, dtype=torch.float16, each=False, chosen=64, coarse=True):
     ints = lambda *shape: torch.zeros(shape, dtype=torch.int32)
     own = [group] if each else []
     scores = torch.zeros(1, 8, group, capacity, dtype=dtype)
     ends = ints(1, 8, *own, clusters)
+    of_means = torch.zeros(1, 8, group, clusters, dtype=dtype)
     remainder(scores, ends, ints(1), torch.zeros(1, 8, clusters, width, dtype=torch.int8),
-              torch.zeros(1, 8, clusters).half(), torch.zeros(1, 8, width), ints(1), left=ends.float(),
-              cluster_scores=torch.zeros(1, 8, group, clusters, dtype=dtype),
+              torch.zeros(1, 8, clusters).half(), torch.zeros(1, 8, width), ints(1),
+              left=ends.float() if coarse else None, cluster_scores=of_means if coarse else None,
               bias=torch.zeros(1, 8, group, 33)[..., 32], correction=torch.zeros(8), backend="triton")
     chosen_slots(ints(1, 8, *own, chosen), ints(1, 8, *own), *(ints(1) for _ in "abcd"), most_always=20,
                  starts=ints(1, 8, clusters), ends=ends, scores=scores, backend="triton")
 for capacity, clusters, chosen in ((16, 16, 1), (1000, 33, 70), (4096, 4096, 2048)):
     launch(capacity, clusters, chosen=chosen)
+launch(4096, 512, coarse=False)
 launch(4096, 512, 1, 64)
 launch(4096, 512, 8, 128)
 launch(4096, 512, 4, 256, torch.float32, each=True)
