@@ -73,6 +73,7 @@ def fill_spectral(store: SpectralStore, sizes: Sizes, held: int, key: Tensor, va
             made[f"cluster.{name}"], of_mean = quantize(drawn, bits)
             assert of_mean is not None
             made[f"cluster.{name}_scale"] = of_mean.unsqueeze(-1)
+        made["cluster.radius"] = made["cluster.key_scale"].abs()
         return made
 
     fill_clusters(store, sizes, held, of.tokens_per_cluster, window=of.window, means=means)

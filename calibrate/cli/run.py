@@ -62,7 +62,8 @@ def _prepare_pass(recipe: Recipe, output: Path | None, resume: bool, as_json: bo
 def _prepare(recipe: Recipe, section: Section, folder: Path, resume: bool, as_json: bool) -> click.Context:
     command = command_of(section.command)
     if section.command in ("evaluate", "plan") and "data" not in section.settings:
-        raise KvcalError(f"{recipe.where(section.line)}: {section.command}: no data: give text that was not calibrated on")
+        where = f"{recipe.where(section.line)}: {section.command}"
+        raise KvcalError(f"{where}: no data: give text that was not calibrated on")
     if "model" in options_of(command) and "model" not in section.settings:
         settings = {"model": recipe.pca.settings["model"], **section.settings}
         section = dataclasses.replace(section, settings=settings, lines={"model": section.line, **section.lines})

@@ -18,6 +18,7 @@ from ...kernels.remainder import chosen_slots, remainder
 from ...kernels.score import score_runs
 from ...kernels.select import select, select_runs
 from ..attention import Logits
+from ..stores.codes import REACH
 from ..stores.spectral import MEAN_KEY_BITS, OPEN, SpectralStore
 from .clock import Clock
 from .clustered import ALIGNED, ClusteredStep
@@ -112,10 +113,40 @@ class SpectralStep(ClusteredStep):
         """[B, Hkv, G, r + 1] float32: the queries' side of the codes, then their product with the mean key."""
         return query.float() @ self.store.basis.query_side(query)
 
-    def score_clusters(self, projected: Tensor, logits: Logits) -> tuple[Tensor | None, Tensor]:
-        means = self.buffer("cluster.key"), self.buffer("cluster.key_scale").squeeze(-1)
-        limits = self.counts().none, self._counts
-        return self._score(projected, means, limits, means[0].shape[2], logits, bits=MEAN_KEY_BITS)
+    def score_clusters(self, projected: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
+        """(logits of the mean keys [B, Hkv, G, C], what each cluster's best member may reach [B, Hkv(, G), C])."""
+        basis, cap = self.store.basis, Logits(1.0, logits.softcap)
+        codes = self.buffer("cluster.key"), self.buffer("cluster.key_scale").squeeze(-1)
+        dots, _ = score_runs(
+            projected[..., : basis.rank],
+            *codes,
+            self.counts().none,
+            self._counts,
+            capacity=codes[0].shape[2],
+            scaling=logits.scaling,
+            bits=MEAN_KEY_BITS,
+            bias=projected[..., basis.rank],
+            combine="none",
+            out_dtype=torch.float32,
+        )
+        assert dots is not None
+        part, radius = projected[..., : basis.rank], self.buffer("cluster.radius").squeeze(-1).float().unsqueeze(2)
+        far = part.norm(dim=-1, keepdim=True) * (logits.scaling * REACH * basis.rank**-0.5) * radius
+        gone = dots.isneginf() | self._kept["empty"].unsqueeze(2)
+        means, reach = (cap.of(each).masked_fill(gone, -torch.inf) for each in (dots, dots + far))
+        return means.clamp_max(torch.finfo(self._scores).max).to(self._scores), self._shared(reach)
+
+    @property
+    def _scores(self) -> torch.dtype:
+        """As Loki's: 16-bit models' logits carry fewer digits than float16 does."""
+        return torch.float32 if self.buffer("key").dtype == torch.float32 else torch.float16
+
+    def _shared(self, own: Tensor) -> Tensor:
+        """[B, Hkv, G, n] -> [B, Hkv(, G), n]: by what a choice is made."""
+        select = self.store.selection.select
+        if select == "group":
+            return own.float().log_softmax(-1).logsumexp(2)
+        return own.amax(2) if select == "max" else own
 
     def refine(self, by: Tensor) -> tuple[Tensor, Tensor]:
         """(ends, left) of `Candidates`. Args: by: scores of the clusters, [B, Hkv(, G), C]."""
@@ -128,47 +159,31 @@ class SpectralStep(ClusteredStep):
     def score_tokens(
         self, projected: Tensor, logits: Logits, ends: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor]:
-        """Args: ends: of the clusters; None: of a row all tokens but sinks and recent ones."""
-        of, codes = self.counts(), (self.buffer("code"), self.buffer("scale").squeeze(-1))
-        limits = of.sinks if ends is None else of.window, of.recent
-        return self._score(projected, codes, limits, self._room, logits, ends=ends)
+        """(scores by query head, None where there is no tail, scores by what is chosen).
 
-    def _score(
-        self,
-        projected: Tensor,
-        codes: tuple[Tensor, Tensor],
-        limits: tuple[Tensor, Tensor],
-        capacity: int,
-        logits: Logits,
-        bits: int | None = None,
-        ends: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor]:
-        """(scores by query head, None where there is no tail, scores by what is chosen). Args: bits: of clusters."""
-        select, basis = self.store.selection.select, self.store.basis
+        Args: ends: of the clusters; None: of a row all tokens but sinks and recent ones.
+        """
+        of, (select, basis) = self.counts(), (self.store.selection.select, self.store.basis)
         scores, best = score_runs(
             projected[..., : basis.rank],
-            *codes,
-            *limits,
-            capacity=capacity,
+            self.buffer("code"),
+            self.buffer("scale").squeeze(-1),
+            of.sinks if ends is None else of.window,
+            of.recent,
+            capacity=self._room,
             scaling=logits.scaling,
             softcap=logits.softcap,
-            bits=bits or basis.bits,
+            bits=basis.bits,
             starts=None if ends is None else self._kept["start"],
             ends=ends,
             bias=projected[..., basis.rank],
             combine="none" if select != "max" else "both" if self.store.selection.tail else "max",
-            # As Loki's: 16-bit models' logits carry fewer digits than float16 does.
-            out_dtype=torch.float32 if self.buffer("key").dtype == torch.float32 else torch.float16,
+            out_dtype=self._scores,
         )
         if best is not None:
             return scores, best
         assert scores is not None
-        if select != "group":
-            return scores, scores
-        shared = scores.float()
-        if bits is not None:  # clusters: empty ones take no part
-            shared = shared.masked_fill(self._kept["empty"].unsqueeze(2), -torch.inf)
-        return scores, shared.log_softmax(-1).logsumexp(2)
+        return scores, self._shared(scores)
 
     def choose(self, found: Candidates) -> tuple[Tensor, Tensor]:
         """(index [B, Hkv(, G), K] int32 of the best candidates, count [B, Hkv(, G)])"""

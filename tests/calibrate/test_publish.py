@@ -119,7 +119,7 @@ def test_a_plan_goes_with_the_artifact_and_leaves_with_it(hub: StandInHub, folde
     first = push(folder, REPO)
     assert read_plan(load_anywhere(f"{REPO}@{first.commit}")) == plan
     (folder / "plan.json").write_text("{")
-    with pytest.raises(ArtifactError, match="plan.json: cannot be read"):
+    with pytest.raises(ArtifactError, match=r"plan\.json: cannot be read"):
         push(folder, REPO)
     (folder / "plan.json").unlink()
     assert not has_plan(load_anywhere(f"{REPO}@{push(folder, REPO).commit}"))
