@@ -125,11 +125,14 @@ class SpectralStep(ClusteredStep):
             capacity=codes[0].shape[2],
             scaling=logits.scaling,
             bits=MEAN_KEY_BITS,
-            bias=projected[..., basis.rank],
             combine="none",
             out_dtype=torch.float32,
         )
         assert dots is not None
+        bias = projected[..., basis.rank]
+        if logits.softcap is None:  # as scores of tokens: nothing is chosen between a group's heads by what all share
+            bias = bias - bias.amax(-1, keepdim=True)
+        dots = dots + logits.scaling * bias.unsqueeze(-1)
         part, radius = projected[..., : basis.rank], self.buffer("cluster.radius").squeeze(-1).float().unsqueeze(2)
         far = part.norm(dim=-1, keepdim=True) * (logits.scaling * REACH * basis.rank**-0.5) * radius
         gone = dots.isneginf() | self._kept["empty"].unsqueeze(2)
