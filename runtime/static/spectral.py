@@ -50,6 +50,9 @@ class SpectralStep(ClusteredStep):
     _arrivals: Tensor | None = None
     """The workspace of `select`, which leaves it zero: made before a graph is captured, by the step that warms up."""
 
+    _correction: Tensor | None = None
+    """[Hkv] float32, of a layer's logits; likewise."""
+
     def __init__(self, store: SpectralStore, clock: Clock):
         super().__init__(store, clock)
         value = store.rows["value"].view
@@ -111,7 +114,11 @@ class SpectralStep(ClusteredStep):
 
     def project(self, query: Tensor) -> Tensor:
         """[B, Hkv, G, r + 1] float32: the queries' side of the codes, then their product with the mean key."""
-        return query.float() @ self.store.basis.query_side(query)
+        batch, heads, group, dims = query.shape
+        # Converted and laid out for one product per head at once: no copy of the map for each row.
+        by_head = query.new_empty(heads, batch, group, dims, dtype=torch.float32).copy_(query.transpose(0, 1))
+        products = by_head.flatten(1, 2) @ self.store.basis.query_side(query)
+        return products.unflatten(1, (batch, group)).transpose(0, 1)
 
     def score_clusters(self, projected: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
         """(logits of the mean keys [B, Hkv, G, C], what each cluster's best member may reach [B, Hkv(, G), C])."""
@@ -217,6 +224,8 @@ class SpectralStep(ClusteredStep):
         """What is not read, through its clusters."""
         of, rank = self.counts(), self.store.basis.rank
         assert found.own is not None
+        if self._correction is None:
+            self._correction = self.store.basis.correction(projected, logits.scaling)
         return remainder(
             found.own,
             self._kept["end"] if found.ends is None else found.ends,
@@ -228,7 +237,7 @@ class SpectralStep(ClusteredStep):
             left=found.left,
             cluster_scores=found.of_clusters,
             bias=projected[..., rank] if logits.softcap is None else None,
-            correction=self.store.basis.correction(projected, logits.scaling),
+            correction=self._correction,
             scaling=logits.scaling,
         )
 
