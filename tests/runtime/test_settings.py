@@ -76,7 +76,7 @@ def test_layers_that_are_not_compressed_need_no_value() -> None:
 @pytest.mark.parametrize(
     ("method", "settings", "message"),
     [
-        ("lokki", {}, r"unknown method 'lokki': did you mean loki\? there are full, loki, .*h2o"),
+        ("lokki", {}, r"unknown method 'lokki': did you mean loki\? there are full, spectral, loki, .*h2o"),
         ("", {}, "unknown method '': there are full"),
         (None, {}, "unknown method None: "),
         (7, {}, "unknown method 7: "),
