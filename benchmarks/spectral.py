@@ -115,7 +115,7 @@ def measure() -> None:
     if path.exists():
         settings["plans"] = json.loads(path.read_text())["settings"]["plans"]
     if not settings["plans"]:
-        offers = measure_offers(loaded.model, artifact, measured, "spectral", progress("measuring"))
+        offers = measure_offers(loaded.model, artifact, measured, "spectral", progress=progress("measuring"))
         for name, budget in LEVELS.items():
             choice = for_bytes(offers, budget)
             predicted = {"bytes": choice.bytes, "attention_error": choice.error}

@@ -37,6 +37,9 @@ class LayerTensors:
     """[B, Hkv, T, D]."""
     scaling: float
     window: int | None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    """[Hq], of gpt-oss."""
 
 
 @contextmanager
@@ -90,6 +93,8 @@ def capture(
                 key_pre=key_pre,
                 scaling=float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
                 window=kwargs.get("sliding_window"),
+                softcap=kwargs.get("softcap"),
+                sinks=kwargs.get("s_aux"),
             )
         )
 

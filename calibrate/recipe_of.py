@@ -7,6 +7,7 @@ from typing import Any
 
 from ..artifacts import Artifact, KvcalError
 from ..artifacts.errors import one_line
+from ..runtime.planned import has_plan
 from .models import MODEL_ALIASES
 from .recipe import VERSION
 
@@ -85,6 +86,8 @@ def _pca(artifact: Artifact, source: Mapping[str, Any], options: Collection[str]
 
 def _stages(artifact: Artifact, notes: list[str]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
+    if has_plan(artifact):
+        notes.append("plan.json is no part of the manifest: copy it, or add the stage `plan` with what it says.")
     if "clusters" in artifact.stages:
         found.append({"cluster": dict(artifact.stages["clusters"].settings)})
     if "cla" in artifact.stages:

@@ -9,7 +9,8 @@ file tells how the plan was found and what it was measured to do.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from ..artifacts import Artifact, ArtifactError, KvcalError
@@ -34,6 +35,17 @@ def chosen(artifact: Artifact | None, method: Any, settings: Mapping[str, Any], 
         names = ", ".join(settings)
         raise KvcalError(f"{names}: the plan of this artifact has settings of its own: name a method to give others")
     return methods_of(artifact, total) if planned else DEFAULT_METHOD if method is None else method
+
+
+@contextmanager
+def naming(artifact: Artifact | None) -> Iterator[None]:
+    """Errors inside are about the plan of this artifact, where one is given: nobody typed what they complain of."""
+    try:
+        yield
+    except KvcalError as error:
+        if artifact is None:
+            raise
+        raise type(error)(f"{artifact.name}: {FILE}: {error}: {_MAKE}") from None
 
 
 def has_plan(artifact: Artifact | None) -> bool:

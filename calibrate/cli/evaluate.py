@@ -113,7 +113,7 @@ def evaluate_command(
         data = open_data(data_spec, split)
     with working("loading the model"):
         loaded = load_model(model_spec or found.model.id, device=device, dtype=dtype)
-        _check(found, loaded.model)
+        check_weights(found, loaded.model)
     check_grid(grid, loaded.model, found)
     with working("reading and tokenising the text"):
         prompts = make_prompts(data, loaded.tokenizer, **prompt_options, name=str(data.source["id"]))
@@ -151,7 +151,7 @@ def _grid(methods: str, rank: str | None, keep: str | None, assignments: Sequenc
     return make_grid(_words(methods), parameters)
 
 
-def _check(artifact: Artifact, model: Any) -> None:
+def check_weights(artifact: Artifact, model: Any) -> None:
     """By weights, too, where they were loaded as they were calibrated: another dtype rounds them to others."""
     from ...runtime import check_model
 

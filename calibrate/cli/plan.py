@@ -8,7 +8,10 @@ import click
 
 from ...artifacts import Artifact, load
 from ...artifacts.folder import write_atomically
+from .evaluate import check_weights
 from .output import json_option, print_json, print_table, progress_bar, say, working
+
+BYTES = 0.0625
 
 
 @click.command("plan")
@@ -20,7 +23,7 @@ from .output import json_option, print_json, print_table, progress_bar, say, wor
     "--bytes",
     "budget",
     type=click.FloatRange(0, 1, min_open=True),
-    help="Share of dense attention's bytes to read per step.  [default: 0.0625]",
+    help="Share of dense attention's bytes to read per step and row.  [default: 0.0625]",
 )
 @click.option(
     "--quality",
@@ -43,6 +46,14 @@ from .output import json_option, print_json, print_table, progress_bar, say, wor
     help="Comma list of what a check measures; the last recall task is also measured on.",
 )
 @click.option("--episodes", type=click.IntRange(1), default=10, show_default=True, help="Questions of a recall check.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Rows decoded together: they share the maps of a basis. At most --check-windows.",
+)
+@click.option("--output", type=click.Path(path_type=Path), help="File of the plan.  [default: plan.json in ARTIFACT]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the questions.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
@@ -57,6 +68,8 @@ def plan_command(
     method: str,
     windows: int,
     check_windows: int,
+    batch_size: int,
+    output: Path | None,
     device: str,
     dtype: str,
     as_json: bool,
@@ -73,11 +86,11 @@ def plan_command(
     Example:
       calibrate plan mistral-7b-wikitext --data wikitext:wikitext-2-raw-v1:test --bytes 0.0625
     """
-    from ...runtime import check_model
-    from ...runtime.planned import FILE
+    from ...runtime.planned import FILE, has_plan
     from ..data import open_data
     from ..evaluation.prompts import make_prompts
     from ..evaluation.protocol import check_lengths
+    from ..evaluation.results import Results
     from ..models import load_model
     from ..planning.plan import (
         QUESTIONS,
@@ -94,6 +107,8 @@ def plan_command(
         raise click.UsageError("give --data: text that the artifact was not calibrated on, e.g. stdlib --split heldout")
     if budget is not None and quality is not None:
         raise click.UsageError("--bytes and --quality: give one of them")
+    budget = BYTES if budget is None else budget
+    batch_size = min(batch_size, check_windows)  # what is predicted is checked
     words = [word.strip() for word in tasks.split(",") if word.strip()]
     grid(method, 64, {})  # an unknown method is said before any work
     with working("checking hashes"):
@@ -102,7 +117,7 @@ def plan_command(
         data = open_data(data_spec, split)
     with working("loading the model"):
         loaded = load_model(model_spec or found.model.id, device=device, dtype=dtype)
-        check_model(found, loaded.model)
+        check_weights(found, loaded.model)
     with working("reading and tokenising the text"):
         prompts = make_prompts(
             data,
@@ -116,35 +131,45 @@ def plan_command(
     check_lengths(prompts, loaded.model)
     measured, checked_on = split_prompts(prompts, windows, QUESTIONS)
     with progress_bar("measuring") as progress:
-        offers = measure_offers(loaded.model, found, measured, method, progress)
+        offers = measure_offers(loaded.model, found, measured, method, batch_size, progress)
+
+    results = Results({})
 
     def check(choice: Any) -> dict[str, Any]:
         with working(f"decoding with {choice.bytes:.4f} of the bytes"):
-            return check_choice(loaded.model, found, checked_on, offers, choice)
+            return check_choice(loaded.model, found, checked_on, offers, choice, results, batch_size)
 
     if quality is None:
-        choice = for_bytes(offers, 0.0625 if budget is None else budget)
+        choice = for_bytes(offers, budget)
     else:
         choice = for_quality(offers, quality, check)
     how = {
         "method": method,
-        "budget": {"quality": quality} if quality is not None else {"bytes": 0.0625 if budget is None else budget},
+        "budget": {"quality": quality} if quality is not None else {"bytes": budget},
         "data": data.source,
         "model": loaded.source.id,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "windows": windows,
         "check_windows": check_windows,
+        "batch_size": batch_size,
         "tasks": words,
         "episodes": episodes,
         **prompt_options,
     }
     body = plan_body(offers, choice, how, check(choice))
-    write_atomically(artifact / FILE, (json.dumps(body, indent=1) + "\n").encode())
+    path = output or artifact / FILE
+    if output is None and has_plan(found):
+        say(f"{path}: replaces the plan that was there")
+    write_atomically(path, (json.dumps(body, indent=1) + "\n").encode())
     if as_json:
         print_json(body)
     else:
         print_plan(found, body)
-        say(f"{artifact / FILE}: compress(model, artifact) decodes with it")
+        read = body["measured"]["bytes"]
+        if quality is None and read > budget * 1.02:
+            say(f"the check read {read:.4f} of dense attention's bytes, more than the budget of {budget:g}")
+        if output is None:
+            say(f"{path}: compress(model, artifact) decodes with it")
 
 
 def print_plan(artifact: Artifact, body: dict[str, Any]) -> None:
@@ -159,13 +184,14 @@ def print_plan(artifact: Artifact, body: dict[str, Any]) -> None:
         rows.append(
             [str(layer), setting["method"], settings, f"{point['bytes']:.4f}", f"{point['error']:.3f}", by_head]
         )
-    title = f"{artifact.model.id}: {', '.join(f'{name} {value:g}' for name, value in body['budget'].items())}"
+    budget = ", ".join(f"{name} {value:g}" for name, value in body["budget"].items())
+    title = f"{body['model']}, batches of {body['batch_size']}: {budget}"
     print_table(title, ["layer", "method", "settings", "bytes", "error", "by KV head"], rows)
     predicted, measured = body["predicted"], body["measured"]
-    recall = ", ".join(f"{name} {value:.2f}" for name, value in measured["recall"].items())
+    recall = "".join(f"; {name} {value:.2f}" for name, value in measured["recall"].items())
     click.echo(
         f"predicted: {predicted['bytes']:.4f} of dense attention's bytes, attention error "
         f"{predicted['attention_error']:.3f}\n"
         f"measured:  {measured['bytes']:.4f}, attention error {measured['attention_error']:.3f}, perplexity "
-        f"{measured['perplexity_ratio']:.4f} of full's; {recall}"
+        f"{measured['perplexity_ratio']:.4f} of full's{recall}"
     )

@@ -21,6 +21,8 @@ def verify_command(artifact: Path, model_spec: str | None, as_json: bool) -> Non
     Example:
       calibrate verify mistral-7b-wikitext --model mistral-7b
     """
+    from ...runtime.planned import has_plan, read_plan
+
     with working("checking hashes"):
         found = load(artifact)
     if model_spec is not None:
@@ -30,6 +32,9 @@ def verify_command(artifact: Path, model_spec: str | None, as_json: bool) -> Non
         # In the dtype of the run: another one may round the weights, and then they are others.
         dtype = str(found.settings.get("dtype", "auto"))
         check_model(found, load_model(model_spec, device="cpu", dtype=dtype).model, weights=True)
+    planned = has_plan(found)
+    if planned:
+        read_plan(found)
     tensors = sum(len(stage.tensors) for stage in found.stages.values())
     if as_json:
         print_json(
@@ -39,11 +44,14 @@ def verify_command(artifact: Path, model_spec: str | None, as_json: bool) -> Non
                 "content_hash": found.content_hash,
                 "stages": sorted(found.stages),
                 "tensors": tensors,
+                "plan": planned,
                 "model_checked": model_spec is not None,
             }
         )
         return
     click.echo(f"{artifact}: {len(found.stages)} stages, {tensors} tensors: hashes, shapes and dtypes hold")
+    if planned:
+        click.echo("plan.json is a plan; names and values are checked where it is used")
     click.echo(f"content {found.content_hash}")
     if model_spec is not None:
         click.echo(f"{model_spec}: architecture and weights are those it was calibrated on")

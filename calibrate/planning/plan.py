@@ -14,11 +14,13 @@ from ...artifacts import Artifact, KvcalError
 from ...runtime.planned import FORMAT
 from ..evaluation.prompts import Prompts, Windows
 from ..evaluation.protocol import evaluate
+from ..evaluation.results import Results
 from .allocate import Choice, choices, hull, within
 from .points import DENSE, Point, Problem, Setting, measure, problems
 from .settings import bases, grid
 
 Progress = Callable[[int, int], None]
+BATCH_SIZE = 8
 QUESTIONS = 5
 """To measure on: one for each depth."""
 STEPS = 16
@@ -81,9 +83,17 @@ def split_prompts(prompts: Prompts, windows: int, questions: int) -> tuple[Measu
 
 
 def measure_offers(
-    model: Any, artifact: Artifact, rows: Measured, method: str, progress: Progress | None = None
+    model: Any,
+    artifact: Artifact,
+    rows: Measured,
+    method: str,
+    batch_size: int = BATCH_SIZE,
+    progress: Progress | None = None,
 ) -> Offers:
     """Measure every setting of `grid` in every full-attention layer.
+
+    Args:
+        batch_size: rows that will be decoded together, and share the maps of a basis.
 
     Raises:
         KvcalError: a method without a grid, a model without full attention.
@@ -99,18 +109,21 @@ def measure_offers(
         if progress:
             progress(done, total)
 
-    points = {problem.layer: [*_measure_layer(problem, method, artifact, step), DENSE] for problem in found}
+    def points_of(problem: Problem) -> list[Point]:
+        head_dim = problem.key.shape[3]
+
+        def try_(settings: Sequence[Setting]) -> list[Point]:
+            return measure(problem, settings, artifact, model.device, batch_size, step)
+
+        tried = try_(bases(method, head_dim))
+        # The basis is chosen once per layer, all else being equal: it costs the same bytes whichever it is.
+        best = min(tried, key=lambda point: point.loss).setting if tried else {}
+        basis: Setting = {name: best[name] for name in ("stage", "basis") if name in best}
+        return [*try_(grid(method, head_dim, basis)), DENSE]
+
+    points = {problem.layer: points_of(problem) for problem in found}
     layers = int(model.config.get_text_config().num_hidden_layers)
     return Offers(points, choices(points), layers)
-
-
-def _measure_layer(problem: Problem, method: str, artifact: Artifact, step: Callable[[], None]) -> list[Point]:
-    head_dim = problem.key.shape[3]
-    tried = measure([problem], {problem.layer: bases(method, head_dim)}, artifact, step)[problem.layer]
-    # The basis is chosen once per layer, all else being equal: it costs the same bytes whichever it is.
-    best = min(tried, key=lambda point: point.loss).setting if tried else {}
-    basis: Setting = {name: best[name] for name in ("stage", "basis") if name in best}
-    return measure([problem], {problem.layer: grid(method, head_dim, basis)}, artifact, step)[problem.layer]
 
 
 def _count(problem: Problem, method: str) -> int:
@@ -147,10 +160,22 @@ def for_quality(offers: Offers, quality: float, check: Callable[[Choice], Mappin
     return offers.choices[last]
 
 
-def check_choice(model: Any, artifact: Artifact, prompts: Prompts, offers: Offers, choice: Choice) -> dict[str, Any]:
-    """The row of an evaluation of these settings, decoded for real; under "full" that of full attention."""
+def check_choice(
+    model: Any,
+    artifact: Artifact,
+    prompts: Prompts,
+    offers: Offers,
+    choice: Choice,
+    results: Results,
+    batch_size: int = BATCH_SIZE,
+) -> dict[str, Any]:
+    """The row of an evaluation of these settings, decoded for real; under "full" that of full attention.
+
+    Args:
+        results: of earlier checks on these prompts, which are not decoded again.
+    """
     setting = {"method": [entry or {"method": "full"} for entry in offers.layered(choice)]}
-    full, row = evaluate(model, artifact, prompts, [setting])
+    full, row = evaluate(model, artifact, prompts, [setting], batch_size=batch_size, results=results)
     return {**row, "full": full}
 
 

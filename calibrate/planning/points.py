@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ class Point:
 
     setting: Setting
     bytes: float
-    """Read per step and row, over what dense attention reads of this layer."""
+    """Read per step and row, over what dense attention reads of this layer, by a row in a batch of a given size."""
     error: float
     """‖o − o_dense‖ / ‖o_dense‖, mean over the rows of text, heads and steps."""
     loss: float
@@ -45,33 +46,39 @@ class Problem:
 
     layer: int
     query: Tensor
-    """[B, Hq, T, D], as `key` and `value` on the device of the model."""
+    """[B, Hq, steps, D], of the tokens at the end that are decoded."""
     key: Tensor
+    """[B, Hkv, T, D]"""
     value: Tensor
     logits: Logits
-    steps: int
-    """Tokens at the end that are decoded."""
     texts: int
     """The first rows, which are text; the others end in a question and its answer."""
 
     @torch.no_grad()
-    def measure(self, setting: Setting, artifact: Artifact | None) -> Point:
-        """Raises KvcalError for what this layer or artifact does not allow."""
+    def measure(self, setting: Setting, artifact: Artifact | None, batch_size: int) -> Point:
+        """
+        Args:
+            batch_size: rows that share what is read once per step.
+
+        Raises:
+            KvcalError: for what this layer or artifact does not allow.
+        """
         store = self._build(setting, artifact)()
-        prefix = self.key.shape[2] - self.steps
+        prefix = self.key.shape[2] - self.query.shape[2]
         full = FullStore()
         full.append(self.key[:, :, :prefix], self.value[:, :, :prefix])
         store.adopt(full)
-        read, errors = 0, []
+        read, errors = 0.0, []
         for query, key, value, dense in self._steps(prefix):
             store.append(key, value)
             out = store.attend(query, self.logits)
-            read += store.bytes_read()
+            shared = store.shared_bytes() if store.bytes_read() else 0
+            read += (store.bytes_read() - shared) / self.key.shape[0] + shared / batch_size
             difference = (out.float() - dense).norm(dim=-1) / dense.norm(dim=-1).clamp_min(1e-30)
             errors.append(difference.squeeze(-1).unflatten(1, (self.key.shape[1], -1)))
         found = torch.stack(errors, 1).double()  # [B, steps, Hkv, G]
         parts = [part for part in found.split([self.texts, len(found) - self.texts]) if len(part)]
-        held = sum(range(prefix + 1, self.key.shape[2] + 1)) * self.key.shape[0] * self.key.shape[1]
+        held = sum(range(prefix + 1, self.key.shape[2] + 1)) * self.key.shape[1]
         dense_read = held * (self.key.shape[3] + self.value.shape[3]) * self.key.element_size()
         return Point(
             setting,
@@ -89,7 +96,7 @@ class Problem:
         """(query, key, value, dense float32 output) of each decoded token."""
         for at in range(prefix, self.key.shape[2]):
             now, held = slice(at, at + 1), slice(0, at + 1)
-            query = self.query[:, :, now]
+            query = self.query[:, :, at - prefix : at - prefix + 1]
             weights = probabilities(query, self.key[:, :, held], self.logits)
             dense = (weights @ self.value[:, :, held].float().unsqueeze(2)).flatten(1, 2)
             yield query, self.key[:, :, now], self.value[:, :, now], dense
@@ -97,18 +104,22 @@ class Problem:
 
 @torch.no_grad()
 def problems(model: Any, ids: Tensor, steps: int, texts: int) -> list[Problem]:
-    """Of every full-attention layer.
+    """Of every full-attention layer, in the memory of the CPU: together they are as large as a cache.
 
     Args:
         ids: [B, T] int64, without padding.
-        steps, texts: see `Problem`.
+        steps: tokens at the end that are decoded.
+        texts: see `Problem`.
     """
     found: list[Problem] = []
 
     def observe(seen: LayerTensors) -> None:
         if seen.window is None:
-            logits = Logits(seen.scaling)
-            found.append(Problem(seen.layer, seen.query_post, seen.key_post, seen.value, logits, steps, texts))
+            logits = Logits(seen.scaling, seen.softcap, seen.sinks)
+            # Copies: a view would keep all that it is a view of.
+            query = seen.query_post[:, :, -steps:].to("cpu", copy=True)
+            key, value = (each.to("cpu", copy=True) for each in (seen.key_post, seen.value))
+            found.append(Problem(seen.layer, query, key, value, logits, texts))
 
     with capture(model, observe):
         model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=1)
@@ -116,16 +127,17 @@ def problems(model: Any, ids: Tensor, steps: int, texts: int) -> list[Problem]:
 
 
 def measure(
-    found: Sequence[Problem],
-    settings: Mapping[int, Sequence[Setting]],
+    problem: Problem,
+    settings: Sequence[Setting],
     artifact: Artifact | None,
+    device: torch.device,
+    batch_size: int,
     step: Callable[[], None] = lambda: None,
-) -> dict[int, list[Point]]:
-    """Points of each layer, for the settings of each layer; `step` is called after each."""
-    points: dict[int, list[Point]] = {}
-    for problem in found:
-        points[problem.layer] = []
-        for setting in settings[problem.layer]:
-            points[problem.layer].append(problem.measure(setting, artifact))
-            step()
+) -> list[Point]:
+    """A point of each setting, measured on `device`; `step` is called after each."""
+    tensors = {name: getattr(problem, name).to(device) for name in ("query", "key", "value")}
+    there, points = dataclasses.replace(problem, **tensors), []
+    for setting in settings:
+        points.append(there.measure(setting, artifact, batch_size))
+        step()
     return points

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicCache
 from ...artifacts import Artifact, KvcalError
 from ..cla import check_methods, with_bases
 from ..loading import check_model
-from ..planned import chosen
+from ..planned import chosen, naming
 from ..settings import builders, describe, name_of, plan
 from ..sharing import SharingMap
 from ..stores import Method, Store
@@ -57,16 +57,22 @@ class Recipe:
                 stacklevel=4,
             )
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        methods = plan(chosen(artifact, method, settings, total), settings, layers, total)
         sharing = sharing_of(model)
         groups = sharing.map if sharing else SharingMap(())
+        named = chosen(artifact, method, settings, total)
+        from_plan = isinstance(named, list) and named is not method
+        if groups.shared and from_plan:
+            raise KvcalError("the plan of this artifact is for layers that do not share: name a method, e.g. 'loki'")
+        with naming(artifact if from_plan else None):
+            methods = plan(named, settings, layers, total)
         fitted = artifact
         if sharing:
             check_methods(groups, methods, sharing.bases)
             if artifact is not None and sharing.bases is not None:
                 fitted = with_bases(artifact, sharing.bases)
         storing = {layer: own for layer, own in methods.items() if groups.storing_of(layer) == layer}
-        made = builders(storing, [head_dim] * total, fitted)
+        with naming(artifact if from_plan else None):
+            made = builders(storing, [head_dim] * total, fitted)
         for group in groups.shared:
             if not isinstance(made[group[0]](), RowStore):
                 raise KvcalError(

@@ -122,28 +122,27 @@ class SpectralStep(ClusteredStep):
 
     def score_clusters(self, projected: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
         """(logits of the mean keys [B, Hkv, G, C], what each cluster's best member may reach [B, Hkv(, G), C])."""
-        basis, cap = self.store.basis, Logits(1.0, logits.softcap)
-        codes = self.buffer("cluster.key"), self.buffer("cluster.key_scale").squeeze(-1)
+        basis, part = self.store.basis, projected[..., : self.store.basis.rank]
+        codes, bias = self.buffer("cluster.key"), projected[..., basis.rank]
         dots, _ = score_runs(
-            projected[..., : basis.rank],
-            *codes,
+            part,
+            codes,
+            self.buffer("cluster.key_scale").squeeze(-1),
             self.counts().none,
             self._counts,
-            capacity=codes[0].shape[2],
+            capacity=codes.shape[2],
             scaling=logits.scaling,
             bits=MEAN_KEY_BITS,
+            bias=bias if logits.softcap is None else None,
             combine="none",
             out_dtype=torch.float32,
         )
         assert dots is not None
-        bias = projected[..., basis.rank]
-        if logits.softcap is None:  # as scores of tokens: nothing is chosen between a group's heads by what all share
-            bias = bias - bias.amax(-1, keepdim=True)
-        dots = dots + logits.scaling * bias.unsqueeze(-1)
-        part, radius = projected[..., : basis.rank], self.buffer("cluster.radius").squeeze(-1).float().unsqueeze(2)
-        far = part.norm(dim=-1, keepdim=True) * (logits.scaling * REACH * basis.rank**-0.5) * radius
-        gone = dots.isneginf() | self._kept["empty"].unsqueeze(2)
-        means, reach = (cap.of(each).masked_fill(gone, -torch.inf) for each in (dots, dots + far))
+        dots = dots.masked_fill_(self._kept["empty"].unsqueeze(2), -torch.inf)
+        means, reach = dots, dots + logits.scaling * part.norm(dim=-1, keepdim=True) * self._kept["reach"].unsqueeze(2)
+        if logits.softcap is not None:  # of the whole logit
+            cap, shift = Logits(1.0, logits.softcap), logits.scaling * bias.unsqueeze(-1)
+            means, reach = (cap.of(each + shift).where(~dots.isneginf(), -torch.inf) for each in (means, reach))
         return means.clamp_max(torch.finfo(self._scores).max).to(self._scores), self._shared(reach)
 
     @property
@@ -244,6 +243,8 @@ class SpectralStep(ClusteredStep):
     def _derive(self, size: Tensor) -> None:
         self.keep("size", size)
         self.keep("empty", size == 0)
+        radius = self.buffer("cluster.radius").squeeze(-1).float()
+        self.keep("reach", REACH * self.store.basis.rank**-0.5 * radius)
         self.keep("end", size.cumsum(-1, dtype=torch.int32))
         self.keep("start", (size.cumsum(-1) - size + self.store.selection.sinks).to(torch.int32))
 

@@ -86,6 +86,10 @@ class Store(ABC):
         """Bytes of cache, index and projections that the last `attend` read."""
         return self._read
 
+    def shared_bytes(self) -> int:
+        """Of `bytes_read`, what is read once for all rows: maps of a basis."""
+        return 0
+
     def select(self, index: Tensor) -> None:
         """Keep the rows `index` [B'] of the batch, in that order, repeats allowed (beams)."""
         if not self.lengths:

@@ -176,13 +176,14 @@ def coded_rank(rank: Amount | str, dims: int, width: int, bits: int) -> int:
     Raises:
         KvcalError: a count that cannot be packed so.
     """
-    step = STEP if width % STEP == 0 else 8 // bits
+    packed = max(8 // bits, 2)  # the mean keys of clusters have 4 bits, whatever the tokens have
+    step = STEP if width % STEP == 0 else packed
     if isinstance(rank, int) and dims % step and dims != width:
         raise KvcalError(f"rank {rank}: codes take a multiple of {step}, e.g. {max(step, dims // step * step)}")
     dims = min(width, -(-dims // step) * step)
-    if dims % max(1, 8 // bits):
+    if dims % packed:
+        more = ", or more bits" if packed > 2 and dims % 2 == 0 else ""
         raise KvcalError(
-            f"a head dim of {width}: codes of {bits} bits take a multiple of {8 // bits}: give a smaller rank, "
-            "or bits=8"
+            f"a head dim of {width}: codes of {bits} bits take a multiple of {packed}: give a smaller rank{more}"
         )
     return dims

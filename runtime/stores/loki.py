@@ -76,7 +76,7 @@ class LokiStore(ClusteredStore):
         query_map = query_map[:, : self.basis.rank]
         index = self.rows["key" if self.rotates else "index"].view[..., : self.basis.rank]
         # The rotation of the query for the exact part is counted with its keys, in `_encode_query`'s bytes.
-        self._read += index.nbytes + (self._encoding_bytes() if self.rotates else 2 * query_map.nbytes)
+        self._read += index.nbytes + self.shared_bytes()
         self._asked = (query @ query_map.mT, logits)
         return self._masked(logits.of(self._asked[0] @ index.mT))
 
@@ -118,6 +118,10 @@ class LokiStore(ClusteredStore):
             return query
         query_map, _ = self.basis.maps(query)
         return (query.unflatten(1, (query_map.shape[0], -1)) @ query_map.mT.unsqueeze(1)).flatten(1, 2)
+
+    def shared_bytes(self) -> int:
+        query_map, _ = self.basis.maps(self.rows["key"].view)
+        return self._encoding_bytes() if self.rotates else 2 * query_map[:, : self.basis.rank].nbytes
 
     def _encoding_bytes(self) -> int:
         """One map for the query and the new key alike, read once per step."""

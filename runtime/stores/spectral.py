@@ -62,7 +62,7 @@ class Spectral(Sorted):
     flat_below: int = 8192
     """Rows of fewer tokens have all codes read, and no cluster's."""
     recent: int = 16
-    """Last tokens that are always read exactly; with the sinks, half of `keep` at most."""
+    """Of the open window's tokens the last, always read exactly; with the sinks, half of `keep` at most."""
     stage: str = "post"
     basis: str = "score"
 
@@ -207,7 +207,7 @@ class SpectralStore(SortedStore):
         assert recalled.counted is not None
         counted = torch.cat((recalled.counted, held.unsqueeze(1).expand(shape)), -1)
         codes, scales = (self._at(name, index) for name in ("code", "scale"))
-        self._read += codes.nbytes + scales.nbytes + self.basis.nbytes(query)
+        self._read += codes.nbytes + scales.nbytes + self.shared_bytes()
         own = self.basis.logits(query, codes, scales, logits).masked_fill(~counted, -torch.inf)
         self._candidates = Candidates(index, counted, own, of_clusters)
         return own
@@ -230,6 +230,9 @@ class SpectralStore(SortedStore):
         scores = self.basis.logits(query, codes, scales, logits, MEAN_KEY_BITS).masked_fill(~there, -torch.inf)
         reach = self.basis.logits(query, codes, scales, logits, MEAN_KEY_BITS, radii.squeeze(-1))
         return self.recall(self._shared(reach.masked_fill(~there, -torch.inf)), room), scores
+
+    def shared_bytes(self) -> int:
+        return self.basis.nbytes(self.rows["key"].view)
 
     def _at(self, name: str, slots: Tensor) -> Tensor:
         """[B, Hkv, G or 1, M, …] of the tokens there."""

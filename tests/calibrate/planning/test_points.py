@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import coded
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ def problem(texts: int = 2) -> Problem:
     draw = torch.Generator().manual_seed(0)
     query = torch.randn(3, 4, TOKENS, 16, generator=draw)
     key, value = (torch.randn(3, 2, TOKENS, 16, generator=draw) for _ in range(2))
-    return Problem(0, query, key, value, Logits(SCALING), STEPS, texts)
+    return Problem(0, query[:, :, -STEPS:], key, value, Logits(SCALING), texts)
 
 
 def top_errors(of: Problem, keep: int) -> torch.Tensor:
@@ -25,7 +26,7 @@ def top_errors(of: Problem, keep: int) -> torch.Tensor:
         for step, at in enumerate(range(TOKENS - STEPS, TOKENS)):
             for head in range(4):
                 keys, values = (each[row, head // 2, : at + 1].double() for each in (of.key, of.value))
-                logits = keys @ of.query[row, head, at].double() * SCALING
+                logits = keys @ of.query[row, head, step].double() * SCALING
                 best = logits.topk(keep).indices
                 dense = logits.softmax(0) @ values
                 found[row, step, head] = (logits[best].softmax(0) @ values[best] - dense).norm() / dense.norm()
@@ -35,7 +36,7 @@ def top_errors(of: Problem, keep: int) -> torch.Tensor:
 def test_errors_are_those_of_the_formula_over_rows_of_text():
     of = problem()
     errors = top_errors(of, 5)
-    point = of.measure({"method": "exact_topk", "keep": 5}, None)
+    point = of.measure({"method": "exact_topk", "keep": 5}, None, 3)
     assert point.error == pytest.approx(float(errors[:2].mean()), rel=1e-4)
     by_head = errors[:2].unflatten(2, (2, 2)).mean((0, 1, 3))
     assert point.head_errors == pytest.approx(by_head.tolist(), rel=1e-4)
@@ -45,15 +46,23 @@ def test_loss_is_half_of_text_and_half_of_questions():
     of = problem()
     squares = top_errors(of, 5).square()
     expected = 0.5 * float(squares[:2].mean()) + 0.5 * float(squares[2:].mean())
-    assert of.measure({"method": "exact_topk", "keep": 5}, None).loss == pytest.approx(expected, rel=1e-4)
-    only_text = problem(texts=3).measure({"method": "exact_topk", "keep": 5}, None)
+    assert of.measure({"method": "exact_topk", "keep": 5}, None, 3).loss == pytest.approx(expected, rel=1e-4)
+    only_text = problem(texts=3).measure({"method": "exact_topk", "keep": 5}, None, 3)
     assert only_text.loss == pytest.approx(float(squares.mean()), rel=1e-4)
 
 
 def test_bytes_are_over_those_of_dense_attention():
-    full = problem().measure({"method": "full"}, None)
+    full = problem().measure({"method": "full"}, None, 3)
     assert full.bytes == 1.0 and full.error < 1e-6 and full.loss < 1e-12
-    top = problem().measure({"method": "exact_topk", "keep": 10, "select": "group"}, None)
+    top = problem().measure({"method": "exact_topk", "keep": 10, "select": "group"}, None, 3)
     lengths = range(TOKENS - STEPS + 1, TOKENS + 1)
     # Every key, then the values of ten tokens; keys and values are of the same width.
     assert top.bytes == pytest.approx(sum(length + 10 for length in lengths) / (2 * sum(lengths)), rel=1e-6)
+
+
+def test_what_rows_share_is_counted_by_the_batch_size():
+    """Loki's map [2 heads, 16, 16] of float32, read once per step for all rows."""
+    artifact = coded.artifact(16, 2)
+    alone, together = (problem().measure({"method": "loki", "keep": 5}, artifact, rows).bytes for rows in (1, 4))
+    dense = sum(range(TOKENS - STEPS + 1, TOKENS + 1)) / STEPS * 2 * 32 * 4
+    assert alone - together == pytest.approx((1 - 1 / 4) * 2 * 16 * 16 * 4 / dense, rel=1e-6)

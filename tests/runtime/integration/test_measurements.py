@@ -36,9 +36,9 @@ def read_by_hand(method, tokens):
         "h2o": key_heads * budget * (2 * vector + 4 + 4),
         # every centroid with its int32 size, then a budget of 0.3, which the heads of a group share
         "clusterkv": key_heads * (CLUSTERS * (vector + 4) + math.ceil(0.3 * tokens) * 2 * vector),
-        # the same budget; of each cluster its size, its mean key in 4 bits, its mean value in 8, and two scales; codes
+        # the same budget; of each cluster its size, its mean key in 4 bits, its mean value in 8, two scales and a radius; codes
         # of 0.4 of the 36 clustered tokens; the open window's sum of values; maps, mean, offset and variance
-        "spectral": key_heads * (CLUSTERS * (4 + D // 2 + 2 + D + 2) + math.ceil(0.4 * 36) * (D // 2 + 2) + vector)
+        "spectral": key_heads * (CLUSTERS * (4 + D // 2 + 4 + D + 2) + math.ceil(0.4 * 36) * (D // 2 + 2) + vector)
         + key_heads * math.ceil(0.3 * tokens) * 2 * vector
         + KV_HEADS * (2 * D * D + 2 * D + 1) * FLOAT,
     }[method]
@@ -52,7 +52,7 @@ def test_bytes_with_sliding_layers_equal_hand_counts(method):
     assert cache.bytes_read() == read_by_hand(method, 40) + sliding
     per_token = 2 * D * FLOAT + {"streaming": 4, "h2o": 8, "clusterkv": 4, "spectral": 4 + D // 2 + 2}.get(method, 0)
     corners, means = CHUNK // 4 * 2 * D * FLOAT, CHUNK // 4 * (2 * D * FLOAT + 4)
-    coded = CHUNK // 4 * (4 + D // 2 + 2 + D + 2) + D * FLOAT  # size, mean key, mean value; a sum of values
+    coded = CHUNK // 4 * (4 + D // 2 + 4 + D + 2) + D * FLOAT  # size, mean key, radius, mean value; a sum of values
     extra = {"quest": corners, "sparq": D * FLOAT, "clusterkv": means, "spectral": coded}.get(method, 0)
     capacity = 16 if method in ("streaming", "h2o") else CHUNK  # a quarter of 40 tokens, in slots by 16
     assert cache.resident_bytes() == ROWS * KV_HEADS * (capacity * per_token + extra) + sliding

@@ -13,7 +13,10 @@ IDS = random_ids(12)
 TINY = {"vocab_size": 96, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
 
 SETTINGS = {
-    "unknown method": ({"method": "lokki"}, r"unknown method 'lokki': did you mean loki\? there are full, loki"),
+    "unknown method": (
+        {"method": "lokki"},
+        r"unknown method 'lokki': did you mean loki\? there are full, spectral, loki",
+    ),
     "unknown parameter": (
         {"budget": 3},
         "loki has no parameter 'budget': there are .*keep, rank, select, .*stage, .*, and dense_layers",
