@@ -36,8 +36,8 @@ def read_by_hand(method, tokens):
         "h2o": key_heads * budget * (2 * vector + 4 + 4),
         # every centroid with its int32 size, then a budget of 0.3, which the heads of a group share
         "clusterkv": key_heads * (CLUSTERS * (vector + 4) + math.ceil(0.3 * tokens) * 2 * vector),
-        # the same budget; of each cluster its size, its mean key in 4 bits, its mean value in 8, two scales and a radius; codes
-        # of 0.4 of the 36 clustered tokens; the open window's sum of values; maps, mean, offset and variance
+        # the same budget; of each cluster its size, its mean key in 4 bits, its mean value in 8, two scales, a radius;
+        # codes of 0.4 of the 36 clustered tokens; the open window's sum of values; maps, mean, offset and variance
         "spectral": key_heads * (CLUSTERS * (4 + D // 2 + 4 + D + 2) + math.ceil(0.4 * 36) * (D // 2 + 2) + vector)
         + key_heads * math.ceil(0.3 * tokens) * 2 * vector
         + KV_HEADS * (2 * D * D + 2 * D + 1) * FLOAT,

@@ -128,11 +128,11 @@ def test_directions_without_keys_do_not_drown_the_others(dtype: torch.dtype) -> 
 
 
 def test_rank_is_rounded_up_to_what_is_packed() -> None:
-    """Tiles of 16 where the head dim has them; otherwise whole bytes."""
+    """Tiles of 16 where the head dim has them; otherwise whole bytes, of the clusters' 4 bits as well."""
     for rank, width, bits, expected in (
         (0.5, 64, 2, 32), (0.3, 64, 2, 32), (0.01, 64, 8, 16), (1.0, 80, 4, 80), (0.25, 80, 2, 32),
         (48, 64, 2, 48), (80, 80, 2, 80), ("variance:0.9", 64, 2, 32), (0.5, 12, 2, 8), (0.5, 12, 4, 6),
-        (0.5, 12, 8, 6), (5, 12, 8, 5), (12, 12, 2, 12), (0.9, 12, 2, 12), (7, 7, 8, 7),
+        (0.5, 12, 8, 6), (6, 12, 8, 6), (12, 12, 2, 12), (0.9, 12, 2, 12),
     ):  # fmt: skip
         dims = {"variance:0.9": 20}.get(rank) or (rank if isinstance(rank, int) else -(-int(rank * width * 100) // 100))
         assert coded_rank(rank, dims, width, bits) == expected, (rank, width, bits)
@@ -155,7 +155,9 @@ def test_rank_by_variance(share: float, expected: int) -> None:
         (64, {"rank": "0.5"}, "rank '0.5': "),
         (12, {"rank": 6}, "rank 6: codes take a multiple of 4, e.g. 4"),
         (12, {"rank": 5, "bits": 4}, "rank 5: codes take a multiple of 2, e.g. 4"),
-        (6, {"rank": 1.0}, "a head dim of 6: codes of 2 bits take a multiple of 4: give a smaller rank, or bits=8"),
+        (6, {"rank": 1.0}, "a head dim of 6: codes of 2 bits take a multiple of 4: give a smaller rank, or more bits"),
+        (7, {"rank": 1.0, "bits": 8}, "a head dim of 7: codes of 8 bits take a multiple of 2: give a smaller rank"),
+        (12, {"rank": 5, "bits": 8}, "rank 5: codes take a multiple of 2, e.g. 4"),
         (64, {"bits": 3}, "bits 3: give 2, 4 or 8"),
         (64, {"bits": 16}, "bits 16: give 2, 4 or 8"),
         (64, {"bits": 2.0}, "bits 2.0: give 2, 4 or 8"),
