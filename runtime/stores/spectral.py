@@ -37,7 +37,7 @@ from .sorted_by_cluster import Sorted, SortedStore, calibrated_centroids
 from .tail import Remainder, Tail
 
 MEAN_KEY_BITS, MEAN_VALUE_BITS = 4, 8
-"""Of clusters: fewer cost accuracy, more gain none (docs/results/spectral.md)."""
+"""Of clusters: on the demo model fewer cost accuracy, and more gain none."""
 OPEN = "open.value"
 """Sum of the values in each row's open window."""
 
