@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from demo import demo_artifact
 from torch import Tensor
 
 from kvcal.artifacts import Artifact
-from kvcal.calibrate import calibrate, load_model, make_blocks, open_data
+from kvcal.calibrate import load_model, make_blocks, open_data
 from kvcal.calibrate.cluster_stage import cluster
 from kvcal.runtime import CompressedCache
 
@@ -45,9 +46,7 @@ def measure(model: Any, ids: Tensor, artifact: Artifact | None, tokens_per_clust
 
 def main() -> None:
     loaded = load_model("demo", device="cpu")
-    data = open_data("stdlib")
-    blocks = make_blocks(data, loaded.tokenizer, num_tokens=131072, seq_len=2048, source=data.source)
-    clustered = cluster(calibrate(loaded.model, blocks, model_id="demo"))
+    clustered = cluster(demo_artifact(loaded))
     rows = []
     for length in LENGTHS:
         total = length + STEPS

@@ -14,10 +14,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from demo import demo_artifact
 from spectral_page import write_page
 
-from kvcal.artifacts import Artifact
-from kvcal.calibrate import calibrate, load_model, make_blocks, open_data
+from kvcal.calibrate import load_model, open_data
 from kvcal.calibrate.evaluation.prompts import make_prompts
 from kvcal.calibrate.evaluation.protocol import evaluate
 from kvcal.calibrate.evaluation.results import Results
@@ -82,12 +82,6 @@ ABLATION: dict[str, dict[str, Any]] = {
 }
 
 
-def make_artifact(model: Any, tokenizer: Any) -> Artifact:
-    data = open_data("stdlib")
-    blocks = make_blocks(data, tokenizer, num_tokens=131072, seq_len=2048, source=data.source)
-    return calibrate(model, blocks, model_id="demo")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", action="store_true", help="only write the page again")
@@ -97,8 +91,7 @@ def main() -> None:
 
 
 def measure() -> None:
-    calibrated = load_model("demo", device="cpu", dtype="float32")
-    artifact = make_artifact(calibrated.model, calibrated.tokenizer)
+    artifact = demo_artifact(load_model("demo", device="cpu", dtype="float32"))
     loaded = load_model("demo", device="cpu", dtype="bfloat16")
     heldout = open_data("stdlib", "heldout")
     prompts = make_prompts(

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from demo import demo_artifact, unseen_layers
 from torch import Tensor
 
 from kvcal.artifacts import Artifact
-from kvcal.calibrate import LayerTensors, calibrate, capture, load_model, make_blocks, open_data
+from kvcal.calibrate import LayerTensors, load_model
 from kvcal.runtime.attention import Logits, probabilities
 from kvcal.runtime.stores import METHODS
 from kvcal.runtime.stores.full import FullStore
@@ -38,21 +39,6 @@ TRIED: dict[str, tuple[str, dict[str, Any], int]] = {
     "spectral, two levels, calibrated at 4096": ("spectral", TWO_LEVELS, 4096),
 }
 """Method, settings, and tokens of the blocks that the artifact comes from."""
-
-
-def artifact_of(loaded: Any, seq_len: int) -> Artifact:
-    data = open_data("stdlib")
-    blocks = make_blocks(data, loaded.tokenizer, num_tokens=131072, seq_len=seq_len, source=data.source)
-    return calibrate(loaded.model, blocks, model_id="demo")
-
-
-def captured(loaded: Any) -> list[LayerTensors]:
-    tokens = PREFIX + STEPS
-    blocks = make_blocks(open_data("stdlib", "heldout"), loaded.tokenizer, num_tokens=TEXTS * tokens, seq_len=tokens)
-    found: list[LayerTensors] = []
-    with torch.no_grad(), capture(loaded.model, found.append):
-        loaded.model(input_ids=blocks.ids.long(), use_cache=False, logits_to_keep=1)
-    return found
 
 
 @torch.no_grad()
@@ -93,8 +79,8 @@ def recalled(read: Tensor, weights: Tensor) -> float:
 
 def main() -> None:
     loaded = load_model("demo", device="cpu", dtype="float32")
-    artifacts = {seq_len: artifact_of(loaded, seq_len) for seq_len in (2048, 4096)}
-    layers = captured(loaded)
+    artifacts = {seq_len: demo_artifact(loaded, seq_len) for seq_len in (2048, 4096)}
+    layers = unseen_layers(loaded, TEXTS, PREFIX + STEPS)
     results = {}
     for name, (method, settings, calibrated) in TRIED.items():
         results[name] = run(layers, method, settings, artifacts[calibrated])

@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from demo import demo_artifact, unseen_layers
 from torch import Tensor
 
 from kvcal.artifacts import Artifact
-from kvcal.calibrate import LayerTensors, calibrate, capture, load_model, make_blocks, open_data
+from kvcal.calibrate import LayerTensors, load_model
 from kvcal.runtime.attention import Logits, probabilities
 from kvcal.runtime.stores import METHODS, Store
 from kvcal.runtime.stores.amounts import count_of
@@ -74,20 +75,6 @@ class Found:
         read = read.repeat_interleave(weights.shape[1] // read.shape[1], 1)
         self.recall += float(read.gather(-1, weights.topk(top).indices).float().mean())
         self.mass += float((weights * read).sum(-1).mean())
-
-
-def captured(model: Any, tokenizer: Any) -> list[LayerTensors]:
-    unseen = make_blocks(open_data("stdlib", "heldout"), tokenizer, num_tokens=TEXTS * TOKENS, seq_len=TOKENS)
-    found: list[LayerTensors] = []
-    with torch.no_grad(), capture(model, found.append):
-        model(input_ids=unseen.ids.long(), use_cache=False)
-    return found
-
-
-def artifact_of(loaded: Any, seq_len: int) -> Artifact:
-    data = open_data("stdlib")
-    blocks = make_blocks(data, loaded.tokenizer, num_tokens=131072, seq_len=seq_len, source=data.source)
-    return calibrate(loaded.model, blocks, model_id="demo")
 
 
 def checkpoints() -> range:
@@ -161,8 +148,8 @@ def binned(found: dict[int, Found], layers: int) -> list[dict[str, float]]:
 def main() -> None:
     torch.manual_seed(0)
     loaded = load_model("demo", device="cpu")
-    artifacts = {length: artifact_of(loaded, length) for length in (2048, TOKENS)}
-    layers = captured(loaded.model, loaded.tokenizer)
+    artifacts = {length: demo_artifact(loaded, length) for length in (2048, TOKENS)}
+    layers = unseen_layers(loaded, TEXTS, TOKENS)
     weights = [dense(layer) for layer in layers]
     results: dict[str, dict[str, Any]] = {}
     for budget, keep in KEEPS.items():

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+from demo import demo_artifact, unseen_layers
 from tail_estimators import ESTIMATORS, Estimator
 from torch import Tensor
 
 from kvcal.artifacts import Artifact
-from kvcal.calibrate import LayerTensors, calibrate, capture, load_model, make_blocks, open_data
+from kvcal.calibrate import LayerTensors, load_model
 from kvcal.runtime.attention import Logits, probabilities
 from kvcal.runtime.stores import METHODS
 from kvcal.runtime.stores.clustered import ClusteredStore
@@ -49,14 +49,7 @@ Build = Callable[[LayerTensors], ClusteredStore]
 def layers() -> tuple[list[LayerTensors], Artifact]:
     """Of the demo model: rows of unseen text, and an artifact of other text."""
     loaded = load_model("demo", device="cpu")
-    data = open_data("stdlib")
-    blocks = make_blocks(data, loaded.tokenizer, num_tokens=131072, seq_len=2048, source=data.source)
-    artifact = calibrate(loaded.model, blocks, model_id="demo")
-    unseen = make_blocks(open_data("stdlib", "heldout"), loaded.tokenizer, num_tokens=TEXTS * TOKENS, seq_len=TOKENS)
-    found: list[LayerTensors] = []
-    with torch.no_grad(), capture(loaded.model, found.append):
-        loaded.model(input_ids=unseen.ids.long(), use_cache=False)
-    return found, artifact
+    return unseen_layers(loaded, TEXTS, TOKENS), demo_artifact(loaded)
 
 
 def outcome(found: list[LayerTensors], build: Build) -> tuple[list[float], float, float]:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from demo import demo_artifact, unseen_layers
 from torch import Tensor
 
 from kvcal.artifacts import Artifact, load
-from kvcal.calibrate import LayerTensors, calibrate, capture, load_model, make_blocks, open_data
+from kvcal.calibrate import LayerTensors, load_model, open_data
 from kvcal.calibrate.evaluation.prompts import make_prompts
 from kvcal.calibrate.evaluation.protocol import evaluate
 from kvcal.runtime.attention import Logits
@@ -28,14 +29,6 @@ PAGE = Path(__file__).parent.parent / "docs" / "results" / "threshold.md"
 TEXTS, TOKENS, QUERIES, RANK, WINDOWS = 6, 2048, 64, 0.25, 4
 LENGTHS, KEEPS = (512, 1024, 2048), (0.125, 0.0625)
 BOUNDS = ((0.0, 1e9), (0.0, 2.0), (0.25, 4.0), (0.5, 2.0), (0.75, 1.5), (1.0, 1.0))
-
-
-def captured(model: Any, tokenizer: Any) -> list[LayerTensors]:
-    unseen = make_blocks(open_data("stdlib", "heldout"), tokenizer, num_tokens=TEXTS * TOKENS, seq_len=TOKENS)
-    found: list[LayerTensors] = []
-    with torch.no_grad(), capture(model, found.append):
-        model(input_ids=unseen.ids.long(), use_cache=False)
-    return found
 
 
 class Steps:
@@ -177,14 +170,9 @@ def table(lines: Sequence[Sequence[str]]) -> str:
 
 def main() -> None:
     loaded = load_model("demo", device="cpu", dtype="float32")
-    if sys.argv[1:]:
-        artifact = load(sys.argv[1])
-    else:
-        data = open_data("stdlib")
-        blocks = make_blocks(data, loaded.tokenizer, num_tokens=131072, seq_len=TOKENS, source=data.source)
-        artifact = calibrate(loaded.model, blocks, model_id="demo")
+    artifact = load(sys.argv[1]) if sys.argv[1:] else demo_artifact(loaded, TOKENS)
     quality = quality_table(loaded, artifact)
-    found = captured(loaded.model, loaded.tokenizer)
+    found = unseen_layers(loaded, TEXTS, TOKENS)
     reach, bounds = reach_table(found, artifact), bounds_table(found, artifact)
     PAGE.write_text(HEAD + table(reach) + MIDDLE + table(bounds) + LAST + table(quality) + "\n")
 

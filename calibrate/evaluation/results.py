@@ -177,7 +177,8 @@ def _read(path: Path) -> dict[str, Any]:
     if good:
         partial = body.get("partial", {})
         good = isinstance(partial, dict) and all(isinstance(entry, dict) for entry in partial.values())
-        good &= all(isinstance(row, dict) and isinstance(row.get("method"), str) for row in body["results"])
+        # A name, or the settings of every layer.
+        good &= all(isinstance(row, dict) and isinstance(row.get("method"), (str, list)) for row in body["results"])
     if not good:
         raise KvcalError(f"{path}: not a results file (no settings and results): choose another")
     return body

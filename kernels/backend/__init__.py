@@ -1,6 +1,7 @@
 """Which implementation of an operation runs. Imports no triton: a kernel is imported when it is first chosen."""
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from importlib.util import find_spec
@@ -31,6 +32,23 @@ def choose(backend: str, tensor: Tensor) -> str:
             "(or TRITON_INTERPRET=1 in the environment before triton is imported)"
         )
     return "triton"
+
+
+def check_operand(
+    name: str,
+    operand: Tensor,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    like: Tensor,
+    contiguous: bool = True,
+) -> None:
+    """ValueError unless `operand` has this dtype and shape and lies where `like` does."""
+    laid_out = operand.is_contiguous() or not contiguous
+    if operand.dtype != dtype or operand.shape != tuple(shape) or operand.device != like.device or not laid_out:
+        raise ValueError(
+            f"{name}: received {operand.dtype} {list(operand.shape)} on {operand.device}, "
+            f"expected {'contiguous ' if contiguous else ''}{dtype} {list(shape)} on {like.device}"
+        )
 
 
 @cache

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backend import choose
+from ..backend import check_operand, choose
 from . import reference
 
 __all__ = ["assign", "update"]
@@ -107,11 +107,3 @@ def check_tokens(name: str, tokens: Tensor) -> torch.Size:
     if tokens.shape[-1] > 1 and tokens.stride(-1) != 1:
         raise ValueError(f"{name}: received stride {tokens.stride(-1)} along D, expected 1")
     return tokens.shape
-
-
-def check_operand(name: str, operand: Tensor, dtype: torch.dtype, shape: tuple[int, ...], like: Tensor) -> None:
-    if operand.dtype != dtype or operand.shape != shape or operand.device != like.device or not operand.is_contiguous():
-        raise ValueError(
-            f"{name}: received {operand.dtype} {list(operand.shape)} on {operand.device}, "
-            f"expected contiguous {dtype} {list(shape)} on {like.device}"
-        )

@@ -1,12 +1,10 @@
 """What a two-stage choice ends with: the slots of the chosen candidates, and what the others amount to, by cluster."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from ..attend.shapes import Partial
-from ..backend import choose
+from ..backend import check_operand, choose
 from . import reference
 
 __all__ = ["chosen_slots", "remainder"]
@@ -42,19 +40,19 @@ def chosen_slots(
     """
     each = index.shape[2:3] if index.dim() == 4 else ()
     batch, heads = index.shape[:2]
-    check("index", index, torch.int32, (batch, heads, *each, index.shape[-1]), contiguous=True)
-    check("count", count, torch.int32, (batch, heads, *each), contiguous=True)
+    check_operand("index", index, torch.int32, (batch, heads, *each, index.shape[-1]), index)
+    check_operand("count", count, torch.int32, (batch, heads, *each), index)
     for name, of in (("begin", begin), ("first", first), ("recent", recent), ("length", length)):
-        check(name, of, torch.int32, (batch,), contiguous=True)
+        check_operand(name, of, torch.int32, (batch,), index)
     if (starts is None) != (ends is None):
         raise ValueError("starts, ends: received one of them, expected both or none")
     if starts is not None and ends is not None:
         runs = starts.shape[-1]
-        check("starts", starts, torch.int32, (batch, heads, runs), contiguous=True)
-        check("ends", ends, torch.int32, (batch, heads, *(each if ends.dim() == 4 else ()), runs), contiguous=True)
+        check_operand("starts", starts, torch.int32, (batch, heads, runs), index)
+        check_operand("ends", ends, torch.int32, (batch, heads, *(each if ends.dim() == 4 else ()), runs), index)
     if scores is not None:
         group = each or tuple(scores.shape[2:3])
-        check("scores", scores, scores.dtype, (batch, heads, *group, scores.shape[-1]), contiguous=True)
+        check_operand("scores", scores, scores.dtype, (batch, heads, *group, scores.shape[-1]), index)
     if most_always < 0:
         raise ValueError(f"most_always: received {most_always}, expected at least 0")
     shape = (*count.shape, most_always + index.shape[-1])
@@ -114,31 +112,23 @@ def remainder(
         raise ValueError("left, cluster_scores: received one of them, expected both or none")
     if value.dim() != 4 or value.stride(-1) != 1:
         raise ValueError(f"value: received {list(value.shape)}, expected [B, Hkv, C, Dv], contiguous along Dv")
-    check("scores", scores, scores.dtype, (batch, heads, group, capacity), contiguous=True)
-    check("ends", ends, torch.int32, (batch, heads, *each, clusters), contiguous=True)
-    check("candidates", candidates, torch.int32, (batch,), contiguous=True)
-    check("value", value, torch.int8, (batch, heads, clusters, value.shape[-1]))
-    check("value_scale", value_scale, torch.float16, (batch, heads, clusters))
-    check("open_sum", open_sum, torch.float32, (batch, heads, value.shape[-1]), contiguous=True)
-    check("open_count", open_count, torch.int32, (batch,), contiguous=True)
+    check_operand("scores", scores, scores.dtype, (batch, heads, group, capacity), scores)
+    check_operand("ends", ends, torch.int32, (batch, heads, *each, clusters), scores)
+    check_operand("candidates", candidates, torch.int32, (batch,), scores)
+    check_operand("value", value, torch.int8, (batch, heads, clusters, value.shape[-1]), scores, contiguous=False)
+    check_operand("value_scale", value_scale, torch.float16, (batch, heads, clusters), scores, contiguous=False)
+    check_operand("open_sum", open_sum, torch.float32, (batch, heads, value.shape[-1]), scores)
+    check_operand("open_count", open_count, torch.int32, (batch,), scores)
     if left is not None and cluster_scores is not None:
-        check("left", left, torch.float32, (batch, heads, *each, clusters), contiguous=True)
-        check("cluster_scores", cluster_scores, scores.dtype, (batch, heads, group, clusters), contiguous=True)
+        check_operand("left", left, torch.float32, (batch, heads, *each, clusters), scores)
+        check_operand("cluster_scores", cluster_scores, scores.dtype, (batch, heads, group, clusters), scores)
     if bias is not None:
-        check("bias", bias, torch.float32, (batch, heads, group))
+        check_operand("bias", bias, torch.float32, (batch, heads, group), scores, contiguous=False)
     if correction is not None:
-        check("correction", correction, torch.float32, (heads,), contiguous=True)
+        check_operand("correction", correction, torch.float32, (heads,), scores)
     operands = scores, ends, candidates, value, value_scale, open_sum, open_count, left, cluster_scores
     if choose(backend, scores) == "reference":
         return reference.remainder(*operands, bias, correction, scaling)
     from . import triton_kernel
 
     return triton_kernel.remainder(*operands, bias, correction, scaling, splits)
-
-
-def check(name: str, of: Tensor, dtype: torch.dtype, shape: Sequence[int], contiguous: bool = False) -> None:
-    if of.dtype != dtype or of.shape != tuple(shape) or (contiguous and not of.is_contiguous()):
-        raise ValueError(
-            f"{name}: received {of.dtype} {list(of.shape)}, "
-            f"expected {'contiguous ' if contiguous else ''}{dtype} {list(shape)}"
-        )

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..backend import choose
+from ..backend import check_operand, choose
 from .quantize import check_bits, rank_of
 from .runs_reference import score_runs as reference
 
@@ -69,9 +69,9 @@ def score_runs(
         raise ValueError(f"combine: received {combine!r}, expected 'none', 'max' or 'both'")
     if not (scaling > 0 and math.isfinite(scaling)):
         raise ValueError(f"scaling: received {scaling!r}, expected a positive number")
-    check("scales", scales, torch.float16, tuple(codes.shape[:3]))
-    check("begin", begin, torch.int32, (batch,))
-    check("end", end, torch.int32, (batch,))
+    check_operand("scales", scales, torch.float16, tuple(codes.shape[:3]), query, contiguous=False)
+    check_operand("begin", begin, torch.int32, (batch,), query, contiguous=False)
+    check_operand("end", end, torch.int32, (batch,), query, contiguous=False)
     if (starts is None) != (ends is None):
         raise ValueError("starts, ends: received one of them, expected both or none")
     if starts is not None and ends is not None:
@@ -79,17 +79,17 @@ def score_runs(
         each = (group,) if ends.dim() == 4 else ()
         if each and combine != "none":
             raise ValueError(f"combine: received {combine!r}, expected 'none' where each query has runs of its own")
-        check("starts", starts, torch.int32, (batch, heads, runs), contiguous=True)
-        check("ends", ends, torch.int32, (batch, heads, *each, runs), contiguous=True)
+        check_operand("starts", starts, torch.int32, (batch, heads, runs), query)
+        check_operand("ends", ends, torch.int32, (batch, heads, *each, runs), query)
     if bias is not None:
-        check("bias", bias, torch.float32, (batch, heads, group))
+        check_operand("bias", bias, torch.float32, (batch, heads, group), query, contiguous=False)
     shapes = {"out": (batch, heads, group, capacity), "best": (batch, heads, capacity)}
     wanted = {"none": ("out",), "max": ("best",), "both": ("out", "best")}[combine]
     results = {"out": out, "best": best}
     for name in wanted:
         if (result := results[name]) is None:
             results[name] = result = torch.empty(shapes[name], dtype=out_dtype, device=query.device)
-        check(name, result, out_dtype, shapes[name], contiguous=True)
+        check_operand(name, result, out_dtype, shapes[name], query)
     run = reference
     if choose(backend, query) == "triton":
         from .runs_kernel import score_runs as run
@@ -99,11 +99,3 @@ def score_runs(
         scaling=scaling, bits=bits, softcap=softcap,
     )  # fmt: skip
     return results["out"], results["best"]
-
-
-def check(name: str, of: Tensor, dtype: torch.dtype, shape: tuple[int, ...], contiguous: bool = False) -> None:
-    if of.dtype != dtype or of.shape != shape or (contiguous and not of.is_contiguous()):
-        raise ValueError(
-            f"{name}: received {of.dtype} {list(of.shape)}, "
-            f"expected {'contiguous ' if contiguous else ''}{dtype} {list(shape)}"
-        )

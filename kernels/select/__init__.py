@@ -4,7 +4,7 @@ a threshold, or runs of tokens until a budget of tokens is full."""
 import torch
 from torch import Tensor
 
-from ..backend import choose
+from ..backend import check_operand, choose
 from . import reference, runs_reference
 
 __all__ = ["select", "select_runs", "select_threshold"]
@@ -190,11 +190,3 @@ def results(scores: Tensor, capacity_out: int, out: Selection | None, arrivals: 
     check_operand("out index", out[0], torch.int32, (*rows, capacity_out), scores)
     check_operand("out count", out[1], torch.int32, rows, scores)
     return out
-
-
-def check_operand(name: str, operand: Tensor, dtype: torch.dtype, shape: tuple[int, ...], like: Tensor) -> None:
-    if operand.dtype != dtype or operand.shape != shape or operand.device != like.device or not operand.is_contiguous():
-        raise ValueError(
-            f"{name}: received {operand.dtype} {list(operand.shape)} on {operand.device}, "
-            f"expected contiguous {dtype} {list(shape)} on {like.device}"
-        )

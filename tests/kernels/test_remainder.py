@@ -204,7 +204,9 @@ def test_bad_arguments_are_named(changes, message):
 
 def test_the_scores_are_those_of_the_index():
     row, index = torch.zeros(1, dtype=torch.int32), torch.zeros(1, 2, 3, dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"scores: received torch.float32 \[1, 1, 4, 8\], expected .* \[1, 2, 4, 8\]"):
+    with pytest.raises(
+        ValueError, match=r"scores: received torch.float32 \[1, 1, 4, 8\] on cpu, expected .* \[1, 2, 4, 8\]"
+    ):
         chosen_slots(
             index, index[..., 0].contiguous(), row, row, row, row, most_always=1, scores=torch.zeros(1, 1, 4, 8)
         )

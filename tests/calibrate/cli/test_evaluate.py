@@ -4,31 +4,9 @@ import json
 import random
 
 import pytest
-from click.testing import CliRunner
-
-from kvcal.calibrate.cli import cli
+from cli_runs import refused, run
 
 QUICK = ("--prefix", 64, "--continuation", 8, "--windows", 2, "--tasks", "perplexity", "--batch-size", 2)
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
-
-
-def run(*arguments):
-    result = invoke(*arguments)
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result
-
-
-def refused(*arguments):
-    """The one line of an error, after checking that it is one line on stderr and the exit code is 2."""
-    result = invoke(*arguments)
-    assert result.exit_code == 2, (result.output, result.exception)
-    assert result.stdout == ""
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("Error: ")
-    return line
 
 
 @pytest.fixture(scope="module")

@@ -6,31 +6,10 @@ import json
 import random
 
 import pytest
-from click.testing import CliRunner
-
-from kvcal.calibrate.cli import cli
+from cli_runs import refused, run
 
 QUICK = ("--prefix", 72, "--windows", 1, "--check-windows", 2, "--continuation", 20)
 TEXT_ONLY = ("--tasks", "perplexity")
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
-
-
-def run(*arguments):
-    result = invoke(*arguments)
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result
-
-
-def refused(*arguments):
-    """The one line of an error, after checking that it is one line on stderr and the exit code is 2."""
-    result = invoke(*arguments)
-    assert result.exit_code == 2, (result.output, result.exception)
-    (line,) = result.stderr.splitlines()
-    assert result.stdout == "" and line.startswith("Error: ")
-    return line
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,15 @@ def test_what_is_written_is_found_again(tmp_path):
     assert parameters(Results.open(SETTINGS, path).row(LOKI)) == LOKI
 
 
+def test_settings_by_layer_are_found_again(tmp_path):
+    path = tmp_path / "r.json"
+    by_layer = {"method": [LOKI, {"method": "full"}]}
+    results = Results.open(SETTINGS, path)
+    results.finish(by_layer, {**by_layer, "perplexity": 3.0})
+    results.write()
+    assert Results.open(SETTINGS, path).row(by_layer) == {**by_layer, "perplexity": 3.0}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
