@@ -1,3 +1,5 @@
+import fcntl
+import os
 import resource
 import signal
 import subprocess
@@ -124,12 +126,15 @@ def test_a_stage_that_another_writer_added_meanwhile_is_not_lost(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
-    finished = subprocess.Popen(["true"])
-    finished.wait()
-    left = tmp_path / f".a.building-{finished.pid}"
-    left.mkdir()
+    """What a living one has it has locked; what only looks like a workplace is somebody's."""
+    for name in (f".kvcal-{'0' * 16}", f".kvcal-{'1' * 16}", ".kvcal-notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part").write_text("half")
+    alive = os.open(tmp_path / f".kvcal-{'1' * 16}", os.O_RDONLY)
+    fcntl.flock(alive, fcntl.LOCK_EX)
     save(artifact(), tmp_path / "a")
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    os.close(alive)
+    assert {path.name for path in tmp_path.iterdir()} == {"a", f".kvcal-{'1' * 16}", ".kvcal-notes"}
 
 
 @pytest.fixture
@@ -166,14 +171,14 @@ from samples import artifact
 import kvcal.artifacts.folder as folder
 
 renames = 0
-real = Path.rename
-def rename(self, target):
+real = os.rename
+def rename(*args, **more):
     global renames
     if renames == {after}:
         os.kill(os.getpid(), signal.SIGKILL)
     renames += 1
-    return real(self, target)
-Path.rename = rename
+    return real(*args, **more)
+os.rename = rename
 saved = folder.load({path!r})
 changed = {{name: tensor + 1 for name, tensor in saved.stages["score"].tensors.items()}}
 from kvcal.artifacts import Stage
