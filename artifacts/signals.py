@@ -38,8 +38,8 @@ def signals_held() -> Iterator[None]:
         yield
     finally:
         _restore(list(previous.items()))
-        for number in came:
-            os.kill(os.getpid(), number)
+        for missed in came:
+            os.kill(os.getpid(), missed)
 
 
 def _restore(handlers: list[tuple[int, Any]]) -> None:

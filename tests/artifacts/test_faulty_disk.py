@@ -1,4 +1,4 @@
-"""Every writer on a disk that fails, or is interrupted, before and after every call, and that loses what was not synced.
+"""Every writer on a disk that fails or is interrupted before and after every call, and loses what was not synced.
 
 What is found is always the old state or the new one.
 """
