@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -37,15 +38,16 @@ def signals_held() -> Iterator[None]:
                 signal.signal(number, remember)
         yield
     finally:
-        _restore(list(previous.items()))
-        for missed in came:
-            os.kill(os.getpid(), missed)
-
-
-def _restore(handlers: list[tuple[int, Any]]) -> None:
-    """All of them, even when one that is back already raises."""
-    if handlers:
         try:
-            signal.signal(*handlers[0])
+            _each([partial(signal.signal, *each) for each in previous.items()])
         finally:
-            _restore(handlers[1:])
+            _each([partial(os.kill, os.getpid(), missed) for missed in dict.fromkeys(came)])
+
+
+def _each(calls: list[Callable[[], object]]) -> None:
+    """All of them, even when one raises, as a signal does whose handler is back."""
+    if calls:
+        try:
+            calls[0]()
+        finally:
+            _each(calls[1:])
