@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from architectures import build
 from faulty_disk import Crash, FaultyDisk, faults, read_tree, write_tree
 from samples import artifact
 
-from kvcal.artifacts import KvcalError, Stage, load, save
+from kvcal.artifacts import Artifact, KvcalError, Stage, load, save
 from kvcal.artifacts.writing import write_atomically
 from kvcal.calibrate.checkpoint import Checkpoint
 from kvcal.calibrate.evaluation.results import Results
@@ -32,17 +32,23 @@ class Writer:
     """How one kind of file gets onto the disk, in a folder `root`."""
 
     prepare: Callable[[Path], Any]
-    """Makes the old state; what it returns is handed to `write`."""
-    write: Callable[[Path, Any], None]
+    """Makes the old state."""
+    write: Callable[[Path], Any]
     look: Callable[[Path], Any]
     """What is there, as the product reads it: only the old and the new state are right."""
 
 
-def saved_artifact(root: Path) -> Any:
-    return save(artifact(), root / "a", {"README.md": b"old"})
+def two_stages() -> Artifact:
+    whole = artifact()
+    return replace(whole, stages={name: whole.stages[name] for name in ("moments", "score")})
 
 
-def with_other_scores(root: Path, found: Any) -> None:
+def saved_artifact(root: Path) -> None:
+    save(two_stages(), root / "a", {"README.md": b"old"})
+
+
+def with_other_scores(root: Path) -> None:
+    found = load(root / "a")
     changed = {name: tensor + 1 for name, tensor in found.stages["score"].tensors.items()}
     save(found.with_stage("score", Stage(changed)), root / "a", {"README.md": b"new"})
 
@@ -55,19 +61,16 @@ def one_file(name: str) -> Callable[[Path], Any]:
     return lambda root: (root / name).read_bytes() if (root / name).exists() else None
 
 
-def begun_pass(root: Path) -> Checkpoint:
-    checkpoint = Checkpoint.beside(root / "a", "run")
-    checkpoint.save(StatisticsFitter(4), 1)
-    checkpoint.lock.release()
-    return checkpoint
+def pass_until(done: int) -> Callable[[Path], None]:
+    def run(root: Path) -> None:
+        checkpoint = Checkpoint.beside(root / "a", "run")
+        try:
+            checkpoint.save(StatisticsFitter(4), done)
+            checkpoint.drop_older(done)
+        finally:
+            checkpoint.lock.release()
 
-
-def go_on(root: Path, checkpoint: Checkpoint) -> None:
-    try:
-        checkpoint.save(StatisticsFitter(4), 2)
-        checkpoint.drop_older(2)
-    finally:
-        checkpoint.lock.release()
+    return run
 
 
 def newest_batch(root: Path) -> int:
@@ -82,18 +85,15 @@ def optimizer(value: float) -> Optimizer:
     return Optimizer({"w": torch.full((3,), value, requires_grad=True)})
 
 
-def begun_training(root: Path) -> TrainingState:
-    state = TrainingState.beside(root / "a", "run")
-    state.save(optimizer(1.0), [{"loss": 1.0}])
-    state.lock.release()
-    return state
+def training_until(steps: int) -> Callable[[Path], None]:
+    def run(root: Path) -> None:
+        state = TrainingState.beside(root / "a", "run")
+        try:
+            state.save(optimizer(float(steps)), [{"loss": 1.0}] * steps)
+        finally:
+            state.lock.release()
 
-
-def train_on(root: Path, state: TrainingState) -> None:
-    try:
-        state.save(optimizer(2.0), [{"loss": 1.0}, {"loss": 0.5}])
-    finally:
-        state.lock.release()
+    return run
 
 
 def trained_steps(root: Path) -> Any:
@@ -107,16 +107,13 @@ def results_of(root: Path) -> Results:
     return Results.open({"model": "m"}, root / "results.json")
 
 
-def one_row(root: Path) -> None:
-    results = results_of(root)
-    results.finish({"method": "full"}, {"method": "full"})
-    results.write()
+def row_of(method: str) -> Callable[[Path], None]:
+    def run(root: Path) -> None:
+        results = results_of(root)
+        results.finish({"method": method}, {"method": method})
+        results.write()
 
-
-def another_row(root: Path, _: Any) -> None:
-    results = results_of(root)
-    results.finish({"method": "loki"}, {"method": "loki"})
-    results.write()
+    return run
 
 
 def whole_folder(root: Path) -> Any:
@@ -129,37 +126,43 @@ def whole_folder(root: Path) -> Any:
 MODEL = build("llama").eval()
 
 
-def filled_cache(root: Path) -> CompressedCache:
-    cache = CompressedCache(MODEL, None, "full")
-    cache.save(root / "c")
-    MODEL(input_ids=torch.arange(3, 8)[None], past_key_values=cache, use_cache=True)
-    return cache
+def cache_of(tokens: int) -> Callable[[Path], None]:
+    def run(root: Path) -> None:
+        cache = CompressedCache(MODEL, None, "full")
+        MODEL(input_ids=torch.arange(3, 3 + tokens)[None], past_key_values=cache, use_cache=True)
+        cache.save(root / "c")
+
+    return run
 
 
-def export(root: Path, _: Any) -> None:
+def export(root: Path) -> None:
     with shared(MODEL, SharingMap.parse("0-1,2")):
         save_cla(MODEL, root / "m")
 
 
+def nothing(root: Path) -> None:
+    pass
+
+
 WRITERS = {
-    "artifact": Writer(lambda root: None, lambda root, _: save(artifact(), root / "a") and None, content_hash),
+    "artifact": Writer(nothing, lambda root: save(two_stages(), root / "a"), content_hash),
     "artifact in an empty folder": Writer(
         lambda root: (root / "a").mkdir(),
-        lambda root, _: save(artifact(), root / "a", {"README.md": b"x"}) and None,
+        lambda root: save(two_stages(), root / "a", {"README.md": b"x"}),
         content_hash,
     ),
     "stage": Writer(saved_artifact, with_other_scores, content_hash),
     "plan": Writer(
         lambda root: (root / "plan.json").write_bytes(b"old"),
-        lambda root, _: write_atomically(root / "plan.json", b"new"),
+        lambda root: write_atomically(root / "plan.json", b"new"),
         one_file("plan.json"),
     ),
-    "recipe": Writer(lambda root: None, lambda root, _: write_atomically(root / "r.yaml", b"new"), one_file("r.yaml")),
-    "checkpoint": Writer(begun_pass, go_on, newest_batch),
-    "training": Writer(begun_training, train_on, trained_steps),
-    "results": Writer(one_row, another_row, lambda root: len(results_of(root).rows)),
-    "snapshot": Writer(filled_cache, lambda root, cache: cache.save(root / "c"), one_file("c/cache.safetensors")),
-    "export": Writer(lambda root: None, export, whole_folder),
+    "recipe": Writer(nothing, lambda root: write_atomically(root / "r.yaml", b"new"), one_file("r.yaml")),
+    "checkpoint": Writer(pass_until(1), pass_until(2), newest_batch),
+    "training": Writer(training_until(1), training_until(2), trained_steps),
+    "results": Writer(row_of("full"), row_of("loki"), lambda root: len(results_of(root).rows)),
+    "snapshot": Writer(cache_of(5), cache_of(6), one_file("c/cache.safetensors")),
+    "export": Writer(nothing, export, whole_folder),
 }
 
 
@@ -178,10 +181,10 @@ def test_the_old_state_or_the_new_one(place, name):
     writer = WRITERS[name]
     first = place / "first"
     first.mkdir()
-    given = writer.prepare(first)
+    writer.prepare(first)
     before, old = read_tree(first), writer.look(first)
     with FaultyDisk(first).in_use() as disk:
-        writer.write(first, given)
+        writer.write(first)
     new = writer.look(first)
     assert new != old
     looked: dict[str, Any] = {}
@@ -205,9 +208,10 @@ def test_the_old_state_or_the_new_one(place, name):
         error = None
         with struck.in_use():
             try:
-                writer.write(first, given)
+                writer.write(first)
             except (KvcalError, KeyboardInterrupt, Crash) as found:
                 error = found
+        assert struck.calls > fault.call
         for tree in struck.crashed or [read_tree(first)]:
             state = check(tree)
             cases += 1
