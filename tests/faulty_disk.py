@@ -23,8 +23,8 @@ import pytest
 from kvcal.artifacts import writing
 
 COUNTED = ("mkdir", "open", "write", "fsync", "rename", "unlink", "chmod", "fchmod")
-MIXTURES = 4
-"""Random states after each crash, beside the two in which all or nothing of what was not synced survives."""
+MOST_STATES = 32
+"""Looked at after each crash: all that there can be, or so many drawn ones, none and all of the changes among them."""
 
 Tree = dict[str, Any]
 """name -> content of a file, or a Tree."""
@@ -101,11 +101,7 @@ class FaultyDisk:
         if self.fault.kind is OSError:
             raise OSError(number, os.strerror(number))
         if self.fault.kind is Crash:
-            now = self._now()
-            rng = random.Random(self.fault.call)
-            choices = [lambda: False, lambda: True, *[lambda: rng.random() < 0.5] * MIXTURES]
-            root = self.root.stat().st_ino
-            self.crashed = [self._survivor(root, now, choose) for choose in choices]
+            self.crashed = list(self._survivors())
         raise self.fault.kind
 
     def _fsync(self, handle: int) -> None:
@@ -118,15 +114,29 @@ class FaultyDisk:
     def _now(self) -> dict[int, dict[str, int]]:
         return {Path(folder).stat().st_ino: self._listing(folder) for folder, _, _ in os.walk(self.root)}
 
-    def _survivor(self, folder: int, now: dict[int, dict[str, int]], choose: Callable[[], bool]) -> Tree:
+    def _survivors(self) -> Iterator[Tree]:
+        now = self._now()
+        changes = [
+            (folder, name)
+            for folder, after in now.items()
+            for name in sorted(after.keys() | self._synced.get(folder, {}).keys())
+            if after.get(name) != self._synced.get(folder, {}).get(name)
+        ]
+        every = 2 ** len(changes)
+        drawn = random.Random(self.fault.call).sample(range(every), min(every, MOST_STATES))
+        for number in sorted({0, every - 1, *drawn}):
+            made = {change for bit, change in enumerate(changes) if number >> bit & 1}
+            yield self._survivor(self.root.stat().st_ino, now, made)
+
+    def _survivor(self, folder: int, now: dict[int, dict[str, int]], made: set[tuple[int, str]]) -> Tree:
         before = self._synced.get(folder, {})
         after = now.get(folder, before)
         tree: Tree = {}
         for name in sorted(before.keys() | after.keys()):
-            found = (after if choose() else before).get(name)
+            found = (after if (folder, name) in made else before).get(name)
             if found is not None:
                 is_folder = found in now or found in self._synced
-                tree[name] = self._survivor(found, now, choose) if is_folder else self._content.get(found, b"")
+                tree[name] = self._survivor(found, now, made) if is_folder else self._content.get(found, b"")
         return tree
 
     @staticmethod
