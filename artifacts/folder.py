@@ -26,6 +26,7 @@ from .errors import ArtifactError, KvcalError
 from .manifest import FILE_NAME, MANIFEST, StageFile, read_manifest, write_manifest
 from .schema import Header, check_stage
 from .stage_settings import check_settings
+from .values import check_values
 
 
 class StageTensors(Mapping[str, Tensor]):
@@ -65,6 +66,7 @@ def load(folder: str | os.PathLike[str]) -> Artifact:
         check_stage(str(path), name, header, artifact.layers)
         check_settings(str(folder / MANIFEST), name, settings[name], len(artifact.layers))
         stages[name] = Stage(StageTensors(folder, file, tuple(header)), settings[name])
+        check_values(str(path), name, stages[name].tensors, settings[name], artifact)
     return dataclasses.replace(artifact, stages=stages)
 
 
