@@ -43,6 +43,8 @@ def require_that(where: str, name: str, holds: bool, found: object, expected: st
 
 def bounded(where: str, name: str, found: Tensor, least: float = -MOST, most: float = MOST) -> None:
     """No NaN, no infinity, nothing out of bounds."""
+    if found.element_size() == 2:
+        found = found.float()  # to which the bounds would be infinite, and infinity within them
     require(where, name, (found >= least) & (found <= most), found, f"a number from {least:g} to {most:g}")
 
 

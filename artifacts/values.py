@@ -1,7 +1,7 @@
 """Values that the runtime depends on, which `load` checks beside names, shapes and hashes.
 
-`docs/format.md` promises them. What only the moments and the reservoir can tell `calibrate verify` checks: they are most
-of an artifact, and `load` is to stay quick.
+`docs/format.md` promises them. What only the moments and the reservoir can tell, `calibrate verify` checks: they are
+most of an artifact, and `load` is to stay quick.
 """
 
 from __future__ import annotations

@@ -151,7 +151,8 @@ def rename(self, target):
     return real(self, target)
 Path.rename = rename
 saved = folder.load({path!r})
-changed = {{name: -tensor if name.endswith("map") else tensor for name, tensor in saved.stages["score"].tensors.items()}}
+found = saved.stages["score"].tensors.items()
+changed = {{name: -tensor if name.endswith("map") else tensor for name, tensor in found}}
 from kvcal.artifacts import Stage
 folder.save(saved.with_stage("score", Stage(changed)), {path!r}, {{"README.md": b"x"}})
 """

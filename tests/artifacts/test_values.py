@@ -1,7 +1,8 @@
-"""Values that decode wrongly, behind hashes that are right: `load` names the tensor, the layer, the KV head, the value."""
+"""Values that decode wrongly, behind hashes that are right: `load` names tensor, layer, KV head and value."""
 
 import math
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -9,25 +10,31 @@ from samples import artifact, clusters, edit_manifest, edit_stage
 
 from kvcal.artifacts import ArtifactError, Stage, load, save
 from kvcal.artifacts.schema import LAYER_TENSORS
+from kvcal.artifacts.values import check_values
 
 NOTHING_SHARED = {"groups": "0,1", "pattern": "list", "pool": "mean", "stored_layers": 2, "keys_aligned": "pre"}
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
+def made():
+    """Every stage, the bases of one layer's shared keys among them."""
+    found = artifact()
     costs = {
         f"layers.{layer}.{name}": torch.tensor([0.5, math.nan], dtype=torch.float64)
         for layer in range(2)
         for name in LAYER_TENSORS["cla"]
     }
     bases = {
-        name: tensor
-        for name, tensor in artifact().stages["pca"].tensors.items()
+        name: tensor.clone()
+        for name, tensor in found.stages["pca"].tensors.items()
         if name.startswith(("layers.0.key_pre.", "layers.0.key_post."))
     }
-    made = artifact().with_stage("clusters", clusters())
-    made = made.with_stage("cla", Stage({**costs, **bases}, {**NOTHING_SHARED, "uptraining": None}))
-    return save(made, tmp_path_factory.mktemp("good") / "a").folder
+    sharing = Stage({**costs, **bases}, {**NOTHING_SHARED, "uptraining": None})
+    return found.with_stage("clusters", clusters()).with_stage("cla", sharing)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    return save(made(), tmp_path_factory.mktemp("good") / "a").folder
 
 
 @pytest.fixture
@@ -63,7 +70,7 @@ FAULTS = {
         (
             "layers.0.value.eigenvalues",
             put(0, 2, value=-1e-9),
-            "KV head 0, entry 2 is -1e-09, expected a number from 0",
+            "KV head 0, entry 2 is -1e-09, expected a number",
         ),
         ("layers.0.value.eigenvalues", swapped, "KV head 1, entry 1 is .* expected no more than the entry before it"),
         ("layers.1.query_pre.eigenvalues_uncentred", put(0, 0, value=math.nan), "KV head 0, entry 0 is nan"),
@@ -94,7 +101,7 @@ FAULTS = {
         (
             "layers.1.radius_mean",
             put(0, 0, value=1.01),
-            "radius_mean, KV head 0, entry 0 is 1.01, expected 0 to radius",
+            "radius_mean, KV head 0, entry 0 is 1.01, expected 0 to",
         ),
         ("layers.1.radius_p95", put(0, 0, value=math.nan), "radius_p95, KV head 0, entry 0 is nan"),
         ("layers.1.radius_max", put(0, 0, value=-1), "radius_max, KV head 0, entry 0 is -1"),
@@ -107,7 +114,7 @@ FAULTS = {
         (
             "layers.0.curve.query_norm_p99",
             put(1, value=3),
-            "query_norm_p99, KV head 1 is 3, expected 0 to query_norm_max",
+            "query_norm_p99, KV head 1 is 3, expected 0 to query",
         ),
         ("layers.0.warm_start.plusplus_iterations", put(0, value=0), "plusplus_iterations, KV head 0 is 0"),
         ("layers.0.warm_start.plusplus_iterations", put(0, value=21), "plusplus_iterations, KV head 0 is 21"),
@@ -127,12 +134,22 @@ FAULTS = {
     ("stage", "name", "edit", "message"),
     [pytest.param(stage, *fault, id=f"{fault[0]}-{at}") for stage in FAULTS for at, fault in enumerate(FAULTS[stage])],
 )
-def test_a_wrong_value_is_refused_by_name(folder, stage, name, edit, message):
-    edit_stage(folder, stage, lambda tensors: edit(tensors[name]))
+def test_a_wrong_value_is_refused_by_name(stage, name, edit, message):
+    found = made()
+    tensors = found.stages[stage].tensors
+    check = partial(check_values, f"{stage}.safetensors", stage, tensors, found.stages[stage].settings, found)
+    check()
+    edit(tensors[name])
     with pytest.raises(ArtifactError, match=message) as caught:
-        load(folder)
+        check()
     text = str(caught.value)
-    assert "\n" not in text and f"{stage}." in text and name.rpartition(".")[0] in text
+    assert "\n" not in text and text.startswith(f"{stage}.safetensors: ") and name.rpartition(".")[0] in text
+
+
+def test_load_refuses_what_the_check_refuses(folder):
+    edit_stage(folder, "pca", lambda tensors: tensors["layers.1.key_post.mean"].fill_(math.nan))
+    with pytest.raises(ArtifactError, match=r"a/pca\.[0-9a-f]{8}\.safetensors: layers.1.key_post.mean, KV head 0"):
+        load(folder)
 
 
 def test_what_is_odd_and_right_is_loaded(folder):
