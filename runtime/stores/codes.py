@@ -115,13 +115,16 @@ class CodedBasis:
 
     def encode(self, key: Tensor, bits: int | None = None) -> tuple[Tensor, Tensor]:
         """Keys [B, Hkv, S, D] as (codes, scales [B, Hkv, S, 1] float16), see `kernels.score.quantize`."""
-        _, key_map, _, offset = self.parts(key)
-        # As the kernel does it, which cannot subtract before it projects.
-        projected = key.float() @ key_map.float().mT - offset.float().unsqueeze(-2)
         clip = self.clip if bits is None else CLIP[bits]
-        codes, scales = quantize(projected, self.bits if bits is None else bits, clip)
+        codes, scales = quantize(self.project(key), self.bits if bits is None else bits, clip)
         assert scales is not None
         return codes, scales.unsqueeze(-1)
+
+    def project(self, key: Tensor) -> Tensor:
+        """[B, Hkv, S, r] float32: what is coded of keys [B, Hkv, S, D]."""
+        _, key_map, _, offset = self.parts(key)
+        # As the kernel does it, which cannot subtract before it projects.
+        return key.float() @ key_map.float().mT - offset.float().unsqueeze(-2)
 
     def logits(
         self,

@@ -81,6 +81,15 @@ class QuestStore(ClusteredStore):
         super()._forget()
         self._rebuild(min(self.lengths))
 
+    def state(self) -> dict[str, Tensor]:
+        """Without the boxes, which keys give anew."""
+        return {name: tensor for name, tensor in super().state().items() if name not in ("rows.low", "rows.high")}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        super().restore(state)
+        if self.lengths:
+            self._rebuild(0)
+
     def _widen(self, key: Tensor) -> None:
         """One new key [B, Hkv, D] per row: stretch the box of its page."""
         last = torch.tensor(self.lengths, device=key.device) - 1

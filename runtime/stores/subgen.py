@@ -17,6 +17,8 @@ from ...artifacts import Artifact
 from ..attention import Logits, attention, causal_attention
 from .amounts import check_choice, check_count, check_number
 from .rows import lengths_mask
+from .saved import Saved
+from .saved_sketch import check_sketch
 from .sketch import Shape, Sketch
 from .sketch_attention import READ, attention_with_sketch
 from .window import WindowStore
@@ -110,13 +112,22 @@ class SubGenStore(WindowStore):
 
     def _leave(self, key: Tensor, value: Tensor, position: Tensor, there: Tensor) -> None:
         settings = self.settings
-        clusters = settings.clusters if settings.normaliser == "clusters" else 0
-        sketch = Sketch(self.totals, Shape(clusters, settings.growth, settings.t, settings.s, settings.seed))
+        sketch = Sketch(self.totals, Shape(self._clusters, settings.growth, settings.t, settings.s, settings.seed))
         if not self.totals:
             delta = torch.full((key.shape[1],), self.delta) if isinstance(self.delta, float) else self.delta
             sketch.begin(key, value, delta)
         sketch.add(key, value, position, there)
         self._streamed = True
+
+    def _check_left(self, saved: Saved, left: list[int]) -> None:
+        if any(left) or saved.has("totals.mass"):
+            settings = self.settings
+            shape = Shape(self._clusters, settings.growth, settings.t, settings.s, settings.seed)
+            check_sketch(saved, shape, left)
+
+    @property
+    def _clusters(self) -> int:
+        return self.settings.clusters if self.settings.normaliser == "clusters" else 0
 
     def _block(self, key: Tensor) -> int:
         settings = self.settings

@@ -7,8 +7,10 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from ...artifacts import KvcalError
 from .forgetting import ForgettingStore
 from .rows import Places
+from .saved import Saved
 
 
 class WindowStore(ForgettingStore):
@@ -86,11 +88,31 @@ class WindowStore(ForgettingStore):
         return exact.expand(-1, key.shape[1], -1)
 
     def state(self) -> dict[str, Tensor]:
-        return {**super().state(), "left": torch.tensor(self.left), "straight": torch.tensor(self._straight)}
+        books = {name: torch.tensor(of, dtype=torch.int64) for name, of in (("left", self.left), ("held", self.held))}
+        return {**super().state(), **books, "straight": torch.tensor(self._straight)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         super().restore(state)
         self.left, self._straight = state["left"].tolist(), bool(state["straight"])
+
+    def _check(self, saved: Saved) -> None:
+        saved.take_tokens(None)
+        left = saved.counts("left", [max(0, length - self.sinks) for length in saved.lengths])
+        held = saved.counts("held", saved.lengths)
+        straight = bool(saved.take("straight", torch.bool).view(torch.uint8) == 1)
+        most = self.sinks + self.window
+        for row, (length, gone, count) in enumerate(zip(saved.lengths, left, held, strict=True)):
+            if count + gone != length:
+                raise KvcalError(f"held: row {row} of {length} tokens, {gone} of which have left, holds {count}")
+            if gone and (count < most or (count > most and not straight)):
+                raise KvcalError(f"left: {gone} tokens of row {row}, which holds {count} and has room for {most}")
+        if saved.key.shape[2] != max(held):
+            raise KvcalError(f"rows.key: {saved.key.shape[2]} slots, the longest row holds {max(held)} tokens")
+        self._check_left(saved, left)
+
+    @abstractmethod
+    def _check_left(self, saved: Saved, left: list[int]) -> None:
+        """What has been made of the tokens of each row that have left."""
 
     def _take(self, key: Tensor, value: Tensor, valid: Tensor | None) -> Tensor | None:
         self.left = self.left or [0] * key.shape[0]
