@@ -89,9 +89,7 @@ def _check_curve(where: str, prefix: str, stated: Mapping[str, Tensor], key: Ten
     # The first center is the key nearest the mean; which one that is rounding may decide.
     spread = (key - key.double().mean(1, keepdim=True)).norm(dim=-1).amax(1)
     holds = (radius[:, 0] >= 0.499 * spread) & (radius[:, 0] <= 2.001 * spread)
-    require(
-        where, f"{prefix}curve.radius", holds, radius[:, 0], "half to twice the largest distance from the mean"
-    )
+    require(where, f"{prefix}curve.radius", holds, radius[:, 0], "half to twice the largest distance from the mean")
     if tokens <= LIMIT:
         require(where, f"{prefix}curve.radius", radius[:, -1:] == 0, radius[:, -1:], "0 where every key is a center")
     norms = query.norm(dim=-1)

@@ -190,7 +190,7 @@ class CompressedCache(DynamicCache):
         try:
             cache = cls(model, artifact, methods or "full")  # none: all layers slide, none has a method
             states = by_layer(tensors, len(cache.layers))
-            check_layers(cache.layers, states)
+            check_layers(cache.layers, states, artifact.layers if artifact else ())
             for layer, state in zip(cache.layers, states, strict=True):
                 here = {name: tensor.to(model.device) for name, tensor in state.items()}
                 if isinstance(layer, CompressedLayer):

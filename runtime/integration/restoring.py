@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...artifacts import KvcalError
+from ...artifacts import KvcalError, Layer
 from ..stores.saved import Saved
 from .layer import CompressedLayer, check_stock
 from .reading import ReadingLayer
@@ -26,8 +26,11 @@ def by_layer(tensors: Mapping[str, Tensor], layers: int) -> list[dict[str, Tenso
     return found
 
 
-def check_layers(layers: Sequence[Any], states: Sequence[Mapping[str, Tensor]]) -> None:
+def check_layers(layers: Sequence[Any], states: Sequence[Mapping[str, Tensor]], told: Sequence[Layer] = ()) -> None:
     """Hold each layer's tensors against one another and against the other layers'.
+
+    Args:
+        told: the model's layers, where an artifact tells of them. Without, `check_fits` sees to it later.
 
     Raises:
         KvcalError: names the layer.
@@ -48,8 +51,17 @@ def check_layers(layers: Sequence[Any], states: Sequence[Mapping[str, Tensor]]) 
                 valid, (rows, seen) = own, own.shape
             else:
                 rows, seen = check_stock(layer, states[index], rows, seen)
+            if told and rows and states[index]:
+                _check_shape(told[index], states[index])
         except KvcalError as error:
             raise KvcalError(f"layer {index}: {error}") from None
+
+
+def _check_shape(layer: Layer, state: Mapping[str, Tensor]) -> None:
+    keys, values = (state.get(f"rows.{name}", state.get(f"{name}s")) for name in ("key", "value"))
+    for name, found, dims in (("keys", keys, layer.head_dim), ("values", values, layer.value_dim)):
+        if found is not None and (found.shape[1], found.shape[3]) != (layer.kv_heads, dims):
+            raise KvcalError(f"{name} have shape {list(found.shape)}, expected {layer.kv_heads} heads of {dims}")
 
 
 def check_fits(layer: Any, index: int, key: Tensor, value: Tensor) -> None:

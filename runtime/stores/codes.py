@@ -47,7 +47,7 @@ class CodedBasis:
             variance: [Hkv] of q·k − (A q)·(B (k − mean)).
         """
         self.bits, self.clip = bits, clip
-        self.rank = key_map.shape[1]
+        self.rank, self.key_shape = key_map.shape[1], key_map.shape
         offset = (key_map @ mean.unsqueeze(-1)).squeeze(-1)
         key_map = key_map.contiguous()  # for `append`
         self._parts = {(torch.device("cpu"), torch.float32): (query_map, key_map, mean, offset)}

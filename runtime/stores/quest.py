@@ -17,6 +17,10 @@ from .rows import CHUNK, Places, Rows
 from .selecting import Chosen, best
 
 
+MOST_PAGE = 1 << 16
+"""Tokens: room for a whole page is made for the first of them."""
+
+
 @dataclass(frozen=True)
 class Quest(Clustered):
     """Whole pages are read, of the budget rounded up to pages; the last, growing page always is."""
@@ -26,7 +30,7 @@ class Quest(Clustered):
 
     def build(self, layer: int, head_dim: int, artifact: Artifact | None) -> Callable[[], QuestStore]:
         self.check()
-        check_count("page", self.page, 1)
+        check_count("page", self.page, 1, MOST_PAGE)
         return lambda: QuestStore(self)
 
 

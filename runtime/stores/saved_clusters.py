@@ -79,7 +79,9 @@ def check_clusters(saved: Saved, clusters: Clusters, window_of: Callable[[int], 
         if entries:
             upto, count = torch.tensor(entries).unbind(1)
             held = sizes[row].cumsum(-1)[:, count - 1]
-            require(f"{name} (of row {row}, summed up)", held == upto - clusters.sinks, "the tokens that were clustered")
+            require(
+                f"{name} (of row {row}, summed up)", held == upto - clusters.sinks, "the tokens that were clustered"
+            )
     return SavedClusters(closed, sizes, clusters.sinks)
 
 

@@ -10,20 +10,17 @@ from torch import Tensor
 from ...kernels.score import unpack
 from ...kernels.score.quantize import FIRST, LARGEST, LARGEST_SCALE, LAST, ROUNDING, fields_of
 from .codes import CLIP, CodedBasis
-from .saved import FLOATS, Saved, require
+from .saved import Saved, require
 from .saved_clusters import SavedClusters, means_of
 
-SLACK = 1e-3
-"""Relative: how far what is coded may be off where another device computed it."""
+PROJECTION = 1e-3
+"""Relative: how far what is coded may be off where another device projected it."""
 
 
 def check_codes(saved: Saved, basis: CodedBasis) -> None:
     """Of every token. Raises KvcalError for a code or scale that is not of its key."""
-    heads, rank, dims = basis.parts(saved.key)[1].shape
-    saved.take("rows.key", FLOATS, None, heads, None, dims)
-    codes, scales = _take(saved, "rows.code", "rows.scale", saved.key.shape[:3], rank, basis.bits)
-    found = basis.project(saved.key)
-    _check_levels("code", codes, scales, found, basis.bits, basis.clip, saved.held, saved.key.dtype)
+    codes, scales = _take(saved, "rows.code", "rows.scale", saved.key.shape[:3], basis.rank, basis.bits)
+    _check_levels("code", codes, scales, basis.project(saved.key), basis.bits, basis.clip, saved.held, PROJECTION)
 
 
 def check_coded_means(
@@ -32,12 +29,13 @@ def check_coded_means(
     """Of every cluster: codes of its mean key and value, in so many bits, and how far its members lie from it."""
     shape, there = found.sizes.shape, (found.sizes > 0).unsqueeze(-1)
     keys, values = (means_of(rows, owners, found).to(rows.dtype) for rows in (saved.key, saved.value))
-    for name, means, of, clip in (
-        ("cluster.key", basis.project(keys), bits[0], CLIP[bits[0]]),
-        ("cluster.value", values.float(), bits[1], 1.0),
+    eps = torch.finfo(keys.dtype).eps  # sums in another order may round to a neighbouring number
+    for name, means, of, clip, off in (
+        ("cluster.key", basis.project(keys), bits[0], CLIP[bits[0]], max(eps, PROJECTION)),
+        ("cluster.value", values.float(), bits[1], 1.0, torch.finfo(values.dtype).eps),
     ):
         codes, scales = _take(saved, f"rows.{name}", f"rows.{name}_scale", shape, means.shape[-1], of)
-        _check_levels(name, codes, scales, means, of, clip, there, saved.key.dtype)
+        _check_levels(name, codes, scales, means, of, clip, there, off)
     radius = saved.take("rows.cluster.radius", torch.float16, *shape, 1).float().squeeze(-1)
     none = shape[2]
     owner = torch.full(saved.key.shape[:3], none)
@@ -49,22 +47,22 @@ def check_coded_means(
     require("cluster.radius", (off <= allowed) | ~there.squeeze(-1), "how far its farthest token lies")
 
 
-def _take(
-    saved: Saved, name: str, of_scales: str, shape: Sequence[int], dims: int, bits: int
-) -> tuple[Tensor, Tensor]:
+def _take(saved: Saved, name: str, of_scales: str, shape: Sequence[int], dims: int, bits: int) -> tuple[Tensor, Tensor]:
     dtype = torch.int8 if bits == 8 else torch.uint8
     return saved.take(name, dtype, *shape, dims // fields_of(bits)), saved.take(of_scales, torch.float16, *shape, 1)
 
 
 def _check_levels(
-    name: str, codes: Tensor, scales: Tensor, found: Tensor, bits: int, clip: float, there: Tensor, dtype: torch.dtype
+    name: str, codes: Tensor, scales: Tensor, found: Tensor, bits: int, clip: float, there: Tensor, off: float
 ) -> None:
-    """Codes and scales are what `quantize` makes of numbers like `found`, where they are `there`."""
+    """Codes and scales are what `quantize` makes of numbers like `found`, but for a relative `off`, where `there`."""
     scales = scales.float()
     wanted = (found.abs().amax(-1, keepdim=True) * clip / LARGEST[bits]).clamp(max=LARGEST_SCALE)
-    require(f"{name} scale", ((scales - wanted).abs() <= 0.02 * wanted + 1e-7) | ~there, "that of its largest dimension")
+    require(
+        f"{name} scale", ((scales - wanted).abs() <= 0.02 * wanted + 1e-7) | ~there, "that of its largest dimension"
+    )
     at = found / scales.where(scales > 0, torch.inf) + ROUNDING[bits]
-    slack = 0.01 + max(SLACK, torch.finfo(dtype).eps) * LARGEST[bits]
+    slack = 0.01 + off * LARGEST[bits]
     least, most = (torch.floor(at + way * slack).clamp(FIRST[bits], LAST[bits]) for way in (-1, 1))
     integers = unpack(codes, bits) + ROUNDING[bits] - 0.5
     require(name, ((least <= integers) & (integers <= most)) | ~there, "the level nearest to what it stands for")

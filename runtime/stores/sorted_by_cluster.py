@@ -136,6 +136,7 @@ class SortedStore(ClusteredStore):
         slots = torch.arange(saved.longest)
         for row, length in enumerate(saved.lengths):
             own, slot = position[row, :, :length], slots[:length].expand(position.shape[1], -1)
+            require(name, own < length, f"0 to {length - 1} in row {row}")
             runs = found.runs(row, length) if found is not None else slot
             there = torch.zeros_like(own).scatter_add_(1, own, torch.ones_like(own))
             require(name, there == 1, f"every token of row {row} once")

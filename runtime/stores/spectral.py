@@ -32,7 +32,7 @@ from .amounts import Amount, check_amount, check_count, count_of
 from .clusters import Clusters, slot_index, take
 from .codes import CodedBasis
 from .rows import Places, find_places
-from .saved import Saved
+from .saved import FLOATS, Saved
 from .saved_clusters import SavedClusters
 from .saved_codes import check_codes, check_coded_means
 from .selecting import Chosen, best
@@ -174,6 +174,8 @@ class SpectralStore(SortedStore):
         self.rows.setdefault("cluster.radius", self._buffer("cluster.radius")).write(radii, places)
 
     def _check(self, saved: Saved) -> None:
+        heads, _, dims = self.basis.key_shape
+        saved.take("rows.key", FLOATS, None, heads, None, dims)
         super()._check(saved)
         check_codes(saved, self.basis)
 

@@ -48,7 +48,9 @@ class StreamingStore(EvictingStore):
             first = (own == torch.arange(count)).sum(-1, keepdim=True)
             recent = own == torch.arange(length - count, length)
             kept = recent | (torch.arange(count) < first)
-            require("position", kept & (recent | (own < self.budget.sinks)), "the first tokens and the most recent ones")
+            require(
+                "position", kept & (recent | (own < self.budget.sinks)), "the first tokens and the most recent ones"
+            )
 
     def attend(self, query: Tensor, logits: Logits) -> Tensor:
         key, value = self.rows["key"].view, self.rows["value"].view

@@ -24,6 +24,8 @@ from .sketch_attention import READ, attention_with_sketch
 from .window import WindowStore
 
 MOST_LAYERS = 1 << 16
+MOST_SAMPLES = 1 << 16
+"""Of each kind, per KV head: room for all of them is made at once."""
 BLOCK = 256
 """Tokens that enter the sketch at once, at most."""
 _NUMBERS = 1 << 23
@@ -57,10 +59,12 @@ class SubGen:
     """Rows of fewer tokens lose none."""
 
     def build(self, layer: int, head_dim: int, artifact: Artifact | None) -> Callable[[], SubGenStore]:
-        for name in ("window", "clusters", "t", "s"):
-            check_count(name, getattr(self, name), 1)
-        for name in ("sinks", "seed", "dense_below"):
+        check_count("window", self.window, 1)
+        for name in ("clusters", "t", "s"):
+            check_count(name, getattr(self, name), 1, MOST_SAMPLES)
+        for name in ("sinks", "dense_below"):
             check_count(name, getattr(self, name))
+        check_count("seed", self.seed, 0, 2**63 - 1)
         check_choice("normaliser", self.normaliser, ("clusters", "values"))
         check_number("growth", self.growth, 1.01, 1e6, "a factor")
         if self.delta is not None:
