@@ -41,11 +41,14 @@ def require_that(where: str, name: str, holds: bool, found: object, expected: st
         raise ArtifactError(f"{where}: {name} is {str(found)[:80]}, expected {expected}: {_REMEDY}")
 
 
-def bounded(where: str, name: str, found: Tensor, least: float = -MOST, most: float = MOST) -> None:
+def bounded(
+    where: str, name: str, found: Tensor, least: float = -MOST, most: float = MOST, *, by_head: bool = True
+) -> None:
     """No NaN, no infinity, nothing out of bounds."""
     if found.element_size() == 2:
         found = found.float()  # to which the bounds would be infinite, and infinity within them
-    require(where, name, (found >= least) & (found <= most), found, f"a number from {least:g} to {most:g}")
+    holds, expected = (found >= least) & (found <= most), f"a number from {least:g} to {most:g}"
+    require(where, name, holds, found, expected, by_head=by_head)
 
 
 def descending(where: str, name: str, found: Tensor) -> None:

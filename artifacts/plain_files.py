@@ -43,11 +43,16 @@ def read_plain(path: Path, most: int | None = None) -> bytes:
 
 
 def _open_blob(link: Path) -> int:
-    blob = _HUB_BLOB.fullmatch(os.readlink(link))
-    if blob is None:
-        raise OSError(errno.ELOOP, "is a link, where a plain file is expected", os.fspath(link))
-    folder = os.open(os.path.join(link.parent, "..", "..", "blobs"), _FOLDER)  # noqa: PTH118 (Path keeps no "..")
+    blob = _HUB_BLOB.fullmatch(os.fspath(link.readlink()))
     try:
-        return os.open(blob[1], _FLAGS, dir_fd=folder)
-    finally:
-        os.close(folder)
+        if blob is not None:
+            folder = os.open(os.path.join(link.parent, "..", "..", "blobs"), _FOLDER)  # noqa: PTH118 (Path keeps no "..")
+            try:
+                return os.open(blob[1], _FLAGS, dir_fd=folder)
+            finally:
+                os.close(folder)
+    except FileNotFoundError:  # a download that did not end
+        raise
+    except OSError:
+        pass
+    raise OSError(errno.ELOOP, "is a link, where a plain file is expected", os.fspath(link))

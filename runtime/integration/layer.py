@@ -207,7 +207,8 @@ def restore_stock(layer: Any, state: Mapping[str, Tensor]) -> None:
     if state:
         layer.lazy_initialization(state["keys"], state["values"])
         # More than the window's are held while tokens may be taken back.
-        held = slice(-kept_of(layer), None) if kept_of(layer) else slice(None)
+        kept = kept_of(layer)
+        held = slice(-kept if kept else None, None)
         layer.keys, layer.values = state["keys"][:, :, held], state["values"][:, :, held]
         if hasattr(layer, "cumulative_length"):
             layer.cumulative_length = int(state["length"])

@@ -72,7 +72,7 @@ class CodedBasis:
         maps = Basis.load(artifact, layer, dims, stage=stage, basis=basis)
         query_map, key_map = maps.query_map[:, :dims].double(), maps.key_map[:, :dims].double()
         keys, queries = (
-            {part: artifact.tensor("moments", layer, f"{name}_post.{part}").double() for part in ("mean", "covariance")}
+            {part: artifact.finite("moments", layer, f"{name}_post.{part}").double() for part in ("mean", "covariance")}
             for name in ("key", "query")
         )
         second_moment = queries["covariance"] + queries["mean"].unsqueeze(-1) * queries["mean"].unsqueeze(-2)

@@ -16,7 +16,6 @@ from .clusters import Clusters
 from .rows import CHUNK, Places, Rows
 from .selecting import Chosen, best
 
-
 MOST_PAGE = 1 << 16
 """Tokens: room for a whole page is made for the first of them."""
 

@@ -30,12 +30,12 @@ def check_coded_means(
     shape, there = found.sizes.shape, (found.sizes > 0).unsqueeze(-1)
     keys, values = (means_of(rows, owners, found).to(rows.dtype) for rows in (saved.key, saved.value))
     eps = torch.finfo(keys.dtype).eps  # sums in another order may round to a neighbouring number
-    for name, means, of, clip, off in (
+    for name, means, of, clip, error in (
         ("cluster.key", basis.project(keys), bits[0], CLIP[bits[0]], max(eps, PROJECTION)),
         ("cluster.value", values.float(), bits[1], 1.0, torch.finfo(values.dtype).eps),
     ):
         codes, scales = _take(saved, f"rows.{name}", f"rows.{name}_scale", shape, means.shape[-1], of)
-        _check_levels(name, codes, scales, means, of, clip, there, off)
+        _check_levels(name, codes, scales, means, of, clip, there, error)
     radius = saved.take("rows.cluster.radius", torch.float16, *shape, 1).float().squeeze(-1)
     none = shape[2]
     owner = torch.full(saved.key.shape[:3], none)

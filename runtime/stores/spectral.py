@@ -34,7 +34,7 @@ from .codes import CodedBasis
 from .rows import Places, find_places
 from .saved import FLOATS, Saved
 from .saved_clusters import SavedClusters
-from .saved_codes import check_codes, check_coded_means
+from .saved_codes import check_coded_means, check_codes
 from .selecting import Chosen, best
 from .sorted_by_cluster import Sorted, SortedStore, calibrated_centroids
 from .tail import Remainder, Tail

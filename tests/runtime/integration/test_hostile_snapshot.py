@@ -1,5 +1,5 @@
-"""A saved cache that a stranger wrote: its digest is right and one thing in it is wrong. It is refused in one line before
-anything is computed with it, or decodes as the untouched one."""
+"""A saved cache that a stranger wrote: its digest is right and one thing in it is wrong. It is refused in one line
+before anything is computed with it, or decodes as the untouched one."""
 
 import functools
 import json
@@ -98,9 +98,9 @@ def test_one_wrong_tensor_is_refused_or_changes_nothing(form, one_layer):
                 assert str(error).startswith("layer 0: ") and "\n" not in str(error)
             else:
                 same = torch.allclose(found, expected, **CLOSE)
-                assert same or (name, what[:4]) in UNTOLD and found.isfinite().all(), (name, what)
+                assert same or ((name, what[:4]) in UNTOLD and found.isfinite().all()), (name, what)
     assert refused > 80
-    with pytest.raises(KvcalError, match="layer 0: rows.other is not of this method"):
+    with pytest.raises(KvcalError, match=r"layer 0: rows\.other is not of this method"):
         check_layers(cache.layers, [{**state, "rows.other": state["rows.key"]}])
 
 
@@ -250,7 +250,7 @@ def test_keys_of_another_shape_than_the_model_gives(tmp_path, name, form, change
 @pytest.mark.parametrize("dimension", [1, 3])
 def test_keys_of_another_shape_than_the_artifact_tells(tmp_path, dimension):
     forged(tmp_path, written("full"), lambda header, tensors: narrower(header, tensors, [1], dimension))
-    with pytest.raises(KvcalError, match="layer 1: keys have shape .* expected 2 heads of 16"):
+    with pytest.raises(KvcalError, match=r"layer 1: keys have shape .* expected 2 heads of 16"):
         CompressedCache.load(tmp_path, model(), artifact())
 
 
@@ -318,4 +318,31 @@ def test_a_cache_without_tokens_has_no_others_either(tmp_path):
             tmp_path, content, lambda header, tensors, name=name, of=tensor: tensors.update({f"layers.0.{name}": of})
         )
         with pytest.raises(KvcalError, match=f"layer 0: {name}"):
+            CompressedCache.load(tmp_path, model(), artifact())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda tensors: tensors.update({"layers.1.rows.key": tensors["layers.0.rows.key"].clone()}),
+            "layer 1: reads the cache of another layer",
+        ),
+        (
+            lambda tensors: tensors.update({"layers.0.clusters.closed": tensors["layers.0.clusters.closed"] + 1}),
+            r"layer 0: clusters\.closed",
+        ),
+        (lambda tensors: tensors.pop("layers.0.rows.cluster.size"), r"layer 0: rows\.cluster\.size is missing"),
+    ],
+)
+def test_layers_that_share(tmp_path, change, message):
+    settings = {name: value for name, value in small("clusterkv").items() if name != "method"}
+    with compress(model(), artifact(), "cla+clusterkv", groups="0-1,2", **settings), torch.no_grad():
+        cache = None
+        for tokens in (30, 1, 1):
+            cache = model()(random_ids(tokens), use_cache=True, past_key_values=cache).past_key_values
+        cache.save(tmp_path)
+        CompressedCache.load(tmp_path, model(), artifact())
+        forged(tmp_path, (tmp_path / snapshot.FILE).read_bytes(), lambda header, tensors: change(tensors))
+        with pytest.raises(KvcalError, match=message):
             CompressedCache.load(tmp_path, model(), artifact())
