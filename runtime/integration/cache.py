@@ -24,12 +24,13 @@ from ..stores.full import Full
 from ..stores.row_store import RowStore
 from ..stores.sorted_by_cluster import SortedStore
 from .attachment import attach
-from .layer import Call, CompressedLayer, Observer, full_attention_layers, restore_stock, stock_state
+from .layer import Call, CompressedLayer, Observer, full_attention_layers
 from .reading import ReadingLayer
 from .restoring import by_layer, check_fits, check_layers
 from .routing import kind
 from .sharing import sharing_of
 from .snapshot import damaged, read_snapshot, write_snapshot
+from .stock import restore_stock, stock_state
 
 
 @dataclass(frozen=True)

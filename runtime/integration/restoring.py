@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ...artifacts import KvcalError, Layer
 from ..stores.saved import Saved
-from .layer import CompressedLayer, check_stock
+from .layer import CompressedLayer
 from .reading import ReadingLayer
+from .stock import check_stock
 
 
 def by_layer(tensors: Mapping[str, Tensor], layers: int) -> list[dict[str, Tensor]]:
