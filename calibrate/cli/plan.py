@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ...artifacts import Artifact, load
-from ...artifacts.folder import write_atomically
+from ...artifacts.writing import write_atomically
 from .evaluate import check_weights
 from .output import json_option, print_json, print_table, progress_bar, say, working
 
