@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 from forked import forked
-from samples import artifact
+from samples import artifact, rescored
 from samples import clusters as cluster_like
 
 from kvcal.artifacts import ArtifactError, KvcalError, load, save
@@ -150,10 +150,7 @@ def test_killed_in_the_middle_of_an_update_an_artifact_loads(tmp_path, monkeypat
         real(*args, **more)
 
     def update():
-        changed = {
-            name: -tensor if name.endswith("map") else tensor for name, tensor in saved.stages["score"].tensors.items()
-        }
-        save(saved.with_stage("score", Stage(changed)), tmp_path / "a", {"README.md": b"x"})
+        save(saved.with_stage("score", rescored(saved)), tmp_path / "a", {"README.md": b"x"})
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", rename)
