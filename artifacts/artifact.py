@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .claims import MOST, bounded
 from .errors import ArtifactError
 
 
@@ -81,6 +82,16 @@ class Artifact:
             have = ", ".join(sorted(known.removeprefix(prefix) for known in tensors if known.startswith(prefix)))
             raise ArtifactError(f"{self.name}: no tensor {name!r} in stage {stage} (a layer has: {have})")
         return tensors[prefix + name]
+
+    def finite(self, stage: str, layer: int, name: str) -> Tensor:
+        """As `tensor`, for those whose values `load` leaves unchecked: the moments and the reservoir's rows.
+
+        Raises:
+            ArtifactError: NaN, an infinity or a number beyond all measure in it, too.
+        """
+        found = self.tensor(stage, layer, name)
+        bounded(f"{self.name}, stage {stage}", f"layers.{layer}.{name}", found, -(MOST**2), MOST**2)
+        return found
 
     def with_stage(self, name: str, stage: Stage) -> Artifact:
         """A copy that has `stage` under `name`; `save()` it to write it."""

@@ -19,6 +19,7 @@ from .schema import LAYER_TENSORS, check_stage
 from .signals import signals_held
 from .stage_settings import check_settings
 from .tensor_file import StageFile, TensorFile
+from .values import check_values
 from .writing import Workplace, has_content, in_one_line, new_folder, reason
 
 _MOST_READINGS = 100
@@ -71,6 +72,7 @@ def _read_stages(
         tensors = TensorFile(folder, file)
         check_stage(str(tensors.path), name, tensors.header, artifact.layers)
         check_settings(str(folder / MANIFEST), name, settings[name], len(artifact.layers))
+        check_values(str(tensors.path), name, tensors, settings[name], artifact)
         stages[name] = Stage(tensors, settings[name])
     return stages
 

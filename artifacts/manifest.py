@@ -128,7 +128,7 @@ def _layer(index: int, fields: dict[str, Any]) -> Layer:
     sizes = (layer.kv_heads, layer.query_heads, layer.head_dim, layer.value_dim)
     if layer.index != index or not all(map(_is_size, sizes)):
         raise ValueError(f"layer {index}: index and sizes")
-    if type(layer.scaling) not in (int, float) or not abs(layer.scaling) < 1e30:
+    if type(layer.scaling) not in (int, float) or not 1e-30 < layer.scaling < 1e30:
         raise ValueError(f"layer {index}: scaling")
     if not (layer.window is None or _is_size(layer.window)):
         raise ValueError(f"layer {index}: window")

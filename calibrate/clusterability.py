@@ -14,6 +14,9 @@ from torch import Tensor
 
 from .clustering import finite, one_thread
 
+LIMIT = 1024
+"""Centers at most."""
+
 
 @dataclass(frozen=True)
 class Clusterability:
@@ -43,7 +46,7 @@ class Clusterability:
         return self.radius * self.query_norm_max[:, None] * scaling
 
 
-def clusterability(keys: Tensor, queries: Tensor, limit: int = 1024, *, where: str = "") -> Clusterability:
+def clusterability(keys: Tensor, queries: Tensor, limit: int = LIMIT, *, where: str = "") -> Clusterability:
     """Greedy k-center on one layer's keys [Hkv, N, D], all heads at once, with the norms of their queries
     [Hkv, Nq, D] (Nq may differ from N). Any device and dtype; results on the CPU.
 

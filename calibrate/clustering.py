@@ -146,12 +146,12 @@ def _cluster_head(
     centroids, labels = centroids[by_size], by_size.argsort()[labels]
 
     sizes = torch.bincount(labels, minlength=clusters)
-    squared = _squared(points, centroids, labels)
+    squared = squared_distances(points, centroids, labels)
     value_sum = torch.zeros(clusters, values.shape[1], dtype=torch.float64).index_add_(0, labels, values.double())
     return (
         centroids,
         sizes,
-        *(radius.float() for radius in _radii(squared.sqrt(), labels, sizes)),
+        *(radius.float() for radius in radii(squared.sqrt(), labels, sizes)),
         (value_sum / sizes.clamp(min=1)[:, None]).float(),
         squared.sum(),
         torch.tensor(_silhouette(points, labels, seed), dtype=torch.float64),
@@ -194,7 +194,7 @@ def _refill(points: Tensor, centroids: Tensor, metric: str) -> tuple[Tensor, Ten
         centroids = torch.where(lost[:, None], points[0], (centroids.double() / norms.clamp(min=1e-3)).float())
     while True:
         labels = _nearest(points, centroids)
-        squared = _squared(points, centroids, labels)
+        squared = squared_distances(points, centroids, labels)
         empty = (torch.bincount(labels, minlength=len(centroids)) == 0).nonzero().squeeze(-1)
         empty = empty[: int((squared > rounding).sum())]
         if not len(empty):
@@ -210,12 +210,12 @@ def _nearest(points: Tensor, centroids: Tensor) -> Tensor:
     return torch.cat([(half - rows.double() @ centroids.T).argmin(-1) for rows in points.split(ASSIGN_ROWS)])
 
 
-def _squared(points: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
+def squared_distances(points: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
     """Squared L2 distance of each point [N, D] to the centroid [C, D] of its label [N] -> [N] float64."""
     return (points.double() - centroids.double()[labels]).square().sum(-1)
 
 
-def _radii(distance: Tensor, labels: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def radii(distance: Tensor, labels: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, 95th percentile and maximum of distance [N] within each label, each [C]. sizes [C] descends."""
     order = distance.argsort(stable=True)
     order = order[labels[order].argsort(stable=True)]  # by label, then by distance: clusters are ascending segments

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..artifacts import Artifact, KvcalError, Stage
+from ..artifacts.claims import bounded
 from .sharing import SharingMap
 from .stores import Method
 from .stores.amounts import check_choice, check_flag
@@ -77,6 +78,8 @@ def resolve(cla: Cla, artifact: Artifact | None) -> Resolved:
         _check_trained(cla, groups, {})
         return Resolved(groups, cla.pool)
     weights = {name.removeprefix(WEIGHTS): stage.tensors[name] for name in stage.tensors if name.startswith(WEIGHTS)}
+    for name, weight in weights.items():
+        bounded(f"{artifact.name}, stage {STAGE}" if artifact else STAGE, WEIGHTS + name, weight, by_head=False)
     started = stage.settings.get("pool", "mean")
     _check_trained(cla, found, weights)
     if not weights or cla.uptrained is False:

@@ -207,11 +207,15 @@ def _small() -> Artifact:
         tensors = {}
         for tensor, (symbols, kinds) in LAYER_TENSORS[name].items():
             shape = [sizes[symbol] for symbol in symbols.split()]
-            tensors |= {f"layers.{layer}.{tensor}": torch.zeros(shape, dtype=_DTYPES[kinds[0]]) for layer in range(2)}
+            value = _CLUSTERED.get(tensor, 0)
+            tensors |= {f"layers.{at}.{tensor}": torch.full(shape, value, dtype=_DTYPES[kinds[0]]) for at in range(2)}
         found = found.with_stage(name, Stage(tensors, settings))
     return found
 
 
+_CLUSTERED = {"sizes": 2, "curve.counts": 1} | dict.fromkeys(
+    [name for name in LAYER_TENSORS["clusters"] if name.endswith("_iterations")], 1
+)
 _DTYPES = {"F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
 _TRAINING = {
     "run": "0", "groups": "0-1", "pool": "mean", "train": "all", "steps": 1, "lr": 0.1, "first_losses": {"loss": 1.5},

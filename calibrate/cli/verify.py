@@ -15,16 +15,21 @@ from .output import json_option, print_json, working
 )
 @json_option
 def verify_command(artifact: Path, model_spec: str | None, as_json: bool) -> None:
-    """Check every hash, shape and dtype of ARTIFACT; exit code 2 and one line when something is wrong.
+    """Check hashes, shapes, dtypes and values of ARTIFACT; exit code 2 and one line when something is wrong.
+
+    Values are checked against one another: bases against the moments that they are derived from, clusters against the
+    keys that were sampled, and so on through all that docs/format.md promises.
 
     \b
     Example:
       calibrate verify mistral-7b-wikitext --model mistral-7b
     """
-    from ...runtime.planned import has_plan, read_plan
+    from ...runtime.planned import has_plan
+    from ..verification import verify
 
-    with working("checking hashes"):
+    with working("checking hashes and values"):
         found = load(artifact)
+        verify(found)
     if model_spec is not None:
         from ...runtime import check_model
         from ..models import load_model
@@ -33,8 +38,6 @@ def verify_command(artifact: Path, model_spec: str | None, as_json: bool) -> Non
         dtype = str(found.settings.get("dtype", "auto"))
         check_model(found, load_model(model_spec, device="cpu", dtype=dtype).model, weights=True)
     planned = has_plan(found)
-    if planned:
-        read_plan(found)
     tensors = sum(len(stage.tensors) for stage in found.stages.values())
     if as_json:
         print_json(
@@ -49,9 +52,9 @@ def verify_command(artifact: Path, model_spec: str | None, as_json: bool) -> Non
             }
         )
         return
-    click.echo(f"{artifact}: {len(found.stages)} stages, {tensors} tensors: hashes, shapes and dtypes hold")
+    click.echo(f"{artifact}: {len(found.stages)} stages, {tensors} tensors: hashes, shapes, dtypes and values hold")
     if planned:
-        click.echo("plan.json is a plan; names and values are checked where it is used")
+        click.echo("plan.json is a plan for this artifact")
     click.echo(f"content {found.content_hash}")
     if model_spec is not None:
         click.echo(f"{model_spec}: architecture and weights are those it was calibrated on")

@@ -24,11 +24,13 @@ from ..stores.full import Full
 from ..stores.row_store import RowStore
 from ..stores.sorted_by_cluster import SortedStore
 from .attachment import attach
-from .layer import Call, CompressedLayer, Observer, full_attention_layers, restore_stock, stock_state
+from .layer import Call, CompressedLayer, Observer, full_attention_layers
 from .reading import ReadingLayer
+from .restoring import by_layer, check_fits, check_layers
 from .routing import kind
 from .sharing import sharing_of
 from .snapshot import damaged, read_snapshot, write_snapshot
+from .stock import restore_stock, stock_state
 
 
 @dataclass(frozen=True)
@@ -188,16 +190,23 @@ class CompressedCache(DynamicCache):
         tensors, methods = read_snapshot(folder, model, artifact, sharing.map if sharing else SharingMap(()))
         try:
             cache = cls(model, artifact, methods or "full")  # none: all layers slide, none has a method
-            for index, layer in enumerate(cache.layers):
-                prefix = f"layers.{index}."
-                state = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            states = by_layer(tensors, len(cache.layers))
+            check_layers(cache.layers, states, artifact.layers if artifact else ())
+            for layer, state in zip(cache.layers, states, strict=True):
+                here = {name: tensor.to(model.device) for name, tensor in state.items()}
                 if isinstance(layer, CompressedLayer):
-                    layer.restore(state)
+                    layer.restore(here)
                 else:
-                    restore_stock(layer, state)
-        except (KvcalError, LookupError, ValueError, RuntimeError) as error:
+                    restore_stock(layer, here)
+        except (KvcalError, LookupError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
             raise damaged(folder, error) from error
         return cache
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        check_fits(self.layers[layer_idx], layer_idx, key_states, value_states)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCache:
         """A cache of its own, so that one prompt can be continued several times; the artifact stays shared."""

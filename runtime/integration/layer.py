@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -195,17 +195,3 @@ def full_attention_layers(model: Any) -> tuple[list[int], int]:
     """(those of a model's layers whose cache keeps every token, how many layers it has)."""
     stock = DynamicCache(config=model.config).layers
     return [index for index, layer in enumerate(stock) if type(layer) is DynamicLayer], len(stock)
-
-
-def stock_state(layer: Any) -> dict[str, Tensor]:
-    if layer.keys is None:
-        return {}
-    return {"keys": layer.keys, "values": layer.values, "length": torch.tensor(layer.get_seq_length())}
-
-
-def restore_stock(layer: Any, state: Mapping[str, Tensor]) -> None:
-    if state:
-        layer.lazy_initialization(state["keys"], state["values"])
-        layer.keys, layer.values = state["keys"], state["values"]
-        if hasattr(layer, "cumulative_length"):
-            layer.cumulative_length = int(state["length"])

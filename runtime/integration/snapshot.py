@@ -10,18 +10,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from ...artifacts import Artifact, KvcalError, differences, fingerprint
 from ...artifacts.fingerprint import update_digest
+from ...artifacts.plain_files import read_plain
 from ...artifacts.writing import write_atomically
 from ..sharing import SharingMap
 from ..stores import METHODS, Method
 
 FILE = "cache.safetensors"
-_VERSION = 2
+_VERSION = 3
+_MOST_HEADER = 16 << 20
+"""Bytes."""
 
 
 def write_snapshot(
@@ -49,7 +52,7 @@ def write_snapshot(
     }
     place = Path(folder)
     here = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    content = save(here, {"kvcal": json.dumps({**header, "sha256": _digest(here)})})
+    content = save(here, {"kvcal": json.dumps({**header, "sha256": _digest(header, here)})})
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -60,28 +63,27 @@ def write_snapshot(
 def read_snapshot(
     folder: str | os.PathLike[str], model: Any, artifact: Artifact | None, groups: SharingMap
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors on the model's device, the methods by layer).
+    """(tensors on the CPU, the methods by layer). That they are what was written says nothing of who wrote it: see
+    `check_layers`.
 
     Raises:
         KvcalError: no such file, damaged, or of another model or artifact.
     """
     path = Path(folder) / FILE
-    if not path.is_file():
-        raise KvcalError(f"{path}: no saved cache there: write one with cache.save(folder)")
     try:
-        with safe_open(path, framework="pt", device=str(model.device)) as file:
-            header = json.loads((file.metadata() or {})["kvcal"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        header, tensors = _read(path)
         version, identity, wanted, methods = (header[key] for key in ("version", "model", "artifact", "methods"))
         weights, digest = header["weights"], header["sha256"] if version == _VERSION else None
         if not isinstance(identity, dict) or not isinstance(methods, dict):
             raise TypeError("its header has other fields")
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
+    except (FileNotFoundError, NotADirectoryError):
+        raise KvcalError(f"{path}: no saved cache there: write one with cache.save(folder)") from None
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, RecursionError, MemoryError) as error:
         raise damaged(folder, error) from error
     if version != _VERSION:
         raise KvcalError(f"{path}: saved by another version of kvcal ({version}, this one reads {_VERSION})")
-    if digest != _digest(tensors):
-        raise damaged(folder, ValueError("its tensors are not those that were written"))
+    if digest != _digest(header, tensors):
+        raise damaged(folder, ValueError("it is not what was written"))
     different = differences(identity, fingerprint(model.config))
     for name, ours, theirs in sorted(different, key=lambda entry: entry[0] != "model_type"):
         raise KvcalError(f"{path}: was saved with a model of {name} {ours}, this model has {theirs}")
@@ -104,11 +106,25 @@ def damaged(folder: str | os.PathLike[str], error: Exception) -> KvcalError:
     return KvcalError(f"{Path(folder) / FILE}: not a saved cache, or damaged ({error}): save it again")
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(our header, all tensors), read once: a mapped file that is cut off or overwritten meanwhile would end the
+    process, or change what was checked."""
+    content = read_plain(path)
+    length = int.from_bytes(content[:8], "little")
+    if len(content) < 8 or length > min(len(content) - 8, _MOST_HEADER):
+        raise ValueError("its header is longer than the file, or than any of ours")
+    header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["kvcal"])
+    if not isinstance(header, dict):
+        raise TypeError("its header is no object")
+    return header, load(content)
+
+
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    told = {name: value for name, value in header.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        update_digest(digest, tensor.cpu())
+        update_digest(digest, tensor)
     return digest.hexdigest()
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from ...artifacts import KvcalError
 
+MOST_TOKENS = 2**31 - 1
+"""Kernels count in int32."""
 Amount = float | int
 """float in (0, 1]: a fraction; int >= 1: a count."""
 
@@ -30,10 +32,14 @@ def check_amount(name: str, amount: object, limit: int | None = None, what: str 
         raise KvcalError(f"{name} {amount} is above {what} {limit}: give at most {limit}, or a fraction such as 0.25")
 
 
-def check_count(name: str, count: object, least: int = 0) -> None:
-    """Raises KvcalError unless `count` is an int of at least `least`."""
+def check_count(name: str, count: object, least: int = 0, most: int = MOST_TOKENS) -> None:
+    """Raises KvcalError unless `count` is an int from `least` to `most`."""
     if isinstance(count, bool) or not isinstance(count, int) or count < least:
         raise KvcalError(f"{name} {count!r}: give a whole number of at least {least}")
+    if count > most:
+        raise KvcalError(
+            f"{name} {count:.4g}: give at most {most}" if count < 1e300 else f"{name}: give at most {most}"
+        )
 
 
 def check_number(name: str, number: object, least: float, most: float, what: str) -> None:

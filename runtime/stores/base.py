@@ -11,6 +11,7 @@ from torch import Tensor
 from ...artifacts import KvcalError
 from ..attention import Logits
 from .rows import Places, Rows, find_places
+from .saved import Saved
 
 if TYPE_CHECKING:
     from .full import FullStore
@@ -113,9 +114,21 @@ class Store(ABC):
         """All that has to be written to go on later; `restore` takes it."""
         state = {f"rows.{name}": rows.view for name, rows in self.rows.items()}
         state |= {f"totals.{name}": total for name, total in self.totals.items()}
-        state["lengths"] = torch.tensor(self.lengths)
+        state["lengths"] = torch.tensor(self.lengths, dtype=torch.int64)
         state["valid"] = self.valid if self.valid is not None else torch.ones(len(self.lengths), self.seen).bool()
         return state
+
+    def check(self, saved: Saved) -> None:
+        """Raises KvcalError: no store of this method and these settings has such a `state`."""
+        if saved.rows:
+            self._check(saved)
+            saved.finish()
+        else:
+            saved.check_empty(self.state())
+
+    @abstractmethod
+    def _check(self, saved: Saved) -> None:
+        """Ask for all tensors but `valid` and `lengths`, and hold them against one another."""
 
     def restore(self, state: dict[str, Tensor]) -> None:
         for name, tensor in state.items():

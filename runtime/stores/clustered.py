@@ -13,8 +13,10 @@ from .amounts import check_count, check_flag
 from .clusters import Clusters, is_per_cluster
 from .full import FullStore
 from .rows import CHUNK, Rows
+from .saved import Saved, require
+from .saved_clusters import SavedClusters, check_clusters, check_means
 from .selecting import Chosen, SelectingStore, Selection
-from .tail import Remainder, Tail
+from .tail import OWNER, Remainder, Tail
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,37 @@ class ClusteredStore(SelectingStore):
             self.clusters.shorten()
         if self.tail:
             self.tail.shorten()
+
+    def _check(self, saved: Saved) -> None:
+        super()._check(saved)
+        if self.clusters is None:
+            return
+        found = check_clusters(saved, self.clusters, self.selection.window_of)
+        self._check_order(saved, found)
+        if found is None:
+            return
+        owners = [found.owners(row) for row in range(saved.rows)]
+        if self.selection.tail and self.tail:
+            owners = self._check_owners(saved, found, owners)
+        self._check_means(saved, found, owners)
+
+    def _check_order(self, saved: Saved, found: SavedClusters | None) -> None:
+        """Where tokens lie; here in order of arrival."""
+
+    def _check_owners(self, saved: Saved, found: SavedClusters, owners: list[Tensor]) -> list[Tensor]:
+        """Of each row [Hkv, n] the cluster of each clustered token, of which a cluster has as many as its size says."""
+        of = saved.take(f"rows.{OWNER}", torch.int32, *saved.key.shape[:2], None, 1).squeeze(-1).long()
+        longest = max(found.upto)
+        require(OWNER, torch.tensor(longest <= of.shape[2] <= saved.longest), f"{longest} to {saved.longest} tokens")
+        stated = [of[row, :, self.selection.sinks : end] for row, end in enumerate(found.upto)]
+        for row, (owner, wanted) in enumerate(zip(stated, owners, strict=True)):
+            require(OWNER, owner.sort(-1).values == wanted, f"as many tokens of row {row} as each cluster has")
+        return stated
+
+    def _check_means(self, saved: Saved, found: SavedClusters, owners: list[Tensor]) -> None:
+        for name, rows in (("cluster.key", saved.key), ("cluster.value", saved.value)):
+            shape = (*rows.shape[:2], found.sizes.shape[2], rows.shape[3])
+            check_means(name, saved.take(f"rows.{name}", rows.dtype, *shape), rows, owners, found)
 
     def state(self) -> dict[str, Tensor]:
         return {**super().state(), **(self.clusters.state() if self.clusters else {})}

@@ -131,7 +131,7 @@ class Clusters:
         lengths = [len(part) for part in slots]
         index, held = slot_index(slots, device)
         keys, values = (take(self._rows[name].view, index) for name in ("key", "value"))
-        counts = [min(length, max(1, round(length / self.tokens_per_cluster))) if length else 0 for length in lengths]
+        counts = [self._number(length) for length in lengths]
         found = spherical_kmeans(keys, lengths, counts, start=self.start, iterations=self.iterations)
         self.most_passes = max(self.most_passes, *found.iterations)
         most = max(counts)
@@ -145,6 +145,14 @@ class Clusters:
         self._rows.setdefault(_SIZE, self._buffer(_SIZE)).write(sizes.to(torch.int32), places)
         labels = found.labels + torch.tensor(before, device=device).view(-1, 1, 1)
         return places.after, labels.masked_fill(~held, -1)
+
+    def number(self, tokens: int) -> int:
+        """Of clusters that so many tokens make, a segment at a time."""
+        segments, rest = divmod(tokens, self.segment)
+        return segments * self._number(self.segment) + self._number(rest)
+
+    def _number(self, tokens: int) -> int:
+        return min(tokens, max(1, round(tokens / self.tokens_per_cluster))) if tokens else 0
 
     def undo(self, lengths: Sequence[int]) -> list[tuple[int, int]]:
         """Take back what was clustered once a row had more than `lengths` tokens, which it has no longer.

@@ -47,7 +47,7 @@ class CodedBasis:
             variance: [Hkv] of q·k − (A q)·(B (k − mean)).
         """
         self.bits, self.clip = bits, clip
-        self.rank = key_map.shape[1]
+        self.rank, self.key_shape = key_map.shape[1], key_map.shape
         offset = (key_map @ mean.unsqueeze(-1)).squeeze(-1)
         key_map = key_map.contiguous()  # for `append`
         self._parts = {(torch.device("cpu"), torch.float32): (query_map, key_map, mean, offset)}
@@ -72,7 +72,7 @@ class CodedBasis:
         maps = Basis.load(artifact, layer, dims, stage=stage, basis=basis)
         query_map, key_map = maps.query_map[:, :dims].double(), maps.key_map[:, :dims].double()
         keys, queries = (
-            {part: artifact.tensor("moments", layer, f"{name}_post.{part}").double() for part in ("mean", "covariance")}
+            {part: artifact.finite("moments", layer, f"{name}_post.{part}").double() for part in ("mean", "covariance")}
             for name in ("key", "query")
         )
         second_moment = queries["covariance"] + queries["mean"].unsqueeze(-1) * queries["mean"].unsqueeze(-2)
@@ -115,13 +115,16 @@ class CodedBasis:
 
     def encode(self, key: Tensor, bits: int | None = None) -> tuple[Tensor, Tensor]:
         """Keys [B, Hkv, S, D] as (codes, scales [B, Hkv, S, 1] float16), see `kernels.score.quantize`."""
-        _, key_map, _, offset = self.parts(key)
-        # As the kernel does it, which cannot subtract before it projects.
-        projected = key.float() @ key_map.float().mT - offset.float().unsqueeze(-2)
         clip = self.clip if bits is None else CLIP[bits]
-        codes, scales = quantize(projected, self.bits if bits is None else bits, clip)
+        codes, scales = quantize(self.project(key), self.bits if bits is None else bits, clip)
         assert scales is not None
         return codes, scales.unsqueeze(-1)
+
+    def project(self, key: Tensor) -> Tensor:
+        """[B, Hkv, S, r] float32: what is coded of keys [B, Hkv, S, D]."""
+        _, key_map, _, offset = self.parts(key)
+        # As the kernel does it, which cannot subtract before it projects.
+        return key.float() @ key_map.float().mT - offset.float().unsqueeze(-2)
 
     def logits(
         self,

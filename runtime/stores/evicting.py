@@ -7,10 +7,12 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from ...artifacts import KvcalError
 from ..attention import Logits, causal_attention
 from .amounts import Budget
 from .forgetting import ForgettingStore
 from .rows import lengths_mask
+from .saved import Saved, require
 
 
 class EvictingStore(ForgettingStore):
@@ -110,11 +112,44 @@ class EvictingStore(ForgettingStore):
         return mask.scatter_add_(2, position, (~self._free()).to(torch.int32).expand_as(position)) > 0
 
     def state(self) -> dict[str, Tensor]:
-        return {**super().state(), "held": torch.tensor(self.held)}
+        """Tokens in order of position; free slots are zero, of position -1."""
+        state = {**super().state(), "held": torch.tensor(self.held, dtype=torch.int64)}
+        if not self.lengths:
+            return state
+        free = self._free()
+        order = self.rows["position"].view.squeeze(-1).masked_fill(free, torch.iinfo(torch.int32).max).argsort(-1)
+        for name, rows in self.rows.items():
+            view = rows.view
+            sorted_ = view.gather(2, order.unsqueeze(-1).expand(-1, -1, -1, view.shape[-1]))
+            state[f"rows.{name}"] = sorted_.masked_fill(free.unsqueeze(-1), -1 if name == "position" else 0)
+        return state
 
     def restore(self, state: dict[str, Tensor]) -> None:
         super().restore(state)
         self.held = state["held"].tolist()
+        if self.lengths:
+            self.rows["position"].view.clamp_(min=0)
+
+    def _check(self, saved: Saved) -> None:
+        saved.take_tokens(None)
+        slots = saved.key.shape[2]
+        held = saved.counts("held", saved.lengths)
+        if slots < max(held) or slots > max(1, *held):
+            raise KvcalError(f"rows.key: {slots} slots, the row that holds most has {max(held)} tokens")
+        # Rows lose tokens only when they get one, and then hold what their budget allows.
+        enough = [min(length, max(1, self.budget.of(length))) for length in saved.lengths]
+        require("held", torch.tensor(held) >= torch.tensor(enough), "at least the budget of the row")
+        position = saved.take("rows.position", torch.int32, *saved.key.shape[:3], 1).squeeze(-1)
+        free = (torch.arange(slots) >= torch.tensor(held).unsqueeze(1)).unsqueeze(1)
+        last = torch.tensor(saved.lengths).view(-1, 1, 1) - 1
+        require("position", torch.where(free, position == -1, (position >= 0) & (position <= last)), "-1 where free")
+        require("position", (position[..., 1:] > position[..., :-1]) | free[..., 1:], "in order")
+        newest = position.amax(-1, keepdim=True) if slots else last
+        require("position", newest == last, "the row's last token among those held")
+        self._check_held(saved, position, held)
+
+    def _check_held(self, saved: Saved, position: Tensor, held: list[int]) -> None:
+        """Which tokens are held at these positions [B, Hkv, slots]."""
 
     def _attended(self, query: Tensor, logits: Logits, limits: Tensor | None) -> None:
         """T queries have attended, each to the first `limits` slots."""

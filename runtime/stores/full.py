@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ...artifacts import Artifact
 from ..attention import Logits, attention_mass, probabilities
 from .amounts import check_flag
 from .row_store import RowStore
+from .saved import Saved, require
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,12 @@ class FullStore(RowStore):
     def restore(self, state: dict[str, Tensor]) -> None:
         super().restore(state)
         self.record_mass = self.record_mass and ("mass" in self.totals or not self.seen)
+
+    def _check(self, saved: Saved) -> None:
+        super()._check(saved)
+        if self.record_mass and saved.has("totals.mass"):
+            mass = saved.take("totals.mass", torch.float32, *saved.key.shape[:3])
+            require("totals.mass", mass >= 0, "no negative attention")
 
     def _record(self, mass: Tensor) -> None:
         """Accumulate what every key received of the attention so far, for a store that starts from this one."""

@@ -16,6 +16,7 @@ from ...artifacts import Artifact, KvcalError
 from ..attention import Logits, attention_mass, probabilities
 from .amounts import Budget
 from .evicting import EvictingStore
+from .saved import Saved, require
 
 if TYPE_CHECKING:
     from .full import FullStore
@@ -55,6 +56,15 @@ class H2OStore(EvictingStore):
     def _append(self, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
         self._paused = None if valid is None else ~valid[:, 0]
         super()._append(key, value, valid)
+
+    def _check_held(self, saved: Saved, position: Tensor, held: list[int]) -> None:
+        """The recent half of the budget; of the others only their attention knows."""
+        mass = saved.take("rows.mass", torch.float32, *saved.key.shape[:3], 1)
+        require("mass", mass >= 0, "no negative attention")
+        for row, (length, count) in enumerate(zip(saved.lengths, held, strict=True)):
+            recent = min(count, self.budget.of(length) // 2)
+            wanted = torch.arange(length - recent, length)
+            require("position", position[row, :, count - recent : count] == wanted, "the most recent tokens")
 
     def adopt(self, full: FullStore) -> None:
         if "mass" not in full.totals:

@@ -25,6 +25,7 @@ from .amounts import Amount, check_choice
 from .basis import Basis
 from .clustered import Clustered, ClusteredStore
 from .rows import Places, Rows
+from .saved import FLOATS, Saved, require_close
 from .selecting import Chosen
 from .thresholds import Thresholds, bounds, fit_layer, room
 
@@ -118,6 +119,15 @@ class LokiStore(ClusteredStore):
             return query
         query_map, _ = self.basis.maps(query)
         return (query.unflatten(1, (query_map.shape[0], -1)) @ query_map.mT.unsqueeze(1)).flatten(1, 2)
+
+    def _check(self, saved: Saved) -> None:
+        super()._check(saved)
+        key, (heads, _, dims) = saved.key, self.basis.key_map.shape
+        saved.take("rows.key", FLOATS, None, heads, None, dims)
+        if not self.rotates:
+            index = saved.take("rows.index", key.dtype, *key.shape[:3], self.basis.rank)
+            wanted = key.float() @ self.basis.maps(key)[1].float().mT
+            require_close("rows.index", index * saved.held, wanted * saved.held, key.dtype)
 
     def shared_bytes(self) -> int:
         query_map, _ = self.basis.maps(self.rows["key"].view)

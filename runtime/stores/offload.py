@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .rows import Places, Rows
+from .rows import CHUNK, Places, Rows
 
 
 class HostRows(Rows):
@@ -28,7 +28,7 @@ class DeviceCache:
     """Tokens of a layer on the device, per (row, KV head); the ones read longest ago make room."""
 
     def __init__(self, capacity: int):
-        """Args: capacity: tokens; exceeded only when one step reads more."""
+        """Args: capacity: tokens; exceeded only when one step reads more. No room is made for more than there are."""
         self.capacity = capacity
         self.hits = self.misses = 0
         """Tokens that a step needed and found here, or had to have copied from the host."""
@@ -50,7 +50,7 @@ class DeviceCache:
         flat = index.flatten(2)
         ones = torch.ones_like(flat) if counted is None else counted.expand_as(index).flatten(2)
         needed = needed.scatter_add_(2, flat, ones.to(torch.int32)) > 0
-        self._make_room(int(needed.sum(-1).max()))
+        self._make_room(max(int(needed.sum(-1).max()), min(self.capacity, tokens)))
         there = self._slot_of[:, :, :tokens] >= 0
         self.hits += int((needed & there).sum())
         missing = needed & ~there
@@ -85,16 +85,18 @@ class DeviceCache:
     def _prepare(self, host: dict[str, Rows], index: Tensor, tokens: int) -> None:
         batch, heads, device = index.shape[0], index.shape[1], index.device
         if not self._held:
+            room = min(self.capacity, -(-tokens // CHUNK) * CHUNK)
             for name, rows in host.items():
                 view = rows.view
-                self._held[name] = view.new_zeros(batch, heads, self.capacity, view.shape[3], device=device)
+                self._held[name] = view.new_zeros(batch, heads, room, view.shape[3], device=device)
             self._slot_of = torch.full((batch, heads, tokens), -1, dtype=torch.int64, device=device)
-            self._token_in = torch.full((batch, heads, self.capacity), -1, dtype=torch.int64, device=device)
-            self._last_used = torch.full((batch, heads, self.capacity), -1, dtype=torch.int64, device=device)
+            self._token_in = torch.full((batch, heads, room), -1, dtype=torch.int64, device=device)
+            self._last_used = torch.full((batch, heads, room), -1, dtype=torch.int64, device=device)
         self._slot_of = _grown(self._slot_of, tokens)
 
     def _make_room(self, tokens: int) -> None:
         if tokens > self._token_in.shape[2]:
+            tokens = max(tokens, min(self.capacity, -(-tokens // CHUNK) * CHUNK))
             self._token_in, self._last_used = _grown(self._token_in, tokens), _grown(self._last_used, tokens)
             for name, held in self._held.items():
                 grown = held.new_zeros(*held.shape[:2], tokens, held.shape[3])

@@ -16,6 +16,9 @@ from .clusters import Clusters
 from .rows import CHUNK, Places, Rows
 from .selecting import Chosen, best
 
+MOST_PAGE = 1 << 16
+"""Tokens: room for a whole page is made for the first of them."""
+
 
 @dataclass(frozen=True)
 class Quest(Clustered):
@@ -26,7 +29,7 @@ class Quest(Clustered):
 
     def build(self, layer: int, head_dim: int, artifact: Artifact | None) -> Callable[[], QuestStore]:
         self.check()
-        check_count("page", self.page, 1)
+        check_count("page", self.page, 1, MOST_PAGE)
         return lambda: QuestStore(self)
 
 
@@ -80,6 +83,15 @@ class QuestStore(ClusteredStore):
     def _forget(self) -> None:
         super()._forget()
         self._rebuild(min(self.lengths))
+
+    def state(self) -> dict[str, Tensor]:
+        """Without the boxes, which keys give anew."""
+        return {name: tensor for name, tensor in super().state().items() if name not in ("rows.low", "rows.high")}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        super().restore(state)
+        if self.lengths:
+            self._rebuild(0)
 
     def _widen(self, key: Tensor) -> None:
         """One new key [B, Hkv, D] per row: stretch the box of its page."""

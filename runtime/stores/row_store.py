@@ -10,6 +10,7 @@ from torch import Tensor
 from ..attention import Logits, attention, causal_attention
 from .base import Store
 from .rows import Places, lengths_mask
+from .saved import Saved
 
 if TYPE_CHECKING:
     from .full import FullStore
@@ -52,6 +53,9 @@ class RowStore(Store):
         super().restore(state)
         places = [rows.tensor.device for rows in self.rows.values() if rows.tensor is not None and rows.moves]
         self._device = places[0] if places else self._device
+
+    def _check(self, saved: Saved) -> None:
+        saved.take_tokens(saved.longest)
 
     def attend_densely(self, query: Tensor, logits: Logits) -> Tensor:
         """Read everything; the last step of `full`, and of short contexts."""

@@ -18,7 +18,10 @@ from .clustered import Clustered, ClusteredStore
 from .clusters import SEGMENT, Clusters, slot_index, take
 from .offload import DeviceCache, HostRows
 from .rows import Places, Rows
+from .saved import Saved, require
+from .saved_clusters import SavedClusters
 from .selecting import Chosen
+from .tail import OWNER
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,29 @@ class SortedStore(ClusteredStore):
             rows.write(take(take(rows.view, index), order), places)
         if self.device_cache:
             self.device_cache.drop(slots)
+
+    def _check_order(self, saved: Saved, found: SavedClusters | None) -> None:
+        name = "position"
+        position = saved.take(f"rows.{name}", torch.int32, *saved.key.shape[:3], 1).squeeze(-1).long()
+        require(name, (position >= 0) & (position < saved.longest), f"0 to {saved.longest - 1}")
+        slots = torch.arange(saved.longest)
+        for row, length in enumerate(saved.lengths):
+            own, slot = position[row, :, :length], slots[:length].expand(position.shape[1], -1)
+            require(name, own < length, f"0 to {length - 1} in row {row}")
+            runs = found.runs(row, length) if found is not None else slot
+            there = torch.zeros_like(own).scatter_add_(1, own, torch.ones_like(own))
+            require(name, there == 1, f"every token of row {row} once")
+            closed = [upto for upto, _ in found.closed[row]] if found is not None else []
+            ends = torch.tensor([min(self.selection.sinks, length), *closed])
+            window, of_slot = (torch.bucketize(at.contiguous(), ends, right=True) for at in (own, slot))
+            require(name, window == of_slot, f"tokens of row {row} in the window in which they were clustered")
+            rises = (own[:, 1:] > own[:, :-1]) | (runs[:, 1:] != runs[:, :-1])
+            require(name, rises, f"tokens of row {row} in order of arrival within a cluster")
+
+    def _check_owners(self, saved: Saved, found: SavedClusters, owners: list[Tensor]) -> list[Tensor]:
+        for stated, owner in zip(super()._check_owners(saved, found, owners), owners, strict=True):
+            require(OWNER, stated == owner, "clusters in order")
+        return owners
 
     def _buffer(self, name: str) -> Rows:
         return HostRows() if self.device_cache and name in ("key", "value") else super()._buffer(name)

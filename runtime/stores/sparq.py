@@ -85,6 +85,15 @@ class SparqStore(SelectingStore):
         new = counted.sum(2)
         self.totals["value"] = self.totals["value"] + new if "value" in self.totals else new
 
+    def state(self) -> dict[str, Tensor]:
+        """Without the sum of the values, which they give anew."""
+        return {name: tensor for name, tensor in super().state().items() if name != "totals.value"}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        super().restore(state)
+        if self.lengths:
+            self._forget()
+
     def _forget(self) -> None:
         value = self.rows["value"].view
         position = torch.arange(value.shape[2], device=value.device)

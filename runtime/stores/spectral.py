@@ -32,6 +32,9 @@ from .amounts import Amount, check_amount, check_count, count_of
 from .clusters import Clusters, slot_index, take
 from .codes import CodedBasis
 from .rows import Places, find_places
+from .saved import FLOATS, Saved
+from .saved_clusters import SavedClusters
+from .saved_codes import check_coded_means, check_codes
 from .selecting import Chosen, best
 from .sorted_by_cluster import Sorted, SortedStore, calibrated_centroids
 from .tail import Remainder, Tail
@@ -144,6 +147,10 @@ class SpectralStore(SortedStore):
         index, held = slot_index(slots, self._device)
         return take(self.rows["value"].view, index).float().masked_fill(~held.unsqueeze(-1), 0).sum(2)
 
+    def state(self) -> dict[str, Tensor]:
+        """Without the sum of the open window, which the next token gives anew."""
+        return {name: tensor for name, tensor in super().state().items() if name != f"totals.{OPEN}"}
+
     def _extended(self, key: Tensor, value: Tensor, places: Places) -> None:
         super()._extended(key, value, places)
         for name, new in zip(("code", "scale"), self.basis.encode(key), strict=True):
@@ -165,6 +172,15 @@ class SpectralStore(SortedStore):
         places = find_places(before, max(new), torch.arange(max(new)) < torch.tensor(new).unsqueeze(1), index.device)
         radii = self.basis.radii(keys, owner, max(new)).half().unsqueeze(-1)
         self.rows.setdefault("cluster.radius", self._buffer("cluster.radius")).write(radii, places)
+
+    def _check(self, saved: Saved) -> None:
+        heads, _, dims = self.basis.key_shape
+        saved.take("rows.key", FLOATS, None, heads, None, dims)
+        super()._check(saved)
+        check_codes(saved, self.basis)
+
+    def _check_means(self, saved: Saved, found: SavedClusters, owners: list[Tensor]) -> None:
+        check_coded_means(saved, self.basis, found, owners, (MEAN_KEY_BITS, MEAN_VALUE_BITS))
 
     def _owner(self, slots: Tensor) -> Tensor:
         """The cluster of each slot [B, Hkv, L]; C beyond the clustered ones."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ...artifacts import Artifact
 from ..attention import Logits, attention
 from .amounts import Budget, check_count
 from .evicting import EvictingStore
+from .saved import Saved, require
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,17 @@ class StreamingStore(EvictingStore):
         position = self.rows["position"].view.squeeze(-1).float()
         # One place of the budget is the new token's.
         return position.masked_fill(position < (budgets - 1).clamp_max(self.budget.sinks), float("inf"))
+
+    def _check_held(self, saved: Saved, position: Tensor, held: list[int]) -> None:
+        """Some of the first tokens, and the most recent ones."""
+        for row, (length, count) in enumerate(zip(saved.lengths, held, strict=True)):
+            own = position[row, :, :count]
+            first = (own == torch.arange(count)).sum(-1, keepdim=True)
+            recent = own == torch.arange(length - count, length)
+            kept = recent | (torch.arange(count) < first)
+            require(
+                "position", kept & (recent | (own < self.budget.sinks)), "the first tokens and the most recent ones"
+            )
 
     def attend(self, query: Tensor, logits: Logits) -> Tensor:
         key, value = self.rows["key"].view, self.rows["value"].view

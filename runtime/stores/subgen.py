@@ -17,11 +17,15 @@ from ...artifacts import Artifact
 from ..attention import Logits, attention, causal_attention
 from .amounts import check_choice, check_count, check_number
 from .rows import lengths_mask
+from .saved import Saved
+from .saved_sketch import check_sketch
 from .sketch import Shape, Sketch
 from .sketch_attention import READ, attention_with_sketch
 from .window import WindowStore
 
 MOST_LAYERS = 1 << 16
+MOST_SAMPLES = 1 << 16
+"""Of each kind, per KV head: room for all of them is made at once."""
 BLOCK = 256
 """Tokens that enter the sketch at once, at most."""
 _NUMBERS = 1 << 23
@@ -55,10 +59,12 @@ class SubGen:
     """Rows of fewer tokens lose none."""
 
     def build(self, layer: int, head_dim: int, artifact: Artifact | None) -> Callable[[], SubGenStore]:
-        for name in ("window", "clusters", "t", "s"):
-            check_count(name, getattr(self, name), 1)
-        for name in ("sinks", "seed", "dense_below"):
+        check_count("window", self.window, 1)
+        for name in ("clusters", "t", "s"):
+            check_count(name, getattr(self, name), 1, MOST_SAMPLES)
+        for name in ("sinks", "dense_below"):
             check_count(name, getattr(self, name))
+        check_count("seed", self.seed, 0, 2**63 - 1)
         check_choice("normaliser", self.normaliser, ("clusters", "values"))
         check_number("growth", self.growth, 1.01, 1e6, "a factor")
         if self.delta is not None:
@@ -110,13 +116,22 @@ class SubGenStore(WindowStore):
 
     def _leave(self, key: Tensor, value: Tensor, position: Tensor, there: Tensor) -> None:
         settings = self.settings
-        clusters = settings.clusters if settings.normaliser == "clusters" else 0
-        sketch = Sketch(self.totals, Shape(clusters, settings.growth, settings.t, settings.s, settings.seed))
+        sketch = Sketch(self.totals, Shape(self._clusters, settings.growth, settings.t, settings.s, settings.seed))
         if not self.totals:
             delta = torch.full((key.shape[1],), self.delta) if isinstance(self.delta, float) else self.delta
             sketch.begin(key, value, delta)
         sketch.add(key, value, position, there)
         self._streamed = True
+
+    def _check_left(self, saved: Saved, left: list[int]) -> None:
+        if any(left) or saved.has("totals.mass"):
+            settings = self.settings
+            shape = Shape(self._clusters, settings.growth, settings.t, settings.s, settings.seed)
+            check_sketch(saved, shape, left)
+
+    @property
+    def _clusters(self) -> int:
+        return self.settings.clusters if self.settings.normaliser == "clusters" else 0
 
     def _block(self, key: Tensor) -> int:
         settings = self.settings

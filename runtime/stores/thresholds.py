@@ -155,7 +155,7 @@ def fit_layer(artifact: Artifact, layer: int, basis: Basis, by_group: bool) -> T
     Raises:
         KvcalError: the artifact has no reservoir, or too small a one.
     """
-    query, key = (artifact.tensor("reservoir", layer, f"{name}_post").float() for name in ("query", "key"))
+    query, key = (artifact.finite("reservoir", layer, f"{name}_post").float() for name in ("query", "key"))
     position = artifact.stages["reservoir"].tensors["position"]
     query_map, key_map = (each[:, : basis.rank].float() for each in basis.maps(query))
     of = artifact.layers[layer]

@@ -7,8 +7,10 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from ...artifacts import KvcalError
 from .forgetting import ForgettingStore
 from .rows import Places
+from .saved import Saved
 
 
 class WindowStore(ForgettingStore):
@@ -86,11 +88,38 @@ class WindowStore(ForgettingStore):
         return exact.expand(-1, key.shape[1], -1)
 
     def state(self) -> dict[str, Tensor]:
-        return {**super().state(), "left": torch.tensor(self.left), "straight": torch.tensor(self._straight)}
+        """With the tokens in order of position."""
+        books = {name: torch.tensor(of, dtype=torch.int64) for name, of in (("left", self.left), ("held", self.held))}
+        state = {**super().state(), **books}
+        if any(self.left) and not self._straight:
+            source = self._source(self.left, straight=True)
+            state |= {
+                f"rows.{name}": _gather(rows.view, source.to(rows.view.device)) for name, rows in self.rows.items()
+            }
+        return state
 
     def restore(self, state: dict[str, Tensor]) -> None:
         super().restore(state)
-        self.left, self._straight = state["left"].tolist(), bool(state["straight"])
+        self.left = state["left"].tolist()
+        self._straight = any(self.left)
+
+    def _check(self, saved: Saved) -> None:
+        saved.take_tokens(None)
+        left = saved.counts("left", [max(0, length - self.sinks) for length in saved.lengths])
+        held = saved.counts("held", saved.lengths)
+        most = self.sinks + self.window
+        for row, (length, gone, count) in enumerate(zip(saved.lengths, left, held, strict=True)):
+            if count + gone != length:
+                raise KvcalError(f"held: row {row} of {length} tokens, {gone} of which have left, holds {count}")
+            if gone and count < most:
+                raise KvcalError(f"left: {gone} tokens of row {row}, which holds {count} and has room for {most}")
+        if saved.key.shape[2] != max(held):
+            raise KvcalError(f"rows.key: {saved.key.shape[2]} slots, the longest row holds {max(held)} tokens")
+        self._check_left(saved, left)
+
+    @abstractmethod
+    def _check_left(self, saved: Saved, left: list[int]) -> None:
+        """What has been made of the tokens of each row that have left."""
 
     def _take(self, key: Tensor, value: Tensor, valid: Tensor | None) -> Tensor | None:
         self.left = self.left or [0] * key.shape[0]
@@ -125,6 +154,13 @@ class WindowStore(ForgettingStore):
 
     def _arrange(self, left: list[int], straight: bool) -> None:
         """Hold only the tokens that remain when `left` tokens of each row are gone, in slots of the layout wanted."""
+        source = self._source(left, straight)
+        for rows in self.rows.values():
+            rows.replace(_gather(rows.view, source.to(rows.view.device)))
+        self._straight = straight
+
+    def _source(self, left: list[int], straight: bool) -> Tensor:
+        """[B, n] on the CPU: for each slot of that layout the slot where its token lies now."""
         position = torch.arange(max(self.lengths)).expand(len(left), -1)
         gone, length = torch.tensor(left).unsqueeze(1), torch.tensor(self.lengths).unsqueeze(1)
         row, column = ((position < length) & ((position < self.sinks) | (position >= self.sinks + gone))).nonzero(
@@ -137,9 +173,7 @@ class WindowStore(ForgettingStore):
         size = max(1, int(after.max()) + 1 if len(after) else 0)
         source = torch.zeros(len(left), size, dtype=torch.int64)
         source[row, after] = before
-        for rows in self.rows.values():
-            rows.replace(_gather(rows.view, source.to(rows.view.device)))
-        self._straight = straight
+        return source
 
 
 def _gather(tensor: Tensor, slots: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ import pytest
 import torch
 from architectures import build
 from faulty_disk import Crash, FaultyDisk, faults, read_tree, write_tree
-from samples import artifact
+from samples import artifact, rescored
 
-from kvcal.artifacts import Artifact, KvcalError, Stage, load, save
+from kvcal.artifacts import Artifact, KvcalError, load, save
 from kvcal.artifacts.writing import write_atomically
 from kvcal.calibrate.checkpoint import Checkpoint
 from kvcal.calibrate.evaluation.results import Results
@@ -49,8 +49,7 @@ def saved_artifact(root: Path) -> None:
 
 def with_other_scores(root: Path) -> None:
     found = load(root / "a")
-    changed = {name: tensor + 1 for name, tensor in found.stages["score"].tensors.items()}
-    save(found.with_stage("score", Stage(changed)), root / "a", {"README.md": b"new"})
+    save(found.with_stage("score", rescored(found)), root / "a", {"README.md": b"new"})
 
 
 def content_hash(root: Path) -> Any:

@@ -6,38 +6,14 @@ import signal
 import pytest
 import torch
 from forked import forked
-from samples import artifact
+from samples import artifact, rescored
+from samples import clusters as cluster_like
 
-from kvcal.artifacts import ArtifactError, KvcalError, Stage, load, save
+from kvcal.artifacts import ArtifactError, KvcalError, load, save
 
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def cluster_like(seed=0):
-    """A small valid stage `clusters` for the sample artifact."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for layer in range(2):
-        prefix = f"layers.{layer}"
-        for name, shape in {"centroids": (2, 3, 4), "value_mean": (2, 3, 3), "curve.radius": (2, 2)}.items():
-            tensors[f"{prefix}.{name}"] = torch.randn(shape, generator=generator)
-        for name in ("radius_mean", "radius_p95", "radius_max"):
-            tensors[f"{prefix}.{name}"] = torch.rand(2, 3, generator=generator)
-        tensors[f"{prefix}.sizes"] = torch.full((2, 3), 2)
-        tensors[f"{prefix}.curve.counts"] = torch.tensor([1, 2])
-        for name in ("curve.query_norm_max", "curve.query_norm_p99"):
-            tensors[f"{prefix}.{name}"] = torch.rand(2, generator=generator)
-        for name in (
-            "inertia",
-            "silhouette",
-            *(f"warm_start.{s}_inertia" for s in ("calibrated", "plusplus", "random")),
-        ):
-            tensors[f"{prefix}.{name}"] = torch.rand(2, generator=generator, dtype=torch.float64)
-        for start in ("calibrated", "plusplus", "random"):
-            tensors[f"{prefix}.warm_start.{start}_iterations"] = torch.tensor([3, 4])
-    return Stage(tensors, {"seed": seed})
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path):
@@ -90,7 +66,7 @@ def test_adding_and_replacing_a_stage_leaves_the_others_and_no_litter(tmp_path):
         name: data for name, data in before.items() if name != "manifest.json"
     }
     assert set(after) == {*before, *clusters}
-    assert second.stages["clusters"].settings == {"seed": 1}
+    assert second.stages["clusters"].settings["seed"] == 1
 
 
 def test_an_existing_folder_of_something_else_is_refused_and_kept(tmp_path):
@@ -174,8 +150,7 @@ def test_killed_in_the_middle_of_an_update_an_artifact_loads(tmp_path, monkeypat
         real(*args, **more)
 
     def update():
-        changed = {name: tensor + 1 for name, tensor in saved.stages["score"].tensors.items()}
-        save(saved.with_stage("score", Stage(changed)), tmp_path / "a", {"README.md": b"x"})
+        save(saved.with_stage("score", rescored(saved)), tmp_path / "a", {"README.md": b"x"})
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", rename)

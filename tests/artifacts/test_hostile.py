@@ -8,42 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from samples import artifact
+from samples import artifact, edit_manifest, edit_stage
 
 from kvcal.artifacts import SCHEMA_VERSION, ArtifactError, load, save
-from kvcal.artifacts.manifest import _content_hash
 
 
 @pytest.fixture
 def folder(tmp_path):
     return save(artifact(), tmp_path / "a").folder
-
-
-def edit_manifest(folder, edit):
-    """Change the manifest as a forger would: with a matching content hash."""
-    path = folder / "manifest.json"
-    body = json.loads(path.read_text())
-    del body["content_hash"]
-    edit(body)
-    path.write_text(json.dumps({**body, "content_hash": _content_hash(body)}))
-
-
-def edit_stage(folder, stage, edit):
-    """Change a stage's tensors, with hash, size and name in the manifest made to match."""
-
-    def in_manifest(body):
-        entry = body["stages"][stage]
-        tensors = load_file(folder / entry["file"])
-        (folder / entry["file"]).unlink()
-        edit(tensors)
-        save_file(tensors, folder / "new")
-        data = (folder / "new").read_bytes()
-        digest = hashlib.sha256(data).hexdigest()
-        entry |= {"file": f"{stage}.{digest[:8]}.safetensors", "sha256": digest, "bytes": len(data)}
-        (folder / "new").rename(folder / entry["file"])
-
-    edit_manifest(folder, in_manifest)
 
 
 def stage_file(folder, stage="pca"):

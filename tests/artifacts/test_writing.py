@@ -9,9 +9,9 @@ import threading
 
 import pytest
 from forked import forked
-from samples import artifact
+from samples import artifact, rescored
 
-from kvcal.artifacts import KvcalError, Stage, load, save, writing
+from kvcal.artifacts import KvcalError, load, save, writing
 from kvcal.artifacts.locks import FileLock
 from kvcal.artifacts.signals import signals_held
 from kvcal.artifacts.writing import Workplace, new_folder, save_tensors, write_atomically
@@ -35,9 +35,7 @@ def in_threads(count, run):
 
 
 def changed(found, by):
-    return found.with_stage(
-        "score", Stage({name: tensor + by for name, tensor in found.stages["score"].tensors.items()})
-    )
+    return found.with_stage("score", rescored(found, by))
 
 
 def test_many_writers_of_one_file_leave_what_one_of_them_wrote(tmp_path):

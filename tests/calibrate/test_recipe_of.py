@@ -67,7 +67,7 @@ def test_what_the_manifest_cannot_tell_is_said() -> None:
     made = artifact()
     found = recipe_of(made, {"seed"})
     assert "# The text was given in Python" in found and "# The manifest does not tell whether" in found
-    assert yaml.safe_load(found)["pca"] == {"num_tokens": 7, "seq_len": 7, "seed": 0}
+    assert yaml.safe_load(found)["pca"] == {"num_tokens": 16, "seq_len": 16, "seed": 0}
     unheard_of = recipe_of(replace(made, settings={**made.settings, "shards": 4}), {"seed"})
     assert "# Of the pass the manifest also says shards 4" in unheard_of
 

@@ -1,0 +1,38 @@
+"""`calibrate verify`: every promise of docs/format.md that `load` leaves to it, each a check with one line of error."""
+
+from __future__ import annotations
+
+from ...artifacts import Artifact
+from .bases import check_pca, check_score
+from .clusterings import check_clusters
+from .manifest import check_manifest
+from .moments import check_moments
+from .plan import check_plan
+from .sample import check_sample
+from .sharing import check_sharing
+
+
+def verify(artifact: Artifact) -> None:
+    """Check the values of a loaded artifact against one another: derived ones are derived anew.
+
+    All of it is read. Most of the time go eigenvalues: about a second per layer of 8 KV heads and head dim 128.
+
+    Raises:
+        ArtifactError: the first that does not hold: tensor, layer, KV head, value and expectation.
+    """
+    check_manifest(artifact)
+    checks = {
+        "moments": check_moments,
+        "pca": check_pca,
+        "score": check_score,
+        "reservoir": check_sample,
+        "clusters": check_clusters,
+        "cla": check_sharing,
+    }
+    for stage, check in checks.items():
+        if stage in artifact.stages:
+            check(artifact, f"{artifact.name}, stage {stage}")
+    check_plan(artifact)
+
+
+__all__ = ["verify"]
