@@ -8,7 +8,7 @@ import click
 from ...artifacts import load, save
 from ..distributed import World
 from .job import one_job
-from .output import json_option, plot_option, print_json, print_table, progress_bar, write_plot
+from .output import json_option, plot_option, print_json, print_lines, print_table, progress_bar, write_plot
 
 
 @click.command("cluster")
@@ -67,9 +67,9 @@ def print_clusters(report: dict[str, Any]) -> None:
         )
     header = ["layer", "largest", "radius", "p95", "max", "silhouette", "query norm", "δ·r", "iterations*"]
     print_table(f"{settings.get('clusters')} {settings.get('metric')} clusters per KV head", header, rows)
-    click.echo(
-        "largest: tokens of the largest cluster; radius, p95, max: distances of keys to their centroid (cosine: of\n"
-        "directions); silhouette: -1 to 1, of a sample; query norm: the longest query; δ·r: radius of so many greedy\n"
-        "balls that cover the keys, times query norm and softmax scale (what SubGen's bound grows with)\n"
-        "* k-means on unseen text until within 1 % of the best: from calibrated centroids / k-means++ / random keys"
+    print_lines(
+        "largest: tokens of the largest cluster; radius, p95, max: distances of keys to their centroid (cosine: of",
+        "directions); silhouette: -1 to 1, of a sample; query norm: the longest query; δ·r: radius of so many greedy",
+        "balls that cover the keys, times query norm and softmax scale (what SubGen's bound grows with)",
+        "* k-means on unseen text until within 1 % of the best: from calibrated centroids / k-means++ / random keys",
     )

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from ...artifacts import KvcalError
+from ...artifacts.errors import one_line
 
 # In the order in which a new user meets them.
 COMMANDS = {
@@ -81,7 +82,7 @@ class UserError(click.ClickException):
     exit_code = 2
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
+        super().__init__(one_line(" ".join(message.split())))
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from ...artifacts.errors import one_line
 from ...artifacts.folder import write_atomically
 
 json_option = click.option(
@@ -24,20 +25,29 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(_finite(value), indent=1))
 
 
+def print_lines(*lines: object) -> None:
+    """Results for people, a line each, whatever names are in them; all that commands print goes through here."""
+    for line in lines:
+        click.echo(one_line(line))
+
+
 def say(message: str) -> None:
     """A line for people, on stderr, so that stdout holds results only."""
-    click.echo(message, err=True)
+    click.echo(one_line(message), err=True)
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Cells are quoted as they are, rich's markup in them included; line ends stay in the header only."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    table = Table(title=Text(one_line(title), style="bold"), title_justify="left", header_style="bold")
     for column, name in enumerate(header):
-        table.add_column(name, justify="left" if column == 0 else "right")
+        lines = [one_line(line) for line in name.split("\n")]
+        table.add_column(Text("\n".join(lines)), justify="left" if column == 0 else "right")
     for row in rows:
-        table.add_row(*[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row])
+        table.add_row(*[Text(f"{cell:.3g}" if isinstance(cell, float) else one_line(cell)) for cell in row])
     # Off a terminal, a fixed width keeps columns from wrapping in logs and pipes; on a narrow one a wrapped line can
     # still be read, a cell cut off cannot.
     console = Console()
@@ -63,10 +73,10 @@ def progress_bar(title: str) -> Iterator[Callable[..., None]]:
     )
 
     times = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    columns = (TextColumn(title), BarColumn(), *times, TextColumn("{task.fields[note]}"))
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None, note="")
-        yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
+    texts = (TextColumn("{task.description}", markup=False), TextColumn("{task.fields[note]}", markup=False))
+    with Progress(texts[0], BarColumn(), *times, texts[1], console=Console(stderr=True)) as bar:
+        task = bar.add_task(one_line(title), total=None, note="")
+        yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=one_line(note))
 
 
 @contextmanager
@@ -76,8 +86,9 @@ def working(title: str) -> Iterator[None]:
         yield
         return
     from rich.console import Console
+    from rich.text import Text
 
-    with Console(stderr=True).status(title):
+    with Console(stderr=True).status(Text(one_line(title))):
         yield
 
 

@@ -9,7 +9,7 @@ import click
 from ...artifacts import Artifact, load
 from ...artifacts.folder import write_atomically
 from .evaluate import check_weights
-from .output import json_option, print_json, print_table, progress_bar, say, working
+from .output import json_option, print_json, print_lines, print_table, progress_bar, say, working
 
 BYTES = 0.0625
 
@@ -189,9 +189,9 @@ def print_plan(artifact: Artifact, body: dict[str, Any]) -> None:
     print_table(title, ["layer", "method", "settings", "bytes", "error", "by KV head"], rows)
     predicted, measured = body["predicted"], body["measured"]
     recall = "".join(f"; {name} {value:.2f}" for name, value in measured["recall"].items())
-    click.echo(
+    print_lines(
         f"predicted: {predicted['bytes']:.4f} of dense attention's bytes, attention error "
-        f"{predicted['attention_error']:.3f}\n"
+        f"{predicted['attention_error']:.3f}",
         f"measured:  {measured['bytes']:.4f}, attention error {measured['attention_error']:.3f}, perplexity "
-        f"{measured['perplexity_ratio']:.4f} of full's{recall}"
+        f"{measured['perplexity_ratio']:.4f} of full's{recall}",
     )

@@ -63,8 +63,7 @@ def test_a_config_that_leads_elsewhere(folder: Path, entry: dict[str, Any]) -> N
 @pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
 @pytest.mark.parametrize(
     "name",
-    ["../secret.safetensors", "a/../../secret.safetensors", "{outside}/secret.safetensors", "", ".", "a\nb", "x" * 300]
-    + [3, None, ["x"]],
+    ["../secret.safetensors", "a/../../secret.safetensors", "{outside}/x", "", ".", "a\nb", "x" * 300, 3, None, ["x"]],
     ids=str,
 )
 def test_a_shard_outside_of_the_folder(folder: Path, index: str, name: Any) -> None:
@@ -108,7 +107,7 @@ def test_links_of_a_hub_cache_are_its_own(tmp_path: Path) -> None:
 def test_a_tokenizer_that_leads_elsewhere(folder: Path, entry: dict[str, Any]) -> None:
     text = json.dumps(entry).replace("{outside}", str(folder.parent))
     (folder / "tokenizer_config.json").write_text(text)
-    with pytest.raises(KvcalError, match="tokenizer_config.json: "):
+    with pytest.raises(KvcalError, match=r"tokenizer_config\.json: "):
         check_folder(folder)
 
 
@@ -135,20 +134,11 @@ def test_adapters_and_parts_of_distributed_checkpoints(folder: Path) -> None:
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 200 + "1" + "}" * 200, "[]", "\ud83d", "{"], ids=repr)
 def test_json_that_is_none(folder: Path, text: str) -> None:
     (folder / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(KvcalError, match="config.json: (cannot be loaded|more than)"):
+    with pytest.raises(KvcalError, match=r"config\.json: (cannot be loaded|more than)"):
         check_folder(folder)
 
 
-KERNELS = [
-    "org/name",
-    "org/name@v1:fn",
-    "flash_attention_2",
-    "paged|sdpa",
-    "flex_attention",
-    "no such",
-    {"": "org/x"},
-    3,
-]
+KERNELS = ["org/name", "org/name@v1:fn", "flash_attention_2", "paged|sdpa", "flex_attention", "none", {"": "org/x"}, 3]
 
 
 @pytest.mark.parametrize("asked", KERNELS, ids=str)
