@@ -13,7 +13,7 @@ from .recipe import MOST_BYTES, VERSION
 
 _PASS = ("reservoir", "seed", "batch_size", "dtype", "device")
 _CLUSTER = ("clusters", "tokens_per_cluster", "metric", "iterations", "seed")
-"""What the pass and the clustering put into a manifest. A stranger's says more, e.g. where a figure is to be written."""
+"""What pass and clustering put into a manifest. A stranger's may say more, e.g. where a figure is to be written."""
 _UPTRAINING = ("steps", "lr", "distill", "train", "pool", "batch_size", "warmup", "seed", "dtype", "device")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from ...artifacts import load, save
+from ...artifacts.places import check_can_write_in
 from ..distributed import World
 from .job import one_job
 from .output import json_option, plot_option, print_json, print_lines, print_table, progress_bar, write_plot
@@ -33,6 +34,7 @@ def cluster_command(artifact: Path, plot: Path | None, as_json: bool, world: Wor
     from ..plots import cluster_figure
 
     found = load(artifact)
+    check_can_write_in(artifact)
     with progress_bar("clustering") as progress:
         clustered = cluster(found, **settings, progress=progress, world=world)
     world.leave_to_first()

@@ -6,10 +6,11 @@ from typing import Any
 import click
 
 from ...artifacts import Artifact, load, save
+from ...artifacts.places import check_new_file
 from .analyze_rank import print_ranks
 from .cluster import print_clusters
 from .evaluation_table import print_results
-from .output import json_option, print_json, print_lines, progress_bar, working, write_plot
+from .output import is_png, json_option, print_json, print_lines, progress_bar, working, write_plot
 from .pass_options import PassOptions, run_pass
 from .summary import artifact_summary, print_summary
 
@@ -58,6 +59,8 @@ def demo_command(output: Path, as_json: bool) -> None:
         uncentred=False,
         resume=Checkpoint.beside(output, "").exists(),
     )
+    if output.is_dir():
+        check_new_file(output / "quality.png", is_png, "a PNG file")
     artifact = run_pass(options)
     if "clusters" not in artifact.stages:
         with progress_bar("clustering") as progress:

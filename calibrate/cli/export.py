@@ -30,11 +30,13 @@ def export_command(artifact: Path, model_spec: str, folder: Path, dtype: str, as
       calibrate export mistral-7b-wikitext --model mistral-7b --cla mistral-7b-cla2
     """
     from ...artifacts.folder import has_content
+    from ...artifacts.places import check_new_folder
     from ...runtime.cla import stage_map
     from ..models import load_model
     from ..sharing.export import export
     from .uptrain_options import check_weights
 
+    check_new_folder(folder)
     if has_content(folder):
         raise KvcalError(f"{folder}: already exists: choose another --cla or remove it")
     found = load(artifact)

@@ -12,8 +12,10 @@ from typing import Any
 
 import click
 
+from ...artifacts import KvcalError
 from ...artifacts.errors import one_line
 from ...artifacts.folder import write_atomically
+from ...artifacts.places import check_new_file
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print machine-readable results to stdout, nothing else."
@@ -92,17 +94,33 @@ def working(title: str) -> Iterator[None]:
         yield
 
 
-def _check_plot(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
-    """Said before the work, not after it."""
-    if path is not None and path.suffix.lower() != ".png":
-        raise click.BadParameter(f"{path}: figures are written as PNG, give a name that ends in .png")
-    if path is not None and not path.parent.is_dir():
-        raise click.BadParameter(f"{path.parent} is not a folder: make it first")
-    return path
+class NewFile(click.Path):
+    """The name of a file to be written, checked when the command line is read. It replaces none but its own kind."""
+
+    def __init__(self, replaceable: Callable[[Path], bool] | None = None, what: str = "", suffix: str = ""):
+        super().__init__(path_type=Path)
+        self.replaceable, self.what, self.suffix = replaceable, what, suffix
+
+    def convert(self, value: Any, parameter: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if str(value).endswith(("/", "/.")):
+            self.fail(f"{value}: names a folder: give the name of a file", parameter, ctx)
+        path: Path = super().convert(value, parameter, ctx)
+        if self.suffix and path.suffix.lower() != self.suffix:
+            self.fail(f"{path}: give a name that ends in {self.suffix}", parameter, ctx)
+        try:
+            check_new_file(path, self.replaceable, self.what)
+        except KvcalError as error:
+            self.fail(str(error), parameter, ctx)
+        return path
+
+
+def is_png(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
 plot_option = click.option(
-    "--plot", type=click.Path(path_type=Path), callback=_check_plot, help="Write the figure to this PNG file."
+    "--plot", type=NewFile(is_png, "a PNG file", ".png"), help="Write the figure to this PNG file."
 )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from ...artifacts import Artifact, load, save
+from ...artifacts.places import check_can_write_in
 from .output import json_option, plot_option, print_json, print_lines, print_table, progress_bar, working, write_plot
 from .uptrain_options import UptrainOptions, print_uptraining, run_uptraining, uptrain_options
 
@@ -60,6 +61,9 @@ def share_command(
 
     training = UptrainOptions.take(settings)
     found = load(artifact)
+    check_can_write_in(artifact)
+    if training.uptrain:
+        check_can_write_in(artifact.absolute().parent, f"{artifact.absolute().name}.uptraining")
     overwrite = settings.pop("overwrite")
     settings["group"] = int(group)
     if training.uptrain and _has_the_map(found, settings):

@@ -131,6 +131,15 @@ class Results:
             ) from error
 
 
+def are_results(path: Path) -> bool:
+    """Whether a file holds results of whatever settings."""
+    try:
+        _read(path)
+    except KvcalError:
+        return False
+    return True
+
+
 def parameters(row: Mapping[str, Any]) -> Setting:
     """The setting that a row is of."""
     return {name: value for name, value in row.items() if name not in MEASURED}
