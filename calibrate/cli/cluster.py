@@ -35,6 +35,7 @@ def cluster_command(artifact: Path, plot: Path | None, as_json: bool, world: Wor
 
     found = load(artifact)
     check_can_write_in(artifact)
+    world.agree_on({"content of ARTIFACT": str(found.content_hash)})
     with progress_bar("clustering") as progress:
         clustered = cluster(found, **settings, progress=progress, world=world)
     world.leave_to_first()

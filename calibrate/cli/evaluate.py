@@ -115,6 +115,7 @@ def evaluate_command(
     prompt_options |= {"tasks": _words(tasks), "lengths": _numbers("--lengths", lengths)}
     with working("checking hashes"):
         found = load(artifact)
+    world.agree_on({"content of ARTIFACT": str(found.content_hash)})
     with working("finding the text"):
         data = open_data(data_spec, split)
     with working("loading the model"):

@@ -11,6 +11,7 @@ import click
 
 from ...artifacts import KvcalError
 from ...artifacts.errors import one_line
+from .job import alone
 
 # In the order in which a new user meets them.
 COMMANDS = {
@@ -44,7 +45,7 @@ class Group(click.Group):
             return None
         module = import_module(f".{COMMANDS[cmd_name]}", __package__)
         command: click.Command = getattr(module, f"{cmd_name.replace('-', '_')}_command")
-        return command
+        return alone(command)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
