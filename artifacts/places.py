@@ -21,6 +21,7 @@ def check_new_folder(path: Path) -> None:
     Raises:
         KvcalError: it cannot: what is in the way, or what the file system says.
     """
+    _check_name(path)
     if not _look(path):
         _check_creatable(path)
     elif path.is_symlink() and (not path.exists() or (path.is_dir() and not any(path.iterdir()))):
@@ -43,6 +44,7 @@ def check_new_file(path: Path, replaceable: Callable[[Path], bool] | None = None
     Raises:
         KvcalError: it cannot, or another file would be lost.
     """
+    _check_name(path)
     found = _look(path)
     if not path.parent.is_dir():
         raise KvcalError(f"{path}: {path.parent} is not a folder: make it first")
@@ -80,14 +82,17 @@ def check_can_write_in(folder: Path, *names: str) -> None:
         raise KvcalError(f"{shown}: cannot be written ({reason}): choose another place") from None
 
 
-def _look(path: Path) -> os.stat_result | None:
-    """What is at `path`, links not followed; None: nothing. Raises KvcalError for what can be no name at all."""
+def _check_name(path: Path) -> None:
     try:
         str(path.absolute()).encode()
     except UnicodeEncodeError:
         raise KvcalError(f"{path}: its name is not UTF-8: choose another name") from None
     if path.name == ".." or path == path.parent != Path():
         raise KvcalError(f"{path}: has no name of its own: give one that does not end in a folder's dots")
+
+
+def _look(path: Path) -> os.stat_result | None:
+    """What is at `path`, links not followed; None: nothing."""
     try:
         return path.lstat()
     except (FileNotFoundError, NotADirectoryError):

@@ -152,7 +152,7 @@ def _yaml(value: Mapping[str, Any]) -> str:
     """What `read_recipe` reads as the same values, and a terminal shows as they are: otherwise in escapes."""
     import yaml
 
-    class Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    class Dumper(yaml.SafeDumper):
         def ignore_aliases(self, data: Any) -> bool:
             return True  # a recipe has none
 

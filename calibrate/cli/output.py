@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -104,7 +105,7 @@ class NewFile(click.Path):
     def convert(self, value: Any, parameter: click.Parameter | None, ctx: click.Context | None) -> Path:
         if str(value).endswith(("/", "/.")):
             self.fail(f"{value}: names a folder: give the name of a file", parameter, ctx)
-        path: Path = super().convert(value, parameter, ctx)
+        path = Path(os.fsdecode(super().convert(value, parameter, ctx)))
         if self.suffix and path.suffix.lower() != self.suffix:
             self.fail(f"{path}: give a name that ends in {self.suffix}", parameter, ctx)
         try:
