@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import stat
@@ -66,7 +65,7 @@ def check_new_file(path: Path, replaceable: Callable[[Path], bool] | None = None
 
 def check_can_write_in(folder: Path, *names: str) -> None:
     """Files of these names can be made in a folder that is there. Raises KvcalError when they cannot."""
-    probe = folder / f".kvcal-{secrets.token_hex(8)}"
+    probe = folder / f".kvcal-try-{secrets.token_hex(8)}"
     try:
         probe.mkdir()
         try:
@@ -74,8 +73,7 @@ def check_can_write_in(folder: Path, *names: str) -> None:
                 (probe / name).mkdir()
                 (probe / name).rmdir()
         finally:
-            with contextlib.suppress(FileNotFoundError):  # another writer tidies up
-                probe.rmdir()
+            probe.rmdir()
     except (OSError, ValueError) as error:
         shown = folder / names[-1].removesuffix(_LONGEST_ADDED) if names else folder
         reason = getattr(error, "strerror", None) or error

@@ -10,9 +10,9 @@ from typing import Any
 
 from .. import artifacts
 from ..artifacts import Artifact, KvcalError, ModelIdentity, Stage, differences, fingerprint
-from ..artifacts.folder import has_content
 from ..artifacts.manifest import MANIFEST
 from ..artifacts.places import check_new_folder
+from ..artifacts.writing import has_content
 from .blocks import TokenBlocks
 from .checkpoint import Checkpoint, run_id
 from .distributed import SINGLE, World

@@ -15,8 +15,8 @@ import click
 
 from ...artifacts import KvcalError
 from ...artifacts.errors import one_line
-from ...artifacts.folder import write_atomically
 from ...artifacts.places import check_new_file
+from ...artifacts.writing import write_atomically
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print machine-readable results to stdout, nothing else."

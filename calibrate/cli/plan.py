@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from ...artifacts import Artifact, load
-from ...artifacts.folder import write_atomically
 from ...artifacts.places import check_new_file
+from ...artifacts.writing import write_atomically
 from .evaluate import check_weights
 from .output import NewFile, json_option, print_json, print_lines, print_table, progress_bar, say, working
 

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 from ...artifacts import Artifact
+from ...artifacts.writing import new_folder
 from ...runtime.cla import STAGE, Cla, resolve, stage_map
-from ...runtime.integration.cla_folder import new_folder, write_cla
+from ...runtime.integration.cla_folder import write_cla
 from ...runtime.integration.sharing import shared
 from ..markdown import code, front_matter
 from ..models import LoadedModel
