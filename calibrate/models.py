@@ -34,6 +34,8 @@ MODEL_ALIASES: dict[str, str] = {
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_ENTRANCES = ("transformers.models.auto.", "transformers.modeling_utils", "transformers.utils.")
+"""Modules in which wrong arguments of ours would show."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 
 
@@ -119,7 +121,7 @@ def load_model(
 
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from ..runtime.integration.checkpoint_folder import CHECKED, check_folder
+    from ..runtime.integration.checkpoint_folder import CHECKED, check_folder, check_size
     from ..runtime.integration.checkpoint_json import check_heads, harmless
 
     place = str(source.folder or source.id)
@@ -132,6 +134,7 @@ def load_model(
         with _user_errors(source, "config.json"):
             config = harmless(AutoConfig.from_pretrained(place, **options))
             check_heads(downloaded / "config.json", config)
+            check_size(downloaded, config)
         if getattr(config, "is_encoder_decoder", False):
             raise KvcalError(
                 f"model {source.id}: {config.model_type} is an encoder-decoder: only decoders are supported"
@@ -237,7 +240,7 @@ def _user_errors(source: ModelSource, part: str) -> Iterator[None]:
         if not (isinstance(error, Exception) or panic):
             raise
         # Damaged .bin files and shapes that contradict the config come as bare RuntimeError.
-        known = ("PytorchStreamReader", "ignore_mismatched_sizes")
+        known = ("PytorchStreamReader", "ignore_mismatched_sizes", "can't allocate memory")
         faults = (OSError, ValueError, ImportError, EOFError, SafetensorError, pickle.UnpicklingError, MemoryError)
         file_s_fault = part != "weights" or isinstance(error, faults) or any(text in str(error) for text in known)
         if not (file_s_fault or _in_a_constructor(error)):
@@ -250,11 +253,11 @@ def _user_errors(source: ModelSource, part: str) -> Iterator[None]:
 
 
 def _in_a_constructor(error: BaseException) -> bool:
-    """Whether it was raised while transformers built a model, from the config alone."""
+    """Whether it was raised where transformers builds a model from its config alone."""
     place = error.__traceback__
     while place is not None:
-        code, module = place.tb_frame.f_code, str(place.tb_frame.f_globals.get("__name__"))
-        if code.co_name == "__init__" and module.startswith("transformers.models."):
+        module = str(place.tb_frame.f_globals.get("__name__"))
+        if module.startswith("transformers.") and not module.startswith(_ENTRANCES):
             return True
         place = place.tb_next
     return False

@@ -15,7 +15,7 @@ from transformers.initialization import no_init_weights
 
 from ...artifacts import KvcalError
 from ..cla_file import NAME, WEIGHTS, ClaFile
-from .checkpoint_folder import check_folder
+from .checkpoint_folder import check_folder, check_size
 from .checkpoint_json import check_heads, harmless
 from .sharing import share
 
@@ -72,6 +72,7 @@ def _unfilled(folder: Path, dtype: torch.dtype) -> Any:
     try:
         config = harmless(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         check_heads(folder / "config.json", config)
+        check_size(folder, config)
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         model.tie_weights()

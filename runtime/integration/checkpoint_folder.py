@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
 from ...artifacts import KvcalError
 from .checkpoint_json import PLAIN, check_config, check_tokenizer
@@ -51,6 +56,26 @@ def shards(index: Path) -> list[str]:
             raise KvcalError(f"{index}: {name[:200]!r}: expected a file in this folder: fetch it again")
         _check_inside(index.parent, index.parent / name, name)
     return names
+
+
+def check_size(folder: Path, config: Any) -> None:
+    """Refuse a config of far more weights than the files can hold: transformers would make up what they lack.
+
+    Raises:
+        KvcalError: more weights than the files have bits.
+    """
+    stored = sum(path.stat().st_size for path in _files(folder) if path.suffix in (".safetensors", ".bin"))
+    try:
+        with torch.device("meta"), no_init_weights():
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+    except Exception:  # said better where the weights are loaded
+        return
+    described = sum(parameter.numel() for parameter in model.parameters())
+    if stored and described > 8 * stored:
+        raise KvcalError(
+            f"{folder}: config.json describes a model of {described:.3g} weights, the files have {stored} bytes: "
+            "get a whole checkpoint"
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ _SIZES = {
     **dict.fromkeys(_EXPERTS, (0, 1 << 16)),
     **dict.fromkeys(_WIDTHS, (1, 1 << 24)),
     "intermediate_size": (0, 1 << 24),
+    "num_labels": (0, 1 << 20),
     "vocab_size": (1, 1 << 28),
     **dict.fromkeys(("max_position_embeddings", "n_positions"), (1, 1 << 40)),
 }
@@ -81,7 +82,8 @@ def harmless(config: Any) -> Any:
     transformers takes both from a config, and fetches and runs what they name. None lets it choose.
     """
     for each in _configs(config):
-        each.__dict__.pop("auto_map", None)
+        for name in ("auto_map", "fusion_config"):  # the latter changes classes for all models of the process
+            each.__dict__.pop(name, None)
         for name, known in (("_attn_implementation", _ATTENTION), ("_experts_implementation", _EXPERTS_LOOPS)):
             if getattr(each, name, None) not in known:
                 setattr(each, name, {"": None})  # of this config, not of those inside it
