@@ -1,6 +1,13 @@
 """The errors that users meet. Everything else that is raised is a bug and keeps its traceback."""
 
+import re
+
 _LONGEST = 3000
+# Letters and marks that Unicode counts as printable and that no terminal shows: fillers, joiners, variation selectors.
+_INVISIBLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
+_UNUSUAL = re.compile("[^ -~]")
 
 
 class KvcalError(Exception):
@@ -14,12 +21,18 @@ class KvcalError(Exception):
         super().__init__(one_line(message[:_LONGEST]) + ("…" if len(message) > _LONGEST else ""))
 
 
-def one_line(text: str) -> str:
-    """Line ends as spaces, characters that a terminal would act on or cannot show as escapes."""
-    return "".join(
-        character if character.isprintable() else " " if character.isspace() else f"{ascii(character)[1:-1]}"
-        for character in text
-    )
+def one_line(text: object) -> str:
+    """Line ends as spaces, characters that a terminal would act on, that turn the order of others or that nobody can
+    see as escapes. What a stranger wrote is printed through this only."""
+    return _UNUSUAL.sub(_plain, str(text))
+
+
+def _plain(found: re.Match[str]) -> str:
+    character = found[0]
+    if character.isspace():
+        return " "
+    shown = character.isprintable() and not _INVISIBLE.fullmatch(character)
+    return character if shown else ascii(character)[1:-1]
 
 
 class ArtifactError(KvcalError):

@@ -152,7 +152,9 @@ def main() -> None:
     logging.disable_progress_bar()
     job, batches = read_job(Path(sys.argv[1]))
     torch.set_num_threads(job["threads"])
-    model = AutoModelForCausalLM.from_pretrained(job["model_folder"], dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        job["model_folder"], dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
     work = [FULL, *peers(job["keeps"])]
     rows = []
     for number, peer in enumerate(work, 1):

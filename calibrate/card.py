@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from ..artifacts import Artifact
+from .markdown import code, front_matter
 from .plots import rank_figure
 from .rank import rank_report
 
 PLACE = "THIS FOLDER OR ITS HUB ID"
 """What the card's example loads, until it is known where the artifact lies on the Hub."""
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def card_files(artifact: Artifact, variance: float = 0.9) -> dict[str, bytes]:
@@ -20,36 +22,35 @@ def card_files(artifact: Artifact, variance: float = 0.9) -> dict[str, bytes]:
     return {"README.md": _card(artifact, report).encode(), "rank.png": rank_figure(artifact, report)}
 
 
-def _card(artifact: Artifact, report: dict) -> str:
+def _card(artifact: Artifact, report: dict[str, Any]) -> str:
     model, data, settings, first = artifact.model, artifact.data, artifact.settings, artifact.layers[0]
     source = data.get("source", {})
     shape = (
         f"{len(artifact.layers)} layers, {first.kv_heads} KV heads, {first.query_heads} query heads, "
         f"head dim {first.head_dim}"
     )
-    place = ", ".join(f"{name} {source[name]}" for name in ("config", "split", "revision") if source.get(name))
+    text_id = code(source.get("id", "text"))
+    place = ", ".join(f"{name} {code(source[name])}" for name in ("config", "split", "revision") if source.get(name))
     ranks = "\n".join(
         f"| {name} | {report['model'][name]:.1f} |" for name in ("key_pre", "key_post", "query_post", "value")
     )
-    return f"""---
-{_front_matter(artifact)}
----
+    return f"""{front_matter(_filed_under(artifact))}
 
-# kvcal artifact: {model.id} on {source.get("id", "text")}
+# kvcal artifact: {code(model.id)} on {text_id}
 
 Calibrated once, offline: moments, PCA bases, score-optimal bases and a reservoir of attention keys,
 queries and values; the stages present are {", ".join(sorted(artifact.stages))}.
 
 | | |
 | --- | --- |
-| model | {model.id}{f" at revision {model.revision}" if model.revision else ""} |
+| model | {code(model.id)}{f" at revision {code(model.revision)}" if model.revision else ""} |
 | weights sha256 | `{model.weights_sha256}` |
 | shape | {shape} |
-| text | {source.get("id", "text")}{f" ({place})" if place else ""} |
+| text | {text_id}{f" ({place})" if place else ""} |
 | text sha256 | `{data["content_sha256"]}` |
 | tokens | {data["tokens_counted"]} counted, in {data["blocks"]} blocks of {data["seq_len"]} |
-| settings | {", ".join(f"{name} {value}" for name, value in sorted(settings.items()))} |
-| versions | {", ".join(f"{name} {value}" for name, value in sorted(artifact.versions.items()))} |
+| settings | {_listed(settings)} |
+| versions | {_listed(artifact.versions)} |
 
 Mean rank@{100 * report["variance"]:g} over layers and KV heads:
 
@@ -73,13 +74,18 @@ float32. `calibrate verify` checks every hash; the format is specified in kvcal'
 """
 
 
-def _front_matter(artifact: Artifact) -> str:
-    """What the Hub files the artifact under. JSON strings are YAML, whatever is in them."""
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(code(f"{name} {value}") for name, value in sorted(values.items()))
+
+
+def _filed_under(artifact: Artifact) -> dict[str, Any]:
+    """What the Hub files the artifact under: its links lead to nothing but repositories."""
     model, source = artifact.model, artifact.data.get("source", {})
-    lines = ["library_name: kvcal", "tags: [kvcal, kv-cache, calibration]"]
+    entries: dict[str, Any] = {"library_name": "kvcal", "tags": ["kvcal", "kv-cache", "calibration"]}
     # A model in a folder may be called as a repository is; only those of the Hub have a commit.
-    if model.revision and _HUB_ID.fullmatch(model.id):
-        lines.append(f"base_model: {json.dumps(model.id)}")
-    if source.get("kind") == "hub":
-        lines.append(f"datasets: [{json.dumps(str(source.get('id')))}]")
-    return "\n".join(lines)
+    if model.revision and "/" in model.id and _HUB_ID.fullmatch(model.id):
+        entries["base_model"] = model.id
+    data_id = str(source.get("id"))
+    if source.get("kind") == "hub" and _HUB_ID.fullmatch(data_id):
+        entries["datasets"] = [data_id]
+    return entries

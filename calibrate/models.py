@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import pickle
 import re
@@ -35,6 +34,8 @@ MODEL_ALIASES: dict[str, str] = {
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_ENTRANCES = ("transformers.models.auto.", "transformers.modeling_utils", "transformers.utils.")
+"""Modules in which wrong arguments of ours would show."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 
 
@@ -120,32 +121,38 @@ def load_model(
 
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    from ..runtime.integration.checkpoint_folder import CHECKED, check_folder, check_size
+    from ..runtime.integration.checkpoint_json import check_heads, harmless
+
     place = str(source.folder or source.id)
     options: dict[str, Any] = {"trust_remote_code": False}
     if source.folder is None:
         options["revision"] = source.revision
     with _quiet(progress=source.folder is None):
+        downloaded = source.folder or hub.fetch(source.id, source.revision, CHECKED)
+        check_folder(downloaded)
         with _user_errors(source, "config.json"):
-            config = AutoConfig.from_pretrained(place, **options)
+            config = harmless(AutoConfig.from_pretrained(place, **options))
+            check_heads(downloaded / "config.json", config)
+            check_size(downloaded, config)
         if getattr(config, "is_encoder_decoder", False):
             raise KvcalError(
                 f"model {source.id}: {config.model_type} is an encoder-decoder: only decoders are supported"
             )
         with _user_errors(source, "tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(place, **options)
-        downloaded = source.folder or hub.cached(source.id, "model", source.revision)
-        if downloaded and not _has_tokenizer(downloaded):
+            tokenizer = AutoTokenizer.from_pretrained(place, config=config, **options)
+        if not _has_tokenizer(downloaded):
             raise KvcalError(f"model {source.id}: the repository has no tokenizer (tokenizer.json): choose another one")
         placed = placement(config) if placement else {}
         missing = []
         with _user_errors(source, "weights"):
-            if downloaded and (downloaded / cla_file.NAME).is_file():
+            if (downloaded / cla_file.NAME).is_file():
                 if placed:
                     raise KvcalError(f"model {source.id}: layers that share keys cannot be spread over devices")
                 model = _shared(downloaded, wanted)
             else:
                 model, report = AutoModelForCausalLM.from_pretrained(
-                    place, dtype=wanted, output_loading_info=True, **options, **placed
+                    place, config=config, dtype=wanted, output_loading_info=True, **options, **placed
                 )
                 missing = sorted(report["missing_keys"])
     if missing:
@@ -190,13 +197,11 @@ def _lacking(folder: Path) -> str | None:
         return "tokenizer (tokenizer.json)"
     if any((folder / name).is_file() for name in _WEIGHTS):
         return None
+    from ..runtime.integration.checkpoint_folder import shards
+
     for index in (folder / f"{name}.index.json" for name in _WEIGHTS):
         if index.is_file():
-            try:
-                shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, LookupError, TypeError, AttributeError):
-                return f"readable {index.name}"
-            return next((f"weights {shard}" for shard in shards if not (folder / shard).is_file()), None)
+            return next((f"weights {shard}" for shard in shards(index) if not (folder / shard).is_file()), None)
     return "weights (model.safetensors)"
 
 
@@ -222,22 +227,23 @@ def _device(name: str) -> torch.device:
 @contextmanager
 def _user_errors(source: ModelSource, part: str) -> Iterator[None]:
     """Turn what a faulty checkpoint makes transformers raise into one line; bugs pass."""
-    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    faults: tuple[type[Exception], ...] = (OSError, ValueError, ImportError, StrictDataclassError)
-    if part == "weights":
-        faults += (EOFError, pickle.UnpicklingError, SafetensorError)
-    else:  # JSON that parses and is of another shape; our own arguments are constant there
-        faults += (LookupError, TypeError, AttributeError)
     try:
         yield
-    except Exception as error:
-        # Damaged .bin files and shapes that contradict the config come as bare RuntimeError, a damaged
-        # tokenizer.json as bare Exception.
-        known = ("PytorchStreamReader", "ignore_mismatched_sizes")
-        bare = type(error) is Exception or (type(error) is RuntimeError and any(text in str(error) for text in known))
-        if not (isinstance(error, faults) or bare):
+    except KvcalError:
+        raise
+    except BaseException as error:
+        # A tokenizer's parser, which is in Rust, panics beside Exception. Our own arguments are constant, and of the
+        # weights' part what a model's constructor raises is the config's fault.
+        panic = type(error).__name__ == "PanicException"
+        if not (isinstance(error, Exception) or panic):
+            raise
+        # Damaged .bin files and shapes that contradict the config come as bare RuntimeError.
+        known = ("PytorchStreamReader", "ignore_mismatched_sizes", "can't allocate memory")
+        faults = (OSError, ValueError, ImportError, EOFError, SafetensorError, pickle.UnpicklingError, MemoryError)
+        file_s_fault = part != "weights" or isinstance(error, faults) or any(text in str(error) for text in known)
+        if not (file_s_fault or _in_a_constructor(error)):
             raise
         reason = "shapes differ from config.json" if known[1] in str(error) else hub.one_line(error)
         raise KvcalError(
@@ -246,13 +252,24 @@ def _user_errors(source: ModelSource, part: str) -> Iterator[None]:
         ) from error
 
 
+def _in_a_constructor(error: BaseException) -> bool:
+    """Whether it was raised where transformers builds a model from its config alone."""
+    place = error.__traceback__
+    while place is not None:
+        module = str(place.tb_frame.f_globals.get("__name__"))
+        if module.startswith("transformers.") and not module.startswith(_ENTRANCES):
+            return True
+        place = place.tb_next
+    return False
+
+
 @contextmanager
 def _quiet(progress: bool) -> Iterator[None]:
     """Silence transformers' warnings, and its progress bars unless `progress`; as before on leaving."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.CRITICAL + 1)  # errors quote the files, terminal escapes and all
     if not progress:
         logging.disable_progress_bar()
     try:

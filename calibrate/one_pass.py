@@ -11,6 +11,7 @@ from typing import Any
 from .. import artifacts
 from ..artifacts import Artifact, KvcalError, ModelIdentity, Stage, differences, fingerprint
 from ..artifacts.manifest import MANIFEST
+from ..artifacts.places import check_new_folder
 from ..artifacts.writing import has_content
 from .blocks import TokenBlocks
 from .checkpoint import Checkpoint, run_id
@@ -138,8 +139,12 @@ def check_output(output: Path) -> None:
     """Raise KvcalError when nothing can be saved at `output`, before any work is done."""
     if output.absolute() == Path.cwd():
         raise KvcalError(f"{output}: is the current folder, which cannot appear at once: give --output a name in it")
+    check_new_folder(output)
     if has_content(output) and not (output / MANIFEST).is_file():
         raise KvcalError(f"{output}: exists and is not an artifact: choose another --output")
+    beside = Checkpoint.beside(output, "").folder
+    if beside.is_symlink() or (beside.exists() and not beside.is_dir()):
+        raise KvcalError(f"{beside}: is no folder, and the pass keeps its checkpoints there: remove it")
 
 
 def _agreed(world: World, run: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..artifacts import Artifact
+from ..artifacts.errors import one_line
 
 _LABELS = {
     "key_pre": "keys, pre-rotary",
@@ -114,8 +115,20 @@ def _shades(count: int) -> list[Any]:
     return [colormaps["viridis"](0.9 * index / max(1, count - 1)) for index in range(count)]
 
 
+def short_name(text: object, most: int = 100) -> str:
+    """A name of a stranger's in a figure: one line, and not so long that it takes the figure's place."""
+    shown = one_line(text)
+    return shown if len(shown) <= most else shown[: most - 1] + "…"
+
+
 def png(figure: Any, title: str) -> bytes:
-    figure.suptitle(title, fontsize=11)
+    from matplotlib.legend import Legend
+
+    # Names are no formulas: a dollar sign in one would be read as the beginning of mathematics.
+    figure.suptitle(short_name(title, 160), fontsize=11, parse_math=False)
+    for legend in figure.findobj(Legend):
+        for text in legend.get_texts():
+            text.set_parse_math(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()

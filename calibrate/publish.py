@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifacts import Artifact, KvcalError, load
+from ..artifacts.errors import one_line
 from ..artifacts.manifest import FILE_NAME, MANIFEST
 from ..artifacts.plain_files import read_plain
 from ..runtime import hub
@@ -60,7 +61,7 @@ def push(
 
     artifact = load(folder)
     contents = _contents(artifact, repo_id)
-    _check_online(repo_id)
+    _check_online(repo_id, branch)
     api = HfApi(endpoint=constants.ENDPOINT)
     with _in_one_line(repo_id):
         api.create_repo(repo_id, private=private or None, exist_ok=True)
@@ -79,7 +80,7 @@ def push(
         commit = api.create_commit(
             repo_id,
             [*additions, *(CommitOperationDelete(name) for name in old)],
-            commit_message=message or f"kvcal artifact of {artifact.model.id}, content {artifact.content_hash}",
+            commit_message=one_line(message or f"kvcal artifact of {artifact.model.id[:200]}, {artifact.content_hash}"),
             revision=branch,
             parent_commit=before.sha,
         )
@@ -130,7 +131,7 @@ def _has_front_matter(card: str) -> bool:
         return False
 
 
-def _check_online(repo_id: str) -> None:
+def _check_online(repo_id: str, branch: str | None) -> None:
     """Raise KvcalError within seconds for what would make the upload fail after minutes."""
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import HFValidationError
@@ -143,6 +144,8 @@ def _check_online(repo_id: str) -> None:
         valid = False
     if not valid:
         raise KvcalError(f"{repo_id}: not a Hub id: give org/name, or your user name before the slash")
+    if branch is not None:
+        hub.check_revision(repo_id, branch)
     if constants.HF_HUB_OFFLINE:
         raise KvcalError(f"{repo_id}: HF_HUB_OFFLINE is set, nothing can be sent: unset it")
     if not get_token():

@@ -27,7 +27,7 @@ from ..artifacts import KvcalError
 VERSION = 1
 KEYS = ("recipe", "model", "data", "output", "pca", "stages", "expect")
 EXPECTED = ("text_sha256", "weights_sha256")
-_MAX_BYTES = 1 << 16
+MOST_BYTES = 1 << 16
 """YAML is read slowly, and a recipe of this size is none."""
 _MOST_LEVELS = 10
 
@@ -110,12 +110,12 @@ class _Reader:
 
         try:
             with self.path.open("rb") as file:
-                data = file.read(_MAX_BYTES + 1)
+                data = file.read(MOST_BYTES + 1)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise KvcalError(f"{self.path}: cannot be read ({reason}): give the path of a recipe") from None
-        if len(data) > _MAX_BYTES:
-            raise KvcalError(f"{self.path}: larger than {_MAX_BYTES} bytes, not a recipe")
+        if len(data) > MOST_BYTES:
+            raise KvcalError(f"{self.path}: larger than {MOST_BYTES} bytes, not a recipe")
         try:
             # What safe_load does, and the nodes with their lines beside it. An alias can stand for exponentially many
             # values or for itself, and a recipe needs none.

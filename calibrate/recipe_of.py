@@ -9,8 +9,11 @@ from ..artifacts import Artifact, KvcalError
 from ..artifacts.errors import one_line
 from ..runtime.planned import has_plan
 from .models import MODEL_ALIASES
-from .recipe import VERSION
+from .recipe import MOST_BYTES, VERSION
 
+_PASS = ("reservoir", "seed", "batch_size", "dtype", "device")
+_CLUSTER = ("clusters", "tokens_per_cluster", "metric", "iterations", "seed")
+"""What pass and clustering put into a manifest. A stranger's may say more, e.g. where a figure is to be written."""
 _UPTRAINING = ("steps", "lr", "distill", "train", "pool", "batch_size", "warmup", "seed", "dtype", "device")
 
 
@@ -29,8 +32,11 @@ def recipe_of(artifact: Artifact, pca_options: Collection[str]) -> str:
     body: dict[str, Any] = {"pca": _pca(artifact, source, pca_options, notes)}
     if stages := _stages(artifact, notes):
         body["stages"] = stages
-    comment = "".join(f"# {one_line(note)}\n" for note in notes)
-    return "\n".join((comment, _yaml(head), _yaml(body), _yaml({"expect": expect})))
+    comment = "".join(f"# {one_line(note)[:2000]}\n" for note in notes)
+    text = "\n".join((comment, _yaml(head), _yaml(body), _yaml({"expect": expect})))
+    if len(text.encode()) > MOST_BYTES:
+        raise KvcalError(f"{artifact.name}: its manifest has names of more than the {MOST_BYTES} bytes of a recipe")
+    return text
 
 
 def data_spec(source: Mapping[str, Any], notes: list[str]) -> str | None:
@@ -77,10 +83,10 @@ def _pca(artifact: Artifact, source: Mapping[str, Any], options: Collection[str]
     for name, value in artifact.settings.items():
         if name == "centred":
             found |= {} if value else {"uncentred": True}
-        elif name in options:
+        elif name in _PASS and name in options:
             found[name] = value
         else:
-            notes.append(f"Of the pass the manifest also says {name} {value!r}, which is no option of `calibrate pca`.")
+            notes.append(f"Of the pass the manifest also says {name} {value!r}, which is left out.")
     return found
 
 
@@ -89,7 +95,8 @@ def _stages(artifact: Artifact, notes: list[str]) -> list[dict[str, Any]]:
     if has_plan(artifact):
         notes.append("plan.json is no part of the manifest: copy it, or add the stage `plan` with what it says.")
     if "clusters" in artifact.stages:
-        found.append({"cluster": dict(artifact.stages["clusters"].settings)})
+        settings = artifact.stages["clusters"].settings
+        found.append({"cluster": {name: settings[name] for name in _CLUSTER if name in settings}})
     if "cla" in artifact.stages:
         settings = artifact.stages["cla"].settings
         asked = _sharing(artifact, settings, notes)
@@ -142,6 +149,16 @@ def _training(settings: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
 
 
 def _yaml(value: Mapping[str, Any]) -> str:
+    """What `read_recipe` reads as the same values, and a terminal shows as they are: otherwise in escapes."""
     import yaml
 
-    return yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True, width=110)
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:
+            return True  # a recipe has none
+
+    options: dict[str, Any] = {"sort_keys": False, "width": 110}
+    text: str = yaml.dump(dict(value), Dumper=Dumper, allow_unicode=True, **options)
+    if all(line == one_line(line) for line in text.split("\n")):
+        return text
+    escaped: str = yaml.dump(dict(value), Dumper=Dumper, **options)
+    return escaped

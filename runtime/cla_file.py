@@ -40,17 +40,18 @@ class ClaFile:
         try:
             with path.open("rb") as file:
                 body = json.loads(file.read(_MAX_BYTES))
-            version, groups, dtype = body["version"], body["groups"], body["dtype"]
-            if body["format"] != "kvcal-cla" or not isinstance(groups, str) or not isinstance(dtype, str):
-                raise ValueError("format, groups or dtype")
+            version, groups, dtype, origin = body["version"], body["groups"], body["dtype"], body.get("origin") or {}
+            good = isinstance(groups, str) and isinstance(dtype, str) and isinstance(origin, dict)
+            if body["format"] != "kvcal-cla" or not good:
+                raise ValueError("format, groups, dtype or origin")
         except (FileNotFoundError, NotADirectoryError):
             raise KvcalError(
                 f"{folder}: has no {NAME}: give a folder that `calibrate export ARTIFACT --model MODEL --cla DIR` wrote"
             ) from None
-        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise KvcalError(f"{path}: cannot be read ({error}): export the model again") from error
         if version != _VERSION:
             raise KvcalError(
                 f"{path}: version {version!r}, this kvcal reads {_VERSION}: upgrade kvcal, or export again"
             )
-        return cls(SharingMap.parse(groups), dtype, dict(body.get("origin") or {}))
+        return cls(SharingMap.parse(groups), dtype, origin)

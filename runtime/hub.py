@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..artifacts import KvcalError
+from ..artifacts import KvcalError, errors
 
 RepoType = Literal["model", "dataset"]
 
 TIMEOUT_S = 3.0
-_REVISION = re.compile(r"[\w+-][\w.+-]*(/[\w+-][\w.+-]*)*")
+_REVISION = re.compile(r"[\w+-][\w.+-]*(/[\w+-][\w.+-]*)*", re.ASCII)
+_LONGEST_REVISION = 200
+_COMMIT = re.compile("[0-9a-f]{40}([0-9a-f]{24})?")
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,8 @@ def locate(
         raise KvcalError(
             f"{repo_id}: no such file or folder, and not a Hub id (org/name) either: check the spelling"
         ) from None
-    # It becomes part of a path in the cache, and must not lead out of it.
-    if revision is not None and not (_REVISION.fullmatch(revision) and ".." not in revision):
-        raise KvcalError(f"{repo_id}@{revision}: no name of a branch or tag, and no commit: check what is behind the @")
+    if revision is not None:
+        check_revision(repo_id, revision)
     folder = cached(repo_id, repo_type, revision)
     missing = lacking(folder) if folder and lacking else None
     if folder and missing is None:
@@ -89,6 +90,30 @@ def locate(
     return Located(None, _commit(repo_id, repo_type, revision))
 
 
+def check_revision(repo_id: str, revision: str) -> None:
+    """Raise KvcalError for what is no revision: it becomes part of a path in the cache, and must not lead out of it."""
+    good = len(revision) <= _LONGEST_REVISION and _REVISION.fullmatch(revision) and ".." not in revision
+    if not good:
+        shown = revision if len(revision) <= 100 else f"{revision[:100]}…"
+        raise KvcalError(f"{repo_id}@{shown}: no name of a branch or tag, and no commit: check what is behind the @")
+
+
+def fetch(repo_id: str, revision: str | None, names: Sequence[str]) -> Path:
+    """The snapshot folder of a model in the cache, after downloading the files of these names or patterns.
+
+    Raises:
+        KvcalError: the network, the Hub or the disk failed.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    try:
+        patterns = list(names)
+        folder = snapshot_download(repo_id, revision=revision, endpoint=constants.ENDPOINT, allow_patterns=patterns)
+    except Exception as error:  # the network's, the server's or the disk's fault
+        raise KvcalError(f"model {repo_id}: the download failed ({one_line(error)}): try again") from error
+    return Path(folder)
+
+
 def cached(repo_id: str, repo_type: RepoType, revision: str | None) -> Path | None:
     """The snapshot folder in the local Hub cache, complete or not; its name is the commit."""
     from huggingface_hub import constants
@@ -100,8 +125,9 @@ def cached(repo_id: str, repo_type: RepoType, revision: str | None) -> Path | No
     repository = Path(constants.HF_HUB_CACHE) / constants.REPO_ID_SEPARATOR.join(parts)
     ref = repository / "refs" / wanted
     snapshots = repository / "snapshots"
-    folder = snapshots / (ref.read_text().strip() if ref.is_file() else wanted)
-    if folder.is_dir():
+    noted = ref.read_text(errors="replace").strip() if ref.is_file() else wanted
+    folder = snapshots / noted
+    if "/" not in noted and ".." not in noted and folder.is_dir():
         return folder
     # What was downloaded by its commit, as we do, leaves no note which branch it is.
     newest_last = sorted(snapshots.glob("*/"), key=lambda path: path.stat().st_mtime) if revision is None else []
@@ -131,7 +157,7 @@ def unreachable() -> str | None:
 
 def one_line(error: BaseException, limit: int = 200) -> str:
     """The gist of another library's exception, to be put in brackets into one of our lines."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = errors.one_line(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
@@ -151,5 +177,7 @@ def _commit(repo_id: str, repo_type: RepoType, revision: str | None) -> str:
     except Exception as error:  # anything else is the network's or the server's fault, not ours
         problem = f"the Hub failed ({type(error).__name__}: {one_line(error)}): try again, or pass a folder"
     else:
-        return info.sha or revision or ""
+        if _COMMIT.fullmatch(info.sha or ""):
+            return str(info.sha)
+        problem = f"the Hub answered with a commit {str(info.sha)[:80]!r}: try again, or pass a folder"
     raise KvcalError(f"{repo_type} {repo_id}: {problem}")

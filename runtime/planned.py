@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ..artifacts import Artifact, ArtifactError, KvcalError
@@ -75,6 +76,16 @@ def read_plan(artifact: Artifact | None) -> dict[str, Any]:
     if not isinstance(layers, list) or not all(entry is None or _is_setting(entry) for entry in layers):
         raise ArtifactError(f"{path}: layers: expected a list of settings or null: {_MAKE}")
     return body
+
+
+def is_plan(path: Path) -> bool:
+    """Whether a file holds a plan, of whatever format."""
+    try:
+        with path.open("rb") as file:
+            body = json.loads(file.read(_MOST_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(body, dict) and type(body.get("format")) is int and isinstance(body.get("layers"), list)
 
 
 def methods_of(artifact: Artifact | None, total: int) -> list[Mapping[str, Any]]:

@@ -75,8 +75,9 @@ class Job:
         return [line for line in lines if "[W" not in line and "Warning" not in line]
 
 
-def start(folder: Path, arguments: list[Any], size: int, prelude: str = "") -> Job:
-    """Run the command line `arguments` in `size` processes; `prelude` is Python that runs in each before it."""
+def start(folder: Path, arguments: list[Any] | Callable[[int], list[Any]], size: int, prelude: str = "") -> Job:
+    """Run the command line `arguments`, or that of each rank, in `size` processes; `prelude` is Python that runs in
+    each before it."""
     folder.mkdir(parents=True, exist_ok=True)
     from torch.distributed import TCPStore
 
@@ -86,7 +87,7 @@ def start(folder: Path, arguments: list[Any], size: int, prelude: str = "") -> J
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": store.port}
         words_of_torchrun = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
         variables = {name: str(value) for name, value in numbers.items()} | words_of_torchrun
-        words = [str(word) for word in arguments]
+        words = [str(word) for word in (arguments(rank) if callable(arguments) else arguments)]
         process = _SERVER.Process(target=_run, args=(variables, words, str(folder / str(rank)), prelude))
         process.start()
         processes.append(process)

@@ -6,9 +6,10 @@ from typing import Any
 import click
 
 from ...artifacts import load, save
+from ...artifacts.places import check_can_write_in
 from ..distributed import World
 from .job import one_job
-from .output import json_option, plot_option, print_json, print_table, progress_bar, write_plot
+from .output import json_option, plot_option, print_json, print_lines, print_table, progress_bar, write_plot
 
 
 @click.command("cluster")
@@ -33,6 +34,8 @@ def cluster_command(artifact: Path, plot: Path | None, as_json: bool, world: Wor
     from ..plots import cluster_figure
 
     found = load(artifact)
+    check_can_write_in(artifact)
+    world.agree_on({"content of ARTIFACT": str(found.content_hash)})
     with progress_bar("clustering") as progress:
         clustered = cluster(found, **settings, progress=progress, world=world)
     world.leave_to_first()
@@ -67,9 +70,9 @@ def print_clusters(report: dict[str, Any]) -> None:
         )
     header = ["layer", "largest", "radius", "p95", "max", "silhouette", "query norm", "δ·r", "iterations*"]
     print_table(f"{settings.get('clusters')} {settings.get('metric')} clusters per KV head", header, rows)
-    click.echo(
-        "largest: tokens of the largest cluster; radius, p95, max: distances of keys to their centroid (cosine: of\n"
-        "directions); silhouette: -1 to 1, of a sample; query norm: the longest query; δ·r: radius of so many greedy\n"
-        "balls that cover the keys, times query norm and softmax scale (what SubGen's bound grows with)\n"
-        "* k-means on unseen text until within 1 % of the best: from calibrated centroids / k-means++ / random keys"
+    print_lines(
+        "largest: tokens of the largest cluster; radius, p95, max: distances of keys to their centroid (cosine: of",
+        "directions); silhouette: -1 to 1, of a sample; query norm: the longest query; δ·r: radius of so many greedy",
+        "balls that cover the keys, times query norm and softmax scale (what SubGen's bound grows with)",
+        "* k-means on unseen text until within 1 % of the best: from calibrated centroids / k-means++ / random keys",
     )

@@ -6,10 +6,11 @@ from typing import Any
 import click
 
 from ...artifacts import Artifact, load, save
+from ...artifacts.places import check_new_file
 from .analyze_rank import print_ranks
 from .cluster import print_clusters
 from .evaluation_table import print_results
-from .output import json_option, print_json, progress_bar, working, write_plot
+from .output import is_png, json_option, print_json, print_lines, progress_bar, working, write_plot
 from .pass_options import PassOptions, run_pass
 from .summary import artifact_summary, print_summary
 
@@ -58,6 +59,8 @@ def demo_command(output: Path, as_json: bool) -> None:
         uncentred=False,
         resume=Checkpoint.beside(output, "").exists(),
     )
+    if output.is_dir():
+        check_new_file(output / "quality.png", is_png, "a PNG file")
     artifact = run_pass(options)
     if "clusters" not in artifact.stages:
         with progress_bar("clustering") as progress:
@@ -74,16 +77,16 @@ def demo_command(output: Path, as_json: bool) -> None:
         print_json({"artifact": summary, "ranks": ranks, "clusters": clusters, "results": rows, "side_by_side": texts})
         return
     print_summary(artifact_summary(verified))
-    click.echo()
+    print_lines("")
     print_ranks(ranks)
-    click.echo()
+    print_lines("")
     print_clusters(clusters)
-    click.echo()
+    print_lines("")
     print_results(described, rows)
     print_side_by_side(texts)
-    click.echo(f"\nverified: every hash, shape and dtype of {output} holds")
-    click.echo(f"figures:  {output / 'rank.png'}  {output / 'clusters.png'}  {output / 'quality.png'}")
-    click.echo(
+    print_lines("", f"verified: every hash, shape and dtype of {output} holds")
+    print_lines(f"figures:  {output / 'rank.png'}  {output / 'clusters.png'}  {output / 'quality.png'}")
+    print_lines(
         f"next:     calibrate evaluate {output} --data stdlib --split heldout --method spectral,loki,h2o,streaming"
     )
 
@@ -111,7 +114,7 @@ def decode(artifact: Artifact) -> tuple[list[dict[str, Any]], list[dict[str, Any
 
 def print_side_by_side(texts: list[dict[str, Any]]) -> None:
     for entry in texts:
-        click.echo(f"\n…{entry['prompt']!r}")
+        print_lines("", f"…{entry['prompt']!r}")
         for each in entry["continuations"]:
             read = each["bytes_per_step"] / 1e6
-            click.echo(f"  {each['setting']['method']:8} reads {read:.2f} MB a step  →  {each['text']!r}")
+            print_lines(f"  {each['setting']['method']:8} reads {read:.2f} MB a step  →  {each['text']!r}")

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from ...artifacts import load
-from .output import json_option, print_json, print_table
+from .output import json_option, print_json, print_lines, print_table
 
 
 @click.command("diff")
@@ -32,9 +32,9 @@ def diff_command(first: Path, second: Path, variance: float, as_json: bool) -> N
 
 def _print(report: dict[str, Any]) -> None:
     for entry in report["differs"]:
-        click.echo(f"{entry['field']}: {_short(entry['first'])} -> {_short(entry['second'])}")
+        print_lines(f"{entry['field']}: {_short(entry['first'])} -> {_short(entry['second'])}")
     if report["same_tensors"]:
-        click.echo("the tensor files are identical")
+        print_lines("the tensor files are identical")
         return
     rows = []
     for entry in report["layers"]:

@@ -10,7 +10,13 @@ from ...artifacts import Artifact, KvcalError, load
 from ..distributed import World
 from .evaluation_table import print_results
 from .job import one_job
-from .output import json_option, plot_option, print_json, progress_bar, say, working, write_plot
+from .output import NewFile, json_option, plot_option, print_json, progress_bar, say, working, write_plot
+
+
+def _are_results(path: Path) -> bool:
+    from ..evaluation.results import are_results
+
+    return are_results(path)
 
 
 @click.command("evaluate")
@@ -51,7 +57,9 @@ from .output import json_option, plot_option, print_json, progress_bar, say, wor
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
 @click.option(
-    "--output", type=click.Path(path_type=Path), help="Results as JSON; a run that finds its own file there goes on."
+    "--output",
+    type=NewFile(_are_results, "a results file"),
+    help="Results as JSON; a run that finds its own file there goes on.",
 )
 @click.option(
     "--compare",
@@ -103,12 +111,11 @@ def evaluate_command(
 
     if data_spec is None:
         raise click.UsageError("give --data: text that the artifact was not calibrated on, e.g. stdlib --split heldout")
-    if output is not None and not output.absolute().parent.is_dir():
-        raise KvcalError(f"--output {output}: {output.parent} is not a folder: make it first")
     grid = _grid(methods, rank, keep, assignments)
     prompt_options |= {"tasks": _words(tasks), "lengths": _numbers("--lengths", lengths)}
     with working("checking hashes"):
         found = load(artifact)
+    world.agree_on({"content of ARTIFACT": str(found.content_hash)})
     with working("finding the text"):
         data = open_data(data_spec, split)
     with working("loading the model"):
@@ -120,6 +127,8 @@ def evaluate_command(
     check_lengths(prompts, loaded.model)
     settings = _settings(found, loaded, data.source, prompts, batch_size, prompt_options)
     results = Results.open(settings, output) if output is not None and world.first else Results(settings, output)
+    if any("bytes_per_step" not in row or "recall" not in row for row in results.rows):
+        raise KvcalError(f"{output}: a row lacks what was measured: choose another --output, or remove it")
     results = results.for_rank(world)
     for path in compare:
         compared_rows(settings, {}, path)  # said before the work, not after it

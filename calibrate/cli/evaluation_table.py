@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import click
-
-from .output import print_table
+from ...artifacts.errors import one_line
+from .output import print_lines, print_table
 
 
 def print_results(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -24,7 +23,7 @@ def print_results(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
         "ratio": [_number(row.get("perplexity_ratio"), ".3f") for row in rows],
     }
     recall = {
-        task.replace("@", "\n@"): [_number((row.get("recall") or {}).get(task), ".2f") for row in rows]
+        one_line(task).replace("@", "\n@"): [_number((row.get("recall") or {}).get(task), ".2f") for row in rows]
         for task in rows[0]["recall"]
     }
     costs = {
@@ -40,16 +39,16 @@ def print_results(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
     title = "; ".join([title, *(f"{name} {value}" for name, value in alike.items())])
     for columns in [names | recall | costs] if len(recall) <= 2 else [names | recall, names | costs]:
         print_table(title, list(columns), list(zip(*columns.values(), strict=True)))
-    click.echo(
-        "ppl: perplexity of the continuation; error: ‖o - o_dense‖ / ‖o_dense‖ of the attention output; mass: of the\n"
-        "dense attention that was read, both means of layers; MB: resident, and read per step, of one row; ms: per\n"
+    print_lines(
+        "ppl: perplexity of the continuation; error: ‖o - o_dense‖ / ‖o_dense‖ of the attention output; mass: of the",
+        "dense attention that was read, both means of layers; MB: resident, and read per step, of one row; ms: per",
         f"step of up to {settings['batch_size']} rows"
         + (
             "; of cla, dense is the shared model's own"
             if any(str(row["method"]).startswith("cla") for row in rows)
             else ""
         )
-        + ("; hits: of what an offloaded cache read, the share on the device" if "hits" in costs else "")
+        + ("; hits: of what an offloaded cache read, the share on the device" if "hits" in costs else ""),
     )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from ...artifacts import KvcalError, load
-from .output import json_option, print_json, working
+from .output import json_option, print_json, print_lines, working
 
 
 @click.command("export")
@@ -29,12 +29,14 @@ def export_command(artifact: Path, model_spec: str, folder: Path, dtype: str, as
     Example:
       calibrate export mistral-7b-wikitext --model mistral-7b --cla mistral-7b-cla2
     """
+    from ...artifacts.places import check_new_folder
     from ...artifacts.writing import has_content
     from ...runtime.cla import stage_map
     from ..models import load_model
     from ..sharing.export import export
     from .uptrain_options import check_weights
 
+    check_new_folder(folder)
     if has_content(folder):
         raise KvcalError(f"{folder}: already exists: choose another --cla or remove it")
     found = load(artifact)
@@ -49,5 +51,5 @@ def export_command(artifact: Path, model_spec: str, folder: Path, dtype: str, as
     if as_json:
         print_json({"folder": str(written), "groups": groups, "bytes": size, "uptrained": uptrained})
         return
-    click.echo(f"{written}: groups {groups}, {'uptrained' if uptrained else 'not uptrained'}, {size / 1e6:.1f} MB")
-    click.echo(f"\nload it with\n  from kvcal.runtime import load_cla\n  model = load_cla({str(written)!r})")
+    print_lines(f"{written}: groups {groups}, {'uptrained' if uptrained else 'not uptrained'}, {size / 1e6:.1f} MB")
+    print_lines("", "load it with", "  from kvcal.runtime import load_cla", f"  model = load_cla({str(written)!r})")

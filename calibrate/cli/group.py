@@ -10,6 +10,8 @@ from typing import Any
 import click
 
 from ...artifacts import KvcalError
+from ...artifacts.errors import one_line
+from .job import alone
 
 # In the order in which a new user meets them.
 COMMANDS = {
@@ -43,7 +45,7 @@ class Group(click.Group):
             return None
         module = import_module(f".{COMMANDS[cmd_name]}", __package__)
         command: click.Command = getattr(module, f"{cmd_name.replace('-', '_')}_command")
-        return command
+        return alone(command)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -81,7 +83,7 @@ class UserError(click.ClickException):
     exit_code = 2
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
+        super().__init__(one_line(" ".join(message.split())))
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

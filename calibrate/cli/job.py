@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..distributed import SINGLE, Finished, join, launched
+import click
+
+from ...artifacts import KvcalError
+from ..distributed import SINGLE, Finished, World, join, launched
 
 
 def one_job(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -20,18 +24,59 @@ def one_job(command: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **options: Any) -> Any:
         if launched() == 1:
             return command(*args, world=SINGLE, **options)
-        world = join()
-        streams = sys.stdout, sys.stderr
-        if not world.first:
-            sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 (until the process ends)
-        try:
-            with contextlib.suppress(Finished):
-                command(*args, world=world, **options)
-            world.leave()
-        except BaseException:
-            if not world.claim():
-                os._exit(2)  # told already; nothing may keep a failed job from ending
-            sys.stdout, sys.stderr = streams
-            raise
+        return _together(lambda world: command(*args, world=world, **options))
 
+    run.shares_work = True  # type: ignore[attr-defined]
     return run
+
+
+def alone(command: click.Command) -> click.Command:
+    """The command, which refuses to be run by several processes unless it shares its work among them."""
+    callback = command.callback
+    if callback is None or hasattr(callback, "shares_work"):
+        return command
+
+    def refuse(world: World) -> None:
+        raise KvcalError(f"calibrate {command.name} runs in one process, {world.size} were started: drop torchrun")
+
+    @functools.wraps(callback)
+    def run(*args: Any, **options: Any) -> Any:
+        return callback(*args, **options) if launched() == 1 else _together(refuse)
+
+    run.shares_work = False  # type: ignore[attr-defined]
+    command.callback = run
+    return command
+
+
+def _together(work: Callable[[World], Any]) -> None:
+    world = join()
+    streams = sys.stdout, sys.stderr
+    if not world.first:
+        sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 (until the process ends)
+    try:
+        with contextlib.suppress(Finished):
+            world.agree_on(_described())
+            work(world)
+        world.leave()
+    except BaseException:
+        if not world.claim():
+            os._exit(2)  # told already; nothing may keep a failed job from ending
+        sys.stdout, sys.stderr = streams
+        raise
+
+
+def _described() -> dict[str, str]:
+    """All that the ranks of a job must have in common, in the words of the command line."""
+    from ..one_pass import versions
+
+    context = click.get_current_context()
+    options = {name.replace("_", "-"): _plain(value) for name, value in context.params.items()}
+    return {"command": str(context.info_name), **options, **{f"version of {n}": v for n, v in versions().items()}}
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Path):
+        return str(value.absolute())
+    if isinstance(value, tuple):
+        return ", ".join(map(_plain, value))
+    return re.sub(r"^cuda:\d+$", "cuda", str(value))  # without torchrun each rank may be given its own

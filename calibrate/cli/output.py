@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,9 @@ from typing import Any
 
 import click
 
+from ...artifacts import KvcalError
+from ...artifacts.errors import one_line
+from ...artifacts.places import check_new_file
 from ...artifacts.writing import write_atomically
 
 json_option = click.option(
@@ -24,20 +28,29 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(_finite(value), indent=1))
 
 
+def print_lines(*lines: object) -> None:
+    """Results for people, a line each, whatever names are in them; all that commands print goes through here."""
+    for line in lines:
+        click.echo(one_line(line))
+
+
 def say(message: str) -> None:
     """A line for people, on stderr, so that stdout holds results only."""
-    click.echo(message, err=True)
+    click.echo(one_line(message), err=True)
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Cells are quoted as they are, rich's markup in them included; line ends stay in the header only."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    table = Table(title=Text(one_line(title), style="bold"), title_justify="left", header_style="bold")
     for column, name in enumerate(header):
-        table.add_column(name, justify="left" if column == 0 else "right")
+        lines = [one_line(line) for line in name.split("\n")]
+        table.add_column(Text("\n".join(lines)), justify="left" if column == 0 else "right")
     for row in rows:
-        table.add_row(*[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row])
+        table.add_row(*[Text(f"{cell:.3g}" if isinstance(cell, float) else one_line(cell)) for cell in row])
     # Off a terminal, a fixed width keeps columns from wrapping in logs and pipes; on a narrow one a wrapped line can
     # still be read, a cell cut off cannot.
     console = Console()
@@ -63,10 +76,10 @@ def progress_bar(title: str) -> Iterator[Callable[..., None]]:
     )
 
     times = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    columns = (TextColumn(title), BarColumn(), *times, TextColumn("{task.fields[note]}"))
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None, note="")
-        yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
+    texts = (TextColumn("{task.description}", markup=False), TextColumn("{task.fields[note]}", markup=False))
+    with Progress(texts[0], BarColumn(), *times, texts[1], console=Console(stderr=True)) as bar:
+        task = bar.add_task(one_line(title), total=None, note="")
+        yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=one_line(note))
 
 
 @contextmanager
@@ -76,22 +89,39 @@ def working(title: str) -> Iterator[None]:
         yield
         return
     from rich.console import Console
+    from rich.text import Text
 
-    with Console(stderr=True).status(title):
+    with Console(stderr=True).status(Text(one_line(title))):
         yield
 
 
-def _check_plot(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
-    """Said before the work, not after it."""
-    if path is not None and path.suffix.lower() != ".png":
-        raise click.BadParameter(f"{path}: figures are written as PNG, give a name that ends in .png")
-    if path is not None and not path.parent.is_dir():
-        raise click.BadParameter(f"{path.parent} is not a folder: make it first")
-    return path
+class NewFile(click.Path):
+    """The name of a file to be written, checked when the command line is read. It replaces none but its own kind."""
+
+    def __init__(self, replaceable: Callable[[Path], bool] | None = None, what: str = "", suffix: str = ""):
+        super().__init__(path_type=Path)
+        self.replaceable, self.what, self.suffix = replaceable, what, suffix
+
+    def convert(self, value: Any, parameter: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if str(value).endswith(("/", "/.")):
+            self.fail(f"{value}: names a folder: give the name of a file", parameter, ctx)
+        path = Path(os.fsdecode(super().convert(value, parameter, ctx)))
+        if self.suffix and path.suffix.lower() != self.suffix:
+            self.fail(f"{path}: give a name that ends in {self.suffix}", parameter, ctx)
+        try:
+            check_new_file(path, self.replaceable, self.what)
+        except KvcalError as error:
+            self.fail(str(error), parameter, ctx)
+        return path
+
+
+def is_png(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
 plot_option = click.option(
-    "--plot", type=click.Path(path_type=Path), callback=_check_plot, help="Write the figure to this PNG file."
+    "--plot", type=NewFile(is_png, "a PNG file", ".png"), help="Write the figure to this PNG file."
 )
 
 

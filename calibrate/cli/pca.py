@@ -6,7 +6,7 @@ import click
 
 from ..distributed import World
 from .job import one_job
-from .output import json_option, print_json
+from .output import json_option, print_json, print_lines
 from .pass_options import PassOptions, pass_options, run_pass
 from .summary import artifact_summary, print_summary
 
@@ -29,4 +29,4 @@ def pca_command(as_json: bool, world: World, **options: Any) -> None:
         print_json(summary)
     else:
         print_summary(summary)
-        click.echo(f"\nnext: calibrate analyze-rank {artifact.folder}")
+        print_lines("", f"next: calibrate analyze-rank {artifact.folder}")

@@ -7,11 +7,18 @@ from typing import Any
 import click
 
 from ...artifacts import Artifact, load
+from ...artifacts.places import check_new_file
 from ...artifacts.writing import write_atomically
 from .evaluate import check_weights
-from .output import json_option, print_json, print_table, progress_bar, say, working
+from .output import NewFile, json_option, print_json, print_lines, print_table, progress_bar, say, working
 
 BYTES = 0.0625
+
+
+def _is_plan(path: Path) -> bool:
+    from ...runtime.planned import is_plan
+
+    return is_plan(path)
 
 
 @click.command("plan")
@@ -53,7 +60,7 @@ BYTES = 0.0625
     show_default=True,
     help="Rows decoded together: they share the maps of a basis. At most --check-windows.",
 )
-@click.option("--output", type=click.Path(path_type=Path), help="File of the plan.  [default: plan.json in ARTIFACT]")
+@click.option("--output", type=NewFile(_is_plan, "a plan"), help="File of the plan.  [default: plan.json in ARTIFACT]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the questions.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
@@ -113,6 +120,9 @@ def plan_command(
     grid(method, 64, {})  # an unknown method is said before any work
     with working("checking hashes"):
         found = load(artifact)
+    path = output or artifact / FILE
+    if output is None:
+        check_new_file(path, _is_plan, "a plan")
     with working("finding the text"):
         data = open_data(data_spec, split)
     with working("loading the model"):
@@ -157,7 +167,6 @@ def plan_command(
         **prompt_options,
     }
     body = plan_body(offers, choice, how, check(choice))
-    path = output or artifact / FILE
     if output is None and has_plan(found):
         say(f"{path}: replaces the plan that was there")
     write_atomically(path, (json.dumps(body, indent=1) + "\n").encode())
@@ -189,9 +198,9 @@ def print_plan(artifact: Artifact, body: dict[str, Any]) -> None:
     print_table(title, ["layer", "method", "settings", "bytes", "error", "by KV head"], rows)
     predicted, measured = body["predicted"], body["measured"]
     recall = "".join(f"; {name} {value:.2f}" for name, value in measured["recall"].items())
-    click.echo(
+    print_lines(
         f"predicted: {predicted['bytes']:.4f} of dense attention's bytes, attention error "
-        f"{predicted['attention_error']:.3f}\n"
+        f"{predicted['attention_error']:.3f}",
         f"measured:  {measured['bytes']:.4f}, attention error {measured['attention_error']:.3f}, perplexity "
-        f"{measured['perplexity_ratio']:.4f} of full's{recall}"
+        f"{measured['perplexity_ratio']:.4f} of full's{recall}",
     )

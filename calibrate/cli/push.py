@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from .output import json_option, print_json
+from .output import json_option, print_json, print_lines
 
 
 @click.command("push")
@@ -37,8 +37,8 @@ def push_command(
     if as_json:
         print_json(dataclasses.asdict(pushed))
         return
-    click.echo(f"{pushed.url}\n\nload it with\n  from kvcal.runtime import load")
-    click.echo(f'  artifact = load("{pushed.repo_id}@{pushed.commit}")')
+    load = f'artifact = load("{pushed.repo_id}@{pushed.commit}")'
+    print_lines(pushed.url, "", "load it with", "  from kvcal.runtime import load", f"  {load}")
 
 
 @contextmanager

@@ -6,7 +6,8 @@ from typing import Any
 import click
 
 from ...artifacts import Artifact, load, save
-from .output import json_option, plot_option, print_json, print_table, progress_bar, working, write_plot
+from ...artifacts.places import check_can_write_in
+from .output import json_option, plot_option, print_json, print_lines, print_table, progress_bar, working, write_plot
 from .uptrain_options import UptrainOptions, print_uptraining, run_uptraining, uptrain_options
 
 
@@ -60,6 +61,9 @@ def share_command(
 
     training = UptrainOptions.take(settings)
     found = load(artifact)
+    check_can_write_in(artifact)
+    if training.uptrain:
+        check_can_write_in(artifact.absolute().parent, f"{artifact.absolute().name}.uptraining")
     overwrite = settings.pop("overwrite")
     settings["group"] = int(group)
     if training.uptrain and _has_the_map(found, settings):
@@ -121,7 +125,7 @@ def _uptrain(
         print_json({**report, "history": history})
     else:
         print_uptraining(report["settings"])
-        click.echo(f"\nnext: calibrate evaluate {folder} --method cla,cla+loki --data …")
+        print_lines("", f"next: calibrate evaluate {folder} --method cla,cla+loki --data …")
     if plot is not None and history:
         write_plot(plot, loss_figure(history, f"{trained.model.id}, groups {report['settings']['groups']}"))
 
@@ -158,15 +162,15 @@ def print_sharing(report: dict[str, Any]) -> None:
     frame = "before" if settings["keys_aligned"] == "pre" else "after"
     size = report["bytes_per_token"]
     stored, total = settings["stored_layers"], sum(map(len, report["groups"]))
-    click.echo(
-        f"R²: of the best linear alignment of all heads, on held-out tokens, keys {frame} their rotary embedding\n"
+    print_lines(
+        f"R²: of the best linear alignment of all heads, on held-out tokens, keys {frame} their rotary embedding",
         "cost: ‖o' - o‖ / ‖o‖ of the reading layer's attention output, with the storing layer's keys and values as "
-        "they are, and aligned\n"
+        "they are, and aligned",
         f"groups {settings['groups']} ({settings['pattern']}): predicted loss {report['predicted_loss']:.3g}, the sum "
-        "of aligned cost² over reading layers\n"
+        "of aligned cost² over reading layers",
         f"stored {stored} of {total} full-attention layers: {size['before']} → {size['after']} bytes per token at "
-        f"16 bit\n"
-        f"{report['bandwidth']}"
+        "16 bit",
+        report["bandwidth"],
     )
 
 

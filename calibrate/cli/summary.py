@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import click
-
 from ...artifacts import Artifact
+from .output import print_lines
 
 
 def artifact_summary(artifact: Artifact) -> dict[str, Any]:
@@ -14,7 +13,7 @@ def artifact_summary(artifact: Artifact) -> dict[str, Any]:
     return {
         "artifact": str(artifact.folder),
         "content_hash": artifact.content_hash,
-        "model": {"id": artifact.model.id, "revision": artifact.model.revision, **artifact.model.fingerprint},
+        "model": {**artifact.model.fingerprint, "id": artifact.model.id, "revision": artifact.model.revision},
         "weights_sha256": artifact.model.weights_sha256,
         "layers": len(artifact.layers),
         "kv_heads": first.kv_heads,
@@ -54,15 +53,15 @@ def print_summary(summary: dict[str, Any]) -> None:
     if summary["sliding_layers"]:
         lines["sliding"] = f"layers {', '.join(map(str, summary['sliding_layers']))}"
     for name, text in lines.items():
-        click.echo(f"{name:<11} {text}")
+        print_lines(f"{name:<11} {text}")
     for name, stage in summary["stages"].items():
-        settings = ", ".join(f"{key} {_in_short(value)}" for key, value in stage["settings"].items())
-        click.echo(f"  {name:<10} {stage['bytes'] / 1e6:8.1f} MB  {stage['tensors']:>4} tensors  {settings}".rstrip())
+        settings = ", ".join(f"{key} {_in_short(name, key, value)}" for key, value in stage["settings"].items())
+        print_lines(f"  {name:<10} {stage['bytes'] / 1e6:8.1f} MB  {stage['tensors']:>4} tensors  {settings}".rstrip())
 
 
-def _in_short(value: Any) -> Any:
+def _in_short(stage: str, name: str, value: Any) -> Any:
     """Of an uptraining its steps and what they brought; everything else as it is."""
-    if not (isinstance(value, dict) and "first_losses" in value):
+    if (stage, name) != ("cla", "uptraining") or value is None:
         return value
     first, last = value["first_losses"], value["last_losses"]
     losses = (f"{name.replace('_', ' ')} {first[name]:.3f} → {last[name]:.3f}" for name in first)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ...artifacts import Artifact, save
-from .output import print_table, progress_bar, say, working
+from .output import print_lines, print_table, progress_bar, say, working
 
 if TYPE_CHECKING:
     from ..blocks import TokenBlocks
@@ -193,7 +193,7 @@ def print_uptraining(settings: dict[str, Any]) -> None:
     after = " more" if done.get("earlier") else ""
     title = f"groups {settings['groups']}: {done['steps']}{after} steps, {done['train']} weights, lr {done['lr']:g}"
     print_table(title, ["steps", *(name.replace("_", " ") for name in names)], rows)
-    click.echo("nats per token on the training text; kl: of the shared model's predictions from the original's")
+    print_lines("nats per token on the training text; kl: of the shared model's predictions from the original's")
 
 
 def check_weights(artifact: Artifact, model: Any) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from ...artifacts import load
-from .output import json_option, print_json, working
+from .output import json_option, print_json, print_lines, working
 
 
 @click.command("verify")
@@ -52,9 +52,9 @@ def verify_command(artifact: Path, model_spec: str | None, as_json: bool) -> Non
             }
         )
         return
-    click.echo(f"{artifact}: {len(found.stages)} stages, {tensors} tensors: hashes, shapes, dtypes and values hold")
+    print_lines(f"{artifact}: {len(found.stages)} stages, {tensors} tensors: hashes, shapes, dtypes and values hold")
     if planned:
-        click.echo("plan.json is a plan for this artifact")
-    click.echo(f"content {found.content_hash}")
+        print_lines("plan.json is a plan for this artifact")
+    print_lines(f"content {found.content_hash}")
     if model_spec is not None:
-        click.echo(f"{model_spec}: architecture and weights are those it was calibrated on")
+        print_lines(f"{model_spec}: architecture and weights are those it was calibrated on")

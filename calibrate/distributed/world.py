@@ -86,6 +86,18 @@ class World:
         """What rank 0 gave."""
         return self.exchange(value if self.first else None)[0] if self.size > 1 else value
 
+    def agree_on(self, value: Mapping[str, str]) -> None:
+        """Raise KvcalError, on every rank alike, when another rank has other entries than rank 0."""
+        first, *others = self.exchange(value)
+        for rank, other in enumerate(others, 1):
+            for name in sorted(first.keys() | other.keys(), key=lambda name: (name != "command", name)):
+                ours, theirs = first.get(name, "nothing"), other.get(name, "nothing")
+                if ours != theirs:
+                    raise KvcalError(
+                        f"rank {rank} of {self.size} was started otherwise than rank 0 ({name} {theirs[:200]!r}, "
+                        f"{ours[:200]!r} on rank 0): start all of them with one command, of the same installation"
+                    )
+
     def send(self, to: int, tag: str, meta: Any, tensors: Mapping[str, Tensor]) -> None:
         """Hand a rank JSON-able `meta` and tensors; it must `receive` them under the same tag."""
         with self.talking():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-from ..plots import png, two_panels
+from ..plots import png, short_name, two_panels
 from .results import parameters
 
 _MARKERS = "osD^vPXp<>hd"
@@ -102,7 +102,7 @@ def evaluation_figure(settings: Mapping[str, Any], rows: Sequence[Mapping[str, A
                     linewidth=0.8,
                     alpha=0.9,
                     zorder=3,
-                    label=name,
+                    label=short_name(name),
                 )
         axis.axhline(quality(full), color="0.6", linewidth=0.8, linestyle=":", zorder=0)
         axis.set(xlabel="bytes read per step, as a fraction of full", ylabel=label)

@@ -144,6 +144,15 @@ class Results:
             write_atomically(self.path, json.dumps(body, indent=1).encode() + b"\n")
 
 
+def are_results(path: Path) -> bool:
+    """Whether a file holds results of whatever settings."""
+    try:
+        _read(path)
+    except KvcalError:
+        return False
+    return True
+
+
 def parameters(row: Mapping[str, Any]) -> Setting:
     """The setting that a row is of."""
     return {name: value for name, value in row.items() if name not in MEASURED}
@@ -192,9 +201,33 @@ def _read(path: Path) -> dict[str, Any]:
         good = isinstance(partial, dict) and all(isinstance(entry, dict) for entry in partial.values())
         # A name, or the settings of every layer.
         good &= all(isinstance(row, dict) and isinstance(row.get("method"), (str, list)) for row in body["results"])
+        good = good and all(map(_has_numbers, body["results"]))
     if not good:
         raise KvcalError(f"{path}: not a results file (no settings and results): choose another")
     return body
+
+
+def _has_numbers(row: Mapping[str, Any]) -> bool:
+    """Whether what a table and a figure show of a row is there to be shown."""
+    kinds = {"recall": dict, "recall_by_depth": dict, "attention_error": list, "attention_mass": list, "source": str}
+    for name in MEASURED:
+        value = row.get(name)
+        if value is None or (name == "recall_by_depth" and isinstance(value, dict)):
+            continue
+        if name not in kinds:
+            if not _is_number(value) or (name == "bytes_per_step" and not value > 0):
+                return False
+        elif not isinstance(value, kinds[name]):
+            return False
+        elif name != "source":
+            numbers = value.values() if isinstance(value, dict) else value
+            if not all(number is None or _is_number(number) for number in numbers):
+                return False
+    return True
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and not abs(value) > 1e300
 
 
 def _differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

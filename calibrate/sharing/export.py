@@ -10,13 +10,11 @@ from ...artifacts.writing import new_folder
 from ...runtime.cla import STAGE, Cla, resolve, stage_map
 from ...runtime.integration.cla_folder import write_cla
 from ...runtime.integration.sharing import shared
+from ..markdown import code, front_matter
 from ..models import LoadedModel
 from .uptrained_stage import steps_in_all
 
-CARD = """---
-library_name: kvcal
-tags: [kvcal, kv-cache, cross-layer-attention]
----
+CARD = """{front_matter}
 
 # {model}, sharing keys and values between layers ({groups})
 
@@ -74,6 +72,12 @@ def _card(artifact: Artifact, reading: int) -> str:
     settings, total = artifact.stages[STAGE].settings, len(artifact.layers)
     done = settings.get("uptraining")
     how = f"Uptrained for {steps_in_all(done)} steps." if done else "Not uptrained: it predicts badly."
+    filed_under = {"library_name": "kvcal", "tags": ["kvcal", "kv-cache", "cross-layer-attention"]}
     return CARD.format(
-        model=artifact.model.id, groups=settings["groups"], stored=total - reading, total=total, training=how
+        front_matter=front_matter(filed_under),
+        model=code(artifact.model.id),
+        groups=code(settings["groups"]),
+        stored=total - reading,
+        total=total,
+        training=how,
     )

@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--note", default="", help="anything else that a reader of the card should know")
     args = parser.parse_args()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.folder)
-    model = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32, attn_implementation="sdpa")
     _, words = dictionary(text for _, text in documents("train"))
     heldout = Rows(tokenizer, "heldout", words, seed=1)
     found = evaluate(model, heldout, args.episodes, (*LENGTHS, 4096), rows_of_text=64)

@@ -15,6 +15,8 @@ from transformers.initialization import no_init_weights
 
 from ...artifacts import KvcalError
 from ..cla_file import NAME, WEIGHTS, ClaFile
+from .checkpoint_folder import check_folder, check_size
+from .checkpoint_json import check_heads, harmless
 from .sharing import share
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -66,14 +68,19 @@ def load_cla(folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None
 
 def _unfilled(folder: Path, dtype: torch.dtype) -> Any:
     """The model of the folder's config with zeros for weights."""
+    check_folder(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = harmless(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        check_heads(folder / "config.json", config)
+        check_size(folder, config)
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         model.tie_weights()
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except KvcalError:
+        raise
+    except Exception as error:  # nothing of ours runs inside, so it is the folder's fault
         reason = " ".join(str(error).split())[:200]
         raise KvcalError(f"{folder}: its config cannot be loaded ({reason}): export the model again") from error
     # What is uninitialised may be no number, which runs through the checks that sharing does.

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
+from transformers import LlamaConfig
 
 from kvcal.artifacts import KvcalError
 from kvcal.calibrate import models
@@ -96,8 +97,9 @@ def test_incomplete_cache(tiny_model_folder: Path, empty_offline_cache: Path) ->
         resolve_model("org/name")
 
 
-def test_online_loads_by_id_and_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_online_loads_by_id_and_commit(monkeypatch: pytest.MonkeyPatch, tiny_model_folder: Path) -> None:
     monkeypatch.setattr(models.hub, "locate", lambda *_: models.hub.Located(None, COMMIT))
+    monkeypatch.setattr(models.hub, "fetch", lambda *_: tiny_model_folder)
     seen = {}
 
     def from_pretrained(place: str, **options: Any) -> Any:
@@ -113,10 +115,13 @@ def test_online_loads_by_id_and_commit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_online_without_a_tokenizer(
     tiny_model_folder: Path, empty_offline_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (_into_cache(empty_offline_cache, "org/name", tiny_model_folder) / "tokenizer.json").unlink()
+    snapshot = _into_cache(empty_offline_cache, "org/name", tiny_model_folder)
+    (snapshot / "tokenizer.json").unlink()
     monkeypatch.setattr(models.hub, "locate", lambda *_: models.hub.Located(None, COMMIT))
-    for name in ("AutoConfig", "AutoTokenizer"):
-        monkeypatch.setattr(f"transformers.{name}.from_pretrained", lambda *_, **__: None)
+    monkeypatch.setattr(models.hub, "fetch", lambda *_: snapshot)
+    config = LlamaConfig.from_pretrained(tiny_model_folder)
+    for name, found in (("AutoConfig", config), ("AutoTokenizer", None)):
+        monkeypatch.setattr(f"transformers.{name}.from_pretrained", lambda *_, found=found, **__: found)
     with pytest.raises(KvcalError, match="the repository has no tokenizer"):
         load_model("org/name")
 
@@ -184,17 +189,25 @@ def _cut_pickle(folder: Path) -> None:
         (_without("config.json"), "has no config.json"),
         (_without("model.safetensors"), r"has no weights \(model.safetensors\)"),
         (_without("tokenizer.json"), "has no tokenizer"),
-        (_written("config.json", b"{oops"), "config.json cannot be loaded"),
-        (_written("config.json", b"[1]"), "config.json cannot be loaded"),
+        (_written("config.json", b"{oops"), "config.json: cannot be loaded"),
+        (_written("config.json", b"[1]"), "config.json: cannot be loaded"),
         (_config(model_type="no_such_type"), "config.json cannot be loaded.*no_such_type"),
-        (_config(hidden_size="many"), "config.json cannot be loaded.*hidden_size"),
+        (_config(hidden_size="many"), "config.json: hidden_size is 'many': expected a whole number from 1"),
+        (_config(num_hidden_layers=-3), "config.json: num_hidden_layers is '-3': expected a whole number from 1"),
+        (_config(num_hidden_layers=1 << 40), "config.json: num_hidden_layers is"),
+        (_config(layer_types=["full_attention"] * 3), "config.json cannot be loaded.*layer_types"),
+        (_config(num_attention_heads=4, num_key_value_heads=3), "4 attention heads cannot share 3 KV heads"),
+        (_config(vocab_size=1 << 24), "config.json describes a model of .* weights, the files have [0-9]+ bytes"),
+        (_config(hidden_act="none"), "weights cannot be loaded"),
+        (_config(rope_parameters={"rope_type": "none"}), "cannot be loaded"),
+        (_config(rope_parameters={"rope_type": "yarn", "rope_theta": 1.0}), "cannot be loaded"),
         (_config(hidden_size=36), r"weights cannot be loaded.*shapes differ from config.json"),
         (_config(num_hidden_layers=3), "9 weights are not in its files, e.g. model.layers.2"),
         (_config(model_type="no_such_type", auto_map={"AutoConfig": "evil.Config"}), "config.json cannot be loaded"),
         (_config(model_type="vit"), "weights cannot be loaded"),
         (_cut("model.safetensors"), "weights cannot be loaded.*incomplete"),
         (_written("model.safetensors", b""), "weights cannot be loaded"),
-        (_written("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "weights cannot be loaded"),
+        (_written("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "the files have 43 bytes"),
         (_cut_pickle, "weights cannot be loaded"),
         (_written("tokenizer.json", b"{oops"), "tokenizer cannot be loaded"),
         (_written("tokenizer.json", b'{"model": 3}'), "tokenizer cannot be loaded"),
@@ -218,7 +231,7 @@ def test_shards(folder: Path) -> None:
     with pytest.raises(KvcalError, match=f"has no weights {shards[1].name}"):
         load_model(folder)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
-    with pytest.raises(KvcalError, match=r"has no readable model\.safetensors\.index\.json"):
+    with pytest.raises(KvcalError, match=r"model\.safetensors\.index\.json: weight_map: expected a file"):
         load_model(folder)
 
 
@@ -271,7 +284,7 @@ def test_multi_modal_model(tmp_path: Path, tiny_tokenizer: Any) -> None:
 
 
 def test_context() -> None:
-    from transformers import GPT2Config, LlamaConfig
+    from transformers import GPT2Config
 
     assert max_context(LlamaConfig(max_position_embeddings=128)) == 128
     assert max_context(GPT2Config(n_positions=99)) == 99

@@ -8,13 +8,16 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from huggingface_hub import constants
 
 from kvcal.artifacts import KvcalError
-from kvcal.runtime import hub
+from kvcal.calibrate.data import open_data
+from kvcal.calibrate.models import resolve_model
+from kvcal.runtime import hub, load
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER = "f" * 40
@@ -173,6 +176,45 @@ def test_online_but_unknown(cache: Path, server: None) -> None:
 def test_invalid_ids(cache: Path, no_network: None, name: str) -> None:
     with pytest.raises(KvcalError, match="not a Hub id"):
         hub.locate(name)
+
+
+TOO_LONG = ["a" * 201, "a" * 5000, "a/" * 1000 + "a", "é" * 150]
+
+
+@pytest.mark.parametrize("revision", TOO_LONG, ids=lambda revision: f"{revision[:2]}{len(revision)}")
+def test_a_revision_that_is_no_name_of_a_file(cache: Path, no_network: None, revision: str) -> None:
+    """Models, data sets and artifacts: wherever a revision may stand."""
+    asked = (
+        lambda: hub.locate("org/name", "model", revision),
+        lambda: load(f"org/name@{revision}"),
+        lambda: load("org/name", revision),
+        lambda: resolve_model(f"org/name@{revision}"),
+        lambda: resolve_model(f"mistral-7b@{revision}"),
+        lambda: open_data(f"org/name@{revision}:plain"),
+        lambda: hub.check_revision("org/name", revision),
+    )
+    for ask in asked:
+        with pytest.raises(KvcalError, match=r"no name of a branch or tag|no such file or folder") as caught:
+            ask()
+        assert len(str(caught.value)) < 3100
+
+
+def test_what_the_cache_notes_does_not_lead_out_of_it(cache: Path, no_network: None) -> None:
+    outside = cache / "outside"
+    outside.mkdir()
+    for noted in ("../../../outside", str(outside), "..", "\udcff"):
+        (cache / "models--org--name" / "refs" / "main").write_text(noted, errors="surrogateescape")
+        assert hub.locate("org/name").folder.parent.name == "snapshots"
+
+
+@pytest.mark.parametrize("sha", ["../../x", "x" * 5000, "\x1b[2J", None, COMMIT + "\n"], ids=ascii)
+def test_a_hub_that_answers_with_no_commit(
+    cache: Path, server: None, monkeypatch: pytest.MonkeyPatch, sha: str | None
+) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *_, **__: SimpleNamespace(sha=sha))
+    with pytest.raises(KvcalError, match="the Hub answered with a commit") as caught:
+        hub.locate("org/remote")
+    assert "\x1b" not in str(caught.value)
 
 
 @pytest.mark.parametrize("revision", ["/", "..", "../../..", "a/../../b", "/etc", "a//b", "a/", "a\0", "a\nb", "~", ""])

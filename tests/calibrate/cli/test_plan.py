@@ -75,7 +75,8 @@ def test_quality_finds_the_fewest_bytes_that_keep_it(artifact, text):
     ],
 )
 def test_bad_input_is_one_line_and_leaves_the_plan(artifact, text, arguments, message):
-    (artifact / "plan.json").write_text("kept")
+    kept = '{"format": 1, "layers": [], "by": "kept"}'
+    (artifact / "plan.json").write_text(kept)
     given = [text if argument == "TEXT" else argument for argument in arguments]
     assert message in refused("plan", artifact, *given)
-    assert (artifact / "plan.json").read_text() == "kept"
+    assert (artifact / "plan.json").read_text() == kept

@@ -172,7 +172,7 @@ HEAD = "recipe: 1\nmodel: demo\ndata: stdlib\n"
         (HEAD + "stages:\n- pca\n", "5: stages: no 'pca' there: there are cluster, share, plan, evaluate"),
         (HEAD + "stages:\n- cluster: {}\n  share: {}\n", "5: stages: one name in each item"),
         (HEAD + "stages:\n- cluster: {metric: cosin}\n", "5: cluster.metric: 'cosin' is not one of"),
-        (HEAD + "stages:\n- cluster: {plot: a.pdf}\n", "5: cluster: "),
+        (HEAD + "stages:\n- cluster: {plot: a.pdf}\n", "5: cluster.plot: a.pdf: give a name that ends in .png"),
         (HEAD + "stages:\n- evaluate: {keep: .5}\n", "5: evaluate: no data"),
         (HEAD + "stages:\n- evaluate: {data: x, keep: {a: 1}}\n", "5: evaluate.keep: expected text, a number"),
         (HEAD + "stages:\n- evaluate: {data: x, set: 5}\n", "5: evaluate.set: expected text"),

@@ -205,6 +205,7 @@ def broken(checkpoint, tmp_path):
         ({"groups": "0-2"}, "has unexpected model.layers.2"),
         ({"groups": "0,1,2"}, "lacks model.layers.1.self_attn.k_proj.weight and 1 more"),
         ({"dtype": "int4"}, "bfloat16"),
+        ({"origin": "\x1b[2J"}, "cannot be read"),
     ],
 )
 def test_a_map_that_does_not_fit_is_refused(checkpoint, tmp_path, change, message):
@@ -212,6 +213,22 @@ def test_a_map_that_does_not_fit_is_refused(checkpoint, tmp_path, change, messag
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(KvcalError, match=message):
         load_cla(path.parent)
+
+
+def test_a_config_names_no_kernel_and_leads_nowhere(checkpoint, tmp_path):
+    """The folder may be a stranger's, too."""
+    folder = broken(checkpoint, tmp_path)
+    body = json.loads((folder / "config.json").read_text())
+    kernels = {"attn_implementation": "org/name", "auto_map": {"AutoModelForCausalLM": "x.Y"}}
+    (folder / "config.json").write_text(json.dumps({**body, **kernels}))
+    assert load_cla(folder).config._attn_implementation == "sdpa"
+    (folder / "config.json").write_text(json.dumps({**body, "vocab_size": 1 << 24}))
+    with pytest.raises(KvcalError, match=r"config\.json describes a model of"):
+        load_cla(folder)
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to(checkpoint / "config.json")
+    with pytest.raises(KvcalError, match=r"config\.json is a link out of this folder"):
+        load_cla(folder)
 
 
 def test_folders_that_are_no_such_checkpoint_are_refused(checkpoint, tmp_path, tiny_model_folder):
@@ -226,7 +243,7 @@ def test_folders_that_are_no_such_checkpoint_are_refused(checkpoint, tmp_path, t
         load_cla(folder)
     for content in (b"", b"x" * 100):
         (folder / "model.safetensors").write_bytes(content)
-        with pytest.raises(KvcalError, match="export the model again"):
+        with pytest.raises(KvcalError, match=r"export the model again|get a whole checkpoint"):
             load_cla(folder)
     (folder / "config.json").write_text("{}")
     with pytest.raises(KvcalError, match="config"):
