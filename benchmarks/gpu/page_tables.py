@@ -133,7 +133,7 @@ def counters_table(rows: Sequence[Row]) -> str:
         for row in counted
         for of in row["counters"]
     ]
-    return table(lines) + failures(rows)
+    return (table(lines) if counted else "None were read.") + failures(rows)
 
 
 def measured(row: Row) -> str:
