@@ -117,11 +117,19 @@ def test_a_check_that_raises_keeps_what_it_found(bench, module, monkeypatch):
 
 
 def test_a_device_that_answers_no_more_asks_for_another_process(bench, module, monkeypatch):
-    """As after an illegal address, which every later call reports again."""
+    """As after an illegal address, which every later call reports again, or a capture that did not end."""
     worker = module("worker")
-    monkeypatch.setattr(worker, "wait", lambda bench: (_ for _ in ()).throw(RuntimeError("CUDA error: illegal")))
-    found = worker.answer(bench, {"kind": "machine"})
+
+    def broken(*args):
+        raise RuntimeError("CUDA error: illegal")
+
+    monkeypatch.setattr(worker, "wait", broken)
+    found = worker.answer(bench, {"kind": "check", "check": "append"})
     assert found["restart"] and found["failed"] == "RuntimeError: CUDA error: illegal"
+    monkeypatch.undo()
+    monkeypatch.setattr(worker.torch, "rand", broken)
+    found = worker.answer(bench, {"kind": "check", "check": "append"})
+    assert found["restart"] and found["failed"] == "the device answers no more" and found["passed"]
 
 
 def test_nan_is_never_near(module):

@@ -218,6 +218,16 @@ def test_what_tools_say(module, tmp_path):
     ]
 
 
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="there is a GPU")
+def test_without_a_gpu(module, tmp_path, capfd):
+    """Through the real worker, from elsewhere, with nothing on the path."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, str(GPU / "first.py"), str(tmp_path / "out")], env=environment, cwd="/")
+    assert done.returncode == 2
+    assert "error: no GPU that works: " in capfd.readouterr().err
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
 def test_it_needs_no_installation():
     """Nor writes one: an interpreter without site-packages finds the tree's folders, another kvcal or not."""
     code = f"""

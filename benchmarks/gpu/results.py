@@ -16,6 +16,7 @@ CHECKED = {
     "spectral": ("append with an offset", "score_runs", "select", "chosen_slots", "remainder", "attend"),
 }
 """By a method's first word: what its step launches."""
+VERSIONS = ("gpu", "driver", "torch", "triton", "transformers", "file")
 
 
 def save(results: Mapping[str, Any], path: Path) -> None:
@@ -58,40 +59,40 @@ def brief(row: Row) -> str:
 
 
 def outcome(row: Row) -> list[str]:
-    said = []
-    if row["kind"] in ("check", "sanitizer"):
-        said.append({True: "right", False: "WRONG"}.get(row.get("passed"), "no verdict"))  # type: ignore[call-overload]
-    if "us" in row:
-        said.append(f"{row['us']:.1f} µs")
-    if "ms" in row:
-        said.append(f"{row['ms']:.2f} ms, {row['tokens_per_s']:.0f} tokens/s")
-    if "build_ms" in row:
-        said.append(f"{row['build_ms']:.1f} ms, prefill {row['prefill_ms']:.1f}")
-    if "expected_us" in row:
-        launches = f"{row['launches_expected']} launches, {row['bytes'] / 1e6:.1f} MB"
-        ms = row["kind"] in ("model", "build")
-        said.append(f"expected {row['expected_us'] / 1000:.2f} ms" if ms else f"expected {row['expected_us']:.1f} µs")
-        said[-1] += f" ({launches})"
+    said = [*verdict(row), *times(row), *(f"{name} {row[name]}" for name in VERSIONS if name in row)]
     if "parts" in row:
-        said.append(
-            ", ".join(
-                f"{name} {number(of.get('us'))} ({number(of['expected_us'])})" for name, of in row["parts"].items()
-            )
-        )
-    said += [f"{name} {row[name]:.0f} GB/s" for name in ("copy", "read") if row.get(name)]
-    said += [
-        f"{name} {row[name]}" for name in ("gpu", "driver", "torch", "triton", "transformers", "file") if name in row
-    ]
-    if row["kind"] == "check" and "found" in row:
-        wrong = [
-            f"{of['check']} {number(of['error'])} > {of['allowed']:.2g}" for of in row["found"] if not of["passed"]
-        ]
-        said += [f"{len(row['found'])} compared, worst {row['worst']:.2f} of what is allowed", *wrong[:3]]
+        parts = row["parts"].items()
+        said.append(", ".join(f"{name} {number(of.get('us'))} ({number(of['expected_us'])})" for name, of in parts))
     if "kernels" in row:
         longest = sorted(row["kernels"].items(), key=lambda item: -item[1]["n"] * item[1]["us"])[:12]
         said += [f"\n    {of['n']:g} × {of['us']:.1f} µs, gap {of['gap']:.1f}: {name}" for name, of in longest]
     said += [f"{name}: {row[name]}" for name in ("failed", "skipped", "note", "why_not_captured") if row.get(name)]
-    return [*said, *(["UNPROVEN: " + ", ".join(row["unproven"])] if row.get("unproven") else [])] or ["done"]
+    said += [f"UNPROVEN: {', '.join(row['unproven'])}"] if row.get("unproven") else []
+    return said or ["done"]
+
+
+def verdict(row: Row) -> list[str]:
+    if row["kind"] not in ("check", "sanitizer"):
+        return []
+    said = ["no verdict" if row.get("passed") is None else "right" if row["passed"] else "WRONG"]
+    if isinstance(row.get("found"), list):
+        said.append(f"{len(row['found'])} compared, worst {row['worst']:.2f} of what is allowed")
+        wrong = [of for of in row["found"] if not of["passed"]]
+        said += [f"{of['check']} {number(of['error'])} > {of['allowed']:.2g}" for of in wrong[:3]]
+    return said
+
+
+def times(row: Row) -> list[str]:
+    """What was measured, and beside it what was expected."""
+    said = [f"{row['us']:.1f} µs"] if "us" in row else []
+    said += [f"{row['ms']:.2f} ms, {row['tokens_per_s']:.0f} tokens/s"] if "ms" in row else []
+    said += [f"{row['build_ms']:.1f} ms, prefill {row['prefill_ms']:.1f}"] if "build_ms" in row else []
+    said += [f"{name} {row[name]:.0f} GB/s" for name in ("copy", "read") if row.get(name)]
+    if "expected_us" in row:
+        long = row["kind"] in ("model", "build")
+        expected = f"{row['expected_us'] / 1000:.2f} ms" if long else f"{row['expected_us']:.1f} µs"
+        said.append(f"expected {expected} ({row['launches_expected']} launches, {row['bytes'] / 1e6:.1f} MB)")
+    return said
 
 
 def number(value: Any) -> str:

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -149,11 +150,12 @@ class Run:
         """Save and print a row, with what it should have taken and the checks it lacks."""
         if self._stopped:
             return
-        rate = expected.rate_of(self.rows) or expected.DATA_SHEET["H100"]
-        row = row | expected.beside(row, self.sizes, rate)
-        checks = self._checked + [other for other in self.rows if other["kind"] == "check"]
-        if checks and (lacking := unproven(row, checks)):
-            row["unproven"] = lacking
+        with suppress(LookupError, TypeError, ValueError):  # what stands beside a row never costs the row
+            rate = expected.rate_of(self.rows) or expected.DATA_SHEET["H100"]
+            row = row | expected.beside(row, self.sizes, rate)
+            checks = self._checked + [other for other in self.rows if other["kind"] == "check"]
+            if checks and (lacking := unproven(row, checks)):
+                row["unproven"] = lacking
         with self._lock:
             self.rows.append(row)
             self.save()
@@ -164,7 +166,8 @@ class Run:
         save(self.results, self._path)
 
     def say(self, text: str) -> None:
-        print(text, flush=True)
+        with suppress(OSError):  # nobody reads it any more
+            print(text, flush=True)
         if self._log.tell() < LOG_BYTES:
             self._log.write(text[:2000] + "\n")
             self._log.flush()

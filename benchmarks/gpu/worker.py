@@ -33,9 +33,8 @@ def answer(bench: Bench, row: Mapping[str, Any]) -> dict[str, Any]:
     except Exception as problem:
         found = {"failed": first_line(f"{type(problem).__name__}: {problem}")}
     try:
-        wait(bench)
-        tidy(bench.device)
-    except Exception:  # nothing of this process can use the device any more
+        use(bench)
+    except Exception:  # an illegal address, or a capture that has left the process capturing
         found = {"failed": "the device answers no more", **found, "restart": True}
     return {**row, **found, "seconds": round(time.monotonic() - begun, 2)}
 
@@ -44,6 +43,13 @@ def wait(bench: Bench) -> None:
     """So that a kernel's fault is told of the row that launched it."""
     if bench.device.type == "cuda":
         torch.cuda.synchronize(bench.device)
+
+
+def use(bench: Bench) -> None:
+    """What every row needs: memory, random numbers, and an answer."""
+    tidy(bench.device)
+    torch.rand(1, device=bench.device)
+    wait(bench)
 
 
 def main(given: list[str]) -> None:
