@@ -313,8 +313,7 @@ def test_the_page(module, tmp_path):
         {"kind": "counters", "method": "loki, int4", "length": LONG, "batch": 8,
          "counters": [{"kernel": "score_kernel", "Duration": "21.5 us"}]},
     ])  # fmt: skip
-    page = module("page")
-    page.write(page.read([tmp_path / "a", tmp_path / "b"]), tmp_path)
+    assert module("page").main([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path) == 0
     text = (tmp_path / "gpu.md").read_text()
     assert text.count("## NVIDIA Made Up") == 1 and "(gpu-nvidia-made-up.png)" in text
     assert (tmp_path / "gpu-nvidia-made-up.png").read_bytes().startswith(b"\x89PNG")
@@ -333,7 +332,7 @@ def test_the_page(module, tmp_path):
     assert "Not measured: step loki 32768 1." in text
 
 
-def test_a_row_that_was_measured_at_last_is_on_the_page(module, tmp_path):
+def test_a_row_that_was_measured_at_last_is_on_the_page(module, tmp_path, capsys):
     """Of two runs of the same rows, whichever is read first."""
     made_up(tmp_path / "a", "first", [{**attention("step", "dense", 0.0), "skipped": "no time left"}])
     made_up(tmp_path / "b", "first", [attention("step", "dense", 90.0)])
@@ -342,3 +341,5 @@ def test_a_row_that_was_measured_at_last_is_on_the_page(module, tmp_path):
         one, other = module("page").read([tmp_path / name for name in order])
         steps = [row for row in one["rows"] if row["kind"] == "step"]
         assert [row["us"] for row in steps] == [90.0] and other["gpu"] == "another"
+    assert module("page").main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: no results there: give the folders")

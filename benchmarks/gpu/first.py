@@ -22,8 +22,8 @@ CHECKS = (
     "append with an offset", "chosen_slots", "tail", "unread", "cluster",
 )  # fmt: skip
 """Of kernels; those of whole steps, which compile most, begin before them."""
-TELLING = 4
-"""Methods, and dense, whose parts are measured and whose steps are traced."""
+TELLING, TRACED = slice(0, 5), slice(1, 4)
+"""Of `Sizes.methods`: those whose parts are measured, also at other lengths; those whose steps are traced."""
 BASELINES = (
     "SDPA flash, grouped", "SDPA flash", "SDPA cuDNN, grouped", "SDPA cuDNN", "SDPA efficient, grouped",
     "SDPA efficient", "FlashInfer", "flash-attn 3", "flash-attn",
@@ -33,11 +33,11 @@ SELECTIONS = ("select", "select_threshold", "torch.topk")
 
 def phases(sizes: Sizes) -> list[Phase]:
     longest, *shorter = sizes.lengths
-    telling = sizes.methods[: TELLING + 1]
+    telling = sizes.methods[TELLING]
     steps = [row for batch in sizes.batches for row in attention(sizes.methods, longest, batch)]
     parts = [row for batch in sizes.batches for row in rows("parts", telling, longest, batch)]
     selections = [row for batch in sizes.batches for row in rows("selection", SELECTIONS, longest, batch)]
-    traces = [row for batch in sizes.batches for row in rows("trace", telling[3:1:-1], longest, batch)]
+    traces = [row for batch in sizes.batches for row in rows("trace", sizes.methods[TRACED], longest, batch)]
     lengths = [
         row for length in shorter for batch in sizes.batches for row in attention(telling, length, batch, few=True)
     ]
@@ -46,7 +46,7 @@ def phases(sizes: Sizes) -> list[Phase]:
         Phase("gate", gate(sizes), most=120, limit=100, needs=10, at_once=8, fresh=True),
         Phase("attention steps", [{"kind": "ceilings"}, *steps], most=170, kept=120, limit=45),
         Phase("their parts, and selection", [*parts, *selections], most=60, limit=30),
-        Phase("traces", traces, most=60, kept=45, limit=25, fresh=True),
+        Phase("traces", traces, most=60, kept=45, limit=25),
         Phase("other lengths", lengths, most=120, limit=30),
         Phase("flex attention, which compiles", compiled, most=90, limit=60, needs=30),
     ]

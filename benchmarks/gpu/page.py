@@ -186,5 +186,14 @@ PARTS = """Each part alone; in brackets what is expected of it, and the rate at 
 """
 
 
+def main(folders: Sequence[str], pages: Path = PAGES) -> int:
+    found = read([Path(folder) for folder in folders])
+    if not found:
+        print("error: no results there: give the folders that first.py and second.py wrote into", file=sys.stderr)
+        return 2
+    write(found, pages)
+    return 0
+
+
 if __name__ == "__main__":
-    write(read([Path(argument) for argument in sys.argv[1:]]), PAGES)
+    sys.exit(main(sys.argv[1:]))
