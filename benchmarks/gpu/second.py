@@ -42,7 +42,7 @@ def phases(sizes: Sizes) -> list[Phase]:
         Phase("whole models", models, most=140, limit=60, needs=15),
         Phase("building clusters", builds, most=60, limit=40, needs=15),
         Phase("counters", counted, most=80, kept=70, limit=50, needs=15, fresh=True),
-        Phase("memory checker", sanitized, most=100, kept=60, limit=40, needs=15, fresh=True),
+        Phase("memory checker", sanitized, most=60, kept=50, limit=50, needs=15, at_once=3, fresh=True),
     ]
 
 
