@@ -1,14 +1,21 @@
-"""benchmarks/gpu.py on a CPU: that all of it runs, that a wrong kernel stops it, and what its page makes of numbers."""
+"""benchmarks/gpu on a CPU: all of both runs can be measured, a wrong kernel is found, and the page reads the rows."""
 
 import importlib
+import json
+import sys
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks" / "gpu"
 TOKENS = 96
+LONG = 131072
 
 
 @pytest.fixture
@@ -19,81 +26,127 @@ def module(monkeypatch):
 
 
 @pytest.fixture
-def gpu(module, monkeypatch):
-    gpu = module("gpu")
-    monkeypatch.setattr(gpu, "interpreting", lambda: False)  # tests/kernels has the kernels in the interpreter
-    return gpu
+def bench(module, monkeypatch):
+    routines = module("routines")
+    monkeypatch.setattr(routines, "interpreting", lambda: False)  # tests/kernels has the kernels in the interpreter
+    return routines.Bench(module("sizes").DRY, torch.device("cpu"))
 
 
-def test_dry_measures_everything_and_writes_nothing(gpu, tmp_path, capsys):
-    page = BENCHMARKS.parent / "docs" / "results" / "gpu.md"
-    before = page.read_bytes() if page.exists() else None
-    assert gpu.main(["--dry", "--out", str(tmp_path)]) == 0
-    said = capsys.readouterr().out
-    spectral = ("spectral, int4", "spectral, int2", "spectral, int4, flat", "spectral, int2, flat", "spectral int2")
-    ours = ("dense", "loki, own index", "loki, int4", "loki, int2", "clusterkv 4", "full", *spectral)
-    for name in (*ours, "SDPA flash", "flex attention"):
-        assert f"method {name}" in said
-    assert "WRONG" not in said and "on reference" in said and "No module named 'flashinfer'" in said
-    for task in ("attention of 192 tokens, batch 2", "model at 128 tokens, as many rows as fit", "clusters of 192"):
-        assert f"of it for {task}" in said
-    for line in said.splitlines():
-        assert "failed" not in line or "SDPA" in line or "No module named" in line
-        assert "of it for" not in line or ": " not in line  # nor a task as a whole
-    assert not list(tmp_path.iterdir())
-    assert (page.read_bytes() if page.exists() else None) == before
+def test_all_of_both_runs(bench, module, monkeypatch, tmp_path):
+    """Every call taken to last 10 µs; the page reads what was saved."""
+    timing, run, tools = module("timing"), module("run"), module("tools")
+
+    def microseconds(timer, calls, moved=0):
+        for call in calls:
+            call()
+        return {"us": 10.0, "low": 9.0, "high": 11.0}
+
+    monkeypatch.setattr(timing.Timer, "microseconds", microseconds)
+    monkeypatch.setattr(timing.Timer, "milliseconds", lambda timer, call: call() or 2.0)
+    monkeypatch.setattr(module("baselines"), "flex_attention", lambda compiled: pytest.fail("minutes to compile"))
+    for name in ("first", "second"):
+        out = run.Run(name, tmp_path, True, 600.0, [sys.executable], {"commit": "abc"})
+        out.put(module("worker").answer(bench, {"kind": "machine"}) | {"gpu": "Made Up", **tools.card()})
+        for row in (row for phase in module(name).phases(bench.sizes) for row in phase.rows):
+            if row.get("method") != "flex attention":
+                watched = tools.watched(row, bench.sizes, tmp_path)
+                out.put({**module("worker").answer(bench, watched[2] if watched else row), **row})
+        out.close()
+        assert [row for row in out.rows if row.get("passed") is False or row.get("unproven")] == []
+        assert [row for row in out.rows if "failed" in row and row["kind"] != "baseline"] == []
+    for row in (row for row in out.rows if row["kind"] == "model"):
+        assert row["why_not_captured"].startswith("CUDA graphs need a GPU")
+    said = (tmp_path / "first.log").read_text()
+    assert "check step spectral, int2, flat: right; 1 compared" in said and "No module named 'flashinfer'" in said
+    assert "step dense, 192 tokens, batch 2: 10.0 µs; expected 8.5 µs (3 launches, 0.1 MB)" in said  # at 105 GB/s
+    page = module("page")
+    page.write(page.read([tmp_path]), tmp_path)
+    text = (tmp_path / "gpu.md").read_text()
+    assert "| 192 | 2 | 10.0 (dense) | 10.0 (1.00×) |" in text and "†" not in text.partition("##")[2]
+    assert "25 of 25 checks of the kernels passed." in text
+    assert "| 192 | 1 | clusterkv 8 | 10.0 (12.7) | 0.0 | append 10.0 (2.5), score 10.0 (2.5, 0 GB/s), " in text
 
 
-def test_a_wrong_kernel_stops_it(gpu, module, monkeypatch, capsys):
-    gate = module("gpu_gate")
+def test_the_runs_name_what_there_is(module):
+    """And ask for each before what depends on it."""
+    first, second, sizes = module("first"), module("second"), module("sizes").FULL
+    assert set(first.CHECKS) == set(module("checks").KERNELS)
+    assert set(sizes.methods) == set(module("methods").methods(sizes))
+    assert set(first.BASELINES) == set(module("baselines").BASELINES)
+    assert set(second.SANITIZED) <= set(first.CHECKS) and set(second.COUNTED) <= set(sizes.methods)
+    for run, minutes in ((first, 6), (second, 5)):
+        phases = run.phases(sizes)
+        rows = [row for phase in phases for row in phase.rows]
+        assert {row["kind"] for row in rows} <= {*module("routines").ROUTINES, "counters", "sanitizer"}
+        needed = [check for row in rows for check in module("results").rests_on(row)]
+        assert set(needed) <= {*first.CHECKS, *(f"step {method}" for method in sizes.methods)}
+        assert sum(phase.kept for phase in phases) < 60 * minutes
+    gate, steps, *_ = first.phases(sizes)
+    assert (gate.fresh, gate.at_once) == (True, 8) and gate.most <= 120 and gate.limit <= 100
+    measured = [(row["method"], row["batch"]) for row in steps.rows if row["kind"] == "step"]
+    assert sorted(measured) == sorted((method, batch) for method in sizes.methods for batch in sizes.batches)
+    assert not any(row["kind"] in ("parts", "trace") for row in steps.rows)  # of every method first
+    one = [row for row in steps.rows if row.get("batch") == 8]
+    assert len(one) <= 20  # graphs that are captured for the caches of one shape
+    assert [phase.rows[0]["kind"] for phase in second.phases(sizes)] == ["model", "build", "counters", "sanitizer"]
+
+
+def test_a_wrong_kernel_is_found(bench, module, monkeypatch):
+    gate, worker = module("gate"), module("worker")
     right = gate.score
 
     def wrong(*args, out, **options):
         return right(*args, out=out, **options).mul_(1.01)
 
     monkeypatch.setattr(gate, "score", wrong)
-    monkeypatch.setattr(gpu, "CHECKS", (gate.check_append, gate.check_score))
-    assert gpu.main(["--dry"]) == 1
-    said = capsys.readouterr().out
-    assert "WRONG" in said and "score 4" in said and "ceilings" not in said
+    found = worker.answer(bench, {"kind": "check", "check": "score"})
+    assert not found["passed"] and found["worst"] > 1 and len(found["found"]) == 7
+    assert "check score: WRONG; 7 compared, worst" in module("results").brief(found)
+    assert worker.answer(bench, {"kind": "check", "check": "append"})["passed"]
 
 
-def test_a_kernel_that_raises_is_wrong(gpu, monkeypatch, capsys):
+def test_a_check_that_raises_keeps_what_it_found(bench, module, monkeypatch):
     def check_raising(gate):
-        raise RuntimeError("illegal memory access")
+        gate.at_most("before", 0.0, 1.0)
+        raise RuntimeError("illegal memory access\nat some length")
 
-    monkeypatch.setattr(gpu, "CHECKS", (check_raising,))
-    assert gpu.main(["--dry"]) == 1
-    assert "check_raising: RuntimeError: illegal memory access" in capsys.readouterr().out
+    monkeypatch.setitem(module("checks").KERNELS, "score", check_raising)
+    found = module("worker").answer(bench, {"kind": "check", "check": "score"})
+    assert not found["passed"] and found["failed"] == "RuntimeError: illegal memory access"
+    assert [of["check"] for of in found["found"]] == ["before"] and "restart" not in found
+
+
+def test_a_device_that_answers_no_more_asks_for_another_process(bench, module, monkeypatch):
+    """As after an illegal address, which every later call reports again, or a capture that did not end."""
+    worker = module("worker")
+
+    def broken(*args):
+        raise RuntimeError("CUDA error: illegal")
+
+    monkeypatch.setattr(worker, "wait", broken)
+    found = worker.answer(bench, {"kind": "check", "check": "append"})
+    assert found["restart"] and found["failed"] == "RuntimeError: CUDA error: illegal"
+    monkeypatch.undo()
+    monkeypatch.setattr(worker.torch, "rand", broken)
+    found = worker.answer(bench, {"kind": "check", "check": "append"})
+    assert found["restart"] and found["failed"] == "the device answers no more" and found["passed"]
 
 
 def test_nan_is_never_near(module):
-    gate = module("gpu_gate").Gate(module("gpu_sizes").DRY, torch.device("cpu"), "reference")
+    gate = module("gate").Gate(module("sizes").DRY, torch.device("cpu"), "reference")
     expected = torch.tensor([1.0, -torch.inf])
     for out in ([torch.nan, -torch.inf], [1.0, torch.nan], [1.0, 0.0], [torch.inf, -torch.inf]):
         gate.near("", torch.tensor(out), expected, 0.5)
     gate.near("", expected, expected, 0.5)
-    assert [check["passed"] for check in gate.checks] == [False] * 4 + [True]
-
-
-def test_what_time_does_not_suffice_for_is_skipped_by_name(gpu, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "CHECKS", ())
-    assert gpu.main(["--dry", "--minutes", "0"]) == 0
-    said = capsys.readouterr().out
-    assert "skipped, no time left: attention of 192 tokens, batch 1" in said and "of it for attention" not in said
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu(gpu, capsys):
-    assert gpu.main([]) == 2
-    assert capsys.readouterr().err == "error: no GPU here; --dry runs the same, tiny, on a CPU\n"
+    assert [check["passed"] for check in gate.found] == [False] * 4 + [True]
+    json.dumps(gate.found, allow_nan=False)
 
 
 def test_steps_that_read_everything_are_dense(module):
     """Each of the measured steps, those over 4 and 2 bits and spectral's too, against one softmax in float64."""
-    sizes = replace(module("gpu_sizes").DRY, keep=TOKENS, dtype=torch.float32)
-    for name, make in module("gpu_methods").methods(sizes).items():
-        copy = module("gpu_caches").draw(sizes, 2, TOKENS, torch.device("cpu"), rotated=name == "loki")
+    sizes = replace(module("sizes").DRY, keep=TOKENS, numbers="float32")
+    for name, make in module("methods").methods(sizes).items():
+        copy = module("caches").draw(sizes, 2, TOKENS, torch.device("cpu"), rotated=name == "loki")
         key, value = copy.key.double(), copy.value.double()
         if name == "loki":
             key = key @ copy.basis.double()  # back out of it
@@ -103,99 +156,190 @@ def test_steps_that_read_everything_are_dense(module):
         torch.testing.assert_close(out.double(), (weights @ value).flatten(1, 2).unsqueeze(2), rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_measured_is_what_the_page_reads(gpu, module, monkeypatch, tmp_path):
-    """All tasks but the model's, every call taken to last 10 µs."""
-    timing = module("gpu_timing")
+class Launches(TorchDispatchMode):
+    """Counts operations of torch that are no views, and kernels, which do not run: no launch depends on values."""
 
-    def microseconds(timer, calls, moved=0):
-        for call in calls:
+    def __init__(self, monkeypatch):
+        super().__init__()
+        interpreter = pytest.importorskip("triton.runtime.interpreter")
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda *args, **kwargs: self.launched())
+        self.kernels = self.operations = 0
+
+    def launched(self):
+        self.kernels += 1
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aliases = [given.alias_info for given in function._schema.returns]
+        view = any(alias is not None and not alias.is_write for alias in aliases)
+        self.operations += not view and not any(free in str(function) for free in ("empty", "detach", "_unsafe_view"))
+        return function(*args, **(kwargs or {}))
+
+    def of(self, call):
+        self.kernels = self.operations = 0
+        with self:
             call()
-        return {"us": 10.0, "low": 9.0, "high": 11.0}
-
-    monkeypatch.setattr(timing.Timer, "microseconds", microseconds)
-    monkeypatch.setattr(timing.Timer, "milliseconds", lambda timer, call: call() or 2.0)
-    results = {**made_up(), "skipped": []}
-    timer = timing.Timer(torch.device("cpu"))
-    results["ceilings"] = timing.ceilings(timer)
-    for name, _, task in gpu.tasks(results, module("gpu_sizes").DRY, timer):
-        if "model" not in name:
-            task()
-    gpu.save(results, tmp_path)
-    assert gpu.main(["--page", str(tmp_path / "nvidia-made-up.json")], tmp_path) == 0
-    page = (tmp_path / "gpu.md").read_text()
-    assert "| 192 | 2 | 10.0 (dense) | 10.0 (1.00×) |" in page
-    assert "| 2 | clusterkv 4 | 10.0 | 0.0 |" in page and "-40.0" in page  # five parts in a step as long as each
+        return self.kernels, self.operations
 
 
-def made_up():
-    """A result file of two lengths, in round numbers."""
-    part = {"us": 10.0, "bytes": 8_000_000, "of_copy": 0.8}
-    times = {"us": 40.0, "low": 39.0, "high": 41.0, "bytes": 1_000_000, "of_copy": 0.25, "of_read": 0.2}
-    parts = {"append": {"us": 2.0}, "score": part, "select": {"us": 20.0}, "attend": part}
-    rows = []
-    for length, batch in ((131072, 1), (131072, 8), (8192, 1), (8192, 8)):
-        place = {"length": length, "batch": batch, "copies": 3}
-        rows += [
-            {
-                **place,
-                "method": "dense",
-                "ours": True,
-                "dense": True,
-                **times,
-                "us": 120.0,
-                "parts": parts,
-                "rest_us": 1.0,
-            },
-            {**place, "method": "loki, int4", "ours": True, "dense": False, **times, "parts": parts, "rest_us": 1.0},
-            {
-                **place,
-                "method": "spectral, int2",
-                "ours": True,
-                "dense": False,
-                **times,
-                "parts": parts,
-                "rest_us": 1.0,
-            },
-            {**place, "method": "SDPA flash", "ours": False, "dense": True, **times, "us": 100.0},
-            {**place, "method": "FlashInfer", "ours": False, "dense": True, "failed": "No module named 'flashinfer'"},
-        ]
-    selected = {"length": 131072, "batch": 1, "keep": 2048, "select": {"us": 20.0}, "select_threshold": {}, "topk": {}}
-    model = {"length": 131072, "batch": 1, "why_not_captured": None, "cache_bytes": 16e9, "tokens_per_s": 50.0}
-    return {
-        "machine": dict.fromkeys(("driver", "torch", "triton", "transformers"), "1.0") | {"gpu": "NVIDIA Made Up"},
-        "commit": "abc",
-        "gate": [{}] * 70,
-        "ceilings": {"copy": 4000.0, "read": 4200.0},
-        "attention": rows,
-        "selection": [selected],
-        "model": [{**model, "method": "full", "ms": 20.0}, {**model, "method": "loki", "ms": 8.0}],
-        "build": [
-            {
-                "length": 8192,
-                "per_cluster": 80,
-                "calibrated": False,
-                "passes": 9,
-                "build_ms": 1,
-                "prefill_ms": 2,
-                "ratio": 0.5,
-            }
-        ],
-        "skipped": ["flex attention of 131072 tokens, batch 8"],
-    }
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels would run")
+def test_launches_are_those_that_are_reckoned_with(module, monkeypatch):
+    """A step of spectral is 9 kernels and 10 operations of torch, as kernels/remainder/README.md says."""
+    sizes, caches, expected = module("sizes").DRY, module("caches"), module("expected")
+    launches = Launches(monkeypatch)
+    seen = {}
+    with caches.forced("triton"):
+        for batch in sizes.batches:
+            copy = caches.draw(sizes, batch, TOKENS, torch.device("cpu"))
+            for name, make in module("methods").methods(sizes).items():
+                method, works = make(copy), expected.parts(sizes, name, TOKENS, batch)
+                method.step()  # makes what all later steps share
+                seen[name, batch] = launches.of(method.step)
+                step = expected.step(sizes, name, TOKENS, batch)
+                assert seen[name, batch] == (step.kernels, step.operations), (name, batch)
+                for part, call in method.parts.items():
+                    assert launches.of(call) == (works[part].kernels, works[part].operations), (name, part)
+    assert seen["spectral, int4", 1] == seen["spectral, int4", 2] == (9, 10)
+    assert seen["dense", 1] == (3, 0) and seen["clusterkv 8", 2] == (5, 0)
+
+
+def test_bytes_by_hand(module):
+    """Of Llama-3-8B's shape at 131072 tokens: DESIGN's and the kernels' READMEs' numbers."""
+    expected, sizes = module("expected"), module("sizes").FULL
+    step = partial(expected.step, sizes, length=LONG)
+    rows = 8 * 2048 * 2 * 128 * 2
+    assert step("dense", batch=1).bytes == 2 * 8 * LONG * 128 * 2
+    assert step("dense", batch=8).bytes == 8 * step("dense", batch=1).bytes
+    assert step("loki, int4", batch=1).bytes == 8 * LONG * (16 + 2 + 2) + rows + 8 * 2048 * 4
+    assert step("loki", batch=1).bytes == 8 * LONG * (64 + 2) + rows + 8 * 2048 * 4
+    clusters = round((LONG - 160 - 16) / 80)
+    assert step("clusterkv 80", batch=1).bytes == 8 * clusters * (256 + 4 + 4) + rows
+    refined = LONG // 8 + 64
+    clusters = round((LONG - 32 - 16) / 32)
+    spectral = clusters * (34 + 4 + 10) + clusters * 8 + refined * (18 + 10) + clusters * (130 + 4)
+    assert step("spectral, int4", batch=1).bytes == 8 * spectral + rows + 8 * 2048 * 4
+    # 537 MB at 90 % of 4.3 TB/s are 139 µs, and three launches of 2.5.
+    assert step("dense", batch=1).microseconds(4300) == pytest.approx(138.7 + 7.5, abs=0.1)
+    weights = 32 * (4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)) + 128256 * 4096
+    model = expected.model(sizes, "full", LONG, 1)
+    assert model.bytes == 2 * weights + 32 * step("dense", batch=1).bytes
+    assert (model.kernels, model.operations) == (96, 32 * 37)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """CUDA streams and graphs that only remember which stream is current; a capture that fails leaves its own."""
+    cuda = SimpleNamespace(current="the caller's")
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    @contextmanager
+    def capturing(graph):
+        cuda.current = "the capture's"
+        yield  # an exception leaves it, as torch.cuda.graph's does when the end of its capture raises
+        cuda.current = "the caller's"
+
+    @contextmanager
+    def stream(other):
+        yield
+
+    for name, fake in (
+        ("Stream", Stream),
+        ("CUDAGraph", object),
+        ("graph", capturing),
+        ("stream", stream),
+        ("current_stream", Stream),
+        ("set_stream", lambda stream: setattr(cuda, "current", "the caller's")),
+    ):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return cuda
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(graphs, module):
+    calls = []
+
+    def once():
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        module("timing").captured([once])
+    assert graphs.current == "the caller's"
+    module("timing").captured([lambda: None])
+    assert graphs.current == "the caller's"
+
+
+def made_up(folder, name, rows, gpu="NVIDIA Made Up"):
+    """The results of one run, in round numbers."""
+    machine = {"kind": "machine", "gpu": gpu, "driver": "1", "torch": "2", "triton": "3", "transformers": "4"}
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({"run": name, "commit": "abc", "rows": [machine, *rows]}))
+
+
+def attention(kind, method, us, batch=8, length=LONG, **more):
+    measured = {"us": us, "expected_us": us / 2, "bytes": 1_000_000, "launches_expected": 3}
+    return {"kind": kind, "method": method, "length": length, "batch": batch, **measured, **more}
 
 
 def test_the_page(module, tmp_path):
-    module("gpu_page").write([made_up()], tmp_path)
-    page = (tmp_path / "gpu.md").read_text()
-    assert (tmp_path / "gpu-nvidia-made-up.png").read_bytes().startswith(
-        b"\x89PNG"
-    ) and "(gpu-nvidia-made-up.png)" in page
-    assert "| 131072 | 8 | 100.0 (SDPA flash) | 120.0 (0.83×) | 40.0 (2.50×) | 40.0 (2.50×) |" in page
-    assert "score 10.0 (80%)" in page
-    assert "- FlashInfer: No module named 'flashinfer'" in page
-    assert "- spectral, int2, batch 8: 2.50× the fastest dense step (SDPA flash), target 8×." in page
-    assert "- spectral, int2, batch 1: 2.50× the fastest dense step (SDPA flash), target 4×." in page
-    assert "- Loki int4, batch 8: 2.50× the fastest dense step (SDPA flash), target 4×." in page
-    assert "- select, batch 1: 0.20 of the fastest dense step, target 0.25." in page
-    assert "| 131072 | 1 | loki | 8.00 | 50 | 2.50 | 16.0 |" in page
-    assert "Not measured: flex attention of 131072 tokens, batch 8." in page
+    """Two runs of one GPU in two folders; the check that dense rests on has failed."""
+    sizes = module("sizes").FULL
+    passed = [*module("first").CHECKS, *(f"step {method}" for method in sizes.methods)]
+    checks = [{"kind": "check", "check": name, "passed": name != "dense"} for name in passed]
+    parts = {name: {"us": 20.0, "expected_us": 10.0, "bytes": 8_000_000} for name in ("score", "attend")}
+    kernels = {"score_kernel": {"n": 1, "us": 21.0, "gap": 1.5}}
+    made_up(tmp_path / "a", "first", [
+        *checks,
+        {"kind": "ceilings", "copy": 4000.0, "read": 4200.0},
+        attention("step", "dense", 90.0),
+        attention("step", "loki, int4", 50.0),
+        attention("step", "spectral, int2", 20.0, batch=1),
+        attention("baseline", "SDPA flash", 100.0),
+        attention("baseline", "SDPA flash", 80.0, batch=1),
+        {"kind": "baseline", "method": "FlashInfer", "length": LONG, "batch": 8, "failed": "No module 'flashinfer'"},
+        {**attention("parts", "loki, int4", 0.0), "parts": parts},
+        attention("trace", "loki, int4", 52.0, launches=6, kernels=kernels),
+        attention("step", "loki", 30.0, batch=1, length=8192),
+        {"kind": "step", "method": "loki", "length": 32768, "batch": 1, "skipped": "no time left"},
+    ])  # fmt: skip
+    model = {"kind": "model", "length": LONG, "batch": 6, "why_not_captured": None, "cache_bytes": 16e9}
+    model |= {"expected_us": 15000.0, "tokens_per_s": 50.0}
+    made_up(tmp_path / "b", "second", [
+        {**model, "method": "full", "ms": 20.0},
+        {**model, "method": "loki", "ms": 8.0},
+        {"kind": "build", "length": LONG, "calibrated": False, "failed": "it took more than 40 s and was stopped"},
+        {"kind": "counters", "method": "loki, int4", "length": LONG, "batch": 8,
+         "counters": [{"kernel": "score_kernel", "Duration": "21.5 us"}]},
+    ])  # fmt: skip
+    assert module("page").main([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path) == 0
+    text = (tmp_path / "gpu.md").read_text()
+    assert text.count("## NVIDIA Made Up") == 1 and "(gpu-nvidia-made-up.png)" in text
+    assert (tmp_path / "gpu-nvidia-made-up.png").read_bytes().startswith(b"\x89PNG")
+    assert "24 of 25 checks of the kernels passed. Not passed: dense (wrong); what rests on them is marked †." in text
+    # Dense is faster than the fastest that is known to be right, and compared with by nobody.
+    assert f"| {LONG} | 8 | 100.0 (SDPA flash) | 90.0 † (1.11×) | 50.0 (2.00×) | – | – |" in text
+    assert "- loki, int4, batch 8: 2.00× the fastest dense step (SDPA flash), target 4×." in text
+    assert "- spectral, int2, batch 1: 4.00× the fastest dense step (SDPA flash), target 4×." in text
+    parts = "score 20.0 (10.0, 400 GB/s), attend 20.0 (10.0, 400 GB/s)"
+    assert f"| {LONG} | 8 | loki, int4 | 50.0 (25.0) | 1.0 | {parts} | 10.0 |" in text
+    assert "| 52.0 | 6 (3) | 1 × 21.0 + 1.5 `score_kernel` |" in text
+    assert "- FlashInfer: No module 'flashinfer'" in text and "took more than 40 s" in text
+    assert f"| {LONG} | 6 | loki | 8.00 | 15.00 | 50 | 2.50 | 16.0 |" in text
+    assert f"| {LONG} | 6 | full | 20.00 † | 15.00 | 50 | 1.00 | 16.0 |" in text
+    assert "| loki, int4 | 8 | `score_kernel` | 21.5 us |" in text
+    assert "Not measured: step loki 32768 1." in text
+
+
+def test_a_row_that_was_measured_at_last_is_on_the_page(module, tmp_path, capsys):
+    """Of two runs of the same rows, whichever is read first."""
+    made_up(tmp_path / "a", "first", [{**attention("step", "dense", 0.0), "skipped": "no time left"}])
+    made_up(tmp_path / "b", "first", [attention("step", "dense", 90.0)])
+    made_up(tmp_path / "c", "first", [attention("step", "dense", 70.0)], gpu="another")
+    for order in ("abc", "bac"):
+        one, other = module("page").read([tmp_path / name for name in order])
+        steps = [row for row in one["rows"] if row["kind"] == "step"]
+        assert [row["us"] for row in steps] == [90.0] and other["gpu"] == "another"
+    assert module("page").main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: no results there: give the folders")

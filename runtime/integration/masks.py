@@ -1,14 +1,31 @@
-"""What a mask of transformers says about padding."""
+"""Masks of transformers: which are needed at all, and what one says about padding."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...artifacts import KvcalError
 from ..stores import Store
+
+
+def needed_only(build: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+    """The mask function `build`, but constantly None for one token that sees all before it.
+
+    `build` gives None there too, but not while a CUDA graph is captured, which then makes the mask in every replay.
+    """
+    from transformers.masking_utils import causal_mask_function
+
+    def mask(**asked: Any) -> Tensor | None:
+        causal = asked["mask_function"] is causal_mask_function and asked.get("attention_mask") is None
+        needless = causal and asked["q_length"] == 1 and asked.get("allow_is_causal_skip", True)
+        return None if needless else build(**asked)
+
+    return mask
 
 
 class Padding:

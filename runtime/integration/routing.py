@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...artifacts import KvcalError
+from .masks import needed_only
 
 # Not "…sdpa…" nor "…flash…": transformers takes other branches for names that contain those.
 PREFIX = "kvcal_"
@@ -44,7 +45,8 @@ class Route:
         self.name = f"{PREFIX}{next(_numbers)}"  # its own, so that routes of several models do not meet
         AttentionInterface.register(self.name, attention)
         # Without a mask function under the same name the mask is silently None.
-        AttentionMaskInterface.register(self.name, ALL_MASK_ATTENTION_FUNCTIONS[masks])
+        build = ALL_MASK_ATTENTION_FUNCTIONS[masks]
+        AttentionMaskInterface.register(self.name, needed_only(build) if masks == "sdpa" else build)
         for config in self._configs.values():
             config._attn_implementation_internal = self.name
 

@@ -1,11 +1,14 @@
-"""What benchmarks/gpu.py measures: Llama-3-8B's shape on a GPU, and the same, tiny, for `--dry`."""
+"""What is measured: Llama-3-8B's shape on a GPU, and the same, tiny, for `--dry`. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+FORMS = {"int4": (4, 1), "int2": (2, 2)}
+"""Of spectral: bits, and times the rank: as many bytes."""
+REFINE = 0.125
+"""Of spectral: the share of the clustered tokens whose codes are read."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Sizes:
     dims: int = 128
     rank: int = 32
     keep: int = 2048
-    """Tokens that Loki and ClusterKV read."""
+    """Tokens that every method reads."""
     per_cluster: tuple[int, ...] = (80, 16)
     window: int = 320
     coded_per_cluster: int = 32
@@ -36,11 +39,31 @@ class Sizes:
     vocabulary: int = 128256
     spare: int = 64
     """Tokens that a model's rows have room for: its warm and its measured steps."""
-    dtype: torch.dtype = torch.bfloat16
+    numbers: str = "bfloat16"
+    """Type of weights, keys and values."""
+
+    @property
+    def dtype(self) -> Any:
+        import torch
+
+        return getattr(torch, self.numbers)
+
+    @property
+    def itemsize(self) -> int:
+        return 4 if self.numbers == "float32" else 2
 
     @property
     def scaling(self) -> float:
         return self.dims**-0.5
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Whose attention steps are measured, the most telling first."""
+        most, least = (f"clusterkv {tokens}" for tokens in self.per_cluster)
+        return (
+            "dense", most, "loki, int4", "spectral, int4", "spectral, int4, flat", least, "loki", "loki, own index",
+            "spectral, int2", "spectral, int2, flat", "loki, int2",
+        )  # fmt: skip
 
     def config(self, length: int) -> Any:
         """Of the model whose attention has this shape."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from gpu_gate import LARGEST, Gate
+from gate import LARGEST, Gate
 from torch import Tensor
 
 from kvcal.kernels.append import append
@@ -57,7 +57,9 @@ class Refined:
         size = torch.randint(
             0, 2 * sizes.coded_per_cluster, (*pairs, clusters), generator=gate.generator, device=gate.device
         )
-        filled = size * (torch.rand(size.shape, generator=gate.generator, device=gate.device) < 0.125)
+        refined = torch.rand(size.shape, generator=gate.generator, device=gate.device) < 0.125
+        size[..., :2], refined[..., :2] = sizes.coded_per_cluster, True  # so that every head has something to choose
+        filled = size * refined
         self.starts = (size.cumsum(-1) - size + sizes.sinks).int()
         self.ends, self.left = filled.cumsum(-1, dtype=torch.int32), (size - filled).float()
         self.begin = (size.sum(-1).amax(1) + sizes.sinks).int()

@@ -6,14 +6,14 @@ Loki over 4 or 2 bits is no method of the runtime yet: its step here is made of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from gpu_caches import Copy, fill, fill_clusters
-from gpu_sizes import Sizes
-from gpu_spectral import FORMS, SpectralKernels
+from caches import Copy, fill, fill_clusters
+from sizes import FORMS, Sizes
+from spectral_steps import SpectralKernels
 from torch import Tensor
 
 from kvcal.kernels.append import append
@@ -38,12 +38,8 @@ CLIPS = {2: 0.6}
 class Method:
     step: Callable[[], Tensor]
     """Writes the new token and attends: [B, Hq, 1, Dv]."""
-    bytes: int
-    """That the step has to read from memory: its index and the keys and values of what it reads."""
-    parts: dict[str, Call] = field(default_factory=dict)
-    """The launches it is made of; what else the step does is the rest."""
-    part_bytes: dict[str, int] = field(default_factory=dict)
-    """Of the parts that memory limits."""
+    parts: dict[str, Call]
+    """The launches it is made of, as expected.py names them; what else the step does is the rest."""
 
 
 def dense_method(copy: Copy, sizes: Sizes) -> Method:
@@ -51,12 +47,11 @@ def dense_method(copy: Copy, sizes: Sizes) -> Method:
     store = FullStore()
     fill(store, copy.key.shape[2] - 1, {"key": copy.key, "value": copy.value})
     step = _step(Full(), store, clock, copy)
-    whole = copy.key.nbytes + copy.value.nbytes
     parts: dict[str, Call] = {
         "append": partial(_append, copy, clock),
         "attend": partial(dense, copy.grouped, copy.key, copy.value, clock.seen, scaling=sizes.scaling),
     }
-    return Method(partial(step.step, *copy.new, logits), whole, parts, {"attend": whole})
+    return Method(partial(step.step, *copy.new, logits), parts)
 
 
 class LokiKernels:
@@ -116,11 +111,7 @@ class LokiKernels:
             "select": partial(self.select, scores),
             "attend": partial(self.attend, chosen),
         }
-        index = self.codes[..., 0].numel() * self.codes.shape[-1] * self.codes.itemsize
-        index += 0 if self.scales is None else self.scales.nbytes
-        rows = _rows(self.copy, min(self.sizes.keep, self.copy.key.shape[2]))
-        sizes = {"score": index + scores.nbytes, "attend": rows + chosen[0].nbytes}
-        return Method(step or self.step, index + rows, parts, sizes)
+        return Method(step or self.step, parts)
 
 
 def loki(copy: Copy, sizes: Sizes, basis: str) -> Method:
@@ -158,16 +149,12 @@ def clusterkv(copy: Copy, sizes: Sizes, per_cluster: int) -> Method:
         "select": partial(step.choose, scores),
         "attend": partial(attend_runs, grouped, copy.key, copy.value, *runs, scaling=scaling, most=longest),
     }
-    centroids, size = step.buffer("cluster.key").nbytes, step.buffer("cluster.size").nbytes
-    rows = _rows(copy, min(sizes.keep, length))
-    part_bytes = {"score": centroids + scores.nbytes, "attend": rows}
-    return Method(partial(step.step, *copy.new, logits), centroids + size + rows, parts, part_bytes)
+    return Method(partial(step.step, *copy.new, logits), parts)
 
 
 def spectral(copy: Copy, sizes: Sizes, form: str, flat: bool) -> Method:
     kernels = SpectralKernels(copy, sizes, form, flat)
-    whole, moved = kernels.bytes()
-    return Method(kernels.run, whole, kernels.parts(), moved)
+    return Method(kernels.run, kernels.parts())
 
 
 def methods(sizes: Sizes) -> dict[str, Callable[[Copy], Method]]:
@@ -207,9 +194,3 @@ def _append(
 ) -> None:
     key, value = copy.key_new[:, :, 0], copy.value_new[:, :, 0]
     append(key, value, map, copy.key, copy.value, codes, scales, clock.held, **of_codes)
-
-
-def _rows(copy: Copy, tokens: int) -> int:
-    """Bytes of so many tokens' keys and values."""
-    batch, heads, _, dims = copy.key.shape
-    return batch * heads * tokens * 2 * dims * copy.key.itemsize

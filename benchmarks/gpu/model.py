@@ -6,12 +6,11 @@ import statistics
 from typing import Any
 
 import torch
-from gpu_attention import attempt
-from gpu_caches import fill, fill_clusters
-from gpu_sizes import Sizes
-from gpu_spectral import coded_basis, fill_spectral
-from gpu_spectral import settings as spectral_settings
-from gpu_timing import tidy
+from caches import fill, fill_clusters
+from sizes import Sizes
+from spectral_steps import coded_basis, fill_spectral
+from spectral_steps import settings as spectral_settings
+from timing import tidy
 from torch import Tensor
 
 from kvcal.runtime.replay import Replay, State
@@ -39,24 +38,12 @@ def build_model(sizes: Sizes, device: torch.device) -> Any:
     return model.to(device).eval()
 
 
-def model_rows(model: Any, sizes: Sizes, length: int, batch: int | None, names: tuple[str, ...]) -> list[Row]:
-    """Args: batch: None: as many rows as fit."""
-    device = model.device
-    if batch is None:
-        batch = fitting(sizes, length, device)
-    rows = []
-    for name in names:
-        row: Row = {"length": length, "batch": batch, "method": name}
-        rows.append(row | attempt(lambda name=name: step_time(model, sizes, length, batch, name)))  # type: ignore[misc]
-        tidy(device)
-    return rows
-
-
 def fitting(sizes: Sizes, length: int, device: torch.device) -> int:
+    """Rows of so many tokens for which there is memory beside the model."""
     if device.type != "cuda":
         return 2
     tidy(device)
-    row = sizes.layers * sizes.heads * length * 2 * sizes.dims * sizes.dtype.itemsize * SLACK
+    row = sizes.layers * sizes.heads * length * 2 * sizes.dims * sizes.itemsize * SLACK
     return max(1, int((torch.cuda.mem_get_info(device)[0] - RESERVED) / row))
 
 

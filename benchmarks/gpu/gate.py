@@ -1,18 +1,17 @@
-"""Whether the kernels are right at realistic shapes on this device: no time is taken before they are.
+"""Whether the kernels are right at realistic shapes on this device; checks.py lists all checks.
 
-append, score and cluster against float64; gpu_gate_select.py and gpu_gate_attention.py have the others.
+append, score and cluster against float64; gate_select.py and gate_attention.py have the others.
 What must not be read or written is NaN, or a number that nothing else is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_baselines import first_line
-from gpu_sizes import Sizes
+from sizes import Sizes
 from torch import Tensor
 
 from kvcal.kernels.append import append
@@ -28,15 +27,7 @@ class Gate:
     def __init__(self, sizes: Sizes, device: torch.device, backend: str):
         self.sizes, self.device, self.backend = sizes, device, backend
         self.generator = torch.Generator(device).manual_seed(11)
-        self.checks: list[dict[str, Any]] = []
-
-    def run(self, *parts: Callable[[Gate], None]) -> None:
-        for part in parts:
-            try:
-                part(self)
-            except Exception as problem:
-                name = f"{part.__name__}: {type(problem).__name__}: {problem}"
-                self.checks.append({"check": first_line(name), "error": None, "allowed": 0.0, "passed": False})
+        self.found: list[dict[str, Any]] = []
 
     def near(self, check: str, out: Tensor, expected: Tensor, allowed: float) -> None:
         """‖out − expected‖ / ‖expected‖; infinities have to be where they are expected, and NaN passes nowhere."""
@@ -52,8 +43,9 @@ class Gate:
         self.at_most(check, float(differing.double().mean()), 0.0)
 
     def at_most(self, check: str, error: float, allowed: float) -> None:
-        passed = error <= allowed  # False for NaN
-        self.checks.append({"check": check, "error": error, "allowed": allowed, "passed": passed})
+        """`error` is None where it is no number, which JSON has no word for and which never passes."""
+        number = error if math.isfinite(error) else None
+        self.found.append({"check": check, "error": number, "allowed": allowed, "passed": error <= allowed})
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.randn(shape, generator=self.generator, device=self.device).to(dtype or self.sizes.dtype)

@@ -6,17 +6,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_caches import fill
-from gpu_sizes import Sizes
-from gpu_timing import Timer
+from caches import fill
+from expected import LUMPS
+from sizes import Sizes
+from timing import Timer
 from torch import Tensor
 
 from kvcal.runtime.stores.clusterkv import ClusterKV, ClusterKVStore
 
 Row = dict[str, Any]
 SPARE = 256
-LUMPS = 64
-"""Directions about which keys lie."""
 CHUNK = 16384
 """Tokens of a prompt that go through the MLP at a time."""
 
@@ -43,7 +42,7 @@ def build_row(sizes: Sizes, length: int, per_cluster: int, calibrated: bool, tim
         store.append(key[:, :, -1:], value[:, :, -1:])  # the first decoded token builds them
         passes = store.clusters.most_passes
 
-    row: Row = {"length": length, "per_cluster": per_cluster, "calibrated": calibrated}
+    row: Row = {"per_cluster": per_cluster}
     built = timer.milliseconds(build)
     prefill = timer.milliseconds(prefill_layer(sizes, length, timer.device))
     row["passes"] = passes

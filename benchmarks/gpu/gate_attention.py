@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from gpu_caches import draw, forced
-from gpu_gate import Gate
-from gpu_methods import methods
-from gpu_timing import captured
+from caches import draw, forced
+from gate import Gate
+from methods import methods
+from timing import captured
 from torch import Tensor
 
 from kvcal.kernels.attend import attend, attend_runs, tail, unread, window
@@ -156,22 +156,22 @@ def check_unread(gate: Gate) -> None:
     gate.same("unread", out, expected.float())
 
 
-def check_steps(gate: Gate) -> None:
-    sizes = gate.sizes
-    for name, make in methods(sizes).items():
-        copy = draw(sizes, 2, sizes.gate, gate.device, seed=3, rotated=name == "loki")
-        copy = replace(copy, query=SHARPER * copy.query)
-        with forced("reference"):
-            expected = make(copy.float()).step()
-        with forced(gate.backend):
-            method = make(copy)
-            out = method.step()
-        errors = (out.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
-        gate.at_most(f"step {name}", float(errors.median()), STEP_ALLOWED)
-        if gate.device.type == "cuda":
-            again = torch.full_like(out, torch.nan)
-            graph = captured([lambda method=method, again=again: again.copy_(method.step())])  # type: ignore[misc]
-            again.fill_(torch.nan)
-            graph.replay()
-            torch.cuda.synchronize()
-            gate.near(f"step {name}, captured", again, out, ALLOWED)
+def check_step(gate: Gate, method: str) -> None:
+    """A whole step, run and replayed, beside float32's on the references."""
+    sizes, make = gate.sizes, methods(gate.sizes)[method]
+    copy = draw(sizes, 2, sizes.gate, gate.device, seed=3, rotated=method == "loki")
+    copy = replace(copy, query=SHARPER * copy.query)
+    with forced("reference"):
+        expected = make(copy.float()).step()
+    with forced(gate.backend):
+        step = make(copy).step
+        out = step()
+    errors = (out.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    gate.at_most("step", float(errors.median()), STEP_ALLOWED)
+    if gate.device.type == "cuda":
+        again = torch.full_like(out, torch.nan)
+        graph = captured([lambda: again.copy_(step())])
+        again.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        gate.near("step, captured", again, out, ALLOWED)

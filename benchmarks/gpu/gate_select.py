@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from gpu_gate import Gate
+from gate import Gate
 from torch import Tensor
 
 from kvcal.kernels.select import select, select_runs, select_threshold

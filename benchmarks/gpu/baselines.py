@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_caches import Copy
+from caches import Copy
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 PAGE = 16
 """Tokens, of FlashInfer's pages."""
 AGREES = 2e-2
-"""‖theirs − ours‖ / ‖ours‖ of bfloat16 results."""
+"""‖theirs − right‖ / ‖right‖ of bfloat16 results."""
 
 Call = Callable[[], Tensor]
 """Gives Hkv·G·Dv numbers a row, in this order."""
@@ -104,6 +104,16 @@ BASELINES: dict[str, Callable[[Copy], Call]] = {
 }
 COMPILED: dict[str, Callable[[Copy], Call]] = {"flex attention": flex}
 """Compiled for every shape, in half a minute."""
+
+
+def softmax_in_float32(copy: Copy, scaling: float) -> Tensor:
+    """[B, Hkv, G, Dv]: what all of them should give, by plain torch, a row and head at a time."""
+    out = torch.empty(copy.grouped.shape, dtype=torch.float32, device=copy.key.device)
+    for row, (query, key, value) in enumerate(zip(copy.grouped, copy.key, copy.value, strict=True)):
+        for head in range(key.shape[0]):
+            logits = scaling * query[head].float() @ key[head].float().mT
+            out[row, head] = logits.softmax(-1) @ value[head].float()
+    return out
 
 
 def prepare(make: Callable[[Copy], Call], copies: list[Copy], expected: Tensor) -> tuple[list[Call], str | None]:

@@ -6,8 +6,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_caches import Copy, fill, fill_clusters
-from gpu_sizes import Sizes
+from caches import Copy, fill, fill_clusters
+from sizes import FORMS, REFINE, Sizes
 from torch import Tensor
 
 from kvcal.kernels.attend import attend
@@ -15,13 +15,10 @@ from kvcal.kernels.score import quantize
 from kvcal.runtime.attention import Logits
 from kvcal.runtime.static import Clock
 from kvcal.runtime.static.spectral import SpectralStep
-from kvcal.runtime.stores.amounts import count_of
 from kvcal.runtime.stores.codes import CLIP, CodedBasis
 from kvcal.runtime.stores.spectral import MEAN_KEY_BITS, MEAN_VALUE_BITS, Spectral, SpectralStore
 
-REFINE, ALWAYS_FLAT = 0.125, 1 << 30
-FORMS = {"int4": (4, 1), "int2": (2, 2)}
-"""Bits, and times the rank: as many bytes."""
+ALWAYS_FLAT = 1 << 30
 
 
 def settings(sizes: Sizes, form: str, flat: bool = False) -> Spectral:
@@ -41,7 +38,7 @@ def settings(sizes: Sizes, form: str, flat: bool = False) -> Spectral:
 
 
 def coded_basis(sizes: Sizes, basis: Tensor, of: Spectral) -> CodedBasis:
-    """Of keys as `gpu_caches.draw` makes them. Args: basis: [Hkv, D, D] orthonormal rows."""
+    """Of keys as `caches.draw` makes them. Args: basis: [Hkv, D, D] orthonormal rows."""
     assert isinstance(of.rank, int)
     spread = torch.full((of.rank, 1), 0.3)
     spread[: sizes.rank] = 1.5
@@ -117,19 +114,3 @@ class SpectralKernels:
             "rest": partial(step.rest, projected, found, logits),
             "attend": partial(attend, copy.grouped, key, value, *slots, extra=[rest], scaling=logits.scaling),
         }
-
-    def bytes(self) -> tuple[int, dict[str, int]]:
-        """(what the step reads: index, clusters and rows, while scores come and go through L2; what its parts move)."""
-        of, buffer = self.store.selection, self.step.buffer
-        batch, heads, length, dims = self.copy.key.shape
-        pairs, kept, clusters = batch * heads, min(of.of(length), length), buffer("cluster.key").shape[2]
-        scored = length if self.flat else min(length, max(count_of(of.refine, length), kept) + of.window)
-        code, mean_key, mean_value = buffer("code").shape[-1] + 2, buffer("cluster.key").shape[-1] + 2, dims + 2
-        rows, own = kept * 2 * dims * self.copy.key.itemsize, self.copy.grouped.shape[2] * self.copy.key.itemsize
-        shared = self.copy.key.itemsize
-        index = {"score": scored * code, "rest": clusters * (mean_value + 4), "attend": rows}
-        moved = {"score": scored * (own + shared), "rest": scored * own, "attend": kept * 4}
-        if not self.flat:
-            index["clusters"] = clusters * (mean_key + 4)
-            moved["clusters"] = clusters * (own + shared)
-        return pairs * sum(index.values()), {name: pairs * (index[name] + moved[name]) for name in index}

@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from gpu_sizes import Sizes
+from sizes import Sizes
 from torch import Tensor
 
 from kvcal.runtime.stores.rows import Rows

@@ -1,0 +1,52 @@
+"""The gate's checks by name. Each runs in a process of its own, so that a fault in one kernel is that check's alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from baselines import first_line
+from gate import Gate, check_append, check_cluster, check_score
+from gate_attention import check_attend, check_dense, check_runs, check_step, check_tail, check_unread
+from gate_select import check_select, check_select_runs
+from gate_spectral import check_chosen_slots, check_offset, check_remainder, check_score_runs
+from methods import methods
+from sizes import Sizes
+
+KERNELS: dict[str, Callable[[Gate], None]] = {
+    "append": check_append,
+    "append with an offset": check_offset,
+    "score": check_score,
+    "score_runs": check_score_runs,
+    "select": check_select,
+    "select_runs": check_select_runs,
+    "chosen_slots": check_chosen_slots,
+    "dense": check_dense,
+    "attend": check_attend,
+    "attend_runs": check_runs,
+    "tail": check_tail,
+    "unread": check_unread,
+    "remainder": check_remainder,
+    "cluster": check_cluster,
+}
+
+
+def checks(sizes: Sizes) -> dict[str, Callable[[Gate], None]]:
+    """Of every kernel, and of every method's whole step: "step loki"."""
+    return KERNELS | {f"step {name}": partial(check_step, method=name) for name in methods(sizes)}
+
+
+def checked(gate: Gate, name: str) -> dict[str, Any]:
+    """{"passed", "worst": the largest error as a share of what is allowed, "found": all that was compared}."""
+    found: dict[str, Any] = {}
+    try:
+        checks(gate.sizes)[name](gate)
+        if gate.device.type == "cuda":
+            torch.cuda.synchronize()
+    except Exception as problem:  # what was compared before is kept
+        found["failed"] = first_line(f"{type(problem).__name__}: {problem}")
+    ratios = [of["error"] / of["allowed"] for of in gate.found if of["error"] is not None and of["allowed"]]
+    passed = "failed" not in found and all(of["passed"] for of in gate.found)
+    return {"passed": passed, "worst": max(ratios, default=0.0), **found, "found": gate.found}

@@ -1,0 +1,178 @@
+"""What a row should take, reckoned before it is measured: bytes over the memory's rate, and a time for every launch.
+
+What is written and read again at once, such as scores, comes from L2: it is counted where it is written. Arithmetic is
+not counted. So a measured time far above is arithmetic, latency, or more bytes than these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sizes import FORMS, REFINE, Sizes
+
+LAUNCH_US, OPERATION_US, EAGER_US = 2.5, 1.7, 6.0
+"""Of a kernel of ours, which waits for its operands, and of a small operation of torch, in a graph; of one outside."""
+REACHED = 0.9
+"""Of the measured rate of reading."""
+DATA_SHEET = {"H100": 3350.0, "H200": 4800.0, "A100": 2039.0}
+"""GB/s, where no rate was measured."""
+LAYER_OPERATIONS = 37
+"""Of torch, in a layer of the model beside its attention step: norms, rotary embedding, projections, gated MLP."""
+
+SEGMENT, LUMPS = 8192, 64
+"""Tokens that a store clusters together, and calibrated centroids that build.py gives it."""
+PASSES, OF_A_PASS, OF_A_CENTROID, OF_A_SEGMENT = 10, 31, 19, 60
+"""Of k-means: passes where none were counted yet, and operations: one row's are not captured."""
+
+
+@dataclass(frozen=True)
+class Work:
+    bytes: float = 0
+    kernels: int = 0
+    """Launches of ours."""
+    operations: int = 0
+    """Of torch that are no views, a launch each."""
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.bytes + other.bytes, self.kernels + other.kernels, self.operations + other.operations)
+
+    def __mul__(self, times: int) -> Work:
+        return Work(self.bytes * times, self.kernels * times, self.operations * times)
+
+    def microseconds(self, rate: float, operation: float = OPERATION_US) -> float:
+        """Args: rate: of reading, in GB/s; operation: µs of each."""
+        return LAUNCH_US * self.kernels + operation * self.operations + self.bytes / (1000 * REACHED * rate)
+
+
+def rate_of(rows: list[Mapping[str, Any]]) -> float | None:
+    """GB/s of reading, measured or of the data sheet; None: an unknown device."""
+    measured = next((row["read"] for row in rows if row.get("read")), None)
+    name = next((row["gpu"] for row in rows if row.get("gpu")), "")
+    return measured or next((rate for gpu, rate in DATA_SHEET.items() if gpu in name), None)
+
+
+def beside(row: Mapping[str, Any], sizes: Sizes, rate: float) -> dict[str, Any]:
+    """What stands in a row beside its time: {"expected_us", "bytes", "launches_expected"}, of each of its parts too."""
+    if row["kind"] == "parts":
+        works = parts(sizes, row["method"], row["length"], row["batch"])
+        return {"parts": {name: {**of, **told(works[name], rate)} for name, of in row.get("parts", {}).items()}}
+    work = reckoned(row, sizes)
+    return told(work, rate, EAGER_US if row["kind"] == "build" else OPERATION_US) if work else {}
+
+
+def told(work: Work, rate: float, operation: float = OPERATION_US) -> dict[str, Any]:
+    launches = work.kernels + work.operations
+    return {
+        "expected_us": work.microseconds(rate, operation), "bytes": int(work.bytes), "launches_expected": launches,
+    }  # fmt: skip
+
+
+def reckoned(row: Mapping[str, Any], sizes: Sizes) -> Work | None:
+    """Of a row that is to be measured, or was; None where bytes and launches do not decide."""
+    kind, method, length, batch = (row.get(name) for name in ("kind", "method", "length", "batch"))
+    if kind in ("step", "trace"):
+        return step(sizes, method, length, batch)
+    if kind == "baseline":  # one kernel over parts of the tokens, one that merges them
+        return Work(dense_bytes(sizes, length, batch), 2)
+    if kind == "selection":
+        return Work(2 * batch * sizes.heads * length, 1)
+    if kind == "model" and batch:
+        return model(sizes, method, length, batch)
+    if kind == "build":
+        return build(sizes, length, row["calibrated"], row.get("passes", PASSES))
+    return None
+
+
+def step(sizes: Sizes, method: str, length: int, batch: int) -> Work:
+    return sum(parts(sizes, method, length, batch).values(), Work())
+
+
+def parts(sizes: Sizes, method: str, length: int, batch: int) -> dict[str, Work]:
+    """Of one layer's step, by the names of its parts; "rest" is what it does between them."""
+    pairs, kind = batch * sizes.heads, method.partition(",")[0].partition(" ")[0]
+    kept = min(sizes.keep, length)
+    rows = Work(pairs * kept * (2 * sizes.dims * sizes.itemsize + 4), 2)
+    if kind == "dense":
+        return {"append": Work(0, 1), "attend": Work(dense_bytes(sizes, length, batch), 2)}
+    if kind == "loki":
+        return {**loki(sizes, method, length, batch), "attend": rows}
+    if kind == "clusterkv":
+        clusters = pairs * clusters_of(sizes, length, int(method.split()[1]), sizes.window)
+        mean = sizes.dims * sizes.itemsize
+        return {
+            "append": Work(0, 1),
+            "score": Work(clusters * (mean + 4), 1),
+            "select": Work(clusters * 4, 1),
+            "attend": Work(pairs * kept * 2 * sizes.dims * sizes.itemsize, 2),
+        }
+    return {**spectral(sizes, method, length, batch), "attend": rows}
+
+
+def dense_bytes(sizes: Sizes, length: int, batch: int) -> int:
+    return batch * sizes.heads * length * 2 * sizes.dims * sizes.itemsize
+
+
+def clusters_of(sizes: Sizes, length: int, per_cluster: int, window: int) -> int:
+    return max(1, round((length - window // 2 - sizes.sinks) / per_cluster))
+
+
+def loki(sizes: Sizes, method: str, length: int, batch: int) -> dict[str, Work]:
+    code = {"loki, int4": sizes.rank / 2 + 2, "loki, int2": sizes.rank / 2 + 2}.get(method, sizes.rank * sizes.itemsize)
+    copied = batch > 1  # the map, once a row
+    turned = (
+        {"rest": Work(0, 0, 2 + copied)} if method == "loki" else {}
+    )  # the query into the basis, and the result back
+    return {
+        "append": Work(0, 1),
+        "project": Work(0, 0, 1 + copied),
+        "score": Work(batch * sizes.heads * length * (code + 2), 1),
+        "select": Work(0, 1),
+        **turned,
+    }
+
+
+def spectral(sizes: Sizes, method: str, length: int, batch: int) -> dict[str, Work]:
+    _, form, *flat = method.split(", ")
+    bits, times = FORMS[form]
+    pairs, item = batch * sizes.heads, 2
+    clusters = clusters_of(sizes, length, sizes.coded_per_cluster, sizes.coded_window)
+    scored = length if flat else int(REFINE * length) + sizes.coded_window
+    code, mean = times * sizes.rank * bits / 8 + 2, times * sizes.rank + 2
+    scores = (sizes.group + 1) * item
+    before = {
+        "append": Work(0, 1),
+        "project": Work(0, 0, 2),
+        "clusters": Work(pairs * clusters * (mean + 4 + scores), 1, 8),
+        "refine": Work(pairs * clusters * 8, 1),
+    }
+    if flat:
+        del before["clusters"], before["refine"]
+    return {
+        **before,
+        "score": Work(pairs * scored * (code + scores), 1),
+        "select": Work(0, 1),
+        "slots": Work(0, 1),
+        "rest": Work(pairs * clusters * (sizes.dims + 2 + 4), 1),
+    }
+
+
+def build(sizes: Sizes, length: int, calibrated: bool, passes: int) -> Work:
+    """Of one row's clusters, in segments: every pass reads float32 keys twice."""
+    segments = -(-length // SEGMENT)
+    centroids = min(length, SEGMENT) // sizes.per_cluster[0]
+    drawn = max(0, centroids - LUMPS) if calibrated else centroids
+    operations = OF_A_SEGMENT + OF_A_PASS * passes + OF_A_CENTROID * drawn
+    return Work(sizes.heads * length * sizes.dims * 4 * 2 * passes, 0, segments * operations)
+
+
+def model(sizes: Sizes, method: str, length: int, batch: int) -> Work:
+    """A decode step of the whole model: weights, and each layer's attention."""
+    name = {"full": "dense"}.get(method, method.replace("spectral ", "spectral, "))
+    wide, narrow = sizes.group * sizes.heads * sizes.dims, sizes.heads * sizes.dims
+    layer = sizes.hidden * (2 * wide + 2 * narrow + 3 * sizes.intermediate)
+    weights = sizes.layers * layer + sizes.vocabulary * sizes.hidden
+    return step(sizes, name, length, batch) * sizes.layers + Work(
+        weights * sizes.itemsize, 0, LAYER_OPERATIONS * sizes.layers
+    )

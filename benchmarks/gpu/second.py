@@ -1,0 +1,55 @@
+"""The second run on a GPU, five minutes: whole models, the building of clusters, and what tools see inside kernels.
+
+    python benchmarks/gpu/second.py OUT [--dry]    # OUT/second.json, second.log, ncu-*.csv
+
+Into the folder of the first run, whose checks then stand beside its rows. See first.py.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from command import main
+from first import Rows
+from run import Phase
+from sizes import FORMS, Sizes
+
+COUNTED = ("spectral, int4", "loki, int4")
+SANITIZED = ("select", "attend_runs", "remainder")
+
+
+def phases(sizes: Sizes) -> list[Phase]:
+    longest, middle, *_ = sizes.lengths
+    most, least = (f"clusterkv {tokens}" for tokens in sizes.per_cluster)
+    telling = ("full", most, "spectral int4", "loki")
+    others = (least, *(f"spectral {form}" for form in FORMS if form != "int4"))
+    models = [
+        *model(longest, 1, telling),
+        *model(longest, None, telling[:3]),
+        *model(longest, 1, others),
+        *model(middle, None, telling[:3]),
+        *model(middle, 1, telling[:3]),
+    ]
+    builds = [
+        {"kind": "build", "length": length, "calibrated": calibrated}
+        for length in (middle, longest)
+        for calibrated in (False, True)
+    ]
+    shape = {"length": longest, "batch": sizes.batches[-1]}
+    counted = [{"kind": "counters", "method": method, **shape} for method in COUNTED]
+    sanitized = [{"kind": "sanitizer", "check": check} for check in SANITIZED]
+    return [
+        Phase("whole models", models, most=140, limit=60, needs=15),
+        Phase("building clusters", builds, most=60, limit=40, needs=15),
+        Phase("counters", counted, most=80, kept=70, limit=50, needs=15, fresh=True),
+        Phase("memory checker", sanitized, most=60, kept=50, limit=50, needs=15, at_once=3, fresh=True),
+    ]
+
+
+def model(length: int, batch: int | None, methods: tuple[str, ...]) -> Rows:
+    """Args: batch: None: as many rows as fit."""
+    return [{"kind": "model", "method": method, "length": length, "batch": batch} for method in methods]
+
+
+if __name__ == "__main__":
+    sys.exit(main("second", 5, phases, __doc__))
