@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..artifacts import KvcalError
-from ..runtime.integration.routing import PREFIX, Route, delegate, find_attention, implementation
+from ..runtime.integration.implementations import delegate, implementation, is_routed
+from ..runtime.integration.routing import find_attention, routed
 from .pre_rotary import PreRotary, find_rotation, replay_without_rotation
 
 
@@ -131,9 +132,9 @@ class _Recorder:
 @contextmanager
 def _routed(model: Any, on_attention: Callable[..., None], recorder: _Recorder) -> Iterator[None]:
     """Send the attention calls of `model`, and only of it, through `on_attention`, then to where they went before."""
-    original = implementation(model)
-    if original.startswith(PREFIX):
+    if is_routed(model):
         raise KvcalError("this model is already being captured or compressed: leave the other context first")
+    original = implementation(model)
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any
@@ -143,5 +144,5 @@ def _routed(model: Any, on_attention: Callable[..., None], recorder: _Recorder) 
         on_attention(module, query, key, value, kwargs)
         return delegate(original, module)(module, query, key, value, mask, *args, **kwargs)
 
-    with closing(Route(model, attention, masks=original)):
+    with routed(model, attention, masks=original):
         yield

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-import inspect
-import threading
+import contextlib
+import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...artifacts import KvcalError
-from ..attention import Logits, attention
-from .layer import Call, CompressedLayer
-from .routing import Route, backbone, find_attention, refuse_unsupported
+from .arguments import Arguments
+from .attending import ATTACHED
+from .entering import Entry
+from .generation import LengthCheck
+from .implementations import LOCK, Route
+from .layer import Call
+from .rotation import Rotation, rotations
+from .routing import backbone, find_attention, kind, refuse_unsupported
 
 if TYPE_CHECKING:
     from .sharing import Sharing
+
+
+@dataclass
+class Compressed:
+    """What `compress` asks of a model's calls."""
+
+    begin: Callable[[], Any]
+    """Makes an empty cache for calls that would begin one."""
+    sharing: Sharing | None
+    """What the method `cla` did to the model, for as long as it is compressed."""
+    entry: Entry
 
 
 @dataclass
@@ -28,27 +43,32 @@ class Attachment:
     """A model with our attention and hooks, shared by the context and all caches of that model."""
 
     route: Route
-    hooks: list[Any]
-    forget: Callable[[], object]
+    remove: Callable[[], None]
+    """Takes hooks off the model."""
+    checkpointed: weakref.WeakSet[Any]
+    """Its parts that drop their cache while they train with gradient checkpointing."""
+    rotations: list[Rotation]
+    """Its rotary embeddings that depend on the number of tokens."""
     users: int = 0
-    begin: Callable[[], Any] | None = None
-    """Makes an empty cache for calls that would begin one; None: the model is not compressed, only its caches are."""
-    sharing: Sharing | None = None
-    """What the method `cla` did to the model, for as long as it is compressed."""
+    compressed: Compressed | None = None
+    """None: only the model's caches are."""
 
     def release(self) -> None:
-        with _LOCK:
+        with LOCK:
             self.users -= 1
             if self.users == 0:
-                self.forget()
+                self.remove()
                 self.route.close()
-                for hook in self.hooks:
-                    hook.remove()
+
+    def take_compressed(self) -> Compressed | None:
+        """What was asked of the model's calls, and no longer is."""
+        with LOCK:
+            found, self.compressed = self.compressed, None
+        return found
 
 
 _ATTACHED: weakref.WeakKeyDictionary[Any, Attachment] = weakref.WeakKeyDictionary()
 _THROUGH_THE_INTERFACE: weakref.WeakSet[Any] = weakref.WeakSet()
-_LOCK = threading.RLock()  # reentrant: a dropped cache may be collected, and release, at any point
 
 
 def attached(model: Any) -> Attachment | None:
@@ -56,66 +76,129 @@ def attached(model: Any) -> Attachment | None:
 
 
 def attach(model: Any) -> Attachment:
-    with _LOCK:
+    with LOCK:
         found = _ATTACHED.get(model)
         if found is None:
             refuse_unsupported(model)
             if model not in _THROUGH_THE_INTERFACE:
                 find_attention(model)  # refuses those that are not
                 _THROUGH_THE_INTERFACE.add(model)
-            owner = weakref.ref(model)
-            route = Route(model, _attention, masks="sdpa")
-            # The backbone too: it may be called by itself.
-            parts = weakref.WeakSet((model, backbone(model)))
-            hooks = [part.register_forward_pre_hook(_before(owner, parts), with_kwargs=True) for part in parts]
-            found = _ATTACHED[model] = Attachment(route, hooks, lambda: _forget(owner()))
+            found = _ATTACHED[model] = _attach(model)
+        found.route.renew()
         found.users += 1
         return found
 
 
-def _forget(model: Any) -> None:
-    if model is not None:  # a cache may outlive its model, whose entry went with it
-        _ATTACHED.pop(model, None)
+def _attach(model: Any) -> Attachment:
+    owner = weakref.ref(model)
+    route = Route(model, ATTACHED).open()
+    # The backbone too: it may be called by itself.
+    parts = weakref.WeakSet((model, backbone(model)))
+    hook = _Hook(owner, parts)
+    hooks: list[Any] = [part.register_forward_pre_hook(hook, with_kwargs=True) for part in parts]
+    found = rotations(model)
+    check = LengthCheck.install(model, found)
+
+    def remove() -> None:
+        for each in hooks:
+            each.remove()
+        if (model := owner()) is not None:  # a cache may outlive its model, whose entry went with it
+            _ATTACHED.pop(model, None)
+            if check is not None:
+                check.remove(model)
+
+    checkpointed = weakref.WeakSet(part for part in model.modules() if hasattr(part, "gradient_checkpointing"))
+    return Attachment(route, remove, checkpointed, found)
 
 
-def _before(owner: weakref.ref[Any], parts: weakref.WeakSet[nn.Module]) -> Callable[..., Any]:
+class _Hook:
     """A pre-hook that gives our cache to calls that would begin an empty one."""
 
+    def __init__(self, owner: weakref.ref[Any], parts: weakref.WeakSet[nn.Module]):
+        self._owner, self._parts = owner, parts
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles of the model are plain models: there it is a callable that does nothing, of Python's."""
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
     @torch.compiler.disable
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        model: Any = owner()
-        if module not in parts:
-            raise KvcalError("this model was copied while it was compressed or had compressed caches: copy it before")
-        given = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
-        past = given.get("past_key_values")
-        if isinstance(getattr(past, "call", None), Call):
-            _continue(model, module, given)
-            return None
-        found, wanted = _ATTACHED.get(model), given.get("use_cache")
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        model: Any = self._owner()
+        found = None if model is None else _ATTACHED.get(model)
         if found is None:  # the last cache was collected as this call began
             return None
-        begin = found.begin
-        uses = getattr(model.config.get_text_config(), "use_cache", True) if wanted is None else wanted
-        # A training step makes a cache that nobody reads.
-        if begin is None or not uses or (model.training and torch.is_grad_enabled()):
+        given = Arguments.of(module, args, kwargs)
+        past = given.get("past_key_values")
+        if isinstance(getattr(past, "call", None), Call):
+            _check(model, found, module in self._parts)
+            _continue(model, module, given)
             return None
-        return (), {**given, "past_key_values": _begin(begin, given), "use_cache": True}
+        if module not in self._parts or not _begins(model, found, given):
+            return None
+        assert found.compressed is not None
+        _check(model, found, True)
+        args, kwargs = given.replaced(past_key_values=_begin(model, found.compressed.begin, given), use_cache=True)
+        return args, kwargs
 
-    return hook
+
+def _check(model: Any, found: Attachment, ours: bool) -> None:
+    """Raises KvcalError where a call would leave its compressed cache aside."""
+    if not ours:
+        raise KvcalError("past_key_values is a compressed cache, and this is a replica of its model: call the model")
+    if (other := found.route.replaced_by()) is not None:
+        raise KvcalError(
+            f"the attention implementation of this model was set to {other} while it was compressed or had compressed "
+            "caches: set it before, and begin with a new cache"
+        )
+    if any(part.training and part.gradient_checkpointing for part in found.checkpointed):
+        raise KvcalError(
+            f"{kind(model)}: a model that trains with gradient checkpointing leaves out its cache: call model.eval(), "
+            "or gradient_checkpointing_disable()"
+        )
 
 
-def _continue(model: Any, module: nn.Module, given: Mapping[str, Any]) -> None:
+def _begins(model: Any, found: Attachment, given: Arguments) -> bool:
+    """Whether a call without a cache of ours is to get one."""
+    asked, wanted = found.compressed, given.get("use_cache")
+    if asked is None or not given.known:  # the backbone's hook sees by name what the model's cannot tell
+        return False
+    if not asked.entry.includes_caller():
+        _outside(asked)
+        return False
+    uses = getattr(model.config.get_text_config(), "use_cache", True) if wanted is None else wanted
+    # A training step makes a cache that nobody reads.
+    return uses and not (model.training and torch.is_grad_enabled())
+
+
+def _outside(asked: Compressed) -> None:
+    """A call of another thread or task than the one that entered `compress`, which gets what the model is."""
+    if asked.sharing is not None and asked.sharing.map.shared:
+        raise KvcalError(
+            f"layers of this model share keys and values since {asked.entry.thread.name} entered compress(): wait "
+            "until it has left, or use a copy of the model"
+        )
+    if not asked.entry.warned:
+        asked.entry.warned = True
+        warnings.warn(
+            f"kvcal: a call outside the thread or task that entered compress() ({asked.entry.thread.name}) is not "
+            "compressed: enter there, or give it a CompressedCache",
+            stacklevel=2,
+        )
+
+
+def _continue(model: Any, module: nn.Module, given: Arguments) -> None:
     """A call with a cache of ours."""
-    past = given["past_key_values"]
+    past = given.get("past_key_values")
     if past.call.model() is not model:
         raise KvcalError("past_key_values is a compressed cache of another model: make one for this model")
     past.check_sharing(model)
     past.check_whole()
+    past.check_rotation(given.get("position_ids"), _lengths(given)[0])
     if module is model:
         past.call.expect(*_lengths(given))
 
 
-def _begin(begin: Callable[[], Any], given: Mapping[str, Any]) -> Any:
+def _begin(model: Any, begin: Callable[[], Any], given: Arguments) -> Any:
     """A cache for a call that has none, or an empty one of transformers'."""
     past = given.get("past_key_values")
     if past is not None and (type(past) is not DynamicCache or past.offloading or past.get_seq_length()):
@@ -127,60 +210,16 @@ def _begin(begin: Callable[[], Any], given: Mapping[str, Any]) -> Any:
     cache = begin()
     # Assisted decoding had told the cache that we replace to record, and asks for the logits of its guesses.
     tokens, logits = _lengths(given)
+    cache.check_rotation(given.get("position_ids"), tokens)
     if past is not None and ((logits or 1) > 1 or any(getattr(layer, "record_past", False) for layer in past.layers)):
         cache.activate_past_recording()
         cache.call.expect(tokens, logits)
     return cache
 
 
-def _lengths(given: Mapping[str, Any]) -> tuple[int, int | None]:
+def _lengths(given: Arguments) -> tuple[int, int | None]:
     """(new tokens of a call, of how many it wants logits; None: all)."""
     inputs = given.get("input_ids")
     inputs = given.get("inputs_embeds") if inputs is None else inputs
     logits = given.get("logits_to_keep")
     return 0 if inputs is None else inputs.shape[1], logits if type(logits) is int and logits > 0 else None
-
-
-class _WithoutGradient(torch.autograd.Function):
-    """The first argument, with a backward pass that says that there is none, where it would leave attention out."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise KvcalError("no gradients flow through a compressed cache: call the model with use_cache=False")
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    *,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """The attention of a routed model: a compressed layer's, or dense over what it is given."""
-    if kwargs.get("position_bias") is not None:
-        raise KvcalError(f"{type(module).__name__}: attention with a position bias is not supported")
-    logits = Logits(query.shape[-1] ** -0.5 if scaling is None else float(scaling), softcap, s_aux)
-    layer: CompressedLayer | None = getattr(key, "kvcal_layer", None)
-    if layer is not None:
-        out = layer.attend(query, mask, logits)
-        if torch.is_grad_enabled() and query.requires_grad:
-            out = _WithoutGradient.apply(out, query)
-    elif logits.plain:
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](
-            module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    else:
-        causal = kwargs.get("is_causal")
-        causal = getattr(module, "is_causal", True) if causal is None else causal
-        out = attention(query, key, value, logits, mask, causal=causal and mask is None and query.shape[2] > 1)
-    return out.transpose(1, 2).contiguous(), None

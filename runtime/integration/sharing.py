@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ...artifacts import KvcalError
 from ..sharing import SharingMap
 from ..stores.amounts import check_choice
+from ..wrapped import unwrapped
 from .attachment import attach
 from .layer import full_attention_layers
 from .projections import QUERY, Projections, Slot, pooled
@@ -180,6 +181,7 @@ def share(
     Raises:
         KvcalError: a model or map that cannot share, with the reason; the model is then as it was.
     """
+    model = unwrapped(model)
     check_choice("pool", pool, POOLS)
     check_choice("trainable", trainable, TRAINABLE)
     if (found := sharing_of(model)) is not None:
@@ -232,7 +234,7 @@ def shared(
 
 def sharing_of(model: Any) -> Sharing | None:
     """How the layers of a model share keys and values now; a deep copy of a shared model is shared, too."""
-    return vars(model).get(_ATTRIBUTE)
+    return vars(unwrapped(model)).get(_ATTRIBUTE)
 
 
 def _trained(model: Any, sharing_map: SharingMap, attentions: list[nn.Module]) -> set[str]:

@@ -79,15 +79,6 @@ def test_a_call_that_failed_half_way_is_told_of():
         model()(IDS[:, :1], past_key_values=cache)
 
 
-def test_a_copy_of_a_compressed_model_says_so():
-    original = build("llama")
-    with compress(original, None, "streaming"):
-        twin = copy.deepcopy(original)
-        with pytest.raises(KvcalError, match="copied while it was compressed"):
-            twin(IDS)
-    copy.deepcopy(original)(IDS)
-
-
 def test_making_caches_costs_no_forward_calls_and_no_random_numbers():
     trained = build("gpt2").train()
     calls = []
