@@ -12,6 +12,7 @@ from .. import artifacts
 from ..artifacts import Artifact, KvcalError, ModelIdentity, Stage, differences, fingerprint
 from ..artifacts.folder import has_content
 from ..artifacts.manifest import MANIFEST
+from ..runtime.wrapped import unwrapped
 from .blocks import TokenBlocks
 from .checkpoint import Checkpoint, run_id
 from .distributed import SINGLE, World
@@ -61,6 +62,7 @@ def calibrate(
         KvcalError: text longer than the model's context, NaN activations, an unsupported architecture,
             an interrupted run in the way.
     """
+    model = unwrapped(model)
     if batch_size < 1:
         raise KvcalError(f"batch size {batch_size}: give at least 1")
     if checkpoint_blocks is not None and checkpoint_blocks < 1:

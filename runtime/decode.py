@@ -132,9 +132,10 @@ def _mask(input_ids: Tensor, given: Tensor | None) -> Tensor:
 def _refuse_training(model: Any) -> None:
     training = next((name for name, module in model.named_modules() if module.training), None)
     if training is not None:
+        part = f" ({training})" if training else ""
         raise KvcalError(
-            f"{type(model).__name__} is in training mode{f' ({training})' if training else ''}, which draws dropout and "
-            "may leave out the cache: call model.eval() before decode()"
+            f"{type(model).__name__} is in training mode{part}, which draws dropout and may leave out the cache: "
+            "call model.eval() before decode()"
         )
 
 

@@ -16,7 +16,6 @@ from ...artifacts import KvcalError
 from ..attention import Logits, attention
 from .implementations import PREFIX, delegate, stood_for
 
-ATTACHED = f"{PREFIX}attached"
 WATCHES: dict[int, Callable[..., object]] = {}
 """By thread, what is called with (module, query, key, value) before every attention call."""
 
@@ -44,6 +43,7 @@ def attend(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    eager: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """As transformers calls it: [B, Hq, T, D] and a bool mask [B, 1, T, S] or None -> ([B, T, Hq, Dv], weights)."""
@@ -59,18 +59,23 @@ def attend(
             out = _WithoutGradient.apply(out, query)
         return out.transpose(1, 2).contiguous(), None
     settings = {"dropout": dropout, "scaling": scaling, **kwargs}
-    own = stood_for(module.config._attn_implementation) if hasattr(module, "config") else "sdpa"
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4):
         # A call that began before the model was attached has its own implementation's mask.
-        return delegate(own, module)(module, query, key, value, mask, softcap=softcap, s_aux=s_aux, **settings)
-    if own == "eager" and (eager := delegate(own, module)) is not None:
+        return _own(module)(module, query, key, value, mask, softcap=softcap, s_aux=s_aux, **settings)
+    if eager and (function := delegate("eager", module)) is not None:
         special = {name: given for name, given in (("softcap", softcap), ("s_aux", s_aux)) if given is not None}
         added = _added(mask, query, key, _is_causal(module, kwargs))
-        return eager(module, query, key, value, added, **special, **settings)
+        out, weights = function(module, query, key, value, added, **special, **settings)
+        return out, weights
     if logits.plain:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **settings)
     causal = _is_causal(module, kwargs) and mask is None and query.shape[2] > 1
     return attention(query, key, value, logits, mask, causal=causal).transpose(1, 2).contiguous(), None
+
+
+@torch.compiler.disable
+def _own(module: Any) -> Any:
+    return delegate(stood_for(module.config._attn_implementation) or "eager", module)
 
 
 @torch.compiler.disable
@@ -94,6 +99,17 @@ def _added(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> Ten
     return torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~mask, torch.finfo(query.dtype).min)
 
 
-AttentionInterface.register(ATTACHED, attend)
-# Without a mask function under the same name the mask is silently None.
-AttentionMaskInterface.register(ATTACHED, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+def attend_eagerly(*call: Any, **settings: Any) -> tuple[Tensor, Tensor | None]:
+    """`attend`, of models whose own attention is eager."""
+    return attend(*call, **settings, eager=True)
+
+
+def attached_name(before: str) -> str:
+    """The implementation of ours for models that have another."""
+    return f"{PREFIX}attached_eager" if before == "eager" else f"{PREFIX}attached"
+
+
+for _before, _function in (("eager", attend_eagerly), ("sdpa", attend)):
+    AttentionInterface.register(attached_name(_before), _function)
+    # Without a mask function under the same name the mask is silently None.
+    AttentionMaskInterface.register(attached_name(_before), ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

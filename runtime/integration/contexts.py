@@ -78,6 +78,8 @@ def disable(model: Any) -> None:
         raise KvcalError("this model is not compressed: call enable() first")
     if asked.sharing:
         asked.sharing.remove()
+    if found.calls is not None:
+        found.calls.forget_own()
     found.release()
     leave(model, asked.entry)
 

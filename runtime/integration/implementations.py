@@ -40,8 +40,8 @@ class Implementation(str):
 class _Routed:
     config: Any
     before: str | None
-    names: list[str]
-    """Of the open routes, the last of which is in force."""
+    routes: list[Route]
+    """The open ones, the last of which is in force."""
 
 
 _ROUTED: dict[int, _Routed] = {}
@@ -49,9 +49,13 @@ _ROUTED: dict[int, _Routed] = {}
 
 
 class Route:
-    """From `open()` until `close()`, the configs of a model and its parts name `name`."""
+    """From `open()` until `close()`, the configs of a model and its parts name an implementation of ours.
 
-    def __init__(self, model: Any, name: str):
+    Args:
+        name: of ours, for the one that a config names before.
+    """
+
+    def __init__(self, model: Any, name: Callable[[str], str]):
         parts = [module for module in model.modules() if hasattr(module, "set_attn_implementation")]
         self.name = name
         self._configs = list({id(part.config): part.config for part in parts}.values())
@@ -60,7 +64,7 @@ class Route:
         with LOCK:
             for config in self._configs:
                 routed = _ROUTED.setdefault(id(config), _Routed(config, stood_for(_now(config)), []))
-                routed.names.append(self.name)
+                routed.routes.append(self)
                 _name(routed)
         return self
 
@@ -68,11 +72,10 @@ class Route:
         with LOCK:
             for config in self._configs:
                 routed = _ROUTED[id(config)]
-                mine = _now(config) in routed.names  # else the user has chosen another meanwhile
-                routed.names.remove(self.name)
-                if mine:
+                routed.routes.remove(self)
+                if _is_ours(_now(config)):  # else the user has chosen another meanwhile
                     _name(routed)
-                if not routed.names:
+                if not routed.routes:
                     del _ROUTED[id(config)]
 
     def renew(self) -> None:
@@ -80,13 +83,13 @@ class Route:
         with LOCK:
             for config in self._configs:
                 routed = _ROUTED[id(config)]
-                if _now(config) not in routed.names:
+                if not _is_ours(_now(config)):
                     routed.before = _now(config)
                     _name(routed)
 
     def replaced_by(self) -> str | None:
         """The implementation that was chosen since, in the place of ours."""
-        return next((str(now) for now in map(_now, self._configs) if now != self.name), None)
+        return next((str(now) for now in map(_now, self._configs) if not _is_ours(now)), None)
 
 
 def implementation(model: Any) -> str:
@@ -98,7 +101,7 @@ def stood_for(name: str | None) -> str | None:
     """The implementation that a name of ours stands for; any other name."""
     if isinstance(name, Implementation):
         return name.original
-    return "sdpa" if name is not None and name.startswith(PREFIX) else name
+    return "sdpa" if _is_ours(name) else name
 
 
 def is_routed(model: Any) -> bool:
@@ -106,8 +109,15 @@ def is_routed(model: Any) -> bool:
 
 
 def _name(routed: _Routed) -> None:
-    name = Implementation(routed.names[-1], routed.before or "eager") if routed.names else routed.before
+    name = routed.before
+    if routed.routes:
+        before = routed.before or "eager"
+        name = Implementation(routed.routes[-1].name(before), before)
     routed.config._attn_implementation_internal = name
+
+
+def _is_ours(name: str | None) -> bool:
+    return name is not None and name.startswith(PREFIX)
 
 
 def _now(config: Any) -> str | None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ...artifacts import KvcalError
-from .attending import ATTACHED, WATCHES
+from .attending import WATCHES, attached_name
 from .implementations import PREFIX, Route
 
 _numbers = itertools.count()
@@ -36,7 +36,7 @@ def routed(model: Any, attention: Callable[..., Any], masks: str) -> Iterator[No
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[masks])
     try:
-        with closing(Route(model, name).open()):
+        with closing(Route(model, lambda before: name).open()):
             yield
     finally:  # transformers offers no way to unregister
         AttentionInterface._global_mapping.pop(name, None)
@@ -89,7 +89,7 @@ def watch(model: Any, tokens: int, see: Callable[..., object]) -> None:
     # A model in training mode would draw dropout; else other threads' random numbers are left alone.
     draws = any(module.training for module in model.modules())
     thread = threading.get_ident()
-    with torch.no_grad(), torch.random.fork_rng(gpus, enabled=draws), closing(Route(model, ATTACHED).open()):
+    with torch.no_grad(), torch.random.fork_rng(gpus, enabled=draws), closing(Route(model, attached_name).open()):
         WATCHES[thread] = see
         try:
             backbone(model)(input_ids=ids, use_cache=False)

@@ -22,7 +22,7 @@ from ..stores.amounts import check_choice
 from ..wrapped import unwrapped
 from .attachment import attach
 from .layer import full_attention_layers
-from .projections import QUERY, Projections, Slot, pooled
+from .projections import QUERY, Calls, Projections, Slot, pooled
 from .routing import backbone, find_attention
 from .sharing_checks import check_equal, fitting, refuse_checkpointing, refuse_tied
 from .snapshot import sample
@@ -47,6 +47,7 @@ class Sharing:
         self._model = model
         self._kept = False
         self._slots: list[Slot] = []
+        self._calls = Calls()
         self._hooks: list[Any] = []
         self._replaced: list[tuple[MutableMapping[str, Any], str, Any]] = []
         self._flags: list[tuple[nn.Parameter, bool]] = []
@@ -108,7 +109,7 @@ class Sharing:
             values |= {f"{prefix}.{name}": tensor for name, tensor in pooled(found, group, pool).items()}
             slots = {}
             for name in [storing.fused] if storing.fused else storing.separate:
-                slots[name] = Slot(f"{prefix}.{name}")
+                slots[name] = Slot(f"{prefix}.{name}", self._calls)
                 self._hooks.append(storing.attention.get_submodule(name).register_forward_hook(slots[name].keep))
             # Of the attention, not of the stand-in, which the calibration pass calls twice.
             self._hooks += [attentions[group[-1]].register_forward_hook(slot.drop) for slot in slots.values()]
@@ -151,8 +152,10 @@ class Sharing:
     def _before(self, *args: Any) -> None:
         if torch.is_grad_enabled() and self._model.training:
             refuse_checkpointing(self._model)
+        self._calls.begin()
 
     def _drop(self, *args: Any) -> None:
+        self._calls.end()
         for slot in self._slots:
             slot.drop()
 
