@@ -46,8 +46,7 @@ class GenerationCheck:
         return types.MethodType(getattr(type(model), _METHOD), memo[id(model)])
 
     def __reduce__(self) -> Any:
-        model = self._model()
-        return types.MethodType, (getattr(type(model), _METHOD), model)
+        return getattr, (self._model(), _METHOD)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self._model()
@@ -82,7 +81,14 @@ class GenerationCheck:
         begins = past is None or not past.get_seq_length()
         first = min(config.prefill_chunk_size or real, real) if begins else past.call.length
         last = max(first, real + given["max_cache_length"] - width)
+        if guesses:
+            last += config.prompt_lookup_num_tokens or 0  # which may go beyond what is asked for
         anew = model.config.model_type in _COMPUTE_ANEW and hasattr(model.config, "original_max_position_embeddings")
+        if anew and past is not None and begins and any(first > rotation.original for rotation in self._rotations):
+            raise KvcalError(
+                f"{kind(model)}: generate() leaves out a cache that it is given for a prompt of {first} tokens: use "
+                "compress(), or decode()"
+            )
         # A cache that was given stays behind, guesses are taken back, and they count padding, too.
         if anew and past is None and not guesses and first == real == width:
             return
