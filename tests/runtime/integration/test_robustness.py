@@ -85,6 +85,25 @@ def test_dropout_of_a_training_step_stays():
     assert not torch.allclose(first, second)
 
 
+@pytest.mark.parametrize("part", ["", "model.layers.1"])
+def test_gradient_checkpointing_that_would_leave_out_a_cache(part):
+    trained = build("llama")
+    expected = trained(IDS, use_cache=False).logits
+    trained.gradient_checkpointing_enable()
+    trained.get_submodule(part).train()
+    cache = CompressedCache(trained, None, "full")
+    refused = pytest.raises(KvcalError, match="trains with gradient checkpointing leaves out its cache: call model")
+    with refused:
+        trained(IDS, past_key_values=cache)
+    with compress(trained, None, "full"):
+        with torch.no_grad(), refused:
+            trained(IDS)
+        torch.testing.assert_close(trained(IDS, use_cache=False).logits, expected)
+        trained.eval()
+        trained(IDS, past_key_values=cache)
+    assert cache.get_seq_length() == IDS.shape[1]
+
+
 def test_disable_inside_the_context_and_its_own_error():
     from kvcal.runtime import disable
 
