@@ -71,6 +71,8 @@ def decode(
     inside = unwrapped(model)
     mask = _mask(input_ids, attention_mask)
     _refuse_training(inside)
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise KvcalError("this model puts a learned prompt before every call: use generate() within compress()")
     if sampler is not None and not isinstance(sampler, Sampler):
         raise KvcalError(f"sampler {sampler!r}: give a Sampler, e.g. Sampler(temperature=0.7, top_p=0.9)")
     ends, padding = _specials(inside, eos_token_id, pad_token_id, input_ids.device)

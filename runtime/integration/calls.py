@@ -20,7 +20,8 @@ from .layer import Call
 from .routing import kind
 
 if TYPE_CHECKING:
-    from .attachment import Attachment, Compressed
+    from .attachment import Attachment
+    from .entering import Entry
 
 
 NOTHING = (getattr, (contextlib.nullcontext(), "__exit__"))
@@ -121,24 +122,18 @@ def _begins(model: Any, found: Attachment, given: Arguments) -> bool:
     if asked is None or not given.known:  # the backbone's hook sees by name what the model's cannot tell
         return False
     if not asked.entry.includes_caller():
-        _outside(asked)
+        _warn_outside(asked.entry)
         return False
     uses = getattr(model.config.get_text_config(), "use_cache", True) if wanted is None else wanted
     # A training step makes a cache that nobody reads.
     return uses and not (model.training and torch.is_grad_enabled())
 
 
-def _outside(asked: Compressed) -> None:
-    """A call of another thread or task than the one that entered `compress`, which gets what the model is."""
-    if asked.sharing is not None and asked.sharing.map.shared:
-        raise KvcalError(
-            f"layers of this model share keys and values since {asked.entry.thread.name} entered compress(): wait "
-            "until it has left, or use a copy of the model"
-        )
-    if not asked.entry.warned:
-        asked.entry.warned = True
+def _warn_outside(entry: Entry) -> None:
+    if not entry.warned:
+        entry.warned = True
         warnings.warn(
-            f"kvcal: a call outside the thread or task that entered compress() ({asked.entry.thread.name}) is not "
+            f"kvcal: a call outside the thread or task that entered compress() ({entry.thread.name}) is not "
             "compressed: enter there, or give it a CompressedCache",
             stacklevel=2,
         )

@@ -12,8 +12,8 @@ from ..cla import Cla, resolve, split_method
 from ..wrapped import unwrapped
 from .attachment import Compressed, attach, attached
 from .cache import CompressedCache, Recipe, check_artifact
-from .entering import enter, leave
-from .sharing import Sharing, share, sharing_of
+from .entering import Entry, enter, leave
+from .sharing import Sharing, share_for, sharing_of
 
 
 @contextmanager
@@ -36,11 +36,12 @@ def compress(model: Any, artifact: Artifact | None = None, method: Any = None, *
     Raises:
         KvcalError: before any token is decoded, whatever of this does not fit.
     """
+    model = unwrapped(model)  # once: what is in a wrapper may be exchanged inside
     asked = _enable(model, artifact, method, settings)
     try:
         yield
     finally:
-        found = attached(unwrapped(model))
+        found = attached(model)
         if found is not None and found.compressed is asked:  # else disable() was called meanwhile
             disable(model)
 
@@ -56,7 +57,7 @@ def _enable(model: Any, artifact: Artifact | None, method: Any, settings: Mappin
     sharing = None
     try:
         cla, method, settings = split_method(method, settings)
-        sharing = _share(model, artifact, cla) if cla else None
+        sharing = _share(model, artifact, cla, entry) if cla else None
         recipe = Recipe.of(model, artifact, method, settings)
         found = attach(model)
     except BaseException:
@@ -94,15 +95,21 @@ def shared_for(
         (method, settings) for a `CompressedCache` of what is left: of "cla+loki", those of "loki".
     """
     cla, method, settings = split_method(method, settings)
-    sharing = _share(unwrapped(model), artifact, cla) if cla else None
-    try:
+    if not cla:
         yield method, settings
-    finally:
-        if sharing:
+        return
+    entry = Entry()
+    try:
+        sharing = _share(unwrapped(model), artifact, cla, entry)
+        try:
+            yield method, settings
+        finally:
             sharing.remove()
+    finally:
+        entry.leave()
 
 
-def _share(model: Any, artifact: Artifact | None, cla: Cla) -> Sharing:
+def _share(model: Any, artifact: Artifact | None, cla: Cla, entry: Entry) -> Sharing:
     if (already := sharing_of(model)) is not None:
         raise KvcalError(
             f"this model's layers share keys and values already ({already.map}): take the method after the + alone, "
@@ -110,6 +117,6 @@ def _share(model: Any, artifact: Artifact | None, cla: Cla) -> Sharing:
         )
     check_artifact(artifact, model)
     found = resolve(cla, artifact)
-    sharing = share(model, found.map, pool=found.pool, weights=found.weights)
+    sharing = share_for(entry, model, found.map, found.pool, found.weights)
     sharing.bases = found.bases if found.map.shared else None  # else keys are the artifact's own
     return sharing

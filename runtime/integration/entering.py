@@ -23,6 +23,12 @@ class Entry:
         self.warned = False
         _ENTERED.set(_ENTERED.get() | {self})
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Copies of a model are for everybody."""
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
     def includes_caller(self) -> bool:
         # Not every caller in the same place has the same context, e.g. the cells of a notebook.
         here = (threading.current_thread(), _task())

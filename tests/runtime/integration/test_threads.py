@@ -9,7 +9,7 @@ import torch
 from architectures import build
 from compressed import CLOSE, artifact, random_ids, small, step_logits, traces
 
-from kvcal.runtime import CompressedCache, KvcalError, SharingMap, compress, disable, enable, shared
+from kvcal.runtime import CompressedCache, KvcalError, SharingMap, compress, decode, disable, enable, shared, sharing_of
 from kvcal.runtime.integration import contexts
 
 IDS = random_ids(24)
@@ -43,12 +43,12 @@ def tried(call):
         return error
 
 
-def begun(module, call):
+def begun(module, call, when=lambda: True):
     """`call`, begun in a thread that stands before `module`; -> what ends it and gives its result or error."""
     reached, go, found = threading.Event(), threading.Event(), []
 
     def stand(*args):
-        if threading.current_thread() is thread:
+        if threading.current_thread() is thread and when():
             reached.set()
             assert go.wait(20)
 
@@ -146,12 +146,25 @@ def test_calls_of_another_thread_are_plain_and_a_given_cache_is_not():
     torch.testing.assert_close(given, expected, **CLOSE)
 
 
-def test_layers_that_share_are_of_no_other_thread():
+@pytest.mark.parametrize("way", ["compress", "decode"])
+def test_layers_that_share_are_of_no_other_thread(way):
     of = build("llama")
-    with compress(of, None, "cla", groups="0-1,2"):
-        refused = in_thread(lambda: of(IDS, use_cache=False))
-        assert isinstance(refused, KvcalError) and "share keys and values since MainThread entered" in str(refused)
-    assert torch.equal(in_thread(lambda: of(IDS).logits), of(IDS).logits)
+    settings = {"method": "cla", "groups": "0-1,2"}
+
+    def inside():
+        if way == "decode":
+            return decode(of, IDS, max_new_tokens=2, **settings).tokens
+        with compress(of, None, **settings):
+            return of.generate(IDS, max_new_tokens=2, do_sample=False)
+
+    expected, plain = inside(), of(IDS).logits
+    end = begun(of.model.layers[2], inside, when=lambda: sharing_of(of) is not None)
+    refused = tried(lambda: of(IDS, use_cache=False))
+    assert isinstance(refused, KvcalError) and "share keys and values in Thread-" in str(refused)
+    again = tried(inside)
+    assert isinstance(again, KvcalError) and "already" in str(again)
+    assert torch.equal(end(), expected)
+    assert torch.equal(of(IDS).logits, plain)
 
 
 def test_two_threads_that_call_a_shared_model_do_not_mix_their_keys():
