@@ -8,15 +8,18 @@ mask that implementation expects. No forward is overridden and logits stay bit-i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..artifacts import KvcalError
-from ..runtime.integration.routing import PREFIX, Route, delegate, find_attention, implementation
+from ..runtime.integration.implementations import delegate, implementation, is_routed
+from ..runtime.integration.routing import find_attention, routed
+from ..runtime.wrapped import unwrapped
 from .pre_rotary import PreRotary, find_rotation, replay_without_rotation
 
 
@@ -51,13 +54,14 @@ def capture(
     """Call `observe` for every attention layer of every whole-sequence forward pass inside the context.
 
     Args:
-        model: a transformers model whose attention goes through the attention interface.
+        model: a transformers model, or a module around one, whose attention goes through the attention interface.
         pre_rotary: what an earlier context learned about undoing the rotation; a new one otherwise.
 
     Raises:
         KvcalError: the model cannot be captured, by name of the architecture; or a pass continues a cache, whose
             keys were not seen before their rotation.
     """
+    model = unwrapped(model)
     attention_modules = find_attention(model)
     has_rotary = bool(getattr(model.config.get_text_config(), "rope_parameters", None))
     recorder = _Recorder()
@@ -65,7 +69,11 @@ def capture(
     embeddings: dict[int, tuple[Tensor, Tensor] | None] = {}
     replayed: dict[int, tuple[Tensor, Tensor]] = {}
 
+    thread = threading.get_ident()
+
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() != thread:
+            return
         layer: int = module.layer_idx  # type: ignore[assignment]
         call = inspect.signature(module.forward).bind(*args, **kwargs)
         rotation = embeddings[layer] = find_rotation(module, call, has_rotary)
@@ -100,7 +108,7 @@ def capture(
 
     handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in attention_modules]
     try:
-        with _routed(model, on_attention, recorder):
+        with _routed(model, on_attention, recorder, attention_modules):
             yield pre_rotary
     finally:
         for handle in handles:
@@ -129,19 +137,23 @@ class _Recorder:
 
 
 @contextmanager
-def _routed(model: Any, on_attention: Callable[..., None], recorder: _Recorder) -> Iterator[None]:
+def _routed(
+    model: Any, on_attention: Callable[..., None], recorder: _Recorder, seen: Sequence[nn.Module]
+) -> Iterator[None]:
     """Send the attention calls of `model`, and only of it, through `on_attention`, then to where they went before."""
-    original = implementation(model)
-    if original.startswith(PREFIX):
+    if is_routed(model):
         raise KvcalError("this model is already being captured or compressed: leave the other context first")
+    original, thread, modules = implementation(model), threading.get_ident(), set(seen)
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any
     ) -> Any:
-        if recorder.active:
-            raise _Recorded(query, key)
-        on_attention(module, query, key, value, kwargs)
+        # Other threads' calls, and those of other models with the same config, are no part of the pass.
+        if threading.get_ident() == thread and module in modules:
+            if recorder.active:
+                raise _Recorded(query, key)
+            on_attention(module, query, key, value, kwargs)
         return delegate(original, module)(module, query, key, value, mask, *args, **kwargs)
 
-    with closing(Route(model, attention, masks=original)):
+    with routed(model, attention, masks=original):
         yield

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..artifacts import Artifact, KvcalError
 from ..runtime import CompressedCache, compress, load
+from ..runtime.integration.rotation import refuse_change, rotations
 from .evaluation.grid import decoding, sharing
 from .models import LoadedModel, load_model
 
@@ -108,6 +109,10 @@ class CompressedLM(HFLM):
             return []
         # Too long a row loses the beginning of its context, as in HFLM.
         pairs = [((c + k)[-(self.max_length + 1) :][: -len(k)], k) for _, c, k in requests]
+        changing = rotations(self.model)
+        for context, continuation in pairs:
+            first, last = max(1, len(context) - 1), len(context) + len(continuation) - 1
+            refuse_change(changing, self.model, first, last)
         batch_size = override_bs or self.batch_size
         if batch_size == "auto":
             batch_size = self._detect_batch_size([max(requests, key=lambda request: len(request[1] + request[2]))])

@@ -13,6 +13,7 @@ from ..artifacts import Artifact, KvcalError, ModelIdentity, Stage, differences,
 from ..artifacts.manifest import MANIFEST
 from ..artifacts.places import check_new_folder
 from ..artifacts.writing import has_content
+from ..runtime.wrapped import unwrapped
 from .blocks import TokenBlocks
 from .checkpoint import Checkpoint, run_id
 from .distributed import SINGLE, World
@@ -62,6 +63,7 @@ def calibrate(
         KvcalError: text longer than the model's context, NaN activations, an unsupported architecture,
             an interrupted run in the way.
     """
+    model = unwrapped(model)
     if batch_size < 1:
         raise KvcalError(f"batch size {batch_size}: give at least 1")
     if checkpoint_blocks is not None and checkpoint_blocks < 1:

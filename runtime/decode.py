@@ -17,6 +17,7 @@ from ..artifacts import Artifact, KvcalError
 from .replay import Replay, State
 from .sampling import Sampler
 from .stores.amounts import check_count
+from .wrapped import unwrapped
 
 CHECK_EVERY = 16
 """Steps between two looks at whether all rows have ended."""
@@ -52,7 +53,7 @@ def decode(
     """Continue prompts as `generate()` does with the same cache.
 
     Args:
-        model: a transformers decoder with a language-model head, in eval mode.
+        model: a transformers decoder with a language-model head, in eval mode, or a module around one, which is called.
         input_ids: [B, T] int64, left-padded where `attention_mask` [B, T] is 0.
         method, settings: as of `compress`.
         sampler: None: greedy.
@@ -64,17 +65,20 @@ def decode(
         KvcalError: whatever does not fit, before any token is decoded.
     """
     from .integration.contexts import shared_for
+    from .integration.rotation import check_lengths
 
-    if input_ids.dim() != 2 or not input_ids.numel():
-        raise KvcalError(f"input_ids {list(input_ids.shape)}: give [rows, tokens], at least one of each")
     check_count("max_new_tokens", max_new_tokens, 1)
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    if mask.shape != input_ids.shape:
-        raise KvcalError(f"attention_mask {list(mask.shape)}: give one number per token, {list(input_ids.shape)}")
+    inside = unwrapped(model)
+    mask = _mask(input_ids, attention_mask)
+    _refuse_training(inside)
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise KvcalError("this model puts a learned prompt before every call: use generate() within compress()")
     if sampler is not None and not isinstance(sampler, Sampler):
         raise KvcalError(f"sampler {sampler!r}: give a Sampler, e.g. Sampler(temperature=0.7, top_p=0.9)")
-    ends, padding = _specials(model, eos_token_id, pad_token_id, input_ids.device)
+    ends, padding = _specials(inside, eos_token_id, pad_token_id, input_ids.device)
     position = (mask.cumsum(1) - 1).clamp_min(0)
+    longest = int(mask.sum(1).max())
+    check_lengths(inside, longest, longest + max_new_tokens - 1)
     state = State(position[:, -1:] + 1, max_new_tokens, sampler or Sampler(), ends, padding, seed)
     with shared_for(model, artifact, method, settings) as (inner, own):
         return _decode(model, input_ids, mask, position, state, graph, (artifact, inner, own))
@@ -102,6 +106,39 @@ def _decode(
     if new.shape[1] < done:
         cache.crop(new.shape[1] - done)
     return Decoded(torch.cat((input_ids, new), 1), why_not, cache)
+
+
+def _mask(input_ids: Tensor, given: Tensor | None) -> Tensor:
+    """[B, T] int64, 0 at the padding on the left."""
+    if input_ids.dim() != 2 or not input_ids.numel():
+        raise KvcalError(f"input_ids {list(input_ids.shape)}: give [rows, tokens], at least one of each")
+    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+        raise KvcalError(f"input_ids of {input_ids.dtype}: give the numbers of tokens, as int64")
+    if given is None:
+        return torch.ones_like(input_ids)
+    if given.shape != input_ids.shape:
+        raise KvcalError(f"attention_mask {list(given.shape)}: give one number per token, {list(input_ids.shape)}")
+    mask = given.to(input_ids.device).ne(0).long()
+    if not bool((mask == given.to(mask.device)).all()):
+        raise KvcalError("attention_mask has numbers other than 0 and 1: give 0 at padding and 1 at tokens")
+    wrong = (mask[:, 1:] < mask[:, :-1]).any(1) | (mask[:, -1] == 0)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise KvcalError(
+            f"attention_mask, row {row}: padding follows or parts its tokens: pad prompts on the left, "
+            'tokenizer.padding_side = "left"'
+        )
+    return mask
+
+
+def _refuse_training(model: Any) -> None:
+    training = next((name for name, module in model.named_modules() if module.training), None)
+    if training is not None:
+        part = f" ({training})" if training else ""
+        raise KvcalError(
+            f"{type(model).__name__} is in training mode{part}, which draws dropout and may leave out the cache: "
+            "call model.eval() before decode()"
+        )
 
 
 def _replayed(model: Any, stepping: Any, state: State, graph: bool) -> tuple[int, str | None]:

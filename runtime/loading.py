@@ -19,6 +19,7 @@ from ..artifacts import (
 from ..artifacts.manifest import MANIFEST, read_manifest
 from . import hub
 from .planned import FILE as PLAN
+from .wrapped import unwrapped
 
 CARD = "README.md"
 
@@ -55,6 +56,7 @@ def check_model(artifact: Artifact, model: Any, *, weights: bool = False) -> Non
     Raises:
         MismatchError: names what differs on both sides, and what to do.
     """
+    model = unwrapped(model)
     found = fingerprint(model.config)
     # The kind of model first, single numbers before lists of one entry per layer.
     different = differences(artifact.model.fingerprint, found)

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from ...artifacts import Artifact, KvcalError
 from ...runtime import CompressedCache, sharing_of
+from ...runtime.integration import rotation
+from ...runtime.wrapped import unwrapped
 from ..distributed import SINGLE, World
 from ..models import max_context
 from .attention_error import AttentionProbe, History, now
@@ -59,6 +61,7 @@ def evaluate(
         KvcalError: a setting that this model or artifact does not allow, or prompts beyond the model's context;
             before anything is run.
     """
+    model = unwrapped(model)
     grid = [FULL, *(setting for setting in grid if setting != FULL)]
     results = results or Results({})
     check_lengths(prompts, model)
@@ -117,7 +120,8 @@ def _share(work: Sequence[tuple[Batch, Setting]], world: World) -> list[tuple[Ba
 
 
 def check_lengths(prompts: Prompts, model: Any) -> None:
-    """Raise KvcalError when a prefix and its continuation exceed the model's context."""
+    """Raise KvcalError when a prefix and its continuation exceed the model's context, or their rotary embedding
+    changes between them."""
     context = max_context(model.config)
     parts = ([("perplexity", prompts.windows)] if prompts.windows else []) + [(t.key, t) for t in prompts.recall]
     for name, part in parts:
@@ -127,6 +131,7 @@ def check_lengths(prompts: Prompts, model: Any) -> None:
                 f"{name}: {prefix} + {continuation} tokens exceed this model's context of {context}: "
                 "give a smaller --prefix, --continuation or --lengths"
             )
+        rotation.check_lengths(model, prefix, prefix + continuation - 1)
 
 
 def _finish(

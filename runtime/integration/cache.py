@@ -23,10 +23,12 @@ from ..stores import Method, Store
 from ..stores.full import Full
 from ..stores.row_store import RowStore
 from ..stores.sorted_by_cluster import SortedStore
+from ..wrapped import unwrapped
 from .attachment import attach
 from .layer import Call, CompressedLayer, Observer, full_attention_layers
 from .reading import ReadingLayer
 from .restoring import by_layer, check_fits, check_layers
+from .rotation import refuse_change
 from .routing import kind
 from .sharing import sharing_of
 from .snapshot import damaged, read_snapshot, write_snapshot
@@ -93,6 +95,7 @@ class CompressedCache(DynamicCache):
     """
 
     def __init__(self, model: Any, artifact: Artifact | None = None, method: Any = None, **settings: Any) -> None:
+        model = unwrapped(model)
         self._begin(model, Recipe.of(model, artifact, method, settings))
 
     @classmethod
@@ -117,7 +120,9 @@ class CompressedCache(DynamicCache):
             storing = recipe.groups.storing_of(layer)
             own = storing == layer
             self.layers[layer] = stored[layer] if own else ReadingLayer(layer, stored[storing], self.call)
-        self._release = weakref.finalize(self, attach(model).release)
+        held = attach(model)
+        self._release = weakref.finalize(self, held.release)
+        self.call.rotations = held.rotations
 
     @property
     def stores(self) -> dict[int, Store]:
@@ -164,6 +169,7 @@ class CompressedCache(DynamicCache):
             raise KvcalError("adopt: an empty cache can take over a cache of method full, nothing else")
         if not full.get_seq_length():
             return
+        self.call.length = full.call.length
         for layer, other in zip(self.layers, full.layers, strict=True):
             if isinstance(layer, CompressedLayer):
                 layer.adopt(other)
@@ -172,6 +178,7 @@ class CompressedCache(DynamicCache):
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the cache, so that a long prompt is prefilled once; `load` continues from it."""
+        self.check_length(self._longest())
         tensors: dict[str, Tensor] = {}
         for index, layer in enumerate(self.layers):
             state = _state(layer)
@@ -186,6 +193,7 @@ class CompressedCache(DynamicCache):
         Raises:
             KvcalError: not a saved cache, or of another model or artifact.
         """
+        model = unwrapped(model)
         sharing = sharing_of(model)
         tensors, methods = read_snapshot(folder, model, artifact, sharing.map if sharing else SharingMap(()))
         try:
@@ -200,6 +208,7 @@ class CompressedCache(DynamicCache):
                     restore_stock(layer, here)
         except (KvcalError, LookupError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
             raise damaged(folder, error) from error
+        cache.call.length = cache._longest()
         return cache
 
     def update(
@@ -212,6 +221,7 @@ class CompressedCache(DynamicCache):
         """A cache of its own, so that one prompt can be continued several times; the artifact stays shared."""
         twin = CompressedCache.of(self.call.model(), self.recipe)
         twin.call.recording, twin.call.speculates = self.call.recording, self.call.speculates
+        twin.call.length = self.call.length
         for index, layer in enumerate(self.layers):
             if isinstance(layer, CompressedLayer):
                 twin.layers[index].restore({name: tensor.clone() for name, tensor in _state(layer).items()})
@@ -233,6 +243,18 @@ class CompressedCache(DynamicCache):
                 "it within the compress() or shared() of before"
             )
 
+    def check_rotation(self, positions: Tensor | None, tokens: int) -> None:
+        """Raises KvcalError when the next call, of so many tokens, would rotate keys otherwise than those held."""
+        if self.call.rotations:
+            length = self.get_seq_length() + tokens if positions is None else int(positions.max()) + 1
+            self.check_length(length)
+            self.call.length = length
+
+    def check_length(self, length: int) -> None:
+        """Raises KvcalError when the keys held are rotated otherwise than those of a row of `length` tokens."""
+        if self.call.rotations and self.get_seq_length():
+            refuse_change(self.call.rotations, self.call.model(), self.call.length, length)
+
     def check_whole(self) -> None:
         """Raises KvcalError when a forward call ended half-way through the layers."""
         seen = {store.seen for store in self.stores.values()}
@@ -252,6 +274,11 @@ class CompressedCache(DynamicCache):
 
     def __repr__(self) -> str:
         return f"CompressedCache({self.get_seq_length()} tokens, {describe(self.recipe.methods)})"
+
+    def _longest(self) -> int:
+        """Tokens of the longest row, without padding."""
+        valid = next((store.valid for store in self.stores.values()), None)
+        return self.get_seq_length() if valid is None else int(valid.sum(1).max())
 
     def _stock_bytes(self) -> int:
         stock = [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]

@@ -9,17 +9,22 @@ from typing import Any
 
 from ...artifacts import Artifact, KvcalError
 from ..cla import Cla, resolve, split_method
-from .attachment import attach, attached
+from ..wrapped import unwrapped
+from .attachment import Compressed, attach, attached
 from .cache import CompressedCache, Recipe, check_artifact
-from .sharing import Sharing, share, sharing_of
+from .entering import Entry, enter, leave
+from .sharing import Sharing, share_for, sharing_of
 
 
 @contextmanager
 def compress(model: Any, artifact: Artifact | None = None, method: Any = None, **settings: Any) -> Iterator[None]:
     """Inside, `generate()` and forward calls with a cache decode from a compressed one, with no further argument.
 
+    That is for the thread and the asyncio task that enter, and for tasks that they start; calls from others get what
+    the model is (with `cla`, an error). In any thread, a `CompressedCache` can be given to a call.
+
     Args:
-        model: a transformers decoder.
+        model: a transformers decoder, or a module around one (PEFT, `torch.compile`, …).
         artifact: of `load()`, for the methods that need one. That it fits is checked by architecture; by weights, which
             takes seconds per GB, with `check_model(artifact, model, weights=True)`.
         method: a name in METHODS, or names by layer: `{"0-1": "full", "2-": "loki"}`, or a list; "cla", "cla+loki",
@@ -31,43 +36,53 @@ def compress(model: Any, artifact: Artifact | None = None, method: Any = None, *
     Raises:
         KvcalError: before any token is decoded, whatever of this does not fit.
     """
-    enable(model, artifact, method, **settings)
-    entered = attached(model)
-    begin = entered.begin if entered else None
+    model = unwrapped(model)  # once: what is in a wrapper may be exchanged inside
+    asked = _enable(model, artifact, method, settings)
     try:
         yield
     finally:
-        if entered is not None and entered.begin is begin:  # else disable() was called meanwhile
+        found = attached(model)
+        if found is not None and found.compressed is asked:  # else disable() was called meanwhile
             disable(model)
 
 
 def enable(model: Any, artifact: Artifact | None = None, method: Any = None, **settings: Any) -> None:
     """What `compress` does on entering."""
-    found = attached(model)
-    if found is not None and found.begin is not None:
-        raise KvcalError("this model is already compressed: leave the other compress(), or call disable() first")
-    cla, method, settings = split_method(method, settings)
-    sharing = _share(model, artifact, cla) if cla else None
+    _enable(model, artifact, method, settings)
+
+
+def _enable(model: Any, artifact: Artifact | None, method: Any, settings: Mapping[str, Any]) -> Compressed:
+    model = unwrapped(model)
+    entry = enter(model)
+    sharing = None
     try:
+        cla, method, settings = split_method(method, settings)
+        sharing = _share(model, artifact, cla, entry) if cla else None
         recipe = Recipe.of(model, artifact, method, settings)
-        entered = attach(model)
+        found = attach(model)
     except BaseException:
         if sharing:
             sharing.remove()
+        leave(model, entry)
         raise
     owner = weakref.ref(model)
-    entered.begin, entered.sharing = lambda: CompressedCache.of(owner(), recipe), sharing
+    found.compressed = Compressed(lambda: CompressedCache.of(owner(), recipe), sharing, entry)
+    return found.compressed
 
 
 def disable(model: Any) -> None:
     """What `compress` does on leaving; caches that live on keep working, but for `cla`'s, which need its sharing."""
+    model = unwrapped(model)
     found = attached(model)
-    if found is None or found.begin is None:
+    asked = found.take_compressed() if found else None
+    if found is None or asked is None:
         raise KvcalError("this model is not compressed: call enable() first")
-    if found.sharing:
-        found.sharing.remove()
-    found.begin = found.sharing = None
+    if asked.sharing:
+        asked.sharing.remove()
+    if found.calls is not None:
+        found.calls.forget_own()
     found.release()
+    leave(model, asked.entry)
 
 
 @contextmanager
@@ -80,15 +95,21 @@ def shared_for(
         (method, settings) for a `CompressedCache` of what is left: of "cla+loki", those of "loki".
     """
     cla, method, settings = split_method(method, settings)
-    sharing = _share(model, artifact, cla) if cla else None
-    try:
+    if not cla:
         yield method, settings
-    finally:
-        if sharing:
+        return
+    entry = Entry()
+    try:
+        sharing = _share(unwrapped(model), artifact, cla, entry)
+        try:
+            yield method, settings
+        finally:
             sharing.remove()
+    finally:
+        entry.leave()
 
 
-def _share(model: Any, artifact: Artifact | None, cla: Cla) -> Sharing:
+def _share(model: Any, artifact: Artifact | None, cla: Cla, entry: Entry) -> Sharing:
     if (already := sharing_of(model)) is not None:
         raise KvcalError(
             f"this model's layers share keys and values already ({already.map}): take the method after the + alone, "
@@ -96,6 +117,6 @@ def _share(model: Any, artifact: Artifact | None, cla: Cla) -> Sharing:
         )
     check_artifact(artifact, model)
     found = resolve(cla, artifact)
-    sharing = share(model, found.map, pool=found.pool, weights=found.weights)
+    sharing = share_for(entry, model, found.map, found.pool, found.weights)
     sharing.bases = found.bases if found.map.shared else None  # else keys are the artifact's own
     return sharing

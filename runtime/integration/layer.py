@@ -15,6 +15,7 @@ from ...artifacts import KvcalError
 from ..attention import Logits
 from ..stores import Store
 from .masks import Padding
+from .rotation import Rotation
 
 ANNOUNCED = hasattr(DynamicCache, "activate_past_recording")
 """Whether transformers tells a cache of assisted decoding; 5.8 does not."""
@@ -35,6 +36,10 @@ class Call:
     drafts: int | None = None
     """How many of this forward call's last tokens are guesses to be verified, each as a step of its own."""
     observer: Observer | None = None
+    rotations: list[Rotation] = field(default_factory=list)
+    """Of the model's rotary embeddings, those that depend on the number of tokens."""
+    length: int = 0
+    """Tokens of the longest row when keys were last rotated."""
 
     def expect(self, tokens: int, logits: int | None) -> None:
         """A forward call of so many new tokens is coming that asks for the logits of the last ones (None: of all)."""

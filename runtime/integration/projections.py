@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,28 +22,60 @@ FUSED = ("qkv_proj", "query_key_value", "c_attn")
 """One projection of queries, keys and values: stacked in Phi-3 and (as a Conv1D) GPT-2, head by head in GPT-NeoX."""
 
 
-class Slot:
-    """The output of a storing layer's module in this forward call, with its graph."""
+class Calls:
+    """The threads that are in a forward call of a model, which began when its layers shared keys and values already."""
 
-    def __init__(self, name: str):
-        self.name = name
-        self.output: Tensor | None = None
+    def __init__(self) -> None:
+        self._threads: set[int] = set()
+
+    def begin(self) -> None:
+        self._threads.add(this_thread())
+
+    def end(self) -> None:
+        self._threads.discard(this_thread())
+
+    def now(self) -> bool:
+        return this_thread() in self._threads
+
+
+@torch.compiler.disable
+def this_thread() -> int:
+    return threading.get_ident()
+
+
+class Slot:
+    """The output of a storing layer's module in this forward call, with its graph; of each thread's call its own."""
+
+    def __init__(self, name: str, calls: Calls):
+        self.name, self._calls = name, calls
+        self._outputs: dict[int, Tensor] = {}
+        """By thread."""
+
+    @property
+    def output(self) -> Tensor | None:
+        return self._outputs.get(this_thread())
 
     def keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
         """A forward hook."""
-        self.output = output
+        if not self._calls.now():
+            raise KvcalError(
+                f"{self.name} was called by itself, or in a call that began before layers shared keys and values: call "
+                "the model"
+            )
+        self._outputs[this_thread()] = output
 
     def drop(self, *args: Any) -> None:
         """A forward hook, of the last layer that reads it."""
-        self.output = None
+        self._outputs.pop(this_thread(), None)
 
     def take(self) -> Tensor:
-        if self.output is None:
+        output = self.output
+        if output is None:
             raise KvcalError(
                 f"a layer that reads {self.name} was called by itself: layers that share keys and values work within "
                 "a forward call of their model"
             )
-        return self.output
+        return output
 
 
 class Read(nn.Module):

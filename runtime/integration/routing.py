@@ -1,68 +1,46 @@
-"""Send the attention calls of one transformers model through a function of ours, and back again.
-
-transformers looks its attention function up by the name in the config; no forward is overridden.
-"""
+"""A transformers model's parts: its decoder, and its attention modules, found by watching a forward pass."""
 
 from __future__ import annotations
 
 import itertools
-import sys
-from collections.abc import Callable
-from contextlib import closing
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...artifacts import KvcalError
-from .masks import needed_only
+from .attending import WATCHES, attached_name
+from .implementations import PREFIX, Route
 
-# Not "…sdpa…" nor "…flash…": transformers takes other branches for names that contain those.
-PREFIX = "kvcal_"
 _numbers = itertools.count()
 
 
-class Route:
-    """From its making until `close()`, every attention call of `model` is a call of `attention`.
+@contextmanager
+def routed(model: Any, attention: Callable[..., Any], masks: str) -> Iterator[None]:
+    """Inside, every attention call of `model` is a call of `attention`.
 
     Args:
         attention: called as transformers calls one: (module, query [B, Hq, T, D], key, value, mask, **kwargs) ->
             (output [B, T, Hq, Dv], weights or None).
         masks: whose masks it gets, e.g. "sdpa": bool [B, 1, T, S], or None when nothing is hidden but the future.
     """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    def __init__(self, model: Any, attention: Callable[..., Any], masks: str):
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-        if masks not in ALL_MASK_ATTENTION_FUNCTIONS:
-            raise KvcalError(
-                f"attention implementation {masks!r} has no mask function: load the model with sdpa or eager"
-            )
-        submodels = [module for module in model.modules() if hasattr(module, "set_attn_implementation")]
-        self._configs = {id(part.config): part.config for part in submodels}
-        self._before = {key: config._attn_implementation for key, config in self._configs.items()}
-        self.name = f"{PREFIX}{next(_numbers)}"  # its own, so that routes of several models do not meet
-        AttentionInterface.register(self.name, attention)
-        # Without a mask function under the same name the mask is silently None.
-        build = ALL_MASK_ATTENTION_FUNCTIONS[masks]
-        AttentionMaskInterface.register(self.name, needed_only(build) if masks == "sdpa" else build)
-        for config in self._configs.values():
-            config._attn_implementation_internal = self.name
-
-    def close(self) -> None:
-        from transformers import AttentionInterface, AttentionMaskInterface
-
-        for key, config in self._configs.items():
-            config._attn_implementation_internal = self._before[key]
-        # transformers offers no way to unregister
-        AttentionInterface._global_mapping.pop(self.name, None)
-        AttentionMaskInterface._global_mapping.pop(self.name, None)
-
-
-def implementation(model: Any) -> str:
-    """The attention implementation that the model's config names now."""
-    return model.config.get_text_config()._attn_implementation or "eager"
+    if masks not in ALL_MASK_ATTENTION_FUNCTIONS:
+        raise KvcalError(f"attention implementation {masks!r} has no mask function: load the model with sdpa or eager")
+    name = f"{PREFIX}{next(_numbers)}"
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[masks])
+    try:
+        with closing(Route(model, lambda before: name).open()):
+            yield
+    finally:  # transformers offers no way to unregister
+        AttentionInterface._global_mapping.pop(name, None)
+        AttentionMaskInterface._global_mapping.pop(name, None)
 
 
 def backbone(model: Any) -> Any:
@@ -105,23 +83,15 @@ def find_attention(model: Any) -> list[nn.Module]:
 
 def watch(model: Any, tokens: int, see: Callable[..., object]) -> None:
     """One forward pass without a cache, with see(module, query, key, value) before every attention call."""
-    original = implementation(model)
-
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        see(module, query, key, value)
-        return delegate(original, module)(module, query, key, value, *args, **kwargs)
-
     # Offloaded weights are on no device until they are used; accelerate then brings the ids to them.
     ids = torch.arange(tokens, device="cpu" if model.device.type == "meta" else model.device).unsqueeze(0)
     gpus = [model.device] if model.device.type == "cuda" else []
-    # A model in training mode would draw dropout.
-    with torch.no_grad(), torch.random.fork_rng(gpus), closing(Route(model, attention, masks=original)):
-        backbone(model)(input_ids=ids, use_cache=False)
-
-
-def delegate(implementation: str, module: nn.Module) -> Callable[..., Any]:
-    """The function that computes `module`'s attention under an implementation's name."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return ALL_ATTENTION_FUNCTIONS.get(implementation, eager)
+    # A model in training mode would draw dropout; else other threads' random numbers are left alone.
+    draws = any(module.training for module in model.modules())
+    thread = threading.get_ident()
+    with torch.no_grad(), torch.random.fork_rng(gpus, enabled=draws), closing(Route(model, attached_name).open()):
+        WATCHES[thread] = see
+        try:
+            backbone(model)(input_ids=ids, use_cache=False)
+        finally:
+            del WATCHES[thread]

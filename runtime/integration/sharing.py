@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from ...artifacts import KvcalError
 from ..sharing import SharingMap
 from ..stores.amounts import check_choice
+from ..wrapped import unwrapped
 from .attachment import attach
+from .entering import Entry
+from .implementations import LOCK
 from .layer import full_attention_layers
-from .projections import QUERY, Projections, Slot, pooled
+from .projections import QUERY, Calls, Projections, Slot, pooled
 from .routing import backbone, find_attention
 from .sharing_checks import check_equal, fitting, refuse_checkpointing, refuse_tied
 from .snapshot import sample
@@ -34,8 +37,9 @@ _ATTRIBUTE = "_kvcal_sharing"
 class Sharing:
     """A model whose layers share keys and values, until `remove()`. Made by `share`."""
 
-    def __init__(self, model: Any, sharing_map: SharingMap):
+    def __init__(self, model: Any, sharing_map: SharingMap, entry: Entry | None = None):
         self.map = sharing_map
+        self._entry = entry
         self.parameters: dict[str, nn.Parameter] = {}
         """All that replaced a parameter of the model, by its name in `model.named_parameters()`."""
         self.bases: Mapping[str, Tensor] | None = None
@@ -46,6 +50,7 @@ class Sharing:
         self._model = model
         self._kept = False
         self._slots: list[Slot] = []
+        self._calls = Calls()
         self._hooks: list[Any] = []
         self._replaced: list[tuple[MutableMapping[str, Any], str, Any]] = []
         self._flags: list[tuple[nn.Parameter, bool]] = []
@@ -107,14 +112,14 @@ class Sharing:
             values |= {f"{prefix}.{name}": tensor for name, tensor in pooled(found, group, pool).items()}
             slots = {}
             for name in [storing.fused] if storing.fused else storing.separate:
-                slots[name] = Slot(f"{prefix}.{name}")
+                slots[name] = Slot(f"{prefix}.{name}", self._calls)
                 self._hooks.append(storing.attention.get_submodule(name).register_forward_hook(slots[name].keep))
             # Of the attention, not of the stand-in, which the calibration pass calls twice.
             self._hooks += [attentions[group[-1]].register_forward_hook(slot.drop) for slot in slots.values()]
             self._slots += slots.values()
             for reading in found[1:]:
                 for name, module in reading.replacements(storing, slots).items():
-                    self._put(reading.attention._modules, name, module)
+                    self._put(reading.attention._modules, name, module.train(reading.attention.training))
                     own = f"{names[reading.attention]}.{name}"
                     values |= {f"{own}.{key}": tensor.detach() for key, tensor in module.named_parameters()}
         if self._slots:
@@ -150,8 +155,15 @@ class Sharing:
     def _before(self, *args: Any) -> None:
         if torch.is_grad_enabled() and self._model.training:
             refuse_checkpointing(self._model)
+        if self._entry is not None and not self._entry.includes_caller():
+            raise KvcalError(
+                f"layers of this model share keys and values in {self._entry.thread.name}: wait until it has left, or "
+                "use a copy of the model"
+            )
+        self._calls.begin()
 
     def _drop(self, *args: Any) -> None:
+        self._calls.end()
         for slot in self._slots:
             slot.drop()
 
@@ -180,12 +192,36 @@ def share(
     Raises:
         KvcalError: a model or map that cannot share, with the reason; the model is then as it was.
     """
+    return share_for(None, model, sharing_map, pool, weights, trainable)
+
+
+def share_for(
+    entry: Entry | None,
+    model: Any,
+    sharing_map: SharingMap,
+    pool: str,
+    weights: Mapping[str, Tensor] | None,
+    trainable: str = "none",
+) -> Sharing:
+    """`share` for the calls of one thread and task; those of others are refused."""
     check_choice("pool", pool, POOLS)
     check_choice("trainable", trainable, TRAINABLE)
+    with LOCK:  # two threads would take each other's stand-ins for the model's own modules
+        return _shared(entry, unwrapped(model), sharing_map, pool, weights, trainable)
+
+
+def _shared(
+    entry: Entry | None,
+    model: Any,
+    sharing_map: SharingMap,
+    pool: str,
+    weights: Mapping[str, Tensor] | None,
+    trainable: str,
+) -> Sharing:
     if (found := sharing_of(model)) is not None:
         raise KvcalError(f"this model's layers share keys and values already ({found.map}): remove that sharing first")
     held = attach(model)  # a cache that is collected meanwhile would take its routing away from the calls below
-    sharing = Sharing(model, sharing_map)
+    sharing = Sharing(model, sharing_map, entry)
     try:
         attentions = find_attention(model)
         sharing_map.check(*full_attention_layers(model))
@@ -232,7 +268,7 @@ def shared(
 
 def sharing_of(model: Any) -> Sharing | None:
     """How the layers of a model share keys and values now; a deep copy of a shared model is shared, too."""
-    return vars(model).get(_ATTRIBUTE)
+    return vars(unwrapped(model)).get(_ATTRIBUTE)
 
 
 def _trained(model: Any, sharing_map: SharingMap, attentions: list[nn.Module]) -> set[str]:

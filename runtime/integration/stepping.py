@@ -124,5 +124,8 @@ class SteppingCache(DynamicCache):
     def check_whole(self) -> None:
         """Steps are whole by construction."""
 
+    def check_rotation(self, positions: Tensor | None, tokens: int) -> None:
+        """Whoever steps has seen to that for all steps: looking at positions would end a capture."""
+
     def check_sharing(self, model: Any) -> None:
         self.cache.check_sharing(model)

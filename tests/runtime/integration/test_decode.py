@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from architectures import build
 from compressed import artifact, model, padded, random_ids
 
 from kvcal.artifacts import KvcalError
@@ -207,11 +208,52 @@ def test_a_seed_decides_what_is_sampled():
         ),
         ({"input_ids": random_ids(3), "max_new_tokens": 2, "eos_token_id": "x"}, "eos_token_id 'x': give a token id"),
         ({"input_ids": random_ids(3), "max_new_tokens": 2, "sampler": {}}, "sampler {}: give a Sampler"),
+        ({"input_ids": random_ids(3).float(), "max_new_tokens": 2}, "input_ids of torch.float32: give the numbers"),
+        *(
+            ({"input_ids": random_ids(4), "max_new_tokens": 2, "attention_mask": torch.tensor([mask])}, message)
+            for mask, message in (
+                ([1, 1, 1, 0], "row 0: padding follows or parts its tokens: pad prompts on the left"),
+                ([0, 1, 0, 1], "row 0: padding follows or parts its tokens"),
+                ([True, True, False, True], "row 0: padding follows or parts its tokens"),
+                ([0, 0, 0, 0], "row 0: padding follows or parts its tokens"),
+                ([0, 1, 1, 2], "numbers other than 0 and 1"),
+                ([0.0, 1.0, 0.5, 1.0], "numbers other than 0 and 1"),
+            )
+        ),
+        (
+            {
+                "input_ids": random_ids(4).expand(3, -1),
+                "max_new_tokens": 2,
+                "attention_mask": torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 0, 0]]),
+            },
+            "row 2: padding follows",
+        ),
     ],
 )
 def test_refused(inputs, message):
     with pytest.raises(KvcalError, match=message):
         decode(model(), **inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int32])
+def test_masks_of_any_dtype(dtype):
+    inputs = padded(9, 23)
+    expected = decode(model(), max_new_tokens=3, **inputs, **METHODS["full"]).tokens
+    inputs["attention_mask"] = inputs["attention_mask"].to(dtype)
+    assert torch.equal(decode(model(), max_new_tokens=3, **inputs, **METHODS["full"]).tokens, expected)
+
+
+@pytest.mark.parametrize("part", ["model", "model.layers.1"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_model_that_trains_is_refused(part, checkpointing):
+    of = build("llama")
+    if checkpointing:
+        of.gradient_checkpointing_enable()
+    of.get_submodule(part).train()
+    with pytest.raises(KvcalError, match=rf"training mode \({part}\).*call model.eval\(\) before decode"):
+        decode(of, random_ids(4), max_new_tokens=2, method="full")
+    of.eval()
+    decode(of, random_ids(4), max_new_tokens=2, method="full")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
