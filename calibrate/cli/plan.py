@@ -8,6 +8,7 @@ import click
 
 from ...artifacts import Artifact, load
 from ...artifacts.folder import write_atomically
+from .data_options import data_options, say_left
 from .evaluate import check_weights
 from .output import json_option, print_json, print_table, progress_bar, say, working
 
@@ -17,8 +18,7 @@ BYTES = 0.0625
 @click.command("plan")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--model", "model_spec", metavar="MODEL", help="Alias, Hub id or folder.  [default: the artifact's]")
-@click.option("--data", "data_spec", metavar="DATA", help="Text to measure on, other than the artifact's.")
-@click.option("--split", help="Split of the data set, e.g. heldout of stdlib.")
+@data_options("Text to measure on, other than the artifact's", "heldout of stdlib")
 @click.option(
     "--bytes",
     "budget",
@@ -61,8 +61,9 @@ BYTES = 0.0625
 def plan_command(
     artifact: Path,
     model_spec: str | None,
-    data_spec: str | None,
+    data_spec: tuple[str, ...],
     split: str | None,
+    text_column: str | None,
     budget: float | None,
     quality: float | None,
     method: str,
@@ -103,7 +104,7 @@ def plan_command(
     )
     from ..planning.settings import grid
 
-    if data_spec is None:
+    if not data_spec:
         raise click.UsageError("give --data: text that the artifact was not calibrated on, e.g. stdlib --split heldout")
     if budget is not None and quality is not None:
         raise click.UsageError("--bytes and --quality: give one of them")
@@ -114,7 +115,7 @@ def plan_command(
     with working("checking hashes"):
         found = load(artifact)
     with working("finding the text"):
-        data = open_data(data_spec, split)
+        data = open_data(data_spec, split, text_column=text_column, seed=prompt_options["seed"])
     with working("loading the model"):
         loaded = load_model(model_spec or found.model.id, device=device, dtype=dtype)
         check_weights(found, loaded.model)
@@ -128,6 +129,7 @@ def plan_command(
             **prompt_options,
             name=str(data.source["id"]),
         )
+    say_left(prompts.source)
     check_lengths(prompts, loaded.model)
     measured, checked_on = split_prompts(prompts, windows, QUESTIONS)
     with progress_bar("measuring") as progress:
@@ -146,7 +148,7 @@ def plan_command(
     how = {
         "method": method,
         "budget": {"quality": quality} if quality is not None else {"bytes": budget},
-        "data": data.source,
+        "data": prompts.source,
         "model": loaded.source.id,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "windows": windows,
