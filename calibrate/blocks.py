@@ -126,7 +126,8 @@ def read_tokens(
     """
     if isinstance(documents, TextData) and len(documents.parts) > 1:
         opened = [partial(_part_pieces, part.documents, tokenizer) for part in documents.parts]
-        mixed = mix(opened, wanted, longest, _separator(tokenizer), documents.seed)
+        waves = [part.wave for part in documents.parts]
+        mixed = mix(opened, wanted, longest, _separator(tokenizer), documents.seed, waves)
         if texts is not None:
             texts.append(tokenizer.decode(mixed.ids))
         return mixed.ids, mixed.own, documents.state(mixed.counts)
@@ -161,8 +162,6 @@ def token_pieces(
         if isinstance(document, Chat):
             # The template writes BOS, too; here it stands at the beginning of blocks.
             document = document.text(tokenizer).removeprefix(strip)
-        if texts is not None:
-            texts.append(document)
         pieces = _pieces(rest + document)
         rest = pieces.pop() if isinstance(document, Unfinished) and pieces else ""
         for text in pieces:
@@ -170,6 +169,8 @@ def token_pieces(
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             if not ids:
                 continue
+            if texts is not None:
+                texts.append(text)
             if begins and last and separator and last != separator:
                 yield separator, False, False
             yield ids, True, begins

@@ -50,6 +50,7 @@ class Chat:
                 f"{self.label}: the model's chat template refuses the chat ({hub.one_line(error)}): leave it out, or "
                 "give --text-column with a column of text"
             ) from None
+        check_characters(text, self.label)
         for role in self._left_out(tokenizer, text):
             raise KvcalError(
                 f"{self.label}: the model's chat template leaves out what {role} says: convert the chat to roles that "
@@ -87,6 +88,14 @@ def _always_the_same_day() -> str:
     codes = (f"%{code}" for code in "aAbBdHIjmMpSUwWyYcxXZz")
     day = "".join(f"|replace({code!r}, {_DAY.strftime(code)!r})" for code in codes)
     return f"{{%- macro {_DATED}(format) -%}}{{{{ format{day} }}}}{{%- endmacro -%}}"
+
+
+def check_characters(text: str, label: str) -> None:
+    """Raise KvcalError at half of a surrogate pair, which JSON can hold and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise KvcalError(f"{label}: half a character ({text[error.start]!r}): mend it, or leave it out") from None
 
 
 def looks_like_chat(value: Any) -> bool:
@@ -152,9 +161,7 @@ def _tool_calls(calls: Any, label: str) -> list[dict[str, Any]]:
         arguments = function.get("arguments", {})
         parsed = _parsed(arguments) if isinstance(arguments, str) else arguments
         function = {**function, "arguments": parsed if isinstance(parsed, dict) else arguments}
-        found.append(
-            {**call, "function": function} if "function" in call else {"type": "function", "function": function}
-        )
+        found.append({**(call if "function" in call else {"type": "function"}), "function": function})
     return found
 
 

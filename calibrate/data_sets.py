@@ -41,17 +41,20 @@ def source_of_files(
     names: Sequence[str],
     asked: Asked,
     skipped: Sequence[str] = (),
-    unread: Sequence[str] = (),
+    waves: Sequence[int] | None = None,
 ) -> TextSource:
     """Each file is a part."""
     column = asked.text_column if any(kind(name) not in PLAIN for name in names) else None
-    parts = tuple(_part(described["id"], base / name, name, column) for name in names)
+    parts = tuple(
+        _part(described["id"], base / name, name, column, wave)
+        for name, wave in zip(names, waves or [0] * len(names), strict=True)
+    )
     described = described | ({"text_column": column} if column is not None else {})
-    return TextSource(described, parts, skipped, unread)
+    return TextSource(described, parts, skipped)
 
 
-def _part(data: str, path: Path, name: str, column: str | None) -> TextPart:
-    return TextPart(name, lambda: _articles(data, read(path, column)), path)
+def _part(data: str, path: Path, name: str, column: str | None, wave: int) -> TextPart:
+    return TextPart(name, lambda: _articles(data, read(path, column)), path, wave)
 
 
 def saved(name: str, folder: Path, asked: Asked) -> TextSource | None:
@@ -67,14 +70,11 @@ def saved(name: str, folder: Path, asked: Asked) -> TextSource | None:
     elif not ((folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()):
         return None
     elif asked.split is not None:
-        raise KvcalError(
-            f"data {name}: is one saved data set without splits ({asked.split!r} asked for): drop the split"
-        )
+        raise KvcalError(f"data {name}: was saved without splits ({asked.split!r} asked for): drop the split")
     files = _json(folder / "state.json").get("_data_files")
+    files = files if isinstance(files, list) else []
     there = matching(folder, "*.arrow")
-    names = (
-        [file.get("filename") if isinstance(file, dict) else None for file in files] if isinstance(files, list) else []
-    )
+    names = [file.get("filename") if isinstance(file, dict) else None for file in files]
     missing = [file for file in names if file not in there]
     if missing or not names:
         lacks = f"has not got {missing[0]!r}" if missing else "names no files"
@@ -95,7 +95,7 @@ def repository(
 ) -> TextSource:
     """A data set as the Hub lays it out, in a folder or (None) online.
 
-    Of many files a few are drawn, the same ones online and here.
+    Of many files a few are drawn, and others only where these do not suffice; the same ones online and here.
     """
     described: dict[str, Any] = {"kind": "hub" if revision else "local", "id": name}
     if folder and (stated := card(folder)):
@@ -108,9 +108,7 @@ def repository(
             raise NoFiles(f"data {name}: no files of config {config}, split {split} in {folder}: download them")
         if all(is_text(found) for found in names):
             described |= {"config": config, "split": split, "revision": revision}
-            drawn = _drawn(len(names), asked.seed)
-            unread = [found for number, found in enumerate(names) if number not in drawn]
-            return source_of_files(described, folder, [names[number] for number in drawn], asked, unread=unread)
+            return source_of_files(described, folder, names, asked, waves=_waves(len(names), asked.seed))
     elif folder and not any(Path(found).suffix not in ("", ".md") for found in matching(folder, "**/*")):
         raise NoFiles(f"data {name}: no data files in {folder}: download them")
 
@@ -123,23 +121,30 @@ def repository(
     described |= {"config": config, "split": split, "revision": revision}
     described |= {"text_column": asked.text_column} if asked.text_column is not None else {}
     count = splits[split].num_shards
-    drawn = _drawn(count, asked.seed)
-    labels = {number: f"file {number + 1} of {count}" if count > 1 else None for number in range(count)}
-    parts = [_shard(name, splits[split], number, count, labels[number], asked.text_column) for number in drawn]
-    return TextSource(described, tuple(parts), unread=[str(labels[number]) for number in labels if number not in drawn])
+    return TextSource(
+        described,
+        tuple(
+            _shard(name, splits[split], number, count, asked.text_column, wave)
+            for number, wave in enumerate(_waves(count, asked.seed))
+        ),
+    )
 
 
-def _drawn(count: int, seed: int) -> list[int]:
-    """Which of so many files are read, in their order."""
-    return sorted(random.Random(f"kvcal files {seed}").sample(range(count), min(count, _MOST_FILES)))
+def _waves(count: int, seed: int) -> list[int]:
+    """Of each file, in which go it is read."""
+    order = random.Random(f"kvcal files {seed}").sample(range(count), count)
+    waves = [0] * count
+    for place, number in enumerate(order):
+        waves[number] = place // _MOST_FILES
+    return waves
 
 
-def _shard(name: str, split: Any, number: int, count: int, label: str | None, column: str | None) -> TextPart:
+def _shard(name: str, split: Any, number: int, count: int, column: str | None, wave: int) -> TextPart:
     def documents() -> Iterator[Document]:
         rows = split.shard(num_shards=count, index=number) if count > 1 else split
         return _articles(name, texts(rows, f"data {name}", column))
 
-    return TextPart(label, documents)
+    return TextPart(f"file {number + 1} of {count}" if count > 1 else None, documents, wave=wave)
 
 
 def card(folder: Path) -> dict[str, dict[str, list[str]]]:

@@ -10,8 +10,10 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-LEAST = 32
+LEAST = 8
 """Tokens that a text gives at once. Where that is more than its share, some give none."""
+MOST = 4096
+"""Texts that share what is asked for: more of them are opened only for what these have not got."""
 _KEPT_OPEN = 16
 
 Pieces = Iterator[tuple[list[int], bool]]
@@ -27,31 +29,42 @@ class Mixed:
     """(documents, tokens) of each text in `ids`, without separators."""
 
 
-def mix(opened: Sequence[Callable[[], Pieces]], wanted: int, longest: int, separator: list[int], seed: int) -> Mixed:
+def mix(
+    opened: Sequence[Callable[[], Pieces]],
+    wanted: int,
+    longest: int,
+    separator: list[int],
+    seed: int,
+    waves: Sequence[int] | None = None,
+) -> Mixed:
     """About equally many tokens of every text, `wanted` in all (separators included) or all that there are.
 
     Args:
         opened: each begins its text anew.
+        waves: of each text; those of a later wave are opened only for what the earlier ones have not got.
         longest: tokens of a passage.
         separator: one token or none, put between passages but after one that ends with it.
     """
     chance = random.Random(f"kvcal {seed}")
     texts = [_Text(begin) for begin in opened]
-    live = list(texts)
-    chance.shuffle(live)
-    # Behind every passage stands a separator, but for the last.
-    while live and (need := wanted + 1 - sum(text.cost(separator) for text in texts)) > 0:
-        share = max(need // len(live), LEAST)
-        for text in live:
-            need -= text.take(min(share, need), longest, separator)
-            if len(opened) > _KEPT_OPEN:
-                text.close()
-            if need <= 0:
-                break
-        live = [text for text in live if not text.ended]
+    order = list(range(len(texts)))
+    chance.shuffle(order)
+    for wave in sorted(set(waves or [0])):
+        live = [texts[number] for number in order if waves is None or waves[number] == wave]
+        # Behind every passage stands a separator, but for the last.
+        while live and (need := wanted + len(separator) - sum(text.cost(separator) for text in texts)) > 0:
+            share = max(need // min(len(live), MOST), LEAST)
+            for text in live:
+                need -= text.take(min(share, need), longest, separator)
+                if len(opened) > _KEPT_OPEN:
+                    text.close()
+                if need <= 0:
+                    break
+            live = [text for text in live if not text.ended]
 
     passages = [(number, *passage) for number, text in enumerate(texts) for passage in text.passages]
     chance.shuffle(passages)
+    _lengthen_last(passages, wanted, separator)
     ids: list[int] = []
     own: list[bool] = []
     documents: list[set[int]] = [set() for _ in texts]
@@ -68,6 +81,19 @@ def mix(opened: Sequence[Callable[[], Pieces]], wanted: int, longest: int, separ
     return Mixed(ids, own, [(len(found), count) for found, count in zip(documents, tokens, strict=True)])
 
 
+def _cost(passages: Sequence[list[int]], separator: list[int]) -> int:
+    """Tokens of passages, each with the separator behind it unless it ends with one."""
+    return sum(len(ids) + (ids[-1:] != separator) * len(separator) for ids in passages)
+
+
+def _lengthen_last(passages: list[tuple[int, int, list[int]]], wanted: int, separator: list[int]) -> None:
+    """What is a token too much is cut off at the end: of a long passage, not of all that a text gave."""
+    every = [ids for _, _, ids in passages]
+    if every and _cost(every[:-1], separator) + len(every[-1]) > wanted:
+        longest = max(range(len(passages)), key=lambda number: len(passages[number][2]))
+        passages.append(passages.pop(longest))
+
+
 @dataclass
 class _Text:
     """How far one text has been taken."""
@@ -81,7 +107,7 @@ class _Text:
     _begins: bool = True
 
     def cost(self, separator: list[int]) -> int:
-        return sum(len(ids) + (bool(separator) and ids[-1:] != separator) for _, ids in self.passages)
+        return _cost([ids for _, ids in self.passages], separator)
 
     def take(self, tokens: int, longest: int, separator: list[int]) -> int:
         """Add about so many to the passages, a separator for each of them included: how many were added."""

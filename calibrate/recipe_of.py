@@ -36,14 +36,19 @@ def recipe_of(artifact: Artifact, pca_options: Collection[str]) -> str:
 def data_spec(source: Mapping[str, Any], notes: list[str]) -> str | list[str] | None:
     """What `open_data` takes, from what it put into the manifest."""
     if source.get("kind") == "several":
-        return [_one_spec(each, notes) or "" for each in source["sources"]]
+        return [_one_spec(each, notes) or "" for each in _sources(source)]
     return _one_spec(source, notes)
 
 
 def text_column(source: Mapping[str, Any]) -> dict[str, Any]:
     """The option that the text was opened with, {} without one."""
-    columns = [each["text_column"] for each in source.get("sources", [source]) if "text_column" in each]
+    columns = [each["text_column"] for each in _sources(source) if isinstance(each.get("text_column"), str)]
     return {"text_column": columns[0]} if columns else {}
+
+
+def _sources(source: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    several = source.get("sources")
+    return [each for each in several if isinstance(each, Mapping)] if isinstance(several, list) else [source]
 
 
 def _one_spec(source: Mapping[str, Any], notes: list[str]) -> str | None:

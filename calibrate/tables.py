@@ -71,7 +71,8 @@ def kinds_of_schema(schema: Any) -> dict[str, str]:
                 return CHAT
         return str(found)
 
-    return {field.name: kind(field.type) for field in schema}
+    names = list(schema.names)
+    return {field.name: kind(field.type) if names.count(field.name) == 1 else "there twice" for field in schema}
 
 
 def _kind_of(value: Any) -> str:
@@ -146,7 +147,7 @@ def _csv(path: Path, delimiter: str) -> Table:
             yield from (record for record in reader if record)
         except csv.Error as error:
             raise KvcalError(
-                f"{path}: cannot be read (line {reader.line_num}: {error}): mend its quotes, or convert it to JSON lines"
+                f"{path}: cannot be read (line {reader.line_num}: {error}): mend its quotes, or make it JSON lines"
             ) from None
 
     found = records()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..artifacts import KvcalError
-from .chats import Chat, read_chat
+from .chats import Chat, check_characters, read_chat
 from .tables import CHAT, NULL, TEXT, Table
 
 CHATS = ("messages", "conversations", "conversation")
@@ -46,10 +46,7 @@ def _document(values: Sequence[Any], tools: Any, columns: Sequence[str], where: 
         text = ""
         for value in values:
             text += value if not text or text[-1:].isspace() or value[:1].isspace() else f"\n{value}"
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise KvcalError(f"{where}: half a character ({text[error.start]!r}) in {columns[0]!r}: mend it") from None
+        check_characters(text, where)
         return text
     if all(isinstance(value, list) for value in values):
         return read_chat([message for value in values for message in value], tools, where)
@@ -83,10 +80,13 @@ def _only_choice(kinds: Mapping[str, str], label: str) -> str:
             return name
     if len(choices) != 1:
         problem = f"both {' and '.join(choices)} can be the text" if choices else "none is plainly the text"
-        raise KvcalError(f"{label}: columns {_listed(kinds)}, of which {problem}: give --text-column NAME")
+        advice = "give --text-column NAME"
+        if not set(kinds.values()) & {TEXT, CHAT, NULL}:
+            advice = "make it rows with a column of text or of messages"
+        raise KvcalError(f"{label}: columns {_listed(kinds)}, of which {problem}: {advice}")
     return choices[0]
 
 
 def _listed(kinds: Mapping[str, str], most: int = 30) -> str:
-    names = [f"{name} ({kind[:40]})" for name, kind in list(kinds.items())[:most]]
+    names = [f"{name[:60]} ({kind[:40]})" for name, kind in list(kinds.items())[:most]]
     return ", ".join(names) + (f" and {len(kinds) - most} more" if len(kinds) > most else "")

@@ -26,6 +26,8 @@ class TextPart:
     """As the manifest lists it; None where the source is one part."""
     documents: Callable[[], Iterator[Document]]
     path: Path | None = None
+    wave: int = 0
+    """Read only if all parts of smaller ones have not got enough."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +39,15 @@ class TextSource:
     parts: tuple[TextPart, ...]
     skipped: Sequence[str] = ()
     """Files that lie there, and are not read since they are of another kind."""
-    unread: Sequence[str] = ()
-    """Files that could be read and were not drawn."""
 
     def state(self, counts: Sequence[tuple[int, int]] | None) -> dict[str, Any]:
         """For a manifest: before reading (None), or after it, by (documents, tokens) of each part."""
         names = [part.name for part in self.parts]
-        found = dict(self.described)
-        unread = list(self.unread)
+        found = {**self.described, "id": _shown([str(self.described["id"])])[0]}
+        unread: list[str] = []
         if counts is not None:
             found |= {"documents": sum(count for count, _ in counts), "tokens": sum(count for _, count in counts)}
-            unread += [str(name) for name, (_, tokens) in zip(names, counts, strict=True) if name and not tokens]
+            unread = [str(name) for name, (_, tokens) in zip(names, counts, strict=True) if name and not tokens]
         files = [name for name in names if name is not None and name not in set(unread)]
         if files or unread:
             found |= {"files": _shown(files), "num_files": len(files)}

@@ -34,6 +34,9 @@ from kvcal.calibrate.text_files import KNOWN, read
 from kvcal.runtime.cla import stage_map
 
 _MOST_TEXTS = 100
+_FIRST = (".txt", ".md", ".py", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+"""In the order in which the kept files name them by number."""
+ENDINGS = (*_FIRST, *sorted({*KNOWN, ".csv.gz", ".jsonl.zst", ".txt.xz", ".json.bz2"} - {*_FIRST}))
 
 
 def manifest(data: bytes) -> None:
@@ -97,7 +100,7 @@ def data_spec(data: bytes) -> None:
 
 def text_file(data: bytes) -> None:
     """A file of text: the first byte chooses its ending, the others are what is in it."""
-    path = _texts() / f"text{KNOWN[data[0] % len(KNOWN)] if data else '.txt'}"
+    path = _texts() / f"text{ENDINGS[data[0] % len(ENDINGS)] if data else '.txt'}"
     path.write_bytes(data[1:])
     try:
         _first(read(path))
@@ -132,7 +135,7 @@ def seeds(target: str) -> list[bytes]:
         "stage_file": [path.read_bytes() for path in folder.glob("pca.*")],
         "recipe": [_RECIPE],
         "data_spec": [spec.encode() for spec in specs],
-        "text_file": [bytes([index]) + text for index in range(len(KNOWN)) for text in texts],
+        "text_file": [bytes([index]) + text for index in range(len(ENDINGS)) for text in texts],
     }[target]
 
 
