@@ -23,6 +23,7 @@ from samples import artifact
 from kvcal.artifacts import Artifact, KvcalError, Stage, load, save
 from kvcal.artifacts.manifest import MANIFEST
 from kvcal.artifacts.schema import LAYER_TENSORS
+from kvcal.calibrate.chats import Chat
 from kvcal.calibrate.cli import cli
 from kvcal.calibrate.cli.pca import pca_command
 from kvcal.calibrate.cli.recipe_arguments import STAGES, arguments, options_of
@@ -129,7 +130,7 @@ def seeds(target: str) -> list[bytes]:
     """Inputs that are taken, to start from."""
     folder = _sample()
     specs = ["stdlib", "stdlib:heldout", "a.txt", "set:plain:train", "*.txt", "org/name@main:config\ntrain", "~/a"]
-    texts = (b'{"text": "a"}\n', b"a")
+    texts = (b'{"text": "a"}\n', b"a", _CHAT)
     return {
         "manifest": [json.dumps(_seeds()).encode()],
         "stage_file": [path.read_bytes() for path in folder.glob("pca.*")],
@@ -149,6 +150,8 @@ stages:
 - evaluate: {data: x, keep: [0.5, 2], set: {basis: pca}}
 expect: {}
 """
+_CHAT = b"""{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant",
+"tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}, {"from": "human", "value": "b"}], "tools": "[{}]"}"""
 _CARD = "---\nconfigs:\n- config_name: plain\n  data_files: a.txt\n---\n"
 
 
@@ -165,7 +168,22 @@ def _read_recipe(data: bytes) -> None:
 
 def _first(texts: Iterator[str]) -> None:
     for _, text in zip(range(_MOST_TEXTS), texts, strict=False):
+        if isinstance(text, Chat):
+            text = text.text(_Speaker())
         assert isinstance(text, str)
+
+
+class _Speaker:
+    """Of a tokenizer what chats need."""
+
+    chat_template = "all that is said"
+
+    def get_chat_template(self, template: object, tools: object) -> str:
+        return self.chat_template
+
+    def apply_chat_template(self, messages: list[dict], tools: object, **options: object) -> str:
+        calls = (call["function"]["name"] for message in messages for call in message.get("tool_calls", ()))
+        return "".join((*(message["role"] + message["content"] for message in messages), *map(str, calls)))
 
 
 def _hashed(body: dict) -> bytes:
