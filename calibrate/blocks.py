@@ -14,7 +14,7 @@ from torch import Tensor
 from ..artifacts import KvcalError
 from ..artifacts.fingerprint import update_digest
 from .chats import Chat
-from .mixing import Pieces, mix
+from .mixing import Pieces, Text, mix
 from .text_data import Document, TextData, not_blank
 from .text_files import Unfinished
 
@@ -125,9 +125,12 @@ def read_tokens(
         ids; whether they are the text's own, and not separators; the provenance of `open_data`'s text, {} of others.
     """
     if isinstance(documents, TextData) and len(documents.parts) > 1:
-        opened = [partial(_part_pieces, part.documents, tokenizer) for part in documents.parts]
-        waves = [part.wave for part in documents.parts]
-        mixed = mix(opened, wanted, longest, _separator(tokenizer), documents.seed, waves)
+        opened = [
+            Text(partial(_part_pieces, part.documents, tokenizer), number, part.wave)
+            for number, source in enumerate(documents.sources)
+            for part in source.parts
+        ]
+        mixed = mix(opened, wanted, longest, _separator(tokenizer), documents.seed)
         if texts is not None:
             texts.append(tokenizer.decode(mixed.ids))
         return mixed.ids, mixed.own, documents.state(mixed.counts)

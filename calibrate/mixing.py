@@ -1,7 +1,7 @@
 """Tokens of several texts, mixed: all give as many, as far as they have them, and their passages are shuffled.
 
-A passage is a document, or a piece of a longer one. What is taken does not depend on the order in which texts are
-named, but for the seed; one text is open at a time, and what was not taken is not read.
+A passage is a document, or a piece of a longer one. Beyond a few texts only one is open at a time, and none is read
+much further than it is taken.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 LEAST = 8
 """Tokens that a text gives at once. Where that is more than its share, some give none."""
 MOST = 4096
-"""Texts that share what is asked for: more of them are opened only for what these have not got."""
+"""Texts that share what is asked of a source: more of them are opened only for what these have not got."""
 _KEPT_OPEN = 16
 
 Pieces = Iterator[tuple[list[int], bool]]
@@ -29,38 +29,37 @@ class Mixed:
     """(documents, tokens) of each text in `ids`, without separators."""
 
 
-def mix(
-    opened: Sequence[Callable[[], Pieces]],
-    wanted: int,
-    longest: int,
-    separator: list[int],
-    seed: int,
-    waves: Sequence[int] | None = None,
-) -> Mixed:
-    """About equally many tokens of every text, `wanted` in all (separators included) or all that there are.
+def mix(texts: Sequence[Text], wanted: int, longest: int, separator: list[int], seed: int) -> Mixed:
+    """`wanted` tokens, separators included, or all that there are.
+
+    Sources give about equally many, and so do the texts of a source.
 
     Args:
-        opened: each begins its text anew.
-        waves: of each text; those of a later wave are opened only for what the earlier ones have not got.
+        texts: none of them taken from yet.
         longest: tokens of a passage.
         separator: one token or none, put between passages but after one that ends with it.
+        seed: of the order of the passages, and of which texts are read where there are too many.
     """
     chance = random.Random(f"kvcal {seed}")
-    texts = [_Text(begin) for begin in opened]
-    order = list(range(len(texts)))
+    order = list(texts)
     chance.shuffle(order)
-    for wave in sorted(set(waves or [0])):
-        live = [texts[number] for number in order if waves is None or waves[number] == wave]
-        # Behind every passage stands a separator, but for the last.
-        while live and (need := wanted + len(separator) - sum(text.cost(separator) for text in texts)) > 0:
-            share = max(need // min(len(live), MOST), LEAST)
-            for text in live:
-                need -= text.take(min(share, need), longest, separator)
-                if len(opened) > _KEPT_OPEN:
-                    text.close()
-                if need <= 0:
+    # Behind every passage stands a separator, but for the last.
+    while (need := wanted + len(separator) - sum(text.cost(separator) for text in texts)) > 0:
+        sources = {text.source: [each for each in order if each.source == text.source] for text in order}
+        live = [found for found in map(_first_wave, sources.values()) if found]
+        if not live:
+            break
+        of_source = max(need // len(live), 1)
+        for found in live:
+            left = min(of_source, need)
+            share = max(left // min(len(found), MOST), LEAST)
+            for text in found:
+                if left <= 0:
                     break
-            live = [text for text in live if not text.ended]
+                taken = text.take(min(share, left), longest, separator)
+                left, need = left - taken, need - taken
+                if len(texts) > _KEPT_OPEN:
+                    text.close()
 
     passages = [(number, *passage) for number, text in enumerate(texts) for passage in text.passages]
     chance.shuffle(passages)
@@ -94,11 +93,22 @@ def _lengthen_last(passages: list[tuple[int, int, list[int]]], wanted: int, sepa
         passages.append(passages.pop(longest))
 
 
+def _first_wave(texts: Sequence[Text]) -> list[Text]:
+    """Of the texts of a source that have not ended, those whose turn it is."""
+    live = [text for text in texts if not text.ended]
+    first = min((text.wave for text in live), default=0)
+    return [text for text in live if text.wave == first]
+
+
 @dataclass
-class _Text:
-    """How far one text has been taken."""
+class Text:
+    """A text, and how far it has been taken."""
 
     begin: Callable[[], Pieces]
+    """Opens it, anew each time."""
+    source: int = 0
+    wave: int = 0
+    """It is read only if the texts of smaller waves of its source have not got enough."""
     passages: list[tuple[int, list[int]]] = field(default_factory=list)
     """Number of the document, token ids."""
     ended: bool = False

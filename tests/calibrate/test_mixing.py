@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from functools import partial
 
 import pytest
 
-from kvcal.calibrate.mixing import LEAST, Mixed, mix
+from kvcal.calibrate.mixing import LEAST, Mixed, Text, mix
 
 EOS = 7
 SIZES = [[50, 3], [1], [400, 400, 400], [90] * 20, [1000], [5] * 30]
@@ -26,8 +26,9 @@ class _Texts:
         self.open = self.most_open = self.read = 0
         self.begun: set[int] = set()
 
-    def opened(self) -> list[Any]:
-        return [lambda text=text: self._pieces(text) for text in range(len(self.sizes))]
+    def opened(self, sources: Sequence[int] | None = None) -> list[Text]:
+        of = sources or [0] * len(self.sizes)
+        return [Text(partial(self._pieces, text), source=of[text]) for text in range(len(self.sizes))]
 
     def _pieces(self, text: int) -> Iterator[tuple[list[int], bool]]:
         self.open += 1
@@ -86,6 +87,15 @@ def test_all_texts_give_as_much_as_far_as_they_have_it(wanted: int) -> None:
         assert count == sum(sizes) or count >= max(counts) - LEAST
 
 
+@pytest.mark.parametrize("few", [10**6, 150], ids=["long", "short"])
+def test_sources_give_as_much_however_many_texts_they_have(few: int) -> None:
+    sizes = [[1000]] * 30 + [[few]] + [[1000]] * 2
+    counts = [tokens for _, tokens in mix(_Texts(sizes).opened([0] * 30 + [1, 2, 2]), 900, 10**6, [], 0).counts]
+    by_source = [sum(counts[:30]), counts[30], sum(counts[31:])]
+    assert by_source == pytest.approx([300, 300, 300] if few > 300 else [375, 150, 375], abs=LEAST)
+    assert max(counts[:30]) - min(counts[:30]) <= LEAST and abs(counts[31] - counts[32]) <= LEAST
+
+
 def test_the_order_is_drawn_from_the_seed_alone() -> None:
     everything = sum(map(sum, SIZES))
     all_of_it = mix(_Texts(SIZES).opened(), 10**6, 16, [EOS], 3)
@@ -124,7 +134,7 @@ def test_no_second_separator_behind_a_passage_that_ends_with_it() -> None:
         for number in range(10):
             yield [first + number, EOS], True
 
-    found = mix([lambda: chats(100), lambda: chats(200)], 32, 100, [EOS], 0)
+    found = mix([Text(partial(chats, 100)), Text(partial(chats, 200))], 32, 100, [EOS], 0)
     assert len(found.ids) == 32 and found.ids[1::2] == [EOS] * 16
     assert found.own.count(False) <= 1, "behind a chat that was cut off"
     assert all(tokens >= 12 for _, tokens in found.counts)
