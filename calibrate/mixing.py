@@ -43,9 +43,11 @@ def mix(texts: Sequence[Text], wanted: int, longest: int, separator: list[int], 
     chance = random.Random(f"kvcal {seed}")
     order = list(texts)
     chance.shuffle(order)
+    sources: dict[int, list[Text]] = {}
+    for text in order:
+        sources.setdefault(text.source, []).append(text)
     # Behind every passage stands a separator, but for the last.
     while (need := wanted + len(separator) - sum(text.cost(separator) for text in texts)) > 0:
-        sources = {text.source: [each for each in order if each.source == text.source] for text in order}
         live = [found for found in map(_first_wave, sources.values()) if found]
         if not live:
             break
@@ -94,10 +96,10 @@ def _lengthen_last(passages: list[tuple[int, int, list[int]]], wanted: int, sepa
 
 
 def _first_wave(texts: Sequence[Text]) -> list[Text]:
-    """Of the texts of a source that have not ended, those whose turn it is."""
+    """Of the texts of a source that have not ended, those whose turn it is; who has given least comes first."""
     live = [text for text in texts if not text.ended]
     first = min((text.wave for text in live), default=0)
-    return [text for text in live if text.wave == first]
+    return sorted((text for text in live if text.wave == first), key=Text.given)
 
 
 @dataclass
@@ -118,6 +120,9 @@ class Text:
 
     def cost(self, separator: list[int]) -> int:
         return _cost([ids for _, ids in self.passages], separator)
+
+    def given(self) -> int:
+        return sum(len(ids) for _, ids in self.passages)
 
     def take(self, tokens: int, longest: int, separator: list[int]) -> int:
         """Add about so many to the passages, a separator for each of them included: how many were added."""
@@ -144,7 +149,7 @@ class Text:
             return True
         passed = 0
         if self._pieces is None:
-            self._pieces, passed = self.begin(), sum(len(ids) for _, ids in self.passages)
+            self._pieces, passed = self.begin(), self.given()
         for ids, begins in self._pieces:
             if passed < len(ids):
                 self._pending, self._begins = ids[passed:], begins and not passed

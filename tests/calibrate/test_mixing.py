@@ -136,5 +136,5 @@ def test_no_second_separator_behind_a_passage_that_ends_with_it() -> None:
 
     found = mix([Text(partial(chats, 100)), Text(partial(chats, 200))], 32, 100, [EOS], 0)
     assert len(found.ids) == 32 and found.ids[1::2] == [EOS] * 16
-    assert found.own.count(False) <= 1, "behind a chat that was cut off"
+    assert found.own.count(False) <= 2, "behind a chat of each that was cut off"
     assert all(tokens >= 12 for _, tokens in found.counts)
