@@ -15,6 +15,8 @@ from ..artifacts import KvcalError
 from ..runtime import hub
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+MOST_CHARS = 1 << 26
+"""Of one row of a table: more is a file of another kind, and would be read whole."""
 _CHUNK = 1 << 18
 
 

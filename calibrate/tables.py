@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
-import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -14,15 +13,13 @@ from typing import Any
 
 from ..artifacts import KvcalError
 from .chats import looks_like_chat
-from .raw_text import text_chunks
+from .json_rows import json_values
+from .raw_text import MOST_CHARS, text_chunks
 
 TEXT, CHAT, NULL = "string", "messages", "null"
 """Kinds of columns; all others are the names of their types."""
 _PEEKED = 100
 _ROWS = 256
-_MOST_CHARS = 1 << 26
-"""Of one row: more is a file of another kind, and would be read whole."""
-_SPACE, _BETWEEN = re.compile(r"\s*"), re.compile(r"[\s,]*")
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class Table:
 def open_table(path: Path, kind: str) -> Table:
     """A table by the ending of its name without that of a compression. Raises KvcalError: damaged."""
     if kind in (".jsonl", ".ndjson", ".json"):
-        return table_of_values(_json_values(path, kind == ".json"))
+        return table_of_values(json_values(path, kind == ".json"))
     if kind in (".csv", ".tsv"):
         return _csv(path, "," if kind == ".csv" else "\t")
     return _parquet(path) if kind == ".parquet" else _arrow(path)
@@ -71,8 +68,8 @@ def kinds_of_schema(schema: Any) -> dict[str, str]:
                 return CHAT
         return str(found)
 
-    names = list(schema.names)
-    return {field.name: kind(field.type) if names.count(field.name) == 1 else "there twice" for field in schema}
+    times = Counter(schema.names)
+    return {field.name: kind(field.type) if times[field.name] == 1 else "there twice" for field in schema}
 
 
 def _kind_of(value: Any) -> str:
@@ -83,63 +80,9 @@ def _kind_of(value: Any) -> str:
     return CHAT if looks_like_chat(value) else type(value).__name__
 
 
-def _json_values(path: Path, array: bool) -> Iterator[dict[str, Any]]:
-    """Objects one after another, as in JSON lines, or (`array`) those in one list."""
-    decoder, chunks = json.JSONDecoder(), text_chunks(path)
-    text, at, row, within = "", 0, 0, False
-    while True:
-        at = (_BETWEEN if within else _SPACE).match(text, at).end()  # type: ignore[union-attr]
-        if at < len(text) and row == 0 and array and not within and text[at] == "[":
-            within, at = True, at + 1
-            continue
-        if at < len(text) and within and text[at] == "]":
-            within, at, array = False, at + 1, False
-            continue
-        problem: Exception | None = None
-        if at < len(text):
-            try:
-                value, end = decoder.raw_decode(text, at)
-                if end < len(text) or isinstance(value, dict):  # a number may go on in the next chunk
-                    row, at = row + 1, end
-                    yield _row(value, f"{path}: row {row}")
-                    continue
-            except (ValueError, RecursionError) as error:
-                problem = error
-                cut_off = getattr(error, "pos", 0) > len(text) - 16 or "Unterminated" in str(error)
-                if not cut_off or len(text) - at > _MOST_CHARS:
-                    raise KvcalError(f"{path}: row {row + 1}: is not valid JSON ({_gist(error)}): mend it") from None
-        more = next(chunks, None)
-        # Doubling: a row of many chunks is tried anew a few times only.
-        while more is not None and len(more) < len(text) - at and (following := next(chunks, None)) is not None:
-            more += following
-        if more is None:
-            if problem or within:
-                what = _gist(problem) if problem else "the list does not end"
-                raise KvcalError(f"{path}: row {row + 1}: is not valid JSON ({what}): cut off? Get it again")
-            if at < len(text):
-                yield _row(decoder.raw_decode(text, at)[0], f"{path}: row {row + 1}")
-            return
-        text, at = text[at:] + more, 0
-
-
-def _row(value: Any, label: str) -> dict[str, Any]:
-    if isinstance(value, dict):
-        return value
-    if isinstance(value, str):
-        return {"text": value}
-    if looks_like_chat(value):
-        return {"messages": value}
-    hint = ", or name the file .json if all of it is one list" if isinstance(value, list) else ""
-    raise KvcalError(f"{label}: is a {type(value).__name__}: expected an object, a text or a list of messages{hint}")
-
-
-def _gist(error: Exception) -> str:
-    return getattr(error, "msg", None) or ("too many levels" if isinstance(error, RecursionError) else str(error)[:100])
-
-
 def _csv(path: Path, delimiter: str) -> Table:
     """With a header; every field is text, since guessed types would make 7 of "007" and nothing of "NA"."""
-    csv.field_size_limit(max(csv.field_size_limit(), _MOST_CHARS))
+    csv.field_size_limit(max(csv.field_size_limit(), MOST_CHARS))
     reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
 
     def records() -> Iterator[list[str]]:
@@ -172,8 +115,8 @@ def _lines(path: Path) -> Iterator[str]:
     for chunk in text_chunks(path):
         *lines, rest = (rest + chunk).split("\n")
         yield from (f"{line}\n" for line in lines)
-        if len(rest) > _MOST_CHARS:
-            raise KvcalError(f"{path}: a line of more than {_MOST_CHARS} characters: convert it to JSON lines")
+        if len(rest) > MOST_CHARS:
+            raise KvcalError(f"{path}: a line of more than {MOST_CHARS} characters: convert it to JSON lines")
     if rest:
         yield rest
 
@@ -195,7 +138,7 @@ def _arrow(path: Path) -> Table:
     """Both forms of the format: `save_to_disk` writes the stream, Feather is the file."""
     import pyarrow
 
-    source = pyarrow.memory_map(str(path))
+    source = pyarrow.OSFile(str(path))  # not mapped: a file that is cut off while it is read would end the process
     try:
         reader = pyarrow.ipc.open_file(source)
         batches: Iterator[Any] = (reader.get_batch(number) for number in range(reader.num_record_batches))

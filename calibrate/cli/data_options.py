@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
+from ...artifacts.errors import one_line
 from .output import say
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -44,4 +45,4 @@ def say_left(source: Mapping[str, Any]) -> None:
             if names := each.get(key):
                 count = each[f"num_{key}"]
                 more = f" and {count - 5} more" if count > 5 else ""
-                say(f"data {each['id']}: {count} of its files not read, {why}: {', '.join(names[:5])}{more}")
+                say(one_line(f"data {each['id']}: {count} of its files not read, {why}: {', '.join(names[:5])}{more}"))

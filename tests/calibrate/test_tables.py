@@ -158,7 +158,9 @@ def test_json_lines(tmp_path: Path, content: bytes, expected: Any) -> None:
 def test_json_over_the_borders_of_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     monkeypatch.setattr(raw_text, "_CHUNK", chunk)
     texts = ["grün 🌊", 'a "quoted" \\ one', "", "x" * 50]
-    (tmp_path / "a.json").write_text(json.dumps([{"text": text, "n": [1.5e3]} for text in texts], ensure_ascii=False))
+    (tmp_path / "a.json").write_text(
+        json.dumps([{"text": text, "n": [1.5e3]} for text in texts], ensure_ascii=False, indent=20)
+    )
     assert list(read(tmp_path / "a.json")) == texts
     assert list(read(_rows(tmp_path / "a.jsonl", *texts))) == texts
 
