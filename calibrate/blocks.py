@@ -130,7 +130,9 @@ def read_tokens(
             for number, source in enumerate(documents.sources)
             for part in source.parts
         ]
-        mixed = mix(opened, wanted, longest, _separator(tokenizer), documents.seed)
+        separator = _separator(tokenizer)
+        # A passage and its separator fill a block.
+        mixed = mix(opened, wanted, max(1, longest - len(separator)), separator, documents.seed)
         if texts is not None:
             texts.append(tokenizer.decode(mixed.ids))
         return mixed.ids, mixed.own, documents.state(mixed.counts)

@@ -82,7 +82,7 @@ def _only_choice(kinds: Mapping[str, str], label: str) -> str:
         problem = f"both {' and '.join(choices)} can be the text" if choices else "none is plainly the text"
         advice = "give --text-column NAME"
         if not set(kinds.values()) & {TEXT, CHAT, NULL}:
-            advice = "make it rows with a column of text or of messages"
+            advice = "leave it out, or make it rows with a column of text or of messages"
         raise KvcalError(f"{label}: columns {_listed(kinds)}, of which {problem}: {advice}")
     return choices[0]
 
