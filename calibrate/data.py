@@ -13,7 +13,7 @@ from ..runtime import hub
 from .builtin import stdlib_text
 from .data_sets import Asked, NoFiles, card, choose, repository, saved, source_of_files
 from .text_data import TextData, TextPart, TextSource
-from .text_files import KNOWN, describes_others, is_text, matching, not_text
+from .text_files import KNOWN, below, describes_others, is_text, matching, not_text
 
 DATA_ALIASES: dict[str, str] = {
     "c4": "allenai/c4:en:train",
@@ -87,9 +87,9 @@ def _local(spec: str, asked: Asked) -> TextSource | None:
     if path.is_file():
         base, names = path.parent, [path.name]
     elif path.is_dir():
-        there = [name for name in matching(path, "**/*") if not describes_others(name)]
-        base, names = path, [name for name in there if is_text(name)]
-        skipped = [name for name in there if not is_text(name)]
+        files, others = below(path)
+        base, names = path, [name for name in files if is_text(name) and not describes_others(name)]
+        skipped = [*(name for name in files if not is_text(name)), *others]
     elif glob.has_magic(spec):
         base = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
         names = matching(base, str(path.relative_to(base)))

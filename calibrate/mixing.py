@@ -60,7 +60,7 @@ def mix(texts: Sequence[Text], wanted: int, longest: int, separator: list[int], 
                     break
                 taken = text.take(min(share, left), longest, separator)
                 left, need = left - taken, need - taken
-                if len(texts) > _KEPT_OPEN:
+                if len(found) > _KEPT_OPEN:
                     text.close()
 
     passages = [(number, *passage) for number, text in enumerate(texts) for passage in text.passages]

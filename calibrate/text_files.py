@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +60,28 @@ def matching(folder: Path, pattern: str) -> list[str]:
     except OSError as error:
         raise KvcalError(f"{error.filename or folder}: cannot be read ({error.strerror}): check who may") from None
     return sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
+
+
+def below(folder: Path) -> tuple[list[str], list[str]]:
+    """(files in `folder` and its folders, what else is there), without hidden ones, as `matching` has them.
+
+    Links to folders, which may lead in circles, and links to nothing are of the second kind.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise KvcalError(f"{error.filename or folder}: cannot be read ({error.strerror}): check who may") from None
+
+    files, others = [], []
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in [*folders, *(name for name in names if not name.startswith("."))]:
+            path = os.path.join(place, name)  # noqa: PTH118: Path raises where a folder may not be entered
+            shown = Path(path).relative_to(folder).as_posix()
+            if os.path.isfile(path):  # noqa: PTH113
+                files.append(shown)
+            elif os.path.islink(path) or not os.path.isdir(path):  # noqa: PTH112, PTH114
+                others.append(shown)
+    return sorted(files), sorted(others)
 
 
 def read(path: Path, text_column: str | None = None) -> Iterator[str | Chat]:

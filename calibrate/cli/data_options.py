@@ -40,7 +40,7 @@ def say_left(source: Mapping[str, Any]) -> None:
     for each in source.get("sources", [source]):
         for key, why in (
             ("skipped", f"no text files (see `calibrate {click.get_current_context().info_name} --help`)"),
-            ("unread", "empty, or more than the tokens asked for"),
+            ("unread", "empty, or not needed for the tokens asked for"),
         ):
             if names := each.get(key):
                 count = each[f"num_{key}"]

@@ -110,6 +110,13 @@ def test_folder_is_sorted_recursive_and_of_known_extensions(here: Path) -> None:
     assert list(data) == ["this is docs/a.py", "this is docs/b.md", "this is docs/sub/c.TXT"]
     assert data.source["files"] == ["__init__.py", "a.py", "b.md", "sub/c.TXT"]
     assert data.source["skipped"] == ["x.png"] and data.source["num_skipped"] == 1
+    (here / "docs" / "loop").symlink_to(here / "docs")
+    (here / "docs" / "a.txt").symlink_to(here / "nowhere")
+    (here / "docs" / "z.md").symlink_to(here / "docs" / "b.md")
+    found = open_data("docs").source
+    assert found["skipped"] == ["x.png", "a.txt", "loop"] and "z.md" in found["files"] and found["num_files"] == 5
+    for name in ("loop", "a.txt", "z.md"):
+        (here / "docs" / name).unlink()
     assert list(open_data("docs/*.md")) == ["this is docs/b.md"]
     assert open_data(str(here / "**" / "*.md")).source["files"] == ["docs/b.md"]
     assert open_data("docs/**/*.*[yT]").source["files"] == ["__init__.py", "a.py", "sub/c.TXT"]
