@@ -75,12 +75,17 @@ def below(folder: Path) -> tuple[list[str], list[str]]:
     for place, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in [*folders, *(name for name in names if not name.startswith("."))]:
-            path = os.path.join(place, name)  # noqa: PTH118: Path raises where a folder may not be entered
-            shown = Path(path).relative_to(folder).as_posix()
-            if os.path.isfile(path):  # noqa: PTH113
-                files.append(shown)
-            elif os.path.islink(path) or not os.path.isdir(path):  # noqa: PTH112, PTH114
-                others.append(shown)
+            path = Path(place, name)
+            shown = path.relative_to(folder).as_posix()
+            try:
+                if path.is_file():
+                    files.append(shown)
+                    continue
+                if path.is_dir() and not path.is_symlink():
+                    continue
+            except OSError:  # in a folder that may be listed and not entered
+                pass
+            others.append(shown)
     return sorted(files), sorted(others)
 
 
