@@ -1,71 +1,48 @@
 """Artifacts on disk: written as if interrupted, read as if sent by a stranger.
 
-Stage files carry the start of their hash in their name, so replacing a stage never touches a file
-that the current manifest names; renaming the new manifest into place is the commit.
+Stage files carry the start of their hash in their name, so replacing a stage never touches a file that the current
+manifest names; renaming the new manifest into place is the commit.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import errno
-import fcntl
-import glob
-import hashlib
 import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from .artifact import Artifact, Stage
 from .errors import ArtifactError, KvcalError
-from .manifest import FILE_NAME, MANIFEST, StageFile, read_manifest, write_manifest
-from .schema import Header, check_stage
+from .locks import locked
+from .manifest import FILE_NAME, MANIFEST, manifest_bytes, read_manifest
+from .schema import LAYER_TENSORS, check_stage
+from .signals import signals_held
 from .stage_settings import check_settings
+from .tensor_file import StageFile, TensorFile
+from .writing import Workplace, has_content, in_one_line, new_folder, reason
 
-
-class StageTensors(Mapping[str, Tensor]):
-    """The tensors of a stage file, read one by one when asked for."""
-
-    def __init__(self, folder: Path, file: StageFile, names: tuple[str, ...]):
-        self.folder = folder
-        self.file = file
-        self._names = names
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self.folder / self.file.file, framework="pt") as tensors:
-            if name not in self._names:
-                raise KeyError(name)
-            return tensors.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+_MOST_READINGS = 100
+"""Of an artifact that is being replaced while it is read."""
 
 
 def load(folder: str | os.PathLike[str]) -> Artifact:
     """Open an artifact after checking manifest, schema, shapes and hashes of every stage.
 
+    What is returned stays as it was verified: a writer that replaces the artifact meanwhile changes nothing of it.
+
     Raises:
         ArtifactError: anything that does not hold, in one line.
     """
     folder = Path(folder)
-    artifact, files, settings = read_manifest(folder)
-    stages = {}
-    for name, file in files.items():
-        path = folder / file.file
-        _check_bytes(path, file)
-        header = _read_header(path)
-        check_stage(str(path), name, header, artifact.layers)
-        check_settings(str(folder / MANIFEST), name, settings[name], len(artifact.layers))
-        stages[name] = Stage(StageTensors(folder, file, tuple(header)), settings[name])
-    return dataclasses.replace(artifact, stages=stages)
+    for _ in range(_MOST_READINGS):
+        artifact, files, settings = read_manifest(folder)
+        try:
+            return dataclasses.replace(artifact, stages=_read_stages(folder, artifact, files, settings))
+        except ArtifactError:
+            # A writer removes files of the old state once the new one is there.
+            if read_manifest(folder)[0].content_hash == artifact.content_hash:
+                raise
+    raise ArtifactError(f"{folder}: is being changed all the time by another process: load it again later")
 
 
 def save(artifact: Artifact, folder: str | os.PathLike[str], extras: Mapping[str, bytes] | None = None) -> Artifact:
@@ -79,161 +56,98 @@ def save(artifact: Artifact, folder: str | os.PathLike[str], extras: Mapping[str
         KvcalError: the disk is full or not writable.
     """
     folder = Path(folder)
-    extras = extras or {}
+    with in_one_line(folder):
+        exists = has_content(folder)
+        if exists and not _was_loaded_from(artifact, folder):
+            raise ArtifactError(f"{folder}: already exists: choose another --output or remove it")
+    return (_update if exists else _create)(artifact, folder, extras or {})
+
+
+def _read_stages(
+    folder: Path, artifact: Artifact, files: Mapping[str, StageFile], settings: Mapping[str, Mapping]
+) -> dict[str, Stage]:
+    stages = {}
+    for name, file in files.items():
+        tensors = TensorFile(folder, file)
+        check_stage(str(tensors.path), name, tensors.header, artifact.layers)
+        check_settings(str(folder / MANIFEST), name, settings[name], len(artifact.layers))
+        stages[name] = Stage(tensors, settings[name])
+    return stages
+
+
+def _was_loaded_from(artifact: Artifact, folder: Path) -> bool:
     try:
-        if has_content(folder):
-            if artifact.folder is None or not artifact.folder.exists() or not folder.samefile(artifact.folder):
-                raise ArtifactError(f"{folder}: already exists: choose another --output or remove it")
-            with _locked(folder):
-                if read_manifest(folder)[0].content_hash != artifact.content_hash:
-                    raise ArtifactError(f"{folder}: was changed meanwhile by another process: repeat the command")
-                content_hash = _write_into(folder, artifact, extras)
-        else:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            building = _building_place(folder.absolute())
-            try:
-                building.mkdir()
-                content_hash = _write_into(building, artifact, extras)
-                building.rename(folder.absolute())
-                _sync(folder.absolute().parent)
-            finally:
-                shutil.rmtree(building, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise KvcalError(f"{folder}: cannot be written ({_reason(error)}); nothing was changed there") from error
+        return artifact.folder is not None and folder.samefile(artifact.folder)
+    except OSError:
+        return False
+
+
+def _create(artifact: Artifact, folder: Path, extras: Mapping[str, bytes]) -> Artifact:
+    with new_folder(folder) as building, Workplace(building) as work:
+        files = {name: work.place_tensors(name, stage.tensors) for name, stage in artifact.stages.items()}
+        content, content_hash = manifest_bytes(artifact, files)
+        for name, extra in {**extras, MANIFEST: content}.items():
+            work.place(work.write(extra), name)
+    return _read_back(folder, content_hash)
+
+
+def _update(artifact: Artifact, folder: Path, extras: Mapping[str, bytes]) -> Artifact:
+    with in_one_line(folder), locked(folder), Workplace(folder) as work:
+        current = read_manifest(folder)[0]
+        if current.content_hash != artifact.content_hash:
+            raise ArtifactError(f"{folder}: was changed meanwhile by another process: repeat the command")
+        files: dict[str, StageFile] = {}
+        placed: list[str] = []
+        try:
+            for name, stage in artifact.stages.items():
+                if isinstance(stage.tensors, TensorFile) and stage.tensors.lies_in(folder):
+                    files[name] = stage.tensors.file
+                else:
+                    files[name] = work.place_tensors(name, stage.tensors)
+                    placed.append(files[name].file)
+            content, content_hash = manifest_bytes(artifact, files)
+            manifest = work.write(content)
+            beside = {name: work.write(extra) for name, extra in extras.items()}
+            work.sync()
+            with signals_held():
+                work.place(manifest, MANIFEST)
+        except BaseException:
+            _roll_back(folder, work, placed)
+            raise
+        work.confirm()
+        _after_commit(folder, work, beside, {file.file for file in files.values()})
+        return _read_back(folder, content_hash)
+
+
+def _roll_back(folder: Path, work: Workplace, placed: list[str]) -> None:
+    """Remove what was placed, but nothing that the manifest on the disk names: that may be the new one already."""
+    try:
+        named = {file.file for file in read_manifest(folder)[1].values()}
+    except ArtifactError:
+        return  # what it names is not known
+    for name in placed:
+        if name not in named:
+            work.remove(name)
+
+
+def _after_commit(folder: Path, work: Workplace, beside: Mapping[str, str], named: set[str]) -> None:
+    """The artifact is saved: put the files beside its tensors in place, then remove those of its former state."""
+    try:
+        for name, temporary in beside.items():
+            work.place(temporary, name)
+        for path in list(folder.iterdir()):
+            if FILE_NAME.fullmatch(path.name) and path.name.split(".")[0] in LAYER_TENSORS and path.name not in named:
+                work.remove(path.name)
+        work.sync()
+    except OSError as error:
+        raise KvcalError(
+            f"{folder}: the artifact was saved, but not all that lies beside its tensors ({reason(error)}): "
+            "check the disk; `calibrate verify` tells whether the artifact holds"
+        ) from error
+
+
+def _read_back(folder: Path, content_hash: str) -> Artifact:
     saved = load(folder)
     if saved.content_hash != content_hash:
-        raise ArtifactError(f"{folder}: what was read back differs from what was written: check the disk")
+        raise ArtifactError(f"{folder}: was changed by another process right after it was saved: load it again")
     return saved
-
-
-def has_content(folder: Path) -> bool:
-    """Whether something is at `folder` that writing there would destroy."""
-    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` in one step that survives a crash."""
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """One safetensors file, synced to disk; same tensors, same bytes."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    path.chmod(0o644)  # safetensors writes files that only their owner can read; artifacts are shared
-    _sync(path)
-
-
-def _write_into(folder: Path, artifact: Artifact, extras: Mapping[str, bytes]) -> str:
-    files = {}
-    new = []
-    manifest = folder / f".{MANIFEST}.new"
-    try:
-        for name, stage in artifact.stages.items():
-            tensors = stage.tensors
-            if isinstance(tensors, StageTensors) and folder.samefile(tensors.folder):
-                files[name] = tensors.file
-                continue
-            temporary = folder / f".{name}.new"
-            new.append(temporary)
-            save_tensors(temporary, tensors)
-            digest = file_sha256(temporary)
-            path = folder / f"{name}.{digest[:8]}.safetensors"
-            files[name] = StageFile(path.name, digest, temporary.stat().st_size)
-            if not path.exists():
-                new.append(path)
-            temporary.rename(path)
-        content_hash = write_manifest(manifest, artifact, files)
-        _sync(manifest)
-        manifest.rename(folder / MANIFEST)
-    except BaseException:
-        for path in (*new, manifest):
-            path.unlink(missing_ok=True)
-        raise
-    _sync(folder)
-    kept = {file.file for file in files.values()}
-    for path in folder.iterdir():
-        if FILE_NAME.fullmatch(path.name) and path.name not in kept:
-            path.unlink()
-    for name, content in extras.items():
-        write_atomically(folder / name, content)
-    return content_hash
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One writer at a time; the lock goes with the process, however it ends."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _building_place(folder: Path) -> Path:
-    """A hidden sibling to build a new artifact in, after removing those that killed processes left."""
-    prefix = f".{folder.name}.building-"
-    for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
-        if not Path("/proc", left.name.removeprefix(prefix)).exists() and Path("/proc/self").exists():
-            shutil.rmtree(left, ignore_errors=True)
-    return folder.with_name(f"{prefix}{os.getpid()}")
-
-
-def _check_bytes(path: Path, file: StageFile) -> None:
-    try:
-        if not path.is_file():
-            raise ArtifactError(f"{path}: cannot be read (no such file, or a device or pipe): fetch it again")
-        size = path.stat().st_size
-        if size != file.bytes:
-            raise ArtifactError(f"{path}: {size} bytes, the manifest says {file.bytes}: truncated? fetch it again")
-        found = file_sha256(path)
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read ({error.strerror}): fetch it again") from error
-    if found != file.sha256:
-        raise ArtifactError(
-            f"{path}: sha256 is {found[:12]}…, the manifest says {file.sha256[:12]}…: damaged, fetch it again"
-        )
-
-
-def _read_header(path: Path) -> Header:
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
-            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: not a readable safetensors file ({error}): fetch it again") from error
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError):
-        hint = ": free some space and try again" if error.errno == errno.ENOSPC else ""
-        place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror or error}{hint}"
-    return str(error)
-
-
-__all__ = ["StageTensors", "file_sha256", "has_content", "load", "save", "save_tensors", "write_atomically"]

@@ -7,13 +7,14 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .artifact import Artifact, Layer, ModelIdentity
 from .errors import ArtifactError
+from .plain_files import read_plain
 from .schema import LAYER_TENSORS, SCHEMA_VERSION, STAGE_SINCE
+from .tensor_file import StageFile
 
 MANIFEST = "manifest.json"
 FORMAT = "kvcal"
@@ -23,17 +24,8 @@ FILE_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}\.[0-9a-f]{8}\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-@dataclass(frozen=True)
-class StageFile:
-    """Where a stage's tensors lie, and what they must hash to."""
-
-    file: str
-    sha256: str
-    bytes: int
-
-
-def write_manifest(path: Path, artifact: Artifact, files: Mapping[str, StageFile]) -> str:
-    """Write the manifest of `artifact` to `path`; returns the content hash."""
+def manifest_bytes(artifact: Artifact, files: Mapping[str, StageFile]) -> tuple[bytes, str]:
+    """(the manifest of `artifact` as it is written, its content hash)."""
     body = {
         "format": FORMAT,
         "schema_version": max(STAGE_SINCE.get(name, 1) for name in ("moments", *artifact.stages)),
@@ -48,8 +40,8 @@ def write_manifest(path: Path, artifact: Artifact, files: Mapping[str, StageFile
         },
     }
     content_hash = _content_hash(body)
-    path.write_text(json.dumps({**body, "content_hash": content_hash}, indent=1, sort_keys=True) + "\n", "utf-8")
-    return content_hash
+    text = json.dumps({**body, "content_hash": content_hash}, indent=1, sort_keys=True) + "\n"
+    return text.encode(), content_hash
 
 
 def read_manifest(folder: Path) -> tuple[Artifact, dict[str, StageFile], dict[str, Mapping[str, Any]]]:
@@ -153,23 +145,13 @@ def _is_size(value: Any) -> bool:
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        if path.exists() and not path.is_file():
-            raise IsADirectoryError  # or a pipe, which would be waited for
-        with path.open("rb") as file:
-            text = file.read(_MAX_BYTES + 1)
-    except (
-        FileNotFoundError,
-        NotADirectoryError,
-        IsADirectoryError,
-        ValueError,
-    ):  # ValueError: a zero byte in the path
+        text = read_plain(path, _MAX_BYTES)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a zero byte in the path
         raise ArtifactError(
             f"{path.parent}: not an artifact (no {MANIFEST}): make one with `calibrate pca --output {path.parent}`"
         ) from None
     except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(text) > _MAX_BYTES:
-        raise ArtifactError(f"{path}: larger than {_MAX_BYTES} bytes, not a manifest")
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror}): fetch the artifact again") from error
     try:
         body = json.loads(text)
         # json.loads takes more than JSON: NaN, and half characters that no file or terminal can hold.

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
-from ..artifacts import KvcalError
-from ..artifacts.folder import save_tensors, write_atomically
+from ..artifacts import ArtifactError, KvcalError
+from ..artifacts.locks import FileLock
+from .state_files import read_state, write_state
 from .statistics import StatisticsFitter
 
 _COMMIT = re.compile(r"(?P<part>(?P<kind>[a-z]+)-\d+-of-(?P<size>\d+))\.(?P<done>\d+)\.json")
@@ -30,7 +28,7 @@ def run_id(model: Mapping[str, Any], data: Mapping[str, Any], settings: Mapping[
 class Checkpoint:
     """A folder beside the artifact-to-be, where each process of a run keeps its own part.
 
-    A state is two files, PART.DONE.safetensors and PART.DONE.json. The second is the commit: it appears whole, and
+    A state is two files, PART.DONE.HASH.safetensors and PART.DONE.json. The second is the commit: it appears whole, and
     only after the first and the first's name are on the disk. What came before is deleted only then.
     """
 
@@ -39,6 +37,7 @@ class Checkpoint:
         self.run = run
         self._shares = (kind, str(size))
         self._part = f"{kind}-{rank}-of-{size}"
+        self.lock = FileLock(folder / f"{self._part}.lock")
 
     @classmethod
     def beside(cls, output: Path, run: str, kind: str = "blocks", rank: int = 0, size: int = 1) -> Checkpoint:
@@ -69,26 +68,17 @@ class Checkpoint:
     def save(self, statistics: StatisticsFitter, done: int) -> None:
         """Raises KvcalError when the disk does not take it; the previous state is then still there."""
         numbers, tensors = statistics.state()
-        state = {"run": self.run, **numbers}
-        try:
-            if not self.folder.is_dir():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                _sync(self.folder.parent)
-            save_tensors(self._file(done, "safetensors"), tensors)
-            _sync(self.folder)
-            write_atomically(self._file(done, "json"), json.dumps(state).encode())
-            _sync(self.folder)
-        except (OSError, SafetensorError) as error:
-            raise KvcalError(f"{self.folder}: checkpoint cannot be written ({error}): free some space there") from error
+        self.lock.acquire()
+        write_state(self._commit(done), f"{self._part}.{done}", {"run": self.run, **numbers}, tensors)
 
     def drop_older(self, done: int) -> None:
         """Delete this part's states but that of `done`, which all processes that need it have."""
-        kept = {self._file(done, kind) for kind in ("safetensors", "json")}
         # Commits first: no state may name tensors that are gone.
         for kind in ("json", "safetensors"):
             for old in self.folder.glob(f"{self._part}.*.{kind}"):
-                if old not in kept:
-                    old.unlink(missing_ok=True)
+                if not old.name.startswith(f"{self._part}.{done}."):
+                    with contextlib.suppress(OSError):  # it is in nobody's way
+                        old.unlink()
 
     def load(self, done: int, reservoir: int, seed: int) -> StatisticsFitter:
         """The state after `done` batches of this part.
@@ -96,35 +86,27 @@ class Checkpoint:
         Raises:
             KvcalError: the state is of another run, or damaged.
         """
+        self.lock.acquire()
         try:
-            state = json.loads(self._file(done, "json").read_text())
+            state, tensors = read_state(self._commit(done))
             if state["run"] != self.run:
                 raise KvcalError(
                     f"{self.folder}: interrupted run of another model, text or settings: "
                     "repeat its command with --resume, or remove the folder"
                 )
-            tensors = load_file(self._file(done, "safetensors"))
             return StatisticsFitter.from_state(reservoir, seed, state, tensors)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (ArtifactError, OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise KvcalError(
                 f"{self.folder}: checkpoint is damaged ({error}): remove the folder and start again"
             ) from error
 
     def remove(self) -> None:
+        self.lock.release()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _commits(self) -> list[re.Match[str]]:
         names = sorted(path.name for path in self.folder.glob("*.json"))
         return [match for match in map(_COMMIT.fullmatch, names) if match]
 
-    def _file(self, done: int, kind: str) -> Path:
-        return self.folder / f"{self._part}.{done}.{kind}"
-
-
-def _sync(folder: Path) -> None:
-    """Names of new files are on the disk when this returns."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    def _commit(self, done: int) -> Path:
+        return self.folder / f"{self._part}.{done}.json"

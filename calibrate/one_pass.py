@@ -10,8 +10,8 @@ from typing import Any
 
 from .. import artifacts
 from ..artifacts import Artifact, KvcalError, ModelIdentity, Stage, differences, fingerprint
-from ..artifacts.folder import has_content
 from ..artifacts.manifest import MANIFEST
+from ..artifacts.writing import has_content
 from .blocks import TokenBlocks
 from .checkpoint import Checkpoint, run_id
 from .distributed import SINGLE, World

@@ -86,8 +86,15 @@ class PassLoop:
         """The statistics after all batches.
 
         Raises:
-            KvcalError: interrupted, another rank is gone, out of memory, NaN activations.
+            KvcalError: interrupted, another rank is gone, another process is at it, out of memory, NaN activations.
         """
+        try:
+            return self._run(saving, progress)
+        finally:
+            if saving:
+                saving.checkpoint.lock.release()
+
+    def _run(self, saving: Saving | None, progress: Progress | None) -> StatisticsFitter:
         done = self._resumed(saving.checkpoint) if saving else 0
         if saving:
             saving.start(self._count(done))

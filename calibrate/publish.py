@@ -7,10 +7,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..artifacts import Artifact, KvcalError, load
 from ..artifacts.manifest import FILE_NAME, MANIFEST
+from ..artifacts.plain_files import read_plain
 from ..runtime import hub
 from ..runtime.planned import FILE as PLAN
 from ..runtime.planned import has_plan, read_plan
@@ -88,25 +90,35 @@ def _contents(artifact: Artifact, repo_id: str) -> dict[str, bytes | str]:
     """Name on the Hub -> bytes, or the path of a file."""
     folder = artifact.folder
     assert folder is not None
-    manifest = (folder / MANIFEST).read_bytes()
+    manifest = _plain(folder / MANIFEST)
     if json.loads(manifest).get("content_hash") != artifact.content_hash:
         raise KvcalError(f"{folder}: was changed meanwhile by another process: repeat the command")
     contents: dict[str, bytes | str] = {MANIFEST: manifest}
     for stage in artifact.stages.values():
         name = stage.tensors.file.file  # type: ignore[attr-defined]
         contents[name] = str(folder / name)
-    contents |= {name: (folder / name).read_bytes() for name in FIGURES if (folder / name).is_file()}
+    contents |= {name: _plain(folder / name) for name in FIGURES if os.path.lexists(folder / name)}
     if has_plan(artifact):
         read_plan(artifact)  # raises where it is none
-        contents[PLAN] = (folder / PLAN).read_bytes()
+        contents[PLAN] = _plain(folder / PLAN)
     card = folder / CARD
-    text = card.read_text("utf-8", errors="replace") if card.is_file() else ""
+    text = _plain(card).decode("utf-8", errors="replace") if os.path.lexists(card) else ""
     if not _has_front_matter(text):
         made = card_files(artifact)
         contents |= made
         text = made[CARD].decode()
     contents[CARD] = text.replace(PLACE, repo_id).encode()
     return contents
+
+
+def _plain(path: Path) -> bytes:
+    """What is sent lies in the folder itself: a link could lead to anything of the user's."""
+    try:
+        return read_plain(path)
+    except OSError as error:
+        raise KvcalError(
+            f"{path}: cannot be sent ({error.strerror}): put the file itself there, or remove it"
+        ) from None
 
 
 def _has_front_matter(card: str) -> bool:

@@ -9,11 +9,13 @@ file tells how the plan was found and what it was measured to do.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from ..artifacts import Artifact, ArtifactError, KvcalError
+from ..artifacts.plain_files import read_plain
 from .settings import DEFAULT_METHOD
 
 FILE = "plan.json"
@@ -49,7 +51,7 @@ def naming(artifact: Artifact | None) -> Iterator[None]:
 
 
 def has_plan(artifact: Artifact | None) -> bool:
-    return artifact is not None and artifact.folder is not None and (artifact.folder / FILE).is_file()
+    return artifact is not None and artifact.folder is not None and os.path.lexists(artifact.folder / FILE)
 
 
 def read_plan(artifact: Artifact | None) -> dict[str, Any]:
@@ -64,9 +66,7 @@ def read_plan(artifact: Artifact | None) -> dict[str, Any]:
     assert artifact.folder is not None
     path = artifact.folder / FILE
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise ArtifactError(f"{path}: is larger than any plan: {_MAKE}")
-        body = json.loads(path.read_text(encoding="utf-8"))
+        body = json.loads(read_plain(path, _MOST_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: cannot be read ({error}): {_MAKE}") from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:

@@ -29,7 +29,7 @@ def export_command(artifact: Path, model_spec: str, folder: Path, dtype: str, as
     Example:
       calibrate export mistral-7b-wikitext --model mistral-7b --cla mistral-7b-cla2
     """
-    from ...artifacts.folder import has_content
+    from ...artifacts.writing import has_content
     from ...runtime.cla import stage_map
     from ..models import load_model
     from ..sharing.export import export

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from ...artifacts.folder import write_atomically
+from ...artifacts.writing import write_atomically
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print machine-readable results to stdout, nothing else."

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ...artifacts import Artifact, load
-from ...artifacts.folder import write_atomically
+from ...artifacts.writing import write_atomically
 from .data_options import data_options, say_left
 from .evaluate import check_weights
 from .output import json_option, print_json, print_table, progress_bar, say, working

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from ...artifacts import KvcalError, load
-from ...artifacts.folder import write_atomically
+from ...artifacts.writing import write_atomically
 from .output import say
 from .pca import pca_command
 from .recipe_arguments import options_of

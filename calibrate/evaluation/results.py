@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ...artifacts import KvcalError
-from ...artifacts.folder import write_atomically
+from ...artifacts.locks import locked
+from ...artifacts.writing import in_one_line, write_atomically
 from ..distributed import World
 from .grid import Setting, key_of
 from .measurements import MEASURED, Measured
@@ -42,16 +43,7 @@ class Results:
         """
         results = cls(settings, path)
         if path.exists():
-            body = _read(path)
-            # As JSON has them: tuples are lists there.
-            different = _differences(body["settings"], json.loads(json.dumps(results.settings)))
-            for name, there, asked in different:
-                more = f" and {len(different) - 1} more" if len(different) > 1 else ""
-                raise KvcalError(
-                    f"{path}: holds results of other settings ({name} {_short(there)} there, {_short(asked)} asked "
-                    f"for{more}): choose another --output, or remove it"
-                )
-            results.rows, results._partial = body["results"], body.get("partial", {})
+            results._load()
         for share in results._shares():  # of ranks whose job was interrupted
             results.take(cls.open(settings, share).unfinished)
         return results
@@ -109,6 +101,19 @@ class Results:
     def _shares(self) -> list[Path]:
         return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.rank-*")) if self.path else []
 
+    def _load(self) -> None:
+        assert self.path is not None
+        body = _read(self.path)
+        # As JSON has them: tuples are lists there.
+        different = _differences(body["settings"], json.loads(json.dumps(self.settings)))
+        for name, there, asked in different:
+            more = f" and {len(different) - 1} more" if len(different) > 1 else ""
+            raise KvcalError(
+                f"{self.path}: holds results of other settings ({name} {_short(there)} there, {_short(asked)} asked "
+                f"for{more}): choose another --output, or remove it"
+            )
+        self.rows, self._partial = body["results"], body.get("partial", {})
+
     def add(self, setting: Setting, batch: str, measured: Measured) -> None:
         self._partial.setdefault(key_of(setting), {})[batch] = measured.as_json()
 
@@ -118,17 +123,25 @@ class Results:
         self._partial.pop(key_of(setting), None)
 
     def write(self) -> None:
+        """Replace the file, keeping what another process has put there since.
+
+        Raises:
+            KvcalError: the disk does not take it, or the file is of other settings now.
+        """
         if self.path is None:
             return
-        body = {"settings": self.settings, "results": self.rows}
-        if self._partial:
-            body["partial"] = self._partial
-        try:
+        with in_one_line(self.path), locked(self.path.parent):
+            whole = Results(self.settings, self.path)
+            if self.path.exists():
+                whole._load()
+            whole.rows += [row for row in self.rows if whole.row(parameters(row)) is None]
+            found, whole._partial = whole._partial, {}
+            for unfinished in (found, self._partial):
+                whole.take(unfinished)
+            body = {"settings": whole.settings, "results": whole.rows}
+            if whole.unfinished:
+                body["partial"] = whole.unfinished
             write_atomically(self.path, json.dumps(body, indent=1).encode() + b"\n")
-        except OSError as error:
-            raise KvcalError(
-                f"{self.path}: cannot be written ({error.strerror or error}); what was there before is unharmed"
-            ) from error
 
 
 def parameters(row: Mapping[str, Any]) -> Setting:

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 from ...artifacts import Artifact
+from ...artifacts.writing import new_folder
 from ...runtime.cla import STAGE, Cla, resolve, stage_map
-from ...runtime.integration.cla_folder import new_folder, write_cla
+from ...runtime.integration.cla_folder import write_cla
 from ...runtime.integration.sharing import shared
 from ..models import LoadedModel
 from .uptrained_stage import steps_in_all

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import shutil
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
-from ...artifacts import KvcalError
-from ...artifacts.folder import save_tensors, write_atomically
+from ...artifacts import ArtifactError, KvcalError
+from ...artifacts.locks import FileLock
+from ..state_files import read_state, write_state
 from .optimizer import Optimizer
 
 Record = dict[str, float]
@@ -24,6 +21,7 @@ class TrainingState:
     def __init__(self, folder: Path, run: str):
         self.folder = folder
         self.run = run
+        self.lock = FileLock(folder / "lock")
 
     @classmethod
     def beside(cls, artifact: Path, run: str) -> TrainingState:
@@ -36,17 +34,14 @@ class TrainingState:
     def save(self, optimizer: Optimizer, history: list[Record]) -> None:
         """Raises KvcalError when the disk does not take it; the previous state is then still there."""
         tensors, steps = optimizer.state()
-        name = f"state-{len(history)}.safetensors"
-        state = {"run": self.run, "history": history, "optimizer_steps": steps, "tensors": name}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_tensors(self.folder / name, tensors)
-            write_atomically(self.folder / "state.json", json.dumps(state).encode())
-            for old in self.folder.glob("state-*.safetensors"):
-                if old.name != name:
+        stem = f"state-{len(history)}"
+        state = {"run": self.run, "history": history, "optimizer_steps": steps}
+        self.lock.acquire()
+        write_state(self.folder / "state.json", stem, state, tensors)
+        for old in self.folder.glob("state-*.safetensors"):
+            if not old.name.startswith(f"{stem}."):
+                with contextlib.suppress(OSError):  # it is in nobody's way
                     old.unlink()
-        except (OSError, SafetensorError) as error:
-            raise KvcalError(f"{self.folder}: checkpoint cannot be written ({error}): free some space there") from error
 
     def load(self, optimizer: Optimizer) -> list[Record]:
         """Restore `optimizer`; returns the records of the steps that were done.
@@ -54,20 +49,21 @@ class TrainingState:
         Raises:
             KvcalError: the state is of another run, or damaged.
         """
+        self.lock.acquire()
         try:
-            state: dict[str, Any] = json.loads((self.folder / "state.json").read_text("utf-8"))
+            state, tensors = read_state(self.folder / "state.json")
             if state["run"] != self.run:
                 raise KvcalError(
                     f"{self.folder}: interrupted uptraining of another model, text or settings: "
                     "repeat its command with --resume, or remove the folder"
                 )
-            name = Path(state["tensors"]).name
-            optimizer.restore(load_file(self.folder / name), state["optimizer_steps"])
+            optimizer.restore(tensors, state["optimizer_steps"])
             return [{key: float(value) for key, value in record.items()} for record in state["history"]]
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except (ArtifactError, OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise KvcalError(
                 f"{self.folder}: checkpoint is damaged ({error}): remove the folder and start again"
             ) from error
 
     def remove(self) -> None:
+        self.lock.release()
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -132,6 +132,8 @@ def uptrain(
             run.finish(state, checkpoint_every, progress)
             trained = {name: each.detach().cpu().clone() for name, each in sharing.parameters.items()}
     finally:
+        if state is not None:
+            state.lock.release()
         for module, mode in modes:
             module.training = mode
     return Uptrained(trained, tuple(history), {**settings, **_summary(history)})

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ...artifacts import KvcalError
-from ...artifacts.folder import has_content, save_tensors
+from ...artifacts.writing import new_folder, save_tensors
 from ..cla_file import NAME, WEIGHTS, ClaFile
 from .routing import kind
 from .sharing import sharing_of
@@ -47,28 +44,6 @@ def write_cla(model: Any, folder: Path, origin: Mapping[str, Any]) -> None:
         (folder / "generation_config.json").write_text(settings + "\n", "utf-8")
     header = ClaFile(sharing.map, str(model.dtype).removeprefix("torch."), dict(origin))
     (folder / NAME).write_bytes(header.dumps())
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to build in, which becomes `folder` when the context ends without an exception.
-
-    Raises:
-        KvcalError: something is at `folder`, or the disk is full.
-    """
-    if has_content(folder):
-        raise KvcalError(f"{folder}: already exists: choose another folder or remove it")
-    building = folder.absolute().with_name(f".{folder.absolute().name}.building-{os.getpid()}")
-    try:
-        building.mkdir(parents=True)
-        yield building
-        if folder.exists():
-            folder.rmdir()  # empty
-        building.rename(folder.absolute())
-    except (OSError, SafetensorError) as error:
-        raise KvcalError(f"{folder}: cannot be written ({error}): check the path and the disk") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def _distinct(state: dict[str, Tensor]) -> dict[str, Tensor]:

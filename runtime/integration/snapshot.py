@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...artifacts import Artifact, KvcalError, differences, fingerprint
 from ...artifacts.fingerprint import update_digest
-from ...artifacts.folder import write_atomically
+from ...artifacts.writing import write_atomically
 from ..sharing import SharingMap
 from ..stores import METHODS, Method
 
@@ -52,9 +52,9 @@ def write_snapshot(
     content = save(here, {"kvcal": json.dumps({**header, "sha256": _digest(here)})})
     try:
         place.mkdir(parents=True, exist_ok=True)
-        write_atomically(place / FILE, content)
     except OSError as error:
         raise KvcalError(f"{place}: the cache cannot be saved there ({error}): give another folder") from error
+    write_atomically(place / FILE, content)
 
 
 def read_snapshot(

@@ -1,11 +1,11 @@
+import fcntl
+import os
 import resource
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from forked import forked
 from samples import artifact
 
 from kvcal.artifacts import ArtifactError, KvcalError, Stage, load, save
@@ -124,12 +124,15 @@ def test_a_stage_that_another_writer_added_meanwhile_is_not_lost(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
-    finished = subprocess.Popen(["true"])
-    finished.wait()
-    left = tmp_path / f".a.building-{finished.pid}"
-    left.mkdir()
+    """What a living one has it has locked; what only looks like a workplace is somebody's."""
+    for name in (f".kvcal-{'0' * 16}", f".kvcal-{'1' * 16}", ".kvcal-notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part").write_text("half")
+    alive = os.open(tmp_path / f".kvcal-{'1' * 16}", os.O_RDONLY)
+    fcntl.flock(alive, fcntl.LOCK_EX)
     save(artifact(), tmp_path / "a")
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    os.close(alive)
+    assert {path.name for path in tmp_path.iterdir()} == {"a", f".kvcal-{'1' * 16}", ".kvcal-notes"}
 
 
 @pytest.fixture
@@ -158,39 +161,29 @@ def test_a_full_disk_leaves_the_old_artifact_intact(tmp_path, request):
     assert contents(tmp_path / "a") == before
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from samples import artifact
-import kvcal.artifacts.folder as folder
-
-renames = 0
-real = Path.rename
-def rename(self, target):
-    global renames
-    if renames == {after}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    renames += 1
-    return real(self, target)
-Path.rename = rename
-saved = folder.load({path!r})
-changed = {{name: tensor + 1 for name, tensor in saved.stages["score"].tensors.items()}}
-from kvcal.artifacts import Stage
-folder.save(saved.with_stage("score", Stage(changed)), {path!r}, {{"README.md": b"x"}})
-"""
-
-
 @pytest.mark.parametrize("after", [0, 1, 2])
-def test_killed_in_the_middle_of_an_update_an_artifact_loads(tmp_path, after):
+def test_killed_in_the_middle_of_an_update_an_artifact_loads(tmp_path, monkeypatch, after):
     """SIGKILL before each rename: of the stage's file, of the manifest, which is the commit, and of the card."""
     saved = save(artifact(), tmp_path / "a")
-    script = KILLED.format(tests=str(Path(__file__).parent.parent), after=after, path=str(tmp_path / "a"))
-    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    real, renames = os.rename, []
+
+    def rename(*args, **more):
+        if len(renames) == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        renames.append(args)
+        real(*args, **more)
+
+    def update():
+        changed = {name: tensor + 1 for name, tensor in saved.stages["score"].tensors.items()}
+        save(saved.with_stage("score", Stage(changed)), tmp_path / "a", {"README.md": b"x"})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        assert forked(update) == -signal.SIGKILL
     found = load(tmp_path / "a")
     assert (found.content_hash == saved.content_hash) == (after < 2)
     before, now = saved.tensor("pca", 0, "key_post.mean"), found.tensor("pca", 0, "key_post.mean")
     assert torch.equal(before, now)
-    # and the next update goes through
+    # and the next update goes through, and removes what the killed one left
     save(load(tmp_path / "a").with_stage("clusters", cluster_like()), tmp_path / "a")
+    assert not list((tmp_path / "a").glob(".*"))

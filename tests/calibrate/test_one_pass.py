@@ -246,6 +246,18 @@ def test_a_damaged_checkpoint_is_named(llama, tmp_path):
         calibrate(llama, make_blocks(), output=tmp_path / "a", resume=True)
 
 
+def test_a_run_is_resumed_by_one_process_at_a_time(llama, tmp_path):
+    def again(done, total):
+        if done == 2:
+            with pytest.raises(KvcalError, match="another process works on this now"):
+                calibrate(llama, make_blocks(), output=tmp_path / "a", resume=True)
+
+    straight = calibrate(llama, make_blocks())
+    found = calibrate(llama, make_blocks(), output=tmp_path / "a", checkpoint_every=0, progress=again)
+    for name, stage in straight.stages.items():
+        assert all(torch.equal(found.stages[name].tensors[each], tensor) for each, tensor in stage.tensors.items())
+
+
 def test_the_same_run_again_is_recognised_and_another_refused(llama, tmp_path):
     output = tmp_path / "a"
     first = save(calibrate(llama, make_blocks(), output=output), output)

@@ -33,6 +33,32 @@ def test_what_is_written_is_found_again(tmp_path):
     assert parameters(Results.open(SETTINGS, path).row(LOKI)) == LOKI
 
 
+def test_what_another_process_measured_meanwhile_is_kept(tmp_path):
+    path = tmp_path / "r.json"
+    here, there = Results.open(SETTINGS, path), Results.open(SETTINGS, path)
+    here.add(LOKI, "perplexity 0+2", MEASURED)
+    here.write()
+    there.finish({"method": "full"}, {"method": "full", "perplexity": 2.0})
+    there.add({"method": "h2o"}, "perplexity 0+2", MEASURED)
+    there.write()
+    here.finish(LOKI, {**LOKI, "perplexity": 3.0})
+    here.write()
+    body = json.loads(path.read_text())
+    assert [row["method"] for row in body["results"]] == ["full", "loki"]
+    assert [json.loads(key)["method"] for key in body["partial"]] == ["h2o"]
+
+
+def test_results_of_other_settings_that_appeared_meanwhile_are_kept(tmp_path):
+    path = tmp_path / "r.json"
+    here = Results.open(SETTINGS, path)
+    other = Results.open({**SETTINGS, "model": "n"}, path)
+    other.write()
+    before = path.read_bytes()
+    with pytest.raises(KvcalError, match="model n there, m asked for"):
+        here.write()
+    assert path.read_bytes() == before
+
+
 def test_settings_by_layer_are_found_again(tmp_path):
     path = tmp_path / "r.json"
     by_layer = {"method": [LOKI, {"method": "full"}]}

@@ -26,13 +26,18 @@ def folder_of(beside):
     return beside.with_name(f"{beside.name}.uptraining")
 
 
+def tensors_of(beside):
+    (path,) = folder_of(beside).glob("state-*.safetensors")
+    return path
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("what", ["shared", "all"])
 def test_resumed_training_gives_the_same_bits(tmp_path, what, dtype):
     straight = train(with_dropout().to(dtype), train=what)
     with pytest.raises(Stop):
         train(with_dropout().to(dtype), tmp_path / "a", train=what, checkpoint_every=2, progress=stop_after(5))
-    assert json.loads((folder_of(tmp_path / "a") / "state.json").read_text())["tensors"] == "state-4.safetensors"
+    assert tensors_of(tmp_path / "a").name.startswith("state-4.")
     resumed = train(with_dropout().to(dtype), tmp_path / "a", train=what, resume=True)
     assert resumed.history == straight.history and resumed.settings == straight.settings
     assert resumed.weights.keys() == straight.weights.keys()
@@ -48,7 +53,7 @@ def interrupted(beside):
 @pytest.mark.parametrize("every", [1, 4, 100])
 def test_a_finished_training_is_there_for_what_comes_after_it(tmp_path, every):
     finished = train(build("llama"), tmp_path / "a", checkpoint_every=every)
-    assert len(json.loads((folder_of(tmp_path / "a") / "state.json").read_text())["history"]) == STEPS
+    assert len(json.loads((folder_of(tmp_path / "a") / "state.json").read_text())["body"]["history"]) == STEPS
     again = train(build("llama"), tmp_path / "a", resume=True, progress=stop_after(STEPS + 1))
     assert again.history == finished.history
     assert all(torch.equal(again.weights[name], weight) for name, weight in finished.weights.items())
@@ -56,7 +61,9 @@ def test_a_finished_training_is_there_for_what_comes_after_it(tmp_path, every):
 
 def test_one_state_is_kept(tmp_path):
     folder = interrupted(tmp_path / "a")
-    assert sorted(path.name for path in folder.iterdir()) == ["state-2.safetensors", "state.json"]
+    kept = tensors_of(tmp_path / "a")
+    assert kept.name.startswith("state-2.")
+    assert sorted(path.name for path in folder.iterdir()) == sorted(["lock", kept.name, "state.json"])
 
 
 def test_an_interrupted_run_is_neither_overwritten_nor_mixed_up(tmp_path):
@@ -70,19 +77,24 @@ def test_an_interrupted_run_is_neither_overwritten_nor_mixed_up(tmp_path):
         train(build("llama", seed=1), tmp_path / "a", resume=True)
 
 
-@pytest.mark.parametrize("damage", ["json", "tensors", "missing", "shape"])
+@pytest.mark.parametrize("damage", ["json", "tensors", "missing", "shape", "bit"])
 def test_a_damaged_state_is_said_in_one_line(tmp_path, damage):
     folder = interrupted(tmp_path / "a")
     state = folder / "state.json"
     if damage == "json":
         state.write_text(state.read_text()[:-5])
+    elif damage == "bit":  # which leaves it a number
+        path = tensors_of(tmp_path / "a")
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
     elif damage == "missing":
-        (folder / "state-2.safetensors").unlink()
+        tensors_of(tmp_path / "a").unlink()
     elif damage == "tensors":
-        (folder / "state-2.safetensors").write_bytes(b"no tensors")
+        tensors_of(tmp_path / "a").write_bytes(b"no tensors")
     else:
         body = json.loads(state.read_text())
-        del body["optimizer_steps"]
+        del body["body"]["optimizer_steps"]
         state.write_text(json.dumps(body))
     with pytest.raises(KvcalError, match=r"damaged.*remove the folder") as error:
         train(build("llama"), tmp_path / "a", resume=True)
@@ -99,7 +111,7 @@ def test_a_diverged_training_keeps_its_last_checkpoint(tmp_path):
 
     with pytest.raises(KvcalError, match=r"nan at step 4 of 6.*checkpoint in .*a\.uptraining is of an earlier step"):
         train(of, tmp_path / "a", checkpoint_every=2, progress=poison)
-    assert (folder_of(tmp_path / "a") / "state-2.safetensors").exists()
+    assert tensors_of(tmp_path / "a").name.startswith("state-2.")
 
 
 def test_without_a_place_there_are_no_checkpoints(tmp_path, monkeypatch):
@@ -109,17 +121,15 @@ def test_without_a_place_there_are_no_checkpoints(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_said_and_the_previous_state_survives(tmp_path, monkeypatch):
-    from kvcal.calibrate.sharing import training_state
+    from kvcal.artifacts import writing
 
-    def full(path, tensors):
-        if path.name == "state-4.safetensors":
-            raise OSError(28, "No space left on device")
-        save(path, tensors)
+    def full(tensors, path):
+        raise OSError(28, "No space left on device")
 
-    save = training_state.save_tensors
-    monkeypatch.setattr(training_state, "save_tensors", full)
+    interrupted(tmp_path / "a")
+    monkeypatch.setattr(writing, "save_file", full)
     with pytest.raises(KvcalError, match="free some space"):
-        train(build("llama"), tmp_path / "a", checkpoint_every=2)
+        train(build("llama"), tmp_path / "a", checkpoint_every=2, resume=True)
     monkeypatch.undo()
     resumed, straight = train(build("llama"), tmp_path / "a", resume=True), train(build("llama"))
     assert resumed.history == straight.history
