@@ -89,7 +89,7 @@ def _local(spec: str, asked: Asked) -> TextSource | None:
     elif path.is_dir():
         files, others = below(path)
         base, names = path, [name for name in files if is_text(name) and not describes_others(name)]
-        skipped = [*(name for name in files if not is_text(name)), *others]
+        skipped = [*sorted({*files} - {*names}), *others]
     elif glob.has_magic(spec):
         base = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
         names = matching(base, str(path.relative_to(base)))

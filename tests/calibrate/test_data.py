@@ -456,6 +456,7 @@ def test_folders_that_datasets_saved(here: Path) -> None:
     ):
         assert list(open_data(spec, split)) == expected
     assert open_data("dict:test").source["split"] == "test"
+    assert open_data("outer").source["skipped"] == ["saved/dataset_info.json", "saved/state.json"]
     assert "no split 'nope': choose one of train, test" in _error("dict", "nope")
     assert "was saved without splits" in _error("saved", "train")
     (here / "saved" / "data-00001-of-00002.arrow").unlink()
