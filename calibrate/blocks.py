@@ -126,7 +126,7 @@ def read_tokens(
     """
     if isinstance(documents, TextData) and len(documents.parts) > 1:
         opened = [
-            Text(partial(_part_pieces, part.documents, tokenizer), number, part.wave)
+            Text(partial(_part_pieces, part.documents, tokenizer, longest), number, part.wave)
             for number, source in enumerate(documents.sources)
             for part in source.parts
         ]
@@ -149,12 +149,14 @@ def read_tokens(
     return ids, own, state
 
 
-def _part_pieces(documents: Any, tokenizer: Any) -> Pieces:
-    return ((ids, begins) for ids, is_text, begins in token_pieces(not_blank(documents()), tokenizer) if is_text)
+def _part_pieces(documents: Any, tokenizer: Any, longest: int) -> Pieces:
+    # Of thousands of long files a little is wanted of each.
+    found = token_pieces(not_blank(documents()), tokenizer, most_chars=min(PIECE_CHARS, 8 * longest))
+    return ((ids, begins) for ids, is_text, begins in found if is_text)
 
 
 def token_pieces(
-    documents: Iterable[Document], tokenizer: Any, texts: list[str] | None = None
+    documents: Iterable[Document], tokenizer: Any, texts: list[str] | None = None, most_chars: int | None = None
 ) -> Iterator[tuple[list[int], bool, bool]]:
     """(token ids, whether they are the text's own, whether a document begins with them).
 
@@ -167,7 +169,7 @@ def token_pieces(
         if isinstance(document, Chat):
             # The template writes BOS, too; here it stands at the beginning of blocks.
             document = document.text(tokenizer).removeprefix(strip)
-        pieces = _pieces(rest + document)
+        pieces = _pieces(rest + document, most_chars or PIECE_CHARS)
         rest = pieces.pop() if isinstance(document, Unfinished) and pieces else ""
         for text in pieces:
             # verbose=False: no warning that a document is longer than the model's context
@@ -187,10 +189,10 @@ def _separator(tokenizer: Any) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def _pieces(text: str) -> list[str]:
+def _pieces(text: str, most_chars: int) -> list[str]:
     found, start = [], 0
     while start < len(text):
-        end = start + PIECE_CHARS
+        end = start + most_chars
         if end < len(text):
             # A space belongs to the word behind it, in most tokenizers.
             end = text.rfind("\n", start, end) + 1 or max(text.rfind(" ", start + 1, end), 0) or end

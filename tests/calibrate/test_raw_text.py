@@ -77,8 +77,7 @@ def test_a_document_in_chunks_has_the_tokens_of_the_whole(
     assert sum(begins for _, _, begins in found) == 2
 
 
-def test_pieces_end_at_lines_then_before_spaces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks_module, "PIECE_CHARS", 10)
-    assert blocks_module._pieces("one two\nthree four five sixsevensevens") == [
+def test_pieces_end_at_lines_then_before_spaces() -> None:
+    assert blocks_module._pieces("one two\nthree four five sixsevensevens", 10) == [
         "one two\n", "three", " four", " five", " sixsevens", "evens",
     ]  # fmt: skip
