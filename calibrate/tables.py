@@ -54,13 +54,12 @@ def kinds_of_schema(schema: Any) -> dict[str, str]:
     """Of a pyarrow schema."""
     import pyarrow
 
-    strings = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
     lists = (pyarrow.types.is_list, pyarrow.types.is_large_list)
 
     def kind(found: Any) -> str:
         if pyarrow.types.is_dictionary(found):
             found = found.value_type
-        if any(is_string(found) for is_string in strings):
+        if str(found) in ("string", "large_string", "string_view"):
             return TEXT
         if any(is_list(found) for is_list in lists) and pyarrow.types.is_struct(found.value_type):
             fields = {found.value_type.field(number).name for number in range(found.value_type.num_fields)}
