@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,10 @@ from torch import Tensor
 
 from ..artifacts import KvcalError
 from ..artifacts.fingerprint import update_digest
+from .chats import Chat
+from .mixing import Pieces, Text, mix
+from .text_data import Document, TextData, not_blank
+from .text_files import Unfinished
 
 PIECE_CHARS = 100_000
 
@@ -46,7 +51,7 @@ class TokenBlocks:
 
 
 def make_blocks(
-    documents: Iterable[str],
+    documents: Iterable[Document],
     tokenizer: Any,
     num_tokens: int = 131072,
     seq_len: int = 2048,
@@ -55,15 +60,17 @@ def make_blocks(
     """Tokenise documents, join them by EOS and cut them into blocks, each of which starts with BOS.
 
     BOS and EOS only as far as the tokenizer has them, and BOS only if it adds one by itself. Documents
-    are consumed no further than needed; one that is longer than `PIECE_CHARS` is tokenised in pieces,
-    cut at line ends where there are any.
+    are consumed no further than needed; one that is longer than `PIECE_CHARS` is tokenised in pieces, cut behind
+    the last line end of each, without one before its last space, and within a word only where it has neither.
 
     Args:
+        documents: texts and chats. Of `open_data`'s with several files all give as many tokens, as far as they have
+            them: documents and pieces of longer ones, not longer than a block, in an order drawn from its seed.
         num_tokens: block positions, BOS and separators included: ceil(num_tokens / seq_len) blocks,
             fewer when the text ends before; the last one is padded.
         seq_len: positions per block.
-        source: kept in the result, with the number of block positions under `num_tokens`: the last block may be
-            padded, so their number does not tell it.
+        source: kept in the result, with what was read of `open_data`'s text, and the number of block positions under
+            `num_tokens`: the last block may be padded, so their number does not tell it.
 
     Raises:
         KvcalError: less text than one block.
@@ -79,14 +86,9 @@ def make_blocks(
     if wanted == 0:
         raise KvcalError(f"{num_tokens} tokens asked for, which BOS takes up: give at least {len(bos) + 1}")
 
-    ids: list[int] = []
-    own: list[bool] = []
-    for piece, is_text in token_pieces(documents, tokenizer):
-        ids += piece
-        own += [is_text] * len(piece)
-        if len(ids) >= wanted:
-            break
-    name = (source or {}).get("id", "given")
+    ids, own, read = read_tokens(documents, tokenizer, wanted, body_len)
+    source = {**(source or {}), **read}
+    name = source.get("id", "given")
     if len(ids) < min(wanted, body_len):
         other = f" or --seq-len {len(ids)}" if len(ids) >= 2 else ""
         raise KvcalError(
@@ -107,34 +109,96 @@ def make_blocks(
     blocks[body] = torch.tensor(ids, dtype=torch.int32)
     counted = torch.zeros_like(attended)
     counted[body] = torch.tensor(own, dtype=torch.bool)
-    return TokenBlocks(blocks, counted, attended, {**(source or {}), "num_tokens": positions})
+    return TokenBlocks(blocks, counted, attended, {**source, "num_tokens": positions})
 
 
-def token_pieces(documents: Iterable[str], tokenizer: Any) -> Iterator[tuple[list[int], bool]]:
-    """(token ids, whether they are the text's own), a separator before every document but the first."""
-    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    started = False
+def read_tokens(
+    documents: Iterable[Document], tokenizer: Any, wanted: int, longest: int, texts: list[str] | None = None
+) -> tuple[list[int], list[bool], dict[str, Any]]:
+    """At least `wanted` tokens if there are as many.
+
+    Args:
+        longest: tokens of a passage, where several files are mixed.
+        texts: takes the texts that were read.
+
+    Returns:
+        ids; whether they are the text's own, and not separators; the provenance of `open_data`'s text, {} of others.
+    """
+    if isinstance(documents, TextData) and len(documents.parts) > 1:
+        opened = [
+            Text(partial(_part_pieces, part.documents, tokenizer, longest), number, part.wave)
+            for number, source in enumerate(documents.sources)
+            for part in source.parts
+        ]
+        separator = _separator(tokenizer)
+        # A passage and its separator fill a block.
+        mixed = mix(opened, wanted, max(1, longest - len(separator)), separator, documents.seed)
+        if texts is not None:
+            texts.append(tokenizer.decode(mixed.ids))
+        return mixed.ids, mixed.own, documents.state(mixed.counts)
+    ids: list[int] = []
+    own: list[bool] = []
+    count = 0
+    for piece, is_text, begins in token_pieces(documents, tokenizer, texts):
+        ids += piece
+        own += [is_text] * len(piece)
+        count += begins
+        if len(ids) >= wanted:
+            break
+    state = documents.state([(count, sum(own[:wanted]))]) if isinstance(documents, TextData) else {}
+    return ids, own, state
+
+
+def _part_pieces(documents: Any, tokenizer: Any, longest: int) -> Pieces:
+    # Of thousands of long files a little is wanted of each.
+    found = token_pieces(not_blank(documents()), tokenizer, most_chars=min(PIECE_CHARS, 8 * longest))
+    return ((ids, begins) for ids, is_text, begins in found if is_text)
+
+
+def token_pieces(
+    documents: Iterable[Document], tokenizer: Any, texts: list[str] | None = None, most_chars: int | None = None
+) -> Iterator[tuple[list[int], bool, bool]]:
+    """(token ids, whether they are the text's own, whether a document begins with them).
+
+    A separator stands before every document but the first, and not where the one before ends with it, as many chats do.
+    """
+    separator, strip = _separator(tokenizer), tokenizer.bos_token if bos_tokens(tokenizer) else ""
+    last: list[int] = []
+    rest, begins = "", True
     for document in documents:
-        continued = False
-        for text in _pieces(document):
+        if isinstance(document, Chat):
+            # The template writes BOS, too; here it stands at the beginning of blocks.
+            document = document.text(tokenizer).removeprefix(strip)
+        pieces = _pieces(rest + document, most_chars or PIECE_CHARS)
+        rest = pieces.pop() if isinstance(document, Unfinished) and pieces else ""
+        for text in pieces:
             # verbose=False: no warning that a document is longer than the model's context
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             if not ids:
                 continue
-            if started and not continued and separator:
-                yield separator, False
-            started = continued = True
-            yield ids, True
+            if texts is not None:
+                texts.append(text)
+            if begins and last and separator and last != separator:
+                yield separator, False, False
+            yield ids, True, begins
+            last, begins = ids[-1:], False
+        begins = begins or not isinstance(document, Unfinished)
 
 
-def _pieces(text: str) -> Iterator[str]:
-    start = 0
+def _separator(tokenizer: Any) -> list[int]:
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _pieces(text: str, most_chars: int) -> list[str]:
+    found, start = [], 0
     while start < len(text):
-        end = start + PIECE_CHARS
+        end = start + most_chars
         if end < len(text):
-            end = text.rfind("\n", start, end) + 1 or end
-        yield text[start:end]
+            # A space belongs to the word behind it, in most tokenizers.
+            end = text.rfind("\n", start, end) + 1 or max(text.rfind(" ", start + 1, end), 0) or end
+        found.append(text[start:end])
         start = end
+    return found
 
 
 def bos_tokens(tokenizer: Any) -> list[int]:

@@ -1,20 +1,19 @@
-"""Open text by alias, Hub id or path, as a stream of documents."""
+"""Find text by alias, Hub id or path."""
 
 from __future__ import annotations
 
 import difflib
 import glob
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..artifacts import KvcalError
 from ..runtime import hub
 from .builtin import stdlib_text
-from .text_files import KNOWN, extension, matching, read, readable, texts
+from .data_sets import Asked, NoFiles, card, choose, repository, saved, source_of_files
+from .text_data import TextData, TextPart, TextSource
+from .text_files import KNOWN, below, describes_others, is_text, matching, not_text
 
 DATA_ALIASES: dict[str, str] = {
     "c4": "allenai/c4:en:train",
@@ -23,70 +22,74 @@ DATA_ALIASES: dict[str, str] = {
     "wikitext-103": "Salesforce/wikitext:wikitext-103-raw-v1:train",
 }
 
-_FILES_LISTED = 100
 
-
-@dataclass(frozen=True)
-class TextData:
-    """Documents, to be iterated over any number of times."""
-
-    source: dict[str, Any]
-    """JSON-able: kind (builtin, hub, local), id, and what else is known of config, split, revision, files."""
-    documents: Callable[[], Iterator[str]]
-
-    def __iter__(self) -> Iterator[str]:
-        empty = True
-        for document in self.documents():
-            if document and not document.isspace():
-                empty = False
-                yield document
-        if empty:
-            raise KvcalError(f"data {self.source['id']}: contains no text: give other data")
-
-
-def open_data(spec: str | os.PathLike[str], split: str | None = None) -> TextData:
+def open_data(
+    spec: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    split: str | None = None,
+    *,
+    text_column: str | None = None,
+    seed: int = 0,
+) -> TextData:
     """Find text and read its beginning, so that most faults show at once.
 
     Args:
-        spec: a file, folder or glob of .txt .md .py (a file is a document) and .jsonl .json .parquet (a row
-            is one); a folder with a dataset card that lists its files, or a Hub id, `[:config[:split]]`; an alias.
+        spec: a file, folder or glob of .txt .md .py (a file is a document) and .jsonl .json .csv .tsv .parquet .arrow
+            (a row is one), compressed or not; a folder that `datasets` saved, or one with a dataset card that lists
+            its files, or a Hub id, `[:config[:split]]`; an alias. Or a list of these.
         split: overrides the one in `spec`.
+        text_column: of tables, the column that is the text or the chat, or several joined by "+".
+        seed: of the order in which several files are mixed.
 
     Raises:
-        KvcalError: nothing there, not text, damaged, no such split, or neither here nor to be had online.
+        KvcalError: nothing there, not text, damaged, no such split or column, or neither here nor to be had online.
     """
-    name = os.fspath(spec)
-    if not name.strip():
+    given = [os.fspath(one) for one in ([spec] if isinstance(spec, (str, os.PathLike)) else spec)]
+    if not given or not all(name.strip() for name in given):
         raise KvcalError("data: an empty name: give a file, folder, glob, Hub id or alias")
-    data = _local(name, split)
-    if data is None:
-        alias, _, rest = name.partition(":")
-        if alias == "stdlib":
-            return _builtin(split or rest or "train")
-        if alias in DATA_ALIASES:
-            name, split = DATA_ALIASES[alias], split or rest or None
-        data = _hub(name, split)
+    asked = Asked(split, text_column, seed)
+    data = TextData(tuple(_find(name, asked) for name in given), seed)
+    if text_column is not None and not any("text_column" in source.described for source in data.sources):
+        raise KvcalError(f"data {data.source['id']}: has no columns ({text_column!r} asked for): drop --text-column")
+    _refuse_twice(data)
     next(iter(data))
     return data
 
 
-def _builtin(split: str) -> TextData:
-    _choose("stdlib", "split", split, stdlib_text.SPLITS)
-    source = {"kind": "builtin", "id": "stdlib", "split": split}
-    return TextData(source, lambda: (text for _, text in stdlib_text.documents(split)))
+def _find(spec: str, asked: Asked) -> TextSource:
+    found = _local(spec, asked)
+    if found is not None:
+        return found
+    alias, _, rest = spec.partition(":")
+    if alias == "stdlib":
+        return _builtin(asked.split or rest or "train")
+    if alias in DATA_ALIASES:
+        return _hub(DATA_ALIASES[alias], asked if asked.split else asked.of_split(rest or None))
+    return _hub(spec, asked)
 
 
-def _local(spec: str, split: str | None) -> TextData | None:
+def _builtin(split: str) -> TextSource:
+    choose("stdlib", "split", split, stdlib_text.SPLITS)
+    described = {"kind": "builtin", "id": "stdlib", "split": split}
+    return TextSource(described, (TextPart(None, lambda: (text for _, text in stdlib_text.documents(split))),))
+
+
+def _local(spec: str, asked: Asked) -> TextSource | None:
     """What `spec` means on the disk; None when nothing is there under this name."""
     path = hub.path_of(spec)
     address, config, wanted = _parts(spec)
     folder = hub.path_of(address)
-    if folder.is_dir() and (path == folder or not path.exists()) and _card(folder):
-        return _repository(address, folder, config, split or wanted)
+    skipped: list[str] = []
+    if folder.is_dir() and (path == folder or not path.exists()):
+        if found := saved(address, folder, asked if asked.split else asked.of_split(wanted or config)):
+            return found
+        if card(folder):
+            return repository(address, folder, config, asked if asked.split else asked.of_split(wanted))
     if path.is_file():
         base, names = path.parent, [path.name]
     elif path.is_dir():
-        base, names = path, [name for name in matching(path, "**/*") if extension(name) in KNOWN]
+        files, others = below(path)
+        base, names = path, [name for name in files if is_text(name) and not describes_others(name)]
+        skipped = [*sorted({*files} - {*names}), *others]
     elif glob.has_magic(spec):
         base = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
         names = matching(base, str(path.relative_to(base)))
@@ -96,16 +99,19 @@ def _local(spec: str, split: str | None) -> TextData | None:
         return None
     if not names:
         raise KvcalError(f"data {spec}: no files with text there (of {' '.join(KNOWN)}): check the path")
-    if split is not None:
-        raise KvcalError(f"data {spec}: local files have no splits ({split!r} asked for): drop --split")
-    return _from_files({"kind": "local", "id": spec}, base, names)
+    if asked.split is not None:
+        raise KvcalError(f"data {spec}: local files have no splits ({asked.split!r} asked for): drop --split")
+    unknown = next((name for name in names if not is_text(name)), None)
+    if unknown is not None:
+        raise KvcalError(f"data {spec}: {not_text(unknown)}")
+    return source_of_files({"kind": "local", "id": spec}, base, names, asked, skipped=skipped)
 
 
-def _hub(spec: str, split: str | None) -> TextData:
+def _hub(spec: str, asked: Asked) -> TextSource:
     address, config, wanted = _parts(spec)
-    split = split or wanted
+    asked = asked if asked.split else asked.of_split(wanted)
     repo_id, _, revision = address.partition("@")
-    if extension(repo_id) in KNOWN or repo_id.startswith((".", "/", "~")) or repo_id.count("/") > 1:
+    if is_text(repo_id) or repo_id.startswith((".", "/", "~")) or repo_id.count("/") > 1:
         raise KvcalError(f"data {spec}: no such file or folder: check the path")
     if "/" not in repo_id:
         near = difflib.get_close_matches(repo_id, DATA_ALIASES, n=3)
@@ -117,98 +123,28 @@ def _hub(spec: str, split: str | None) -> TextData:
 
     def lacking(folder: Path) -> str | None:
         try:
-            _repository(repo_id, folder, config, split)
-        except _NoFiles:
-            return f"the files of config {config or 'default'}, split {split or 'train'}"
+            repository(repo_id, folder, config, asked)
+        except NoFiles:
+            return f"the files of config {config or 'default'}, split {asked.split or 'train'}"
         return None
 
     found = hub.locate(repo_id, "dataset", revision or None, lacking)
-    return _repository(repo_id, found.folder, config, split, found.revision)
+    return repository(repo_id, found.folder, config, asked, found.revision)
 
 
-class _NoFiles(KvcalError):
-    """A repository folder without the files that its card promises: a partial download."""
-
-
-def _repository(
-    name: str, folder: Path | None, config: str | None, split: str | None, revision: str | None = None
-) -> TextData:
-    """A data set as the Hub lays it out, in a folder or (None) online."""
-    source: dict[str, Any] = {"kind": "hub" if revision else "local", "id": name}
-    if folder and (card := _card(folder)):
-        # Not load_dataset(folder, config): that fails when the files of any other config are missing,
-        # which they are in a cache that holds one config.
-        config = _choose(name, "config", config, card, "default")
-        split = _choose(name, "split", split, card[config], "train")
-        names = sorted({found for pattern in card[config][split] for found in matching(folder, pattern)})
-        if not names:
-            raise _NoFiles(f"data {name}: no files of config {config}, split {split} in {folder}: download them")
-        if all(extension(found) in KNOWN for found in names):
-            return _from_files(source | {"config": config, "split": split, "revision": revision}, folder, names)
-    elif folder and not any(extension(found) not in ("", ".md") for found in matching(folder, "**/*")):
-        raise _NoFiles(f"data {name}: no data files in {folder}: download them")
-
-    from datasets import load_dataset
-
-    options = {} if folder else {"revision": revision}
-    with readable(f"data {name}"), tempfile.TemporaryDirectory() as nowhere:
-        splits = load_dataset(str(folder or name), config, streaming=True, cache_dir=nowhere, **options)
-    chosen = _choose(name, "split", split, splits, "train")
-    source |= {"config": config, "split": chosen, "revision": revision}
-    return TextData(source, lambda: _articles(name, texts(splits[chosen], f"data {name}")))
-
-
-def _card(folder: Path) -> dict[str, dict[str, list[str]]]:
-    """Config -> split -> file patterns, as the dataset card in `folder` states them; {} if it does not."""
-    from huggingface_hub import metadata_load
-
-    if not (folder / "README.md").is_file():
-        return {}
-    found: dict[str, dict[str, list[str]]] = {}
-    try:
-        for entry in (metadata_load(folder / "README.md") or {}).get("configs", []):
-            files = entry["data_files"]
-            if isinstance(files, list) and isinstance(files[0], dict):
-                files = {item["split"]: item["path"] for item in files}
-            splits = files if isinstance(files, dict) else {"train": files}
-            found[entry["config_name"]] = {
-                split: [paths] if isinstance(paths, str) else list(paths) for split, paths in splits.items()
-            }
-    except Exception:  # any README may lie in a folder: one that is no such card states nothing
-        return {}
-    return found
-
-
-def _from_files(source: dict[str, Any], base: Path, names: Sequence[str]) -> TextData:
-    unknown = [name for name in names if extension(name) not in KNOWN]
-    if unknown:
-        raise KvcalError(f"data {source['id']}: {unknown[0]} is none of {' '.join(KNOWN)}: convert it, or leave it out")
-    paths = [base / name for name in names]
-    described = {**source, "files": list(names[:_FILES_LISTED]), "num_files": len(names)}
-    return TextData(described, lambda: _articles(source["id"], (text for path in paths for text in read(path))))
-
-
-def _articles(name: str, rows: Iterable[str]) -> Iterator[str]:
-    """Put wikitext's rows, which are lines, together again: an article starts with " = Its title = "."""
-    if name != "Salesforce/wikitext":
-        yield from rows
-        return
-    lines: list[str] = []
-    for row in rows:
-        if row.startswith(" = ") and not row.startswith(" = =") and lines:
-            yield "".join(lines)
-            lines = []
-        lines.append(row)
-    yield "".join(lines)
-
-
-def _choose(data: str, kind: str, wanted: str | None, known: Iterable[str], default: str | None = None) -> str:
-    names = list(known)
-    choice = wanted or (default if default in names else names[0] if len(names) == 1 else None)
-    if choice is None or choice not in names:
-        problem = f"no {kind} {wanted!r}" if wanted else f"several {kind}s"
-        raise KvcalError(f"data {data}: {problem}: choose one of {', '.join(names)}")
-    return choice
+def _refuse_twice(data: TextData) -> None:
+    """The same text twice would count twice."""
+    seen: dict[str, str] = {}
+    for source in data.sources:
+        names = [os.path.realpath(part.path) for part in source.parts if part.path] or [
+            ":".join(str(source.described.get(key)) for key in ("id", "config", "split"))
+        ]
+        for name in names if len(data.sources) > 1 else ():
+            if name in seen:
+                raise KvcalError(
+                    f"data {source.described['id']}: {name} is there by {seen[name]} already: give each text once"
+                )
+        seen |= dict.fromkeys(names, str(source.described["id"]))
 
 
 def _parts(spec: str) -> tuple[str, str | None, str | None]:

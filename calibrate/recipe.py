@@ -74,9 +74,9 @@ def read_recipe(path: str | os.PathLike[str], stages: Collection[str]) -> Recipe
     if version is None or type(version.value) is not int or version.value != VERSION:
         line = version.line if version else 1
         raise KvcalError(f"{path}:{line}: a recipe starts with the line `recipe: {VERSION}`, its version")
-    top: dict[str, Any] = {
-        name: reader.text(found[name], name) for name in ("model", "data", "output") if name in found
-    }
+    top: dict[str, Any] = {name: reader.text(found[name], name) for name in ("model", "output") if name in found}
+    if "data" in found:
+        top["data"] = reader.texts(found["data"], "data")
     for name in ("model", "data"):
         if name not in top:
             raise KvcalError(f"{path}:1: no {name}: add the line `{name}: …`")
@@ -186,6 +186,11 @@ class _Reader:
                     raise KvcalError(f"{self.path}:{line}: stages: {unknown(name, known)}")
                 found.append(self.section(name, entry, line))
         return found
+
+    def texts(self, value: _Value, name: str) -> str | list[str]:
+        if not isinstance(value.value, list) or not value.value:
+            return self.text(value, name)
+        return [self.text(_Value(item, value.line, value.node), name) for item in value.value]
 
     def text(self, value: _Value, name: str) -> str:
         if not isinstance(value.value, str) or not value.value.strip():

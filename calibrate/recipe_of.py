@@ -39,8 +39,25 @@ def recipe_of(artifact: Artifact, pca_options: Collection[str]) -> str:
     return text
 
 
-def data_spec(source: Mapping[str, Any], notes: list[str]) -> str | None:
+def data_spec(source: Mapping[str, Any], notes: list[str]) -> str | list[str] | None:
     """What `open_data` takes, from what it put into the manifest."""
+    if source.get("kind") == "several":
+        return [_one_spec(each, notes) or "" for each in _sources(source)]
+    return _one_spec(source, notes)
+
+
+def text_column(source: Mapping[str, Any]) -> dict[str, Any]:
+    """The option that the text was opened with, {} without one."""
+    columns = [each["text_column"] for each in _sources(source) if isinstance(each.get("text_column"), str)]
+    return {"text_column": columns[0]} if columns else {}
+
+
+def _sources(source: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    several = source.get("sources")
+    return [each for each in several if isinstance(each, Mapping)] if isinstance(several, list) else [source]
+
+
+def _one_spec(source: Mapping[str, Any], notes: list[str]) -> str | None:
     name, kind = source.get("id"), source.get("kind")
     if not isinstance(name, str) or kind not in ("builtin", "hub", "local"):
         notes.append("The text was given in Python: the manifest does not say where it is, put it in at `data`.")
@@ -79,7 +96,9 @@ def _pca(artifact: Artifact, source: Mapping[str, Any], options: Collection[str]
     if type(positions) is not int:
         positions = data["blocks"] * data["seq_len"]
         notes.append("The manifest does not tell whether the last block was padded: num_tokens is of full blocks.")
-    found: dict[str, Any] = {"num_tokens": positions, "seq_len": data["seq_len"]}
+    found: dict[str, Any] = {"num_tokens": positions, "seq_len": data["seq_len"], **text_column(source)}
+    if source.get("order_seed", artifact.settings.get("seed")) != artifact.settings.get("seed"):
+        notes.append("The files were mixed with another seed than the pass had, which a recipe cannot say.")
     for name, value in artifact.settings.items():
         if name == "centred":
             found |= {} if value else {"uncentred": True}
@@ -144,8 +163,14 @@ def _training(settings: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     data = data if isinstance(data, Mapping) else {}
     source = data.get("source")
     given = {name: settings[name] for name in _UPTRAINING if name in settings}
-    spec = data_spec(source if isinstance(source, Mapping) else {}, notes)
-    return {"uptrain": True, "data": spec, "block_size": data.get("block_size"), **given}
+    source = source if isinstance(source, Mapping) else {}
+    return {
+        "uptrain": True,
+        "data": data_spec(source, notes),
+        **text_column(source),
+        "block_size": data.get("block_size"),
+        **given,
+    }
 
 
 def _yaml(value: Mapping[str, Any]) -> str:

@@ -1,9 +1,8 @@
-"""Read text from files on the disk: plain ones by ourselves, tables by `datasets`' builders."""
+"""Text in files on the disk: which ones are read, and the documents of one."""
 
 from __future__ import annotations
 
-import glob
-import tempfile
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,16 +10,45 @@ from typing import Any
 
 from ..artifacts import KvcalError
 from ..runtime import hub
+from . import text_columns
+from .chats import Chat
+from .raw_text import COMPRESSIONS, text_chunks
+from .tables import Table, kinds_of_schema, open_table, table_of_values
 
-_PLAIN = (".txt", ".md", ".py")
-_TABLES = {".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".json.gz": "json", ".parquet": "parquet"}
-KNOWN = (*_PLAIN, *_TABLES)
+PLAIN = (".txt", ".md", ".py")
+_TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+KNOWN = (*PLAIN, *_TABLES)
+_NOT_COMPRESSED = (".parquet", ".arrow")
 
 
-def extension(name: str) -> str:
-    """The file name's ending in lower case, with what .gz wraps: ".txt", ".jsonl.gz", or ""."""
-    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
-    return "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:])
+class Unfinished(str):
+    """The beginning of a document that goes on in the next string."""
+
+
+def kind(name: str) -> str:
+    """The file name's ending in lower case, without that of a compression: ".txt" also of "a.txt.gz"."""
+    path = Path(name)
+    return Path(path.stem if path.suffix.lower() in COMPRESSIONS else name).suffix.lower()
+
+
+def is_text(name: str) -> bool:
+    """Whether a file of this name is read."""
+    compressed = Path(name).suffix.lower() in COMPRESSIONS
+    return kind(name) in KNOWN and not (compressed and kind(name) in _NOT_COMPRESSED)
+
+
+def describes_others(name: str) -> bool:
+    """Whether a file is beside the text of a data set that `datasets` saved, and holds none."""
+    file = Path(name).name
+    cached = file.startswith(("cache-", "tmp")) and file.endswith(".arrow")
+    return cached or file in ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
+
+
+def not_text(name: str) -> str:
+    """What to do about a file that is not read."""
+    known = f"none of {' '.join(KNOWN)}, also compressed ({' '.join(COMPRESSIONS)})"
+    unpack = Path(name).suffix.lower() in (".zip", ".tar", ".tgz", ".7z", ".rar") or kind(name) == ".tar"
+    return f"{name} is {known}: {'unpack it' if unpack else 'convert it, or leave it out'}"
 
 
 def matching(folder: Path, pattern: str) -> list[str]:
@@ -34,72 +62,102 @@ def matching(folder: Path, pattern: str) -> list[str]:
     return sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
 
 
-def read(path: Path) -> Iterator[str]:
-    """The documents of one file: a plain file is one, a table has one per row.
+def below(folder: Path) -> tuple[list[str], list[str]]:
+    """(files in `folder` and its folders, what else is there), without hidden ones, as `matching` has them.
+
+    Links to folders, which may lead in circles, and links to nothing are of the second kind.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise KvcalError(f"{error.filename or folder}: cannot be read ({error.strerror}): check who may") from None
+
+    files, others = [], []
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in [*folders, *(name for name in names if not name.startswith("."))]:
+            path = Path(place, name)
+            shown = path.relative_to(folder).as_posix()
+            try:
+                if path.is_file():
+                    files.append(shown)
+                    continue
+                if path.is_dir() and not path.is_symlink():
+                    continue
+            except OSError:  # in a folder that may be listed and not entered
+                pass
+            others.append(shown)
+    return sorted(files), sorted(others)
+
+
+def read(path: Path, text_column: str | None = None) -> Iterator[str | Chat]:
+    """The documents of one file: a plain file is one, in pieces where it is long; a table has one per row.
 
     Raises:
-        KvcalError: not text, damaged, or without a text column.
+        KvcalError: not text, damaged, or without a column that is plainly the text.
     """
-    kind = extension(path.name)
-    if kind in _PLAIN:
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise KvcalError(
-                f"{path}: not UTF-8 text ({error.reason} at byte {error.start}): convert it, or leave it out"
-            ) from None
-        except OSError as error:
-            raise KvcalError(f"{path}: cannot be read ({error.strerror})") from None
-        if "\0" in text:
-            raise KvcalError(f"{path}: binary data, not text: leave it out")
-        yield text
+    if kind(path.name) in PLAIN:
+        held: str | None = None
+        for chunk in text_chunks(path):
+            if held is not None:
+                yield Unfinished(held)
+            held = chunk
+        yield held or ""
     elif path.stat().st_size:
-        from datasets import load_dataset
-
-        # Row groups may be huge or empty; the builder's default is to read the first one whole.
-        options = {"batch_size": 1000} if kind == ".parquet" else {}
-        files = [glob.escape(str(path.absolute()))]
-        # A cache folder of its own: even streaming leaves a lock file in it.
-        with readable(str(path)), tempfile.TemporaryDirectory() as nowhere:
-            rows = load_dataset(
-                _TABLES[kind], data_files=files, split="train", streaming=True, cache_dir=nowhere, **options
-            )
-        yield from texts(rows, str(path))
+        with readable(str(path)):
+            table = open_table(path, kind(path.name))
+        yield from text_columns.documents(_guarded(table, str(path)), str(path), text_column)
 
 
-def texts(rows: Any, label: str) -> Iterator[str]:
-    """The text column of a streaming dataset."""
-    iterator = iter(rows)
-    column = None
-    while True:
+def texts(dataset: Any, label: str, text_column: str | None = None) -> Iterator[str | Chat]:
+    """The documents of a streaming data set of `datasets`."""
+
+    def rows() -> Iterator[Any]:
+        iterator = iter(dataset)
+        while True:
+            with quiet():
+                row = next(iterator, None)
+            if row is None:
+                return
+            yield row
+
+    with readable(label):
+        if dataset.features:
+            table = Table(kinds_of_schema(dataset.features.arrow_schema), lambda columns: rows())
+        else:
+            table = table_of_values(rows())
+    yield from text_columns.documents(_guarded(table, label), label, text_column)
+
+
+def _guarded(table: Table, label: str) -> Table:
+    """Damage that shows while rows are read is the file's fault, too."""
+
+    def rows(columns: Any) -> Iterator[Any]:
         with readable(label):
-            row = next(iterator, None)
-        if row is None:
-            return
-        column = column or _text_column(rows.features, row, label)
-        if not isinstance(text := row.get(column), (str, type(None))):
-            raise KvcalError(f"{label}: column {column!r} holds {type(text).__name__}, not text: give other data")
-        yield text or ""
+            iterator = table.rows(columns)
+        while True:
+            with readable(label):
+                row = next(iterator, None)
+            if row is None:
+                return
+            yield row
 
-
-def _text_column(features: Any, row: dict[str, Any], label: str) -> str:
-    kinds = {name: getattr(kind, "dtype", "nested") for name, kind in (features or {}).items()}
-    kinds = kinds or {name: "string" if isinstance(value, str) else "other" for name, value in row.items()}
-    strings = [name for name, kind in kinds.items() if "string" in kind]
-    for name in ("text", "content"):
-        if name in strings:
-            return name
-    if len(strings) != 1:
-        listed = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
-        raise KvcalError(
-            f"{label}: no column 'text' or 'content', nor a single one of strings, among {listed}: rename one"
-        )
-    return strings[0]
+    return Table(table.kinds, rows)
 
 
 @contextmanager
 def readable(label: str) -> Iterator[None]:
-    """One line for whatever goes wrong while `datasets` reads, and silence beside it."""
+    """One line for whatever goes wrong while a library reads."""
+    try:
+        yield
+    except KvcalError:
+        raise
+    except Exception as error:  # nothing of ours runs inside, so it is the data's or the network's fault
+        raise KvcalError(f"{label}: cannot be read ({hub.one_line(error)}): check it, or give other data") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """`datasets` says nothing, and sends nothing but for what it loads."""
     import datasets
 
     verbosity, bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
@@ -110,8 +168,6 @@ def readable(label: str) -> Iterator[None]:
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         yield
-    except Exception as error:  # nothing of ours runs inside, so it is the data's or the network's fault
-        raise KvcalError(f"{label}: cannot be read ({hub.one_line(error)}): check it, or give other data") from error
     finally:
         datasets.logging.set_verbosity(verbosity)
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counting

@@ -23,6 +23,7 @@ from samples import artifact
 from kvcal.artifacts import Artifact, KvcalError, Stage, load, save
 from kvcal.artifacts.manifest import MANIFEST
 from kvcal.artifacts.schema import LAYER_TENSORS
+from kvcal.calibrate.chats import Chat
 from kvcal.calibrate.cli import cli
 from kvcal.calibrate.cli.pca import pca_command
 from kvcal.calibrate.cli.recipe_arguments import STAGES, arguments, options_of
@@ -34,6 +35,9 @@ from kvcal.calibrate.text_files import KNOWN, read
 from kvcal.runtime.cla import stage_map
 
 _MOST_TEXTS = 100
+_FIRST = (".txt", ".md", ".py", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+"""In the order in which the kept files name them by number."""
+ENDINGS = (*_FIRST, *sorted({*KNOWN, ".csv.gz", ".jsonl.zst", ".txt.xz", ".json.bz2"} - {*_FIRST}))
 
 
 def manifest(data: bytes) -> None:
@@ -97,7 +101,7 @@ def data_spec(data: bytes) -> None:
 
 def text_file(data: bytes) -> None:
     """A file of text: the first byte chooses its ending, the others are what is in it."""
-    path = _texts() / f"text{KNOWN[data[0] % len(KNOWN)] if data else '.txt'}"
+    path = _texts() / f"text{ENDINGS[data[0] % len(ENDINGS)] if data else '.txt'}"
     path.write_bytes(data[1:])
     try:
         _first(read(path))
@@ -126,13 +130,13 @@ def seeds(target: str) -> list[bytes]:
     """Inputs that are taken, to start from."""
     folder = _sample()
     specs = ["stdlib", "stdlib:heldout", "a.txt", "set:plain:train", "*.txt", "org/name@main:config\ntrain", "~/a"]
-    texts = (b'{"text": "a"}\n', b"a")
+    texts = (b'{"text": "a"}\n', b"a", _CHAT)
     return {
         "manifest": [json.dumps(_seeds()).encode()],
         "stage_file": [path.read_bytes() for path in folder.glob("pca.*")],
         "recipe": [_RECIPE],
         "data_spec": [spec.encode() for spec in specs],
-        "text_file": [bytes([index]) + text for index in range(len(KNOWN)) for text in texts],
+        "text_file": [bytes([index]) + text for index in range(len(ENDINGS)) for text in texts],
     }[target]
 
 
@@ -146,6 +150,8 @@ stages:
 - evaluate: {data: x, keep: [0.5, 2], set: {basis: pca}}
 expect: {}
 """
+_CHAT = b"""{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant",
+"tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}, {"from": "human", "value": "b"}], "tools": "[{}]"}"""
 _CARD = "---\nconfigs:\n- config_name: plain\n  data_files: a.txt\n---\n"
 
 
@@ -162,7 +168,22 @@ def _read_recipe(data: bytes) -> None:
 
 def _first(texts: Iterator[str]) -> None:
     for _, text in zip(range(_MOST_TEXTS), texts, strict=False):
+        if isinstance(text, Chat):
+            text = text.text(_Speaker())
         assert isinstance(text, str)
+
+
+class _Speaker:
+    """Of a tokenizer what chats need."""
+
+    chat_template = "all that is said"
+
+    def get_chat_template(self, template: object, tools: object) -> str:
+        return self.chat_template
+
+    def apply_chat_template(self, messages: list[dict], tools: object, **options: object) -> str:
+        calls = (call["function"]["name"] for message in messages for call in message.get("tool_calls", ()))
+        return "".join((*(message["role"] + message["content"] for message in messages), *map(str, calls)))
 
 
 def _hashed(body: dict) -> bytes:

@@ -11,10 +11,10 @@ record its content hash.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import sysconfig
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 SPLITS = ("train", "heldout")
@@ -38,10 +38,10 @@ def documents(split: str = "train") -> Iterator[tuple[str, str]]:
     if split not in SPLITS:
         raise ValueError(f"split {split!r} of the built-in text: expected one of {', '.join(SPLITS)}")
     held_out = split == "heldout"
-    readers: dict[str, Callable[[], str]] = {name: partial(str, text) for name, text in _topics().items()}
+    readers: dict[str, Callable[[], str]] = {name: functools.partial(str, text) for name, text in _topics().items()}
     for name, path in _source_files().items():
-        readers[name] = partial(path.read_text, encoding="utf-8", errors="replace")
-        readers[f"{name}#docstrings"] = partial(_docstrings_of, path)
+        readers[name] = functools.partial(path.read_text, encoding="utf-8", errors="replace")
+        readers[f"{name}#docstrings"] = functools.partial(_docstrings_of, path)
     # By hash, so that code and English alternate and any prefix of the stream is a fair sample.
     for name in sorted(readers, key=lambda name: hashlib.sha256(name.encode()).digest()):
         if is_held_out(name.removesuffix("#docstrings")) == held_out and (text := readers[name]()):
@@ -71,7 +71,9 @@ def _topics() -> dict[str, str]:
     return {f"topics/{name}": text for name, text in topics.items()}
 
 
+@functools.cache
 def _source_files() -> dict[str, Path]:
+    """Name -> file; looked for once, which takes half a second."""
     root = Path(sysconfig.get_path("stdlib"))
     named = {}
     for path in root.rglob("*.py"):

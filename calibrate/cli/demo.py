@@ -46,7 +46,7 @@ def demo_command(output: Path, as_json: bool) -> None:
 
     options = PassOptions(
         model_spec="demo",
-        data_spec="stdlib",
+        data_spec=("stdlib",),
         output=output,
         num_tokens=NUM_TOKENS,
         seq_len=2048,

@@ -8,6 +8,7 @@ import click
 
 from ...artifacts import Artifact, KvcalError, load
 from ..distributed import World
+from .data_options import data_options, say_left
 from .evaluation_table import print_results
 from .job import one_job
 from .output import NewFile, json_option, plot_option, print_json, progress_bar, say, working, write_plot
@@ -22,10 +23,7 @@ def _are_results(path: Path) -> bool:
 @click.command("evaluate")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--model", "model_spec", metavar="MODEL", help="Alias, Hub id or folder.  [default: the artifact's]")
-@click.option(
-    "--data", "data_spec", metavar="DATA", help="Unseen text: alias, Hub id org/name[:config[:split]], files, glob."
-)
-@click.option("--split", help="Split of the data set, e.g. heldout of stdlib.")
+@data_options("Unseen text", "heldout of stdlib")
 @click.option(
     "--method",
     "methods",
@@ -73,8 +71,9 @@ def _are_results(path: Path) -> bool:
 def evaluate_command(
     artifact: Path,
     model_spec: str | None,
-    data_spec: str | None,
+    data_spec: tuple[str, ...],
     split: str | None,
+    text_column: str | None,
     methods: str,
     rank: str | None,
     keep: str | None,
@@ -109,7 +108,7 @@ def evaluate_command(
     from ..evaluation.results import Results, compared_rows
     from ..models import load_model
 
-    if data_spec is None:
+    if not data_spec:
         raise click.UsageError("give --data: text that the artifact was not calibrated on, e.g. stdlib --split heldout")
     grid = _grid(methods, rank, keep, assignments)
     prompt_options |= {"tasks": _words(tasks), "lengths": _numbers("--lengths", lengths)}
@@ -117,15 +116,16 @@ def evaluate_command(
         found = load(artifact)
     world.agree_on({"content of ARTIFACT": str(found.content_hash)})
     with working("finding the text"):
-        data = open_data(data_spec, split)
+        data = open_data(data_spec, split, text_column=text_column, seed=prompt_options["seed"])
     with working("loading the model"):
         loaded = load_model(model_spec or found.model.id, device=device, dtype=dtype)
         check_weights(found, loaded.model)
     check_grid(grid, loaded.model, found)
     with working("reading and tokenising the text"):
         prompts = make_prompts(data, loaded.tokenizer, **prompt_options, name=str(data.source["id"]))
+    say_left(prompts.source)
     check_lengths(prompts, loaded.model)
-    settings = _settings(found, loaded, data.source, prompts, batch_size, prompt_options)
+    settings = _settings(found, loaded, prompts.source, prompts, batch_size, prompt_options)
     results = Results.open(settings, output) if output is not None and world.first else Results(settings, output)
     if any("bytes_per_step" not in row or "recall" not in row for row in results.rows):
         raise KvcalError(f"{output}: a row lacks what was measured: choose another --output, or remove it")

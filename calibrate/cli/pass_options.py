@@ -12,15 +12,14 @@ import click
 
 from ...artifacts import Artifact
 from ..distributed import SINGLE, World
+from .data_options import data_options, say_left
 from .output import progress_bar, say, working
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _OPTIONS = [
     click.option("--model", "model_spec", metavar="MODEL", help="Alias, Hub id with optional @revision, or folder."),
-    click.option(
-        "--data", "data_spec", metavar="DATA", help="Alias, Hub id org/name[:config[:split]], files, folder or glob."
-    ),
+    data_options("Text to calibrate on", "train"),
     click.option("--output", type=click.Path(path_type=Path), help="Folder of the artifact.  [default: MODEL-DATA]"),
     click.option(
         "--num-tokens",
@@ -33,8 +32,13 @@ _OPTIONS = [
     click.option(
         "--batch-size", type=click.IntRange(1), help="Blocks per forward pass.  [default: 1 on CPU, 4 on CUDA]"
     ),
-    click.option("--split", help="Split of the data set, e.g. train."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Seed of the reservoir sample."),
+    click.option(
+        "--seed",
+        type=int,
+        default=0,
+        show_default=True,
+        help="Of the reservoir sample, and of the order of several files.",
+    ),
     click.option(
         "--reservoir", type=click.IntRange(2), default=4096, show_default=True, help="Tokens to keep a sample of."
     ),
@@ -69,7 +73,7 @@ class PassOptions:
     """What `pass_options` collects; the fields are the options."""
 
     model_spec: str | None
-    data_spec: str | None
+    data_spec: tuple[str, ...]
     output: Path | None
     num_tokens: int
     seq_len: int
@@ -86,9 +90,10 @@ class PassOptions:
     tp: bool = False
     checkpoint_every: float = 60.0
     checkpoint_blocks: int | None = None
+    text_column: str | None = None
 
     def output_folder(self) -> Path:
-        return self.output or Path(f"{_slug(self.model_spec or '')}-{_slug(self.data_spec or '')}")
+        return self.output or Path("-".join(map(_slug, (self.model_spec or "", *self.data_spec[:3]))))
 
 
 def pass_options(command: Command) -> Command:
@@ -111,14 +116,14 @@ def run_pass(options: PassOptions, world: World = SINGLE) -> Artifact:
     from ..one_pass import calibrate, check_output, save
     from ..placement import input_device
 
-    if options.model_spec is None or options.data_spec is None:
+    if options.model_spec is None or not options.data_spec:
         raise click.UsageError("give both --model and --data, e.g. --model demo --data stdlib")
     output = options.output_folder()
     check_output(output)
     if options.resume and not Checkpoint.beside(output, "").exists():
         say(f"no interrupted run beside {output}: starting from the beginning")
     with working("finding the text"):
-        data = open_data(options.data_spec, options.split)
+        data = open_data(options.data_spec, options.split, text_column=options.text_column, seed=options.seed)
     with working("loading the model"):
         loaded = load_model(
             options.model_spec, device=options.device, dtype=options.dtype, placement=_placement(options, world)
@@ -128,6 +133,7 @@ def run_pass(options: PassOptions, world: World = SINGLE) -> Artifact:
         blocks = make_blocks(
             data, loaded.tokenizer, num_tokens=options.num_tokens, seq_len=options.seq_len, source=data.source
         )
+    say_left(blocks.source)
     if blocks.ids.numel() < options.num_tokens:
         say(f"only {int(blocks.attended.sum())} tokens there, using all of them ({options.num_tokens} asked for)")
     with progress_bar("calibrating") as progress:

@@ -9,6 +9,7 @@ import click
 from ...artifacts import Artifact, load
 from ...artifacts.places import check_new_file
 from ...artifacts.writing import write_atomically
+from .data_options import data_options, say_left
 from .evaluate import check_weights
 from .output import NewFile, json_option, print_json, print_lines, print_table, progress_bar, say, working
 
@@ -24,8 +25,7 @@ def _is_plan(path: Path) -> bool:
 @click.command("plan")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--model", "model_spec", metavar="MODEL", help="Alias, Hub id or folder.  [default: the artifact's]")
-@click.option("--data", "data_spec", metavar="DATA", help="Text to measure on, other than the artifact's.")
-@click.option("--split", help="Split of the data set, e.g. heldout of stdlib.")
+@data_options("Text to measure on, other than the artifact's", "heldout of stdlib")
 @click.option(
     "--bytes",
     "budget",
@@ -68,8 +68,9 @@ def _is_plan(path: Path) -> bool:
 def plan_command(
     artifact: Path,
     model_spec: str | None,
-    data_spec: str | None,
+    data_spec: tuple[str, ...],
     split: str | None,
+    text_column: str | None,
     budget: float | None,
     quality: float | None,
     method: str,
@@ -110,7 +111,7 @@ def plan_command(
     )
     from ..planning.settings import grid
 
-    if data_spec is None:
+    if not data_spec:
         raise click.UsageError("give --data: text that the artifact was not calibrated on, e.g. stdlib --split heldout")
     if budget is not None and quality is not None:
         raise click.UsageError("--bytes and --quality: give one of them")
@@ -124,7 +125,7 @@ def plan_command(
     if output is None:
         check_new_file(path, _is_plan, "a plan")
     with working("finding the text"):
-        data = open_data(data_spec, split)
+        data = open_data(data_spec, split, text_column=text_column, seed=prompt_options["seed"])
     with working("loading the model"):
         loaded = load_model(model_spec or found.model.id, device=device, dtype=dtype)
         check_weights(found, loaded.model)
@@ -138,6 +139,7 @@ def plan_command(
             **prompt_options,
             name=str(data.source["id"]),
         )
+    say_left(prompts.source)
     check_lengths(prompts, loaded.model)
     measured, checked_on = split_prompts(prompts, windows, QUESTIONS)
     with progress_bar("measuring") as progress:
@@ -156,7 +158,7 @@ def plan_command(
     how = {
         "method": method,
         "budget": {"quality": quality} if quality is not None else {"bytes": budget},
-        "data": data.source,
+        "data": prompts.source,
         "model": loaded.source.id,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "windows": windows,

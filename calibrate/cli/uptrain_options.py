@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ...artifacts import Artifact, save
+from .data_options import data_options, say_left
 from .output import print_lines, print_table, progress_bar, say, working
 
 if TYPE_CHECKING:
@@ -24,13 +25,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 _OPTIONS = [
     click.option("--uptrain", is_flag=True, help="Train the shared model; weights go into the stage `cla`."),
-    click.option(
-        "--data",
-        "data_spec",
-        metavar="DATA",
-        help="Training text: alias, Hub id org/name[:config[:split]], files, glob.",
-    ),
-    click.option("--split", help="Split of the data set, e.g. train."),
+    data_options("Training text", "train"),
     click.option("--steps", type=click.IntRange(1), help="Steps of the training; --uptrain needs it."),
     click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak learning rate of AdamW."),
     click.option(
@@ -53,7 +48,7 @@ _OPTIONS = [
     click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Blocks per step."),
     click.option("--block-size", type=click.IntRange(2), help="Tokens per block.  [default: as in ARTIFACT's pass]"),
     click.option("--warmup", type=click.IntRange(0), help="Steps until the peak rate.  [default: a twentieth]"),
-    click.option("--seed", type=int, default=0, show_default=True, help="Order of the blocks, and dropout."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Order of files and blocks, and dropout."),
     click.option("--checkpoint-every", type=click.IntRange(1), default=100, show_default=True, help="Steps."),
     click.option("--resume", is_flag=True, help="Go on with an interrupted training of the same settings."),
     click.option(
@@ -74,8 +69,9 @@ class UptrainOptions:
     """What `uptrain_options` collects; the fields are the options."""
 
     uptrain: bool
-    data_spec: str | None
+    data_spec: tuple[str, ...]
     split: str | None
+    text_column: str | None
     steps: int | None
     lr: float
     distill: float
@@ -101,7 +97,7 @@ class UptrainOptions:
         if not found.uptrain and given:
             name = {"data_spec": "data", "more": "continue"}.get(given[0], given[0]).replace("_", "-")
             raise click.UsageError(f"--{name} is for training: give --uptrain, too")
-        if found.uptrain and (found.data_spec is None or found.steps is None):
+        if found.uptrain and (not found.data_spec or found.steps is None):
             raise click.UsageError(
                 "--uptrain needs text and length: give --data and --steps, e.g. --data stdlib --steps 500"
             )
@@ -130,12 +126,12 @@ def run_uptraining(
     from ..sharing.uptrained_stage import earlier_training, finished_run, with_uptraining
     from ..sharing.uptraining import Uptraining, check_trainable, run_settings, uptrain
 
-    assert options.data_spec is not None and options.steps is not None
+    assert options.data_spec and options.steps is not None
     names = {field.name for field in fields(Uptraining)}
     training = Uptraining(**{name: value for name, value in vars(options).items() if name in names})
     sharing_map, earlier = stage_map(artifact), earlier_training(artifact) if options.more else None
     with working("finding the text"):
-        data = open_data(options.data_spec, options.split)
+        data = open_data(options.data_spec, options.split, text_column=options.text_column, seed=options.seed)
     with working("loading the model"):
         loaded = load_model(model_spec, device=options.device, dtype=options.dtype)
         check_weights(artifact, loaded.model)
@@ -145,6 +141,7 @@ def run_uptraining(
     with working("reading and tokenising the text"):
         blocks = _blocks(data, loaded.tokenizer, tokens, block_size)
         refit_blocks = _refit_blocks(artifact, data, loaded.tokenizer, blocks)
+    say_left(blocks.source)
     state = TrainingState.beside(folder, "")
     run = run_settings(loaded.model, blocks, sharing_map, training, options.pool, earlier)["run"]
     if finished_run(artifact) == run:

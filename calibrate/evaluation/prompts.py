@@ -8,8 +8,8 @@ by dense attention, and every method would look alike.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ...artifacts import KvcalError
 from ...artifacts.fingerprint import update_digest
-from ..blocks import bos_tokens, token_pieces
+from ..blocks import bos_tokens, read_tokens
 from ..builtin.recall import dictionary
+from ..text_data import Document
 from .recall_task import RecallTask, make_recall_task
 
 FACTS = {"passkey": 1, "multikey": 8}
@@ -49,6 +50,8 @@ class Windows:
 class Prompts:
     windows: Windows | None
     recall: tuple[RecallTask, ...]
+    source: dict[str, Any] = field(default_factory=dict)
+    """What was read, of text that `open_data` opened."""
 
     @property
     def tokens_sha256(self) -> str:
@@ -63,7 +66,7 @@ class Prompts:
 
 
 def make_prompts(
-    documents: Iterable[str],
+    documents: Iterable[Document],
     tokenizer: Any,
     *,
     prefix: int = 1024,
@@ -97,7 +100,8 @@ def make_prompts(
         raise KvcalError(f"a prefix of {min(prefix, *lengths)} and a continuation of {continuation} tokens: give more")
     need_windows = windows * (width - len(bos)) if "perplexity" in tasks else 0
     need_filler = max(_FILLER_TOKENS, 16 * max(lengths)) if recall else 0
-    texts, stream = _read(documents, tokenizer, max(need_windows, need_filler))
+    texts: list[str] = []
+    stream, _, source = read_tokens(documents, tokenizer, max(need_windows, need_filler), width - len(bos), texts)
 
     cut = None
     if need_windows:
@@ -108,7 +112,7 @@ def make_prompts(
         body = torch.tensor(stream[:need_windows], dtype=torch.int64).view(windows, -1)
         cut = Windows(torch.cat((torch.tensor(bos, dtype=torch.int64).expand(windows, -1), body), 1), prefix)
     if not recall:
-        return Prompts(cut, ())
+        return Prompts(cut, (), source)
     words = dictionary(texts)[1]
     most = max(FACTS[task] for task in recall)
     if len(words) < most:
@@ -123,21 +127,4 @@ def make_prompts(
         for task in recall
         for length in lengths
     ]
-    return Prompts(cut, tuple(built))
-
-
-def _read(documents: Iterable[str], tokenizer: Any, wanted: int) -> tuple[list[str], list[int]]:
-    """(texts, token ids) of as much of the text as has `wanted` tokens, EOS between documents."""
-    texts: list[str] = []
-    ids: list[int] = []
-
-    def kept() -> Iterator[str]:
-        for document in documents:
-            texts.append(document)
-            yield document
-
-    for piece, _ in token_pieces(kept(), tokenizer):
-        ids += piece
-        if len(ids) >= wanted:
-            break
-    return texts, ids
+    return Prompts(cut, tuple(built), source)

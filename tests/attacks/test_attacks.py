@@ -55,8 +55,11 @@ SAID = {
     "data_spec/home-of-nobody": "~no-such-user/a.txt: no such file or folder",
     "data_spec/too-long": "no such file or folder (",
     "data_spec/too-long-for-a-glob": "no such file or folder (",
-    "text_file/json-no-text": "no column 'text' or 'content'",
-    "text_file/json-text-changes-its-type": "no column 'text' or 'content'",
+    "text_file/json-cut-off": "row 1: is not valid JSON",
+    "text_file/json-no-text": "none is plainly the text",
+    "text_file/json-number": "row 1: is a int",
+    "text_file/json-text-changes-its-type": "row 2: column 'text' holds dict",
+    "text_file/json-thousands-of-levels": "row 1: is not valid JSON",
     "text_file/txt-not-utf-8": "not UTF-8 text",
     "text_file/txt-zero-byte": "binary data, not text",
 }

@@ -86,7 +86,7 @@ def test_consumes_no_more_than_needed(tiny_tokenizer: Any) -> None:
 def test_long_documents_are_cut_at_line_ends(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, line: int) -> None:
     monkeypatch.setattr(blocks_module, "PIECE_CHARS", 20)
     text = "".join("\n" if line and index % line == line - 1 else "abcdef"[index % 6] for index in range(211))
-    pieces = list(blocks_module._pieces(text))
+    pieces = blocks_module._pieces(text, 20)
     assert "".join(pieces) == text and max(map(len, pieces)) <= 20
     if line == 7:
         assert all(piece.endswith("\n") for piece in pieces[:-1])

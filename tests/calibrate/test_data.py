@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 from kvcal.artifacts import KvcalError
+from kvcal.calibrate.blocks import make_blocks
 from kvcal.calibrate.builtin import stdlib_text
 from kvcal.calibrate.data import DATA_ALIASES, open_data
 
@@ -108,6 +109,14 @@ def test_folder_is_sorted_recursive_and_of_known_extensions(here: Path) -> None:
     data = open_data("docs")
     assert list(data) == ["this is docs/a.py", "this is docs/b.md", "this is docs/sub/c.TXT"]
     assert data.source["files"] == ["__init__.py", "a.py", "b.md", "sub/c.TXT"]
+    assert data.source["skipped"] == ["x.png"] and data.source["num_skipped"] == 1
+    (here / "docs" / "loop").symlink_to(here / "docs")
+    (here / "docs" / "a.txt").symlink_to(here / "nowhere")
+    (here / "docs" / "z.md").symlink_to(here / "docs" / "b.md")
+    found = open_data("docs").source
+    assert found["skipped"] == ["x.png", "a.txt", "loop"] and "z.md" in found["files"] and found["num_files"] == 5
+    for name in ("loop", "a.txt", "z.md"):
+        (here / "docs" / name).unlink()
     assert list(open_data("docs/*.md")) == ["this is docs/b.md"]
     assert open_data(str(here / "**" / "*.md")).source["files"] == ["docs/b.md"]
     assert open_data("docs/**/*.*[yT]").source["files"] == ["__init__.py", "a.py", "sub/c.TXT"]
@@ -152,7 +161,7 @@ def test_empty_shards_are_skipped(here: Path) -> None:
     [
         ({"content": ["c"], "text": ["t"], "z": ["z"]}, ["t"]),
         ({"content": ["c"], "title": ["t"]}, ["c"]),
-        ({"id": [1], "body": ["b"]}, ["b"]),
+        ({"body": ["b"]}, ["b"]),
     ],
     ids=["text", "content", "only-one"],
 )
@@ -275,14 +284,16 @@ def test_unknown_names(here: Path) -> None:
         ("a.txt", b"", "a.txt: contains no text"),
         ("a.txt", b" \n\t\n", "a.txt: contains no text"),
         ("a.jsonl", b"", "a.jsonl: contains no text"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": oops}\n', "a.jsonl: cannot be read"),
-        ("a.jsonl", b'{"text": "caf\xe9"}\n', "a.jsonl: cannot be read"),
-        ("a.jsonl", bytes(range(256)), "a.jsonl: cannot be read"),
-        ("a.json", b'[{"text": "a"}', "a.json: cannot be read"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": oops}\n', "a.jsonl: row 2: is not valid JSON"),
+        ("a.jsonl", b'{"text": "caf\xe9"}\n', "a.jsonl: not UTF-8 text"),
+        ("a.jsonl", bytes(range(256)), "a.jsonl: not UTF-8 text"),
+        ("a.json", b'[{"text": "a"}', "a.json: row 2: is not valid JSON"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], "a.jsonl.gz: cannot be read"),
         ("a.parquet", b"", "a.parquet: contains no text"),
         ("a.parquet", b"PAR1 and then nothing", "a.parquet: cannot be read"),
-        ("a.csv", b"a,b\n", "a.csv is none of .txt"),
+        ("a.csv", b"a,b\n", "a.csv: columns a (string), b (string), of which none"),
+        ("a.docx", b"PK", "a.docx is none of .txt"),
+        ("a.tar.gz", b"x", "unpack it"),
     ],
 )
 def test_bad_files_give_one_line(
@@ -341,3 +352,135 @@ def test_reading_leaves_no_litter_and_sends_nothing(here: Path, monkeypatch: pyt
     assert sorted(path.name for path in (here / "d").iterdir()) == ["a.jsonl", "b.parquet"]
     assert not list(home.iterdir()) and not sent
     assert (datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, datasets.logging.get_verbosity()) == before
+
+
+@pytest.fixture
+def letters(here: Path) -> Path:
+    """Files of one letter each; how often it is in the blocks tells what was read of its file."""
+    (here / "d").mkdir()
+    (here / "d" / "a.txt").write_text("a" * 100_000)
+    (here / "d" / "b.md").write_text("b" * 50)
+    _jsonl(here / "d" / "c.jsonl", *[{"text": "c" * 10}] * 500)
+    (here / "d" / "e.txt").write_text(" ")
+    (here / "d" / "x.png").write_bytes(b"PNG")
+    return here
+
+
+def _counted(blocks: Any, tokenizer: Any) -> dict[str, int]:
+    tokens = tokenizer.convert_ids_to_tokens(blocks.ids[blocks.counted].tolist())
+    return {letter: tokens.count(letter) for letter in "abcd" if letter in tokens}
+
+
+def test_all_files_are_in_the_blocks_and_the_source_says_what_was_read(letters: Path, tiny_tokenizer: Any) -> None:
+    data = open_data("d")
+    blocks = make_blocks(data, tiny_tokenizer, num_tokens=1000, seq_len=100, source=data.source)
+    there = _counted(blocks, tiny_tokenizer)
+    assert there["b"] == 50 and abs(there["a"] - there["c"]) < 60, "b.md has no more; the others share the rest"
+    assert int(blocks.attended.sum()) == 1000
+    source = dict(blocks.source)
+    documents = source.pop("documents")
+    assert 2 + there["c"] // 10 <= documents <= 2 + -(-there["c"] // 10)
+    assert source == {
+        **{
+            "kind": "local",
+            "id": "d",
+            "files": ["a.txt", "b.md", "c.jsonl"],
+            "num_files": 3,
+            "tokens": sum(there.values()),
+        },
+        **{"file_tokens": [there["a"], there["b"], there["c"]], "num_tokens": 1000, "order_seed": 0},
+        **{"skipped": ["x.png"], "num_skipped": 1, "unread": ["e.txt"], "num_unread": 1},
+    }
+    assert json.loads(json.dumps(source)) == source
+    again = make_blocks(open_data("d"), tiny_tokenizer, num_tokens=1000, seq_len=100)
+    assert again.content_hash == blocks.content_hash and again.source == blocks.source
+    other = make_blocks(open_data("d", seed=1), tiny_tokenizer, num_tokens=1000, seq_len=100)
+    assert other.content_hash != blocks.content_hash
+
+
+def test_several_sources(letters: Path, tiny_tokenizer: Any) -> None:
+    (letters / "d.tsv").write_text("id\tbody\n" + "1\tdddddddddd\n" * 90)
+    _jsonl(letters / "c.jsonl", {"n": 1, "body": "c" * 9999})
+    data = open_data(["d.tsv", "c.jsonl", "d/a.txt"], text_column="body", seed=5)
+    blocks = make_blocks(data, tiny_tokenizer, num_tokens=600, seq_len=100)
+    there = _counted(blocks, tiny_tokenizer)
+    assert set(there) == {"a", "c", "d"} and min(there.values()) > 120
+    source = blocks.source
+    assert (source["kind"], source["id"], source["order_seed"]) == ("several", "d.tsv + c.jsonl + d/a.txt", 5)
+    assert [(each["id"], each["tokens"], each.get("text_column")) for each in source["sources"]] == [
+        *[("d.tsv", there["d"], "body"), ("c.jsonl", there["c"], "body"), ("d/a.txt", there["a"], None)]
+    ]
+
+
+def test_a_folder_of_thousands_of_files(here: Path, tiny_tokenizer: Any) -> None:
+    (here / "d").mkdir()
+    for number in range(1000):
+        (here / "d" / f"{number:04}.txt").write_text("x" * 100)
+    blocks = make_blocks(open_data("d"), tiny_tokenizer, num_tokens=200, seq_len=100)
+    source = blocks.source
+    assert source["num_files"] == len(source["files"]) == len(source["file_tokens"]) == 25, "8 tokens of each, and EOS"
+    assert source["num_unread"] == 975 and len(source["unread"]) == 100
+    assert sum(source["file_tokens"]) == source["tokens"] == int(blocks.counted.sum())
+    assert source["files"] != [f"{number:04}.txt" for number in range(25)], "drawn, not the first ones"
+
+
+def test_what_is_given_twice(letters: Path) -> None:
+    for given in (["d", "d"], ["d", "d/*.txt"], ["d/a.txt", "./d/a.txt"], ["stdlib", "stdlib:train"]):
+        assert "already: give each text once" in _error(given)
+    assert len(open_data(["stdlib", "stdlib:heldout"]).parts) == 2
+    assert "an empty name" in _error([]) and "an empty name" in _error(["d", " "])
+
+
+def test_a_text_column_where_there_are_no_columns(letters: Path) -> None:
+    for given in ("d/a.txt", "stdlib"):
+        with pytest.raises(KvcalError, match="has no columns"):
+            open_data(given, text_column="body")
+
+
+def test_folders_that_datasets_saved(here: Path) -> None:
+    from datasets import Dataset, DatasetDict, disable_progress_bars, enable_progress_bars
+
+    disable_progress_bars()
+    rows = Dataset.from_dict({"id": ["x", "y", "z"], "text": ["one", "two", "three"]})
+    rows.save_to_disk(here / "saved", num_shards=2)
+    DatasetDict(train=rows, test=rows.select([2])).save_to_disk(here / "dict")
+    (here / "outer").mkdir()
+    rows.save_to_disk(here / "outer" / "saved")
+    enable_progress_bars()
+    (here / "saved" / "cache-0123.arrow").write_bytes(b"of a map over it")
+    assert list(open_data("saved")) == ["one", "two", "three"]
+    assert open_data("saved").source["files"] == ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
+    for spec, split, expected in (
+        *(("dict", None, ["one", "two", "three"]), ("dict:test", None, ["three"]), ("dict::test", None, ["three"])),
+        *(("dict", "test", ["three"]), ("outer", None, ["one", "two", "three"])),
+    ):
+        assert list(open_data(spec, split)) == expected
+    assert open_data("dict:test").source["split"] == "test"
+    assert open_data("outer").source["skipped"] == ["saved/dataset_info.json", "saved/state.json"]
+    assert "no split 'nope': choose one of train, test" in _error("dict", "nope")
+    assert "was saved without splits" in _error("saved", "train")
+    (here / "saved" / "data-00001-of-00002.arrow").unlink()
+    assert "state.json has not got 'data-00001-of-00002.arrow'" in _error("saved")
+    (here / "saved" / "state.json").write_text('{"_data_files": [{"filename": "../dict/a.arrow"}]}')
+    (here / "dict" / "a.arrow").write_bytes(b"")
+    assert "has not got '../dict" in _error("saved")
+    (here / "dict" / "dataset_dict.json").write_text('{"splits": ["../outer/saved"]}')
+    assert "has no list of splits" in _error("dict")
+
+
+def test_of_many_files_of_a_data_set_a_few_are_drawn(cache: Path, tiny_tokenizer: Any) -> None:
+    """The same ones from a card's list and by `datasets`, which finds them itself."""
+    found = []
+    card = "---\nconfigs:\n- config_name: x\n  data_files: data/*\n---\n"
+    for repo_id, readme in (("org/card", card), ("org/name", "")):
+        snapshot = _dataset(cache, repo_id, readme)
+        for number in range(20):
+            _blob(snapshot, f"data/train-{number:05}-of-00020.parquet", text=[chr(ord("a") + number) * 30])
+        blocks = make_blocks(open_data(repo_id, seed=2), tiny_tokenizer, num_tokens=400, seq_len=100)
+        assert (blocks.source["num_files"], blocks.source["num_unread"]) == (16, 4)
+        letters = set(tiny_tokenizer.convert_ids_to_tokens(blocks.ids[blocks.counted].tolist()))
+        assert len(letters) == 16
+        found.append(blocks.content_hash)
+        more = make_blocks(open_data(repo_id, seed=2), tiny_tokenizer, num_tokens=560, seq_len=100)
+        assert more.source["num_files"] > 16 and int(more.attended.sum()) == 560, "where the drawn ones do not suffice"
+    assert found[0] == found[1]

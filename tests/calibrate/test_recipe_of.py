@@ -63,6 +63,17 @@ def test_text_of_the_hub_at_its_commit(here: Path, monkeypatch: pytest.MonkeyPat
     assert asked == [("org/set", None), ("org/set", "c" * 40)]
 
 
+def test_several_texts_and_their_column(here: Path) -> None:
+    (here / "rows.csv").write_text("id,body\n1,text\n")
+    opened = open_data(["plain.txt", "set:plain:test", "rows.csv"], text_column="body", seed=3)
+    assert data_spec(opened.source, []) == ["plain.txt", "set:plain:test", "rows.csv"]
+    made = artifact()
+    made = replace(made, data={**made.data, "source": opened.source}, settings={**made.settings, "seed": 3})
+    found = recipe_of(made, {"seed"})
+    assert yaml.safe_load(found)["pca"]["text_column"] == "body" and "another seed" not in found
+    assert "another seed" in recipe_of(replace(made, settings={**made.settings, "seed": 4}), {"seed"})
+
+
 def test_what_the_manifest_cannot_tell_is_said() -> None:
     made = artifact()
     found = recipe_of(made, {"seed"})

@@ -100,6 +100,28 @@ def test_an_artifact_of_plain_commands_and_of_its_recipe(tmp_path, tiny_model_fo
     assert load(again).data == load(tmp_path / "a").data
 
 
+def test_several_files_and_a_column_come_back_from_the_recipe(tmp_path, tiny_model_folder, text):
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for name in ("a.md", "b.md", "picture.png"):
+        (folder / name).write_text(f"{name} " * 30)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"id": f"q{n}", "body": f"row {n} of many"}) + "\n" for n in range(40)))
+    options = ("--text-column", "body", "--num-tokens", 10**5, "--seq-len", 32, "--seed", 5, "--reservoir", 50)
+    done = run(
+        *("pca", "--model", tiny_model_folder, "--data", folder, "--data", rows),
+        *("--data", text, "--output", tmp_path / "a", *options),
+    )
+    assert f"data {folder}: 1 of its files not read, no text files" in done.stderr and "picture.png" in done.stderr
+    found = load(tmp_path / "a").data
+    counted = [each["tokens"] for each in found["source"]["sources"]]
+    assert counted == [300, sum(len(f"row {n} of many") for n in range(40)), len(text.read_text())]
+    assert found["tokens_counted"] == sum(counted) and found["source"]["sources"][0]["files"] == ["a.md", "b.md"]
+    again = made_again(tmp_path / "a", tmp_path)
+    assert tensor_files(again) == tensor_files(tmp_path / "a")
+    assert load(again).content_hash == load(tmp_path / "a").content_hash
+
+
 def test_uptraining_in_two_goes(tmp_path, recipe, text):
     first = {"uptrain": True, "data": str(text), "steps": 3, "batch_size": 2, "block_size": 16, "lr": 0.003}
     second = {"uptrain": True, "continue": True, "data": str(text), "steps": 2, "block_size": 16, "train": "all"}

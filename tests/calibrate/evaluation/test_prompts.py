@@ -6,6 +6,7 @@ import torch
 from kvcal.artifacts import KvcalError
 from kvcal.calibrate import make_blocks
 from kvcal.calibrate.builtin.recall import question
+from kvcal.calibrate.data import open_data
 from kvcal.calibrate.evaluation.prompts import FACTS, make_prompts
 from kvcal.calibrate.evaluation.recall_task import DEPTHS
 
@@ -110,3 +111,17 @@ def test_a_tokenizer_that_merges_over_the_seam_and_adds_no_bos():
 def test_what_cannot_be_built_is_said(tiny_tokenizer, options, message):
     with pytest.raises(KvcalError, match=message):
         prompts(tiny_tokenizer, **options)
+
+
+def test_windows_are_of_all_files_and_the_source_says_what_was_read(tiny_tokenizer, tmp_path):
+    for letter in "abc":
+        (tmp_path / f"{letter}.txt").write_text(letter * 300)
+    data = open_data(tmp_path)
+    options = {"prefix": 32, "continuation": 8, "windows": 12, "tasks": ["perplexity"]}
+    found = make_prompts(data, tiny_tokenizer, **options)
+    text = "".join(tiny_tokenizer.convert_ids_to_tokens(found.windows.ids.flatten().tolist()))
+    read = [text.count(letter) for letter in "abc"]
+    assert found.source["file_tokens"] == read and min(read) > 140, "468 tokens without BOS, some of them EOS"
+    assert found.source["files"] == ["a.txt", "b.txt", "c.txt"]
+    again = make_prompts(open_data(tmp_path, seed=1), tiny_tokenizer, **options)
+    assert not again.windows.ids.equal(found.windows.ids)

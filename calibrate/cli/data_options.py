@@ -1,0 +1,48 @@
+"""`--data`, which may be repeated, `--split` and `--text-column`: the same in every command that takes text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import click
+
+from ...artifacts.errors import one_line
+from .output import say
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_FORMS = "alias, Hub id org/name[:config[:split]], file, folder or glob; several are mixed."
+
+
+def data_options(what: str, split_example: str) -> Callable[[Command], Command]:
+    """A decorator that adds them; `what`: the text as it is called in the help."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    options: list[Callable[[Command], Command]] = [
+        click.option("--data", "data_spec", metavar="DATA", multiple=True, help=f"{what}: {_FORMS}"),
+        click.option("--split", help=f"Split of the data set, e.g. {split_example}."),
+        click.option(
+            "--text-column",
+            metavar="NAME",
+            help="Column of a table that is the text or the chat, or several as NAME+NAME.  [default: the only choice]",
+        ),
+    ]
+    return add
+
+
+def say_left(source: Mapping[str, Any]) -> None:
+    """Name the files that lie there and of which nothing was read."""
+    for each in source.get("sources", [source]):
+        for key, why in (
+            ("skipped", f"no text files (see `calibrate {click.get_current_context().info_name} --help`)"),
+            ("unread", "empty, or not needed for the tokens asked for"),
+        ):
+            if names := each.get(key):
+                count = each[f"num_{key}"]
+                more = f" and {count - 5} more" if count > 5 else ""
+                say(one_line(f"data {each['id']}: {count} of its files not read, {why}: {', '.join(names[:5])}{more}"))

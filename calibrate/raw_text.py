@@ -1,0 +1,65 @@
+"""Files as a stream of text: decompressed, decoded, with line ends as "\\n", in memory that does not grow with them."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..artifacts import KvcalError
+from ..runtime import hub
+
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+MOST_CHARS = 1 << 26
+"""Of one row of a table: more is a file of another kind, and would be read whole."""
+_CHUNK = 1 << 18
+
+
+def text_chunks(path: Path) -> Iterator[str]:
+    """The text of a file in pieces of any size, none of them empty.
+
+    Raises:
+        KvcalError: cannot be read, damaged, not UTF-8, or with a zero byte, which no text has.
+    """
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+    read = 0
+    for data in _bytes(path):
+        read += len(data)
+        try:
+            text = decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            at = read - len(error.object) + error.start
+            raise KvcalError(
+                f"{path}: not UTF-8 text ({error.reason} at byte {at}): convert it, or leave it out"
+            ) from None
+        if "\0" in text:
+            raise KvcalError(f"{path}: binary data, not text: leave it out")
+        if text:
+            yield text
+
+
+def _bytes(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, b"" at its end."""
+    try:
+        with _opened(path) as file:
+            while data := file.read(_CHUNK):
+                yield data
+            yield b""
+    except Exception as error:  # every decompressor raises others, and nothing of ours runs inside
+        reason = getattr(error, "strerror", None) or hub.one_line(error)
+        raise KvcalError(f"{path}: cannot be read ({reason}): check it, or leave it out") from None
+
+
+def _opened(path: Path) -> Any:
+    ending = path.suffix.lower()
+    if ending == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers.get(ending, open)(path, "rb")
