@@ -148,8 +148,13 @@ class SpectralStore(SortedStore):
         return take(self.rows["value"].view, index).float().masked_fill(~held.unsqueeze(-1), 0).sum(2)
 
     def state(self) -> dict[str, Tensor]:
-        """Without the sum of the open window, which the next token gives anew."""
+        """Without the sum of the open window, which the values give anew."""
         return {name: tensor for name, tensor in super().state().items() if name != f"totals.{OPEN}"}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        super().restore(state)
+        if any(self.clusters.counts):
+            self.totals[OPEN] = self.sum_of_open()
 
     def _extended(self, key: Tensor, value: Tensor, places: Places) -> None:
         super()._extended(key, value, places)
