@@ -343,3 +343,20 @@ def test_a_row_that_was_measured_at_last_is_on_the_page(module, tmp_path, capsys
         assert [row["us"] for row in steps] == [90.0] and other["gpu"] == "another"
     assert module("page").main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: no results there: give the folders")
+
+
+def test_a_run_without_times_has_a_page(module, tmp_path):
+    """As of `--dry`, or where every step failed."""
+    step = {
+        "kind": "step",
+        "method": "dense",
+        "length": LONG,
+        "batch": 1,
+        "expected_us": 9.0,
+        "failed": "RuntimeError: no",
+    }
+    made_up(tmp_path / "a", "first", [step])
+    assert module("page").main([str(tmp_path / "a")], tmp_path) == 0
+    text = (tmp_path / "gpu.md").read_text()
+    assert "No attention step was timed." in text and "- dense: RuntimeError: no" in text
+    assert not list(tmp_path.glob("*.png"))

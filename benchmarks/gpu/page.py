@@ -77,7 +77,8 @@ def write(found: Sequence[Results], folder: Path) -> None:
     parts = [HEAD]
     for results in found:
         name = f"gpu-{results['gpu'].lower().replace(' ', '-')}.png"
-        (folder / name).write_bytes(figure(results))
+        if timed(results):
+            (folder / name).write_bytes(figure(results))
         parts.append(section(results, name))
     (folder / "gpu.md").write_text("\n".join(parts))
 
@@ -95,7 +96,7 @@ def section(results: Results, image: str) -> str:
         f"## {results['gpu']}\n",
         f"{versions}; commit {', '.join(results['commits'])}. {verdict(by_kind.get('check', []))}\n",
         f"{'; '.join(moved) or 'The rates of the memory were not measured'}.\n",
-        f"![attention steps]({image})\n",
+        *([f"![attention steps]({image})\n"] if timed(results) else ["No attention step was timed.\n"]),
     ]
     attention = by_kind.get("step", []) + by_kind.get("baseline", [])
     for title, kind, table in (
@@ -145,8 +146,8 @@ def figure(results: Results) -> bytes:
     from kvcal.calibrate.plots import png, two_panels
 
     drawn, axes = two_panels()
-    rows = [row for row in results["rows"] if row["kind"] in ("step", "baseline") and "us" in row]
-    batches = sorted({row["batch"] for row in rows}) or [1]
+    rows = timed(results)
+    batches = sorted({row["batch"] for row in rows})
     for axis, batch in zip(axes, (batches[0], batches[-1]), strict=True):
         lengths = sorted({row["length"] for row in rows if row["batch"] == batch})
         best = [row for length in lengths if (row := fastest(rows, length, batch))]
@@ -160,6 +161,11 @@ def figure(results: Results) -> bytes:
         axis.set_title(f"batch {batch}", fontsize=10)
         axis.legend(fontsize=8, frameon=False)
     return png(drawn, f"Attention step on {results['gpu']}")
+
+
+def timed(results: Results) -> list[Row]:
+    """Attention steps, ours and others'."""
+    return [row for row in results["rows"] if row["kind"] in ("step", "baseline") and "us" in row]
 
 
 def points(rows: Iterable[Row]) -> tuple[list[int], list[float]]:
