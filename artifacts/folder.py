@@ -10,11 +10,12 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .artifact import Artifact, Stage
 from .errors import ArtifactError, KvcalError
 from .locks import locked
-from .manifest import FILE_NAME, MANIFEST, manifest_bytes, read_manifest
+from .manifest import FILE_NAME, MANIFEST, manifest_bytes, parse_manifest, read_manifest
 from .schema import LAYER_TENSORS, check_stage
 from .signals import signals_held
 from .stage_settings import check_settings
@@ -36,9 +37,10 @@ def load(folder: str | os.PathLike[str]) -> Artifact:
     """
     folder = Path(folder)
     for _ in range(_MOST_READINGS):
-        artifact, files, settings = read_manifest(folder)
+        manifest = read_manifest(folder)
+        artifact = manifest[0]
         try:
-            return dataclasses.replace(artifact, stages=_read_stages(folder, artifact, files, settings))
+            return _with_stages(folder, *manifest)
         except ArtifactError:
             # A writer removes files of the old state once the new one is there.
             if read_manifest(folder)[0].content_hash == artifact.content_hash:
@@ -54,7 +56,7 @@ def save(artifact: Artifact, folder: str | os.PathLike[str], extras: Mapping[str
 
     Raises:
         ArtifactError: `folder` exists and this artifact was not loaded from it.
-        KvcalError: the disk is full or not writable.
+        KvcalError: the disk is full or not writable, or the artifact is one that `load` would refuse.
     """
     folder = Path(folder)
     with in_one_line(folder):
@@ -64,9 +66,9 @@ def save(artifact: Artifact, folder: str | os.PathLike[str], extras: Mapping[str
     return (_update if exists else _create)(artifact, folder, extras or {})
 
 
-def _read_stages(
-    folder: Path, artifact: Artifact, files: Mapping[str, StageFile], settings: Mapping[str, Mapping]
-) -> dict[str, Stage]:
+def _with_stages(
+    folder: Path, artifact: Artifact, files: Mapping[str, StageFile], settings: Mapping[str, Mapping[str, Any]]
+) -> Artifact:
     stages = {}
     for name, file in files.items():
         tensors = TensorFile(folder, file)
@@ -74,7 +76,7 @@ def _read_stages(
         check_settings(str(folder / MANIFEST), name, settings[name], len(artifact.layers))
         check_values(str(tensors.path), name, tensors, settings[name], artifact)
         stages[name] = Stage(tensors, settings[name])
-    return stages
+    return dataclasses.replace(artifact, stages=stages)
 
 
 def _was_loaded_from(artifact: Artifact, folder: Path) -> bool:
@@ -88,6 +90,7 @@ def _create(artifact: Artifact, folder: Path, extras: Mapping[str, bytes]) -> Ar
     with new_folder(folder) as building, Workplace(building) as work:
         files = {name: work.place_tensors(name, stage.tensors) for name, stage in artifact.stages.items()}
         content, content_hash = manifest_bytes(artifact, files)
+        _with_stages(building, *parse_manifest(building, content))
         for name, extra in {**extras, MANIFEST: content}.items():
             work.place(work.write(extra), name)
     return _read_back(folder, content_hash)
@@ -108,6 +111,8 @@ def _update(artifact: Artifact, folder: Path, extras: Mapping[str, bytes]) -> Ar
                     files[name] = work.place_tensors(name, stage.tensors)
                     placed.append(files[name].file)
             content, content_hash = manifest_bytes(artifact, files)
+            # What `load` would refuse must not replace what it takes.
+            _with_stages(folder, *parse_manifest(folder, content))
             manifest = work.write(content)
             beside = {name: work.write(extra) for name, extra in extras.items()}
             work.sync()

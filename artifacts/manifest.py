@@ -51,7 +51,21 @@ def read_manifest(folder: Path) -> tuple[Artifact, dict[str, StageFile], dict[st
         ArtifactError: not an artifact, a newer schema, or anything malformed; one line.
     """
     path = folder / MANIFEST
-    body = _parse(path)
+    try:
+        content = read_plain(path, _MAX_BYTES)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a zero byte in the path
+        raise ArtifactError(
+            f"{folder}: not an artifact (no {MANIFEST}): make one with `calibrate pca --output {folder}`"
+        ) from None
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror}): fetch the artifact again") from error
+    return parse_manifest(folder, content)
+
+
+def parse_manifest(folder: Path, content: bytes) -> tuple[Artifact, dict[str, StageFile], dict[str, Mapping[str, Any]]]:
+    """The same of what is, or is going to be, in manifest.json."""
+    path = folder / MANIFEST
+    body = _parse(path, content)
     if body.get("format") != FORMAT:
         raise ArtifactError(f"{path}: not a kvcal manifest (format {body.get('format')!r}, expected {FORMAT!r})")
     version = body.get("schema_version")
@@ -143,17 +157,11 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 0 < value < 1 << 31
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def _parse(path: Path, content: bytes) -> dict[str, Any]:
+    if len(content) > _MAX_BYTES:
+        raise ArtifactError(f"{path}: larger than the {_MAX_BYTES} bytes of a manifest")
     try:
-        text = read_plain(path, _MAX_BYTES)
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a zero byte in the path
-        raise ArtifactError(
-            f"{path.parent}: not an artifact (no {MANIFEST}): make one with `calibrate pca --output {path.parent}`"
-        ) from None
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read ({error.strerror}): fetch the artifact again") from error
-    try:
-        body = json.loads(text)
+        body = json.loads(content)
         # json.loads takes more than JSON: NaN, and half characters that no file or terminal can hold.
         _check_levels(body, _MOST_LEVELS)
         json.dumps(body, allow_nan=False, ensure_ascii=False).encode()

@@ -11,7 +11,7 @@ import pytest
 from forked import forked
 from samples import artifact, rescored
 
-from kvcal.artifacts import KvcalError, load, save, writing
+from kvcal.artifacts import KvcalError, Stage, load, save, writing
 from kvcal.artifacts.locks import FileLock
 from kvcal.artifacts.signals import signals_held
 from kvcal.artifacts.writing import Workplace, new_folder, save_tensors, write_atomically
@@ -182,6 +182,27 @@ def test_a_card_that_cannot_be_placed_is_said_and_the_artifact_is_saved(tmp_path
         save(changed(found, 1), tmp_path / "a", {"README.md": b"card"})
     assert "nothing was changed" not in str(error.value)
     assert load(tmp_path / "a").content_hash != found.content_hash
+
+
+@pytest.mark.parametrize("wrong", ["shape", "value", "setting"])
+def test_what_could_not_be_loaded_again_replaces_nothing(tmp_path, wrong):
+    found = save(artifact(), tmp_path / "a")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    tensors, settings = dict(found.stages["score"].tensors), {}
+    name = "layers.0.post.key_map"
+    if wrong == "shape":
+        tensors[name] = tensors[name][:, :2]
+    elif wrong == "value":
+        tensors[name][0, 0, 0] = float("nan")
+    else:
+        settings["rate"] = float("nan")
+    bad = found.with_stage("score", Stage(tensors, settings))
+    with pytest.raises(KvcalError):
+        save(bad, tmp_path / "a")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
+    with pytest.raises(KvcalError):
+        save(bad, tmp_path / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_users_file_beside_the_stages_is_kept(tmp_path):
