@@ -15,7 +15,8 @@ from kvcal.calibrate import TokenBlocks, calibrate, capture, load_model, make_bl
 from kvcal.calibrate.capture import LayerTensors
 from kvcal.calibrate.pre_rotary import PreRotary
 from kvcal.calibrate.statistics import StatisticsFitter
-from kvcal.runtime.integration.routing import backbone, find_attention
+from kvcal.runtime.integration.routing import backbone
+from kvcal.runtime.integration.support import find_attention
 
 USUAL_TOKENS = 131072
 """What `calibrate pca` runs by default: the costs that come once are spread over them."""

@@ -13,10 +13,13 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..artifacts import KvcalError
-from ..runtime.integration.routing import PREFIX, Route, delegate, find_attention, implementation
+from ..artifacts.errors import one_line
+from ..runtime.integration.routing import PREFIX, Route, backbone, delegate, first_ids, implementation, kind
+from ..runtime.integration.support import find_attention
 from .pre_rotary import PreRotary, find_rotation, replay_without_rotation
 
 
@@ -107,6 +110,20 @@ def capture(
             handle.remove()
 
 
+def check_capture(model: Any) -> None:
+    """Raises KvcalError, by name of the architecture, for a model that cannot be captured: seen in two tokens."""
+    with torch.no_grad(), capture(model, lambda seen: None):
+        try:
+            backbone(model)(input_ids=first_ids(model, 2), use_cache=False)
+        except (KvcalError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of an attention module that cannot be called a second time, whatever it is
+            raise KvcalError(
+                f"{kind(model)}: its attention cannot be run again without the rotary embedding "
+                f"({one_line(str(error))[:300]}): this architecture is not supported"
+            ) from error
+
+
 class _Recorded(Exception):
     def __init__(self, query: Tensor, key: Tensor):
         self.query, self.key = query, key
@@ -136,12 +153,18 @@ def _routed(model: Any, on_attention: Callable[..., None], recorder: _Recorder) 
         raise KvcalError("this model is already being captured or compressed: leave the other context first")
 
     def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,  # some models give it by this name
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         if recorder.active:
             raise _Recorded(query, key)
         on_attention(module, query, key, value, kwargs)
-        return delegate(original, module)(module, query, key, value, mask, *args, **kwargs)
+        return delegate(original, module)(module, query, key, value, attention_mask, *args, **kwargs)
 
     with closing(Route(model, attention, masks=original)):
         yield

@@ -13,6 +13,7 @@ from ..artifacts import Artifact, KvcalError, ModelIdentity, Stage, differences,
 from ..artifacts.folder import has_content
 from ..artifacts.manifest import MANIFEST
 from .blocks import TokenBlocks
+from .capture import check_capture
 from .checkpoint import Checkpoint, run_id
 from .distributed import SINGLE, World
 from .distributed.merging import join_heads, merge_tokens
@@ -71,6 +72,7 @@ def calibrate(
         raise KvcalError(
             "the model is in training mode, where dropout makes every run another: call model.eval() first"
         )
+    check_capture(model)
     check_seq_len(blocks.seq_len, model.config)
     output = Path(output) if output is not None else None
     if output is not None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ...artifacts import Artifact
-from ...runtime.integration.routing import backbone, find_attention
+from ...runtime.integration.routing import backbone
+from ...runtime.integration.support import find_attention
 from ..pre_rotary import Rotation, find_rotation, rotate_back
 
 

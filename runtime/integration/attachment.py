@@ -17,7 +17,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ...artifacts import KvcalError
 from ..attention import Logits, attention
 from .layer import Call, CompressedLayer
-from .routing import Route, backbone, find_attention, refuse_unsupported
+from .routing import Route, backbone
+from .support import attention_layers
 
 if TYPE_CHECKING:
     from .sharing import Sharing
@@ -47,7 +48,6 @@ class Attachment:
 
 
 _ATTACHED: weakref.WeakKeyDictionary[Any, Attachment] = weakref.WeakKeyDictionary()
-_THROUGH_THE_INTERFACE: weakref.WeakSet[Any] = weakref.WeakSet()
 _LOCK = threading.RLock()  # reentrant: a dropped cache may be collected, and release, at any point
 
 
@@ -59,10 +59,7 @@ def attach(model: Any) -> Attachment:
     with _LOCK:
         found = _ATTACHED.get(model)
         if found is None:
-            refuse_unsupported(model)
-            if model not in _THROUGH_THE_INTERFACE:
-                find_attention(model)  # refuses those that are not
-                _THROUGH_THE_INTERFACE.add(model)
+            attention_layers(model)  # refuses what cannot be attached to
             owner = weakref.ref(model)
             route = Route(model, _attention, masks="sdpa")
             # The backbone too: it may be called by itself.
@@ -158,7 +155,7 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    attention_mask: Tensor | None = None,  # by this name: some models give it so
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -167,20 +164,19 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention of a routed model: a compressed layer's, or dense over what it is given."""
-    if kwargs.get("position_bias") is not None:
-        raise KvcalError(f"{type(module).__name__}: attention with a position bias is not supported")
     logits = Logits(query.shape[-1] ** -0.5 if scaling is None else float(scaling), softcap, s_aux)
     layer: CompressedLayer | None = getattr(key, "kvcal_layer", None)
     if layer is not None:
-        out = layer.attend(query, mask, logits)
+        out = layer.attend(query, attention_mask, logits)
         if torch.is_grad_enabled() and query.requires_grad:
             out = _WithoutGradient.apply(out, query)
     elif logits.plain:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](
-            module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     else:
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
-        out = attention(query, key, value, logits, mask, causal=causal and mask is None and query.shape[2] > 1)
+        causal = causal and attention_mask is None and query.shape[2] > 1
+        out = attention(query, key, value, logits, attention_mask, causal=causal)
     return out.transpose(1, 2).contiguous(), None

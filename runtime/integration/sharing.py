@@ -22,7 +22,8 @@ from ..stores.amounts import check_choice
 from .attachment import attach
 from .layer import full_attention_layers
 from .projections import QUERY, Projections, Slot, pooled
-from .routing import backbone, find_attention
+from .routing import backbone
+from .support import find_attention
 from .sharing_checks import check_equal, fitting, refuse_checkpointing, refuse_tied
 from .snapshot import sample
 
