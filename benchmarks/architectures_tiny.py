@@ -57,12 +57,15 @@ TINY: dict[str, Any] = {
         "is_decoder".split(),
         1,
     ),
-    **dict.fromkeys("max_position_embeddings n_positions n_ctx context_length rel_extent model_max_length".split(), 128),
+    **dict.fromkeys(
+        "max_position_embeddings n_positions n_ctx context_length rel_extent model_max_length".split(), 128
+    ),
     **dict.fromkeys("original_max_position_embeddings index_topk".split(), 64),
     **{"pad_token_id": 0, "bos_token_id": 1, "decoder_start_token_id": 1, "cls_token_id": 1},
     **{"eos_token_id": 2, "sep_token_id": 2, "is_decoder": True},
 }
 """By the names that configurations use; each takes those that it has."""
+
 
 def settings(config: Any, table: dict[str, Any]) -> dict[str, Any]:
     """The entries of a table that a configuration has."""

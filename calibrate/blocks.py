@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..artifacts import KvcalError
-from ..artifacts.fingerprint import update_digest
+from ..artifacts.weights import update_digest
 
 PIECE_CHARS = 100_000
 

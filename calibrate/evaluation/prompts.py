@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...artifacts import KvcalError
-from ...artifacts.fingerprint import update_digest
+from ...artifacts.weights import update_digest
 from ..blocks import bos_tokens, token_pieces
 from ..builtin.recall import dictionary
 from .recall_task import RecallTask, make_recall_task

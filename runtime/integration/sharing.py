@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from ...artifacts import KvcalError
+from ...artifacts.weights import sample
 from ..sharing import SharingMap
 from ..stores.amounts import check_choice
 from .attachment import attach
 from .layer import full_attention_layers
 from .projections import QUERY, Projections, Slot, pooled
 from .routing import backbone
-from .support import find_attention
 from .sharing_checks import check_equal, fitting, refuse_checkpointing, refuse_tied
-from .snapshot import sample
+from .support import find_attention
 
 POOLS = ("mean", "first")
 TRAINABLE = ("none", "shared", "all")

@@ -106,7 +106,9 @@ def _watched(model: Any) -> list[AttentionLayer]:
             found = _by_layer(model, calls, len(cache.layers))
             for index, call in enumerate(found):
                 if why := _refusal(call, index if isinstance(cache.layers[index], _SeenLayer) else None):
-                    raise KvcalError(f"{kind(model)}: layer {index} ({type(call.module).__name__}) {why}: {UNSUPPORTED}")
+                    raise KvcalError(
+                        f"{kind(model)}: layer {index} ({type(call.module).__name__}) {why}: {UNSUPPORTED}"
+                    )
     return [AttentionLayer(call.module, call.key.shape[-1]) for call in found]
 
 
@@ -132,13 +134,15 @@ def _cache(model: Any) -> DynamicCache:
         raise KvcalError(
             f"{kind(model)}: transformers makes no cache for it ({one_line(str(error))[:300]}): {UNSUPPORTED}"
         ) from error
-    other = [at for at, layer in enumerate(cache.layers) if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)]
+    other = [
+        at for at, layer in enumerate(cache.layers) if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
+    ]
     if other:
         keeps = type(cache.layers[other[0]]).__name__
-        raise KvcalError(f"{kind(model)}: layers {other} keep other state than keys and values ({keeps}): {UNSUPPORTED}")
-    cache.layers = [
-        _SeenLayer(at) if type(layer) is DynamicLayer else layer for at, layer in enumerate(cache.layers)
-    ]
+        raise KvcalError(
+            f"{kind(model)}: layers {other} keep other state than keys and values ({keeps}): {UNSUPPORTED}"
+        )
+    cache.layers = [_SeenLayer(at) if type(layer) is DynamicLayer else layer for at, layer in enumerate(cache.layers)]
     return cache
 
 
@@ -158,9 +162,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _by_layer(model: Any, calls: list[_Call], layers: int) -> list[_Call]:
     indices = [getattr(call.module, "layer_idx", None) for call in calls]
     if missing := sorted(set(range(layers)) - set(indices)):
-        raise KvcalError(
-            f"{kind(model)}: layers {missing} do not use transformers' attention interface: {UNSUPPORTED}"
-        )
+        raise KvcalError(f"{kind(model)}: layers {missing} do not use transformers' attention interface: {UNSUPPORTED}")
     for index in range(layers):
         if indices.count(index) > 1:
             name = type(calls[indices.index(index)].module).__name__
