@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..artifacts import KvcalError
 from ..artifacts.weights import update_digest
+from .documents import check_characters, each_document
 
 PIECE_CHARS = 100_000
 
@@ -66,7 +67,7 @@ def make_blocks(
             padded, so their number does not tell it.
 
     Raises:
-        KvcalError: less text than one block.
+        KvcalError: less text than one block, or no documents of text.
     """
     if num_tokens < 1:
         raise KvcalError(f"{num_tokens} tokens asked for: give at least 1")
@@ -114,9 +115,10 @@ def token_pieces(documents: Iterable[str], tokenizer: Any) -> Iterator[tuple[lis
     """(token ids, whether they are the text's own), a separator before every document but the first."""
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     started = False
-    for document in documents:
+    for document in each_document(documents):
         continued = False
         for text in _pieces(document):
+            check_characters(text)
             # verbose=False: no warning that a document is longer than the model's context
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             if not ids:
@@ -139,6 +141,8 @@ def _pieces(text: str) -> Iterator[str]:
 
 def bos_tokens(tokenizer: Any) -> list[int]:
     """[BOS] if the tokenizer puts it in front of a text by itself, since the model then expects it."""
+    if not callable(tokenizer):
+        raise KvcalError(f"tokenizer: a {type(tokenizer).__name__}: give a loaded one, e.g. load_model(name).tokenizer")
     found = tokenizer("x")["input_ids"]
     plain = tokenizer("x", add_special_tokens=False)["input_ids"]
     starts = found[:1] == [tokenizer.bos_token_id] and plain[:1] != found[:1]

@@ -19,6 +19,7 @@ from ...artifacts import KvcalError
 from ...artifacts.weights import update_digest
 from ..blocks import bos_tokens, token_pieces
 from ..builtin.recall import dictionary
+from ..documents import each_document
 from .recall_task import RecallTask, make_recall_task
 
 FACTS = {"passkey": 1, "multikey": 8}
@@ -132,7 +133,7 @@ def _read(documents: Iterable[str], tokenizer: Any, wanted: int) -> tuple[list[s
     ids: list[int] = []
 
     def kept() -> Iterator[str]:
-        for document in documents:
+        for document in each_document(documents):
             texts.append(document)
             yield document
 
