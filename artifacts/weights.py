@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
 from io import BytesIO
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from .errors import KvcalError
 
@@ -53,7 +53,7 @@ def weights_sha256(model: nn.Module, whole: Whole | None = None) -> str:
     return digest.hexdigest()
 
 
-def sample(entries: Iterator[tuple[str, Tensor | str]]) -> str:
+def sample(entries: Iterable[tuple[str, Tensor | str]]) -> str:
     """A digest of a few numbers of every tensor and their dtypes: tells models apart, in milliseconds."""
     digest = hashlib.sha256()
     for name, value in entries:
@@ -145,15 +145,15 @@ def _parts(name: str, value: Any, saved: bool = False) -> Iterator[tuple[str, Te
         yield name, repr(value)
     else:
         raise KvcalError(
-            f"{name}: its weights are in a {type(value).__name__}, which cannot be read: calibrate and decode the model "
-            "as it was before it was packed"
+            f"{name}: its weights are in a {type(value).__name__}, which cannot be read: calibrate and decode the "
+            "model as it was before it was packed"
         )
 
 
 def _tensors(name: str, tensor: Tensor, saved: bool) -> Iterator[tuple[str, Tensor | str]]:
     if hasattr(tensor, "full_tensor"):  # dealt to several processes
         tensor = tensor.full_tensor()
-    if tensor.is_meta or isinstance(tensor, UninitializedTensorMixin):
+    if tensor.is_meta or is_lazy(tensor):
         raise KvcalError(f"{name}: its numbers are not here (meta device): load the model whole, with from_pretrained")
     if tensor.is_quantized:
         yield from _parts(f"{name}.q", _quantised(tensor))

@@ -33,6 +33,7 @@ _MAMBA_HYBRID = ["mamba", "hybrid"] * 2
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_types": HYBRID},
+    "blt": {"encoder_hash_byte_group_vocab": 64},
     "bamba": {"attn_layer_indices": [1, 3]},
     "cohere_compass_text": {
         "layer_types": MIXED,

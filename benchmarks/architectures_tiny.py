@@ -5,65 +5,54 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-
 from architectures_overrides import MIXED
 
 VOCAB = 96
-TINY: dict[str, Any] = {
-    **dict.fromkeys(
-        "hidden_size n_embd d_model n_embed emb_dim dim_model_base embedding_dim embedding_size attention_hidden_size "
-        "word_embed_proj_dim backbone_hidden_size mamba_d_ssm lru_width".split(),
-        64,
+_SIZES = {
+    64: (
+        "hidden_size n_embd d_model n_embed emb_dim dim_model_base embedding_dim embedding_size "
+        "attention_hidden_size word_embed_proj_dim backbone_hidden_size mamba_d_ssm lru_width "
+        "original_max_position_embeddings index_topk"
     ),
-    **dict.fromkeys(
-        "vocab_size vocab_size_per_layer_input intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner dff dim_ff "
-        "d_inner ffn_hidden_size intermediate_size_mlp dense_intermediate_size feed_forward_size".split(),
-        96,
+    96: (
+        "vocab_size vocab_size_per_layer_input intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim "
+        "n_inner dff dim_ff d_inner ffn_hidden_size intermediate_size_mlp dense_intermediate_size "
+        "feed_forward_size"
     ),
-    **dict.fromkeys(
-        "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size shared_intermediate_size "
-        "shared_experts_intermediate_size moe_shared_expert_intermediate_size q_lora_rank swa_q_lora_rank "
-        "mamba_d_head".split(),
-        32,
+    32: (
+        "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size "
+        "shared_intermediate_size shared_experts_intermediate_size moe_shared_expert_intermediate_size "
+        "q_lora_rank swa_q_lora_rank mamba_d_head"
     ),
-    **dict.fromkeys(
-        "head_dim attention_head_dim d_head dim_head kv_channels attention_head_size swa_head_dim kv_lora_rank swa_kv_lora_rank "
-        "qk_nope_head_dim swa_qk_nope_head_dim v_head_dim swa_v_head_dim o_lora_rank index_head_dim router_hidden_size "
-        "mamba_head_dim linear_key_head_dim linear_value_head_dim linear_head_dim hidden_size_per_layer_input "
-        "attention_chunk_size".split(),
-        16,
+    16: (
+        "head_dim attention_head_dim d_head dim_head kv_channels attention_head_size swa_head_dim "
+        "kv_lora_rank swa_kv_lora_rank qk_nope_head_dim swa_qk_nope_head_dim v_head_dim swa_v_head_dim "
+        "o_lora_rank index_head_dim router_hidden_size mamba_head_dim linear_key_head_dim "
+        "linear_value_head_dim linear_head_dim hidden_size_per_layer_input attention_chunk_size"
     ),
-    **dict.fromkeys(
-        "qk_rope_head_dim rotary_dim sliding_window sliding_window_size window_size attention_window_size chunk_size "
-        "mamba_chunk_size mamba_d_state state_size ssm_state_size laurel_rank adapter_rank num_centroids".split(),
-        8,
+    8: (
+        "qk_rope_head_dim rotary_dim sliding_window sliding_window_size window_size attention_window_size "
+        "chunk_size mamba_chunk_size mamba_d_state state_size ssm_state_size laurel_rank adapter_rank "
+        "num_centroids"
     ),
-    **dict.fromkeys(
-        "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers num_encoder_layers "
-        "num_blocks num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads "
-        "attention_heads num_decoder_attention_heads num_encoder_attention_heads swa_num_attention_heads num_experts "
-        "num_local_experts n_routed_experts moe_num_experts mamba_n_heads mamba_num_heads linear_num_value_heads "
-        "linear_num_heads".split(),
-        4,
+    4: (
+        "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers "
+        "num_encoder_layers num_blocks num_attention_heads n_head n_heads num_heads decoder_attention_heads "
+        "encoder_attention_heads attention_heads num_decoder_attention_heads num_encoder_attention_heads "
+        "swa_num_attention_heads num_experts num_local_experts n_routed_experts moe_num_experts mamba_n_heads "
+        "mamba_num_heads linear_num_value_heads linear_num_heads"
     ),
-    **dict.fromkeys(
-        "num_key_value_heads num_kv_heads swa_num_key_value_heads index_n_heads num_experts_per_tok num_experts_per_token "
-        "moe_topk moe_k zero_expert_num mamba_expand n_mamba_heads linear_num_key_heads altup_num_inputs "
-        "num_kv_shared_layers".split(),
-        2,
+    2: (
+        "num_key_value_heads num_kv_heads swa_num_key_value_heads index_n_heads num_experts_per_tok "
+        "num_experts_per_token moe_topk moe_k zero_expert_num mamba_expand n_mamba_heads linear_num_key_heads "
+        "altup_num_inputs num_kv_shared_layers"
     ),
-    **dict.fromkeys(
-        "n_group topk_group num_expert_group first_k_dense_replace num_dense_layers n_groups mamba_n_groups "
-        "is_decoder".split(),
-        1,
-    ),
-    **dict.fromkeys(
-        "max_position_embeddings n_positions n_ctx context_length rel_extent model_max_length".split(), 128
-    ),
-    **dict.fromkeys("original_max_position_embeddings index_topk".split(), 64),
-    **{"pad_token_id": 0, "bos_token_id": 1, "decoder_start_token_id": 1, "cls_token_id": 1},
-    **{"eos_token_id": 2, "sep_token_id": 2, "is_decoder": True},
+    1: "n_group topk_group num_expert_group first_k_dense_replace num_dense_layers n_groups mamba_n_groups",
+    128: "max_position_embeddings n_positions n_ctx context_length rel_extent model_max_length",
 }
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "decoder_start_token_id": 1, "cls_token_id": 1, "eos_token_id": 2}
+TINY: dict[str, Any] = {name: size for size, names in _SIZES.items() for name in names.split()} | _TOKENS
+TINY |= {"sep_token_id": 2, "is_decoder": True}
 """By the names that configurations use; each takes those that it has."""
 
 

@@ -18,8 +18,16 @@ from torch import Tensor, nn
 
 from ..artifacts import KvcalError
 from ..artifacts.errors import one_line
-from ..runtime.integration.routing import PREFIX, Route, backbone, delegate, first_ids, implementation, kind
-from ..runtime.integration.support import find_attention
+from ..runtime.integration.routing import (
+    PREFIX,
+    UNSUPPORTED,
+    Route,
+    backbone,
+    delegate,
+    first_ids,
+    implementation,
+    kind,
+)
 from .pre_rotary import PreRotary, find_rotation, replay_without_rotation
 
 
@@ -61,6 +69,8 @@ def capture(
         KvcalError: the model cannot be captured, by name of the architecture; or a pass continues a cache, whose
             keys were not seen before their rotation.
     """
+    from ..runtime.integration.support import find_attention  # loads transformers
+
     attention_modules = find_attention(model)
     has_rotary = bool(getattr(model.config.get_text_config(), "rope_parameters", None))
     recorder = _Recorder()
@@ -120,7 +130,7 @@ def check_capture(model: Any) -> None:
         except Exception as error:  # of an attention module that cannot be called a second time, whatever it is
             raise KvcalError(
                 f"{kind(model)}: its attention cannot be run again without the rotary embedding "
-                f"({one_line(str(error))[:300]}): this architecture is not supported"
+                f"({one_line(str(error))[:300]}): {UNSUPPORTED}"
             ) from error
 
 

@@ -63,7 +63,7 @@ def calibrate(
             an interrupted run in the way.
     """
     if not isinstance(blocks, TokenBlocks):
-        raise KvcalError(f"blocks: a {type(blocks).__name__}: give what make_blocks(documents, tokenizer) makes of texts")
+        raise KvcalError(f"blocks: a {type(blocks).__name__}: give what make_blocks(documents, tokenizer) makes")
     if batch_size < 1:
         raise KvcalError(f"batch size {batch_size}: give at least 1")
     if checkpoint_blocks is not None and checkpoint_blocks < 1:

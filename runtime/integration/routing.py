@@ -18,6 +18,7 @@ from ...artifacts import KvcalError
 
 # Not "…sdpa…" nor "…flash…": transformers takes other branches for names that contain those.
 PREFIX = "kvcal_"
+UNSUPPORTED = "this architecture is not supported (docs/architectures.md lists those that are)"
 _numbers = itertools.count()
 
 

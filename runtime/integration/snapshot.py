@@ -15,8 +15,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ...artifacts import Artifact, KvcalError, differences, fingerprint
-from ...artifacts.weights import model_state, sample, update_digest
 from ...artifacts.folder import write_atomically
+from ...artifacts.weights import model_state, sample, update_digest
 from ..sharing import SharingMap
 from ..stores import METHODS, Method
 

@@ -21,9 +21,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ...artifacts import KvcalError
 from ...artifacts.errors import one_line
-from .routing import kind, watch
+from .routing import UNSUPPORTED, kind, watch
 
-UNSUPPORTED = "this architecture is not supported"
 BIASES = ("position_bias", "alibi")
 """Tensors that are added to the logits, by the names under which attention functions are given them."""
 
@@ -100,8 +99,8 @@ def _watched(model: Any) -> list[AttentionLayer]:
                 raise
             except Exception as error:  # of a model that cannot be called like this, whatever it is
                 raise KvcalError(
-                    f"{kind(model)}: it cannot decode with a cache from token ids alone ({one_line(str(error))[:300]}): "
-                    f"{UNSUPPORTED}"
+                    f"{kind(model)}: it cannot decode with a cache from token ids alone "
+                    f"({one_line(str(error))[:300]}): {UNSUPPORTED}"
                 ) from error
             found = _by_layer(model, calls, len(cache.layers))
             for index, call in enumerate(found):

@@ -58,8 +58,8 @@ def spherical_kmeans(
     held = torch.arange(tokens, device=device) < torch.tensor(lengths, device=device).view(-1, 1, 1)
     if broken := int((~points.abs().amax(-1).isfinite() & held).sum()):
         raise KvcalError(
-            f"{broken} of {int(held.sum()) * heads} keys hold NaN or infinity, which belong to no cluster: load the model in "
-            "float32 or bfloat16"
+            f"{broken} of {int(held.sum()) * heads} keys hold NaN or infinity, which belong to no cluster: load the "
+            "model in float32 or bfloat16"
         )
     unit = directions(points)
     most = max(counts)
@@ -85,7 +85,7 @@ def spherical_kmeans(
 
 
 def directions(points: Tensor) -> Tensor:
-    """[..., D] float32 of unit length, zero where a point is zero, also where float32 does not hold a point's square."""
+    """[..., D] float32 of unit length, also of points whose squares float32 does not hold; zero where a point is."""
     points = points.float()
     exponent = torch.frexp(points.abs().amax(-1, keepdim=True)).exponent
     half = exponent // 2  # in two steps: 2^-exponent itself may be beyond float32
