@@ -23,6 +23,7 @@ _PIECE = 1 << 24
 """Numbers at a time: an embedding of a large model in float32 is several GB."""
 _ADAPTER = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
 """What PEFT's layers add to their parameters."""
+_WRAPPED = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 _PLAIN = {Tensor, nn.Parameter, getattr(nn, "Buffer", Tensor)}
 Whole = Callable[[str, Tensor], "Tensor | None"]
 
@@ -80,8 +81,15 @@ def model_state(model: nn.Module, whole: Whole | None = None) -> Iterator[tuple[
     Parameters, tied ones once; all else that `state_dict()` holds, so persistent buffers, packed and extra state; what
     is in subclasses of tensors; tensors that a module without parameters and buffers has as attributes; what
     parametrizations make; active adapters and their strength. Not: buffers that are not persistent, which are computed
-    from the configuration.
+    from the configuration. Names are those inside `torch.compile`'s and other wrappers that change no output.
     """
+    for name, value in _entries(model, whole):
+        for wrapped in _WRAPPED:
+            name = name.replace(wrapped, "")
+        yield name, value
+
+
+def _entries(model: nn.Module, whole: Whole | None) -> Iterator[tuple[str, Tensor | str]]:
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     # Modules that see to what their parameters lack: bitsandbytes' move it about when they are first run.
     savers = {

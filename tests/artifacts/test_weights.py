@@ -197,6 +197,15 @@ def test_a_spectral_norm_is_not_stepped_by_looking():
     assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
 
 
+def test_a_compiled_model_has_the_weights_of_the_one_inside():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    plain = digests(model)
+    model[0] = torch.compile(model[0], backend="eager")
+    assert digests(model) == digests(torch.compile(model, backend="eager")) == plain
+    model[1].running_var += 1
+    assert weights_sha256(model) != plain[0]
+
+
 def test_tied_weights_count_once():
     tied = build("gemma3")
     names = [name for name, _ in model_state(tied)]
