@@ -67,7 +67,7 @@ def attention_layers(model: Any) -> list[AttentionLayer]:
     refuse_unsupported(model)
     found = _FOUND.get(model)
     if found is None or not {layer.module for layer in found} <= set(model.modules()):
-        found = _FOUND[model] = _watched(model)
+        found = _FOUND[model] = watched(model)
     return found
 
 
@@ -87,7 +87,8 @@ def takes_positions(model: Any) -> bool:
     return "position_ids" in inspect.signature(inner.forward).parameters
 
 
-def _watched(model: Any) -> list[AttentionLayer]:
+def watched(model: Any) -> list[AttentionLayer]:
+    """As `attention_layers`, whether or not it was watched before: a prompt of two tokens and a step."""
     cache = _cache(model)
     calls: list[_Call] = []
     with _evaluating(model):
