@@ -2,9 +2,10 @@
 
 from .artifact import Artifact, Layer, ModelIdentity, Stage
 from .errors import ArtifactError, KvcalError, MismatchError
-from .fingerprint import differences, fingerprint, weights_sha256
+from .fingerprint import differences, fingerprint
 from .folder import load, save
 from .schema import QUANTITIES, SCHEMA_VERSION
+from .weights import weights_sha256
 
 __all__ = [
     "QUANTITIES",

@@ -1,14 +1,9 @@
-"""Tell models apart: by architecture (quick, any dtype) and by weights (exact)."""
+"""Tell architectures apart; `weights` tells models of one architecture apart."""
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 _FIELDS = (
     "model_type",
@@ -38,35 +33,6 @@ def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[t
     """(field, expected, found) wherever two mappings disagree, in sorted order of the field."""
     fields = sorted(expected.keys() | found.keys())
     return [(name, expected.get(name), found.get(name)) for name in fields if expected.get(name) != found.get(name)]
-
-
-@torch.no_grad()
-def weights_sha256(model: nn.Module, whole: Callable[[str, Tensor], Tensor | None] | None = None) -> str:
-    """sha256 over all parameters by name, as float32: a bf16 checkpoint has one hash loaded as bf16 or as float32.
-
-    A dtype that rounds the checkpoint (float32 weights loaded as bf16) is other weights, and another hash.
-
-    Args:
-        whole: gives the whole of a parameter, by its name, where the model here holds a part of it or none; None for
-            one that is the same as another.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        weight = whole(name, parameter) if whole is not None else parameter
-        if weight is None:
-            continue
-        digest.update(f"{name} {list(weight.shape)}\n".encode())
-        # In pieces: an embedding of a large model in float32 is several GB.
-        for piece in weight.detach().flatten().split(1 << 24):
-            update_digest(digest, piece.to("cpu", torch.float32))
-    return digest.hexdigest()
-
-
-def update_digest(digest: Any, tensor: Tensor) -> None:
-    """Feed a CPU tensor's bytes to a hash, without numpy and without a copy."""
-    tensor = tensor.contiguous()
-    if tensor.numel():
-        digest.update((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
 
 
 def _field(config: Any, name: str) -> Any:

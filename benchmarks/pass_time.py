@@ -15,7 +15,8 @@ from kvcal.calibrate import TokenBlocks, calibrate, capture, load_model, make_bl
 from kvcal.calibrate.capture import LayerTensors
 from kvcal.calibrate.pre_rotary import PreRotary
 from kvcal.calibrate.statistics import StatisticsFitter
-from kvcal.runtime.integration.routing import backbone, find_attention
+from kvcal.runtime.integration.routing import backbone
+from kvcal.runtime.integration.support import watched
 
 USUAL_TOKENS = 131072
 """What `calibrate pca` runs by default: the costs that come once are spread over them."""
@@ -25,7 +26,7 @@ TERMS = {
     "pre_rotary_capture": "with an observer that does nothing, less forward: hooks, routing, rotating back",
     "statistics": "the whole calibration of a block, less the two above: moments, NaN check, reservoir",
     "hashes": "sha256 of the weights and of the token blocks",
-    "find_attention": "entering capture(): a forward pass over two tokens that finds the attention layers",
+    "find_attention": "once per model: a prompt of two tokens and a step, which find the attention layers",
     "first_block": "what the first block costs more: the replay of each layer that the rotating back is checked with",
     "finalize": "eigendecompositions, score bases, the reservoir in order",
     "write": "saving the artifact, synced, and reading it back to check",
@@ -104,7 +105,7 @@ def time_once(
         return timer.alternate(
             {
                 "hashes": lambda _: timer.seconds(lambda: (weights_sha256(model), blocks.content_hash)),
-                "find_attention": lambda _: timer.seconds(lambda: find_attention(model)),
+                "find_attention": lambda _: timer.seconds(lambda: watched(model)),
                 "first_block": lambda _: block_seconds(PreRotary()) - block_seconds(known),
                 "finalize": lambda _: timer.seconds(statistics.finalize),
                 "write": lambda number: timer.seconds(lambda: save(artifact, Path(folder) / str(number))),

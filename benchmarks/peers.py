@@ -73,7 +73,7 @@ def parse() -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(settings, rows) of the results file."""
-    from kvcal.artifacts.fingerprint import weights_sha256
+    from kvcal.artifacts import weights_sha256
     from kvcal.calibrate.data import open_data
     from kvcal.calibrate.evaluation.prompts import make_prompts
     from kvcal.calibrate.models import load_model

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..artifacts import KvcalError
-from ..artifacts.fingerprint import update_digest
+from ..artifacts.weights import update_digest
 from .chats import Chat
+from .documents import check_characters, each_document
 from .mixing import Pieces, Text, mix
 from .text_data import Document, TextData, not_blank
 from .text_files import Unfinished
@@ -73,7 +74,7 @@ def make_blocks(
             `num_tokens`: the last block may be padded, so their number does not tell it.
 
     Raises:
-        KvcalError: less text than one block.
+        KvcalError: less text than one block, or no documents of text.
     """
     if num_tokens < 1:
         raise KvcalError(f"{num_tokens} tokens asked for: give at least 1")
@@ -165,13 +166,14 @@ def token_pieces(
     separator, strip = _separator(tokenizer), tokenizer.bos_token if bos_tokens(tokenizer) else ""
     last: list[int] = []
     rest, begins = "", True
-    for document in documents:
+    for document in each_document(documents, (str, Chat)):
         if isinstance(document, Chat):
             # The template writes BOS, too; here it stands at the beginning of blocks.
             document = document.text(tokenizer).removeprefix(strip)
         pieces = _pieces(rest + document, most_chars or PIECE_CHARS)
         rest = pieces.pop() if isinstance(document, Unfinished) and pieces else ""
         for text in pieces:
+            check_characters(text)
             # verbose=False: no warning that a document is longer than the model's context
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             if not ids:
@@ -203,6 +205,8 @@ def _pieces(text: str, most_chars: int) -> list[str]:
 
 def bos_tokens(tokenizer: Any) -> list[int]:
     """[BOS] if the tokenizer puts it in front of a text by itself, since the model then expects it."""
+    if not callable(tokenizer):
+        raise KvcalError(f"tokenizer: a {type(tokenizer).__name__}: give a loaded one, e.g. load_model(name).tokenizer")
     found = tokenizer("x")["input_ids"]
     plain = tokenizer("x", add_special_tokens=False)["input_ids"]
     starts = found[:1] == [tokenizer.bos_token_id] and plain[:1] != found[:1]

@@ -14,11 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..artifacts import KvcalError
+from ..artifacts.errors import one_line
 from ..runtime.integration.implementations import delegate, implementation, is_routed
-from ..runtime.integration.routing import find_attention, routed
+from ..runtime.integration.routing import UNSUPPORTED, backbone, first_ids, kind, routed
 from ..runtime.wrapped import unwrapped
 from .pre_rotary import PreRotary, find_rotation, replay_without_rotation
 
@@ -61,6 +63,8 @@ def capture(
         KvcalError: the model cannot be captured, by name of the architecture; or a pass continues a cache, whose
             keys were not seen before their rotation.
     """
+    from ..runtime.integration.support import find_attention  # loads transformers
+
     model = unwrapped(model)
     attention_modules = find_attention(model)
     has_rotary = bool(getattr(model.config.get_text_config(), "rope_parameters", None))
@@ -115,6 +119,20 @@ def capture(
             handle.remove()
 
 
+def check_capture(model: Any) -> None:
+    """Raises KvcalError, by name of the architecture, for a model that cannot be captured: seen in two tokens."""
+    with torch.no_grad(), capture(model, lambda seen: None):
+        try:
+            backbone(model)(input_ids=first_ids(model, 2), use_cache=False)
+        except (KvcalError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of an attention module that cannot be called a second time, whatever it is
+            raise KvcalError(
+                f"{kind(model)}: its attention cannot be run again without the rotary embedding "
+                f"({one_line(str(error))[:300]}): {UNSUPPORTED}"
+            ) from error
+
+
 class _Recorded(Exception):
     def __init__(self, query: Tensor, key: Tensor):
         self.query, self.key = query, key
@@ -146,14 +164,20 @@ def _routed(
     original, thread, modules = implementation(model), threading.get_ident(), set(seen)
 
     def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,  # some models give it by this name
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         # Other threads' calls, and those of other models with the same config, are no part of the pass.
         if threading.get_ident() == thread and module in modules:
             if recorder.active:
                 raise _Recorded(query, key)
             on_attention(module, query, key, value, kwargs)
-        return delegate(original, module)(module, query, key, value, mask, *args, **kwargs)
+        return delegate(original, module)(module, query, key, value, attention_mask, *args, **kwargs)
 
     with routed(model, attention, masks=original):
         yield

@@ -45,6 +45,8 @@ def cluster(
     tokens = len(artifact.stages["reservoir"].tensors["token"]) if "reservoir" in artifact.stages else 0
     if not tokens:
         raise KvcalError(f"{artifact.name}: no reservoir of keys to cluster: calibrate again with `calibrate pca`")
+    if tokens < 2:
+        raise KvcalError(f"{artifact.name}: a reservoir of one token, which makes no clusters: calibrate on more text")
     if tokens_per_cluster < 1:
         raise KvcalError(f"{tokens_per_cluster} tokens per cluster: give at least 1")
     count = clusters if clusters is not None else max(1, round(tokens / tokens_per_cluster))
@@ -89,7 +91,7 @@ def _cluster_head(
 ) -> dict[str, Tensor]:
     """The stage's tensors, by name, of one head: keys, queries and values [1, N, D]."""
     found = cluster_keys(keys, values, clusters=clusters, metric=metric, iterations=iterations, seed=seed, where=where)
-    curve = clusterability(keys, queries)
+    curve = clusterability(keys, queries, where=where)
     # The first half of the text stands for calibration, the second for a context met at inference.
     half = keys.shape[1] // 2
     saved = warm_start(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .clustering import finite, one_thread
+from .clustering import finite, measurable, one_thread, power_of_two
 
 LIMIT = 1024
 """Centers at most."""
@@ -35,7 +35,7 @@ class Clusterability:
     """[Hkv] float32, the 99th percentile of those norms, linearly interpolated: r without the rare outliers."""
 
     def delta_r(self, scaling: float) -> Tensor:
-        """[Hkv, P] float32: radius * query_norm_max * scaling, with the softmax scale (1/sqrt(D) as a rule).
+        """[Hkv, P] float64: radius * query_norm_max * scaling, with the softmax scale (1/sqrt(D) as a rule).
 
         By Cauchy-Schwarz the logit of a key and that of its center, for any of these queries, differ by at most
         this: |q·k - q·c| * scaling <= |q| |k - c| * scaling. Two keys of one cluster are at most 2 delta apart, hence
@@ -43,7 +43,7 @@ class Clusterability:
         pays for: the uniform samples per cluster that a given relative error of the normaliser needs grow with it.
         The paper folds the scale into q; here it is explicit. For a sense of size: e^{2 * 1} = 7, e^{2 * 5} = 22026.
         """
-        return self.radius * self.query_norm_max[:, None] * scaling
+        return self.radius.double() * self.query_norm_max[:, None] * scaling
 
 
 def clusterability(keys: Tensor, queries: Tensor, limit: int = LIMIT, *, where: str = "") -> Clusterability:
@@ -52,7 +52,7 @@ def clusterability(keys: Tensor, queries: Tensor, limit: int = LIMIT, *, where: 
 
     Farthest-first traversal, started at the key nearest the mean; ties go to the earlier key, so nothing is random.
     Time O(Hkv N D min(N, limit)), memory O(Hkv N D). `where` ("layer 3") goes into the errors: KvcalError for NaN or
-    infinity, ValueError for shapes that do not fit or a limit below 1.
+    infinity or distances beyond float32, ValueError for shapes that do not fit or a limit below 1.
     """
     keys, queries = finite(keys, "keys", where), finite(queries, "queries", where)
     if (keys.shape[0], keys.shape[2]) != (queries.shape[0], queries.shape[2]):
@@ -61,9 +61,13 @@ def clusterability(keys: Tensor, queries: Tensor, limit: int = LIMIT, *, where: 
         raise ValueError(f"limit must be at least 1, got {limit}")
     last = min(keys.shape[1], limit)
     counts = [2**p for p in range(last.bit_length()) if 2**p < last] + [last]
-    norms = queries.norm(dim=-1)
+    measurable(keys, where)
+    measurable(queries, where)
+    # By powers of two, which change no digit: float32 holds neither the squares of 1e20 nor those of 1e-30.
+    size, length = power_of_two(keys), power_of_two(queries)
+    norms = (queries / length).norm(dim=-1) * length
     with one_thread():  # up to `limit` short steps in a row: on a busy machine threads would wait for one another
-        radius = _farthest_first(keys, last)
+        radius = _farthest_first(keys / size, last) * size
     return Clusterability(
         counts=torch.tensor(counts),
         radius=radius[:, torch.tensor(counts) - 1],

@@ -8,6 +8,7 @@ the same inputs have to give the same bytes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,8 +89,10 @@ def assign(keys: Tensor, centroids: Tensor, metric: str) -> Tensor:
 
 def to_metric_space(keys: Tensor, metric: str, where: str = "") -> Tensor:
     """keys [..., D] -> [..., D] float32 whose L2 distances are the metric's: unit length for "cosine", unchanged for
-    "l2". Raises KvcalError for a zero key under "cosine", which has no direction."""
+    "l2". Raises KvcalError for a zero key under "cosine", which has no direction, and for keys so large under "l2" that
+    float32 does not hold their distances."""
     if metric == "l2":
+        measurable(keys, where)
         return keys.float()
     norms = keys.double().norm(dim=-1, keepdim=True)
     if (norms == 0).any():
@@ -98,6 +101,23 @@ def to_metric_space(keys: Tensor, metric: str, where: str = "") -> Tensor:
             'leave padding out of the sample, or use the metric "l2"'
         )
     return (keys.double() / norms).float()
+
+
+def measurable(keys: Tensor, where: str = "") -> None:
+    """Raises KvcalError when float32 does not hold the distances between keys [..., D]."""
+    largest = float(keys.abs().max())
+    if largest * 2 * keys.shape[-1] ** 0.5 > torch.finfo(torch.float32).max:
+        raise KvcalError(
+            f"numbers as large as {largest:.1e}{_at(where)}, too large for float32 to hold the distances between keys: "
+            "check the weights of this layer"
+        )
+
+
+def power_of_two(points: Tensor) -> float:
+    """The power of two next above the largest magnitude in points, 1 where all are zero. Dividing by it is exact, and
+    makes squares that float32 holds, where those of 1e20 are infinite and those of 1e-30 zero."""
+    largest = float(points.abs().max())
+    return 2.0 ** math.frexp(largest)[1] if largest else 1.0
 
 
 def check_metric(metric: str) -> None:
@@ -167,7 +187,9 @@ def _kmeans(points: Tensor, clusters: int, metric: str, iterations: int, seed: i
     # faiss expands |x - c|^2 in float32, which loses the distances between keys that are far from the origin (biased
     # projections make such keys). L2 k-means does not depend on the origin, so it is moved to the mean.
     shift = points.double().mean(0) if metric == "l2" else torch.zeros(points.shape[1], dtype=torch.float64)
-    data = (points.double() - shift).float().numpy()
+    centred = points.double() - shift
+    scale = power_of_two(centred)  # faiss ends the process when a square is infinite
+    data = (centred / scale).float().numpy()
     start, _ = kmeans_plusplus(data, clusters, random_state=seed)
     kmeans = faiss.Kmeans(
         points.shape[1],
@@ -179,7 +201,7 @@ def _kmeans(points: Tensor, clusters: int, metric: str, iterations: int, seed: i
         max_points_per_centroid=len(data),
     )
     kmeans.train(data, init_centroids=start)
-    return (torch.from_numpy(kmeans.centroids).double() + shift).float()
+    return (torch.from_numpy(kmeans.centroids).double() * scale + shift).float()
 
 
 def _refill(points: Tensor, centroids: Tensor, metric: str) -> tuple[Tensor, Tensor]:
@@ -237,7 +259,7 @@ def _silhouette(points: Tensor, labels: Tensor, seed: int) -> float:
     points, labels = points[sample], labels[sample]
     if not 2 <= len(labels.unique()) <= len(labels) - 1:
         return float("nan")
-    return float(silhouette_score(points.numpy(), labels.numpy(), metric="euclidean"))
+    return float(silhouette_score((points / power_of_two(points)).numpy(), labels.numpy(), metric="euclidean"))
 
 
 def _at(where: str) -> str:

@@ -178,7 +178,8 @@ def _shared(folder: Path, wanted: Any) -> Any:
 def max_context(config: Any) -> int | None:
     """The model's context in tokens, or None when its config states none."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    stated = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    return stated if stated and stated > 0 else None  # XLNet says -1
 
 
 def check_seq_len(seq_len: int, config: Any, option: str = "--seq-len") -> None:

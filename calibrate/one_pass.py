@@ -15,6 +15,7 @@ from ..artifacts.places import check_new_folder
 from ..artifacts.writing import has_content
 from ..runtime.wrapped import unwrapped
 from .blocks import TokenBlocks
+from .capture import check_capture
 from .checkpoint import Checkpoint, run_id
 from .distributed import SINGLE, World
 from .distributed.merging import join_heads, merge_tokens
@@ -63,6 +64,8 @@ def calibrate(
         KvcalError: text longer than the model's context, NaN activations, an unsupported architecture,
             an interrupted run in the way.
     """
+    if not isinstance(blocks, TokenBlocks):
+        raise KvcalError(f"blocks: a {type(blocks).__name__}: give what make_blocks(documents, tokenizer) makes")
     model = unwrapped(model)
     if batch_size < 1:
         raise KvcalError(f"batch size {batch_size}: give at least 1")
@@ -74,6 +77,7 @@ def calibrate(
         raise KvcalError(
             "the model is in training mode, where dropout makes every run another: call model.eval() first"
         )
+    check_capture(model)
     check_seq_len(blocks.seq_len, model.config)
     output = Path(output) if output is not None else None
     if output is not None:

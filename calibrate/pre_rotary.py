@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..artifacts import KvcalError
+from ..runtime.integration.routing import UNSUPPORTED
 
 # Rotating back rounds a few times in float32; a wrong convention is off by the size of the vector itself.
 _AGREEMENT = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -60,9 +61,7 @@ def find_rotation(module: nn.Module, call: inspect.BoundArguments, expected: boo
         cos, sin = given
         if isinstance(cos, Tensor) and isinstance(sin, Tensor) and cos.is_floating_point():
             return cos, sin
-    raise KvcalError(
-        f"{type(module).__name__}: its rotary embedding is not passed as (cos, sin): this architecture is not supported"
-    )
+    raise KvcalError(f"{type(module).__name__}: its rotary embedding is not passed as (cos, sin): {UNSUPPORTED}")
 
 
 def replay_without_rotation(module: nn.Module, call: inspect.BoundArguments) -> None:

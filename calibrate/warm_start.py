@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .clustering import check_metric, cluster_keys, finite, one_thread, to_metric_space
+from .clustering import check_metric, cluster_keys, finite, one_thread, power_of_two, to_metric_space
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,15 +70,17 @@ def warm_start(
         raise ValueError(f"fit_keys {tuple(fit_keys.shape)} and new_keys {tuple(new_keys.shape)} must share Hkv and D")
     clusters = min(clusters, new_keys.shape[1])
     fitted = cluster_keys(fit_keys, fit_keys, clusters=clusters, metric=metric, seed=seed, where=where)
-    points = to_metric_space(new_keys, metric, where).numpy()
+    points = to_metric_space(new_keys, metric, where)
     iterations, final = [], []
     with one_thread():  # scikit-learn adds its threads' partial sums in the order in which they finish
-        for head, calibrated in zip(points, fitted.centroids.numpy(), strict=True):
-            starts = (calibrated, *_uncalibrated_starts(head, clusters, seed))
+        for raw, centroids in zip(points, fitted.centroids, strict=True):
+            scale = power_of_two(torch.cat((raw, centroids)))  # squares are then no larger than float32 holds
+            head = (raw / scale).numpy()
+            starts = ((centroids / scale).numpy(), *_uncalibrated_starts(head, clusters, seed))
             inertia = np.array([_inertia_by_iteration(head, start, max_iterations) for start in starts])
             reached = inertia <= (1 + tolerance) * inertia[:, -1].min()
             iterations.append(np.where(reached.any(1), reached.argmax(1) + 1, max_iterations))
-            final.append(inertia[:, -1])
+            final.append(inertia[:, -1] * scale**2)
     columns = [torch.tensor(np.stack(rows)[:, start]) for rows in (iterations, final) for start in range(3)]
     return WarmStart(clusters, max_iterations, *columns)
 

@@ -90,18 +90,19 @@ def _decode(
     """Args: recipe: (artifact, method, settings) of the cache."""
     from .integration.cache import CompressedCache
     from .integration.stepping import SteppingCache
+    from .integration.support import takes_positions
 
     artifact, method, settings = recipe
     cache = CompressedCache(model, artifact, method, **settings)
-    out = model(
-        input_ids=input_ids, attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1
-    )
+    # As generate() does: a model that does not name them counts them by what its cache holds.
+    positions = {"position_ids": position} if takes_positions(model) else {}
+    out = model(input_ids=input_ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1, **positions)
     state.take(out.logits[:, -1])
     why_not = SteppingCache.refusal(cache)
     if why_not is None:
         done, why_not = _replayed(model, SteppingCache(cache), state, graph)
     else:
-        done = _one_by_one(model, cache, state, mask)
+        done = _one_by_one(model, cache, state, mask, bool(positions))
     new = state.tokens[:, : _length(state, done)]
     if new.shape[1] < done:
         cache.crop(new.shape[1] - done)
@@ -166,14 +167,13 @@ def _replayed(model: Any, stepping: Any, state: State, graph: bool) -> tuple[int
     return done, replay.why_not
 
 
-def _one_by_one(model: Any, cache: Any, state: State, mask: Tensor) -> int:
-    """Tokens sampled, by plain calls with the compressed cache."""
+def _one_by_one(model: Any, cache: Any, state: State, mask: Tensor, positions: bool) -> int:
+    """Tokens sampled, by plain calls with the compressed cache. Args: positions: the model takes position ids."""
     done = 1
     while not _finished(state, done, every=1):  # not all caches can give back what came after the end
         mask = torch.cat((mask, mask.new_ones(mask.shape[0], 1)), 1)
-        out = model(
-            input_ids=state.ids, attention_mask=mask, position_ids=state.position, past_key_values=cache, use_cache=True
-        )
+        given = {"position_ids": state.position} if positions else {}
+        out = model(input_ids=state.ids, attention_mask=mask, past_key_values=cache, use_cache=True, **given)
         state.position += 1
         state.take(out.logits[:, -1])
         done += 1

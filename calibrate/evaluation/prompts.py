@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...artifacts import KvcalError
-from ...artifacts.fingerprint import update_digest
+from ...artifacts.weights import update_digest
 from ..blocks import bos_tokens, read_tokens
 from ..builtin.recall import dictionary
 from ..text_data import Document

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...artifacts import Artifact
-from ...runtime.integration.routing import backbone, find_attention
+from ...runtime.integration.routing import backbone
 from ..pre_rotary import Rotation, find_rotation, rotate_back
 
 
@@ -23,6 +23,8 @@ def rotation_of(artifact: Artifact, model: Any) -> Rotation | None:
     layers = [layer.index for layer in artifact.layers if layer.window is None]
     if not layers or all(artifact.layers[layer].pre_rotary == "none" for layer in layers):
         return None
+
+    from ...runtime.integration.support import find_attention  # loads transformers
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Seen(find_rotation(module, inspect.signature(module.forward).bind(*args, **kwargs), expected=True))

@@ -13,7 +13,8 @@ from .entering import Entry
 from .generation import GenerationCheck
 from .implementations import LOCK, Route, implementation
 from .rotation import Rotation, rotations
-from .routing import backbone, find_attention, refuse_unsupported
+from .routing import backbone
+from .support import attention_layers
 
 if TYPE_CHECKING:
     from .sharing import Sharing
@@ -69,7 +70,6 @@ class Attachment:
 
 
 _ATTACHED: weakref.WeakKeyDictionary[Any, Attachment] = weakref.WeakKeyDictionary()
-_THROUGH_THE_INTERFACE: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def attached(model: Any) -> Attachment | None:
@@ -80,17 +80,10 @@ def attach(model: Any) -> Attachment:
     with LOCK:
         found = _ATTACHED.get(model)
         if found is None:
-            refuse_unsupported(model)
+            attention_layers(model)  # refuses what cannot be attached to
             found = _ATTACHED[model] = _attach(model)
         found.route.renew()
         found.users += 1
-        try:
-            if model not in _THROUGH_THE_INTERFACE:
-                find_attention(model)  # refuses those that are not
-                _THROUGH_THE_INTERFACE.add(model)
-        except BaseException:
-            found.release()
-            raise
         return found
 
 

@@ -18,7 +18,7 @@ from .implementations import PREFIX, delegate, stood_for
 from .masks import needed_only
 
 WATCHES: dict[int, Callable[..., object]] = {}
-"""By thread, what is called with (module, query, key, value) before every attention call."""
+"""By thread, what is called with (module, query, key, value, mask, kwargs) before every attention call."""
 
 
 class _WithoutGradient(torch.autograd.Function):
@@ -38,7 +38,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Any,
+    attention_mask: Any = None,  # some models give it by this name
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -48,10 +48,11 @@ def attend(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """As transformers calls it: [B, Hq, T, D] and a bool mask [B, 1, T, S] or None -> ([B, T, Hq, Dv], weights)."""
+    mask = attention_mask
+    if WATCHES:
+        _tell(module, query, key, value, mask, {**kwargs, "softcap": softcap, "s_aux": s_aux})
     if kwargs.get("position_bias") is not None:
         raise KvcalError(f"{type(module).__name__}: attention with a position bias is not supported")
-    if WATCHES:
-        _tell(module, query, key, value)
     layer = getattr(key, "kvcal_layer", None)
     logits = Logits(query.shape[-1] ** -0.5 if scaling is None else float(scaling), softcap, s_aux)
     if layer is not None:

@@ -33,6 +33,7 @@ from .routing import kind
 from .sharing import sharing_of
 from .snapshot import damaged, read_snapshot, write_snapshot
 from .stock import restore_stock, stock_state
+from .support import attention_layers
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Recipe:
     @classmethod
     def of(cls, model: Any, artifact: Artifact | None, method: Any, settings: Mapping[str, Any]) -> Recipe:
         check_artifact(artifact, model)
-        config = model.config.get_text_config()
+        head_dims = [layer.head_dim for layer in attention_layers(model)]
         layers, total = full_attention_layers(model)
         if not layers:
             warnings.warn(
@@ -60,7 +61,6 @@ class Recipe:
                 "nothing is compressed",
                 stacklevel=4,
             )
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         sharing = sharing_of(model)
         groups = sharing.map if sharing else SharingMap(())
         named = chosen(artifact, method, settings, total)
@@ -76,7 +76,7 @@ class Recipe:
                 fitted = with_bases(artifact, sharing.bases)
         storing = {layer: own for layer, own in methods.items() if groups.storing_of(layer) == layer}
         with naming(artifact if from_plan else None):
-            made = builders(storing, [head_dim] * total, fitted)
+            made = builders(storing, head_dims, fitted)
         for group in groups.shared:
             if not isinstance(made[group[0]](), RowStore):
                 raise KvcalError(

@@ -9,12 +9,13 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from ...artifacts import KvcalError
 from .attending import WATCHES, attached_name
 from .implementations import PREFIX, Route
 
+UNSUPPORTED = "this architecture is not supported (docs/architectures.md lists those that are)"
 _numbers = itertools.count()
 
 
@@ -46,7 +47,8 @@ def routed(model: Any, attention: Callable[..., Any], masks: str) -> Iterator[No
 def backbone(model: Any) -> Any:
     """The decoder without its language-model head: no logits are needed there, and they are large."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return decoder if isinstance(decoder, nn.Module) else model.base_model
+    # transformers guesses by the attribute's name; ModernBERT's decoder is its output projection.
+    return decoder if hasattr(decoder, "get_input_embeddings") else model.base_model
 
 
 def kind(model: Any) -> str:
@@ -54,44 +56,26 @@ def kind(model: Any) -> str:
     return f"{type(model).__name__} (model type {model.config.get_text_config().model_type})"
 
 
-def refuse_unsupported(model: Any) -> None:
-    """Raises KvcalError for what the config alone rules out."""
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise KvcalError(f"{kind(model)}: encoder-decoder models are not supported, only decoders are")
-    if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
-        raise KvcalError(f"{kind(model)}: its layers already share keys and values, which is not supported")
+def watch(model: Any, tokens: int, see: Callable[..., object], cache: Any = None) -> None:
+    """One forward pass, with see(module, query, key, value, mask, kwargs) before every attention call.
 
-
-def find_attention(model: Any) -> list[nn.Module]:
-    """The attention module of each layer, in order, found by watching a forward pass over two tokens.
-
-    Raises:
-        KvcalError: some layer does not go through the attention interface, or layers share their KV.
+    Args:
+        cache: the pass goes on from it; None: a pass without one.
     """
-    refuse_unsupported(model)
-    config = model.config.get_text_config()
-    seen: dict[int, nn.Module] = {}
-    watch(model, 2, lambda module, *tensors: seen.update({module.layer_idx: module}))
-    missing = sorted(set(range(config.num_hidden_layers)) - set(seen))
-    if missing:
-        raise KvcalError(
-            f"{kind(model)}: layers {missing} do not use transformers' attention interface: "
-            "this architecture is not supported"
-        )
-    return [seen[layer] for layer in sorted(seen)]
-
-
-def watch(model: Any, tokens: int, see: Callable[..., object]) -> None:
-    """One forward pass without a cache, with see(module, query, key, value) before every attention call."""
-    # Offloaded weights are on no device until they are used; accelerate then brings the ids to them.
-    ids = torch.arange(tokens, device="cpu" if model.device.type == "meta" else model.device).unsqueeze(0)
-    gpus = [model.device] if model.device.type == "cuda" else []
     # A model in training mode would draw dropout; else other threads' random numbers are left alone.
     draws = any(module.training for module in model.modules())
+    gpus = [model.device] if model.device.type == "cuda" else []
     thread = threading.get_ident()
+    given = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
     with torch.no_grad(), torch.random.fork_rng(gpus, enabled=draws), closing(Route(model, attached_name).open()):
         WATCHES[thread] = see
         try:
-            backbone(model)(input_ids=ids, use_cache=False)
+            backbone(model)(input_ids=first_ids(model, tokens), **given)
         finally:
             del WATCHES[thread]
+
+
+def first_ids(model: Any, tokens: int) -> Tensor:
+    """[1, tokens] int64, the first ids of its vocabulary: every model has them."""
+    # Offloaded weights are on no device until they are used; accelerate then brings the ids to them.
+    return torch.arange(tokens, device="cpu" if model.device.type == "meta" else model.device).unsqueeze(0)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...artifacts import KvcalError
+from ...artifacts.weights import sample
 from ..sharing import SharingMap
 from ..stores.amounts import check_choice
 from ..wrapped import unwrapped
@@ -25,9 +26,9 @@ from .entering import Entry
 from .implementations import LOCK
 from .layer import full_attention_layers
 from .projections import QUERY, Calls, Projections, Slot, pooled
-from .routing import backbone, find_attention
+from .routing import backbone
 from .sharing_checks import check_equal, fitting, refuse_checkpointing, refuse_tied
-from .snapshot import sample
+from .support import find_attention
 
 POOLS = ("mean", "first")
 TRAINABLE = ("none", "shared", "all")

@@ -61,7 +61,7 @@ def check_equal(model: Any, sharing_map: SharingMap) -> None:
     seen: dict[int, tuple[Tensor, Tensor]] = {}
     if not sharing_map.shared:
         return
-    watch(model, _PROBE, lambda module, query, key, value: seen.update({module.layer_idx: (key, value)}))
+    watch(model, _PROBE, lambda module, query, key, value, *rest: seen.update({module.layer_idx: (key, value)}))
     for layer in sharing_map.reading:
         storing = sharing_map.storing_of(layer)
         for name, theirs, own in zip(("keys", "values"), seen[storing], seen[layer], strict=True):

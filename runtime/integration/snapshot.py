@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ...artifacts import Artifact, KvcalError, differences, fingerprint
-from ...artifacts.fingerprint import update_digest
 from ...artifacts.plain_files import read_plain
+from ...artifacts.weights import model_state, sample, update_digest
 from ...artifacts.writing import write_atomically
 from ..sharing import SharingMap
 from ..stores import METHODS, Method
@@ -42,7 +42,7 @@ def write_snapshot(
     header = {
         "version": _VERSION,
         "model": fingerprint(model.config),
-        "weights": sample(model.named_parameters()),
+        "weights": sample(model_state(model)),
         "shared": str(groups) if groups.shared else None,
         "artifact": artifact.content_hash if artifact else None,
         "methods": {
@@ -93,7 +93,7 @@ def read_snapshot(
             f"{path}: was saved when layers shared keys and values in groups {header.get('shared')}, this model's "
             f"groups are {shared}: load it within the compress() or shared() of before"
         )
-    if weights != sample(model.named_parameters()):
+    if weights != sample(model_state(model)):
         raise KvcalError(f"{path}: was saved with other weights, or in another dtype, of the same architecture")
     if wanted != (artifact.content_hash if artifact else None):
         raise KvcalError(
@@ -125,15 +125,4 @@ def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         update_digest(digest, tensor)
-    return digest.hexdigest()
-
-
-def sample(parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """A digest of a few numbers of every parameter and their dtypes: tells models apart, in milliseconds."""
-    digest = hashlib.sha256()
-    for name, parameter in parameters:
-        flat = parameter.detach().flatten()
-        some = flat[:: max(1, len(flat) // 16)].float().cpu().contiguous()
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-        update_digest(digest, some)
     return digest.hexdigest()

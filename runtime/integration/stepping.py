@@ -12,6 +12,7 @@ from ..attention import Logits
 from ..static import STEPS, Clock, Step, refusal
 from .cache import CompressedCache
 from .layer import CompressedLayer
+from .support import takes_positions
 
 BUCKET = 1024
 """Tokens by which rows grow: a new address is a new capture."""
@@ -84,6 +85,8 @@ class SteppingCache(DynamicCache):
     @staticmethod
     def refusal(cache: CompressedCache) -> str | None:
         """Why a cache cannot be stepped; None: it can."""
+        if not takes_positions(cache.call.model()):
+            return "the model numbers positions by the length of its cache, which a captured step keeps constant"
         if any(not isinstance(layer, CompressedLayer) for layer in cache.layers):
             return "the model has layers that keep transformers' own cache (sliding windows), which grows by copies"
         for method in cache.recipe.methods.values():

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...artifacts import KvcalError
 from ...kernels.cluster import assign, update
 
 
@@ -49,10 +50,18 @@ def spherical_kmeans(
         tolerance: a row is done when a pass moves no larger a share of its tokens.
 
     An empty cluster is seeded again with a token that is least like its centroid.
+
+    Raises:
+        KvcalError: NaN or infinity among the points.
     """
-    unit = F.normalize(points.float(), dim=-1)
     device, (batch, heads, tokens, _) = points.device, points.shape
     held = torch.arange(tokens, device=device) < torch.tensor(lengths, device=device).view(-1, 1, 1)
+    if broken := int((~points.abs().amax(-1).isfinite() & held).sum()):
+        raise KvcalError(
+            f"{broken} of {int(held.sum()) * heads} keys hold NaN or infinity, which belong to no cluster: load the "
+            "model in float32 or bfloat16"
+        )
+    unit = directions(points)
     most = max(counts)
     own = torch.tensor(counts, dtype=torch.int32, device=device)
     there = torch.arange(most, device=device) < own.view(-1, 1, 1)
@@ -73,6 +82,14 @@ def spherical_kmeans(
             break
     labels = nearest(unit, centroids, held, own)[0]
     return KMeans(labels.long(), centroids, passes.tolist())
+
+
+def directions(points: Tensor) -> Tensor:
+    """[..., D] float32 of unit length, also of points whose squares float32 does not hold; zero where a point is."""
+    points = points.float()
+    exponent = torch.frexp(points.abs().amax(-1, keepdim=True)).exponent
+    half = exponent // 2  # in two steps: 2^-exponent itself may be beyond float32
+    return F.normalize(torch.ldexp(torch.ldexp(points, -half), half - exponent), dim=-1)
 
 
 def nearest(unit: Tensor, centroids: Tensor, held: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -117,7 +134,7 @@ def _begin(unit: Tensor, held: Tensor, count: int, start: Tensor | None, seed: i
     closest = torch.full((batch, heads, tokens), -1.0, device=unit.device)
     given = 0
     if start is not None:
-        known = F.normalize(start.to(unit), dim=-1).expand(batch, -1, -1, -1)
+        known = directions(start.to(unit.device)).expand(batch, -1, -1, -1)
         labels = nearest(unit, known, held)[0]
         attracted = update(unit[..., :1], labels, _lengths(held), known.shape[2])[1]
         given = min(count, known.shape[2])

@@ -6,7 +6,7 @@ from architectures import ARCHITECTURES, build
 
 from kvcal.artifacts import KvcalError
 from kvcal.calibrate.capture import capture
-from kvcal.runtime.integration.routing import find_attention
+from kvcal.runtime.integration.support import find_attention
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 

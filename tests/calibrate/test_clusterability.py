@@ -122,6 +122,18 @@ def test_half_precision_input_is_left_alone():
     assert torch.equal(keys, before)
 
 
+@pytest.mark.parametrize("factor", [2.0**66, 2.0**-100])
+def test_norms_whose_squares_float32_does_not_hold(factor):
+    keys, queries = torch.randn(2, 30, 4), torch.randn(2, 30, 4)
+    found, plain = clusterability(keys * factor, queries * factor), clusterability(keys, queries)
+    assert torch.equal(found.radius, plain.radius * factor)
+    assert torch.equal(found.query_norm_max, plain.query_norm_max * factor)
+    assert torch.equal(found.query_norm_p99, plain.query_norm_p99 * factor)
+    torch.testing.assert_close(found.delta_r(0.5), plain.delta_r(0.5) * factor**2)
+    with pytest.raises(KvcalError, match=r"large as 3\.0e\+38 \(layer 7\), too large"):
+        clusterability(keys, torch.full((2, 30, 4), 3e38), where="layer 7")
+
+
 def test_bad_input():
     good, bad = torch.randn(2, 10, 4), torch.full((2, 10, 4), float("nan"))
     with pytest.raises(KvcalError, match=r"20 of 20 keys hold NaN.*\(layer 7\)"):

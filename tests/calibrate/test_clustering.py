@@ -232,6 +232,7 @@ def poisoned(value: float) -> Tensor:
         (torch.randn(2, 40, 4), {"clusters": 50}, KvcalError, r"40 keys cannot make 50 clusters \(layer 3\): ask for"),
         (poisoned(float("nan")), {"clusters": 2}, KvcalError, r"1 of 20 keys hold NaN.*KV head 1 \(layer 3\): "),
         (poisoned(float("inf")), {"clusters": 2, "metric": "l2"}, KvcalError, "NaN or infinity"),
+        (poisoned(3e38), {"clusters": 2, "metric": "l2"}, KvcalError, r"large as 3\.0e\+38 \(layer 3\), too large"),
         (torch.zeros(1, 5, 4), {"clusters": 2}, KvcalError, r"5 keys are zero.*\(layer 3\)"),
         (torch.randn(2, 40, 4), {"clusters": 2, "metric": "dot"}, ValueError, "'dot': known are cosine, l2"),
         (torch.randn(2, 40, 4), {"clusters": 0}, KvcalError, r"0 clusters.*\(layer 3\): ask for at least 1"),
@@ -239,12 +240,35 @@ def poisoned(value: float) -> Tensor:
         (torch.randn(40, 4), {"clusters": 2}, ValueError, r"non-empty \[Hkv, N, D\]"),
         (torch.randn(2, 0, 4), {"clusters": 2}, ValueError, "non-empty"),
     ],
-    ids=["few", "nan", "inf", "zero", "metric", "clusters", "iterations", "shape", "empty"],
+    ids=["few", "nan", "inf", "large", "zero", "metric", "clusters", "iterations", "shape", "empty"],
 )
 def test_bad_input(keys, options, error, text):
     with pytest.raises(error, match=text) as caught:
         cluster_keys(keys, keys, where="layer 3", **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("factor", [2.0**66, 2.0**-100, 2.0**120])
+def test_keys_whose_squares_float32_does_not_hold(factor):
+    """faiss ended the process on 1e20. Powers of two change no digit of anything."""
+    keys, values = torch.randn(2, 60, 4) + 1, torch.randn(2, 60, 3)
+    found = cluster_keys(keys * factor, values, clusters=5, metric="l2")
+    plain = cluster_keys(keys, values, clusters=5, metric="l2")
+    for name in ("centroids", "radius_mean", "radius_p95", "radius_max"):
+        assert torch.equal(getattr(found, name), getattr(plain, name) * factor), name
+    for name in ("sizes", "value_mean", "silhouette"):
+        assert torch.equal(getattr(found, name), getattr(plain, name)), name
+    torch.testing.assert_close(found.inertia, plain.inertia * factor**2)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_keys_far_larger_than_the_others(metric):
+    keys = torch.randn(1, 20, 4)
+    keys[0, 7] = 1e30
+    found = cluster_keys(keys, keys, clusters=3, metric=metric)
+    assert found.sizes.sum() == 20 and found.radius_max.isfinite().all()
+    if metric == "l2":
+        assert found.sizes[0, :2].tolist() == [19, 1] and found.centroids[0, 1].tolist() == pytest.approx([1e30] * 4)
 
 
 def test_bad_companions():

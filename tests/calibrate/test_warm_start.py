@@ -93,6 +93,16 @@ def test_cut_off_and_types():
         assert count.tolist() == [1, 1, 1] and count.dtype == torch.int64
 
 
+@pytest.mark.parametrize("factor", [2.0**66, 2.0**-100])
+def test_keys_whose_squares_float32_does_not_hold(factor):
+    keys, new = torch.randn(1, 60, 4), torch.randn(1, 60, 4)
+    found = warm_start(keys * factor, new * factor, clusters=5, metric="l2")
+    plain = warm_start(keys, new, clusters=5, metric="l2")
+    for start in ("calibrated", "plusplus", "random"):
+        assert torch.equal(getattr(found, f"{start}_iterations"), getattr(plain, f"{start}_iterations"))
+        torch.testing.assert_close(getattr(found, f"{start}_inertia"), getattr(plain, f"{start}_inertia") * factor**2)
+
+
 def test_bad_input():
     good = torch.randn(2, 10, 4)
     with pytest.raises(KvcalError, match=r"10 keys cannot make 11 clusters \(layer 2\)"):

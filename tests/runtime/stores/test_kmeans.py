@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from sklearn.cluster import KMeans as Reference
 from torch import Tensor
 
+from kvcal.artifacts import KvcalError
 from kvcal.kernels.cluster import reference
 from kvcal.runtime.stores import kmeans
 from kvcal.runtime.stores.kmeans import spherical_kmeans
@@ -228,3 +229,22 @@ def test_deterministic_and_seeded() -> None:
     once, again, other = (spherical_kmeans(points, [100, 60], [9, 5], seed=seed) for seed in (3, 3, 4))
     assert torch.equal(once.labels, again.labels) and torch.equal(once.centroids, again.centroids)
     assert not torch.equal(once.centroids, other.centroids)
+
+
+@pytest.mark.parametrize("factor", [2.0**66, 2.0**-100, 2.0**120])
+def test_directions_of_keys_whose_squares_float32_does_not_hold(factor):
+    points = directions(1, 2, 60, 8)
+    plain, found = (spherical_kmeans(keys, [60], [5]) for keys in (points, points * factor))
+    assert torch.equal(found.labels, plain.labels) and torch.equal(found.centroids, plain.centroids)
+
+
+def test_keys_without_a_direction():
+    points = directions(1, 2, 60, 8)
+    points[0, 1, 7] = 0
+    points[0, :, 50:] = torch.nan  # beyond the row's length
+    found = spherical_kmeans(points, [50], [5])
+    torch.testing.assert_close(found.centroids.norm(dim=-1), torch.ones(1, 2, 5))
+    for broken in (torch.nan, torch.inf):
+        points[0, 1, 3, 2] = broken
+        with pytest.raises(KvcalError, match="1 of 100 keys hold NaN or infinity"):
+            spherical_kmeans(points, [50], [5])
