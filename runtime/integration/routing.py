@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from ...artifacts import KvcalError
-from .attending import WATCHES, attached_name
 from .implementations import PREFIX, Route
 
 _numbers = itertools.count()
@@ -83,6 +82,8 @@ def find_attention(model: Any) -> list[nn.Module]:
 
 def watch(model: Any, tokens: int, see: Callable[..., object]) -> None:
     """One forward pass without a cache, with see(module, query, key, value) before every attention call."""
+    from .attending import WATCHES, attached_name
+
     # Offloaded weights are on no device until they are used; accelerate then brings the ids to them.
     ids = torch.arange(tokens, device="cpu" if model.device.type == "meta" else model.device).unsqueeze(0)
     gpus = [model.device] if model.device.type == "cuda" else []
