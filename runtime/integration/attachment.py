@@ -11,7 +11,7 @@ from .attending import attached_name
 from .calls import After, Before, InFlight
 from .entering import Entry
 from .generation import GenerationCheck
-from .implementations import LOCK, Route, implementation
+from .implementations import LOCK, Route, implementation, refuse_captured
 from .rotation import Rotation, rotations
 from .routing import backbone, find_attention, refuse_unsupported
 
@@ -81,6 +81,7 @@ def attach(model: Any) -> Attachment:
         found = _ATTACHED.get(model)
         if found is None:
             refuse_unsupported(model)
+            refuse_captured(model)
             found = _ATTACHED[model] = _attach(model)
         found.route.renew()
         found.users += 1

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ...artifacts import KvcalError
-from .implementations import PREFIX, Route
+from .implementations import PREFIX, Route, refuse_captured
 
 _numbers = itertools.count()
 
@@ -68,6 +68,7 @@ def find_attention(model: Any) -> list[nn.Module]:
         KvcalError: some layer does not go through the attention interface, or layers share their KV.
     """
     refuse_unsupported(model)
+    refuse_captured(model)
     config = model.config.get_text_config()
     seen: dict[int, nn.Module] = {}
     watch(model, 2, lambda module, *tensors: seen.update({module.layer_idx: module}))
