@@ -11,7 +11,7 @@ from .attending import attached_name
 from .calls import After, Before, InFlight
 from .entering import Entry
 from .generation import GenerationCheck
-from .implementations import LOCK, Route, implementation
+from .implementations import LOCK, Route, implementation, refuse_captured
 from .rotation import Rotation, rotations
 from .routing import backbone
 from .support import attention_layers
@@ -80,6 +80,7 @@ def attach(model: Any) -> Attachment:
     with LOCK:
         found = _ATTACHED.get(model)
         if found is None:
+            refuse_captured(model)
             attention_layers(model)  # refuses what cannot be attached to
             found = _ATTACHED[model] = _attach(model)
         found.route.renew()

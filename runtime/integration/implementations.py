@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from ...artifacts import KvcalError
+
 # Not "…sdpa…" nor "…flash…": transformers takes other branches for names that contain those.
 PREFIX = "kvcal_"
 LOCK = threading.RLock()  # reentrant: a dropped cache may be collected, and close its route, at any point
@@ -106,6 +108,13 @@ def stood_for(name: str | None) -> str | None:
 
 def is_routed(model: Any) -> bool:
     return id(model.config.get_text_config()) in _ROUTED
+
+
+def refuse_captured(model: Any) -> None:
+    """Raises KvcalError while a pass sees all attention calls of a model, or of another with its config."""
+    now = _now(model.config.get_text_config())
+    if is_routed(model) and now is not None and now.removeprefix(PREFIX).isdigit():
+        raise KvcalError("this model is already being captured: leave the other context first")
 
 
 def _name(routed: _Routed) -> None:

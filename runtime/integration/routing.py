@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ...artifacts import KvcalError
-from .attending import WATCHES, attached_name
 from .implementations import PREFIX, Route
 
 UNSUPPORTED = "this architecture is not supported (docs/architectures.md lists those that are)"
@@ -62,6 +61,8 @@ def watch(model: Any, tokens: int, see: Callable[..., object], cache: Any = None
     Args:
         cache: the pass goes on from it; None: a pass without one.
     """
+    from .attending import WATCHES, attached_name
+
     # A model in training mode would draw dropout; else other threads' random numbers are left alone.
     draws = any(module.training for module in model.modules())
     gpus = [model.device] if model.device.type == "cuda" else []

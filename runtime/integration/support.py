@@ -21,6 +21,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ...artifacts import KvcalError
 from ...artifacts.errors import one_line
+from .implementations import refuse_captured
 from .routing import UNSUPPORTED, kind, watch
 
 BIASES = ("position_bias", "alibi")
@@ -65,6 +66,7 @@ def attention_layers(model: Any) -> list[AttentionLayer]:
         KvcalError: a layer keeps, computes or hides something that a compressed cache does not.
     """
     refuse_unsupported(model)
+    refuse_captured(model)
     found = _FOUND.get(model)
     if found is None or not {layer.module for layer in found} <= set(model.modules()):
         found = _FOUND[model] = watched(model)

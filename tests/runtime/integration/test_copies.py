@@ -56,6 +56,8 @@ def test_a_pass_over_one_of_two_models_with_one_config_sees_that_one():
         two(IDS)
         assert not seen
         one(IDS)
+        with pytest.raises(KvcalError, match="already being captured"), compress(two, None, "full"):
+            pass
     assert seen == [0, 1, 2]
 
 
