@@ -17,7 +17,8 @@ from .routing import kind
 _METHOD = "_prepare_cache_for_generation"
 """generate() calls it once, with what it is about to do."""
 _COMPUTE_ANEW = ("phi3", "phimoe", "phi4_multimodal")
-"""Models that drop their cache in generate(), and compute all keys anew, where the rotation changes."""
+"""Models that drop their cache in generate() where the rotation changes, and then, unless transformers is too old to
+give them the whole text again, compute all keys anew."""
 
 
 class GenerationCheck:
@@ -83,13 +84,14 @@ class GenerationCheck:
         last = max(first, real + given["max_cache_length"] - width)
         if guesses:
             last += config.prompt_lookup_num_tokens or 0  # which may go beyond what is asked for
-        anew = model.config.model_type in _COMPUTE_ANEW and hasattr(model.config, "original_max_position_embeddings")
-        if anew and past is not None and begins and any(first > rotation.original for rotation in self._rotations):
+        drops = model.config.model_type in _COMPUTE_ANEW and hasattr(model.config, "original_max_position_embeddings")
+        if drops and past is not None and begins and any(first > rotation.original for rotation in self._rotations):
             raise KvcalError(
                 f"{kind(model)}: generate() leaves out a cache that it is given for a prompt of {first} tokens: use "
                 "compress(), or decode()"
             )
         # A cache that was given stays behind, guesses are taken back, and they count padding, too.
+        anew = drops and "next_sequence_length" in type(model).prepare_inputs_for_generation.__code__.co_consts
         if anew and past is None and not guesses and first == real == width:
             return
         refuse_change(self._rotations, model, first, last)

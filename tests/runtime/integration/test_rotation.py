@@ -7,6 +7,7 @@ import pytest
 import torch
 from architectures import build
 from compressed import padded, random_ids, small, traces
+from transformers import DynamicCache
 
 from kvcal.calibrate.capture import capture
 from kvcal.calibrate.evaluation.grid import FULL
@@ -15,6 +16,7 @@ from kvcal.calibrate.evaluation.protocol import evaluate
 from kvcal.runtime import CompressedCache, KvcalError, compress, decode
 
 ORIGINAL = 32
+OLD = not hasattr(DynamicCache, "activate_past_recording")
 FACTORS = {"short_factor": [1.0] * 8, "long_factor": [4.0 + pair for pair in range(8)]}
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": ORIGINAL}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
@@ -95,7 +97,8 @@ def test_within_the_original_length_every_road_gives_what_no_cache_gives(of):
         for road, tokens in roads(of, inputs, new).items():
             if road != "lookup":
                 assert torch.equal(tokens(), expected), road
-        if len(expected) == 1:  # it takes one row, and may guess beyond the end
+        old_windows = OLD and of.config.model_type == "gemma3_text"  # which it cannot crop
+        if len(expected) == 1 and not old_windows:  # lookup takes one row, and may guess beyond the end
             assert torch.equal(roads(of, inputs, new - 3)["lookup"](), expected[:, :-3])
 
 
@@ -106,7 +109,7 @@ def test_beyond_it_they_refuse_before_the_model_is_called(of, inputs):
     hook = of.register_forward_hook(lambda *args: calls.append(1))
     for road, tokens in roads(of, inputs, 12).items():
         calls.clear()
-        drops = of.config.model_type == "phi3" and bool(inputs["attention_mask"].all())
+        drops = of.config.model_type == "phi3" and not OLD and bool(inputs["attention_mask"].all())
         if road == "compress" and drops:  # which computes all keys anew there
             assert torch.equal(tokens(), expected)
             continue
@@ -151,6 +154,7 @@ def test_a_saved_cache_knows_the_length_of_its_keys(tmp_path):
         cache.save(tmp_path)
 
 
+@pytest.mark.skipif(OLD, reason="this transformers never lets go of a stretched embedding, whatever reads it")
 def test_a_dynamic_embedding_that_another_text_has_stretched():
     """At exactly its original length it stays as that text left it."""
     of, ids = make("dynamic"), random_ids(ORIGINAL)
