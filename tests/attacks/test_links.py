@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
-from samples import artifact
+from samples import artifact, rescored
 
-from kvcal.artifacts import ArtifactError, KvcalError, Stage, load, save
+from kvcal.artifacts import ArtifactError, KvcalError, load, save
 from kvcal.artifacts.writing import write_atomically
 from kvcal.calibrate.publish import _contents
 from kvcal.runtime.planned import read_plan
@@ -45,8 +45,7 @@ def test_no_name_that_can_be_guessed_is_written_through(folder: Path, outside: P
         (folder / name).unlink(missing_ok=True)
         (folder / name).hardlink_to(outside) if hard else (folder / name).symlink_to(outside)
     found = load(folder)
-    changed = {name: tensor + 1 for name, tensor in found.stages["score"].tensors.items()}
-    save(found.with_stage("score", Stage(changed)), folder, {"README.md": b"# new", "rank.png": b"new"})
+    save(found.with_stage("score", rescored(found)), folder, {"README.md": b"# new", "rank.png": b"new"})
     write_atomically(folder / "plan.json", b"{}")
     assert outside.read_bytes() == SECRET
     assert (folder / "README.md").read_bytes() == b"# new" and not (folder / "README.md").is_symlink()

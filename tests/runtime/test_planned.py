@@ -86,7 +86,7 @@ def test_no_plan(folder):
         ({"format": 1, "layers": [{"method": "lokki"}] * 3}, "unknown method 'lokki'"),
         ({"format": 1, "layers": [{"method": "loki", "page": 3}] * 3}, "loki has no parameter 'page'"),
         ({"format": 1, "layers": [{"method": "loki", "keep": 2.0}] * 3}, "a fraction is at most 1.0"),
-        (json.dumps({"format": 1, "layers": LAYERS}) + " " * (5 << 20), "is larger than any plan"),
+        (json.dumps({"format": 1, "layers": LAYERS}) + " " * (5 << 20), "is larger than"),
     ],
 )
 def test_bad_plans_are_refused_in_one_line(folder, body, message):
