@@ -19,9 +19,11 @@ from .manifest import FILE_NAME, MANIFEST, manifest_bytes, parse_manifest, read_
 from .schema import LAYER_TENSORS, check_stage
 from .signals import signals_held
 from .stage_settings import check_settings
+from .syncing import in_one_line, reason
 from .tensor_file import StageFile, TensorFile
 from .values import check_values
-from .writing import Workplace, has_content, in_one_line, new_folder, reason
+from .workplace import Workplace
+from .writing import has_content, new_folder
 
 _MOST_READINGS = 100
 """Of an artifact that is being replaced while it is read."""
@@ -89,11 +91,13 @@ def _was_loaded_from(artifact: Artifact, folder: Path) -> bool:
 def _create(artifact: Artifact, folder: Path, extras: Mapping[str, bytes]) -> Artifact:
     with new_folder(folder) as building, Workplace(building) as work:
         files = {name: work.place_tensors(name, stage.tensors) for name, stage in artifact.stages.items()}
-        content, content_hash = manifest_bytes(artifact, files)
-        _with_stages(building, *parse_manifest(building, content))
+        content = manifest_bytes(artifact, files)[0]
+        saved = _with_stages(building, *parse_manifest(building, content))
         for name, extra in {**extras, MANIFEST: content}.items():
             work.place(work.write(extra), name)
-    return _read_back(folder, content_hash)
+    for stage in saved.stages.values():
+        stage.tensors.moved_to(folder)  # type: ignore[attr-defined]
+    return dataclasses.replace(saved, folder=folder)
 
 
 def _update(artifact: Artifact, folder: Path, extras: Mapping[str, bytes]) -> Artifact:
@@ -110,9 +114,9 @@ def _update(artifact: Artifact, folder: Path, extras: Mapping[str, bytes]) -> Ar
                 else:
                     files[name] = work.place_tensors(name, stage.tensors)
                     placed.append(files[name].file)
-            content, content_hash = manifest_bytes(artifact, files)
+            content = manifest_bytes(artifact, files)[0]
             # What `load` would refuse must not replace what it takes.
-            _with_stages(folder, *parse_manifest(folder, content))
+            saved = _with_stages(folder, *parse_manifest(folder, content))
             manifest = work.write(content)
             beside = {name: work.write(extra) for name, extra in extras.items()}
             work.sync()
@@ -123,7 +127,7 @@ def _update(artifact: Artifact, folder: Path, extras: Mapping[str, bytes]) -> Ar
             raise
         work.confirm()
         _after_commit(folder, work, beside, {file.file for file in files.values()})
-        return _read_back(folder, content_hash)
+        return saved
 
 
 def _roll_back(folder: Path, work: Workplace, placed: list[str]) -> None:
@@ -151,10 +155,3 @@ def _after_commit(folder: Path, work: Workplace, beside: Mapping[str, str], name
             f"{folder}: the artifact was saved, but not all that lies beside its tensors ({reason(error)}): "
             "check the disk; `calibrate verify` tells whether the artifact holds"
         ) from error
-
-
-def _read_back(folder: Path, content_hash: str) -> Artifact:
-    saved = load(folder)
-    if saved.content_hash != content_hash:
-        raise ArtifactError(f"{folder}: was changed by another process right after it was saved: load it again")
-    return saved

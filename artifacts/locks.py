@@ -1,7 +1,11 @@
-"""Locks between processes, in all containers of a machine: the kernel keeps them, so they end with their process."""
+"""Locks between processes, in all containers of a machine: the kernel keeps them, so they end with their process.
+
+A file system that has no locks is written to without them.
+"""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -9,15 +13,36 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import KvcalError
-from .writing import in_one_line, make_folder
+from .syncing import FOLDER, in_one_line, make_folder
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF)
+"""What file systems answer that have none; EBADF some network ones for a folder."""
+
+
+def try_lock(handle: int) -> bool | None:
+    """Lock an open file or folder: True: it is ours; False: it is another's; None: there are no locks here.
+
+    Raises:
+        OSError: anything else.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return None
+        raise
+    return True
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One writer at a time; waits for the one before. Raises OSError."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    handle = os.open(folder, FOLDER)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        if try_lock(handle) is False:
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)
@@ -36,22 +61,28 @@ class FileLock:
         Raises:
             KvcalError: another process has it, or the file cannot be made.
         """
-        if self._file is not None:
-            return
-        with in_one_line(self.path):
-            make_folder(self.path.parent)
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._file = file
-            except BlockingIOError:
-                place = self.path.parent
-                raise KvcalError(f"{place}: another process works on this now: wait until it has ended") from None
-            finally:
-                if self._file is None:
-                    os.close(file)
+        while self._file is None:
+            with in_one_line(self.path):
+                make_folder(self.path.parent)
+                file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+                try:
+                    if try_lock(file) is False:
+                        place = self.path.parent
+                        raise KvcalError(f"{place}: another process works on this now: wait until it has ended")
+                    if self._is_at_its_path(file):
+                        self._file = file
+                finally:
+                    if self._file is None:
+                        os.close(file)
 
     def release(self) -> None:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+    def _is_at_its_path(self, file: int) -> bool:
+        """Not where the one that had the lock has removed the file, and others lock another one."""
+        try:
+            return os.path.samestat(self.path.lstat(), os.fstat(file))
+        except FileNotFoundError:
+            return False

@@ -79,8 +79,14 @@ class TensorFile(Mapping[str, Tensor]):
                 raise ArtifactError(
                     f"{self.path}: {size} bytes, the manifest says {file.bytes}: truncated? fetch it again"
                 )
-            self._entries = _read_header(self._descriptor, size)
-            found, self._digests, self._content = _verifying_read(self._descriptor, size, self._entries)
+            if size <= SMALL:
+                self._content: bytes | None = b"".join(_chunks(self._descriptor, 0, size))
+                self._entries = _parse_header(self._content, size)
+                found = hashlib.sha256(self._content).hexdigest()
+            else:
+                head = os.pread(self._descriptor, 8 + _header_bytes(os.pread(self._descriptor, 8, 0), size), 0)
+                self._content, self._entries = None, _parse_header(head, size)
+                found, self._digests = _hashes(self._descriptor, head, self._entries)
         except OSError as error:
             raise ArtifactError(f"{self.path}: cannot be read ({error.strerror}): fetch it again") from error
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -94,6 +100,10 @@ class TensorFile(Mapping[str, Tensor]):
     def header(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """name -> (safetensors dtype, shape)."""
         return {name: (entry.dtype, entry.shape) for name, entry in self._entries.items()}
+
+    def moved_to(self, folder: Path) -> None:
+        """Its folder was renamed, as errors should say."""
+        self.path = folder / self.file.file
 
     def lies_in(self, folder: Path) -> bool:
         """Whether this is the file that has its name in `folder`."""
@@ -134,16 +144,26 @@ class TensorFile(Mapping[str, Tensor]):
         return found
 
 
-def _read_header(file: int, size: int) -> dict[str, _Entry]:
+def _header_bytes(begin: bytes, size: int) -> int:
+    """Of a file's first bytes, of which eight state the length of the header."""
+    length = int.from_bytes(begin[:8], "little")
+    if size < 8 or length > min(size - 8, _MAX_HEADER):
+        raise ValueError("its header is longer than the file")
+    return length
+
+
+def _parse_header(head: bytes, size: int) -> dict[str, _Entry]:
     """Names, shapes and places as safetensors lays them out: one after the other, without gaps, to the file's end.
+
+    Args:
+        head: the file's beginning, its header and maybe more.
+        size: of the file.
 
     Raises:
         ValueError, and what a header of another form leads to.
     """
-    length = int.from_bytes(os.pread(file, 8, 0), "little")
-    if size < 8 or length > min(size - 8, _MAX_HEADER):
-        raise ValueError("its header is longer than the file")
-    stated = json.loads(os.pread(file, length, 8), object_pairs_hook=_distinct)
+    length = _header_bytes(head, size)
+    stated = json.loads(head[8 : 8 + length], object_pairs_hook=_distinct)
     stated.pop("__metadata__", None)
     start = end = 8 + length
     found = {}
@@ -160,21 +180,16 @@ def _read_header(file: int, size: int) -> dict[str, _Entry]:
     return found
 
 
-def _verifying_read(file: int, size: int, entries: Mapping[str, _Entry]) -> tuple[str, dict[str, bytes], bytes | None]:
-    """(sha256 of the file, of every tensor of a large file, the content of a small one)."""
-    if size <= SMALL:
-        content = b"".join(_chunks(file, 0, size))
-        return hashlib.sha256(content).hexdigest(), {}, content
-    whole, digests, place = hashlib.sha256(), {}, 0
+def _hashes(file: int, head: bytes, entries: Mapping[str, _Entry]) -> tuple[str, dict[str, bytes]]:
+    """(sha256 of the whole file, of every tensor), with the very header that was parsed."""
+    whole, digests = hashlib.sha256(head), {}
     for name, entry in entries.items():
-        for chunk in _chunks(file, place, entry.begin):
-            whole.update(chunk)
         part = hashlib.sha256()
         for chunk in _chunks(file, entry.begin, entry.end):
             whole.update(chunk)
             part.update(chunk)
-        digests[name], place = part.digest(), entry.end
-    return whole.hexdigest(), digests, None
+        digests[name] = part.digest()
+    return whole.hexdigest(), digests
 
 
 def _chunks(file: int, begin: int, end: int) -> Iterator[bytes]:

@@ -6,14 +6,13 @@ import contextlib
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..artifacts import ArtifactError, KvcalError
 from ..artifacts.locks import FileLock
-from .state_files import read_state, write_state
+from .state_files import read_state, remove_state, write_state
 from .statistics import StatisticsFitter
 
 _COMMIT = re.compile(r"(?P<part>(?P<kind>[a-z]+)-\d+-of-(?P<size>\d+))\.(?P<done>\d+)\.json")
@@ -101,8 +100,7 @@ class Checkpoint:
             ) from error
 
     def remove(self) -> None:
-        self.lock.release()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_state(self.folder, self.lock)
 
     def _commits(self) -> list[re.Match[str]]:
         names = sorted(path.name for path in self.folder.glob("*.json"))

@@ -8,15 +8,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ..artifacts import KvcalError
+from ..artifacts.locks import FileLock
 from ..artifacts.plain_files import read_plain
+from ..artifacts.syncing import in_one_line, make_folder
 from ..artifacts.tensor_file import StageFile, TensorFile
-from ..artifacts.writing import Workplace, in_one_line, make_folder
+from ..artifacts.workplace import Workplace
 
 
 def write_state(commit: Path, stem: str, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -48,6 +52,18 @@ def read_state(commit: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if Path(file.file).name != file.file:
         raise ValueError(f"{commit.name} names a file elsewhere")
     return state["body"], dict(TensorFile(commit.parent, file))
+
+
+def remove_state(folder: Path, lock: FileLock) -> None:
+    """Remove the states in a folder, unless another process has the lock, and is at work there."""
+    if not folder.is_dir():
+        return
+    try:
+        lock.acquire()
+    except KvcalError:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    lock.release()
 
 
 def _sha256(state: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifacts import KvcalError
+from ..artifacts.plain_files import read_plain
 from .sharing import SharingMap
 
 NAME = "kvcal_cla.json"
@@ -38,8 +39,7 @@ class ClaFile:
         """Raises KvcalError: no such file, damaged, or of a newer version."""
         path = folder / NAME
         try:
-            with path.open("rb") as file:
-                body = json.loads(file.read(_MAX_BYTES))
+            body = json.loads(read_plain(path, _MAX_BYTES))
             version, groups, dtype, origin = body["version"], body["groups"], body["dtype"], body.get("origin") or {}
             good = isinstance(groups, str) and isinstance(dtype, str) and isinstance(origin, dict)
             if body["format"] != "kvcal-cla" or not good:

@@ -81,8 +81,7 @@ def read_plan(artifact: Artifact | None) -> dict[str, Any]:
 def is_plan(path: Path) -> bool:
     """Whether a file holds a plan, of whatever format."""
     try:
-        with path.open("rb") as file:
-            body = json.loads(file.read(_MOST_BYTES))
+        body = json.loads(read_plain(path, _MOST_BYTES))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(body, dict) and type(body.get("format")) is int and isinstance(body.get("layers"), list)

@@ -1,4 +1,4 @@
-"""A disk for `kvcal.artifacts.writing` on which one call fails, is interrupted, or is the last before a crash.
+"""A disk for what `kvcal.artifacts` writes on which one call fails, is interrupted, or is the last before a crash.
 
 After a crash a folder has, of every name, what it was at its last sync or what it became since, and a file what it
 held at its last sync. That is all that POSIX promises.
@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from kvcal.artifacts import writing
+from kvcal.artifacts import locks, syncing, workplace
 
 COUNTED = ("mkdir", "open", "write", "fsync", "rename", "unlink", "chmod", "fchmod")
 MOST_STATES = 32
@@ -52,7 +52,7 @@ def faults(calls: int) -> Iterator[Fault]:
 
 
 class FaultyDisk:
-    """Stands in for `os`, `shutil.rmtree` and `save_file` of the module `writing`."""
+    """Stands in for `os`, `shutil.rmtree` and `save_file` of the modules that write."""
 
     def __init__(self, root: Path, fault: Fault | None = None):
         self.root = root
@@ -71,9 +71,10 @@ class FaultyDisk:
     @contextmanager
     def in_use(self) -> Iterator[FaultyDisk]:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(writing, "os", self)
-            patch.setattr(writing, "save_file", self._counted(writing.save_file))
-            patch.setattr(writing, "shutil", _Removing(self._counted(shutil.rmtree)))
+            for module in (locks, syncing, workplace):
+                patch.setattr(module, "os", self)
+            patch.setattr(workplace, "save_file", self._counted(workplace.save_file))
+            patch.setattr(workplace, "shutil", _Removing(self._counted(shutil.rmtree)))
             yield self
 
     def __getattr__(self, name: str) -> Any:

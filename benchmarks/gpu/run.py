@@ -168,9 +168,10 @@ class Run:
     def say(self, text: str) -> None:
         with suppress(OSError):  # nobody reads it any more
             print(text, flush=True)
-        if self._log.tell() < LOG_BYTES:
-            self._log.write(text[:2000] + "\n")
-            self._log.flush()
+        with suppress(OSError):  # a full disk, which ends no run
+            if self._log.tell() < LOG_BYTES:
+                self._log.write(text[:2000] + "\n")
+                self._log.flush()
 
     def stop(self) -> None:
         self._stopped = True
@@ -183,5 +184,8 @@ class Run:
 
 
 def checks_of(path: Path) -> list[Row]:
-    """Of another run into the same folder."""
-    return [row for row in json.loads(path.read_text())["rows"] if row["kind"] == "check"]
+    """Of another run into the same folder; none of a file of another kind."""
+    try:
+        return [row for row in json.loads(path.read_text())["rows"] if row["kind"] == "check"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []

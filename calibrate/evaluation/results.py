@@ -16,7 +16,8 @@ from typing import Any
 
 from ...artifacts import KvcalError
 from ...artifacts.locks import locked
-from ...artifacts.writing import in_one_line, write_atomically
+from ...artifacts.syncing import in_one_line
+from ...artifacts.writing import write_atomically
 from ..distributed import World
 from .grid import Setting, key_of
 from .measurements import MEASURED, Measured

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from pathlib import Path
 
 from ...artifacts import ArtifactError, KvcalError
 from ...artifacts.locks import FileLock
-from ..state_files import read_state, write_state
+from ..state_files import read_state, remove_state, write_state
 from .optimizer import Optimizer
 
 Record = dict[str, float]
@@ -65,5 +64,4 @@ class TrainingState:
             ) from error
 
     def remove(self) -> None:
-        self.lock.release()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_state(self.folder, self.lock)

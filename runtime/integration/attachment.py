@@ -94,17 +94,24 @@ def _attach(model: Any) -> Attachment:
     def now() -> Attachment | None:
         return None if (model := owner()) is None else _ATTACHED.get(model)
 
-    own = implementation(model)
+    own, found = implementation(model), rotations(model)
     route = Route(model, attached_name).open()
     # The backbone too: it may be called by itself.
     parts = weakref.WeakSet((model, backbone(model)))
     before, after = Before(now, owner, parts), After(now)
-    hooks: list[Any] = [part.register_forward_pre_hook(before, with_kwargs=True) for part in parts]
     calls = InFlight() if own != "sdpa" else None
-    if calls is not None:
-        hooks += [part.register_forward_hook(after, always_call=True) for part in parts]
-    found = rotations(model)
-    check = GenerationCheck.install(model, found)
+    hooks: list[Any] = []
+    try:
+        for part in parts:
+            hooks.append(part.register_forward_pre_hook(before, with_kwargs=True))
+            if calls is not None:
+                hooks.append(part.register_forward_hook(after, always_call=True))
+        check = GenerationCheck.install(model, found)
+    except BaseException:  # an interrupt, too: the model is left as it was found
+        for each in hooks:
+            each.remove()
+        route.close()
+        raise
 
     def remove() -> None:
         for each in hooks:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
@@ -198,6 +199,9 @@ class CompressedCache(DynamicCache):
         tensors, methods = read_snapshot(folder, model, artifact, sharing.map if sharing else SharingMap(()))
         try:
             cache = cls(model, artifact, methods or "full")  # none: all layers slide, none has a method
+        except (LookupError, ValueError, TypeError, OverflowError) as error:
+            raise damaged(folder, error) from error
+        try:
             states = by_layer(tensors, len(cache.layers))
             check_layers(cache.layers, states, artifact.layers if artifact else ())
             for layer, state in zip(cache.layers, states, strict=True):
@@ -206,7 +210,9 @@ class CompressedCache(DynamicCache):
                     layer.restore(here)
                 else:
                     restore_stock(layer, here)
-        except (KvcalError, LookupError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (KvcalError, LookupError, ValueError, RuntimeError, OverflowError) as error:
             raise damaged(folder, error) from error
         cache.call.length = cache._longest()
         return cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import re
 from pathlib import Path
@@ -80,6 +81,8 @@ def check_size(folder: Path, config: Any) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "is no plain file")  # a pipe would be waited for
         with path.open("rb") as file:
             text = file.read(_MOST_BYTES + 1)
         body = json.loads(text) if len(text) <= _MOST_BYTES else None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...artifacts import Artifact, KvcalError, differences, fingerprint
 from ...artifacts.plain_files import read_plain
+from ...artifacts.syncing import make_folder
 from ...artifacts.weights import model_state, sample, update_digest
 from ...artifacts.writing import write_atomically
 from ..sharing import SharingMap
@@ -54,7 +55,7 @@ def write_snapshot(
     here = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     content = save(here, {"kvcal": json.dumps({**header, "sha256": _digest(header, here)})})
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        make_folder(place)
     except OSError as error:
         raise KvcalError(f"{place}: the cache cannot be saved there ({error}): give another folder") from error
     write_atomically(place / FILE, content)

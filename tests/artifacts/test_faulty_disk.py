@@ -222,4 +222,4 @@ def test_the_old_state_or_the_new_one(place, name):
             assert state == old, fault
         if fault.kind is KeyboardInterrupt:
             assert isinstance(error, KeyboardInterrupt)
-    print(f"{name}: {disk.calls} calls, {cases} states")
+    assert cases > 8 * disk.calls

@@ -11,10 +11,11 @@ import pytest
 from forked import forked
 from samples import artifact, rescored
 
-from kvcal.artifacts import KvcalError, Stage, load, save, writing
+from kvcal.artifacts import KvcalError, Stage, load, locks, save
 from kvcal.artifacts.locks import FileLock
 from kvcal.artifacts.signals import signals_held
-from kvcal.artifacts.writing import Workplace, new_folder, save_tensors, write_atomically
+from kvcal.artifacts.workplace import Workplace
+from kvcal.artifacts.writing import new_folder, save_tensors, write_atomically
 
 
 def in_threads(count, run):
@@ -52,12 +53,15 @@ def test_of_many_writers_of_one_new_artifact_one_succeeds(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_building_place_of_another_container_with_our_pid_is_left_alone(tmp_path):
-    """Names are no pids: two containers have a process 1 each."""
-    with new_folder(tmp_path / "a") as first, new_folder(tmp_path / "b") as second:
-        (first / "f").write_text("1")
-        (second / "f").write_text("2")
-    assert ((tmp_path / "a/f").read_text(), (tmp_path / "b/f").read_text()) == ("1", "2")
+def test_two_builders_of_one_folder_with_one_pid_do_not_meet(tmp_path, monkeypatch):
+    """Two containers have a process 1 each."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    with pytest.raises(KvcalError, match="cannot be written"), new_folder(tmp_path / "a") as second:
+        with new_folder(tmp_path / "a") as first:
+            (first / "f").write_text("1")
+            (second / "f").write_text("2")
+        assert (second / "f").read_text() == "2"
+    assert (tmp_path / "a/f").read_text() == "1"
 
 
 def test_a_reader_gets_the_old_or_the_new_artifact_while_it_is_replaced(tmp_path):
@@ -162,6 +166,42 @@ def test_a_file_that_only_its_owner_may_read_stays_one(tmp_path):
     assert (tmp_path / "f").read_bytes() == b"new" and stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o600
 
 
+def test_no_mode_of_the_file_that_is_replaced_opens_the_new_one(tmp_path):
+    (tmp_path / "f").write_bytes(b"a stranger's")
+    (tmp_path / "f").chmod(0o4666)
+    previous = os.umask(0o077)
+    try:
+        write_atomically(tmp_path / "f", b"new")
+    finally:
+        os.umask(previous)
+    assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch, number):
+    def flock(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    found = save(artifact(), tmp_path / "a")
+    save(changed(found, 1), tmp_path / "a")
+    FileLock(tmp_path / "lock").acquire()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "lock"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_a_lock_that_fails_is_said(tmp_path, monkeypatch, number):
+    def flock(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    with pytest.raises(KvcalError, match="cannot be written"):
+        write_atomically(tmp_path / "f", b"new")
+    with pytest.raises(KvcalError, match="cannot be written"):
+        FileLock(tmp_path / "lock").acquire()
+    assert not (tmp_path / "f").exists()
+
+
 def test_a_file_system_that_cannot_sync_folders_is_written_to(tmp_path, monkeypatch):
     real = os.fsync
 
@@ -170,7 +210,7 @@ def test_a_file_system_that_cannot_sync_folders_is_written_to(tmp_path, monkeypa
             raise OSError(errno.EINVAL, "Invalid argument")
         real(handle)
 
-    monkeypatch.setattr(writing.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     found = save(artifact(), tmp_path / "a")
     save(changed(found, 1), tmp_path / "a")
 
@@ -228,6 +268,21 @@ def test_long_work_is_one_process_at_a_time(tmp_path):
     lock.release()
     other.acquire()
     other.release()
+
+
+def test_a_lock_on_a_file_that_was_removed_is_none(tmp_path, monkeypatch):
+    """Its holder removes it between our opening and our locking it; others lock the new file of that name."""
+    real = locks.try_lock
+
+    def late(handle):
+        monkeypatch.setattr(locks, "try_lock", real)
+        (tmp_path / "lock").unlink()
+        return real(handle)
+
+    monkeypatch.setattr(locks, "try_lock", late)
+    FileLock(tmp_path / "lock").acquire()
+    with pytest.raises(KvcalError, match="another process works on this now"):
+        FileLock(tmp_path / "lock").acquire()
 
 
 def test_a_lock_goes_with_its_process(tmp_path):

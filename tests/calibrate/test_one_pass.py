@@ -250,7 +250,7 @@ def test_a_run_is_resumed_by_one_process_at_a_time(llama, tmp_path):
     def again(done, total):
         if done == 2:
             with pytest.raises(KvcalError, match="another process works on this now"):
-                calibrate(llama, make_blocks(), output=tmp_path / "a", resume=True)
+                calibrate(build("llama"), make_blocks(), output=tmp_path / "a", resume=True)
 
     straight = calibrate(llama, make_blocks())
     found = calibrate(llama, make_blocks(), output=tmp_path / "a", checkpoint_every=0, progress=again)

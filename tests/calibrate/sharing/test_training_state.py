@@ -121,13 +121,13 @@ def test_without_a_place_there_are_no_checkpoints(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_said_and_the_previous_state_survives(tmp_path, monkeypatch):
-    from kvcal.artifacts import writing
+    from kvcal.artifacts import workplace
 
     def full(tensors, path):
         raise OSError(28, "No space left on device")
 
     interrupted(tmp_path / "a")
-    monkeypatch.setattr(writing, "save_file", full)
+    monkeypatch.setattr(workplace, "save_file", full)
     with pytest.raises(KvcalError, match="free some space"):
         train(build("llama"), tmp_path / "a", checkpoint_every=2, resume=True)
     monkeypatch.undo()
