@@ -82,6 +82,9 @@ def _with_stages(
 
 
 def _was_loaded_from(artifact: Artifact, folder: Path) -> bool:
+    tensors = [stage.tensors for stage in artifact.stages.values()]
+    if any(isinstance(each, TensorFile) and each.lies_in(folder) for each in tensors):
+        return True  # also where its path meant another folder when it was loaded
     try:
         return artifact.folder is not None and folder.samefile(artifact.folder)
     except OSError:

@@ -5,6 +5,7 @@ A file system that has no locks is written to without them.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -45,7 +46,8 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(handle)
+        with contextlib.suppress(OSError):  # it says nothing about what was written
+            os.close(handle)
 
 
 class FileLock:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -24,30 +23,34 @@ def signals_held() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[int] = []
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-
-    previous: dict[int, Any] = {}
+    held = _Held()
     try:
         for number in signal.valid_signals():
             handler = signal.getsignal(number)
             if callable(handler) or (handler == signal.SIG_DFL and number in _ENDING):
-                previous[number] = handler
-                signal.signal(number, remember)
+                held.previous[number] = handler
+                signal.signal(number, held)
         yield
     finally:
-        try:
-            _each([partial(signal.signal, *each) for each in previous.items()])
-        finally:
-            _each([partial(os.kill, os.getpid(), missed) for missed in dict.fromkeys(came)])
+        held.holding = False
+        with ExitStack() as stack:  # all of it, also when a handler that is back already raises
+            for missed in dict.fromkeys(held.came):
+                stack.callback(os.kill, os.getpid(), missed)
+            for each in held.previous.items():
+                stack.callback(signal.signal, *each)
 
 
-def _each(calls: list[Callable[[], object]]) -> None:
-    """All of them, even when one raises, as a signal does whose handler is back."""
-    if calls:
-        try:
-            calls[0]()
-        finally:
-            _each(calls[1:])
+class _Held:
+    """A handler that remembers signals, and that gives way to the one before it when one comes later."""
+
+    def __init__(self) -> None:
+        self.holding = True
+        self.came: list[int] = []
+        self.previous: dict[int, Any] = {}
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.holding:
+            self.came.append(number)
+        else:  # an interrupt came while handlers were put back
+            signal.signal(number, self.previous[number])
+            os.kill(os.getpid(), number)

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..artifacts import KvcalError
 from ..runtime import hub
+from .documents import check_characters
 
 ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -88,14 +89,6 @@ def _always_the_same_day() -> str:
     codes = (f"%{code}" for code in "aAbBdHIjmMpSUwWyYcxXZz")
     day = "".join(f"|replace({code!r}, {_DAY.strftime(code)!r})" for code in codes)
     return f"{{%- macro {_DATED}(format) -%}}{{{{ format{day} }}}}{{%- endmacro -%}}"
-
-
-def check_characters(text: str, label: str) -> None:
-    """Raise KvcalError at half of a surrogate pair, which JSON can hold and no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise KvcalError(f"{label}: half a character ({text[error.start]!r}): mend it, or leave it out") from None
 
 
 def looks_like_chat(value: Any) -> bool:

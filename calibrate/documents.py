@@ -24,14 +24,14 @@ def each_document(documents: Iterable[Any], kinds: tuple[type, ...] = (str,)) ->
         yield document
 
 
-def check_characters(text: str) -> None:
-    """Raises KvcalError for half a character (a lone surrogate), which no tokenizer takes."""
+def check_characters(text: str, label: str = "text") -> None:
+    """Raises KvcalError for half a character (a lone surrogate), which no tokenizer takes. Args: label: where."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         around = ascii(text[max(0, error.start - 20) : error.start + 20])
         raise KvcalError(
-            f"text with half a character (U+{ord(text[error.start]):04X} in {around}): read it as UTF-8 with "
+            f"{label} with half a character (U+{ord(text[error.start]):04X} in {around}): read it as UTF-8 with "
             "errors='replace', or leave it out"
         ) from None
 

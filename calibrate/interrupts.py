@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -34,5 +34,6 @@ def deferred_interrupt(enabled: bool = True, *, insist: bool = True) -> Iterator
             signal.signal(number, remember)
         yield lambda: came
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        with ExitStack() as stack:  # both, also when the one that is back already raises
+            for number, handler in previous.items():
+                stack.callback(signal.signal, number, handler)

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..artifacts import KvcalError
-from .chats import Chat, check_characters, read_chat
+from .chats import Chat, read_chat
+from .documents import check_characters
 from .tables import CHAT, NULL, TEXT, Table
 
 CHATS = ("messages", "conversations", "conversation")

@@ -70,6 +70,7 @@ def decode(
     check_count("max_new_tokens", max_new_tokens, 1)
     inside = unwrapped(model)
     mask = _mask(input_ids, attention_mask)
+    _check_ids(inside, input_ids)
     _refuse_training(inside)
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise KvcalError("this model puts a learned prompt before every call: use generate() within compress()")
@@ -109,8 +110,18 @@ def _decode(
     return Decoded(torch.cat((input_ids, new), 1), why_not, cache)
 
 
+def _check_ids(model: Any, input_ids: Tensor) -> None:
+    """A GPU would end the process at one that the model has no embedding for."""
+    count = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if count is not None and bool((wrong := (input_ids < 0) | (input_ids >= count)).any()):
+        found = int(input_ids[wrong][0])
+        raise KvcalError(f"input_ids has {found}, this model's tokens are 0 to {count - 1}: use its own tokenizer")
+
+
 def _mask(input_ids: Tensor, given: Tensor | None) -> Tensor:
     """[B, T] int64, 0 at the padding on the left."""
+    if not isinstance(input_ids, Tensor):
+        raise KvcalError(f"input_ids: a {type(input_ids).__name__}: give a tensor, as tokenizer(…).input_ids is")
     if input_ids.dim() != 2 or not input_ids.numel():
         raise KvcalError(f"input_ids {list(input_ids.shape)}: give [rows, tokens], at least one of each")
     if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:

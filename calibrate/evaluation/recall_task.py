@@ -108,8 +108,8 @@ def _episode(
     room = length - len(bos) - sum(map(len, facts.values()))
     if room < 1:
         raise KvcalError(
-            f"a prefix of {length} tokens is too short for {count} facts of {length - room} tokens: "
-            f"give --lengths {2 * (length - room)} or more"
+            f"a prefix of {length} tokens is too short for {count} facts, which are {length - room} tokens together: "
+            "give a longer one (--prefix, or --lengths of evaluate)"
         )
     start = rng.randint(0, len(stream) - room)
     filler = list(stream[start : start + room])

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
@@ -191,6 +192,8 @@ def compared_rows(settings: Mapping[str, Any], full: Mapping[str, Any], path: st
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "is no plain file")  # a pipe would be waited for
         body = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise KvcalError(f"{path}: cannot be read ({error.strerror or error}): check the path") from error

@@ -29,8 +29,8 @@ from kvcal.runtime import load_cla
 model = load_cla("THIS FOLDER")
 ```
 
-A plain `model.generate()` keeps keys and values of every layer, as transformers' own cache does. Of {stored} of {total}
-layers, those that store, are those of kvcal:
+A plain `model.generate()` keeps keys and values of all {total} layers, as transformers' own cache does. With kvcal's
+cache only the {stored} layers that store them do:
 
 ```python
 from kvcal.runtime import compress

@@ -132,6 +132,37 @@ def test_a_held_signal_does_what_it_does_at_the_end(number):
         signal.signal(number, previous)
 
 
+def test_an_interrupt_while_handlers_are_put_back_leaves_no_signal_without_effect(monkeypatch):
+    """Whichever handler could not be put back gives way at the first signal."""
+    came, real = [], signal.signal
+    numbers = (signal.SIGUSR1, signal.SIGUSR2)
+    previous = {number: real(number, lambda given, _: came.append(given)) for number in numbers}
+    try:
+        with pytest.raises(Alarm), signals_held():
+
+            def put_back(number, handler):
+                if number in numbers:
+                    raise Alarm
+                return real(number, handler)
+
+            monkeypatch.setattr(signal, "signal", put_back)
+        monkeypatch.undo()
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        assert came == list(numbers)
+    finally:
+        for number, handler in previous.items():
+            real(number, handler)
+
+
+def test_a_folder_that_was_loaded_by_another_path_is_updated(tmp_path, monkeypatch):
+    save(artifact(), tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    found = load("a")
+    monkeypatch.chdir("/")
+    assert save(changed(found, 1), tmp_path / "a").content_hash != found.content_hash
+
+
 def test_a_held_signal_that_ends_processes_ends_it_afterwards(tmp_path):
     def child():
         with signals_held():

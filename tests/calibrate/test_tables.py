@@ -139,7 +139,7 @@ def test_chats_in_every_kind_of_table(tmp_path: Path, name: str, column: str) ->
         (b'{"text": "a"}\n{"text": "b', "row 2: is not valid JSON (Unterminated"),
         (b'{"text": "a"}\n{"text": {"a": 1}}\n', "row 2: column 'text' holds dict"),
         (b'{"text": "a"}\n{"t": "b"}\n', "row 2: has no column 'text'"),
-        (b'{"text": "\\ud83d"}', "row 1: half a character"),
+        (b'{"text": "\\ud83d"}', "row 1 with half a character"),
         (b"7\n", "row 1: is a int"),
         (
             b'[{"text": "a"}]',

@@ -212,9 +212,9 @@ def test_a_recipe_takes_no_options_that_no_pass_writes_down(tmp_path: Path) -> N
     added = {**made.settings, "output": "/tmp/x", "device_map": "auto"}
     text = recipe_of(replace(made, settings=added, stages={**made.stages, "clusters": clusters}), {"output", "seed"})
     body = yaml.safe_load(text)
-    assert body["pca"] == {"num_tokens": 7, "seq_len": 7, "seed": 0} and body["stages"] == [
-        {"cluster": {"clusters": 3}}
-    ]
+    blocks, length = made.data["blocks"], made.data["seq_len"]
+    assert body["pca"] == {"num_tokens": blocks * length, "seq_len": length, "seed": 0}
+    assert body["stages"] == [{"cluster": {"clusters": 3}}]
 
 
 def test_whatever_commands_print_goes_through_one_function() -> None:

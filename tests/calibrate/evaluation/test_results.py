@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -57,6 +58,13 @@ def test_results_of_other_settings_that_appeared_meanwhile_are_kept(tmp_path):
     with pytest.raises(KvcalError, match="model n there, m asked for"):
         here.write()
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["r.json", "r.json.rank-1"])
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(KvcalError, match="is no plain file"):
+        Results.open(SETTINGS, tmp_path / "r.json")
 
 
 def test_settings_by_layer_are_found_again(tmp_path):

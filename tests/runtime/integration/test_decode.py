@@ -209,6 +209,13 @@ def test_a_seed_decides_what_is_sampled():
         ({"input_ids": random_ids(3), "max_new_tokens": 2, "eos_token_id": "x"}, "eos_token_id 'x': give a token id"),
         ({"input_ids": random_ids(3), "max_new_tokens": 2, "sampler": {}}, "sampler {}: give a Sampler"),
         ({"input_ids": random_ids(3).float(), "max_new_tokens": 2}, "input_ids of torch.float32: give the numbers"),
+        ({"input_ids": "hello", "max_new_tokens": 2}, "input_ids: a str: give a tensor"),
+        ({"input_ids": [[3, 4]], "max_new_tokens": 2}, "input_ids: a list: give a tensor"),
+        (
+            {"input_ids": torch.tensor([[3, 99999]]), "max_new_tokens": 2},
+            "input_ids has 99999, this model's tokens are 0",
+        ),
+        ({"input_ids": torch.tensor([[-1, 3]]), "max_new_tokens": 2}, "input_ids has -1, this model's tokens are 0"),
         *(
             ({"input_ids": random_ids(4), "max_new_tokens": 2, "attention_mask": torch.tensor([mask])}, message)
             for mask, message in (
