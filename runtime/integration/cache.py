@@ -199,9 +199,6 @@ class CompressedCache(DynamicCache):
         tensors, methods = read_snapshot(folder, model, artifact, sharing.map if sharing else SharingMap(()))
         try:
             cache = cls(model, artifact, methods or "full")  # none: all layers slide, none has a method
-        except (LookupError, ValueError, TypeError, OverflowError) as error:
-            raise damaged(folder, error) from error
-        try:
             states = by_layer(tensors, len(cache.layers))
             check_layers(cache.layers, states, artifact.layers if artifact else ())
             for layer, state in zip(cache.layers, states, strict=True):
@@ -212,7 +209,7 @@ class CompressedCache(DynamicCache):
                     restore_stock(layer, here)
         except torch.OutOfMemoryError:
             raise
-        except (KvcalError, LookupError, ValueError, RuntimeError, OverflowError) as error:
+        except (KvcalError, LookupError, ValueError, TypeError, RuntimeError, OverflowError) as error:
             raise damaged(folder, error) from error
         cache.call.length = cache._longest()
         return cache
