@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 from collections.abc import Iterator
@@ -44,8 +43,7 @@ def make_folder(folder: Path) -> None:
     if folder.is_dir():
         return
     make_folder(folder.parent)
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir()
+    folder.mkdir(exist_ok=True)  # by another process meanwhile; a file of that name raises
     parent = os.open(folder.parent, FOLDER)
     try:
         sync_folder(parent)
