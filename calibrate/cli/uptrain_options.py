@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -224,12 +223,6 @@ def _refit_blocks(artifact: Artifact, data: TextData, tokenizer: Any, training: 
 
 @contextmanager
 def training_bar() -> Iterator[Callable[[int, int, float], None]]:
-    """A progress bar with the loss; twenty lines for the log when stderr is no terminal."""
+    """A progress bar, or lines for a log, with the loss."""
     with progress_bar("uptraining") as update:
-
-        def show(done: int, total: int, loss: float) -> None:
-            update(done, total, f"loss {loss:.3f}" if done else "")
-            if not sys.stderr.isatty() and done and done % max(1, total // 20) == 0:
-                say(f"step {done} of {total}: loss {loss:.3f}")
-
-        yield show
+        yield lambda done, total, loss: update(done, total, f"loss {loss:.3f}" if done else "")
