@@ -12,6 +12,7 @@ import click
 
 from ...artifacts import Artifact, save
 from .data_options import data_options, say_left
+from .loading import load_model_of
 from .output import print_lines, print_table, progress_bar, say, working
 
 if TYPE_CHECKING:
@@ -117,7 +118,6 @@ def run_uptraining(
     from ...runtime.cla import stage_map
     from ..card import card_files
     from ..data import open_data
-    from ..models import load_model
     from ..sharing.loss_figure import loss_figure
     from ..sharing.plan import refuse_to_lose
     from ..sharing.refit import refit_keys
@@ -131,9 +131,8 @@ def run_uptraining(
     sharing_map, earlier = stage_map(artifact), earlier_training(artifact) if options.more else None
     with working("finding the text"):
         data = open_data(options.data_spec, options.split, text_column=options.text_column, seed=options.seed)
-    with working("loading the model"):
-        loaded = load_model(model_spec, device=options.device, dtype=options.dtype)
-        check_weights(artifact, loaded.model)
+    loaded = load_model_of(model_spec, device=options.device, dtype=options.dtype)
+    check_weights(artifact, loaded.model)
     block_size = options.block_size or int(artifact.data["seq_len"])
     check_trainable(loaded.model, sharing_map, block_size)
     tokens = training.steps * training.batch_size * block_size
