@@ -62,10 +62,11 @@ class LoggedWork:
         """ "calibrating: 12 of 64 · 3:20 so far · about 14:27 left"."""
         now = self._clock()
         parts = [f"{_clock_time(now - self._begun)} so far"]
-        if self._newest is not None and self._first is not None and self._newest[1]:
+        if self._newest is not None and self._first is not None:
             (since, before), (done, total, note) = self._first, self._newest
-            parts.insert(0, f"{done} of {total}")
-            if done > before and total is not None:
+            if total:
+                parts.insert(0, f"{done} of {total}")
+            if total and done > before:
                 parts.append(f"about {_clock_time((now - since) * (total - done) / (done - before))} left")
             parts += [note] if note else []
         return f"{self.title}: {' · '.join(parts)}"

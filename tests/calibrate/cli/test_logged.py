@@ -73,6 +73,8 @@ def test_the_estimate_of_a_resumed_run_is_of_its_own_work():
 def test_no_estimate_before_anything_is_done_and_notes_are_shown():
     assert lines(10.5, lambda work, second: work.update(0, 3))[0] == "calibrating: 0 of 3 · 0:10 so far"
     assert lines(10.5, lambda work, second: work.update(0, 3, "loki"))[0].endswith("so far · loki")
+    said = lines(10.5, lambda work, second: work.update(0, None, "waiting for another process"))
+    assert said == ["calibrating: 0:10 so far · waiting for another process", "calibrating: done · 0:10"]
     assert lines(2 * HOUR, title="loading")[-1] == "loading: done · 2:00:00"
 
 
