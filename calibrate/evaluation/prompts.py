@@ -20,7 +20,8 @@ from ...artifacts.weights import update_digest
 from ..blocks import bos_tokens, read_tokens
 from ..builtin.recall import dictionary
 from ..text_data import Document
-from .recall_task import RecallTask, make_recall_task
+from .tasks.recall import make_recall_task
+from .tasks.sample import Task
 
 FACTS = {"passkey": 1, "multikey": 8}
 """Recall tasks: how many facts stand in the prefix, one of which is asked."""
@@ -49,19 +50,20 @@ class Windows:
 @dataclass(frozen=True)
 class Prompts:
     windows: Windows | None
-    recall: tuple[RecallTask, ...]
+    tasks: tuple[Task, ...]
     source: dict[str, Any] = field(default_factory=dict)
     """What was read, of text that `open_data` opened."""
 
     @property
     def tokens_sha256(self) -> str:
-        """Over shape and ids of all prefixes and continuations: equal when two runs evaluate the same tokens."""
+        """Over all tokens that are prefilled or decoded, and the answers: equal when two runs evaluate the same."""
         digest = hashlib.sha256()
-        parts: list[Windows | RecallTask] = [*([self.windows] if self.windows else []), *self.recall]
-        for part in parts:
-            for ids in (part.prefixes, part.continuations):
+        if self.windows:
+            for ids in (self.windows.prefixes, self.windows.continuations):
                 digest.update(f"{list(ids.shape)}\n".encode())
                 update_digest(digest, ids.to(torch.int64))
+        for task in self.tasks:
+            task.update(digest)
         return digest.hexdigest()
 
 
