@@ -21,6 +21,8 @@ class Sample:
     """Token ids of the first answer as it continues the question, for what is teacher-forced."""
     depth: float | None = None
     """Where in the context the asked fact begins, 0 to 1; None: not stated."""
+    label: str = ""
+    """Which one it is, for messages, e.g. file and row; "": made by us."""
 
 
 @dataclass(frozen=True)
