@@ -1,4 +1,4 @@
-"""A context and a question as a chat: the text that a model's template makes of it, parted where the question begins."""
+"""A context and a question as a chat: the text of a model's template, parted where the question begins."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def as_chat(
         text = chat.render(tokenizer, chat.messages, add_generation_prompt=True, enable_thinking=False)
     except Exception as error:  # templates raise what they like
         raise KvcalError(
-            f"{label}: the model's chat template refuses the chat ({hub.one_line(error)}): change its messages, or give "
-            "--no-chat-template"
+            f"{label}: the model's chat template refuses the chat ({hub.one_line(error)}): change the messages, or "
+            "give --no-chat-template"
         ) from None
     before, found, after = text.partition(_SEAM)
     left_out = chat.left_out(tokenizer, text) if found else ["the user"]

