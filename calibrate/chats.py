@@ -45,28 +45,31 @@ class Chat:
                 "one (mostly the instruct version), or --text-column with a column of text"
             )
         try:
-            text = self._render(tokenizer, self.messages)
+            text = self.render(tokenizer, self.messages)
         except Exception as error:  # templates raise what they like
             raise KvcalError(
                 f"{self.label}: the model's chat template refuses the chat ({hub.one_line(error)}): leave it out, or "
                 "give --text-column with a column of text"
             ) from None
         check_characters(text, self.label)
-        for role in self._left_out(tokenizer, text):
+        for role in self.left_out(tokenizer, text):
             raise KvcalError(
                 f"{self.label}: the model's chat template leaves out what {role} says: convert the chat to roles that "
                 "it knows, or give --text-column with a column of text"
             )
         return text
 
-    def _render(self, tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render(self, tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """What the template writes for these messages in place of the chat's. Args: options: the template's."""
         template = tokenizer.get_chat_template(None, self.tools)
         if _DATED in template:
             template = _always_the_same_day() + template
         chat = [dict(message) for message in messages]
-        return str(tokenizer.apply_chat_template(chat, tools=self.tools, chat_template=template, tokenize=False))
+        return str(
+            tokenizer.apply_chat_template(chat, tools=self.tools, chat_template=template, tokenize=False, **options)
+        )
 
-    def _left_out(self, tokenizer: Any, text: str) -> list[str]:
+    def left_out(self, tokenizer: Any, text: str) -> list[str]:
         """Roles whose messages or tool calls are not in the text.
 
         By marks in place of the contents: a template may rewrite these (strip thoughts, quote the output of tools).
@@ -75,7 +78,7 @@ class Chat:
         marked = [{**message, "content": mark} for message, mark in zip(self.messages, marks, strict=True)]
         found = []
         with contextlib.suppress(Exception):  # a template may refuse the marks where it took the contents
-            seen = self._render(tokenizer, marked)
+            seen = self.render(tokenizer, marked)
             found = [str(message["role"]) for message, mark in zip(marked, marks, strict=True) if mark not in seen]
         for message in self.messages:
             names = [call["function"]["name"] for call in message.get("tool_calls", ())]

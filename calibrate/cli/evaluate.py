@@ -47,11 +47,36 @@ def _are_results(path: Path) -> bool:
 )
 @click.option("--windows", type=click.IntRange(1), default=8, show_default=True, help="Pieces of text for perplexity.")
 @click.option(
-    "--tasks", default="perplexity,passkey,multikey", show_default=True, help="Comma list of what to measure."
+    "--tasks",
+    help="Comma list of perplexity, passkey, multikey, `ruler` and RULER's names (niah_single_1, vt, …).  "
+    "[default: the first three; none with --prompts and no --data]",
 )
-@click.option("--lengths", help="Comma list of prefix lengths of the recall tasks.  [default: --prefix]")
+@click.option("--lengths", help="Comma list of tokens that tasks are to have.  [default: --prefix]")
 @click.option(
-    "--episodes", type=click.IntRange(1), default=20, show_default=True, help="Questions per recall task and length."
+    "--episodes", type=click.IntRange(1), default=20, show_default=True, help="Questions per task and length."
+)
+@click.option(
+    "--prompts",
+    "prompt_files",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="JSON lines of context, question and answer, or chats; each file is a task.",
+)
+@click.option(
+    "--match",
+    type=click.Choice(["exact", "part"]),
+    default="exact",
+    show_default=True,
+    help="Whether the first line said is to be an answer of --prompts, or an answer to be part of what is said.",
+)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), help="Decoded for --prompts.  [default: the longest answer's, and 32]"
+)
+@click.option(
+    "--chat-template/--no-chat-template",
+    default=True,
+    show_default=True,
+    help="Put RULER's tasks and --prompts into the model's chat template, if it has one.",
 )
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Rows decoded together.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of facts, their places and their fillers.")
@@ -81,8 +106,9 @@ def evaluate_command(
     rank: str | None,
     keep: str | None,
     assignments: tuple[str, ...],
-    tasks: str,
+    tasks: str | None,
     lengths: str | None,
+    prompt_files: tuple[Path, ...],
     device: str,
     dtype: str,
     batch_size: int,
@@ -109,22 +135,36 @@ def evaluate_command(
     from ..evaluation.prompts import make_prompts
     from ..evaluation.protocol import check_lengths, evaluate
     from ..evaluation.results import Results, compared_rows
-    from ..models import spec_of
+    from ..evaluation.tasks.names import ON_TEXT
+    from ..models import max_context, spec_of
 
-    if not data_spec:
+    names = _task_names(tasks, bool(prompt_files and not data_spec))
+    if not data_spec and set(names) & set(ON_TEXT):
         raise click.UsageError("give --data: text that the artifact was not calibrated on, e.g. stdlib --split heldout")
     grid = _grid(methods, rank, keep, assignments)
-    prompt_options |= {"tasks": _words(tasks), "lengths": _numbers("--lengths", lengths)}
+    prompt_options |= {"tasks": names, "lengths": _numbers("--lengths", lengths)}
     with working("checking hashes"):
         found = load(artifact)
     world.agree_on({"content of ARTIFACT": str(found.content_hash)})
-    with working("finding the text"):
-        data = open_data(data_spec, split, text_column=text_column, seed=prompt_options["seed"])
+    data = None
+    if set(names) & set(ON_TEXT):
+        with working("finding the text"):
+            data = open_data(data_spec, split, text_column=text_column, seed=prompt_options["seed"])
+    elif data_spec:
+        say("--data: no task here is made of text, so nothing of it is read")
     loaded = load_model_of(model_spec or spec_of(found.model), device=device, dtype=dtype)
     check_weights(found, loaded.model)
     check_grid(grid, loaded.model, found)
-    with working("reading and tokenising the text"):
-        prompts = make_prompts(data, loaded.tokenizer, **prompt_options, name=str(data.source["id"]))
+    with progress_bar("making prompts") as progress:
+        prompts = make_prompts(
+            data,
+            loaded.tokenizer,
+            **prompt_options,
+            name=str(data.source["id"]) if data else "",
+            prompt_files=prompt_files,
+            most_tokens=max_context(loaded.model.config),
+            progress=progress,
+        )
     say_left(prompts.source)
     check_lengths(prompts, loaded.model)
     settings = _settings(found, loaded, prompts.source, prompts, batch_size, prompt_options)
@@ -197,6 +237,15 @@ def _device_name(device: Any) -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)
+
+
+def _task_names(tasks: str | None, only_prompts: bool) -> list[str]:
+    """Args: only_prompts: nothing is measured but --prompts, where nothing is named."""
+    from ..evaluation.tasks.names import ON_TEXT, parse_tasks
+
+    if tasks is None:
+        return [] if only_prompts else list(ON_TEXT)
+    return parse_tasks(_words(tasks))
 
 
 def _words(text: str) -> list[str]:

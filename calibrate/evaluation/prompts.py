@@ -1,15 +1,15 @@
-"""What is evaluated: windows of unseen text, and questions about facts far back in such text. Token ids, torch only.
+"""What is evaluated: windows of unseen text, and samples of a context, a question about it and answers.
 
-Each row is a prefix, which the model reads in one dense pass, and a continuation, which is decoded token by
-token through the compressed cache. A question belongs to the continuation: in the prefix it would be answered
-by dense attention, and every method would look alike.
+A window is a prefix, which the model reads in one dense pass, and a continuation, which is decoded token by token
+through the compressed cache.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +20,12 @@ from ...artifacts.weights import update_digest
 from ..blocks import bos_tokens, read_tokens
 from ..builtin.recall import dictionary
 from ..text_data import Document
-from .recall_task import RecallTask, make_recall_task
+from .tasks.names import FACTS, ON_TEXT, RULER, parse_tasks
+from .tasks.prompts_file import make_prompt_tasks
+from .tasks.recall import make_recall_task
+from .tasks.ruler import make_ruler_tasks
+from .tasks.sample import Task
 
-FACTS = {"passkey": 1, "multikey": 8}
-"""Recall tasks: how many facts stand in the prefix, one of which is asked."""
-TASKS = ("perplexity", *FACTS)
 _FILLER_TOKENS = 65536
 """Text to cut fillers from, where there is as much; episodes then hardly overlap."""
 
@@ -49,50 +50,99 @@ class Windows:
 @dataclass(frozen=True)
 class Prompts:
     windows: Windows | None
-    recall: tuple[RecallTask, ...]
+    tasks: tuple[Task, ...]
     source: dict[str, Any] = field(default_factory=dict)
-    """What was read, of text that `open_data` opened."""
+    """What was read of text that `open_data` opened; `ruler`: by what its tasks were made; `prompts`: files read."""
 
     @property
     def tokens_sha256(self) -> str:
-        """Over shape and ids of all prefixes and continuations: equal when two runs evaluate the same tokens."""
+        """Over all tokens that are prefilled or decoded, and the answers: equal when two runs evaluate the same."""
         digest = hashlib.sha256()
-        parts: list[Windows | RecallTask] = [*([self.windows] if self.windows else []), *self.recall]
-        for part in parts:
-            for ids in (part.prefixes, part.continuations):
+        if self.windows:
+            for ids in (self.windows.prefixes, self.windows.continuations):
                 digest.update(f"{list(ids.shape)}\n".encode())
                 update_digest(digest, ids.to(torch.int64))
+        for task in self.tasks:
+            task.update(digest)
         return digest.hexdigest()
 
 
 def make_prompts(
-    documents: Iterable[Document],
+    documents: Iterable[Document] | None,
     tokenizer: Any,
     *,
     prefix: int = 1024,
     continuation: int = 256,
     windows: int = 8,
-    tasks: Sequence[str] = TASKS,
+    tasks: Sequence[str] = ON_TEXT,
     lengths: Sequence[int] | None = None,
     episodes: int = 20,
     seed: int = 0,
     name: str = "given",
+    prompt_files: Sequence[Path] = (),
+    match: str = "exact",
+    max_new_tokens: int | None = None,
+    chat_template: bool = True,
+    most_tokens: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Prompts:
-    """Cut windows from the beginning of a text, and scatter facts in random pieces of it.
+    """Cut windows from the beginning of a text, scatter facts in random pieces of it, and make the other tasks.
 
     Args:
-        tasks: of `TASKS`.
-        lengths: prefix lengths of the recall tasks; default: `prefix`.
-        episodes: per recall task and length.
+        documents: None where no task is made of them.
+        tasks: see `parse_tasks`; [] where there are `prompt_files`.
+        lengths: of the recall tasks' contexts, and of RULER's context, question and answer together; default: `prefix`.
+        episodes: per task and length.
         name: of the data, for messages.
+        prompt_files, match, max_new_tokens: see `make_prompt_tasks`.
+        chat_template: RULER's tasks and the user's prompts are put into the model's chat template, if it has one.
+        most_tokens: the model's context.
+        progress: called with (samples made, all), of RULER's tasks.
 
     Raises:
-        KvcalError: too little text or too few words for what was asked, or a prefix too short for its facts.
+        KvcalError: too little text or too few words for what was asked, a length too short for its task, or RULER's
+            package or a prompt file that is not as it must be.
     """
-    unknown = next((task for task in tasks if task not in TASKS), None)
-    if unknown is not None or not tasks:
-        raise KvcalError(f"no task {unknown!r}: choose among {', '.join(TASKS)}")
+    names = parse_tasks(tasks) if tasks or not prompt_files else []
+    ruler, on_text = ([name for name in names if name in known] for known in (RULER, ON_TEXT))
     lengths = tuple(dict.fromkeys(lengths or (prefix,)))
+    if ruler and most_tokens is not None and max(lengths) > most_tokens:
+        raise KvcalError(
+            f"{ruler[0]}@{max(lengths)}: this model's context is {most_tokens} tokens: give shorter --lengths"
+        )
+    asked, files = make_prompt_tasks(prompt_files, tokenizer, match, max_new_tokens, chat_template)
+    cut: Windows | None = None
+    made: list[Task] = []
+    source: dict[str, Any] = {}
+    if on_text:
+        if documents is None:
+            raise KvcalError(
+                f"{on_text[0]} is made of text: give data (--data) that the artifact was not calibrated on"
+            )
+        cut, made, source = _of_text(
+            documents, tokenizer, prefix, continuation, windows, on_text, lengths, episodes, seed, name
+        )
+    if ruler:
+        more, source["ruler"] = make_ruler_tasks(ruler, tokenizer, lengths, episodes, seed, chat_template, progress)
+        made += more
+    if files:
+        source["prompts"] = files
+    return Prompts(cut, (*made, *asked), source)
+
+
+def _of_text(
+    documents: Iterable[Document],
+    tokenizer: Any,
+    prefix: int,
+    continuation: int,
+    windows: int,
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    episodes: int,
+    seed: int,
+    name: str,
+) -> tuple[Windows | None, list[Task], dict[str, Any]]:
+    """Windows, recall tasks and what was read."""
     recall = [task for task in FACTS if task in tasks]
     bos = bos_tokens(tokenizer)
     width = prefix + continuation
@@ -112,7 +162,7 @@ def make_prompts(
         body = torch.tensor(stream[:need_windows], dtype=torch.int64).view(windows, -1)
         cut = Windows(torch.cat((torch.tensor(bos, dtype=torch.int64).expand(windows, -1), body), 1), prefix)
     if not recall:
-        return Prompts(cut, (), source)
+        return cut, [], source
     words = dictionary(texts)[1]
     most = max(FACTS[task] for task in recall)
     if len(words) < most:
@@ -127,4 +177,4 @@ def make_prompts(
         for task in recall
         for length in lengths
     ]
-    return Prompts(cut, tuple(built), source)
+    return cut, built, source

@@ -1,39 +1,20 @@
-"""Questions about facts far back in real text: one recall task at one prefix length, as token ids."""
+"""Questions about facts far back in real text: passkey and multikey."""
 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ...artifacts import KvcalError
-from ..builtin.recall import fact, question, random_code
+from ....artifacts import KvcalError
+from ...builtin.recall import fact, question, random_code
+from .sample import Sample, Task
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Where in the prefix the asked fact begins, as a fraction; episodes take turns."""
-
-
-@dataclass(frozen=True)
-class RecallTask:
-    """E episodes of one task at one prefix length."""
-
-    name: str
-    prefixes: Tensor
-    """[E, length] int64: text with facts in it."""
-    continuations: Tensor
-    """[E, C] int64: question and answer, then padding up to the longest."""
-    answers: tuple[range, ...]
-    """Positions of each episode's answer in its continuation."""
-    depths: tuple[float, ...]
-
-    @property
-    def key(self) -> str:
-        """As results name it, e.g. "passkey@1024"."""
-        return f"{self.name}@{self.prefixes.shape[1]}"
+_WORDS_BEFORE = 8
+"""Tokens that a model may put before the digits, which alone are scored: " the", a space of its own, …"""
 
 
 def make_recall_task(
@@ -46,7 +27,7 @@ def make_recall_task(
     length: int,
     episodes: int,
     seed: int,
-) -> RecallTask:
+) -> Task:
     """Episodes with `facts` facts each in a prefix of exactly `length` tokens, one of them asked.
 
     Args:
@@ -65,33 +46,15 @@ def make_recall_task(
     # A generator of its own, so that a task's episodes do not depend on which others run.
     rng = random.Random(f"{seed} {name} {length}")
     made = [
-        _episode(encode, bos, stream, words, facts, DEPTHS[number % len(DEPTHS)], length, rng)
+        _episode(encode, tokenizer.decode, bos, stream, words, facts, DEPTHS[number % len(DEPTHS)], length, rng)
         for number in range(episodes)
     ]
-    longest = max(len(episode.question) + len(episode.answer) for episode in made)
-    continuations = []
-    for episode in made:
-        ids = episode.question + episode.answer
-        continuations.append(ids + ids[-1:] * (longest - len(ids)))
-    return RecallTask(
-        name,
-        torch.tensor([episode.prefix for episode in made], dtype=torch.int64),
-        torch.tensor(continuations, dtype=torch.int64),
-        tuple(range(len(episode.question), len(episode.question) + len(episode.answer)) for episode in made),
-        tuple(episode.depth for episode in made),
-    )
-
-
-@dataclass(frozen=True)
-class _Episode:
-    prefix: list[int]
-    question: list[int]
-    answer: list[int]
-    depth: float
+    return Task(name, length, tuple(made), max(len(sample.reference) for sample in made) + _WORDS_BEFORE, "digits")
 
 
 def _episode(
     encode: Callable[[str], list[int]],
+    decode: Callable[[list[int]], str],
     bos: list[int],
     stream: Sequence[int],
     words: Sequence[str],
@@ -99,7 +62,7 @@ def _episode(
     depth: float,
     length: int,
     rng: random.Random,
-) -> _Episode:
+) -> Sample:
     """The asked fact begins within one other fact's length of `depth`, the others anywhere."""
     chosen = rng.sample(list(words), count)
     codes = {word: random_code(rng) for word in chosen}
@@ -121,11 +84,11 @@ def _episode(
         done = cut
     pieces.append(filler[done:])
     body = _insert(pieces, facts[asked], round(depth * length) - len(bos))
-    ids = encode(question(asked))
     whole = encode(f"{question(asked)} {codes[asked]}")
-    # Some tokenizers merge across the seam: the answer is what follows the last token that both share.
-    shared = next((i for i, (a, b) in enumerate(zip(ids, whole, strict=False)) if a != b), min(len(ids), len(whole)))
-    return _Episode([*bos, *body], whole[:shared], whole[shared:], depth)
+    # The answer begins with the token of its first digit: what stands before it (in some tokenizers a space of its
+    # own) is asked, not scored. Words and question have no digits.
+    seam = next(at for at in range(len(whole)) if re.search(r"\d", decode(whole[: at + 1])))
+    return Sample((*bos, *body), tuple(whole[:seam]), (codes[asked],), tuple(whole[seam:]), depth)
 
 
 def _insert(pieces: list[list[int]], new: list[int], target: int) -> list[int]:

@@ -1,0 +1,1 @@
+"""Tasks with answers: where their samples come from, and how a prediction is scored."""

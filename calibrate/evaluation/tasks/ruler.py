@@ -1,0 +1,169 @@
+"""RULER's tasks at given lengths, in the tokens of the model that is evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any
+
+from ....artifacts import KvcalError
+from ...blocks import bos_tokens
+from .chat_prompts import as_chat, has_template
+from .encoding import encode, text_sample
+from .ruler_package import NAMES, PACKAGE, RulerTask, Scripts, TooShort, Written, installed_version, ruler_tasks
+from .sample import Sample, Task
+from .scoring import SCORINGS
+
+_QUESTION, _PREFIX = "\x01", "\x02"
+"""Marks in the templates: here the question begins, and here what the answer begins with. No text has them."""
+_ROUNDS = 5
+"""Of asking for less, where a script wrote more than it was asked for."""
+
+Progress = Callable[[int, int], None]
+
+
+def make_ruler_tasks(
+    names: Sequence[str],
+    tokenizer: Any,
+    lengths: Sequence[int],
+    episodes: int,
+    seed: int,
+    chat_template: bool = False,
+    progress: Progress | None = None,
+) -> tuple[list[Task], dict[str, Any]]:
+    """Samples whose context, question and answer together are at most `length` tokens; and what they were made by.
+
+    Args:
+        names: of `NAMES`.
+        chat_template: put the prompt into the model's chat template, if it has one, and the beginning of the answer
+            behind it.
+        progress: called with (samples made, all).
+
+    Raises:
+        KvcalError: the package is not installed, or tasks cannot be held in a length.
+    """
+    known = ruler_tasks()
+    unknown = {known[name].scoring for name in names} - SCORINGS.keys()
+    if unknown:
+        raise KvcalError(
+            f"{PACKAGE} {installed_version()} scores by {', '.join(sorted(unknown))}, which kvcal does not"
+        )
+    chat = chat_template and has_template(tokenizer)
+    total, done = len(names) * len(lengths) * episodes, 0
+    found: dict[str, Task] = {}
+    made_by, too_short = [], []
+    for kind, alike in groupby(sorted(names, key=lambda name: known[name].kind), key=lambda name: known[name].kind):
+        with Scripts(kind, lambda text: len(encode(tokenizer, _unmarked(text)))) as scripts:
+            for name, length in [(name, length) for name in alike for length in lengths]:
+
+                def sample() -> None:
+                    nonlocal done
+                    done += 1
+                    if progress:
+                        progress(min(done, total), total)
+
+                try:
+                    task, source = _make(scripts, name, known[name], tokenizer, length, episodes, seed, chat, sample)
+                except TooShort as error:
+                    too_short.append(f"{name} in {length} ({error})")
+                    continue
+                found[task.key] = task
+                made_by.append(source)
+    if too_short:
+        raise KvcalError(
+            f"RULER's tasks cannot be held in so few tokens by this tokenizer: {', '.join(too_short)}: give longer "
+            "--lengths, or leave these tasks out"
+        )
+    made = {"package": PACKAGE, "version": installed_version(), "seed": seed, "chat_template": chat, "tasks": made_by}
+    return [found[f"{name}@{length}"] for name in names for length in lengths], made
+
+
+def _make(
+    scripts: Scripts,
+    name: str,
+    known: RulerTask,
+    tokenizer: Any,
+    length: int,
+    episodes: int,
+    seed: int,
+    chat: bool,
+    sample: Callable[[], None],
+) -> tuple[Task, dict[str, Any]]:
+    """Asks for less until all of a sample fits: some scripts count without the answer, or change words afterwards.
+
+    The length itself stays as it is, since the scripts choose other settings below 4096: what is to be spared is added
+    to each count of tokens.
+    """
+    template = known.template.replace("{context}", "{context}" + _QUESTION)
+    prefix = _PREFIX + known.answer_prefix
+    arguments = {
+        **{"max_seq_length": length, "tokens_to_generate": known.new_tokens, "num_samples": episodes},
+        **{"random_seed": seed % 2**32, "template": template + prefix, **known.arguments},
+    }
+    templates = {known.kind: {"template": template, "answer_prefix": prefix}}
+    bos = [] if chat else bos_tokens(tokenizer)
+    spare = len(encode(tokenizer, "".join(as_chat(tokenizer, (), "", "x", name)))) if chat else len(bos)
+    written, samples = _write(scripts, name, tokenizer, arguments, templates, bos, chat, spare, sample)
+    for _ in range(_ROUNDS):
+        over = max(_tokens(each) for each in samples) + known.new_tokens - length
+        if over <= 0:
+            break
+        spare += over
+        written, samples = _write(scripts, name, tokenizer, arguments, templates, bos, chat, spare, lambda: None)
+    else:
+        raise TooShort("too long")
+    sizes = [_tokens(each) for each in samples]
+    if 2 * sum(sizes) < (length - known.new_tokens) * len(sizes):
+        raise TooShort(f"text comes in larger pieces: {max(sizes)} would be filled")
+    source = {"task": f"{name}@{length}", "arguments": known.arguments, "tokens": [min(sizes), max(sizes)]}
+    if written.sentences is not None:
+        source["sentences"] = written.sentences
+    return Task(name, length, tuple(samples), known.new_tokens, known.scoring), source
+
+
+def _write(
+    scripts: Scripts,
+    name: str,
+    tokenizer: Any,
+    arguments: dict[str, Any],
+    templates: dict[str, dict[str, str]],
+    bos: Sequence[int],
+    chat: bool,
+    spare: int,
+    sample: Callable[[], None],
+) -> tuple[Written, list[Sample]]:
+    count = scripts.count
+    scripts.count = lambda text: count(text) + spare
+    try:
+        written = scripts.run(arguments, templates, sample)
+    finally:
+        scripts.count = count
+    samples = []
+    for number, row in enumerate(written.rows):
+        answers = row["outputs"]
+        if not answers or not all(answer.strip() for answer in answers):
+            raise TooShort("no room for what is asked")
+        context, question, prefix = parted(row["input"])
+        if chat:
+            context, question = as_chat(tokenizer, (), context, question, name)
+            prefix = prefix.lstrip() if question[-1:].isspace() else prefix
+        samples.append(text_sample(tokenizer, bos, context, question + prefix, answers, f"{name}, sample {number}"))
+    return written, samples
+
+
+def parted(text: str) -> tuple[str, str, str]:
+    """Context, question, and what the answer begins with: at the last of each mark, since examples have them, too."""
+    before, _, prefix = text.rpartition(_PREFIX)
+    context, _, question = before.rpartition(_QUESTION)
+    return _unmarked(context), question, prefix
+
+
+def _unmarked(text: str) -> str:
+    return text.replace(_QUESTION, "").replace(_PREFIX, "")
+
+
+def _tokens(sample: Sample) -> int:
+    return len(sample.context) + len(sample.question)
+
+
+__all__ = ["NAMES", "make_ruler_tasks"]
