@@ -45,7 +45,7 @@ def print_results(settings: Mapping[str, Any], rows: Sequence[Row]) -> None:
         tables.append(names | perplexity | _means(rows, tasks) | costs)
     for columns in tables:
         print_table(title, list(columns), list(zip(*columns.values(), strict=True)))
-    print_lines(*_legend(settings, rows, "hits" in costs, bool(perplexity), bool(tasks)))
+    print_lines(*_legend(settings, rows, "hits" in costs, bool(perplexity), tasks))
     if low := low_scores(rows[0]):
         named = ", ".join(f"{task} {score:.2f}" for task, score in low.items())
         print_lines(f"full itself scores below {LOW:g}: {named}: read scores relative to full's")
@@ -74,23 +74,34 @@ def _scores(rows: Sequence[Row], tasks: Sequence[str]) -> Columns:
             value = (row.get("scores") or {}).get(task)
             text = _with_error(value, (row.get("scores_se") or {}).get(task), 2)
             relative = (row.get("relative") or {}).get(task)
-            if number and value is not None and relative is not None and rows[0]["scores"][task] != 1:
+            if number and value is not None and relative is not None and _shows_relative(rows, task):
                 text += f" / {relative:.2f}"
             column.append(text)
         found[one_line(task).replace("@", "\n@")] = column
     return found
 
 
+def _shows_relative(rows: Sequence[Row], task: str) -> bool:
+    """Where full answers all, a score is relative to it as it is."""
+    return bool(rows[0]["scores"][task] != 1)
+
+
 def _means(rows: Sequence[Row], tasks: Sequence[str]) -> Columns:
-    """Over the tasks of each length, and of RULER's alone where there are others."""
+    """Over the tasks of each length, but for passkey and multikey: of RULER's, that is."""
+    from ..evaluation.prompts import FACTS
     from ..evaluation.rows import mean_score
 
     found = {}
     groups: dict[str, list[str]] = {}
     for task in tasks:
-        groups.setdefault("@" + task.rpartition("@")[2] if "@" in task else "own", []).append(task)
+        name, _, length = task.rpartition("@")
+        if name and length.isdigit() and name not in FACTS:
+            groups.setdefault(length, []).append(task)
     for length, group in groups.items():
-        found[f"mean of {len(group)}\n{length}"] = [_with_error(*mean_score(row, "scores", group), 2) for row in rows]
+        if len(group) > 1:
+            found[f"mean of {len(group)}\n@{length}"] = [
+                _with_error(*mean_score(row, "scores", group), 2) for row in rows
+            ]
     return found
 
 
@@ -98,8 +109,7 @@ def _costs(rows: Sequence[Row]) -> Columns:
     full = rows[0]["bytes_per_step"]
     costs: Columns = {}
     if any(row.get("attention_error") for row in rows):
-        errors = [(_mean(row.get("attention_error")), row.get("attention_error_se")) for row in rows]
-        costs["error"] = [_with_error(value, error if value else None, 3) for value, error in errors]
+        costs["error"] = [_number(_mean(row.get("attention_error")), ".3f") for row in rows]
         costs["mass"] = [_number(_mean(row.get("attention_mass")), ".3f") for row in rows]
     costs["MB"] = [_number(_millions(row.get("resident_bytes")), ".2f") for row in rows]
     costs["read/step"] = [_read(row.get("bytes_per_step"), full) for row in rows]
@@ -114,11 +124,13 @@ def _title(settings: Mapping[str, Any], tasks: bool) -> str:
     return f"{settings['model']}: prefix {settings['prefix']}, {settings['continuation']} decoded{asked}"
 
 
-def _legend(settings: Mapping[str, Any], rows: Sequence[Row], hits: bool, perplexity: bool, tasks: bool) -> list[str]:
+def _legend(
+    settings: Mapping[str, Any], rows: Sequence[Row], hits: bool, perplexity: bool, tasks: Sequence[str]
+) -> list[str]:
     parts = []
     if perplexity:
         parts += ["ppl: perplexity of the continuation", "ratio: over full's on the same text"]
-    if tasks:
+    if any(_shows_relative(rows, task) for task in tasks):
         parts += ["of tasks: the score, and after / its part of full's"]
     if perplexity or tasks:
         parts += ["±: standard error of what stands before it"]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...runtime.integration.support import takes_positions
 from .tasks.sample import Sample
-from .tasks.scoring import Scoring
+from .tasks.scoring import Scoring, settled
 
 Ids = Sequence[int]
 
@@ -83,14 +83,14 @@ class Answer:
     done: bool = False
 
     def take(self, token: int) -> None:
-        """One more token. An answer is complete at the end of the sequence, at `most` tokens, or at a score of 1,
-        which more text would leave at 1."""
+        """One more token. An answer is complete at the end of the sequence, at `most` tokens, or at a score of 1 that
+        more text would leave at 1."""
         self.done = token in self.ends
         if not self.done:
             self.tokens.append(token)
             self.prediction = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
         self.score = float(self.scoring(self.prediction, self.sample.answers))
-        self.done |= self.score >= 1 or len(self.tokens) >= self.most
+        self.done |= len(self.tokens) >= self.most or settled(self.scoring, self.prediction, self.sample.answers)
 
 
 def decode_answers(

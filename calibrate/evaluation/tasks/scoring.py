@@ -6,7 +6,15 @@ import re
 from collections.abc import Callable, Sequence
 
 Scoring = Callable[[str, Sequence[str]], float]
-"""(prediction, references) -> 0 to 1. More text after a prediction of 1 leaves it at 1, so that decoding can stop."""
+"""(prediction, references) -> 0 to 1."""
+
+
+def settled(scoring: Scoring, prediction: str, answers: Sequence[str]) -> bool:
+    """Whether a prediction has a score of 1 that more text would leave at 1, so that decoding can stop.
+
+    A word may become another ("Paris", "Parisian"), and a number, too ("5", "57", "5,000").
+    """
+    return all(scoring(prediction + more, answers) >= 1 for more in ("", "a", "000"))
 
 
 def digits(prediction: str, answers: Sequence[str]) -> float:
