@@ -30,7 +30,7 @@ def page(parts: Sequence[Part]) -> str:
 def section(part: Part, title: str) -> str:
     done, full = part.settings["uptraining"], part.rows[0]
     steps, tokens = trained_on(done)
-    lines = [["what", "perplexity", "/ full", *full["recall"], "resident", "read"], ["---"] * (5 + len(full["recall"]))]
+    lines = [["what", "perplexity", "/ full", *full["scores"], "resident", "read"], ["---"] * (5 + len(full["scores"]))]
     lines += [[name_of(row, part.settings), *cells(row, full)] for row in part.rows]
     first, last = (", ".join(f"{name} {value:.3f}" for name, value in done[key].items()) for key in LOSSES)
     return SECTION.format(
@@ -72,7 +72,7 @@ def name_of(row: Row, settings: Mapping[str, Any]) -> str:
 
 
 def cells(row: Row, full: Row) -> list[str]:
-    recall = [f"{row['recall'][task]:.2f}" for task in full["recall"]]
+    recall = [f"{row['recall'][task]:.2f}" for task in full["scores"]]
     held, read = (row[name] / full[name] for name in ("resident_bytes", "bytes_per_step"))
     return [f"{row['perplexity']:.3f}", f"{row['perplexity_ratio']:.3f}", *recall, f"{held:.3f}", f"{read:.3f}"]
 
@@ -95,7 +95,7 @@ def verdict(part: Part) -> str:
     ratio = trained["perplexity_ratio"]
     reached = "is reached" if ratio <= TARGET else "is not reached"
     lines.append(f"- The target, {TARGET:g} times the original's perplexity at half the cache, {reached}: {ratio:.3f}.")
-    recall = ", ".join(f"{task} {value:.2f}" for task, value in trained["recall"].items())
+    recall = ", ".join(f"{task} {value:.2f}" for task, value in trained["scores"].items())
     lines.append(f"- Recall after uptraining: {recall}.")
     return "\n".join(lines)
 

@@ -62,7 +62,7 @@ def curve(rows: Iterable[Row], method: str, tail: bool = False, **settings: Any)
 
 
 def numbers(row: Row) -> list[float]:
-    recall = {name.partition("@")[0]: value for name, value in row["recall"].items()}
+    recall = {name.partition("@")[0]: value for name, value in row["scores"].items()}
     errors = row["attention_error"]
     others = errors[1:]
     return [

@@ -22,10 +22,14 @@ import torch
 from safetensors.torch import save_file
 
 from kvcal.artifacts import KvcalError
+from kvcal.calibrate.evaluation.decoding import Answer, ends_of
 from kvcal.calibrate.evaluation.grid import FULL
-from kvcal.calibrate.evaluation.measurements import Measured, batches, result_row
+from kvcal.calibrate.evaluation.measurements import Measured, batches, samples_of
+from kvcal.calibrate.evaluation.prefilled import answer_as_json
 from kvcal.calibrate.evaluation.prompts import Prompts
 from kvcal.calibrate.evaluation.protocol import check_lengths, evaluate
+from kvcal.calibrate.evaluation.rows import result_row
+from kvcal.calibrate.evaluation.tasks.scoring import SCORINGS
 
 HERE = Path(__file__).parent
 TOLERANCE = 1e-4
@@ -57,7 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--continuation", type=int, default=256)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--tasks", nargs="+", default=["perplexity", "passkey", "multikey"])
-    parser.add_argument("--lengths", type=int, nargs="+", help="of the recall tasks' prefixes  [default: --prefix]")
+    parser.add_argument("--lengths", type=int, nargs="+", help="of the tasks' contexts  [default: --prefix]")
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
@@ -90,16 +94,18 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any
     prompts = make_prompts(data, loaded.tokenizer, **asked, name=str(data.source["id"]))
     check_lengths(prompts, loaded.model)
     job = {"model_folder": str(folder), "keeps": options.keep, "threads": torch.get_num_threads()}
+    job["ends"] = sorted(ends_of(loaded.model))
     found = measured_by_peers(options.python, job, prompts, options.batch_size)
-    (ours,) = evaluate(loaded.model, None, prompts, [FULL], batch_size=options.batch_size)
+    (ours,) = evaluate(loaded.model, None, prompts, [FULL], tokenizer=loaded.tokenizer, batch_size=options.batch_size)
     layers = loaded.model.config.get_text_config().num_hidden_layers
-    rows = peer_rows(found, prompts, options.batch_size, layers)
+    rows = peer_rows(found, prompts, options.batch_size, layers, loaded.tokenizer)
     check_full(rows[0], ours)
     settings = {
         "model": loaded.source.id,
         "weights_sha256": weights_sha256(loaded.model),
         "data": data.source,
         **asked,
+        "question": "decoded",
         "tokens_sha256": prompts.tokens_sha256,
         "batch_size": options.batch_size,
         "dtype": "float32",
@@ -125,40 +131,71 @@ def measured_by_peers(python: Path, job: Mapping[str, Any], prompts: Prompts, ba
 
 
 def write_job(path: Path, job: Mapping[str, Any], prompts: Prompts, batch_size: int) -> None:
-    """The token ids by batch, and what to do with them as JSON in the metadata."""
+    """The token ids by batch, and what to do with them as JSON in the metadata.
+
+    Raises:
+        KvcalError: contexts of unequal lengths, which presses, that know of no padding, cannot have in one batch.
+    """
     parts: dict[str, torch.Tensor] = {}
+    asked: dict[str, Any] = {}
     keys = []
-    tasks = {task.key: task for task in prompts.recall}
     for batch in batches(prompts, batch_size):
-        rows = slice(batch.first, batch.first + batch.rows)
-        task = tasks.get(batch.task)
-        part = task or prompts.windows
-        assert part is not None
         keys.append(batch.key)
-        parts[f"{batch.key}/prefixes"] = part.prefixes[rows].contiguous()
-        parts[f"{batch.key}/continuations"] = part.continuations[rows].contiguous()
-        if task:
-            positions = torch.arange(task.continuations.shape[1])
-            answers = [(positions >= answer.start) & (positions < answer.stop) for answer in task.answers[rows]]
-            parts[f"{batch.key}/answers"] = torch.stack(answers)
-    save_file(parts, path, {"job": json.dumps({**job, "batches": keys})})
+        found = samples_of(prompts, batch)
+        if found is None:
+            assert prompts.windows is not None
+            rows = slice(batch.first, batch.first + batch.rows)
+            parts[f"{batch.key}/prefixes"] = prompts.windows.prefixes[rows].contiguous()
+            parts[f"{batch.key}/continuations"] = prompts.windows.continuations[rows].contiguous()
+            continue
+        task, samples = found
+        if len({len(sample.context) for sample in samples.values()}) > 1:
+            raise KvcalError(f"{task.key}: contexts of unequal lengths: give --batch-size 1")
+        parts[f"{batch.key}/prefixes"] = torch.tensor([sample.context for sample in samples.values()])
+        asked[batch.key] = {
+            "questions": [sample.question for sample in samples.values()],
+            "new_tokens": task.new_tokens,
+        }
+    save_file(parts, path, {"job": json.dumps({**job, "batches": keys, "asked": asked})})
 
 
-def peer_rows(found: Mapping[str, Any], prompts: Prompts, batch_size: int, layers: int) -> list[dict[str, Any]]:
+def peer_rows(
+    found: Mapping[str, Any], prompts: Prompts, batch_size: int, layers: int, tokenizer: Any
+) -> list[dict[str, Any]]:
     """Rows as `calibrate evaluate` makes them of the same raw numbers, ratios against the peers' own `full`."""
     rows: list[dict[str, Any]] = []
+    work = batches(prompts, batch_size)
     for entry in found["rows"]:
-        measured = {key: Measured(**raw) for key, raw in entry["measured"].items()}
+        measured = {
+            batch.key: Measured(**_scored(entry["measured"][batch.key], samples_of(prompts, batch), tokenizer))
+            for batch in work
+        }
         full = rows[0] if rows else None
-        row = result_row(entry["setting"], measured, prompts, batch_size, layers, full)
+        row = result_row(entry["setting"], measured, prompts, work, layers, full)
         rows.append({**row, "source": f"kvpress {found['versions']['kvpress']}"})
     return rows
 
 
+def _scored(raw: Mapping[str, Any], asked: Any, tokenizer: Any) -> dict[str, Any]:
+    """Raw numbers with the answers' tokens as text and score."""
+    rest = {name: value for name, value in raw.items() if name != "answers"}
+    if asked is None:
+        return {**rest, "samples": []}
+    task, samples = asked
+    told = []
+    for (index, sample), tokens in zip(samples.items(), raw["answers"], strict=True):
+        answer = Answer(sample, tokenizer, SCORINGS[task.scoring], frozenset(), task.new_tokens)
+        for token in tokens:
+            if not answer.done:
+                answer.take(token)
+        told.append(answer_as_json(index, answer))
+    return {**rest, "samples": told}
+
+
 def check_full(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Raise KvcalError when the two environments do not compute the same model on the same tokens."""
-    if theirs["recall"] != ours["recall"]:
-        raise KvcalError(f"the uncompressed model recalls {theirs['recall']} there and {ours['recall']} here")
+    if theirs["scores"] != ours["scores"]:
+        raise KvcalError(f"the uncompressed model scores {theirs['scores']} there and {ours['scores']} here")
     there, here = theirs["perplexity"], ours["perplexity"]
     if here is not None and not abs(there - here) <= TOLERANCE:
         raise KvcalError(
@@ -177,16 +214,16 @@ def write(path: Path, settings: Mapping[str, Any], rows: Sequence[Mapping[str, A
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    tasks = list(rows[0]["recall"])
+    tasks = list(rows[0]["scores"])
     print(f"\n{'':40}  perplexity  ratio{''.join(f'{task:>15}' for task in tasks)}       MB  read MB      ms")
     for row in rows:
         name = f"{row['method']} {row['keep']:g}" if "keep" in row else row["method"]
         quality = "         –      –"
         if row["perplexity"] is not None:
             quality = f"{row['perplexity']:10.3f}  {row['perplexity_ratio']:5.3f}"
-        recall = "".join(f"{row['recall'][task]:15.2f}" for task in tasks)
+        scores = "".join(f"{row['scores'][task]:15.2f}" for task in tasks)
         costs = f"{row['resident_bytes'] / 1e6:9.3f}{row['bytes_per_step'] / 1e6:9.3f}{row['ms_per_step']:8.1f}"
-        print(f"{name:40}  {quality}{recall}{costs}")
+        print(f"{name:40}  {quality}{scores}{costs}")
 
 
 if __name__ == "__main__":

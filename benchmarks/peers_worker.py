@@ -3,7 +3,8 @@
     .venv-peers/bin/python benchmarks/peers_worker.py JOB.safetensors MEASURED.json
 
 Knows nothing of kvcal. The protocol is that of `calibrate evaluate`: the prefix is prefilled under the press in one
-call, then the continuation is fed token by token through what is left of the cache, each token at its true position.
+call, then the continuation, or a question and greedily its answer, is fed token by token through what is left of the
+cache, each token at its true position.
 """
 
 from __future__ import annotations
@@ -32,10 +33,14 @@ class Batch:
     key: str
     prefixes: Tensor
     """[B, P] int64."""
-    continuations: Tensor
-    """[B, C] int64."""
-    answers: Tensor | None
-    """[B, C] bool, which tokens of the continuation are an answer; None: nothing was asked."""
+    continuations: Tensor | None
+    """[B, C] int64, of text."""
+    questions: list[list[int]]
+    """Token ids by row; [] for text."""
+    new_tokens: int
+    """Of an answer."""
+    ends: frozenset[int]
+    """Tokens that end an answer."""
 
 
 @dataclass(frozen=True)
@@ -95,47 +100,73 @@ def read_job(path: Path) -> tuple[dict[str, Any], list[Batch]]:
         names = set(file.keys())
         batches = []
         for key in job["batches"]:
-            answers = file.get_tensor(f"{key}/answers") if f"{key}/answers" in names else None
-            prefixes, continuations = (file.get_tensor(f"{key}/{part}") for part in ("prefixes", "continuations"))
-            batches.append(Batch(key, prefixes, continuations, answers))
+            text = file.get_tensor(f"{key}/continuations") if f"{key}/continuations" in names else None
+            asked = job["asked"].get(key, {"questions": [], "new_tokens": 0})
+            prefixes, ends = file.get_tensor(f"{key}/prefixes"), frozenset(job["ends"])
+            batches.append(Batch(key, prefixes, text, asked["questions"], asked["new_tokens"], ends))
     return job, batches
 
 
 @torch.no_grad()
 def measure(model: Any, batch: Batch, peer: Peer) -> dict[str, Any]:
-    """One press on one batch: what `evaluation.measurements.Measured` has, without the attention's error."""
+    """One press on one batch: {"nll" of each row of text, "answers": token ids of each, costs}."""
     from transformers import DynamicCache
 
     prefix = batch.prefixes.shape[1]
     while_prefilling, while_decoding = peer.presses(prefix)
     cache = DynamicCache(config=model.config)
+    read: list[int] = []
+    ms: list[float] = []
+
+    def step(fed: Tensor) -> Tensor:
+        # Attention reads what was there and the new token, whatever the press removes afterwards.
+        read.append(sum(held.nbytes + held[:, :, :1].nbytes for held in held_by(cache)))
+        at = torch.full_like(fed, prefix + len(read) - 1)
+        started = time.perf_counter()
+        out = model(fed, past_key_values=cache, position_ids=at, use_cache=True)
+        ms.append(1000 * (time.perf_counter() - started))
+        return out.logits[:, -1]
+
     with while_prefilling(model):
         logits = model(batch.prefixes, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-    nll, likeliest, read, ms = [], [], [], []
     with while_decoding(model):
-        for position in range(batch.continuations.shape[1]):
-            token = batch.continuations[:, position : position + 1]
-            if position:
-                # Attention reads what was there and the new token, whatever the press removes afterwards.
-                read.append(sum(held.nbytes + held[:, :, :1].nbytes for held in held_by(cache)))
-                at = torch.full_like(token, prefix + position - 1)
-                started = time.perf_counter()
-                fed = batch.continuations[:, position - 1 : position]
-                out = model(fed, past_key_values=cache, position_ids=at, use_cache=True)
-                ms.append(1000 * (time.perf_counter() - started))
-                logits = out.logits[:, -1]
-            nll.append(-logits.double().log_softmax(-1).gather(1, token))
-            likeliest.append(logits.argmax(-1, keepdim=True) == token)
-    hits = torch.cat(likeliest, 1)
-    return {
-        "nll": torch.cat(nll, 1).sum(1).tolist(),
-        "exact": [] if batch.answers is None else (hits | ~batch.answers).all(1).tolist(),
-        "resident_bytes": sum(held.nbytes for held in held_by(cache)),
-        "bytes_read": read,
-        "ms": ms,
-        "error": {},
-        "mass": {},
-    }
+        if batch.continuations is not None:
+            nll, answers = read_text(step, logits, batch.continuations), []
+        else:
+            nll, answers = [], answer(step, batch)
+    costs = {"resident_bytes": sum(held.nbytes for held in held_by(cache)), "bytes_read": read, "ms": ms}
+    return {"rows": len(batch.prefixes), "nll": nll, "answers": answers, **costs}
+
+
+def read_text(step: Callable[[Tensor], Tensor], logits: Tensor, continuations: Tensor) -> list[float]:
+    nll = []
+    for position in range(continuations.shape[1]):
+        if position:
+            logits = step(continuations[:, position - 1 : position])
+        token = continuations[:, position : position + 1]
+        nll.append(-logits.double().log_softmax(-1).gather(1, token))
+    summed: list[float] = torch.cat(nll, 1).sum(1).tolist()
+    return summed
+
+
+def answer(step: Callable[[Tensor], Tensor], batch: Batch) -> list[list[int]]:
+    """A row whose question is shorter begins to answer while others are still being asked."""
+    said: list[list[int]] = [[] for _ in batch.questions]
+    fed = [question[0] for question in batch.questions]
+    done = [False] * len(said)
+    at = 0
+    while not all(done):
+        likeliest = step(torch.tensor(fed).unsqueeze(1)).argmax(-1).tolist()
+        at += 1
+        for row, question in enumerate(batch.questions):
+            if at < len(question):
+                fed[row] = question[at]
+            elif not done[row]:
+                fed[row] = likeliest[row]
+                if fed[row] not in batch.ends:
+                    said[row].append(fed[row])
+                done[row] = fed[row] in batch.ends or len(said[row]) == batch.new_tokens
+    return said
 
 
 def held_by(cache: Any) -> list[Tensor]:

@@ -116,11 +116,19 @@ def measure() -> None:
     plans = [{"method": plan["layers"]} for plan in settings["plans"].values()]
     results = Results.open(settings, path)
     grid = [*plans, *UNIFORM, *ABLATION.values(), *OTHERS]
-    evaluate(loaded.model, artifact, checked, grid, results=results, progress=progress("decoding"))
+    evaluate(
+        loaded.model,
+        artifact,
+        checked,
+        grid,
+        tokenizer=loaded.tokenizer,
+        results=results,
+        progress=progress("decoding"),
+    )
 
 
 def progress(what: str) -> Any:
-    def show(done: int, total: int) -> None:
+    def show(done: int, total: int, left: str = "") -> None:
         if done % 1000 == 0 or done == total:
             print(f"{what}: {done} of {total}", flush=True)
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvcal.calibrate.evaluation.figure import evaluation_figure, mean_recall, pareto_front
-from kvcal.calibrate.evaluation.measurements import MEASURED
-from kvcal.calibrate.evaluation.results import parameters
+from kvcal.calibrate.evaluation.figure import evaluation_figure, pareto_front
+from kvcal.calibrate.evaluation.results_file import parameters
+from kvcal.calibrate.evaluation.rows import MEASURED, mean_score
 
 Row = dict[str, Any]
 SLACK = 1.06
@@ -25,7 +25,7 @@ def write_page(folder: Path, levels: Mapping[str, float], ablation: Mapping[str,
     for row in rows:
         row["bytes"] = row["bytes_per_step"] / full["bytes_per_step"]
         row["error"] = sum(row["attention_error"]) / len(row["attention_error"])
-        row["found"] = mean_recall(row)
+        row["found"] = mean_score(row)[0]
     names = {json.dumps(plan["layers"], sort_keys=True): name for name, plan in plans.items()}
     planned = {}
     for row in rows:
@@ -118,7 +118,7 @@ def plan_rows(
     plans: Mapping[str, Mapping[str, Any]],
     uniform: Sequence[Row],
 ) -> list[list[str]]:
-    recall = next(iter(planned.values()))["recall"]
+    recall = next(iter(planned.values()))["scores"]
     lines = [["budget", "", "bytes", "perplexity / full", *recall, "error", "predicted", "alone"]]
     for name, level in levels.items():
         predicted = plans[name]["predicted"]["attention_error"]
@@ -138,12 +138,12 @@ def maps_of(layers: Sequence[Mapping[str, Any]]) -> float:
 
 def ablation_rows(ablated: Mapping[str, Row]) -> list[list[str]]:
     first = next(iter(ablated.values()))
-    header = ["", "bytes", "perplexity / full", *first["recall"], "error"]
+    header = ["", "bytes", "perplexity / full", *first["scores"], "error"]
     return [header, *([name, *cells(row)] for name, row in ablated.items())]
 
 
 def all_rows(rows: Sequence[Row]) -> list[list[str]]:
-    header = ["method", "settings", "bytes", "perplexity / full", *rows[0]["recall"], "error", "resident"]
+    header = ["method", "settings", "bytes", "perplexity / full", *rows[0]["scores"], "error", "resident"]
     ordered = sorted(rows, key=lambda row: (row["method"], row["bytes"]))
     return [
         header,
@@ -152,7 +152,7 @@ def all_rows(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def cells(row: Row) -> list[str]:
-    recall = [f"{value:.2f}" for value in row["recall"].values()]
+    recall = [f"{value:.2f}" for value in row["scores"].values()]
     return [f"{row['bytes']:.4f}", f"{row['perplexity_ratio']:.4f}", *recall, f"{row['error']:.3f}"]
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from equal_bytes import comparisons
 
 from kvcal.calibrate.evaluation.grid import describe
-from kvcal.calibrate.evaluation.results import parameters
+from kvcal.calibrate.evaluation.results_file import parameters
 
 FOLDER = Path(__file__).parent.parent / "docs" / "results"
 CALIBRATE = [sys.executable, "-m", "kvcal.calibrate"]
@@ -140,7 +140,7 @@ def page() -> str:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     full = rows[0]
-    tasks = list(full["recall"])
+    tasks = list(full["scores"])
     header = ["method", "settings", "perplexity", "/ full", *tasks, "error", "layers 1–3", "mass", "resident", "read"]
     lines = [header, ["---"] * len(header)]
     for row in rows:
@@ -150,7 +150,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
                 describe(parameters(row)),
                 number(row["perplexity"], ".3f"),
                 number(row["perplexity_ratio"], ".4f"),
-                *(number(row["recall"].get(task), ".2f") for task in tasks),
+                *(number(row["scores"].get(task), ".2f") for task in tasks),
                 number(mean(row["attention_error"]), ".3f"),
                 number(mean((row["attention_error"] or [])[1:]), ".3f"),
                 number(mean(row["attention_mass"]), ".3f"),

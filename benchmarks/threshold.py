@@ -123,15 +123,15 @@ def quality_table(loaded: Any, artifact: Artifact) -> list[list[str]]:
     asked = [{"select": select, "keep": keep} for select in ("head", "max") for keep in KEEPS]
     common = {"method": "loki", "basis": "score", "rank": RANK}
     exact, threshold = ([{**common, **each, "choice": choice} for each in asked] for choice in ("exact", "threshold"))
-    rows = evaluate(loaded.model, artifact, prompts, [*exact, *threshold])
+    rows = evaluate(loaded.model, artifact, prompts, [*exact, *threshold], tokenizer=loaded.tokenizer)
     first, second = rows[1 : 1 + len(asked)], rows[1 + len(asked) :]
     read = [tokens_read(first, row, artifact) for row in second]
     fair = [{**each, "keep": each["keep"] * share} for each, share in zip(exact, read, strict=True)]
-    third = evaluate(loaded.model, artifact, prompts, fair)[1:]
+    third = evaluate(loaded.model, artifact, prompts, fair, tokenizer=loaded.tokenizer)[1:]
     lines = [["select", "keep", "choice", "tokens read / keep", "perplexity / full", "passkey", "multikey", "error"]]
     for each, *measured, share in zip(asked, first, second, third, read, strict=True):
         for choice, row, part in zip(("exact", "threshold", "exact"), measured, (1.0, share, share), strict=True):
-            recall = {name.partition("@")[0]: value for name, value in row["recall"].items()}
+            recall = {name.partition("@")[0]: value for name, value in row["scores"].items()}
             error = sum(row["attention_error"]) / len(row["attention_error"])
             numbers = [row["perplexity_ratio"], recall["passkey"], recall["multikey"], error]
             cells = [f"{number:.{digits}f}" for number, digits in zip(numbers, (4, 3, 3, 3), strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -15,10 +16,10 @@ import pytest
 import torch
 
 from kvcal.artifacts import KvcalError
-from kvcal.calibrate.evaluation.measurements import MEASURED
 from kvcal.calibrate.evaluation.prompts import Prompts, Windows
-from kvcal.calibrate.evaluation.recall_task import RecallTask
-from kvcal.calibrate.evaluation.results import compared_rows, parameters
+from kvcal.calibrate.evaluation.results_file import compared_rows, parameters
+from kvcal.calibrate.evaluation.rows import MEASURED
+from kvcal.calibrate.evaluation.tasks.sample import Sample, Task
 
 PREFIX, STEPS, VOCABULARY = 24, 6, 50
 LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 8
@@ -66,14 +67,16 @@ def prompts() -> Prompts:
     def ids(*shape: int) -> torch.Tensor:
         return torch.randint(VOCABULARY, shape, generator=generator)
 
-    answers = (range(2, 5), range(3, 6), range(2, 4))
-    task = RecallTask("passkey", ids(3, PREFIX), ids(3, STEPS), answers, (0.1, 0.5, 0.1))
-    return Prompts(Windows(ids(5, PREFIX + STEPS), PREFIX), (task,))
+    samples = [
+        Sample(tuple(ids(PREFIX).tolist()), tuple(ids(length).tolist()), ("17",), (1,), depth)
+        for length, depth in ((2, 0.1), (4, 0.5), (2, 0.1))
+    ]
+    return Prompts(Windows(ids(5, PREFIX + STEPS), PREFIX), (Task("passkey", PREFIX, tuple(samples), 3, "digits"),))
 
 
 @pytest.fixture
 def batches(prompts: Prompts, tmp_path: Path) -> list[Any]:
-    peers.write_job(tmp_path / "job.safetensors", {"keeps": [0.5]}, prompts, 4)
+    peers.write_job(tmp_path / "job.safetensors", {"keeps": [0.5], "ends": []}, prompts, 4)
     return worker.read_job(tmp_path / "job.safetensors")[1]
 
 
@@ -115,30 +118,46 @@ def drop(kept: torch.Tensor) -> Any:
 
 
 def test_prompts_arrive_as_they_were_sent(prompts, tmp_path):
-    sent = {"keeps": [0.5, 0.25], "model_folder": "somewhere", "threads": 1}
+    sent = {"keeps": [0.5, 0.25], "model_folder": "somewhere", "threads": 1, "ends": [7, 9]}
     peers.write_job(tmp_path / "job.safetensors", sent, prompts, 4)
     job, batches = worker.read_job(tmp_path / "job.safetensors")
     assert {name: job[name] for name in sent} == sent
     assert [batch.key for batch in batches] == ["perplexity 0+4", "perplexity 4+1", "passkey@24 0+3"]
     windows = torch.cat([torch.cat((batch.prefixes, batch.continuations), 1) for batch in batches[:2]])
     assert torch.equal(windows, prompts.windows.ids)
-    (task,) = prompts.recall
-    assert torch.equal(batches[2].prefixes, task.prefixes)
-    assert torch.equal(batches[2].continuations, task.continuations)
-    assert batches[0].answers is None
-    asked = [row.nonzero().flatten().tolist() for row in batches[2].answers]
-    assert asked == [list(answer) for answer in task.answers]
+    (task,) = prompts.tasks
+    assert batches[2].prefixes.tolist() == [list(sample.context) for sample in task.samples]
+    assert batches[2].questions == [list(sample.question) for sample in task.samples]
+    assert (batches[2].new_tokens, batches[2].ends) == (3, {7, 9})
+    assert batches[2].continuations is None and batches[0].questions == []
+
+
+def test_contexts_of_unequal_lengths_are_refused(prompts, tmp_path):
+    (task,) = prompts.tasks
+    shorter = dataclasses.replace(task.samples[0], context=task.samples[0].context[1:])
+    unequal = Prompts(None, (dataclasses.replace(task, samples=(shorter, *task.samples[1:])),))
+    with pytest.raises(KvcalError, match="unequal lengths: give --batch-size 1"):
+        peers.write_job(tmp_path / "job.safetensors", {}, unequal, 4)
+    peers.write_job(tmp_path / "job.safetensors", {}, unequal, 1)
 
 
 def test_without_a_press_it_is_the_model_in_one_pass(model, batches):
     for batch in batches:
         found = worker.measure(model, batch, worker.FULL)
-        scores = one_pass(model, batch)
-        assert found["nll"] == pytest.approx(nll(scores, batch), abs=1e-4)
-        if batch.answers is not None:
-            hits = scores.argmax(-1) == batch.continuations
-            expected = [bool(hit[asked].all()) for hit, asked in zip(hits, batch.answers, strict=True)]
-            assert found["exact"] == expected
+        if batch.continuations is not None:
+            assert found["nll"] == pytest.approx(nll(one_pass(model, batch), batch), abs=1e-4)
+        else:
+            assert found["answers"] == [
+                generated(model, *asked) for asked in zip(batch.prefixes, batch.questions, strict=True)
+            ]
+
+
+def generated(model: Any, prefix: torch.Tensor, question: list[int]) -> list[int]:
+    ids = torch.cat((prefix, torch.tensor(question)))[None]
+    said = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    return said[0, ids.shape[1] :].tolist()
 
 
 def test_after_a_press_the_rest_is_seen_at_its_true_positions(model, batches):
@@ -168,15 +187,18 @@ def test_a_press_that_removes_while_decoding_has_read_before(model, batches):
 
 
 def measured(prompts: Prompts, nll_per_token: float, exact: bool) -> dict[str, Any]:
-    raw = {"resident_bytes": 800, "bytes_read": [400, 600], "ms": [1.0, 3.0, 2.0], "error": {}, "mass": {}}
-    nlls = {
-        key: [nll_per_token * STEPS] * rows
-        for key, rows in (("perplexity 0+4", 4), ("perplexity 4+1", 1), ("passkey@24 0+3", 3))
-    }
-    return {
-        key: {**raw, "nll": each, "exact": [exact] * len(each) if key.startswith("passkey") else []}
-        for key, each in nlls.items()
-    }
+    raw = {"resident_bytes": 800, "bytes_read": [400, 600], "ms": [1.0, 3.0, 2.0]}
+    texts = (("perplexity 0+4", 4), ("perplexity 4+1", 1))
+    found = {key: {**raw, "rows": rows, "nll": [nll_per_token * STEPS] * rows, "answers": []} for key, rows in texts}
+    said = [[1, 7], [8, 1, 7], [1, 7]] if exact else [[1, 8], [], [7, 1]]
+    return {**found, "passkey@24 0+3": {**raw, "rows": 3, "nll": [], "answers": said}}
+
+
+class Digits:
+    """A tokenizer whose text is the ids, a digit each; 8 is a space."""
+
+    def decode(self, ids: list[int], **settings: Any) -> str:
+        return "".join(" " if token == 8 else str(token) for token in ids)
 
 
 @pytest.fixture
@@ -188,7 +210,7 @@ def rows(prompts: Prompts) -> list[dict[str, Any]]:
             {"setting": {"method": "kvpress-x", "keep": 0.5}, "measured": measured(prompts, 3.0, False)},
         ],
     }
-    return peers.peer_rows(found, prompts, 4, LAYERS)
+    return peers.peer_rows(found, prompts, 4, LAYERS, Digits())
 
 
 def test_rows_follow_the_schema_of_evaluate(rows, tmp_path):
@@ -197,7 +219,7 @@ def test_rows_follow_the_schema_of_evaluate(rows, tmp_path):
     assert all(row["source"] == "kvpress 0.0.0" for row in rows)
     assert rows[0]["perplexity"] == pytest.approx(math.exp(2))
     assert rows[1]["perplexity_ratio"] == pytest.approx(math.e)
-    assert [row["recall"] for row in rows] == [{"passkey@24": 1}, {"passkey@24": 0}]
+    assert [row["scores"] for row in rows] == [{"passkey@24": 1}, {"passkey@24": 0}]
     # Of one row, from batches of 4 and 1.
     assert rows[1]["resident_bytes"] == (800 + 800) / 5
     assert rows[1]["bytes_per_step"] == (500 + 500) / 5
@@ -221,12 +243,12 @@ def test_another_perplexity_of_the_uncompressed_model_is_refused(rows):
         peers.check_full(rows[0], {**ours, "perplexity": rows[0]["perplexity"] + 2e-4})
     with pytest.raises(KvcalError, match="perplexity"):
         peers.check_full({**rows[0], "perplexity": math.nan}, ours)
-    with pytest.raises(KvcalError, match="recalls"):
-        peers.check_full(rows[0], {**ours, "recall": {"passkey@24": 0.5}})
+    with pytest.raises(KvcalError, match="scores"):
+        peers.check_full(rows[0], {**ours, "scores": {"passkey@24": 0.5}})
 
 
 def test_a_worker_that_fails_is_told_of(prompts, tmp_path):
     """This environment has no kvpress or no such model; either way nothing is measured."""
-    job = {"model_folder": str(tmp_path / "nothing"), "keeps": [0.5], "threads": 1}
+    job = {"model_folder": str(tmp_path / "nothing"), "keeps": [0.5], "threads": 1, "ends": []}
     with pytest.raises(KvcalError, match="exit code"):
         peers.measured_by_peers(Path(sys.executable), job, prompts, 4)

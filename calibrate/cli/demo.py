@@ -70,7 +70,7 @@ def demo_command(output: Path, as_json: bool) -> None:
     verified = load(output)
     ranks, clusters = rank_report(verified), cluster_report(verified)
     rows, texts = decode(verified)
-    described = {"model": "demo", **PROMPTS, "batch_size": BATCH_SIZE}
+    described = {"model": "demo", **PROMPTS, "question": "decoded", "batch_size": BATCH_SIZE}
     write_plot(output / "quality.png", evaluation_figure(described, rows))
     if as_json:
         summary = artifact_summary(verified)
@@ -107,7 +107,9 @@ def decode(artifact: Artifact) -> tuple[list[dict[str, Any]], list[dict[str, Any
         )
     grid = [FULL, LOKI, SPECTRAL]
     with progress_bar("decoding") as progress:
-        rows = evaluate(loaded.model, artifact, prompts, grid, batch_size=BATCH_SIZE, progress=progress)
+        rows = evaluate(
+            loaded.model, artifact, prompts, grid, tokenizer=loaded.tokenizer, batch_size=BATCH_SIZE, progress=progress
+        )
     with working("generating"):
         return rows, side_by_side(loaded.model, loaded.tokenizer, artifact, prompts, grid)
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from .output import NewFile, json_option, plot_option, print_json, progress_bar,
 
 
 def _are_results(path: Path) -> bool:
-    from ..evaluation.results import are_results
+    from ..evaluation.results_file import are_results
 
     return are_results(path)
 
@@ -78,6 +78,13 @@ def _are_results(path: Path) -> bool:
     show_default=True,
     help="Put RULER's tasks and --prompts into the model's chat template, if it has one.",
 )
+@click.option(
+    "--question",
+    type=click.Choice(["decoded", "prefilled"]),
+    default="decoded",
+    show_default=True,
+    help="How a task's question is read: token by token through the cache, or with the context in the prefill.",
+)
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Rows decoded together.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of facts, their places and their fillers.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
@@ -109,6 +116,7 @@ def evaluate_command(
     tasks: str | None,
     lengths: str | None,
     prompt_files: tuple[Path, ...],
+    question: str,
     device: str,
     dtype: str,
     batch_size: int,
@@ -121,8 +129,9 @@ def evaluate_command(
 ) -> None:
     """What decoding methods cost in quality and save in bytes, on the same tokens and the same code path.
 
-    A prefix is prefilled densely, the continuation (text, or a question and its answer) is decoded token
-    by token through each method's cache, and everything is set against `full`.
+    A context is prefilled densely; text that follows it, or a question and the model's answer, is decoded token
+    by token through each method's cache, and everything is set against `full`. Every mean has its standard
+    error, and what was answered to every sample stands beside --output (results.predictions.jsonl).
 
     \b
     Example:
@@ -134,7 +143,8 @@ def evaluate_command(
     from ..evaluation.grid import check_grid
     from ..evaluation.prompts import make_prompts
     from ..evaluation.protocol import check_lengths, evaluate
-    from ..evaluation.results import Results, compared_rows
+    from ..evaluation.results import Results
+    from ..evaluation.results_file import compared_rows
     from ..evaluation.tasks.names import ON_TEXT
     from ..models import max_context, spec_of
 
@@ -167,20 +177,33 @@ def evaluate_command(
         )
     say_left(prompts.source)
     check_lengths(prompts, loaded.model)
+    prompt_options["question"] = question
     settings = _settings(found, loaded, prompts.source, prompts, batch_size, prompt_options)
     results = Results.open(settings, output) if output is not None and world.first else Results(settings, output)
-    if any("bytes_per_step" not in row or "recall" not in row for row in results.rows):
+    if any("bytes_per_step" not in row or "scores" not in row for row in results.rows):
         raise KvcalError(f"{output}: a row lacks what was measured: choose another --output, or remove it")
     results = results.for_rank(world)
     for path in compare:
         compared_rows(settings, {}, path)  # said before the work, not after it
+    say_calibration_text(found, prompts.source)
     if results.rows:
         say(f"{output}: {len(results.rows)} settings are there already")
     with progress_bar("decoding") as progress:
         rows = evaluate(
-            loaded.model, found, prompts, grid, batch_size=batch_size, results=results, progress=progress, world=world
+            loaded.model,
+            found,
+            prompts,
+            grid,
+            tokenizer=loaded.tokenizer,
+            question=question,
+            batch_size=batch_size,
+            results=results,
+            progress=progress,
+            say=say,
+            world=world,
         )
     world.leave_to_first()
+    say_low_scores(rows[0])
     rows += [row for path in compare for row in compared_rows(settings, rows[0], path)]
     if as_json:
         print_json({"settings": settings, "results": rows})
@@ -210,6 +233,25 @@ def check_weights(artifact: Artifact, model: Any) -> None:
     check_model(artifact, model, weights=calibrated == loaded)
     if calibrated != loaded:
         say(f"weights are {loaded}, the artifact's were {calibrated}: only the architecture was compared")
+
+
+def say_low_scores(full: Mapping[str, Any]) -> None:
+    """One line about the tasks that the model itself cannot answer. Args: full: the row of `full`."""
+    from ..evaluation.rows import LOW, low_scores
+
+    if low := low_scores(full):
+        named = ", ".join(f"{task} {score:.2f}" for task, score in low.items())
+        say(f"full itself scores below {LOW:g}: {named}: read the scores of methods relative to full's")
+
+
+def say_calibration_text(artifact: Artifact, source: Mapping[str, Any]) -> None:
+    """One line where the text is what the artifact was calibrated on. Args: source: what was read."""
+    from ..evaluation.seen_text import overlap
+
+    if seen := overlap(artifact.data, source):
+        say(
+            f"data {seen}: the artifact was calibrated on it, so methods may look better than they are: give other text"
+        )
 
 
 def _settings(

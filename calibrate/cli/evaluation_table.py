@@ -1,4 +1,4 @@
-"""An evaluation as a table for people."""
+"""An evaluation as tables for people."""
 
 from __future__ import annotations
 
@@ -8,48 +8,147 @@ from typing import Any
 from ...artifacts.errors import one_line
 from .output import print_lines, print_table
 
+Row = Mapping[str, Any]
+Columns = dict[str, list[str]]
+FEW = 2
+"""Tasks that stand among the other columns; more have tables of their own."""
+WIDE = 6
+"""Tasks of a table."""
 
-def print_results(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """One line per setting; the first row is our `full`. Many recall columns stand in a table of their own."""
+
+def print_results(settings: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    """One line per setting; the first row is our `full`. Many tasks stand in tables of their own, one for a length."""
     from ..evaluation.figure import name_of
-    from ..evaluation.results import parameters
+    from ..evaluation.results_file import parameters
+    from ..evaluation.rows import LOW, low_scores
 
-    full = rows[0]["bytes_per_step"]
     alike = _alike([parameters(row) for row in rows if not row.get("source")])
     names = {
         "method": [name_of(row) for row in rows],
         "settings": [_parameters(parameters(row), alike) for row in rows],
-        "ppl": [_number(row.get("perplexity"), ".2f") for row in rows],
-        "ratio": [_number(row.get("perplexity_ratio"), ".3f") for row in rows],
     }
-    recall = {
-        one_line(task).replace("@", "\n@"): [_number((row.get("recall") or {}).get(task), ".2f") for row in rows]
-        for task in rows[0]["recall"]
-    }
-    costs = {
-        "error": [_number(_mean(row.get("attention_error")), ".3f") for row in rows],
-        "mass": [_number(_mean(row.get("attention_mass")), ".3f") for row in rows],
-        "MB": [_number(_millions(row.get("resident_bytes")), ".2f") for row in rows],
-        "read/step": [_read(row.get("bytes_per_step"), full) for row in rows],
-        "ms": [_number(row.get("ms_per_step"), ".3g") for row in rows],
-    }
+    perplexity: Columns = {}
+    if any(row.get("perplexity") is not None for row in rows):
+        perplexity["ppl"] = [_number(row.get("perplexity"), ".2f") for row in rows]
+        ratios = [(row.get("perplexity_ratio"), row.get("perplexity_ratio_se")) for row in rows]
+        perplexity["ratio"] = [
+            _with_error(value, None if row is rows[0] else error, 3)
+            for row, (value, error) in zip(rows, ratios, strict=True)
+        ]
+    tasks = list(rows[0].get("scores") or {})
+    costs = _costs(rows)
+    title = "; ".join([_title(settings, bool(tasks)), *(f"{name} {value}" for name, value in alike.items())])
+    if len(tasks) <= FEW:
+        tables = [names | perplexity | _scores(rows, tasks) | costs]
+    else:
+        tables = [names | _scores(rows, part) for part in by_length(tasks)]
+        tables.append(names | perplexity | _means(rows, tasks) | costs)
+    for columns in tables:
+        print_table(title, list(columns), list(zip(*columns.values(), strict=True)))
+    print_lines(*_legend(settings, rows, "hits" in costs, bool(perplexity), tasks))
+    if low := low_scores(rows[0]):
+        named = ", ".join(f"{task} {score:.2f}" for task, score in low.items())
+        print_lines(f"full itself scores below {LOW:g}: {named}: read scores relative to full's")
+
+
+def by_length(tasks: Sequence[str]) -> list[list[str]]:
+    """Tasks of one length together, in parts that a table holds."""
+    groups: dict[str, list[str]] = {}
+    for task in tasks:
+        groups.setdefault(task.rpartition("@")[2] if "@" in task else "", []).append(task)
+    parts = []
+    for group in groups.values():
+        count = -(-len(group) // WIDE)
+        size = -(-len(group) // count)
+        parts += [group[at : at + size] for at in range(0, len(group), size)]
+    return parts
+
+
+def _scores(rows: Sequence[Row], tasks: Sequence[str]) -> Columns:
+    """The score of each task; under methods other than `full`, after a slash, what part of full's that is, where full
+    has not answered all."""
+    found = {}
+    for task in tasks:
+        column = []
+        for number, row in enumerate(rows):
+            value = (row.get("scores") or {}).get(task)
+            text = _with_error(value, (row.get("scores_se") or {}).get(task), 2)
+            relative = (row.get("relative") or {}).get(task)
+            if number and value is not None and relative is not None and _shows_relative(rows, task):
+                text += f" / {relative:.2f}"
+            column.append(text)
+        found[one_line(task).replace("@", "\n@")] = column
+    return found
+
+
+def _shows_relative(rows: Sequence[Row], task: str) -> bool:
+    """Where full answers all, a score is relative to it as it is."""
+    return bool(rows[0]["scores"][task] != 1)
+
+
+def _means(rows: Sequence[Row], tasks: Sequence[str]) -> Columns:
+    """Over the tasks of each length, but for passkey and multikey: of RULER's, that is."""
+    from ..evaluation.prompts import FACTS
+    from ..evaluation.rows import mean_score
+
+    found = {}
+    groups: dict[str, list[str]] = {}
+    for task in tasks:
+        name, _, length = task.rpartition("@")
+        if name and length.isdigit() and name not in FACTS:
+            groups.setdefault(length, []).append(task)
+    for length, group in groups.items():
+        if len(group) > 1:
+            found[f"mean of {len(group)}\n@{length}"] = [
+                _with_error(*mean_score(row, "scores", group), 2) for row in rows
+            ]
+    return found
+
+
+def _costs(rows: Sequence[Row]) -> Columns:
+    full = rows[0]["bytes_per_step"]
+    costs: Columns = {}
+    if any(row.get("attention_error") for row in rows):
+        costs["error"] = [_number(_mean(row.get("attention_error")), ".3f") for row in rows]
+        costs["mass"] = [_number(_mean(row.get("attention_mass")), ".3f") for row in rows]
+    costs["MB"] = [_number(_millions(row.get("resident_bytes")), ".2f") for row in rows]
+    costs["read/step"] = [_read(row.get("bytes_per_step"), full) for row in rows]
+    costs["ms"] = [_number(row.get("ms_per_step"), ".3g") for row in rows]
     if any("hit_rate" in row for row in rows):
         costs["hits"] = [_number(row.get("hit_rate"), ".3f") for row in rows]
-    title = f"{settings['model']}: prefix {settings['prefix']}, {settings['continuation']} decoded"
-    title = "; ".join([title, *(f"{name} {value}" for name, value in alike.items())])
-    for columns in [names | recall | costs] if len(recall) <= 2 else [names | recall, names | costs]:
-        print_table(title, list(columns), list(zip(*columns.values(), strict=True)))
-    print_lines(
-        "ppl: perplexity of the continuation; error: ‖o - o_dense‖ / ‖o_dense‖ of the attention output; mass: of the",
-        "dense attention that was read, both means of layers; MB: resident, and read per step, of one row; ms: per",
-        f"step of up to {settings['batch_size']} rows"
-        + (
-            "; of cla, dense is the shared model's own"
-            if any(str(row["method"]).startswith("cla") for row in rows)
-            else ""
-        )
-        + ("; hits: of what an offloaded cache read, the share on the device" if "hits" in costs else ""),
-    )
+    return costs
+
+
+def _title(settings: Mapping[str, Any], tasks: bool) -> str:
+    asked = f", questions {settings['question']}" if tasks and settings.get("question") else ""
+    return f"{settings['model']}: prefix {settings['prefix']}, {settings['continuation']} decoded{asked}"
+
+
+def _legend(
+    settings: Mapping[str, Any], rows: Sequence[Row], hits: bool, perplexity: bool, tasks: Sequence[str]
+) -> list[str]:
+    parts = []
+    if perplexity:
+        parts += ["ppl: perplexity of the continuation", "ratio: over full's on the same text"]
+    if any(_shows_relative(rows, task) for task in tasks):
+        parts += ["of tasks: the score, and after / its part of full's"]
+    if perplexity or tasks:
+        parts += ["±: standard error of what stands before it"]
+    if any(row.get("attention_error") for row in rows):
+        parts += ["error: ‖o - o_dense‖ / ‖o_dense‖ of the attention output"]
+        parts += ["mass: of the dense attention that was read, both means of layers"]
+    parts += ["MB: resident, and read per step, of one row", f"ms: per step of up to {settings['batch_size']} rows"]
+    if any(str(row["method"]).startswith("cla") for row in rows):
+        parts += ["of cla, dense is the shared model's own"]
+    if hits:
+        parts += ["hits: of what an offloaded cache read, the share on the device"]
+    lines, width = [""], 118
+    for number, part in enumerate(parts):
+        text = part + (";" if number < len(parts) - 1 else "")
+        if len(lines[-1]) + len(text) + 1 > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {text}".strip()
+    return lines
 
 
 def _alike(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -86,3 +185,10 @@ def _millions(count: float | None) -> float | None:
 
 def _number(value: float | None, form: str) -> str:
     return "–" if value is None else f"{value:{form}}"
+
+
+def _with_error(value: float | None, error: float | None, digits: int) -> str:
+    """ "0.85±.08": an error has the digits of what it is of."""
+    if value is None:
+        return "–"
+    return f"{value:.{digits}f}" + ("" if error is None else "±" + f"{error:.{digits}f}".removeprefix("0"))

@@ -10,7 +10,7 @@ from ...artifacts import Artifact, load
 from ...artifacts.places import check_new_file
 from ...artifacts.writing import write_atomically
 from .data_options import data_options, say_left
-from .evaluate import check_weights
+from .evaluate import check_weights, say_calibration_text
 from .loading import load_model_of
 from .output import NewFile, json_option, print_json, print_lines, print_table, progress_bar, say, working
 
@@ -53,9 +53,11 @@ def _is_plan(path: Path) -> bool:
     "--tasks",
     default="perplexity,passkey,multikey",
     show_default=True,
-    help="Comma list of what a check measures; the last recall task is also measured on.",
+    help="Comma list of what a check measures; what full cannot answer is left out, the last is also measured on.",
 )
-@click.option("--episodes", type=click.IntRange(1), default=10, show_default=True, help="Questions of a recall check.")
+@click.option(
+    "--episodes", type=click.IntRange(1), default=10, show_default=True, help="Questions of each task in a check."
+)
 @click.option(
     "--batch-size",
     type=click.IntRange(1),
@@ -99,12 +101,14 @@ def plan_command(
     """
     from ...runtime.planned import FILE, has_plan
     from ..data import open_data
+    from ..evaluation.grid import FULL
     from ..evaluation.prompts import make_prompts
-    from ..evaluation.protocol import check_lengths
+    from ..evaluation.protocol import check_lengths, evaluate
     from ..evaluation.results import Results
     from ..models import spec_of
     from ..planning.plan import (
         QUESTIONS,
+        answerable,
         check_choice,
         for_bytes,
         for_quality,
@@ -143,20 +147,26 @@ def plan_command(
         )
     say_left(prompts.source)
     check_lengths(prompts, loaded.model)
+    results, decoding = Results({}), {"tokenizer": loaded.tokenizer, "batch_size": batch_size}
+    with working("asking the model itself"):
+        _, checked_on = split_prompts(prompts, windows, QUESTIONS)
+        (full,) = evaluate(loaded.model, None, checked_on, [FULL], results=results, **decoding)
+    prompts, dropped = answerable(full, prompts)
+    for task, score in dropped.items():
+        say(f"{task}: full itself scores {score:.2f}, too little to plan by: left out")
     measured, checked_on = split_prompts(prompts, windows, QUESTIONS)
     with progress_bar("measuring") as progress:
         offers = measure_offers(loaded.model, found, measured, method, batch_size, progress)
 
-    results = Results({})
-
     def check(choice: Any) -> dict[str, Any]:
         with working(f"decoding with {choice.bytes:.4f} of the bytes"):
-            return check_choice(loaded.model, found, checked_on, offers, choice, results, batch_size)
+            return check_choice(loaded.model, found, checked_on, offers, choice, results, **decoding)
 
     if quality is None:
         choice = for_bytes(offers, budget)
     else:
         choice = for_quality(offers, quality, check)
+    say_calibration_text(found, prompts.source)
     how = {
         "method": method,
         "budget": {"quality": quality} if quality is not None else {"bytes": budget},
@@ -170,10 +180,13 @@ def plan_command(
         "episodes": episodes,
         **prompt_options,
     }
-    body = plan_body(offers, choice, how, check(choice))
+    body = plan_body(offers, choice, how, check(choice), dropped)
     if output is None and has_plan(found):
         say(f"{path}: replaces the plan that was there")
     write_atomically(path, (json.dumps(body, indent=1) + "\n").encode())
+    if body["warnings"]:
+        more = "give a higher --quality" if quality is not None else "give more --bytes"
+        say(f"this plan ruins what it was checked on: {'; '.join(body['warnings'])}: {more}, or another --method")
     if as_json:
         print_json(body)
     else:
@@ -201,10 +214,14 @@ def print_plan(artifact: Artifact, body: dict[str, Any]) -> None:
     title = f"{body['model']}, batches of {body['batch_size']}: {budget}"
     print_table(title, ["layer", "method", "settings", "bytes", "error", "by KV head"], rows)
     predicted, measured = body["predicted"], body["measured"]
-    recall = "".join(f"; {name} {value:.2f}" for name, value in measured["recall"].items())
+    ratio = "beyond measure" if measured["perplexity_ratio"] is None else f"{measured['perplexity_ratio']:.4f}"
+    full = body["full"]["scores"]
+    scores = "".join(f"; {task} {value:.2f} (full {full[task]:.2f})" for task, value in measured["scores"].items())
+    dropped = "".join(f"; {task} {value:.2f}" for task, value in body["dropped"].items())
     print_lines(
         f"predicted: {predicted['bytes']:.4f} of dense attention's bytes, attention error "
         f"{predicted['attention_error']:.3f}",
         f"measured:  {measured['bytes']:.4f}, attention error {measured['attention_error']:.3f}, perplexity "
-        f"{measured['perplexity_ratio']:.4f} of full's{recall}",
+        f"{ratio} of full's{scores}",
+        *([f"left out:  what full itself cannot answer{dropped}"] if dropped else []),
     )

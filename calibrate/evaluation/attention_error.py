@@ -63,14 +63,14 @@ class AttentionProbe:
         read = read.repeat_interleave(query.shape[1] // read.shape[1], 1)
         # A model's attention sinks take a part of the softmax that no token has.
         mass = (weights * read).sum(-1) / weights.sum(-1)
-        found = [error.double().mean(), mass.double().mean()]
+        found = [each.double().flatten(1).mean(1) for each in (error, mass)]
         self._sums[layer] = [a + b for a, b in zip(self._sums.get(layer, [0, 0]), found, strict=True)]
         self._steps[layer] = self._steps.get(layer, 0) + 1
         self.seconds += now(query.device) - started
 
-    def result(self) -> tuple[dict[int, float], dict[int, float]]:
-        """By layer: mean of ‖o - o_dense‖ / ‖o_dense‖ and of the dense attention mass that was read."""
-        means = {layer: [float(part) / self._steps[layer] for part in sums] for layer, sums in self._sums.items()}
+    def result(self) -> tuple[dict[int, list[float]], dict[int, list[float]]]:
+        """By layer and row: mean of ‖o - o_dense‖ / ‖o_dense‖ and of the dense attention mass that was read."""
+        means = {layer: [(part / self._steps[layer]).tolist() for part in sums] for layer, sums in self._sums.items()}
         return {layer: part[0] for layer, part in means.items()}, {layer: part[1] for layer, part in means.items()}
 
 

@@ -6,7 +6,8 @@ from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from ..plots import png, short_name, two_panels
-from .results import parameters
+from .results_file import parameters
+from .rows import mean_score
 
 _MARKERS = "osD^vPXp<>hd"
 _CHOICES = ("basis", "stage", "select", "groups", "pool")
@@ -19,12 +20,6 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
         if not front or points[index][1] < points[front[-1]][1] or points[index] == points[front[-1]]:
             front.append(index)
     return front
-
-
-def mean_recall(row: Mapping[str, Any]) -> float | None:
-    """Over all recall tasks and lengths."""
-    found = [value for value in (row.get("recall") or {}).values() if value is not None]
-    return sum(found) / len(found) if found else None
 
 
 def series_of(row: Mapping[str, Any], varied: Container[str] = ()) -> str:
@@ -57,31 +52,32 @@ def name_of(row: Mapping[str, Any]) -> str:
 
 
 def evaluation_figure(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Left: perplexity over `full`'s. Right: mean recall. Both against bytes per step as a fraction of `full`'s."""
+    """Left: perplexity over `full`'s. Right: mean score of the tasks. Both against bytes per step as a fraction of
+    `full`'s, with standard errors as bars."""
     full = next(row for row in rows if row["method"] == "full" and not row.get("source"))
     figure, axes = two_panels()
     varied = varied_settings(rows)
     names = list(dict.fromkeys(series_of(row, varied) for row in rows))
     panels = [
-        ("perplexity / perplexity of full", lambda row: row.get("perplexity_ratio"), 1),
-        ("exact recall, mean of tasks", mean_recall, -1),
+        ("perplexity / perplexity of full", _ratio, 1),
+        ("score, mean of tasks", mean_score, -1),
     ]
     shares: list[float] = []
     for axis, (label, quality, sign) in zip(axes, panels, strict=True):
-        placed = [
-            (row, row["bytes_per_step"] / full["bytes_per_step"], quality(row))
-            for row in rows
-            if row.get("bytes_per_step") and quality(row) is not None
-        ]
+        placed: list[tuple[Mapping[str, Any], float, float, float | None]] = []
+        for row in rows:
+            value, error = quality(row)
+            if row.get("bytes_per_step") and value is not None:
+                placed.append((row, row["bytes_per_step"] / full["bytes_per_step"], value, error))
         if not placed:
             axis.set_axis_off()
             axis.text(0.5, 0.5, f"{label}: not evaluated", ha="center", transform=axis.transAxes, color="0.5")
             continue
-        shares += [share for _, share, _ in placed]
-        front = [placed[index] for index in pareto_front([(share, sign * value) for _, share, value in placed])]
+        shares += [share for _, share, *_ in placed]
+        front = [placed[index] for index in pareto_front([(share, sign * value) for _, share, value, _ in placed])]
         axis.plot(
-            [share for _, share, _ in front],
-            [value for _, _, value in front],
+            [share for _, share, *_ in front],
+            [value for _, _, value, _ in front],
             color="0.85",
             linewidth=6,
             solid_capstyle="round",
@@ -89,11 +85,16 @@ def evaluation_figure(settings: Mapping[str, Any], rows: Sequence[Mapping[str, A
             label="Pareto front",
         )
         for number, name in enumerate(names):
-            own = sorted((share, value) for row, share, value in placed if series_of(row, varied) == name)
+            own = sorted(
+                (share, value, error or 0) for row, share, value, error in placed if series_of(row, varied) == name
+            )
             if own:
-                axis.plot(
-                    [share for share, _ in own],
-                    [value for _, value in own],
+                axis.errorbar(
+                    [share for share, *_ in own],
+                    [value for _, value, _ in own],
+                    yerr=[error for *_, error in own] if any(error for *_, error in own) else None,
+                    capsize=2,
+                    elinewidth=0.8,
                     marker=_MARKERS[number % len(_MARKERS)],
                     color="black" if name == "full" else f"C{(number - 1) % 10}",
                     markersize=7,
@@ -104,7 +105,7 @@ def evaluation_figure(settings: Mapping[str, Any], rows: Sequence[Mapping[str, A
                     zorder=3,
                     label=short_name(name),
                 )
-        axis.axhline(quality(full), color="0.6", linewidth=0.8, linestyle=":", zorder=0)
+        axis.axhline(quality(full)[0], color="0.6", linewidth=0.8, linestyle=":", zorder=0)
         axis.set(xlabel="bytes read per step, as a fraction of full", ylabel=label)
     for axis in axes:
         _fraction_axis(axis, shares)
@@ -115,6 +116,10 @@ def evaluation_figure(settings: Mapping[str, Any], rows: Sequence[Mapping[str, A
     figure.legend(handles.values(), handles.keys(), fontsize=8, frameon=False, loc="outside right center")
     axes[1].set_ylim(-0.03, 1.03)
     return png(figure, f"{settings['model']}, prefix {settings['prefix']}: quality against bytes read")
+
+
+def _ratio(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    return row.get("perplexity_ratio"), row.get("perplexity_ratio_se")
 
 
 def _fraction_axis(axis: Any, shares: Sequence[float]) -> None:

@@ -1,35 +1,33 @@
-"""What a method costs in quality and saves in bytes: teacher-forced decoding through the real path.
+"""What a method costs in quality and saves in bytes: decoding through the real path.
 
-A prefix is prefilled densely, once for all settings; each setting's cache takes those tokens over, and the
-continuation is fed to the model token by token. `full` goes the same way and is what the others are compared with.
+A context is prefilled densely, once for all settings; each setting's cache takes those tokens over, and decodes from
+them: a given continuation token by token, or a question and then, greedily, its answer (see `prefilled`). `full` goes
+the same way and is what the others are compared with.
 
-Settings of `cla` change the model, so each sharing prefills for itself. Their perplexity and recall are compared with
+Settings of `cla` change the model, so each sharing prefills for itself. Their perplexity and scores are compared with
 those of `full` in the model as it is; the error of their attention is against dense attention of the shared model, so
 it is that of the method after the "+", and not what sharing costs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ...artifacts import Artifact, KvcalError
-from ...runtime import CompressedCache, sharing_of
 from ...runtime.integration import rotation
+from ...runtime.integration.layer import full_attention_layers
 from ...runtime.wrapped import unwrapped
 from ..distributed import SINGLE, World
 from ..models import max_context
-from .attention_error import AttentionProbe, History, now
-from .grid import FULL, Setting, by_sharing, check_grid, decoding, sharing
-from .measurements import Batch, Measured, batches, result_row
+from .grid import FULL, Setting, by_sharing, check_grid, decoding, key_of, sharing
+from .measurements import Batch, Measured, batches, most_steps, samples_of
+from .prefilled import DECODED, PREFILLED, QUESTIONS, prefill
 from .prompts import Prompts
 from .results import Results
-
-Progress = Callable[[int, int], None]
+from .rows import result_row
+from .schedule import Part
+from .telling import Progress, Telling
 
 
 def evaluate(
@@ -38,9 +36,12 @@ def evaluate(
     prompts: Prompts,
     grid: Sequence[Setting],
     *,
+    tokenizer: Any = None,
+    question: str = DECODED,
     batch_size: int = 8,
     results: Results | None = None,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
     world: World = SINGLE,
 ) -> list[dict[str, Any]]:
     """Measure every setting on every prompt.
@@ -48,10 +49,13 @@ def evaluate(
     Args:
         model: a transformers causal language model in eval mode.
         grid: from `make_grid`; `full` is run first whether it is there or not.
+        tokenizer: of the model; needed where `prompts` have tasks, whose answers are text.
+        question: "decoded" or "prefilled": see `prefilled`.
         batch_size: rows that are decoded together; of them `ms_per_step` is the time.
         results: what earlier runs found, which is not measured again; kept up to date, and on the disk
             when it has a path.
-        progress: called with (decode steps done, all), of this rank's share.
+        progress: called with (decode steps done, all, how long the others will take), of this rank's share.
+        say: called once or twice with a line that says how long it will take.
         world: the processes that share the work, with the same `results`; each measures some settings on some batches.
 
     Returns:
@@ -64,46 +68,40 @@ def evaluate(
     model = unwrapped(model)
     grid = [FULL, *(setting for setting in grid if setting != FULL)]
     results = results or Results({})
+    if question not in QUESTIONS:
+        raise KvcalError(f"question {question!r}: choose between {' and '.join(QUESTIONS)}")
+    if prompts.tasks and tokenizer is None:
+        raise KvcalError("tasks are scored as text: give the model's tokenizer")
     check_lengths(prompts, model)
     check_grid(grid, model, artifact)
     missing = [setting for setting in grid if results.row(setting) is None]
-    work = _share(
-        [
-            (batch, setting)
-            for batch in batches(prompts, batch_size)
-            for setting in missing
-            if batch.key not in results.partial(setting)
-        ],
-        world,
-    )
-    total = sum(len(settings) * _steps(prompts, batch) for batch, settings in work)
-    done = 0
+    everything = batches(prompts, batch_size, even=question == PREFILLED and _has_windows(model))
+    todo = [(batch, setting) for batch in everything for setting in missing]
+    work = _share([(batch, setting) for batch, setting in todo if batch.key not in results.partial(setting)], world)
+    parts = [_part(prompts, batch, settings, question == DECODED) for batch, settings in work]
+    told = Telling(parts, len({batch.task for batch, _ in work}), progress, say)
     layers = int(_text_config(model).num_hidden_layers)
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if progress:
-            progress(done, total)
-
     results.write()  # a disk that cannot be written to is found now
-    if progress:
-        progress(0, total)
+    told.show()
     for batch, settings in work:
         for alike in by_sharing(settings):
             with sharing(model, artifact, alike[0]):
-                prefilled = _Prefilled.run(model, prompts, batch)
+                done = told.schedule.prefilling()
+                prefilled = prefill(model, prompts, batch, tokenizer, question)
+                done()
                 for setting in alike:
                     world.check()
-                    results.add(setting, batch.key, prefilled.measure(artifact, decoding(setting), step))
+                    told.begin(key_of(setting))
+                    results.add(setting, batch.key, prefilled.measure(artifact, decoding(setting), told.step))
+                    told.finish()
                     if world.size == 1:
-                        _finish(results, grid, setting, prompts, batch_size, layers)
+                        _finish(results, setting, prompts, everything, layers)
                     results.write()
                 del prefilled  # before the next one takes its memory
     for measured in world.exchange(results.unfinished):
         results.take(measured)
     for setting in missing:  # those that only their row was missing of
-        _finish(results, grid, setting, prompts, batch_size, layers)
+        _finish(results, setting, prompts, everything, layers)
     if world.first:
         results.write()
         results.remove_shares()
@@ -119,13 +117,30 @@ def _share(work: Sequence[tuple[Batch, Setting]], world: World) -> list[tuple[Ba
     return list(found.items())
 
 
+def _part(prompts: Prompts, batch: Batch, settings: Sequence[Setting], decoded: bool) -> Part:
+    found = samples_of(prompts, batch)
+    if found is None:
+        assert prompts.windows is not None
+        length = prompts.windows.prefix
+    else:
+        length = max(len(sample.context) + (0 if decoded else len(sample.question)) for sample in found[1].values())
+    steps = most_steps(prompts, batch, decoded)
+    return Part(length, batch.rows, len(by_sharing(settings)), steps, tuple(map(key_of, settings)))
+
+
 def check_lengths(prompts: Prompts, model: Any) -> None:
-    """Raise KvcalError when a prefix and its continuation exceed the model's context, or their rotary embedding
-    changes between them."""
+    """Raise KvcalError when a context and what is decoded after it exceed the model's context, or their rotary
+    embedding changes between them."""
     context = max_context(model.config)
-    parts = ([("perplexity", prompts.windows)] if prompts.windows else []) + [(t.key, t) for t in prompts.recall]
-    for name, part in parts:
-        prefix, continuation = part.prefixes.shape[1], part.continuations.shape[1]
+    parts: list[tuple[str, int, int]] = []
+    if prompts.windows:
+        parts.append(("perplexity", prompts.windows.prefix, prompts.windows.continuations.shape[1]))
+    for task in prompts.tasks:
+        longest = max(task.samples, key=lambda sample: len(sample.context) + len(sample.question))
+        shortest = min(len(sample.context) for sample in task.samples)
+        parts.append((task.key, len(longest.context), len(longest.question) + task.new_tokens))
+        rotation.check_lengths(model, shortest, sum(parts[-1][1:]) - 1)
+    for name, prefix, continuation in parts:
         if context is not None and prefix + continuation > context:
             raise KvcalError(
                 f"{name}: {prefix} + {continuation} tokens exceed this model's context of {context}: "
@@ -134,101 +149,18 @@ def check_lengths(prompts: Prompts, model: Any) -> None:
         rotation.check_lengths(model, prefix, prefix + continuation - 1)
 
 
-def _finish(
-    results: Results, grid: Sequence[Setting], setting: Setting, prompts: Prompts, batch_size: int, layers: int
-) -> None:
+def _finish(results: Results, setting: Setting, prompts: Prompts, work: Sequence[Batch], layers: int) -> None:
     """Turn a setting's batches into its row once they are all there."""
     measured = {key: Measured(**found) for key, found in results.partial(setting).items()}
-    if results.row(setting) is None and all(batch.key in measured for batch in batches(prompts, batch_size)):
+    if results.row(setting) is None and all(batch.key in measured for batch in work):
         full = None if setting == FULL else results.row(FULL)
-        results.finish(setting, result_row(setting, measured, prompts, batch_size, layers, full))
+        results.finish(setting, result_row(setting, measured, prompts, work, layers, full))
 
 
-@dataclass(frozen=True)
-class _Prefilled:
-    """A batch after its dense prefill."""
-
-    model: Any
-    batch: Batch
-    cache: Any
-    """A `full` cache of the prefixes; only ever copied from."""
-    logits: Tensor
-    """[B, vocabulary] at the last prefix position."""
-    continuations: Tensor
-    """[B, C] int64."""
-    answers: Tensor | None
-    """[B, C] bool, which tokens of the continuation are an answer; None: nothing was asked."""
-    histories: Mapping[int, History]
-    """For the probe, by layer; {} where nothing is probed."""
-
-    @classmethod
-    @torch.no_grad()
-    def run(cls, model: Any, prompts: Prompts, batch: Batch) -> _Prefilled:
-        rows = slice(batch.first, batch.first + batch.rows)
-        task = next((task for task in prompts.recall if task.key == batch.task), None)
-        part = task or prompts.windows
-        assert part is not None
-        found = sharing_of(model)
-        recorded = found is None or not found.map.shared  # for h2o, which layers that share do not allow
-        cache = CompressedCache(model, None, "full", record_mass=recorded)
-        out = model(part.prefixes[rows].to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        continuations = part.continuations[rows].to(model.device)
-        answers, histories = None, {}
-        if task:
-            answers = torch.zeros_like(continuations, dtype=torch.bool)
-            for row, answer in enumerate(task.answers[rows]):
-                answers[row, answer.start : answer.stop] = True
-        else:
-            histories = {
-                layer: History(store.rows["key"].view, store.rows["value"].view, continuations.shape[1])
-                for layer, store in cache.stores.items()
-            }
-        return cls(model, batch, cache, out.logits[:, -1], continuations, answers, histories)
-
-    @torch.no_grad()
-    def measure(self, artifact: Artifact | None, setting: Setting, step: Callable[[], None]) -> Measured:
-        """Decode the continuation through a cache of its own.
-
-        Args:
-            setting: the cache's.
-        """
-        cache = CompressedCache(self.model, artifact, **setting)
-        cache.adopt(self.cache)
-        probe = AttentionProbe(self.histories)
-        if self.histories:
-            cache.observer = probe
-        logits, device = self.logits, self.continuations.device
-        nll, likeliest, read, ms = [], [], [], []
-        for position in range(self.continuations.shape[1]):
-            token = self.continuations[:, position : position + 1]
-            if position:
-                probed, started = probe.seconds, now(device)
-                out = self.model(self.continuations[:, position - 1 : position], past_key_values=cache, use_cache=True)
-                ms.append(1000 * (now(device) - started - (probe.seconds - probed)))
-                read.append(cache.bytes_read())
-                logits = out.logits[:, -1]
-                step()
-            nll.append(-logits.double().log_softmax(-1).gather(1, token))
-            likeliest.append(logits.argmax(-1, keepdim=True) == token)
-        error, mass = probe.result()
-        hits = torch.cat(likeliest, 1)
-        return Measured(
-            nll=torch.cat(nll, 1).sum(1).tolist(),
-            exact=[] if self.answers is None else (hits | ~self.answers).all(1).tolist(),
-            resident_bytes=cache.resident_bytes(),
-            bytes_read=read,
-            ms=ms,
-            error={str(layer): value for layer, value in error.items()},
-            mass={str(layer): value for layer, value in mass.items()},
-            device_hits=list(cache.device_hits()),
-        )
-
-
-def _steps(prompts: Prompts, batch: Batch) -> int:
-    parts = {task.key: task.continuations for task in prompts.recall}
-    if prompts.windows:
-        parts["perplexity"] = prompts.windows.continuations
-    return parts[batch.task].shape[1] - 1
+def _has_windows(model: Any) -> bool:
+    """Whether some layers keep the model's own cache, where padding within a row takes a token's place."""
+    own, total = full_attention_layers(model)
+    return len(own) < total
 
 
 def _text_config(model: Any) -> Any:

@@ -3,14 +3,15 @@
 {"settings": {what was evaluated, on what},
  "results": [{"method": …, its parameters, what was measured}, …],
  "partial": {settings that are not finished yet: {batch: raw numbers}}}
+
+What was answered to every sample of the finished ones stands beside it: see `predictions`.
 """
 
 from __future__ import annotations
 
-import errno
 import glob
 import json
-import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,10 @@ from ...artifacts.locks import locked
 from ...artifacts.syncing import in_one_line
 from ...artifacts.writing import write_atomically
 from ..distributed import World
+from . import predictions
 from .grid import Setting, key_of
-from .measurements import MEASURED, Measured
-
-SAME = ("weights_sha256", "tokens_sha256", "dtype", "batch_size")
-"""Settings that must agree for rows of two files to stand in one table."""
+from .measurements import Measured
+from .results_file import SAME, differences, parameters, read_current, short
 
 
 class Results:
@@ -34,7 +34,12 @@ class Results:
         self.settings = dict(settings)
         self.path = path
         self.rows: list[dict[str, Any]] = []
+        self.predictions: list[predictions.Line] = []
+        """Of the samples of settings that were finished here."""
+        self._predictions_are_new = True
         self._partial: dict[str, dict[str, Any]] = {}
+        self._share = False
+        """Whether the file is one rank's."""
 
     @classmethod
     def open(cls, settings: Mapping[str, Any], path: Path) -> Results:
@@ -46,8 +51,11 @@ class Results:
         results = cls(settings, path)
         if path.exists():
             results._load()
+        predictions.check(predictions.beside(path))
         for share in results._shares():  # of ranks whose job was interrupted
-            results.take(cls.open(settings, share).unfinished)
+            of_rank = cls(settings, share)
+            of_rank._load()
+            results.take(of_rank.unfinished)
         return results
 
     def row(self, setting: Setting) -> dict[str, Any] | None:
@@ -83,9 +91,9 @@ class Results:
             self.write()
         found = world.exchange([{name: self.settings.get(name) for name in SAME}, self.rows, self._partial])
         for rank, (settings, _, _) in enumerate(found):
-            for name, there, ours in _differences(settings, found[0][0]):
+            for name, there, ours in differences(settings, found[0][0]):
                 raise KvcalError(
-                    f"rank {rank} evaluates something else than rank 0 ({name} {_short(there)}, {_short(ours)} on "
+                    f"rank {rank} evaluates something else than rank 0 ({name} {short(there)}, {short(ours)} on "
                     "rank 0): give all of them the same files and the same command"
                 )
         if world.first:
@@ -93,6 +101,7 @@ class Results:
         path = self.path.with_name(f"{self.path.name}.rank-{world.rank}") if self.path else None
         mine = Results(self.settings, path)
         _, mine.rows, mine._partial = found[0]
+        mine._share = True
         return mine
 
     def remove_shares(self) -> None:
@@ -105,13 +114,13 @@ class Results:
 
     def _load(self) -> None:
         assert self.path is not None
-        body = _read(self.path)
+        body = read_current(self.path)
         # As JSON has them: tuples are lists there.
-        different = _differences(body["settings"], json.loads(json.dumps(self.settings)))
+        different = differences(body["settings"], json.loads(json.dumps(self.settings)))
         for name, there, asked in different:
             more = f" and {len(different) - 1} more" if len(different) > 1 else ""
             raise KvcalError(
-                f"{self.path}: holds results of other settings ({name} {_short(there)} there, {_short(asked)} asked "
+                f"{self.path}: holds results of other settings ({name} {short(there)} there, {short(asked)} asked "
                 f"for{more}): choose another --output, or remove it"
             )
         self.rows, self._partial = body["results"], body.get("partial", {})
@@ -120,9 +129,10 @@ class Results:
         self._partial.setdefault(key_of(setting), {})[batch] = measured.as_json()
 
     def finish(self, setting: Setting, row: dict[str, Any]) -> None:
-        """Keep the row and drop the raw numbers that it was made of."""
+        """Keep the row and the predictions, and drop the raw numbers that it was made of."""
         self.rows.append(row)
-        self._partial.pop(key_of(setting), None)
+        self.predictions += predictions.lines_of(setting, self._partial.pop(key_of(setting), {}))
+        self._predictions_are_new = True
 
     def write(self) -> None:
         """Replace the file, keeping what another process has put there since.
@@ -143,109 +153,19 @@ class Results:
             body = {"settings": whole.settings, "results": whole.rows}
             if whole.unfinished:
                 body["partial"] = whole.unfinished
-            write_atomically(self.path, json.dumps(body, indent=1).encode() + b"\n")
+            if self._predictions_are_new and not self._share:
+                # Before the rows: one without its predictions would not be measured again.
+                finished = [parameters(row) for row in whole.rows]
+                predictions.write(predictions.beside(self.path), self.predictions, finished)
+                self._predictions_are_new = False
+            write_atomically(self.path, _encode(body))
 
 
-def are_results(path: Path) -> bool:
-    """Whether a file holds results of whatever settings."""
-    try:
-        _read(path)
-    except KvcalError:
-        return False
-    return True
+def _encode(body: Mapping[str, Any]) -> bytes:
+    """JSON for reading, too: lists of numbers stand in one line."""
+    text = json.dumps(body, indent=1)  # no string has a line end of its own
+    return re.sub(r"\[\n\s+([-+.\w]+(?:,\n\s+[-+.\w]+)*)\n\s+\]", _in_one_line, text).encode() + b"\n"
 
 
-def parameters(row: Mapping[str, Any]) -> Setting:
-    """The setting that a row is of."""
-    return {name: value for name, value in row.items() if name not in MEASURED}
-
-
-def compared_rows(settings: Mapping[str, Any], full: Mapping[str, Any], path: str | os.PathLike[str]) -> list[Any]:
-    """Rows of another results file, to be put beside ours; each has a "source", by default the file's name.
-
-    Args:
-        settings: ours.
-        full: our row of `full`, for ratios that the file does not state.
-
-    Raises:
-        KvcalError: not a results file, or of another model or other tokens.
-    """
-    path = Path(path)
-    body = _read(path)
-    for name in SAME:
-        there, ours = body["settings"].get(name), settings.get(name)
-        if there != ours:
-            kinds = {"weights_sha256": "another model", "tokens_sha256": "other tokens"}
-            what = kinds.get(name, f"another {name.replace('_', ' ')}")
-            raise KvcalError(
-                f"{path}: was evaluated on {what} ({name} {_short(there)} there, {_short(ours)} here): "
-                "run both with the same model, data, prefix, continuation, windows, tasks, lengths, episodes and seed"
-            )
-    rows = []
-    for row in body["results"]:
-        row = {"source": path.stem, **row}
-        if row.get("perplexity_ratio") is None and row.get("perplexity") and full.get("perplexity"):
-            row["perplexity_ratio"] = row["perplexity"] / full["perplexity"]
-        rows.append(row)
-    return rows
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError(errno.EINVAL, "is no plain file")  # a pipe would be waited for
-        body = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise KvcalError(f"{path}: cannot be read ({error.strerror or error}): check the path") from error
-    except (ValueError, RecursionError) as error:
-        raise KvcalError(f"{path}: not a results file ({error}): give one of `calibrate evaluate --output`") from error
-    good = isinstance(body, dict) and isinstance(body.get("settings"), dict) and isinstance(body.get("results"), list)
-    if good:
-        partial = body.get("partial", {})
-        good = isinstance(partial, dict) and all(isinstance(entry, dict) for entry in partial.values())
-        # A name, or the settings of every layer.
-        good &= all(isinstance(row, dict) and isinstance(row.get("method"), (str, list)) for row in body["results"])
-        good = good and all(map(_has_numbers, body["results"]))
-    if not good:
-        raise KvcalError(f"{path}: not a results file (no settings and results): choose another")
-    return body
-
-
-def _has_numbers(row: Mapping[str, Any]) -> bool:
-    """Whether what a table and a figure show of a row is there to be shown."""
-    kinds = {"recall": dict, "recall_by_depth": dict, "attention_error": list, "attention_mass": list, "source": str}
-    for name in MEASURED:
-        value = row.get(name)
-        if value is None or (name == "recall_by_depth" and isinstance(value, dict)):
-            continue
-        if name not in kinds:
-            if not _is_number(value) or (name == "bytes_per_step" and not value > 0):
-                return False
-        elif not isinstance(value, kinds[name]):
-            return False
-        elif name != "source":
-            numbers = value.values() if isinstance(value, dict) else value
-            if not all(number is None or _is_number(number) for number in numbers):
-                return False
-    return True
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and not abs(value) > 1e300
-
-
-def _differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(name, there, asked), first in our own order, nested mappings opened."""
-    found = []
-    for name in [*asked, *(name for name in there if name not in asked)]:
-        a, b = there.get(name), asked.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += [(f"{name}.{inner}", x, y) for inner, x, y in _differences(a, b)]
-        elif a != b:
-            found.append((name, a, b))
-    return found
-
-
-def _short(value: Any) -> str:
-    text = "nothing" if value is None else str(value)
-    return text if len(text) <= 40 else text[:37] + "…"
+def _in_one_line(numbers: re.Match[str]) -> str:
+    return "[" + re.sub(r",\s+", ", ", numbers[1]) + "]"

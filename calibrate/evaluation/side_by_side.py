@@ -25,10 +25,9 @@ def side_by_side(
     asked: list[tuple[list[int], list[int], int]] = []
     if prompts.windows:
         asked.append((prompts.windows.prefixes[0].tolist(), [], 32))
-    if prompts.recall:
-        task = prompts.recall[0]
-        answer = task.answers[0]
-        asked.append((task.prefixes[0].tolist(), task.continuations[0, : answer.start].tolist(), len(answer)))
+    if prompts.tasks:
+        sample = prompts.tasks[0].samples[0]
+        asked.append((list(sample.context), list(sample.question), len(sample.reference)))
     report = []
     for prefix, question, tokens in asked:
         found = [

@@ -15,6 +15,7 @@ from ...runtime.planned import FORMAT
 from ..evaluation.prompts import Prompts, Windows
 from ..evaluation.protocol import evaluate
 from ..evaluation.results import Results
+from ..evaluation.rows import low_scores
 from .allocate import Choice, choices, hull, within
 from .points import DENSE, Point, Problem, Setting, measure, problems
 from .settings import bases, grid
@@ -23,6 +24,8 @@ Progress = Callable[[int, int], None]
 BATCH_SIZE = 8
 QUESTIONS = 5
 """To measure on: one for each depth."""
+MOST_PERPLEXITY, LEAST_SCORE = 1.1, 0.9
+"""Over `full`'s; beyond them a plan is warned of."""
 STEPS = 16
 """Tokens that are decoded to measure on, where no question says how many."""
 
@@ -55,7 +58,7 @@ class Offers:
 
 
 def split_prompts(prompts: Prompts, windows: int, questions: int) -> tuple[Measured, Prompts]:
-    """The first windows, and the first questions of the last recall task, to measure on; the others to check on.
+    """The first windows, and the first questions of the last task, to measure on; the others to check on.
 
     Raises:
         KvcalError: no windows among the prompts.
@@ -63,23 +66,29 @@ def split_prompts(prompts: Prompts, windows: int, questions: int) -> tuple[Measu
     if prompts.windows is None:
         raise KvcalError("a plan is measured on text: let perplexity be among --tasks")
     ids, prefix = prompts.windows.ids, prompts.windows.prefix
-    rows, steps = [], min(STEPS, ids.shape[1] - prefix)
-    if prompts.recall:
-        asked = prompts.recall[-1]
-        steps = min(asked.continuations.shape[1], ids.shape[1] - prefix)
-        rows = [torch.cat((asked.prefixes[:questions], asked.continuations[:questions, :steps]), 1)]
-    measured = Measured(torch.cat((ids[:windows, : prefix + steps], *rows)), steps, windows)
-    tasks = tuple(
-        dataclasses.replace(
-            task,
-            prefixes=task.prefixes[questions:],
-            continuations=task.continuations[questions:],
-            answers=task.answers[questions:],
-            depths=task.depths[questions:],
-        )
-        for task in prompts.recall
-    )
+    steps, rows = min(STEPS, ids.shape[1] - prefix), ids[:windows]
+    if prompts.tasks:
+        asked = prompts.tasks[-1].samples[:questions]
+        steps = min(max(len(each.question) + len(each.reference) for each in asked), ids.shape[1] - prefix)
+        whole = [(*each.context, *each.question, *each.reference) for each in asked]
+        # All rows are equally long: the shortest gives the length, and of longer ones the begin goes, but for its
+        # first token, on which models lean. So the answer is always among the last tokens.
+        length = min(prefix + steps, *map(len, whole))
+        answered = torch.tensor([(row[0], *row[len(row) - length + 1 :]) for row in whole], dtype=torch.int64)
+        rows = torch.cat((rows[:, :length], answered))
+    measured = Measured(rows[:, : prefix + steps], steps, windows)
+    tasks = tuple(dataclasses.replace(task, samples=task.samples[questions:]) for task in prompts.tasks)
     return measured, Prompts(Windows(ids[windows:], prefix), tasks)
+
+
+def answerable(full: Mapping[str, Any], prompts: Prompts) -> tuple[Prompts, dict[str, float]]:
+    """(the prompts without the tasks that the model itself cannot answer, the scores of those).
+
+    Args:
+        full: the row of `full` on them.
+    """
+    dropped = low_scores(full)
+    return dataclasses.replace(prompts, tasks=tuple(task for task in prompts.tasks if task.key not in dropped)), dropped
 
 
 def measure_offers(
@@ -155,7 +164,8 @@ def for_quality(offers: Offers, quality: float, check: Callable[[Choice], Mappin
     first, last = 0, len(offers.choices) - 1  # the last one is dense everywhere
     while first < last:
         middle = (first + last) // 2
-        good = check(offers.choices[middle])["perplexity_ratio"] <= 1 / quality
+        ratio = check(offers.choices[middle])["perplexity_ratio"]
+        good = ratio is not None and ratio <= 1 / quality
         first, last = (first, middle) if good else (middle + 1, last)
     return offers.choices[last]
 
@@ -168,6 +178,7 @@ def check_choice(
     choice: Choice,
     results: Results,
     batch_size: int = BATCH_SIZE,
+    tokenizer: Any = None,
 ) -> dict[str, Any]:
     """The row of an evaluation of these settings, decoded for real; under "full" that of full attention.
 
@@ -175,12 +186,32 @@ def check_choice(
         results: of earlier checks on these prompts, which are not decoded again.
     """
     setting = {"method": [entry or {"method": "full"} for entry in offers.layered(choice)]}
-    full, row = evaluate(model, artifact, prompts, [setting], batch_size=batch_size, results=results)
+    full, row = evaluate(
+        model, artifact, prompts, [setting], tokenizer=tokenizer, batch_size=batch_size, results=results
+    )
     return {**row, "full": full}
 
 
-def plan_body(offers: Offers, choice: Choice, how: Mapping[str, Any], checked: Mapping[str, Any]) -> dict[str, Any]:
-    """What plan.json holds."""
+def ruinous(checked: Mapping[str, Any]) -> list[str]:
+    """What a check says against a plan, in a line each. Args: checked: of `check_choice`."""
+    found = []
+    ratio = checked["perplexity_ratio"]
+    if ratio is None or ratio > MOST_PERPLEXITY:
+        found.append("perplexity is beyond measure" if ratio is None else f"perplexity is {ratio:.2f} of full's")
+    for task, value in checked["relative"].items():
+        if value is not None and value < LEAST_SCORE:
+            found.append(f"{task} is answered {value:.2f} as well as by full")
+    return found
+
+
+def plan_body(
+    offers: Offers,
+    choice: Choice,
+    how: Mapping[str, Any],
+    checked: Mapping[str, Any],
+    dropped: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """What plan.json holds. Args: dropped: see `answerable`."""
     full = checked["full"]
     return {
         "format": FORMAT,
@@ -190,9 +221,12 @@ def plan_body(offers: Offers, choice: Choice, how: Mapping[str, Any], checked: M
         "measured": {
             "bytes": checked["bytes_per_step"] / full["bytes_per_step"],
             "attention_error": _mean(checked["attention_error"]),
-            "perplexity_ratio": checked["perplexity_ratio"],
-            "recall": checked["recall"],
+            **{name: checked[name] for name in ("perplexity_ratio", "perplexity_ratio_se")},
+            **{name: checked[name] for name in ("scores", "relative", "relative_se")},
         },
+        "full": {"perplexity": full["perplexity"], "scores": full["scores"]},
+        "dropped": dict(dropped or {}),
+        "warnings": ruinous(checked),
         "offers": {
             str(layer): [
                 {"setting": point.setting, "bytes": point.bytes, "error": point.error, "head_errors": point.head_errors}

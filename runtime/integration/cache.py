@@ -22,7 +22,6 @@ from ..settings import builders, describe, name_of, plan
 from ..sharing import SharingMap
 from ..stores import Method, Store
 from ..stores.full import Full
-from ..stores.row_store import RowStore
 from ..stores.sorted_by_cluster import SortedStore
 from ..wrapped import unwrapped
 from .attachment import attach
@@ -79,7 +78,7 @@ class Recipe:
         with naming(artifact if from_plan else None):
             made = builders(storing, head_dims, fitted)
         for group in groups.shared:
-            if not isinstance(made[group[0]](), RowStore):
+            if not made[group[0]]().keeps_all_tokens:
                 raise KvcalError(
                     f"layers {', '.join(map(str, group))} share keys and values, and {name_of(methods[group[0]])} "
                     "forgets tokens that the others still want: take a method that keeps every token (full, loki, "
@@ -176,6 +175,12 @@ class CompressedCache(DynamicCache):
                 layer.adopt(other)
             else:
                 vars(layer).update(vars(other))
+
+    def make_room(self) -> None:
+        """Let the methods that forget tokens do so now, as at the next decoded step: what is fed next, however many
+        tokens at once, has no say in it."""
+        for store in set(self.stores.values()):
+            store.make_room()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the cache, so that a long prompt is prefilled once; `load` continues from it."""

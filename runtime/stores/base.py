@@ -23,6 +23,11 @@ class Store(ABC):
     Shapes throughout: query [B, Hq, T, D], key [B, Hkv, T, D], value [B, Hkv, T, Dv], output [B, Hq, T, Dv].
     """
 
+    keeps_all_tokens: bool
+    """Whether every token stays, so that any later query can read it."""
+    query_aware = False
+    """Whether what it forgets after a prompt is meant to be chosen by the question that the prompt ends in."""
+
     def __init__(self) -> None:
         self.rows: dict[str, Rows] = {}
         """Per-token tensors [B, Hkv, tokens, …]."""
@@ -67,6 +72,10 @@ class Store(ABC):
     def read_mask(self) -> Tensor:
         """[B, Hq or Hkv, L] bool: the tokens of each row that the last `attend` read keys and values of, L the
         longest row."""
+
+    def make_room(self) -> None:  # noqa: B027 (most methods forget nothing)
+        """Forget what the next token will make this store forget, before anything is known of that token. Several
+        that come at once then find what a single one would find."""
 
     def attend_all(self, query: Tensor, logits: Logits) -> Tensor:
         """Attend densely from each of the T tokens of the last `prefill` with other queries: those of a layer that

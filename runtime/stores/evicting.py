@@ -46,7 +46,7 @@ class EvictingStore(ForgettingStore):
         rows = zip(self.lengths, self.held, comes, strict=True)
         budgets = [self.budget.of(length + 1) if new else held + 1 for length, held, new in rows]
         if not all(comes) or any(held > budget for held, budget in zip(self.held, budgets, strict=True)):
-            self._shrink([min(held, budget - 1) for held, budget in zip(self.held, budgets, strict=True)], budgets)
+            self._keep(budgets)
         if all(held < budget for held, budget in zip(self.held, budgets, strict=True)):
             self._take(key, value, valid)
         else:
@@ -63,6 +63,15 @@ class EvictingStore(ForgettingStore):
         for name, new in {"key": key, "value": value, "position": positions, **self._fresh(key)}.items():
             self.rows.setdefault(name, self._buffer(name)).write(new, places)
         return places.limits
+
+    def make_room(self) -> None:
+        budgets = [self.budget.of(length + 1) for length in self.lengths]
+        if any(held >= budget for held, budget in zip(self.held, budgets, strict=True)):
+            self._keep(budgets)
+
+    def _keep(self, budgets: list[int]) -> None:
+        """Leave room for one token of each row."""
+        self._shrink([min(held, budget - 1) for held, budget in zip(self.held, budgets, strict=True)], budgets)
 
     def _overwrite(self, key: Tensor, value: Tensor, budgets: list[int]) -> None:
         """One token per row: in a free slot, or in place of the token of least worth."""

@@ -27,6 +27,7 @@ SLOTS = 16
 class ForgettingStore(Store):
     """Its buffers hold fewer tokens than came."""
 
+    keeps_all_tokens = False
     books: tuple[str, ...]
     """Attributes that say which tokens are held; all else is in `rows` and `totals`."""
 

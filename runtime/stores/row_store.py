@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 class RowStore(Store):
     """Everything stays, left-aligned, in buffers `key` and `value`."""
 
+    keeps_all_tokens = True
+
     def prefill(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits, valid: Tensor | None = None) -> Tensor:
         self._limits = self._extend(key, value, valid).limits
         return self.attend_all(query, logits)

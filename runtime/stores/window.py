@@ -46,18 +46,26 @@ class WindowStore(ForgettingStore):
             self._take(key, value, valid)
             return
         comes = torch.ones(key.shape[0], dtype=torch.bool) if valid is None else valid[:, 0]
-        leaving = [self._leaving(row, new) for row, new in enumerate(comes.tolist())]
+        self._let_go(comes.tolist())
+        self._advance(key, valid, self.held)
+        slots = self._slots(torch.tensor(self.lengths).unsqueeze(1) - 1, self.left, straight=False)
+        (row,) = comes.nonzero(as_tuple=True)
+        row, token, slot = (index.to(key.device) for index in (row, torch.zeros_like(row), slots[row, 0]))
+        self._write(key, value, Places(self.held, (row, token, slot), None))
+
+    def make_room(self) -> None:
+        if self.lengths:
+            self._let_go([True] * len(self.lengths))
+
+    def _let_go(self, comes: list[bool]) -> None:
+        """Hand over what one more token of the rows that get one pushes out of their windows."""
+        leaving = [self._leaving(row, new) for row, new in enumerate(comes)]
         if any(leaving):
             self._hand_over(leaving)
         left = [gone + count for gone, count in zip(self.left, leaving, strict=True)]
         if self._straight or max(leaving) > 1:
             self._arrange(left, straight=False)
         self.left = left
-        self._advance(key, valid, self.held)
-        slots = self._slots(torch.tensor(self.lengths).unsqueeze(1) - 1, self.left, straight=False)
-        (row,) = comes.nonzero(as_tuple=True)
-        row, token, slot = (index.to(key.device) for index in (row, torch.zeros_like(row), slots[row, 0]))
-        self._write(key, value, Places(self.held, (row, token, slot), None))
 
     def _leaving(self, row: int, new: bool) -> int:
         """How many tokens leave the row when it gets one more, or (not `new`) pauses while others do."""

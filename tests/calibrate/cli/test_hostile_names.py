@@ -153,7 +153,7 @@ def test_yaml_and_code() -> None:
 def test_figures_take_any_name() -> None:
     assert rank_figure(named(PIECES["formula"]), rank_report(sample(), 0.9)).startswith(b"\x89PNG")
     for name in (HOSTILE, "_" + "x" * 5000):
-        rows = [{"method": "full", "bytes_per_step": 4, "perplexity_ratio": 1.0, "recall": {name: 1.0}}]
+        rows = [{"method": "full", "bytes_per_step": 4, "perplexity_ratio": 1.0, "scores": {name: 1.0}}]
         rows += [{**rows[0], "method": name, "source": name, "basis": name}]
         settings = {"model": name, "prefix": name}
         assert evaluation_figure(settings, rows).startswith(b"\x89PNG")
@@ -168,7 +168,7 @@ def test_tables_quote_markup(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_results_table_quotes_names(capsys: pytest.CaptureFixture[str]) -> None:
-    row: dict[str, Any] = {"method": "full", "bytes_per_step": 4.0, "perplexity": 1.0, "recall": {PIECES["lines"]: 1.0}}
+    row: dict[str, Any] = {"method": "full", "bytes_per_step": 4.0, "perplexity": 1.0, "scores": {PIECES["lines"]: 1.0}}
     rows = [row, {**row, "method": HOSTILE, "source": HOSTILE, HOSTILE: HOSTILE}]
     print_results({"model": HOSTILE, "prefix": HOSTILE, "continuation": 8, "batch_size": HOSTILE}, rows)
     check_printable(capsys.readouterr().out)

@@ -155,8 +155,11 @@ def test_results_that_no_table_can_show(here: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"perplexity": "1"},
         {"bytes_per_step": 0},
-        {"recall": [1]},
-        {"recall": {"a": "x"}},
+        {"scores": [1]},
+        {"scores": {"a": "x"}},
+        {"sample_scores": {"a": 1}},
+        {"scores_by_depth": {"a": {"0.1": "x"}}},
+        {"window_nll": ["x"]},
         {"attention_error": 3},
         {"attention_error": ["x"]},
         {"source": ["x"]},

@@ -44,10 +44,13 @@ def single(tmp_path_factory, evaluate):
 
 
 def untimed(path):
+    """The results but for times, and the predictions."""
     body = json.loads(path.read_text())
     for row in body["results"]:
         assert row.pop("ms_per_step") > 0
-    return body
+    lines = [json.loads(line) for line in path.with_name("r.predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 5 * 3  # settings by episodes
+    return body, lines
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -62,9 +65,8 @@ def test_evaluate_finds_the_numbers_of_one_process(tmp_path, evaluate, single, s
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_what_a_killed_job_measured_is_kept_for_any_number_of_processes(tmp_path, evaluate, single, size):
-    slow = "import time\nfrom kvcal.calibrate.evaluation import protocol\n"
-    slow += "measure = protocol._Prefilled.measure\n"
-    slow += "protocol._Prefilled.measure = lambda self, *rest: (time.sleep(0.2), measure(self, *rest))[1]"
+    slow = "import time\nfrom kvcal.calibrate.evaluation.results import Results\nadd = Results.add\n"
+    slow += "Results.add = lambda self, *rest: (time.sleep(0.2), add(self, *rest))[1]"
     job = start(tmp_path / "logs", evaluate(tmp_path / "r.json"), 2, slow)
     share = tmp_path / "r.json.rank-1"
 
@@ -77,11 +79,9 @@ def test_what_a_killed_job_measured_is_kept_for_any_number_of_processes(tmp_path
     assert job.wait() == [-signal.SIGKILL] * 2
     there = measured(share) + measured(tmp_path / "r.json")
     count = (tmp_path / "count").as_posix()
-    counted = "from kvcal.calibrate.evaluation import protocol\nmeasure = protocol._Prefilled.measure\n"
-    counted += f"def count(self, *rest):\n    open('{count}', 'a').write('1')\n    return measure(self, *rest)\n"
-    again = start(
-        tmp_path / "again", evaluate(tmp_path / "r.json"), size, counted + "protocol._Prefilled.measure = count"
-    )
+    counted = "from kvcal.calibrate.evaluation.results import Results\nadd = Results.add\n"
+    counted += f"def count(self, *rest):\n    open('{count}', 'a').write('1')\n    return add(self, *rest)\n"
+    again = start(tmp_path / "again", evaluate(tmp_path / "r.json"), size, counted + "Results.add = count")
     assert again.wait() == [0] * size, again.err
     assert untimed(tmp_path / "r.json") == single and not share.exists()
     assert there + len((tmp_path / "count").read_text()) == 5 * 4  # settings by batches

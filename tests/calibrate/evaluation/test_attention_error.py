@@ -40,7 +40,7 @@ def test_error_and_mass(per_head, logits):
     }[logits]
     key, value = torch.randn(B, HKV, P + STEPS, D), torch.randn(B, HKV, P + STEPS, DV)
     probe = AttentionProbe({7: History(key[:, :, :P], value[:, :, :P], STEPS)})
-    errors, masses = [], []
+    errors, masses = ([[] for _ in range(B)] for _ in range(2))
     for step in range(STEPS):
         length = P + step + 1
         query, output = torch.randn(B, HKV * G, 1, D), torch.randn(B, HKV * G, 1, DV)
@@ -53,12 +53,12 @@ def test_error_and_mass(per_head, logits):
                 weights, out = dense(query[row, head, 0], key[row, group, :length], value[row, group, :length], logits)
                 norm = weights.sum() + (sinks[head].double().exp() if logits.sinks is not None else 0)
                 out = out / norm
-                errors.append(float((output[row, head, 0].double() - out).norm() / out.norm()))
+                errors[row].append(float((output[row, head, 0].double() - out).norm() / out.norm()))
                 read = mask[row, head if per_head else group]
-                masses.append(float(weights[read].sum() / weights.sum()))
+                masses[row].append(float(weights[read].sum() / weights.sum()))
     error, mass = probe.result()
-    assert error == {7: pytest.approx(sum(errors) / len(errors), rel=1e-5)}
-    assert mass == {7: pytest.approx(sum(masses) / len(masses), rel=1e-5)}
+    assert error == {7: pytest.approx([sum(each) / len(each) for each in errors], rel=1e-5)}
+    assert mass == {7: pytest.approx([sum(each) / len(each) for each in masses], rel=1e-5)}
     assert probe.seconds > 0
 
 

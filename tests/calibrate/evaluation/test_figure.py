@@ -1,7 +1,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcal.calibrate.evaluation.figure import evaluation_figure, mean_recall, pareto_front, series_of, varied_settings
+from kvcal.calibrate.evaluation.figure import evaluation_figure, pareto_front, series_of, varied_settings
+from kvcal.calibrate.evaluation.rows import mean_score
 
 POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12)
 
@@ -16,13 +17,15 @@ def test_the_pareto_front_is_what_no_point_dominates(points):
     assert [points[index][0] for index in front] == sorted(points[index][0] for index in front)
 
 
-def row(method, cost, ratio=None, recall=None, **more):
-    return {"method": method, "bytes_per_step": cost, "perplexity_ratio": ratio, "recall": recall or {}, **more}
+def row(method, cost, ratio=None, scores=None, **more):
+    return {"method": method, "bytes_per_step": cost, "perplexity_ratio": ratio, "scores": scores or {}, **more}
 
 
-def test_mean_recall_is_over_tasks_that_were_run():
-    assert mean_recall({"recall": {"a@1": 1.0, "b@1": 0.5, "c@1": None}}) == 0.75
-    assert mean_recall({"recall": {}}) is None and mean_recall({}) is None
+def test_the_mean_score_is_over_tasks_that_were_run():
+    """Errors of independent samples add up as squares: √(.3² + .4²) / 2."""
+    found = {"scores": {"a@1": 1.0, "b@1": 0.5, "c@1": None}, "scores_se": {"a@1": 0.3, "b@1": 0.4}}
+    assert mean_score(found) == (0.75, 0.25) and mean_score(found, tasks=["b@1"]) == (0.5, 0.4)
+    assert mean_score({"scores": {}}) == mean_score({}) == (None, None)
 
 
 def test_series_are_methods_with_their_choices_and_their_origin():

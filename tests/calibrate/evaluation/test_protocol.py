@@ -1,5 +1,7 @@
 """Evaluation against plain forward passes and plain generate() of the same model."""
 
+import dataclasses
+import json
 import math
 
 import pytest
@@ -9,14 +11,23 @@ from architectures import HEAD_DIM, KV_HEADS, build
 
 from kvcal.artifacts import KvcalError
 from kvcal.calibrate import TokenBlocks, calibrate
-from kvcal.calibrate.evaluation.grid import make_grid
+from kvcal.calibrate.evaluation.grid import key_of, make_grid
 from kvcal.calibrate.evaluation.prompts import Prompts, Windows
 from kvcal.calibrate.evaluation.protocol import evaluate
-from kvcal.calibrate.evaluation.recall_task import RecallTask
 from kvcal.calibrate.evaluation.results import Results
+from kvcal.calibrate.evaluation.results_file import parameters
+from kvcal.calibrate.evaluation.tasks import scoring
+from kvcal.calibrate.evaluation.tasks.sample import Sample, Task
 from kvcal.runtime import CompressedCache
 
 PREFIX, CONTINUATION, LAYERS = 40, 12, 3
+BATCHES = (
+    *(("perplexity", first, rows) for first, rows in ((0, 2), (2, 2), (4, 1))),
+    *((f"passkey@{PREFIX}", first, 2) for first in (0, 2, 4)),
+)
+STEPS = (*3 * (CONTINUATION - 1,), 4 + 3, 5 + 3, 5 + 3)
+"""Of each, at most: the longer question of two counts, and the last token of an answer is fed to nothing."""
+TASK_STEPS = sum(STEPS[3:])
 
 
 def tokens(*shape, seed=0):
@@ -40,28 +51,50 @@ def windows():
     return Windows(tokens(5, PREFIX + CONTINUATION, seed=2), PREFIX)
 
 
+class Numbers:
+    """A tokenizer whose text is the ids."""
+
+    def decode(self, ids, **settings):
+        return " ".join(map(str, ids))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact():
+    """A scoring by the whole prediction, which more text leaves at 1."""
+    scoring.SCORINGS["exact"] = lambda prediction, answers: float(f"{prediction} ".startswith(f"{answers[0]} "))
+    yield
+    del scoring.SCORINGS["exact"]
+
+
+def plain(model, sample, tokens):
+    """What `generate()` says after context and question."""
+    ids = torch.tensor([[*sample.context, *sample.question]])
+    said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+    return said[0, ids.shape[1] :].tolist()
+
+
 @pytest.fixture(scope="module")
-def recall(model):
+def task(model):
     """Six questions of 3 to 5 tokens; what plain generate() says is the answer to the even ones."""
-    prefixes, depths = tokens(6, PREFIX, seed=3), (0.1, 0.3, 0.5, 0.1, 0.3, 0.5)
-    continuations, answers = [], []
+    samples = []
     for row in range(6):
-        question = tokens(3 + row % 3, seed=10 + row)
-        prompt = torch.cat((prefixes[row], question))[None]
-        said = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, min_new_tokens=4, do_sample=False
+        sample = Sample(
+            tuple(tokens(PREFIX, seed=3 + 100 * row).tolist()),
+            tuple(tokens(3 + row % 3, seed=10 + row).tolist()),
+            ("",),
+            (1,),
+            (0.1, 0.3, 0.5)[row % 3],
         )
-        answer = said[0, prompt.shape[1] :].clone()
+        said = plain(model, sample, 4)
         if row % 2:
-            answer[2] = 3 + (answer[2] - 2) % 93
-        answers.append(range(len(question), len(question) + 4))
-        continuations.append(torch.cat((question, answer, answer[-1:].expand(9 - len(question) - 4))))
-    return RecallTask("passkey", prefixes, torch.stack(continuations), tuple(answers), depths)
+            said[2] = 3 + (said[2] - 2) % 93
+        samples.append(dataclasses.replace(sample, answers=(Numbers().decode(said),)))
+    return Task("passkey", PREFIX, tuple(samples), 4, "exact")
 
 
 @pytest.fixture(scope="module")
-def prompts(windows, recall):
-    return Prompts(windows, (recall,))
+def prompts(windows, task):
+    return Prompts(windows, (task,))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +104,7 @@ def grid():
 
 @pytest.fixture(scope="module")
 def rows(model, artifact, prompts, grid):
-    return evaluate(model, artifact, prompts, grid, batch_size=2)
+    return evaluate(model, artifact, prompts, grid, tokenizer=Numbers(), batch_size=2)
 
 
 def without_times(rows):
@@ -92,9 +125,9 @@ def test_perplexity_of_full_is_that_of_one_plain_forward_pass(model, windows, ro
 
 
 def test_exact_match_is_that_of_plain_generate(rows):
-    assert rows[0]["recall"] == {f"passkey@{PREFIX}": 0.5}
+    assert rows[0]["scores"] == {f"passkey@{PREFIX}": 0.5}
     # Depths 0.1, 0.3 and 0.5 belong to rows 0 and 3, 1 and 4, 2 and 5: one of each pair is altered.
-    assert rows[0]["recall_by_depth"] == {f"passkey@{PREFIX}": {"0.1": 0.5, "0.3": 0.5, "0.5": 0.5}}
+    assert rows[0]["scores_by_depth"] == {f"passkey@{PREFIX}": {"0.1": 0.5, "0.3": 0.5, "0.5": 0.5}}
 
 
 def test_full_attends_to_everything(rows):
@@ -102,7 +135,7 @@ def test_full_attends_to_everything(rows):
         assert row["attention_mass"] == [pytest.approx(1, abs=1e-5)] * LAYERS
         assert row["attention_error"] == [pytest.approx(0, abs=1e-5)] * LAYERS
         assert row["perplexity_ratio"] == pytest.approx(1, abs=1e-5)
-        assert row["recall"] == rows[0]["recall"]
+        assert row["scores"] == rows[0]["scores"]
 
 
 def test_mass_recalled_by_exact_topk_is_that_of_the_models_own_probabilities(windows, rows):
@@ -169,58 +202,93 @@ def test_bytes_of_full_by_hand(rows):
 def test_every_setting_starts_from_the_same_prefill(model, artifact, prompts, grid, rows):
     """Whatever ran before it, a setting finds what it finds alone."""
     for setting in (grid[2], grid[-1]):
-        alone = evaluate(model, artifact, prompts, [setting], batch_size=2)
+        alone = evaluate(model, artifact, prompts, [setting], tokenizer=Numbers(), batch_size=2)
         assert without_times(alone) == without_times([rows[0], rows[grid.index(setting)]])
 
 
 def test_the_batch_size_does_not_matter(model, artifact, prompts, grid, rows):
-    for row, other in zip(rows, evaluate(model, artifact, prompts, grid, batch_size=4), strict=True):
+    for row, other in zip(
+        rows, evaluate(model, artifact, prompts, grid, tokenizer=Numbers(), batch_size=4), strict=True
+    ):
         for name in ("perplexity", "resident_bytes"):
             assert other[name] == pytest.approx(row[name], rel=1e-5), row
         if row["method"] != "loki":  # which also reads its basis, once for all rows of a batch
             assert other["bytes_per_step"] == pytest.approx(row["bytes_per_step"])
-        assert other["recall"] == row["recall"]
+        assert other["scores"] == row["scores"]
         assert other["attention_mass"] == pytest.approx(row["attention_mass"], rel=1e-4)
 
 
-@pytest.mark.parametrize("after", [1, 30, 200])
-def test_an_interrupted_run_goes_on_to_the_same_figures(tmp_path, model, artifact, prompts, grid, rows, after):
-    def stop(done, total):
-        if done == after:
+@pytest.fixture(scope="module")
+def few(grid):
+    """Some settings of the grid."""
+    return [grid[0], grid[2], grid[-3]]
+
+
+@pytest.mark.parametrize("after", [1, 30, 120])
+def test_an_interrupted_run_goes_on_to_the_same_figures(tmp_path, model, artifact, prompts, grid, few, rows, after):
+    def stop(done, total, left):
+        if done >= after:
             raise KeyboardInterrupt
 
     def run(progress):
         results = Results.open({"seed": 0}, tmp_path / "results.json")
-        return evaluate(model, artifact, prompts, grid, batch_size=2, results=results, progress=progress)
+        return evaluate(
+            model, artifact, prompts, few, tokenizer=Numbers(), batch_size=2, results=results, progress=progress
+        )
 
     with pytest.raises(KeyboardInterrupt):
         run(stop)
+    kept = json.loads((tmp_path / "results.json").read_text()).get("partial", {})
     steps, again = [], []
-    resumed = run(lambda *counts: steps.append(counts))
-    assert without_times(resumed) == without_times(rows)
-    everything = len(grid) * (3 * (CONTINUATION - 1) + 3 * (9 - 1))
-    kept = after - after % (CONTINUATION - 1)  # of whole settings on whole batches; the windows come first
-    assert steps[-1] == (everything - kept, everything - kept)
-    assert run(lambda *counts: again.append(counts)) == resumed and again == [(0, 0)]
+    resumed = run(lambda *counts: steps.append(counts[:2]))
+    assert without_times(resumed) == without_times([rows[grid.index(setting)] for setting in few])
+    everything = len(few) * (3 * (CONTINUATION - 1) + TASK_STEPS)
+    done = sum(len(raw["ms"]) for batches in kept.values() for raw in batches.values())
+    assert (after == 1) == (done == 0) and steps[-1][0] <= everything - done
+    assert steps[-1][0] == steps[-1][1] == sum(most(key) for key in missing(few, kept))
+    assert run(lambda *counts: again.append(counts[:2])) == resumed and again == [(0, 0)]
+    # What was answered stands beside it, each once.
+    lines = [json.loads(line) for line in (tmp_path / "results.predictions.jsonl").read_text().splitlines()]
+    assert [(line["setting"], line["index"]) for line in lines] == [(setting, at) for setting in few for at in range(6)]
+    for row in resumed:
+        of = [line["score"] for line in lines if line["setting"] == parameters(row)]
+        assert row["sample_scores"] == {f"passkey@{PREFIX}": of}
 
 
-def test_a_larger_grid_runs_only_what_is_new(model, artifact, prompts, grid, rows):
+def missing(settings, kept):
+    """Batches that are yet to be measured, once for each setting."""
+    keys = [f"{task} {first}+{rows}" for task, first, rows in BATCHES]
+    return [key for setting in settings for key in keys if key not in kept.get(key_of(setting), {})]
+
+
+def most(key):
+    return dict(zip((f"{task} {first}+{rows}" for task, first, rows in BATCHES), STEPS, strict=True))[key]
+
+
+def test_a_larger_grid_runs_only_what_is_new(model, artifact, prompts, grid, few, rows):
     results = Results({})
-    evaluate(model, artifact, prompts, grid[:3], batch_size=2, results=results)
+    evaluate(model, artifact, prompts, few[:2], tokenizer=Numbers(), batch_size=2, results=results)
     steps = []
     found = evaluate(
-        model, artifact, prompts, grid, batch_size=2, results=results, progress=lambda *counts: steps.append(counts)
+        model,
+        artifact,
+        prompts,
+        few,
+        tokenizer=Numbers(),
+        batch_size=2,
+        results=results,
+        progress=lambda *counts: steps.append(counts[:2]),
     )
-    assert without_times(found) == without_times(rows)
-    assert steps[-1][0] == (len(grid) - 3) * (3 * (CONTINUATION - 1) + 3 * (9 - 1))
+    assert without_times(found) == without_times([rows[grid.index(setting)] for setting in few])
+    assert steps[-1][0] == 3 * (CONTINUATION - 1) + TASK_STEPS
 
 
-def test_recall_alone_and_perplexity_alone(model, artifact, windows, recall, rows):
-    (only,) = evaluate(model, None, Prompts(None, (recall,)), [{"method": "full"}])
+def test_a_task_alone_and_perplexity_alone(model, artifact, windows, task, rows):
+    (only,) = evaluate(model, None, Prompts(None, (task,)), [{"method": "full"}], tokenizer=Numbers())
     assert only["perplexity"] is None and only["attention_error"] is None
-    assert only["recall"] == rows[0]["recall"] and only["bytes_per_step"] > 0
+    assert only["scores"] == rows[0]["scores"] and only["bytes_per_step"] > 0
     (only,) = evaluate(model, None, Prompts(windows, ()), [{"method": "full"}])
-    assert only["recall"] == {} and only["perplexity"] == pytest.approx(rows[0]["perplexity"], rel=1e-5)
+    assert only["scores"] == {} and only["perplexity"] == pytest.approx(rows[0]["perplexity"], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "gpt2", "gpt-neox"])

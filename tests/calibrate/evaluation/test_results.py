@@ -5,7 +5,8 @@ import pytest
 
 from kvcal.artifacts import KvcalError
 from kvcal.calibrate.evaluation.measurements import Measured
-from kvcal.calibrate.evaluation.results import Results, compared_rows, parameters
+from kvcal.calibrate.evaluation.results import Results
+from kvcal.calibrate.evaluation.results_file import compared_rows, parameters
 
 SETTINGS = {
     "model": "m",
@@ -15,7 +16,7 @@ SETTINGS = {
     "versions": {"torch": "2.11"},
 }
 LOKI = {"method": "loki", "rank": 0.25, "keep": 0.5}
-MEASURED = Measured([1.5, 0.1 + 0.2], [True], 10, [3, 4], [0.5], {"0": 0.1}, {"0": 0.9})
+MEASURED = Measured(2, [1.5, 0.1 + 0.2], [], 10, [3, 4], [0.5], {"0": [0.1, 0.2]}, {"0": [0.9, 0.8]})
 
 
 def test_what_is_written_is_found_again(tmp_path):
@@ -26,7 +27,7 @@ def test_what_is_written_is_found_again(tmp_path):
     again = Results.open(SETTINGS, path)
     assert Measured(**again.partial({"keep": 0.5, "rank": 0.25, "method": "loki"})["perplexity 0+2"]) == MEASURED
     assert again.row(LOKI) is None and again.partial({**LOKI, "rank": 1}) == {}
-    row = {**LOKI, "perplexity": 3.0, "recall": {}, "ms_per_step": 1.0}
+    row = {**LOKI, "perplexity": 3.0, "scores": {}, "ms_per_step": 1.0}
     again.finish(LOKI, row)
     again.write()
     body = json.loads(path.read_text())

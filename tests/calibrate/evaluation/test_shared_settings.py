@@ -105,7 +105,7 @@ def test_other_settings_are_as_without_it(model, windows, grid, rows):
 
 
 def test_an_interrupted_run_goes_on_to_the_same_figures(tmp_path, model, windows, grid, rows):
-    def stop(done, total):
+    def stop(done, total, left):
         if done == 200:
             raise KeyboardInterrupt
 

@@ -1,0 +1,205 @@
+"""A batch after its dense prefill, from which every setting decodes.
+
+The question of a task is asked in one of two ways. "decoded": token by token through the setting's cache, so that also
+the first word of an answer comes from a decoded step. "prefilled": densely, with the context, as the field does it; but
+methods that forget tokens choose which before they know the question, unless they say that they are `query_aware`:
+their prefill ends before it, and it goes through what is left of the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...artifacts import Artifact
+from ...runtime import CompressedCache, sharing_of
+from .attention_error import AttentionProbe, History, now
+from .decoding import Answer, Rows, decode_answers, ends_of
+from .grid import Setting
+from .measurements import Batch, Measured, samples_of
+from .prompts import Prompts
+from .tasks.sample import Sample, Task
+from .tasks.scoring import SCORINGS
+
+DECODED, PREFILLED = "decoded", "prefilled"
+QUESTIONS = (DECODED, PREFILLED)
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Pieces of text after the dense prefill of their prefixes."""
+
+    model: Any
+    cache: Any
+    """A `full` cache of the prefixes; only ever copied from."""
+    logits: Tensor
+    """[B, vocabulary] at the last prefix position."""
+    continuations: Tensor
+    """[B, C] int64."""
+    histories: Mapping[int, History]
+    """For the probe, by layer."""
+
+    @torch.no_grad()
+    def measure(self, artifact: Artifact | None, setting: Setting, step: Step) -> Measured:
+        """Feed the continuation token by token through a cache of its own.
+
+        Args:
+            setting: the cache's.
+            step: called after each decoded step.
+        """
+        cache = CompressedCache(self.model, artifact, **setting)
+        cache.adopt(self.cache)
+        cache.observer = probe = AttentionProbe(self.histories)
+        logits, device = self.logits, self.continuations.device
+        nll, costs = [], Costs(cache, device)
+        for position in range(self.continuations.shape[1]):
+            if position:
+                fed = self.continuations[:, position - 1 : position]
+                with costs.of_a_step(probe):
+                    logits = self.model(fed, past_key_values=cache, use_cache=True).logits[:, -1]
+                step()
+            token = self.continuations[:, position : position + 1]
+            nll.append(-logits.double().log_softmax(-1).gather(1, token))
+        error, mass = ({str(layer): rows for layer, rows in found.items()} for found in probe.result())
+        return costs.measured(nll=torch.cat(nll, 1).sum(1).tolist(), error=error, mass=mass)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Samples of a task after the dense prefill of their contexts."""
+
+    model: Any
+    task: Task
+    samples: Mapping[int, Sample]
+    """By their index in the task."""
+    tokenizer: Any
+    contexts: tuple[Any, Rows]
+    """A `full` cache, and the calls that filled it; only ever copied from."""
+    asked: tuple[Any, Rows, Tensor] | None
+    """The same after the questions, and the logits there [B, vocabulary]; None: they are decoded."""
+
+    @torch.no_grad()
+    def measure(self, artifact: Artifact | None, setting: Setting, step: Step) -> Measured:
+        """Ask and answer through a cache of its own; see `Windows.measure`."""
+        cache = CompressedCache(self.model, artifact, **setting)
+        questions: list[Sequence[int]] = [sample.question for sample in self.samples.values()]
+        logits = None
+        if self.asked is None:
+            cache.adopt(self.contexts[0])
+            rows = self.contexts[1].copy()
+        elif all(store.keeps_all_tokens or store.query_aware for store in cache.stores.values()):
+            cache.adopt(self.asked[0])
+            rows, logits = self.asked[1].copy(), self.asked[2]
+        else:
+            cache.adopt(self.contexts[0])
+            rows = self.contexts[1].copy()
+            cache.make_room()
+            logits = rows(cache, questions)
+        scoring, ends = SCORINGS[self.task.scoring], ends_of(self.model)
+        answers = [
+            Answer(sample, self.tokenizer, scoring, ends, self.task.new_tokens) for sample in self.samples.values()
+        ]
+        costs = Costs(cache, self.model.device)
+
+        def decode(fed: Sequence[Sequence[int]], ended: Sequence[bool]) -> Tensor:
+            with costs.of_a_step():
+                found = rows(cache, fed, ended)
+            step()
+            return found
+
+        decode_answers(decode, answers, questions if logits is None else [[]] * len(questions), logits)
+        return costs.measured(
+            samples=[answer_as_json(index, each) for index, each in zip(self.samples, answers, strict=True)]
+        )
+
+
+class Costs:
+    """Bytes and time of decoded steps."""
+
+    def __init__(self, cache: CompressedCache, device: torch.device):
+        self.cache, self.device = cache, device
+        self._read: list[int] = []
+        self._ms: list[float] = []
+
+    def of_a_step(self, probe: AttentionProbe | None = None) -> _Timed:
+        """Around the model's call. Args: probe: whose seconds are not the step's."""
+        return _Timed(self, probe)
+
+    def add(self, seconds: float) -> None:
+        self._ms.append(1000 * seconds)
+        self._read.append(self.cache.bytes_read())
+
+    def measured(self, **found: Any) -> Measured:
+        rows = len(found.get("nll") or found["samples"])
+        return Measured(
+            **{"rows": rows, "nll": [], "samples": [], **found},
+            resident_bytes=self.cache.resident_bytes(),
+            bytes_read=self._read,
+            ms=self._ms,
+            device_hits=list(self.cache.device_hits()),
+        )
+
+
+@dataclass
+class _Timed:
+    costs: Costs
+    probe: AttentionProbe | None
+
+    def __enter__(self) -> None:
+        self._probed = self.probe.seconds if self.probe else 0.0
+        self._started = now(self.costs.device)
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is None:
+            probed = (self.probe.seconds if self.probe else 0.0) - self._probed
+            self.costs.add(now(self.costs.device) - self._started - probed)
+
+
+@torch.no_grad()
+def prefill(model: Any, prompts: Prompts, batch: Batch, tokenizer: Any, question: str) -> Windows | Questions:
+    """
+    Args:
+        tokenizer: of the model; needed for tasks.
+        question: one of `QUESTIONS`.
+    """
+    found = sharing_of(model)
+    recorded = found is None or not found.map.shared  # for h2o, which layers that share do not allow
+    cache = CompressedCache(model, None, "full", record_mass=recorded)
+    asked = samples_of(prompts, batch)
+    if asked is None:
+        windows = prompts.windows
+        assert windows is not None
+        rows = slice(batch.first, batch.first + batch.rows)
+        out = model(windows.prefixes[rows].to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        continuations = windows.continuations[rows].to(model.device)
+        histories = {
+            layer: History(store.rows["key"].view, store.rows["value"].view, continuations.shape[1])
+            for layer, store in cache.stores.items()
+        }
+        return Windows(model, cache, out.logits[:, -1], continuations, histories)
+    task, samples = asked
+    calls = Rows(model, len(samples))
+    calls(cache, [sample.context for sample in samples.values()])
+    if question == DECODED:
+        return Questions(model, task, samples, tokenizer, (cache, calls), None)
+    whole = CompressedCache(model, None, "full", record_mass=recorded)
+    whole.adopt(cache)
+    after = calls.copy()
+    logits = after(whole, [sample.question for sample in samples.values()])
+    return Questions(model, task, samples, tokenizer, (cache, calls), (whole, after, logits))
+
+
+def answer_as_json(index: int, answer: Answer) -> dict[str, Any]:
+    sample = answer.sample
+    return {
+        "index": index,
+        "prediction": answer.prediction,
+        "answers": list(sample.answers),
+        "score": answer.score,
+        "depth": sample.depth,
+    }
