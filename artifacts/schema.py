@@ -8,14 +8,16 @@ docs/format.md is the prose of this file.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from .artifact import Layer
+from .artifact import Layer, indices_in
 from .errors import ArtifactError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 STAGE_SINCE = {"cla": 2}
 """Schema version of stages that version 1 does not have; an artifact states the lowest version that has its stages."""
+WITHOUT_WINDOWS = ("reservoir", "clusters")
+"""Stages that may leave out layers with a sliding window, which keep the model's own cache; since version 3."""
 
 QUANTITIES = ("key_pre", "key_post", "query_pre", "query_post", "value")
 """What is measured per KV head; queries are pooled over the heads of their group."""
@@ -84,6 +86,20 @@ Header = dict[str, tuple[str, tuple[int, ...]]]
 """name -> (safetensors dtype, shape)."""
 
 
+def layers_left_out(stage: str, names: Iterable[str], layers: Sequence[Layer]) -> set[int]:
+    """Indices of layers with a sliding window of which a stage with tensors of these names has nothing."""
+    if stage not in WITHOUT_WINDOWS:
+        return set()
+    return {layer.index for layer in layers if layer.window is not None} - indices_in(names)
+
+
+def version_of(stages: Mapping[str, Iterable[str]], layers: Sequence[Layer]) -> int:
+    """The lowest schema version that has these stages, by the names of their tensors."""
+    if any(layers_left_out(stage, names, layers) for stage, names in stages.items()):
+        return 3
+    return max(STAGE_SINCE.get(name, 1) for name in ("moments", *stages))
+
+
 def check_stage(where: str, stage: str, header: Header, layers: Sequence[Layer]) -> None:
     """Compare the tensors of a stage's file with the schema.
 
@@ -93,7 +109,10 @@ def check_stage(where: str, stage: str, header: Header, layers: Sequence[Layer])
     expected: dict[str, tuple[Spec, dict[str, int]]] = {
         name: (spec, {}) for name, spec in STAGE_TENSORS.get(stage, {}).items()
     }
+    left_out = layers_left_out(stage, header, layers)
     for layer in layers:
+        if layer.index in left_out:
+            continue
         prefix = f"layers.{layer.index}."
         known = {"Hkv": layer.kv_heads, "D": layer.head_dim, "Dv": layer.value_dim, "L": len(layers)}
         specs = dict(LAYER_TENSORS[stage])

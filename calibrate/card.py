@@ -9,7 +9,7 @@ from typing import Any
 from ..artifacts import Artifact
 from .markdown import code, front_matter
 from .plots import rank_figure
-from .rank import rank_report
+from .rank import means_are_of, rank_report
 
 PLACE = "THIS FOLDER OR ITS HUB ID"
 """What the card's example loads, until it is known where the artifact lies on the Hub."""
@@ -29,11 +29,15 @@ def _card(artifact: Artifact, report: dict[str, Any]) -> str:
         f"{len(artifact.layers)} layers, {first.kv_heads} KV heads, {first.query_heads} query heads, "
         f"head dim {first.head_dim}"
     )
+    if (full := len(artifact.full_layers)) < len(artifact.layers):
+        shape += f"; {full} layers with full attention, {len(artifact.layers) - full} with a sliding window"
     text_id = code(source.get("id", "text"))
     place = ", ".join(f"{name} {code(source[name])}" for name in ("config", "split", "revision") if source.get(name))
     ranks = "\n".join(
         f"| {name} | {report['model'][name]:.1f} |" for name in ("key_pre", "key_post", "query_post", "value")
     )
+    note = means_are_of(report)
+    averaged = f" (sliding window in some: {note})" if note else ""
     return f"""{front_matter(_filed_under(artifact))}
 
 # kvcal artifact: {code(model.id)} on {text_id}
@@ -52,7 +56,7 @@ queries and values; the stages present are {", ".join(sorted(artifact.stages))}.
 | settings | {_listed(settings)} |
 | versions | {_listed(artifact.versions)} |
 
-Mean rank@{100 * report["variance"]:g} over layers and KV heads:
+Mean rank@{100 * report["variance"]:g} over layers and KV heads{averaged}:
 
 | quantity | dimensions |
 | --- | --- |

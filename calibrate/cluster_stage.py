@@ -1,4 +1,4 @@
-"""The stage `clusters`: key clusterings of every layer of an artifact, from its reservoir."""
+"""The stage `clusters`: key clusterings of every layer with full attention of an artifact, from its reservoir."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def cluster(
         The artifact with the stage `clusters`, the same on every rank; `kvcal.artifacts.save` writes it on rank 0.
 
     Raises:
-        KvcalError: fewer keys than clusters.
+        KvcalError: fewer keys than clusters, or no layer with full attention.
     """
     tokens = len(artifact.stages["reservoir"].tensors["token"]) if "reservoir" in artifact.stages else 0
     if not tokens:
@@ -49,8 +49,13 @@ def cluster(
         raise KvcalError(f"{artifact.name}: a reservoir of one token, which makes no clusters: calibrate on more text")
     if tokens_per_cluster < 1:
         raise KvcalError(f"{tokens_per_cluster} tokens per cluster: give at least 1")
+    layers = [layer for layer in artifact.layers_in("reservoir") if layer.window is None]
+    if not layers:
+        raise KvcalError(
+            f"{artifact.name}: all layers have a sliding window and keep the model's own cache: nothing uses clusters"
+        )
     count = clusters if clusters is not None else max(1, round(tokens / tokens_per_cluster))
-    heads = [(layer.index, head) for layer in artifact.layers for head in range(layer.kv_heads)]
+    heads = [(layer.index, head) for layer in layers for head in range(layer.kv_heads)]
     mine = [heads[index] for index in world.deal(len(heads))]
     found: dict[str, Tensor] = {}
     for done, (layer, head) in enumerate(mine):
@@ -67,12 +72,12 @@ def cluster(
     if progress:
         progress(len(mine), len(mine))
     found = {name: part for rank in range(world.size) for name, part in _from(world, rank, found).items()}
-    names = [name.split(" ", 2)[2] for name in found if name.startswith("0 0 ")]
+    names = [name.split(" ", 2)[2] for name in found if name.startswith(f"{layers[0].index} 0 ")]
     tensors = {
         f"layers.{layer.index}.{name}": _join(
             name, [found[f"{layer.index} {head} {name}"] for head in range(layer.kv_heads)]
         )
-        for layer in artifact.layers
+        for layer in layers
         for name in names
     }
     settings = {"clusters": count, "metric": metric, "iterations": iterations, "seed": seed}
@@ -126,7 +131,7 @@ def cluster_report(artifact: Artifact) -> dict[str, Any]:
         over the heads, delta_r the largest exponent delta · r · softmax scale.
     """
     layers = []
-    for layer in artifact.layers:
+    for layer in artifact.layers_in("clusters"):
 
         def get(name: str, index: int = layer.index) -> Tensor:
             return artifact.tensor("clusters", index, name)

@@ -20,7 +20,7 @@ def compare(first: Artifact, second: Artifact, variance: float = 0.9) -> dict[st
 
     Returns:
         {"variance", "same_tensors", "differs": [{"field", "first", "second"}], "model": {"key_post": mean rank
-        change, …}, "layers": [{"layer", "key_pre": {"rank", "rank_change", "overlap", "largest_angle",
+        change, …}, "layers": [{"layer", "window", "key_pre": {"rank", "rank_change", "overlap", "largest_angle",
         "spectrum_change"}, "key_post": {…}}]}; overlap is the mean cos² of the principal angles (1: the same
         subspace), angles are in degrees, spectrum_change is Σ|λ - λ'| / Σλ; lists have one entry per KV head.
 
@@ -35,7 +35,7 @@ def compare(first: Artifact, second: Artifact, variance: float = 0.9) -> dict[st
         )
     layers: list[dict[str, Any]] = []
     for layer in first.layers:
-        entry: dict[str, Any] = {"layer": layer.index}
+        entry: dict[str, Any] = {"layer": layer.index, "window": layer.window}
         for quantity in ("key_pre", "key_post"):
             spectra = [a.tensor("pca", layer.index, f"{quantity}.eigenvalues") for a in (first, second)]
             rows = [a.tensor("pca", layer.index, f"{quantity}.components") for a in (first, second)]

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from ..artifacts import KvcalError
 from ..runtime import hub
-from .builtin import stdlib_text
+from .builtin import packaged_text, stdlib_text
 from .data_sets import Asked, NoFiles, card, choose, repository, saved, source_of_files
 from .text_data import TextData, TextPart, TextSource
 from .text_files import KNOWN, below, describes_others, is_text, matching, not_text
 
 DATA_ALIASES: dict[str, str] = {
+    **{name: f"{text.about}: splits train and heldout" for name, text in packaged_text.TEXTS.items()},
     "c4": "allenai/c4:en:train",
     "stdlib": "built in: this Python's documentation and source, splits train and heldout",
     "wikitext": "Salesforce/wikitext:wikitext-2-raw-v1:train",
@@ -60,17 +61,30 @@ def _find(spec: str, asked: Asked) -> TextSource:
     if found is not None:
         return found
     alias, _, rest = spec.partition(":")
-    if alias == "stdlib":
-        return _builtin(asked.split or rest or "train")
+    if alias == "stdlib" or alias in packaged_text.TEXTS:
+        return _builtin(alias, asked.split or rest or "train")
     if alias in DATA_ALIASES:
         return _hub(DATA_ALIASES[alias], asked if asked.split else asked.of_split(rest or None))
     return _hub(spec, asked)
 
 
-def _builtin(split: str) -> TextSource:
-    choose("stdlib", "split", split, stdlib_text.SPLITS)
-    described = {"kind": "builtin", "id": "stdlib", "split": split}
-    return TextSource(described, (TextPart(None, lambda: (text for _, text in stdlib_text.documents(split))),))
+def _builtin(alias: str, split: str) -> TextSource:
+    choose(alias, "split", split, stdlib_text.SPLITS)
+    described = {"kind": "builtin", "id": alias, "split": split}
+    if alias == "stdlib":
+        return TextSource(described, (TextPart(None, lambda: (text for _, text in stdlib_text.documents(split))),))
+    text = packaged_text.TEXTS[alias]
+    text.chapters()  # says so if it is not here
+    return TextSource({**described, "version": text.version()}, (TextPart(None, lambda: text.documents(split)),))
+
+
+def where(alias: str) -> tuple[str, str | None]:
+    """(where the text of an alias is to be found, how to get it if it is not here)."""
+    if alias == "stdlib":
+        return "here", None
+    if text := packaged_text.TEXTS.get(alias):
+        return ("here", None) if text.is_here() else ("not here", text.how_to_get_it())
+    return "in the Hub cache" if hub.cached(_parts(DATA_ALIASES[alias])[0], "dataset", None) else "on the Hub", None
 
 
 def _local(spec: str, asked: Asked) -> TextSource | None:

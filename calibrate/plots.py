@@ -20,10 +20,17 @@ _LABELS = {
 
 
 def rank_figure(artifact: Artifact, report: dict[str, Any]) -> bytes:
-    """Left: rank@p by layer, mean over KV heads with their range. Right: explained variance of post-rotary keys."""
+    """Left: rank@p by layer, mean over KV heads with their range. Right: explained variance of post-rotary keys.
+
+    Layers with a sliding window have a grey ground on the left and grey curves on the right.
+    """
     figure, (by_layer, curves) = two_panels()
     percent = f"{100 * report['variance']:g}"
-    layers = [entry["layer"] for entry in report["layers"]]
+    layers, averaged = [entry["layer"] for entry in report["layers"]], report["averaged"]
+    sliding = [entry["layer"] for entry in report["layers"] if entry["window"] is not None]
+    for layer in sliding:
+        label = "sliding window" if layer == sliding[0] else None
+        by_layer.axvspan(layer - 0.5, layer + 0.5, facecolor="0.94", edgecolor="0.85", zorder=0, label=label)
     for column, (quantity, label) in enumerate(_LABELS.items()):
         ranks = [entry[quantity] for entry in report["layers"]]
         means = [sum(heads) / len(heads) for heads in ranks]
@@ -37,17 +44,23 @@ def rank_figure(artifact: Artifact, report: dict[str, Any]) -> bytes:
     by_layer.set_title(f"Rank@{percent} (mean and range over KV heads)", fontsize=10)
     by_layer.legend(fontsize=8, frameon=False, ncols=3, loc="upper center")
 
-    shades = _shades(len(layers))
-    for layer, shade in zip(layers, shades, strict=True):
+    for layer in [layer for layer in layers if layer not in averaged]:
+        explained = _explained(artifact, layer, "key_post")
+        curves.plot(range(1, len(explained) + 1), explained, color="0.85", linewidth=0.8)
+    shades = _shades(len(averaged))
+    for layer, shade in zip(averaged, shades, strict=True):
         explained = _explained(artifact, layer, "key_post")
         curves.plot(range(1, len(explained) + 1), explained, color=shade, linewidth=1.2)
-    pre = [_explained(artifact, layer, "key_pre") for layer in layers]
+    pre = [_explained(artifact, layer, "key_pre") for layer in averaged]
     for dim in sorted({len(explained) for explained in pre}):
         alike = [explained for explained in pre if len(explained) == dim]
         curves.plot(range(1, dim + 1), sum(alike) / len(alike), color="black", linestyle="--", linewidth=1.2)
     curves.plot([], [], color="black", linestyle="--", label="pre-rotary, mean of layers")
-    curves.plot([], [], color=shades[0], label=f"post-rotary, layer {layers[0]}")
-    curves.plot([], [], color=shades[-1], label=f"post-rotary, layer {layers[-1]}")
+    curves.plot([], [], color=shades[0], label=f"post-rotary, layer {averaged[0]}")
+    if len(averaged) > 1:
+        curves.plot([], [], color=shades[-1], label=f"post-rotary, layer {averaged[-1]}")
+    if len(averaged) < len(layers):
+        curves.plot([], [], color="0.85", label="post-rotary, sliding window")
     curves.axhline(report["variance"], color="0.6", linewidth=0.8, linestyle=":")
     curves.set(
         xlabel="dimensions kept", ylabel="fraction of variance explained", ylim=(0, 1.02), xlim=(0, head_dim + 1)

@@ -42,26 +42,43 @@ def participation_ratio(eigenvalues: Tensor) -> Tensor:
 def rank_report(artifact: Artifact, variance: float = 0.9) -> dict[str, Any]:
     """Ranks and participation ratios from the artifact alone.
 
+    Means are over the layers with full attention, which are those that methods compress; over all where all have a
+    sliding window.
+
     Returns:
-        {"variance", "layers": [{"layer", "key_post": [rank of each KV head], "key_post_uncentred", …,
-        "participation": {…}}], "model": {"key_post": mean, …}, "participation": {"key_post": mean, …}}.
+        {"variance", "layers": [{"layer", "window": tokens or None, "key_post": [rank of each KV head],
+        "key_post_uncentred", …, "participation": {…}}], "averaged": [index of each layer in the means],
+        "model": {"key_post": mean, …}, "participation": {"key_post": mean, …}}.
     """
     layers: list[dict[str, Any]] = []
     names = [f"{quantity}{suffix}" for quantity in QUANTITIES for suffix in ("", "_uncentred")]
     for layer in artifact.layers:
-        ranks: dict[str, Any] = {"layer": layer.index}
+        ranks: dict[str, Any] = {"layer": layer.index, "window": layer.window}
         ratios = {}
         for name in names:
             eigenvalues = _eigenvalues(artifact, layer.index, name)
             ranks[name] = rank_at(eigenvalues, variance).tolist()
             ratios[name] = [round(ratio, 4) for ratio in participation_ratio(eigenvalues).tolist()]
         layers.append({**ranks, "participation": ratios})
+    averaged = [layer for layer in layers if layer["window"] is None] or layers
     return {
         "variance": variance,
         "layers": layers,
-        "model": {name: _mean([layer[name] for layer in layers]) for name in names},
-        "participation": {name: _mean([layer["participation"][name] for layer in layers]) for name in names},
+        "averaged": [layer["layer"] for layer in averaged],
+        "model": {name: _mean([layer[name] for layer in averaged]) for name in names},
+        "participation": {name: _mean([layer["participation"][name] for layer in averaged]) for name in names},
     }
+
+
+def means_are_of(report: dict[str, Any]) -> str:
+    """For people, behind "sliding window": which layers the means of a `rank_report` are of; "" where none has one."""
+    sliding = [layer for layer in report["layers"] if layer["window"] is not None]
+    if not sliding:
+        return ""
+    every = len(report["layers"])
+    if len(sliding) == every:
+        return f"means over all {every} layers, since all have one"
+    return f"means over the {every - len(sliding)} of {every} layers with full attention, which methods compress"
 
 
 def _eigenvalues(artifact: Artifact, layer: int, name: str) -> Tensor:

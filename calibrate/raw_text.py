@@ -20,13 +20,13 @@ MOST_CHARS = 1 << 26
 _CHUNK = 1 << 18
 
 
-def text_chunks(path: Path) -> Iterator[str]:
+def text_chunks(path: Path, encoding: str = "utf-8-sig") -> Iterator[str]:
     """The text of a file in pieces of any size, none of them empty.
 
     Raises:
-        KvcalError: cannot be read, damaged, not UTF-8, or with a zero byte, which no text has.
+        KvcalError: cannot be read, damaged, not of this encoding, or with a zero byte, which no text has.
     """
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(), translate=True)
     read = 0
     for data in _bytes(path):
         read += len(data)
@@ -34,13 +34,19 @@ def text_chunks(path: Path) -> Iterator[str]:
             text = decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
             at = read - len(error.object) + error.start
+            stated = "UTF-8" if encoding == "utf-8-sig" else encoding
             raise KvcalError(
-                f"{path}: not UTF-8 text ({error.reason} at byte {at}): convert it, or leave it out"
+                f"{path}: not {stated} text ({error.reason} at byte {at}): convert it, or leave it out"
             ) from None
         if "\0" in text:
             raise KvcalError(f"{path}: binary data, not text: leave it out")
         if text:
             yield text
+
+
+def first_bytes(path: Path) -> bytes:
+    """The beginning of a file, decompressed. Raises KvcalError as `text_chunks` does."""
+    return next(_bytes(path))
 
 
 def _bytes(path: Path) -> Iterator[bytes]:

@@ -62,7 +62,7 @@ class StatisticsFitter:
                     f"layer {seen.layer}: NaN or Inf among the {quantity} activations: try --dtype float32, "
                     "or check the weights of this layer"
                 )
-            if quantity in SAMPLED:
+            if (seen.layer, quantity) in self.rows:
                 if quantity.startswith("query"):
                     samples = batch.one_query_per_group(samples, group, self.seed)
                 self.rows[seen.layer, quantity].update(samples, batch.placement)
@@ -74,7 +74,8 @@ class StatisticsFitter:
         placement = self.sample.place(other.sample.token)
         for key, layer in other.layers.items():
             if key not in self.layers:
-                self.add_layer(layer, other.rows[key, "value"].rows.dtype)
+                sampled = other.rows.get((key, "value"))
+                self.add_layer(layer, sampled.rows.dtype if sampled else None)
         for name, fitter in other.moments.items():
             self.moments[name].merge(fitter)
         for name, rows in other.rows.items():
@@ -106,7 +107,8 @@ class StatisticsFitter:
         found = cls(reservoir, seed)
         found.sample.token = tensors["token"]
         for fields in numbers["layers"]:
-            found.add_layer(Layer(**fields), tensors[f"{fields['index']}.value.rows"].dtype)
+            sampled = tensors.get(f"{fields['index']}.value.rows")
+            found.add_layer(Layer(**fields), None if sampled is None else sampled.dtype)
         for (layer, quantity), fitter in found.moments.items():
             fitter.count = numbers["counts"][f"{layer}.{quantity}"]
             fitter.mean.copy_(tensors[f"{layer}.{quantity}.mean"])
@@ -148,17 +150,20 @@ class StatisticsFitter:
                     f"{prefix}.{stage}.key_map": basis.key_map.float(),
                     f"{prefix}.{stage}.singular_values": basis.singular_values,
                 }
-            for quantity in SAMPLED:
+            for quantity in SAMPLED if layer.window is None else ():
                 stages["reservoir"][f"{prefix}.{quantity}"] = self.rows[index, quantity].finalize(order)
         return stages
 
-    def add_layer(self, layer: Layer, dtype: torch.dtype) -> None:
-        """Make room for a layer whose activations are of `dtype`."""
+    def add_layer(self, layer: Layer, dtype: torch.dtype | None) -> None:
+        """Make room for a layer whose activations are of `dtype`; of one with a sliding window nothing is sampled,
+        since nothing that samples are for is done to it."""
         self.layers[layer.index] = layer
         for quantity in QUANTITIES:
             dim = layer.value_dim if quantity == "value" else layer.head_dim
             self.moments[layer.index, quantity] = MomentsFitter(layer.kv_heads, dim)
-            if quantity in SAMPLED:
+            if quantity in SAMPLED and layer.window is None:
+                if dtype is None:
+                    raise ValueError(f"no rows of layer {layer.index}")
                 self.rows[layer.index, quantity] = SampledRows(self.reservoir, layer.kv_heads, dim, dtype)
 
 

@@ -12,10 +12,12 @@ from ..artifacts import KvcalError
 from ..runtime import hub
 from . import text_columns
 from .chats import Chat
-from .raw_text import COMPRESSIONS, text_chunks
+from .html_text import charset, page_text
+from .raw_text import COMPRESSIONS, first_bytes, text_chunks
 from .tables import Table, kinds_of_schema, open_table, table_of_values
 
-PLAIN = (".txt", ".md", ".py")
+WEB = (".html", ".htm", ".xhtml")
+PLAIN = (".txt", ".md", ".py", *WEB)
 _TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 KNOWN = (*PLAIN, *_TABLES)
 _NOT_COMPRESSED = (".parquet", ".arrow")
@@ -97,7 +99,7 @@ def read(path: Path, text_column: str | None = None) -> Iterator[str | Chat]:
     """
     if kind(path.name) in PLAIN:
         held: str | None = None
-        for chunk in text_chunks(path):
+        for chunk in _chunks(path):
             if held is not None:
                 yield Unfinished(held)
             held = chunk
@@ -106,6 +108,12 @@ def read(path: Path, text_column: str | None = None) -> Iterator[str | Chat]:
         with readable(str(path)):
             table = open_table(path, kind(path.name))
         yield from text_columns.documents(_guarded(table, str(path)), str(path), text_column)
+
+
+def _chunks(path: Path) -> Iterator[str]:
+    if kind(path.name) not in WEB:
+        return text_chunks(path)
+    return page_text(str(path), text_chunks(path, charset(str(path), first_bytes(path))))
 
 
 def texts(dataset: Any, label: str, text_column: str | None = None) -> Iterator[str | Chat]:

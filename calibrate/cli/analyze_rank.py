@@ -8,7 +8,7 @@ import click
 from ...artifacts import QUANTITIES, load
 from ..distributed import World
 from .job import one_job
-from .output import json_option, plot_option, print_json, print_table, write_plot
+from .output import json_option, plot_option, print_json, print_lines, print_table, write_plot
 from .pass_options import PassOptions, pass_options, run_pass
 
 
@@ -26,7 +26,8 @@ def analyze_rank_command(
 ) -> None:
     """Rank@p of keys, queries and values by layer and head, from ARTIFACT alone.
 
-    With --model and --data instead of ARTIFACT, the calibration pass comes first.
+    With --model and --data instead of ARTIFACT, the calibration pass comes first. Layers with a sliding window are
+    marked and left out of the means: methods leave them alone.
 
     \b
     Example:
@@ -53,12 +54,19 @@ def analyze_rank_command(
 
 
 def print_ranks(report: dict[str, Any]) -> None:
-    """One row per layer, each cell the ranks of the KV heads; then the model's means."""
+    """One row per layer, each cell the ranks of the KV heads; then the means over layers with full attention."""
+    from ..rank import means_are_of
+
     columns = [*QUANTITIES, "key_pre_uncentred", "key_post_uncentred"]
-    rows = [[str(entry["layer"]), *(_heads(entry[name]) for name in columns)] for entry in report["layers"]]
+    rows = [
+        [f"{entry['layer']}{'*' * bool(entry['window'])}", *(_heads(entry[name]) for name in columns)]
+        for entry in report["layers"]
+    ]
     rows.append(["mean", *(f"{report['model'][name]:.1f}" for name in columns)])
     rows.append(["participation", *(f"{report['participation'][name]:.1f}" for name in columns)])
     print_table(f"rank@{100 * report['variance']:g} by layer and KV head", ["layer", *columns], rows)
+    if note := means_are_of(report):
+        print_lines(f"* sliding window; {note}")
 
 
 def _heads(ranks: list[int]) -> str:

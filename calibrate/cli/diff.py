@@ -42,7 +42,7 @@ def _print(report: dict[str, Any]) -> None:
             heads = entry[quantity]
             rows.append(
                 [
-                    f"{entry['layer']} {quantity}",
+                    f"{entry['layer']}{'*' * bool(entry['window'])} {quantity}",
                     " ".join(map(str, heads["rank"])),
                     " ".join(f"{change:+d}" for change in heads["rank_change"]),
                     " ".join(f"{overlap:.3f}" for overlap in heads["overlap"]),
@@ -52,6 +52,8 @@ def _print(report: dict[str, Any]) -> None:
             )
     header = ["layer", "rank", "change", "subspace overlap", "largest angle (°)", "spectrum change (%)"]
     print_table(f"key subspaces of rank@{100 * report['variance']:g}, by KV head", header, rows)
+    if any(entry["window"] for entry in report["layers"]):
+        print_lines("* sliding window, which methods leave alone")
 
 
 def _short(value: Any) -> str:

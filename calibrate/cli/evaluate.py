@@ -11,6 +11,7 @@ from ..distributed import World
 from .data_options import data_options, say_left
 from .evaluation_table import print_results
 from .job import one_job
+from .loading import load_model_of
 from .output import NewFile, json_option, plot_option, print_json, progress_bar, say, working, write_plot
 
 
@@ -22,7 +23,9 @@ def _are_results(path: Path) -> bool:
 
 @click.command("evaluate")
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--model", "model_spec", metavar="MODEL", help="Alias, Hub id or folder.  [default: the artifact's]")
+@click.option(
+    "--model", "model_spec", metavar="MODEL", help="Alias, Hub id, folder or GGUF file.  [default: the artifact's]"
+)
 @data_options("Unseen text", "heldout of stdlib")
 @click.option(
     "--method",
@@ -106,7 +109,7 @@ def evaluate_command(
     from ..evaluation.prompts import make_prompts
     from ..evaluation.protocol import check_lengths, evaluate
     from ..evaluation.results import Results, compared_rows
-    from ..models import load_model
+    from ..models import spec_of
 
     if not data_spec:
         raise click.UsageError("give --data: text that the artifact was not calibrated on, e.g. stdlib --split heldout")
@@ -117,9 +120,8 @@ def evaluate_command(
     world.agree_on({"content of ARTIFACT": str(found.content_hash)})
     with working("finding the text"):
         data = open_data(data_spec, split, text_column=text_column, seed=prompt_options["seed"])
-    with working("loading the model"):
-        loaded = load_model(model_spec or found.model.id, device=device, dtype=dtype)
-        check_weights(found, loaded.model)
+    loaded = load_model_of(model_spec or spec_of(found.model), device=device, dtype=dtype)
+    check_weights(found, loaded.model)
     check_grid(grid, loaded.model, found)
     with working("reading and tokenising the text"):
         prompts = make_prompts(data, loaded.tokenizer, **prompt_options, name=str(data.source["id"]))

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from ...artifacts import KvcalError, load
+from .loading import load_model_of
 from .output import json_option, print_json, print_lines, working
 
 
@@ -32,7 +33,6 @@ def export_command(artifact: Path, model_spec: str, folder: Path, dtype: str, as
     from ...artifacts.places import check_new_folder
     from ...artifacts.writing import has_content
     from ...runtime.cla import stage_map
-    from ..models import load_model
     from ..sharing.export import export
     from .uptrain_options import check_weights
 
@@ -41,9 +41,8 @@ def export_command(artifact: Path, model_spec: str, folder: Path, dtype: str, as
         raise KvcalError(f"{folder}: already exists: choose another --cla or remove it")
     found = load(artifact)
     groups = str(stage_map(found))
-    with working("loading the model"):
-        loaded = load_model(model_spec, device="cpu", dtype=dtype)
-        check_weights(found, loaded.model)
+    loaded = load_model_of(model_spec, device="cpu", dtype=dtype)
+    check_weights(found, loaded.model)
     with working("writing"):
         written = export(found, loaded, folder)
     size = sum(path.stat().st_size for path in written.iterdir())

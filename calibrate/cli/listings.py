@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import click
 
-from .output import json_option, print_json, print_table
+from .output import json_option, print_json, print_lines, print_table
 
 
 @click.command("models")
@@ -22,15 +22,27 @@ def models_command(as_json: bool) -> None:
 @click.command("datasets")
 @json_option
 def datasets_command(as_json: bool) -> None:
-    """List the data aliases and what they resolve to.
+    """List the data aliases, what they resolve to, and whether they can be read right here.
 
     \b
     Example:
       calibrate datasets
     """
-    from ..data import DATA_ALIASES
+    from ..data import DATA_ALIASES, where
 
-    _show("data: any Hub id org/name[:config[:split]], file, folder or glob works too", DATA_ALIASES, as_json)
+    found = {
+        alias: dict(zip(("resolves_to", "where", "advice"), (meaning, *where(alias)), strict=True))
+        for alias, meaning in DATA_ALIASES.items()
+    }
+    if as_json:
+        print_json(found)
+        return
+    title = "data: any Hub id org/name[:config[:split]], file, folder or glob works too"
+    rows = [[alias, each["resolves_to"], each["where"]] for alias, each in found.items()]
+    print_table(title, ["alias", "resolves to", "where"], rows)
+    for alias, each in found.items():
+        if each["advice"]:
+            print_lines(f"{alias}: {each['advice']}")
 
 
 def _show(title: str, aliases: dict[str, str], as_json: bool) -> None:

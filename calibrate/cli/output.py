@@ -17,6 +17,7 @@ from ...artifacts import KvcalError
 from ...artifacts.errors import one_line
 from ...artifacts.places import check_new_file
 from ...artifacts.writing import write_atomically
+from .logged import logged, switched_off
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print machine-readable results to stdout, nothing else."
@@ -60,10 +61,14 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[..., None]]:
-    """Yields update(done, total, note="") for a bar with elapsed and remaining time; silent when stderr is no
+    """Yields update(done, total, note="") for a bar with elapsed and remaining time; lines where stderr is no
     terminal."""
-    if not sys.stderr.isatty():
+    if switched_off():
         yield lambda done, total, note="": None
+        return
+    if not sys.stderr.isatty():
+        with logged(title) as update:
+            yield update
         return
     from rich.console import Console
     from rich.progress import (
@@ -84,9 +89,13 @@ def progress_bar(title: str) -> Iterator[Callable[..., None]]:
 
 @contextmanager
 def working(title: str) -> Iterator[None]:
-    """A spinner for steps that cannot tell how far they are; silent when stderr is no terminal."""
-    if not sys.stderr.isatty():
+    """A spinner for steps that cannot tell how far they are; lines where stderr is no terminal."""
+    if switched_off():
         yield
+        return
+    if not sys.stderr.isatty():
+        with logged(title):
+            yield
         return
     from rich.console import Console
     from rich.text import Text

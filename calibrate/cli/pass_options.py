@@ -13,12 +13,15 @@ import click
 from ...artifacts import Artifact
 from ..distributed import SINGLE, World
 from .data_options import data_options, say_left
+from .loading import load_model_of
 from .output import progress_bar, say, working
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _OPTIONS = [
-    click.option("--model", "model_spec", metavar="MODEL", help="Alias, Hub id with optional @revision, or folder."),
+    click.option(
+        "--model", "model_spec", metavar="MODEL", help="Alias, Hub id with optional @revision, folder, or GGUF file."
+    ),
     data_options("Text to calibrate on", "train"),
     click.option("--output", type=click.Path(path_type=Path), help="Folder of the artifact.  [default: MODEL-DATA]"),
     click.option(
@@ -112,7 +115,7 @@ def run_pass(options: PassOptions, world: World = SINGLE) -> Artifact:
     from ..card import card_files
     from ..checkpoint import Checkpoint
     from ..data import open_data
-    from ..models import check_seq_len, load_model
+    from ..models import check_seq_len
     from ..one_pass import calibrate, check_output, save
     from ..placement import input_device
 
@@ -124,10 +127,9 @@ def run_pass(options: PassOptions, world: World = SINGLE) -> Artifact:
         say(f"no interrupted run beside {output}: starting from the beginning")
     with working("finding the text"):
         data = open_data(options.data_spec, options.split, text_column=options.text_column, seed=options.seed)
-    with working("loading the model"):
-        loaded = load_model(
-            options.model_spec, device=options.device, dtype=options.dtype, placement=_placement(options, world)
-        )
+    loaded = load_model_of(
+        options.model_spec, device=options.device, dtype=options.dtype, placement=_placement(options, world)
+    )
     check_seq_len(options.seq_len, loaded.model.config)
     with working("reading and tokenising the text"):
         blocks = make_blocks(

@@ -11,6 +11,7 @@ from ...artifacts.places import check_new_file
 from ...artifacts.writing import write_atomically
 from .data_options import data_options, say_left
 from .evaluate import check_weights
+from .loading import load_model_of
 from .output import NewFile, json_option, print_json, print_lines, print_table, progress_bar, say, working
 
 BYTES = 0.0625
@@ -24,7 +25,9 @@ def _is_plan(path: Path) -> bool:
 
 @click.command("plan")
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--model", "model_spec", metavar="MODEL", help="Alias, Hub id or folder.  [default: the artifact's]")
+@click.option(
+    "--model", "model_spec", metavar="MODEL", help="Alias, Hub id, folder or GGUF file.  [default: the artifact's]"
+)
 @data_options("Text to measure on, other than the artifact's", "heldout of stdlib")
 @click.option(
     "--bytes",
@@ -99,7 +102,7 @@ def plan_command(
     from ..evaluation.prompts import make_prompts
     from ..evaluation.protocol import check_lengths
     from ..evaluation.results import Results
-    from ..models import load_model
+    from ..models import spec_of
     from ..planning.plan import (
         QUESTIONS,
         check_choice,
@@ -126,9 +129,8 @@ def plan_command(
         check_new_file(path, _is_plan, "a plan")
     with working("finding the text"):
         data = open_data(data_spec, split, text_column=text_column, seed=prompt_options["seed"])
-    with working("loading the model"):
-        loaded = load_model(model_spec or found.model.id, device=device, dtype=dtype)
-        check_weights(found, loaded.model)
+    loaded = load_model_of(model_spec or spec_of(found.model), device=device, dtype=dtype)
+    check_weights(found, loaded.model)
     with working("reading and tokenising the text"):
         prompts = make_prompts(
             data,

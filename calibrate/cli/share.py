@@ -7,7 +7,8 @@ import click
 
 from ...artifacts import Artifact, load, save
 from ...artifacts.places import check_can_write_in
-from .output import json_option, plot_option, print_json, print_lines, print_table, progress_bar, working, write_plot
+from .loading import load_model_of
+from .output import json_option, plot_option, print_json, print_lines, print_table, progress_bar, write_plot
 from .uptrain_options import UptrainOptions, print_uptraining, run_uptraining, uptrain_options
 
 
@@ -133,12 +134,10 @@ def _uptrain(
 def load_calibrated(artifact: Artifact, model_spec: str) -> Any:
     """The model of this specification, once its weights are known to be those of the artifact."""
     from ...runtime import check_model
-    from ..models import load_model
 
-    with working("loading the model"):
-        # In the dtype of the run: another one may round the weights, and then they are others.
-        model = load_model(model_spec, device="cpu", dtype=str(artifact.settings.get("dtype", "auto"))).model
-        check_model(artifact, model, weights=True)
+    # In the dtype of the run: another one may round the weights, and then they are others.
+    model = load_model_of(model_spec, device="cpu", dtype=str(artifact.settings.get("dtype", "auto"))).model
+    check_model(artifact, model, weights=True)
     return model
 
 

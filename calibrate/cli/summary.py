@@ -51,7 +51,8 @@ def print_summary(summary: dict[str, Any]) -> None:
         "content": summary["content_hash"],
     }
     if summary["sliding_layers"]:
-        lines["sliding"] = f"layers {', '.join(map(str, summary['sliding_layers']))}"
+        sliding = ", ".join(map(str, summary["sliding_layers"]))
+        lines["sliding"] = f"layers {sliding}: a window each, which methods leave alone"
     for name, text in lines.items():
         print_lines(f"{name:<11} {text}")
     for name, stage in summary["stages"].items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -13,6 +12,7 @@ import click
 
 from ...artifacts import Artifact, save
 from .data_options import data_options, say_left
+from .loading import load_model_of
 from .output import print_lines, print_table, progress_bar, say, working
 
 if TYPE_CHECKING:
@@ -118,7 +118,6 @@ def run_uptraining(
     from ...runtime.cla import stage_map
     from ..card import card_files
     from ..data import open_data
-    from ..models import load_model
     from ..sharing.loss_figure import loss_figure
     from ..sharing.plan import refuse_to_lose
     from ..sharing.refit import refit_keys
@@ -132,9 +131,8 @@ def run_uptraining(
     sharing_map, earlier = stage_map(artifact), earlier_training(artifact) if options.more else None
     with working("finding the text"):
         data = open_data(options.data_spec, options.split, text_column=options.text_column, seed=options.seed)
-    with working("loading the model"):
-        loaded = load_model(model_spec, device=options.device, dtype=options.dtype)
-        check_weights(artifact, loaded.model)
+    loaded = load_model_of(model_spec, device=options.device, dtype=options.dtype)
+    check_weights(artifact, loaded.model)
     block_size = options.block_size or int(artifact.data["seq_len"])
     check_trainable(loaded.model, sharing_map, block_size)
     tokens = training.steps * training.batch_size * block_size
@@ -224,12 +222,6 @@ def _refit_blocks(artifact: Artifact, data: TextData, tokenizer: Any, training: 
 
 @contextmanager
 def training_bar() -> Iterator[Callable[[int, int, float], None]]:
-    """A progress bar with the loss; twenty lines for the log when stderr is no terminal."""
+    """A progress bar, or lines for a log, with the loss."""
     with progress_bar("uptraining") as update:
-
-        def show(done: int, total: int, loss: float) -> None:
-            update(done, total, f"loss {loss:.3f}" if done else "")
-            if not sys.stderr.isatty() and done and done % max(1, total // 20) == 0:
-                say(f"step {done} of {total}: loss {loss:.3f}")
-
-        yield show
+        yield lambda done, total, loss: update(done, total, f"loss {loss:.3f}" if done else "")

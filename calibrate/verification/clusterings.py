@@ -26,7 +26,10 @@ def check_clusters(artifact: Artifact, where: str) -> None:
     if "reservoir" not in artifact.stages:
         return
     metric = artifact.stages["clusters"].settings["metric"]
-    for layer in artifact.layers:
+    sampled = artifact.layers_in("reservoir")
+    for layer in artifact.layers_in("clusters"):
+        known = layer in sampled
+        require_that(where, f"layers.{layer.index}", known, "of a layer that is not in the reservoir", "none")
         prefix = f"layers.{layer.index}."
         key, query, value = (
             artifact.tensor("reservoir", layer.index, name).float() for name in ("key_post", "query_post", "value")

@@ -19,7 +19,7 @@ def check_sample(artifact: Artifact, where: str) -> None:
     if type(most) is int:
         require_that(where, "token", tokens == min(most, counted), f"{tokens} tokens", f"{most} of {counted} counted")
     require_that(where, "token", tokens <= counted, f"{tokens} tokens", f"at most the {counted} counted")
-    for layer in artifact.layers:
+    for layer in artifact.layers_in("reservoir"):
         for quantity in ("key_post", "query_post", "value"):
             name, rows = f"layers.{layer.index}.{quantity}", artifact.tensor("reservoir", layer.index, quantity)
             bounded(where, name, rows)

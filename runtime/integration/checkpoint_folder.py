@@ -66,17 +66,23 @@ def check_size(folder: Path, config: Any) -> None:
         KvcalError: more weights than the files have bits.
     """
     stored = sum(path.stat().st_size for path in _files(folder) if path.suffix in (".safetensors", ".bin"))
-    try:
-        with torch.device("meta"), no_init_weights():
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
-    except Exception:  # said better where the weights are loaded
-        return
-    described = sum(parameter.numel() for parameter in model.parameters())
-    if stored and described > 8 * stored:
+    described = weights_of(config)
+    if stored and described is not None and described > 8 * stored:
         raise KvcalError(
             f"{folder}: config.json describes a model of {described:.3g} weights, the files have {stored} bytes: "
             "get a whole checkpoint"
         )
+
+
+def weights_of(config: Any) -> int | None:
+    """How many weights the model of a config has, tied ones once; None: it cannot be built."""
+    try:
+        with torch.device("meta"), no_init_weights():
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+        model.tie_weights()
+    except Exception:  # said better where the weights are loaded
+        return None
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from huggingface_hub import constants
 from transformers import LlamaConfig
 
 from kvcal.artifacts import KvcalError
-from kvcal.calibrate import models
-from kvcal.calibrate.models import MODEL_ALIASES, check_seq_len, load_model, max_context, resolve_model
+from kvcal.calibrate import builtin, models
+from kvcal.calibrate.models import MODEL_ALIASES, aliases, check_seq_len, load_model, max_context, resolve_model
+from kvcal.runtime import hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -98,8 +99,8 @@ def test_incomplete_cache(tiny_model_folder: Path, empty_offline_cache: Path) ->
 
 
 def test_online_loads_by_id_and_commit(monkeypatch: pytest.MonkeyPatch, tiny_model_folder: Path) -> None:
-    monkeypatch.setattr(models.hub, "locate", lambda *_: models.hub.Located(None, COMMIT))
-    monkeypatch.setattr(models.hub, "fetch", lambda *_: tiny_model_folder)
+    monkeypatch.setattr(hub, "locate", lambda *_: hub.Located(None, COMMIT))
+    monkeypatch.setattr(hub, "fetch", lambda *_: tiny_model_folder)
     seen = {}
 
     def from_pretrained(place: str, **options: Any) -> Any:
@@ -117,8 +118,8 @@ def test_online_without_a_tokenizer(
 ) -> None:
     snapshot = _into_cache(empty_offline_cache, "org/name", tiny_model_folder)
     (snapshot / "tokenizer.json").unlink()
-    monkeypatch.setattr(models.hub, "locate", lambda *_: models.hub.Located(None, COMMIT))
-    monkeypatch.setattr(models.hub, "fetch", lambda *_: snapshot)
+    monkeypatch.setattr(hub, "locate", lambda *_: hub.Located(None, COMMIT))
+    monkeypatch.setattr(hub, "fetch", lambda *_: snapshot)
     config = LlamaConfig.from_pretrained(tiny_model_folder)
     for name, found in (("AutoConfig", config), ("AutoTokenizer", None)):
         monkeypatch.setattr(f"transformers.{name}.from_pretrained", lambda *_, found=found, **__: found)
@@ -140,10 +141,10 @@ def test_alias_and_folder_of_the_same_name(
 def test_demo_is_a_folder_of_the_package(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert Path(MODEL_ALIASES["demo"]) == Path(models.__file__).parent / "builtin" / "demo_model"
+    assert Path(MODEL_ALIASES["demo"]) == Path(builtin.__file__).parent / "demo_model"
     for path in tiny_model_folder.iterdir():  # as some installers do
         (tmp_path / path.name).symlink_to(path)
-    monkeypatch.setattr(models, "DEMO_FOLDER", tmp_path)
+    monkeypatch.setattr(aliases, "DEMO_FOLDER", tmp_path)
     assert load_model("demo", device="cpu").source == models.ModelSource("demo", tmp_path, None)
 
 

@@ -1,8 +1,8 @@
-"""Find and load a model: by alias, Hub id or folder."""
+"""Load a model and its tokenizer."""
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
 import os
 import pickle
 import re
@@ -14,41 +14,14 @@ from typing import Any
 
 import torch
 
-from ..artifacts import KvcalError
-from ..runtime import cla_file, hub
-
-DEMO_FOLDER = Path(__file__).parent / "builtin" / "demo_model"
-
-MODEL_ALIASES: dict[str, str] = {
-    "demo": str(DEMO_FOLDER),
-    "gemma-3-4b": "google/gemma-3-4b-pt",
-    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
-    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
-    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
-    "mistral-7b": "mistralai/Mistral-7B-v0.1",
-    "phi-3-mini": "microsoft/Phi-3-mini-4k-instruct",
-    "pythia-1b": "EleutherAI/pythia-1b",
-    "qwen3-8b": "Qwen/Qwen3-8B",
-    "tinyllama": "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
-}
+from ...artifacts import KvcalError
+from ...runtime import cla_file, hub
+from . import aliases
+from .source import ModelSource, has_tokenizer, resolve_model
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _ENTRANCES = ("transformers.models.auto.", "transformers.modeling_utils", "transformers.utils.")
 """Modules in which wrong arguments of ours would show."""
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """What a model specification stands for."""
-
-    id: str
-    """Hub id, "demo", or the folder as the user gave it."""
-    folder: Path | None
-    """Where its files are; None: only online."""
-    revision: str | None
-    """Commit on the Hub; None for folders."""
 
 
 @dataclass(frozen=True)
@@ -59,46 +32,12 @@ class LoadedModel:
     source: ModelSource
 
 
-def resolve_model(spec: str | os.PathLike[str]) -> ModelSource:
-    """Find a model: existing folders first, then aliases and Hub ids, with optional `@revision`.
-
-    Raises:
-        KvcalError: unknown, incomplete, or neither here nor to be had online.
-    """
-    name = os.fspath(spec)
-    folder = hub.path_of(name)
-    # A folder that happens to be called as an alias wins only when it is a model.
-    if folder.is_dir() and (name not in MODEL_ALIASES or (folder / "config.json").is_file()):
-        if missing := _lacking(folder):
-            raise KvcalError(
-                f"model folder {name}: has no {missing}: give the folder of a complete transformers checkpoint"
-            )
-        return ModelSource(name, folder, None)
-    if folder.is_file():
-        raise KvcalError(f"{name}: is a file: give the folder of the checkpoint")
-    alias, _, revision = name.partition("@")
-    if alias == "demo":
-        if missing := _lacking(DEMO_FOLDER):
-            raise KvcalError(f"the built-in model has no {missing} in {DEMO_FOLDER}: install kvcal again")
-        return ModelSource(alias, DEMO_FOLDER, None)
-    repo_id = MODEL_ALIASES.get(alias, alias)
-    if "/" not in repo_id:
-        near = difflib.get_close_matches(alias, MODEL_ALIASES, n=3)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise KvcalError(
-            f"unknown model {name!r}: {hint}Give a folder, a Hub id org/name, or one of {', '.join(MODEL_ALIASES)}"
-        )
-    if repo_id.count("/") > 1 or repo_id.startswith((".", "/", "~")):
-        raise KvcalError(f"{name}: no such model folder: check the path")
-    found = hub.locate(repo_id, "model", revision or None, _lacking)
-    return ModelSource(repo_id, found.folder, found.revision)
-
-
 def load_model(
     spec: str | os.PathLike[str],
     device: str = "auto",
     dtype: str = "auto",
     placement: Callable[[Any], dict[str, Any]] | None = None,
+    progress: Callable[..., None] | None = None,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
@@ -108,6 +47,7 @@ def load_model(
         dtype: auto (float32 on CPU, the checkpoint's own on CUDA), float32, bfloat16 or float16.
         placement: of the config, more options of `from_pretrained` that say on which devices the model lies; `device`
             then only decides about the dtype. See `placement`.
+        progress: called as progress(done, total, note=...) while a GGUF file is converted, which is done once.
 
     Raises:
         KvcalError: not found, not loadable, or no such device or dtype.
@@ -118,11 +58,16 @@ def load_model(
     # bfloat16 on a CPU makes the numbers depend on the batch size far beyond 1e-5.
     wanted = _DTYPES.get(dtype) or (torch.float32 if where.type == "cpu" else "auto")
     source = resolve_model(spec)
+    if source.gguf:
+        from .converted import converted
+
+        with _quiet(progress=False):
+            source = dataclasses.replace(source, folder=converted(source.gguf, source.id, progress))
 
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from ..runtime.integration.checkpoint_folder import CHECKED, check_folder, check_size
-    from ..runtime.integration.checkpoint_json import check_heads, harmless
+    from ...runtime.integration.checkpoint_folder import CHECKED, check_folder, check_size
+    from ...runtime.integration.checkpoint_json import check_heads, harmless
 
     place = str(source.folder or source.id)
     options: dict[str, Any] = {"trust_remote_code": False}
@@ -130,7 +75,7 @@ def load_model(
         options["revision"] = source.revision
     with _quiet(progress=source.folder is None):
         downloaded = source.folder or hub.fetch(source.id, source.revision, CHECKED)
-        if downloaded != DEMO_FOLDER:  # ours, of which some installers make links
+        if downloaded != aliases.DEMO_FOLDER:  # ours, of which some installers make links
             check_folder(downloaded)
         with _user_errors(source, "config.json"):
             config = harmless(AutoConfig.from_pretrained(place, **options))
@@ -142,7 +87,7 @@ def load_model(
             )
         with _user_errors(source, "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(place, config=config, **options)
-        if not _has_tokenizer(downloaded):
+        if not has_tokenizer(downloaded):
             raise KvcalError(f"model {source.id}: the repository has no tokenizer (tokenizer.json): choose another one")
         placed = placement(config) if placement else {}
         missing = []
@@ -170,46 +115,9 @@ def load_model(
 
 def _shared(folder: Path, wanted: Any) -> Any:
     """A model that `calibrate export --cla` wrote: transformers alone would make up the projections it lacks."""
-    from ..runtime.integration.checkpoint import load_cla
+    from ...runtime.integration.checkpoint import load_cla
 
     return load_cla(folder, dtype=None if wanted == "auto" else wanted)
-
-
-def max_context(config: Any) -> int | None:
-    """The model's context in tokens, or None when its config states none."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    stated = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    return stated if stated and stated > 0 else None  # XLNet says -1
-
-
-def check_seq_len(seq_len: int, config: Any, option: str = "--seq-len") -> None:
-    """Raise KvcalError, naming the option, when blocks of `seq_len` tokens exceed the model's context."""
-    context = max_context(config)
-    if context is not None and seq_len > context:
-        raise KvcalError(
-            f"blocks of {seq_len} tokens exceed this model's context of {context}: give {option} {context}"
-        )
-
-
-def _lacking(folder: Path) -> str | None:
-    """The first thing that a checkpoint folder needs and has not got."""
-    if not (folder / "config.json").is_file():
-        return "config.json"
-    if not _has_tokenizer(folder):
-        return "tokenizer (tokenizer.json)"
-    if any((folder / name).is_file() for name in _WEIGHTS):
-        return None
-    from ..runtime.integration.checkpoint_folder import shards
-
-    for index in (folder / f"{name}.index.json" for name in _WEIGHTS):
-        if index.is_file():
-            return next((f"weights {shard}" for shard in shards(index) if not (folder / shard).is_file()), None)
-    return "weights (model.safetensors)"
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    # Without any of them some of transformers' classes load all the same, with an empty vocabulary.
-    return any((folder / name).is_file() for name in _TOKENIZERS)
 
 
 def _device(name: str) -> torch.device:
