@@ -10,6 +10,7 @@ from typing import Any
 from subjects import SUBJECTS, Subject
 from tables import named, number, read, table
 
+HEAD = "# Real models\n\nMade by `python benchmarks/real/run.py WORK`."
 Part = Callable[[Path, Subject], str]
 
 
@@ -104,8 +105,8 @@ PARTS: Mapping[str, tuple[str, Part]] = {
 }
 
 
-def write(folder: Path, head: str) -> None:
-    sections = [head]
+def write(folder: Path) -> None:
+    sections = [HEAD]
     for name, (title, part) in PARTS.items():
         for subject in SUBJECTS.values():
             if body := part(folder / "real", subject):

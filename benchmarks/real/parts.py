@@ -9,7 +9,7 @@ from typing import Any
 
 from attention import errors, unseen
 from settings import LEVELS, at_equal_bytes
-from subjects import TEXTS, TOKENS, UNSEEN, Bench
+from subjects import TEXTS, UNSEEN, Bench
 
 from kvcal.calibrate.rank import rank_report
 

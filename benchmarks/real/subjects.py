@@ -14,17 +14,11 @@ from kvcal.artifacts import Artifact
 from kvcal.calibrate import load_model
 from kvcal.runtime import load
 
-TEXTS: dict[str, tuple[str, ...]] = {
-    "prose": ("debian-handbook:train",),
-    "code": ("stdlib:train",),
-    "both": ("debian-handbook:train", "stdlib:train"),
-}
-"""What is calibrated on."""
-UNSEEN: dict[str, tuple[str, ...]] = {
-    "prose": ("debian-handbook:heldout",),
-    "code": ("stdlib:heldout",),
-    "both": ("debian-handbook:heldout", "stdlib:heldout"),
-}
+_BOOKS = ("debian-handbook", "anarchism")
+_KINDS = {"prose": _BOOKS, "code": ("stdlib",), "both": (*_BOOKS, "stdlib")}
+TEXTS = {kind: tuple(f"{name}:train" for name in names) for kind, names in _KINDS.items()}
+"""What is calibrated on, equal parts of each."""
+UNSEEN = {kind: tuple(f"{name}:heldout" for name in names) for kind, names in _KINDS.items()}
 """What is evaluated on."""
 TOKENS = 131072
 """Calibrated on, where nothing else is said."""
