@@ -1,0 +1,69 @@
+"""What a method loses in the attention of each layer, on the keys of unseen text: no model is decoded.
+
+Keys, queries and values are those of one dense pass, in bfloat16, so that bytes are those of a 16-bit cache. The last
+STEPS tokens of every row are decoded through the method's store; the error is ‖o − o_dense‖ / ‖o_dense‖.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcal.artifacts import Artifact
+from kvcal.calibrate import make_blocks, open_data
+from kvcal.calibrate.planning.points import Problem, measure, problems
+
+STEPS = 16
+BATCH = 8
+"""Sequences that share what a step reads once, as in the decoded tables."""
+Setting = dict[str, Any]
+
+
+def unseen(loaded: Any, texts: Sequence[str], rows: int, length: int) -> list[Problem]:
+    """Of `rows` pieces of unseen text, `length` tokens and STEPS more."""
+    data = open_data(list(texts))
+    blocks = make_blocks(data, loaded.tokenizer, num_tokens=rows * (length + STEPS), seq_len=length + STEPS)
+    found: list[Problem] = []
+    for row in blocks.ids.long():  # one at a time: a pass over all would hold all of their activations
+        found = _join(found, problems(loaded.model, row[None], STEPS, 1))
+    return found
+
+
+def _join(first: list[Problem], second: list[Problem]) -> list[Problem]:
+    second = [_each(problem, lambda tensor: tensor.bfloat16()) for problem in second]
+    if not first:
+        return second
+    return [
+        dataclasses.replace(
+            one,
+            query=torch.cat((one.query, other.query)),
+            key=torch.cat((one.key, other.key)),
+            value=torch.cat((one.value, other.value)),
+            texts=one.texts + other.texts,
+        )
+        for one, other in zip(first, second, strict=True)
+    ]
+
+
+def _each(problem: Problem, change: Any) -> Problem:
+    tensors: dict[str, Tensor] = {name: change(getattr(problem, name)) for name in ("query", "key", "value")}
+    return dataclasses.replace(problem, **tensors)
+
+
+def errors(found: Sequence[Problem], settings: Sequence[Setting], artifact: Artifact) -> list[dict[str, Any]]:
+    """Of each setting {"setting", "bytes": over dense, "error": mean of layers, "by_layer": {layer: error}}."""
+    by_layer = {problem.layer: measure(problem, settings, artifact, torch.device("cpu"), BATCH) for problem in found}
+    return [
+        {
+            "setting": setting,
+            "bytes": statistics.mean(points[index].bytes for points in by_layer.values()),
+            "error": statistics.mean(points[index].error for points in by_layer.values()),
+            "by_layer": {str(layer): round(points[index].error, 5) for layer, points in by_layer.items()},
+        }
+        for index, setting in enumerate(settings)
+    ]

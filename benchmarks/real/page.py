@@ -1,0 +1,115 @@
+"""docs/results/real.md of what has been measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from subjects import SUBJECTS, Subject
+from tables import named, number, read, table
+
+HEAD = "# Real models\n\nMade by `python benchmarks/real/run.py WORK`."
+Part = Callable[[Path, Subject], str]
+
+
+def ranks(folder: Path, subject: Subject) -> str:
+    """Rank@90 by layer: of keys before and after the rotary embedding, of queries and values."""
+    found = read(folder / f"{subject.model}-ranks.json").get("both")
+    if not found:
+        return ""
+    columns = ("key_pre", "key_post", "query_pre", "query_post", "value")
+    rows = [
+        [
+            f"{layer['layer']}{'' if layer.get('window') is None else ' (window)'}",
+            *(" ".join(map(str, layer[name])) for name in columns),
+        ]
+        for layer in found["layers"]
+    ]
+    means = ["mean", *(number(found["model"][name], ".1f") for name in columns)]
+    return table(["layer", *columns], [*rows, means])
+
+
+def tokens(folder: Path, subject: Subject) -> str:
+    """Ranks and attention errors by tokens calibrated on."""
+    found = read(folder / f"{subject.model}-tokens.json")
+    rows = []
+    for size in subject.sizes:
+        model = found.get(f"ranks {size}")
+        if model is None:
+            continue
+        errors = [entry["error"] for text in ("prose", "code") for entry in found.get(f"{text} {size}", ())]
+        rows.append(
+            [f"{size}", number(model["key_pre"], ".2f"), number(model["key_post"], ".2f"), *map(number, errors)]
+        )
+    header = ["tokens", "rank@90 pre", "rank@90 post", "prose, PCA", "prose, score", "code, PCA", "code, score"]
+    return table(header, rows) if rows else ""
+
+
+def bases(folder: Path, subject: Subject) -> str:
+    """The attention error by rank, of every basis."""
+    found = read(folder / f"{subject.model}-bases.json")
+    if not found:
+        return ""
+    first = next(iter(found.values()))
+    rows = [
+        [str(entry["setting"]["rank"]), *(number(column[at]["error"]) for column in found.values())]
+        for at, entry in enumerate(first)
+    ]
+    return table(["rank", *found], rows)
+
+
+def transfer(folder: Path, subject: Subject) -> str:
+    """The attention error by calibrated text and evaluated text."""
+    found = read(folder / f"{subject.model}-transfer.json")
+    if not found:
+        return ""
+    first = next(iter(found.values()))
+    header = ["calibrated → evaluated", *(f"{entry['setting']['basis']} {entry['setting']['rank']}" for entry in first)]
+    return table(header, [[key, *(number(entry["error"]) for entry in row)] for key, row in found.items()])
+
+
+def attention(folder: Path, subject: Subject) -> str:
+    """Every method at equal bytes: the attention error, mean of layers, without the first, and the worst layer."""
+    parts = []
+    for length in subject.lengths:
+        found = read(folder / f"{subject.model}-attention-{length}.json")
+        rows = [_errors(level, entry) for level, entries in found.items() for entry in entries]
+        if rows:
+            header = ["bytes", "method", "read", "error", "without the first layer", "worst layer"]
+            parts.append(f"### {length} tokens\n\n{table(header, rows)}")
+    return "\n\n".join(parts)
+
+
+def _errors(level: str, entry: Mapping[str, Any]) -> Sequence[str]:
+    layers = list(entry["by_layer"].items())
+    worst, error = max(layers, key=lambda item: item[1])
+    others = statistics.mean(value for _, value in layers[1:]) if len(layers) > 1 else None
+    return [
+        level,
+        named(entry["setting"]),
+        number(entry["bytes"], ".4f"),
+        number(entry["error"]),
+        number(others),
+        f"{error:.2f} ({worst})",
+    ]
+
+
+PARTS: Mapping[str, tuple[str, Part]] = {
+    "ranks": ("Ranks by layer", ranks),
+    "tokens": ("How much text is enough", tokens),
+    "bases": ("Key PCA and the score basis", bases),
+    "transfer": ("Calibration text against evaluation text", transfer),
+    "attention": ("Attention errors at equal bytes", attention),
+}
+
+
+def write(folder: Path) -> None:
+    sections = [HEAD]
+    for name, (title, part) in PARTS.items():
+        for subject in SUBJECTS.values():
+            if body := part(folder / "real", subject):
+                about = " ".join((part.__doc__ or name).split())
+                sections.append(f"## {title}: {subject.model}\n\n{about}\n\n{body}")
+    (folder / "real.md").write_text("\n\n".join(sections) + "\n")

@@ -1,0 +1,124 @@
+"""The parts of the measurement: each writes one JSON, and goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from attention import errors, unseen
+from settings import LEVELS, at_equal_bytes
+from subjects import TEXTS, UNSEEN, Bench
+
+from kvcal.calibrate.rank import rank_report
+
+ROWS = 4
+"""Pieces of unseen text, of every kind, in the tables of attention errors."""
+RANKS = (2, 4, 8, 16, 24, 32, 48, 64)
+KEEP = 1 / 16
+
+
+def ranks(bench: Bench) -> None:
+    """Ranks by layer, of keys before and after the rotary embedding, queries and values."""
+    done = Done(bench.path("ranks"))
+    for text in TEXTS:
+        done.once(text, lambda text=text: rank_report(bench.artifact(text)))
+
+
+def tokens(bench: Bench) -> None:
+    """Ranks and attention errors by the number of calibrated tokens."""
+    done = Done(bench.path("tokens"))
+    settings = [_loki(16, basis) for basis in ("pca", "score")]
+    for size in bench.subject.sizes:
+        artifact = bench.artifact("both", size)
+        done.once(f"ranks {size}", lambda artifact=artifact: rank_report(artifact)["model"])
+        for text in ("prose", "code"):
+            _errors(bench, done, f"{text} {size}", text, settings, artifact)
+
+
+def bases(bench: Bench) -> None:
+    """Key PCA and the score basis, fitted before and after the rotary embedding, by rank."""
+    done = Done(bench.path("bases"))
+    dims = [rank * bench.subject.head_dim // 64 for rank in RANKS]
+    for basis in ("pca", "score"):
+        for stage in ("post", "pre"):
+            settings = [_loki(rank, basis, stage) for rank in dims]
+            _errors(bench, done, f"{basis} {stage}", "both", settings, bench.artifact())
+
+
+def transfer(bench: Bench) -> None:
+    """Calibration text against evaluation text."""
+    done = Done(bench.path("transfer"))
+    settings = [_loki(rank, basis) for basis in ("pca", "score") for rank in (8, 16, 32)]
+    for calibrated in TEXTS:
+        for text in ("prose", "code"):
+            _errors(bench, done, f"{calibrated} → {text}", text, settings, bench.artifact(calibrated))
+
+
+def attention(bench: Bench) -> None:
+    """Bytes and attention errors of every method at equal bytes, at every length."""
+    for length, levels in bench.subject.lengths.items():
+        done = Done(bench.path(f"attention-{length}"))
+        for level in levels:
+            settings = at_equal_bytes(LEVELS[level], bench.subject.head_dim, length)
+            # h2o needs the attention that a prefill of the whole model records.
+            settings = [setting for setting in settings if setting["method"] != "h2o"]
+            _errors(bench, done, level, "both", settings, bench.artifact(), length)
+
+
+def _loki(rank: int, basis: str, stage: str = "post") -> dict[str, Any]:
+    return {"method": "loki", "rank": rank, "keep": KEEP, "basis": basis, "stage": stage, "select": "group"}
+
+
+def _errors(
+    bench: Bench, done: Done, key: str, text: str, settings: Any, artifact: Any, length: int | None = None
+) -> None:
+    def measured() -> list[dict[str, Any]]:
+        found = _problems(bench, text, length or next(iter(bench.subject.lengths)))
+        return errors(found, settings, artifact)
+
+    done.once(key, measured)
+
+
+_MADE: dict[tuple[str, str, int], Any] = {}
+
+
+def _problems(bench: Bench, text: str, length: int) -> Any:
+    """Those of the last text and length asked for: they are as large as a cache."""
+    key = (bench.subject.model, text, length)
+    if key not in _MADE:
+        _MADE.clear()
+        _MADE[key] = unseen(bench.loaded, UNSEEN[text], ROWS, length)
+    return _MADE[key]
+
+
+class Done:
+    """A JSON of what was measured, written after every entry."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    def once(self, key: str, measured: Callable[[], Any]) -> None:
+        if key in self.found:
+            return
+        print(f"{self.path.stem}: {key}", flush=True)
+        self.found[key] = measured()
+        partial = self.path.with_name(f"{self.path.name}.partial")
+        partial.write_text(json.dumps(self.found, indent=1) + "\n")
+        partial.replace(self.path)
+
+
+PARTS: Mapping[str, Callable[[Bench], None]] = {
+    "ranks": ranks,
+    "tokens": tokens,
+    "bases": bases,
+    "transfer": transfer,
+    "attention": attention,
+}
+
+
+def run(bench: Bench, names: Iterable[str]) -> None:
+    for name in names:
+        PARTS[name](bench)

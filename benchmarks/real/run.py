@@ -1,0 +1,38 @@
+"""Everything that docs/results/real.md states, measured on real models.
+
+python benchmarks/real/run.py WORK             # hours on two cores; an interrupted run goes on
+python benchmarks/real/run.py WORK --page      # only the page, from what was measured
+
+WORK holds the artifacts, about 300 MB each. Results are docs/results/real/*.json. The models come from the packages of
+`kvcal[models]`, the text from Debian's packages debian-handbook and anarchism: see docs/models.md and docs/data.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import page
+import parts
+from subjects import SUBJECTS, Bench
+
+FOLDER = Path(__file__).resolve().parents[2] / "docs" / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="folder of the artifacts")
+    parser.add_argument("--model", choices=SUBJECTS, action="append", help="only this one; may be repeated")
+    parser.add_argument("--part", choices=parts.PARTS, action="append", help="only this part; may be repeated")
+    parser.add_argument("--page", action="store_true", help="only write the page again")
+    options = parser.parse_args()
+    results = FOLDER / "real"
+    for folder in (options.work, results):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in () if options.page else options.model or SUBJECTS:
+        parts.run(Bench(SUBJECTS[name], options.work, results), options.part or parts.PARTS)
+    page.write(FOLDER)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""What is measured: each method at equal bytes, and with its paper's own settings.
+
+A token of a KV head is 2·D numbers of 16 bits: `bytes` below is a fraction of reading all of them. What a method reads
+beside exact rows (scores' dimensions, boxes, centroids, codes) takes half of the bytes at most; rows take the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Setting = dict[str, Any]
+LEVELS = {"1/32": 1 / 32, "1/16": 1 / 16, "1/8": 1 / 8, "1/4": 1 / 4, "1/2": 1 / 2}
+GROUP: Setting = {"select": "group"}
+"""One choice for all query heads of a KV head: where each chooses for itself, G times the rows are read."""
+LARGE_RANK = 0.25
+"""Of the head dim: more dimensions choose no better."""
+
+
+def at_equal_bytes(level: float, head_dim: int, length: int) -> list[Setting]:
+    """The settings of every method that reads `level` of the bytes, rows shared by the group."""
+    dims = _power_of_two(min(level * head_dim, LARGE_RANK * head_dim))
+    rows = level - dims / (2 * head_dim)
+    page = max(16, _power_of_two(2 / level))
+    size = max(16, _power_of_two(1 / level))
+    held = round(level * length)
+    return [
+        {"method": "loki", "rank": dims, "keep": _share(rows), **GROUP},
+        {"method": "loki", "rank": dims, "keep": _share(rows), "basis": "score", **GROUP},
+        {"method": "sparq", "rank": dims, "keep": _share(rows), **GROUP},
+        {"method": "quest", "page": page, "keep": _share(level - 1 / page), **GROUP},
+        {"method": "clusterkv", "keep": _share(level - 1 / 160), "window": 64, "sinks": 4},
+        {
+            "method": "clusterkv",
+            "tokens_per_cluster": size,
+            "keep": _share(level - 0.5 / size),
+            "window": 64,
+            "sinks": 4,
+        },
+        {"method": "streaming", "keep": _share(level)},
+        {"method": "h2o", "keep": _share(level)},
+        {"method": "subgen", "window": held // 2, "clusters": held // 16, "t": 2, "s": held // 4},
+        *_spectral(level, head_dim),
+    ]
+
+
+def _spectral(level: float, head_dim: int) -> list[Setting]:
+    """The finest codes that take half of the bytes at most; clusters of 80 stand for what is not read."""
+    clusters = (head_dim / 2 + head_dim) / 80 / (4 * head_dim)  # a mean key of 4 bits, a mean value of 8
+    for rank, bits in ((head_dim, 4), (head_dim // 2, 4), (head_dim // 4, 4), (head_dim // 4, 2)):
+        codes = (rank * bits / 8 + 2) / (4 * head_dim)
+        if codes <= level / 2:
+            keep = _share(level - codes - clusters)
+            return [{"method": "spectral", "rank": rank, "bits": bits, "keep": keep, "tokens_per_cluster": 80}]
+    return []
+
+
+PAPERS: list[Setting] = [
+    {"method": "loki", "rank": 0.25, "keep": 0.25},
+    {"method": "exact_topk", "keep": 0.25},
+    {"method": "h2o", "keep": 0.25},
+    {"method": "quest", "page": 16, "keep": 0.25},
+    {"method": "sparq", "rank": 0.25, "keep": 0.25},
+    {"method": "clusterkv", "keep": 1024},
+    {"method": "subgen"},
+    {"method": "spectral"},
+]
+"""As published, or as ours by default: each query head chooses for itself where the paper's do."""
+
+WHY_LOKI: dict[str, Setting] = {
+    "as published": {"method": "loki", "rank": 0.25, "keep": 0.25},
+    "chosen by the group": {"method": "loki", "rank": 0.25, "keep": 0.25, "select": "group"},
+    "the score basis": {"method": "loki", "rank": 0.25, "keep": 0.25, "basis": "score"},
+    "half of the rank": {"method": "loki", "rank": 0.5, "keep": 0.25},
+    "three quarters of the rank": {"method": "loki", "rank": 0.75, "keep": 0.25},
+    "exact scores": {"method": "exact_topk", "keep": 0.25},
+    "first layer dense": {"method": "loki", "rank": 0.25, "keep": 0.25, "dense_layers": 1},
+    "sinks, recent tokens and a tail": {"method": "loki", "rank": 0.25, "keep": 0.25, "tail": True},
+    "pre-rotary basis": {"method": "loki", "rank": 0.25, "keep": 0.25, "stage": "pre"},
+    "half of the tokens": {"method": "loki", "rank": 0.25, "keep": 0.5},
+}
+
+
+def _power_of_two(number: float) -> int:
+    return 1 << max(0, int(number).bit_length() - 1)
+
+
+def _share(keep: float) -> float:
+    return round(keep, 5)

@@ -1,0 +1,30 @@
+"""Tables of a page, as Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def read(path: Path) -> dict[str, Any]:
+    """{} for what has not been measured."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])
+
+
+def number(value: float | None, form: str = ".3f") -> str:
+    return "–" if value is None else f"{value:{form}}"
+
+
+def named(setting: Mapping[str, Any]) -> str:
+    """ "`loki` rank 8, keep 0.0625, basis score": what tells settings of one table apart."""
+    shown = {name: value for name, value in setting.items() if name not in ("method", "select")}
+    return f"`{setting['method']}` " + ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()
+    )
