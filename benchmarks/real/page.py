@@ -75,7 +75,7 @@ def attention(folder: Path, subject: Subject) -> str:
     parts = []
     for length in subject.lengths:
         found = read(folder / f"{subject.model}-attention-{length}.json")
-        rows = [_errors(level, entry) for level, entries in found.items() for entry in entries]
+        rows = [_errors(key.partition(" ")[0], entry) for key, entries in found.items() for entry in entries]
         if rows:
             header = ["bytes", "method", "read", "error", "without the first layer", "worst layer"]
             parts.append(f"### {length} tokens\n\n{table(header, rows)}")

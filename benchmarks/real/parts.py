@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from attention import errors, unseen
+from decoding import forget, methods, papers, ruler, why_loki
 from settings import LEVELS, at_equal_bytes
 from subjects import TEXTS, UNSEEN, Bench
 
@@ -19,14 +20,14 @@ RANKS = (2, 4, 8, 16, 24, 32, 48, 64)
 KEEP = 1 / 16
 
 
-def ranks(bench: Bench) -> None:
+def ranks(bench: Bench, only: str | None = None) -> None:
     """Ranks by layer, of keys before and after the rotary embedding, queries and values."""
     done = Done(bench.path("ranks"))
     for text in TEXTS:
         done.once(text, lambda text=text: rank_report(bench.artifact(text)))
 
 
-def tokens(bench: Bench) -> None:
+def tokens(bench: Bench, only: str | None = None) -> None:
     """Ranks and attention errors by the number of calibrated tokens."""
     done = Done(bench.path("tokens"))
     settings = [_loki(16, basis) for basis in ("pca", "score")]
@@ -37,7 +38,7 @@ def tokens(bench: Bench) -> None:
             _errors(bench, done, f"{text} {size}", text, settings, artifact)
 
 
-def bases(bench: Bench) -> None:
+def bases(bench: Bench, only: str | None = None) -> None:
     """Key PCA and the score basis, fitted before and after the rotary embedding, by rank."""
     done = Done(bench.path("bases"))
     dims = [rank * bench.subject.head_dim // 64 for rank in RANKS]
@@ -47,7 +48,7 @@ def bases(bench: Bench) -> None:
             _errors(bench, done, f"{basis} {stage}", "both", settings, bench.artifact())
 
 
-def transfer(bench: Bench) -> None:
+def transfer(bench: Bench, only: str | None = None) -> None:
     """Calibration text against evaluation text."""
     done = Done(bench.path("transfer"))
     settings = [_loki(rank, basis) for basis in ("pca", "score") for rank in (8, 16, 32)]
@@ -56,15 +57,16 @@ def transfer(bench: Bench) -> None:
             _errors(bench, done, f"{calibrated} → {text}", text, settings, bench.artifact(calibrated))
 
 
-def attention(bench: Bench) -> None:
+def attention(bench: Bench, only: str | None = None) -> None:
     """Bytes and attention errors of every method at equal bytes, at every length."""
     for length, levels in bench.subject.lengths.items():
         done = Done(bench.path(f"attention-{length}"))
         for level in levels:
-            settings = at_equal_bytes(LEVELS[level], bench.subject.head_dim, length)
-            # h2o needs the attention that a prefill of the whole model records.
-            settings = [setting for setting in settings if setting["method"] != "h2o"]
-            _errors(bench, done, level, "both", settings, bench.artifact(), length)
+            for setting in at_equal_bytes(LEVELS[level], bench.subject.head_dim, length):
+                # h2o needs the attention that a prefill of the whole model records.
+                if setting["method"] != "h2o" and only in (None, setting["method"]):
+                    key = f"{level} {json.dumps(setting)}"
+                    _errors(bench, done, key, "both", [setting], bench.artifact(), length)
 
 
 def _loki(rank: int, basis: str, stage: str = "post") -> dict[str, Any]:
@@ -110,15 +112,28 @@ class Done:
         partial.replace(self.path)
 
 
-PARTS: Mapping[str, Callable[[Bench], None]] = {
+PARTS: Mapping[str, Callable[[Bench, str | None], None]] = {
     "ranks": ranks,
     "tokens": tokens,
     "bases": bases,
     "transfer": transfer,
     "attention": attention,
+    "methods": methods,
+    "papers": papers,
+    "why-loki": why_loki,
+    "ruler": ruler,
 }
+OF_METHODS = ("attention", "methods", "papers", "ruler")
+"""What is measured again for one method alone."""
 
 
-def run(bench: Bench, names: Iterable[str]) -> None:
+def run(bench: Bench, names: Iterable[str], method: str | None = None) -> None:
+    """
+    Args:
+        method: only this one, anew.
+    """
     for name in names:
-        PARTS[name](bench)
+        if method is not None:
+            for path in bench.results.glob(f"{bench.subject.model}-{name}*.json"):
+                forget(path, method)
+        PARTS[name](bench, method)

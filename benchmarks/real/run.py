@@ -2,6 +2,7 @@
 
 python benchmarks/real/run.py WORK             # hours on two cores; an interrupted run goes on
 python benchmarks/real/run.py WORK --page      # only the page, from what was measured
+python benchmarks/real/run.py WORK --method M  # one method, anew
 
 WORK holds the artifacts, about 300 MB each. Results are docs/results/real/*.json. The models come from the packages of
 `kvcal[models]`, the text from Debian's packages debian-handbook and anarchism: see docs/models.md and docs/data.md.
@@ -24,13 +25,15 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder of the artifacts")
     parser.add_argument("--model", choices=SUBJECTS, action="append", help="only this one; may be repeated")
     parser.add_argument("--part", choices=parts.PARTS, action="append", help="only this part; may be repeated")
+    parser.add_argument("--method", help="only this method, measured anew")
     parser.add_argument("--page", action="store_true", help="only write the page again")
     options = parser.parse_args()
     results = FOLDER / "real"
     for folder in (options.work, results):
         folder.mkdir(parents=True, exist_ok=True)
     for name in () if options.page else options.model or SUBJECTS:
-        parts.run(Bench(SUBJECTS[name], options.work, results), options.part or parts.PARTS)
+        wanted = options.part or (parts.OF_METHODS if options.method else parts.PARTS)
+        parts.run(Bench(SUBJECTS[name], options.work, results), wanted, options.method)
     page.write(FOLDER)
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import random
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from kvcal.artifacts import Artifact
-from kvcal.calibrate import load_model
+from kvcal.calibrate import load_model, open_data
+from kvcal.calibrate.builtin.recall import dictionary, fact, question, random_code
 from kvcal.runtime import load
 
 _BOOKS = ("debian-handbook", "anarchism")
@@ -22,6 +27,8 @@ UNSEEN = {kind: tuple(f"{name}:heldout" for name in names) for kind, names in _K
 """What is evaluated on."""
 TOKENS = 131072
 """Calibrated on, where nothing else is said."""
+_PASSAGE = 6000
+"""Characters between two sets of questions."""
 
 
 @dataclass(frozen=True)
@@ -72,5 +79,27 @@ class Bench:
             subprocess.run([sys.executable, "-m", "kvcal.calibrate", *arguments], check=True)
         return load(folder)
 
+    def questions(self) -> tuple[str, ...]:
+        """A file of the calibration text with facts in it, and questions about them, answered: other words than those
+        of the evaluation."""
+        path = self.work / "questions.jsonl"
+        if not path.exists():
+            texts = [str(text) for text in itertools.islice(open_data(list(TEXTS["both"])), 400)]
+            words, _ = dictionary(texts)
+            rng = random.Random(0)
+            passages = [text[at : at + _PASSAGE] for text in texts for at in range(0, len(text), _PASSAGE)]
+            rng.shuffle(passages)
+            path.write_text("".join(json.dumps({"text": _asked(text, words, rng)}) + "\n" for text in passages[:200]))
+        return (str(path),)
+
     def path(self, part: str) -> Path:
         return self.results / f"{self.subject.model}-{part}.json"
+
+
+def _asked(passage: str, words: Sequence[str], rng: random.Random) -> str:
+    """Four facts in a passage, then all four asked and answered."""
+    codes = {word: random_code(rng) for word in rng.sample(list(words), 4)}
+    for word, code in codes.items():
+        at = passage.rfind(" ", 0, rng.randrange(1, len(passage) + 1))
+        passage = passage[: max(at, 0)] + fact(word, code) + passage[max(at, 0) :]
+    return passage + "".join(f"{question(word)} {code}.\n" for word, code in codes.items())

@@ -1,0 +1,122 @@
+"""What methods lose when the model decodes with them: perplexity, and answers to questions. Float32 on a CPU.
+
+Bytes are those of 16-bit caches: the stores count them on the same settings and lengths in `attention`, since a float32
+cache would make low-bit codes look cheaper than they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from settings import LEVELS, PAPERS, WHY_LOKI, at_equal_bytes
+from subjects import UNSEEN, Bench
+
+from kvcal.artifacts import Artifact, weights_sha256
+from kvcal.calibrate import open_data
+from kvcal.calibrate.evaluation.prompts import Prompts, make_prompts
+from kvcal.calibrate.evaluation.protocol import evaluate
+from kvcal.calibrate.evaluation.results import Results
+from kvcal.calibrate.models import max_context
+
+Setting = dict[str, Any]
+CONTINUATION = 64
+RULER_LEVEL = "1/8"
+ANSWERABLE = 0.5
+"""RULER's tasks of which the model itself answers fewer say nothing about methods."""
+
+
+def methods(bench: Bench, only: str | None = None) -> None:
+    """Every method at equal bytes, at every length: perplexity and passkey."""
+    for length, levels in bench.subject.lengths.items():
+        grid = [
+            setting
+            for level in levels
+            for setting in at_equal_bytes(LEVELS[level], bench.subject.head_dim, length)
+            if only in (None, setting["method"])
+        ]
+        _decode(bench, f"methods-{length}", _on_text(bench, length, ("perplexity", "passkey")), grid, bench.artifact())
+
+
+def papers(bench: Bench, only: str | None = None) -> None:
+    """Every method with its paper's settings."""
+    grid = [setting for setting in PAPERS if only in (None, setting["method"])]
+    _decode(bench, "papers", _on_text(bench, _shortest(bench), ("perplexity", "passkey")), grid, bench.artifact())
+
+
+def why_loki(bench: Bench, only: str | None = None) -> None:
+    """What of Loki's loss is its choice, its rank, its basis, the first layer or the sinks."""
+    grid = [setting for setting in WHY_LOKI.values() if only in (None, setting["method"])]
+    prompts = _on_text(bench, _shortest(bench), ("perplexity", "passkey"))
+    _decode(bench, "why-loki", prompts, grid, bench.artifact())
+    _decode(bench, "why-loki-questions", prompts, grid[:1], bench.artifact("questions", source=bench.questions()))
+
+
+def ruler(bench: Bench, only: str | None = None) -> None:
+    """RULER's tasks: what the model itself answers of all; of those that it can, what methods do at an eighth."""
+    length = _shortest(bench)
+    tasks = ("multikey", "ruler")
+    row = _decode(bench, f"ruler-full-{length}", _on_text(bench, length, tasks, 10), [], None)[0]
+    known = [key.partition("@")[0] for key, score in row["scores"].items() if score >= ANSWERABLE]
+    grid = [
+        setting
+        for setting in at_equal_bytes(LEVELS[RULER_LEVEL], bench.subject.head_dim, length)
+        if only in (None, setting["method"])
+    ]
+    if known:
+        _decode(bench, f"ruler-{length}", _on_text(bench, length, known, 10), grid, bench.artifact())
+
+
+def _shortest(bench: Bench) -> int:
+    return min(bench.subject.lengths)
+
+
+def _on_text(bench: Bench, length: int, tasks: Sequence[str], episodes: int = 20) -> Prompts:
+    return make_prompts(
+        open_data(list(UNSEEN["both"])),
+        bench.loaded.tokenizer,
+        prefix=length,
+        continuation=CONTINUATION,
+        windows=8 if length < 4096 else 4,
+        tasks=tasks,
+        episodes=episodes if length < 4096 else episodes // 2,
+        name="unseen text",
+        most_tokens=max_context(bench.loaded.model.config),
+    )
+
+
+def _decode(
+    bench: Bench, part: str, prompts: Prompts, grid: Sequence[Setting], artifact: Artifact | None
+) -> list[dict[str, Any]]:
+    """What `calibrate evaluate` does; settings that were measured already are not measured again."""
+    model = bench.loaded.model
+    settings = {
+        "model": bench.subject.model,
+        "weights_sha256": weights_sha256(model),
+        "tokens_sha256": prompts.tokens_sha256,
+        "dtype": "float32",
+        "batch_size": 8,
+        "data": prompts.source,
+    }
+    results = Results.open(settings, bench.path(part))
+    return evaluate(
+        model,
+        artifact,
+        prompts,
+        grid,
+        tokenizer=bench.loaded.tokenizer,
+        results=results,
+        say=lambda line: print(f"{part}: {line}", flush=True),
+    )
+
+
+def forget(path: Path, method: str) -> None:
+    """Drop what was measured of a method, so that it is measured again."""
+    body = json.loads(path.read_text())
+    if "results" in body:
+        body["results"] = [row for row in body["results"] if row["method"] != method]
+    else:  # of `attention`: by level and setting
+        body = {key: found for key, found in body.items() if f'"method": "{method}"' not in key}
+    path.write_text(json.dumps(body, indent=1) + "\n")
