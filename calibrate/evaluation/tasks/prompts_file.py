@@ -153,9 +153,14 @@ def _checked(value: Any, name: str, label: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    return {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number"}.get(
-        type(value), type(value).__name__
-    )
+    return {
+        dict: "an object",
+        list: "a list",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "text",
+    }.get(type(value), type(value).__name__)
 
 
 def _sample(prompt: Prompt, tokenizer: Any, chat: bool) -> Sample:

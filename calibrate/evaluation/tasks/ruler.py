@@ -51,7 +51,7 @@ def make_ruler_tasks(
     chat = chat_template and has_template(tokenizer)
     total, done = len(names) * len(lengths) * episodes, 0
     found: dict[str, Task] = {}
-    made_by, too_short = [], []
+    made_by = []
     for kind, alike in groupby(sorted(names, key=lambda name: known[name].kind), key=lambda name: known[name].kind):
         with Scripts(kind, lambda text: len(encode(tokenizer, _unmarked(text)))) as scripts:
             for name, length in [(name, length) for name in alike for length in lengths]:
@@ -65,17 +65,19 @@ def make_ruler_tasks(
                 try:
                     task, source = _make(scripts, name, known[name], tokenizer, length, episodes, seed, chat, sample)
                 except TooShort as error:
-                    too_short.append(f"{name} in {length} ({error})")
+                    if "IndexError" in str(error):
+                        raise KvcalError(f"{name} has no {episodes} questions: give fewer --episodes") from None
                     continue
                 found[task.key] = task
                 made_by.append(source)
-    if too_short:
+    keys = [f"{name}@{length}" for name in names for length in lengths]
+    if missing := [key for key in keys if key not in found]:
         raise KvcalError(
-            f"RULER's tasks cannot be held in so few tokens by this tokenizer: {', '.join(too_short)}: give longer "
-            "--lengths, or leave these tasks out"
+            f"{', '.join(missing)}: cannot be held in so few tokens by this tokenizer: give longer --lengths, or leave "
+            "them out"
         )
     made = {"package": PACKAGE, "version": installed_version(), "seed": seed, "chat_template": chat, "tasks": made_by}
-    return [found[f"{name}@{length}"] for name in names for length in lengths], made
+    return [found[key] for key in keys], made
 
 
 def _make(

@@ -41,11 +41,14 @@ def exact(prediction: str, answers: Sequence[str]) -> float:
 
 
 def part(prediction: str, answers: Sequence[str]) -> float:
-    """1 if an answer stands in the prediction, both normalised: as whole words and numbers where they are in ASCII."""
+    """1 if an answer stands in the prediction, both normalised: as whole words and numbers where they are in ASCII.
+
+    What punctuation parts may be one word or several ("U.S.", "yes/no").
+    """
 
     def is_said(answer: str) -> bool:
         form = form_of(answer)
-        return _within(form(answer), form(prediction))
+        return any(_within(form(apart(answer)), form(apart(prediction))) for apart in (str, _words_apart))
 
     return float(any(map(is_said, answers)))
 
@@ -63,9 +66,17 @@ def without_articles(text: str) -> str:
 def without_punctuation(text: str) -> str:
     """Also without punctuation, apart from what stands within or before a number: 3.5 is not 35, nor -5 5, but 5,000 is
     5000."""
+    return " ".join(_punctuation_as("", text).split())
+
+
+def _words_apart(text: str) -> str:
+    return _punctuation_as(" ", text)
+
+
+def _punctuation_as(other: str, text: str) -> str:
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", lower_case(text))
-    kept = (mark for at, mark in enumerate(text) if not _is_punctuation(mark) or _of_a_number(text, at))
-    return " ".join("".join(kept).split())
+    kept = (mark if not _is_punctuation(mark) or _of_a_number(text, at) else other for at, mark in enumerate(text))
+    return "".join(kept)
 
 
 def lower_case(text: str) -> str:
@@ -83,6 +94,8 @@ def _of_a_number(text: str, at: int) -> bool:
 
 
 def _within(answer: str, text: str) -> bool:
+    if not answer:
+        return False
     start, end = (r"(?<!\w)" if answer[0].isascii() else ""), (r"(?!\w)" if answer[-1].isascii() else "")
     if answer[0].isdigit():  # a number may have begun before, …
         start += r"(?<!\d[^\w\s])(?<![-.])"
