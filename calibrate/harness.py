@@ -2,7 +2,8 @@
 
     python -m kvcal.calibrate.harness --model kvcal --model_args pretrained=demo,artifact=DIR,method=loki,keep=0.25 …
 
-is `lm_eval` with one more model; everything else is its own. Three kinds of requests, and what is compressed:
+is `lm_eval` with one more model; everything else is its own. docs/lm-eval.md has examples, `--help` the arguments.
+Three kinds of requests, and what is compressed:
 
 - generation: prompts are prefilled densely, which also gives the first new token; every other one is decoded.
 - log-likelihood: the harness scores it by one forward pass, which never decodes, and every method would look alike.
@@ -13,8 +14,10 @@ is `lm_eval` with one more model; everything else is its own. Three kinds of req
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..artifacts import Artifact, KvcalError
-from ..runtime import CompressedCache, compress, load
+from ..runtime import METHODS, CompressedCache, compress, load
 from ..runtime.integration.rotation import refuse_change, rotations
 from .evaluation.grid import decoding, sharing
 from .models import LoadedModel, load_model
@@ -33,7 +36,11 @@ try:
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "lm_eval":
         raise
-    raise KvcalError("lm-eval is not installed: run pip install 'kvcal[calibrate,eval]'") from error
+    lacking = KvcalError("lm-eval is not installed: run pip install 'kvcal[calibrate,eval]'")
+    if __name__ == "__main__":
+        print(f"error: {lacking}", file=sys.stderr)
+        sys.exit(2)
+    raise lacking from error
 
 _OF_THE_HARNESS = (
     "max_length",
@@ -179,12 +186,50 @@ def equal_contexts(pairs: Sequence[tuple[list[int], list[int]]], batch_size: int
     return batches
 
 
+def arguments() -> str:
+    """What `--model_args` takes, for `--help`."""
+    lines = [
+        "--model kvcal: a model whose keys and values are held by a compressed cache. Its --model_args, NAME=VALUE,…,",
+        "or a JSON object where a value has commas of its own:",
+        "  pretrained=MODEL     alias, Hub id or folder, as `calibrate` takes them",
+        "  artifact=ARTIFACT    folder or Hub id of what `calibrate pca` made; for the methods that need one",
+        *_wrapped(
+            "  method=METHOD        ",
+            f"{', '.join(METHODS)}; plan: as the artifact's plan.json says; cla, or cla+METHOD: layers share keys and "
+            "values  [default: loki]",
+        ),
+        "  dtype=, device=      as `calibrate` takes them  [default: auto; --device is lm_eval's]",
+        *_wrapped("  of lm_eval's HF model ", ", ".join(_OF_THE_HARNESS)),
+        "and the parameters of the method:",
+    ]
+    for name, method in METHODS.items():
+        defaults = [f"{field.name}={field.default}" for field in dataclasses.fields(method)]
+        lines += _wrapped(f"  {name:20} ", " ".join(defaults) or "none")
+    lines += [
+        "  of all               dense_layers=N: the first N layers stay full",
+        "",
+        "  python -m kvcal.calibrate.harness --model kvcal --tasks TASK --batch_size 8 \\",
+        "    --model_args pretrained=smollm2-135m,artifact=DIR,method=loki,rank=0.25,keep=0.25",
+    ]
+    return "\n".join(lines)
+
+
+def _wrapped(label: str, text: str) -> list[str]:
+    return textwrap.wrap(text, 118, initial_indent=label, subsequent_indent=" " * 23, break_on_hyphens=False)
+
+
 def main() -> int:
     """`lm_eval`'s command line with our model in it."""
     from lm_eval.__main__ import cli_evaluate
 
     try:
-        cli_evaluate()
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            try:
+                cli_evaluate()
+            finally:
+                print(f"\n{arguments()}")
+        else:
+            cli_evaluate()
     except KvcalError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

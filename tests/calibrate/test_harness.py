@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from kvcal.calibrate import calibrate, load_model, make_blocks, open_data, save
 from kvcal.calibrate.builtin.recall import dictionary, fact, question, random_code
-from kvcal.runtime import KvcalError
+from kvcal.runtime import METHODS, KvcalError
 
 EPISODES = 4
 TASK = """
@@ -208,6 +209,22 @@ def test_too_long_a_row_loses_the_beginning_of_its_context(demo, artifact, texts
     expected = one_pass(demo, context[len(context) + len(continuation) - 65 :], continuation)[0]
     ((found, _),) = model.loglikelihood(requests("loglikelihood", (texts[0][0], " 12345")), disable_tqdm=True)
     assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("asked", [["--help"], ["run", "-h"]], ids=" ".join)
+def test_help_has_lm_evals_arguments_and_ours(monkeypatch, capsys, asked):
+    from kvcal.calibrate import harness
+
+    monkeypatch.setattr("sys.argv", ["harness", *asked])
+    with pytest.raises(SystemExit) as ended:
+        harness.main()
+    out = capsys.readouterr().out
+    assert ended.value.code == 0 and "usage: lm-eval" in out
+    ours = out[out.index("--model kvcal:") :]
+    assert max(map(len, ours.splitlines())) <= 120
+    words = set(ours.replace("=", " ").replace(",", " ").split())
+    assert {"pretrained", "artifact", "method", "dtype", "max_length", "dense_layers", *METHODS} <= words
+    assert {field.name for method in METHODS.values() for field in dataclasses.fields(method)} <= words
 
 
 def test_batches_have_equal_contexts_and_every_row_once():

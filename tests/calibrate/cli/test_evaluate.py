@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 from cli_runs import refused, run
@@ -50,7 +51,23 @@ def test_json_is_the_documented_shape_and_the_file_holds_the_same(artifact, text
 
 def test_table_and_figure(artifact, text, tmp_path):
     options = ("--prefix", 64, "--continuation", 8, "--windows", 2, "--tasks", "perplexity,passkey", "--episodes", 2)
-    out = run("evaluate", artifact, "--data", text, *options, "--plot", tmp_path / "p.png").stdout
+    files = ("--plot", tmp_path / "p.png", "--output", tmp_path / "r.json", "--question", "prefilled")
+    found = run("evaluate", artifact, "--data", text, *options, *files)
+    lines, out = found.stderr.splitlines(), found.stdout
+    assert lines[0] == (
+        "data notes.txt: the artifact was calibrated on it, so methods may look better than they are: give other text"
+    )
+    assert re.fullmatch(r"about \d+ (s|min): 2 settings, 2 tasks, 2 batches", lines[1])
+    # A model of random weights answers nothing.
+    assert lines[2] == "full itself scores below 0.9: passkey@64 0.00: read the scores of methods relative to full's"
+    assert "questions prefilled" in out and "full itself scores below 0.9: passkey@64 0.00" in out
+    assert json.loads((tmp_path / "r.json").read_text())["settings"]["question"] == "prefilled"
+    said = [json.loads(line) for line in (tmp_path / "r.predictions.jsonl").read_text().splitlines()]
+    assert [(line["setting"]["method"], line["task"], line["index"]) for line in said] == [
+        (method, "passkey@64", index) for method in ("full", "loki") for index in (0, 1)
+    ]
+    decoded = ("evaluate", artifact, "--data", text, *options, "--output", tmp_path / "r.json")
+    assert "question prefilled there, decoded asked for" in refused(*decoded)
     assert "passkey" in out and "@64" in out and "rank .25 keep .25" in out and "(100 %)" in out
     assert max(map(len, out.splitlines())) <= 120
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

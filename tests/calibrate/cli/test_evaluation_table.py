@@ -1,0 +1,49 @@
+"""Tables of few tasks and of many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvcal.calibrate.cli.evaluation_table import by_length, print_results
+
+SETTINGS = {"model": "m", "prefix": 64, "continuation": 8, "batch_size": 2, "question": "prefilled"}
+RULER = [f"niah_single_{number}" for number in (1, 2, 3)] + ["vt", "cwe", "fwe", "qa_1", "qa_2"]
+
+
+def row(method: str, scores: dict[str, float], **more: Any) -> dict[str, Any]:
+    found = {"method": method, "bytes_per_step": 4e6, "resident_bytes": 5e6, "ms_per_step": 1.0}
+    ones = dict.fromkeys(scores, 0.05)
+    return {**found, "scores": scores, "scores_se": ones, "relative": dict(scores), "relative_se": ones, **more}
+
+
+def test_standard_errors_and_parts_of_full(capsys):
+    perplexity = {"perplexity": 10.0, "perplexity_ratio": 1.0, "perplexity_ratio_se": 0.0}
+    full = row("full", {"passkey@64": 0.8}, **perplexity)
+    loki = row("loki", {"passkey@64": 0.6}, relative={"passkey@64": 0.75}, keep=0.25, **perplexity)
+    loki |= {"perplexity_ratio": 1.0234, "perplexity_ratio_se": 0.0071}
+    print_results(SETTINGS, [full, loki])
+    out = capsys.readouterr().out
+    assert "questions prefilled" in out
+    assert "0.80±.05" in out and "0.60±.05 / 0.75" in out and "1.023±.007" in out and "1.000±" not in out
+    assert "full itself scores below 0.9: passkey@64 0.80: read scores relative to full's" in out
+
+
+def test_many_tasks_stand_in_tables_by_length_with_the_mean_of_rulers(capsys):
+    tasks = [f"{name}@{length}" for length in (4096, 16384) for name in (*RULER, "passkey")]
+    full = row("full", dict.fromkeys(tasks, 1.0))
+    h2o = row("h2o", {task: 0.5 if task.startswith("niah") else 0.75 for task in tasks}, keep=0.25)
+    print_results(SETTINGS, [full, h2o])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 120
+    tables = out.split("m: prefix 64")[1:]
+    assert len(tables) == 5  # two for each length, one of costs
+    for table, length in zip(tables, (4096, 4096, 16384, 16384), strict=False):
+        assert f"@{length}" in table and "h2o" in table
+    # (3 · 0.5 + 5 · 0.75) / 8 ± 0.05 / √8, passkey left out
+    assert "mean of 8" in tables[-1] and "0.66±.02" in tables[-1]
+    assert "full itself" not in out and "part of full's" not in out
+
+
+def test_tasks_of_one_length_go_together():
+    tasks = ["a@1", "b@2", "mine", *(f"c{number}@1" for number in range(7))]
+    assert by_length(tasks) == [["a@1", "c0@1", "c1@1", "c2@1"], ["c3@1", "c4@1", "c5@1", "c6@1"], ["b@2"], ["mine"]]
