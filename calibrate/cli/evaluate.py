@@ -11,7 +11,7 @@ from ..distributed import World
 from .data_options import data_options, say_left
 from .evaluation_table import print_results
 from .job import one_job
-from .loading import load_model_of
+from .loading import load_calibrated
 from .output import NewFile, json_option, plot_option, print_json, progress_bar, say, working, write_plot
 
 
@@ -109,7 +109,6 @@ def evaluate_command(
     from ..evaluation.prompts import make_prompts
     from ..evaluation.protocol import check_lengths, evaluate
     from ..evaluation.results import Results, compared_rows
-    from ..models import spec_of
 
     if not data_spec:
         raise click.UsageError("give --data: text that the artifact was not calibrated on, e.g. stdlib --split heldout")
@@ -120,8 +119,7 @@ def evaluate_command(
     world.agree_on({"content of ARTIFACT": str(found.content_hash)})
     with working("finding the text"):
         data = open_data(data_spec, split, text_column=text_column, seed=prompt_options["seed"])
-    loaded = load_model_of(model_spec or spec_of(found.model), device=device, dtype=dtype)
-    check_weights(found, loaded.model)
+    loaded = load_calibrated(found, model_spec, device=device, dtype=dtype)
     check_grid(grid, loaded.model, found)
     with working("reading and tokenising the text"):
         prompts = make_prompts(data, loaded.tokenizer, **prompt_options, name=str(data.source["id"]))
@@ -160,16 +158,6 @@ def _grid(methods: str, rank: str | None, keep: str | None, assignments: Sequenc
                 raise KvcalError(f"--{name} and --set {name}: give one of them")
             parameters[name] = parse_values(text)
     return make_grid(_words(methods), parameters)
-
-
-def check_weights(artifact: Artifact, model: Any) -> None:
-    """By weights, too, where they were loaded as they were calibrated: another dtype rounds them to others."""
-    from ...runtime import check_model
-
-    calibrated, loaded = artifact.settings.get("dtype"), str(model.dtype).removeprefix("torch.")
-    check_model(artifact, model, weights=calibrated == loaded)
-    if calibrated != loaded:
-        say(f"weights are {loaded}, the artifact's were {calibrated}: only the architecture was compared")
 
 
 def _settings(

@@ -10,8 +10,7 @@ from ...artifacts import Artifact, load
 from ...artifacts.places import check_new_file
 from ...artifacts.writing import write_atomically
 from .data_options import data_options, say_left
-from .evaluate import check_weights
-from .loading import load_model_of
+from .loading import load_calibrated
 from .output import NewFile, json_option, print_json, print_lines, print_table, progress_bar, say, working
 
 BYTES = 0.0625
@@ -102,7 +101,6 @@ def plan_command(
     from ..evaluation.prompts import make_prompts
     from ..evaluation.protocol import check_lengths
     from ..evaluation.results import Results
-    from ..models import spec_of
     from ..planning.plan import (
         QUESTIONS,
         check_choice,
@@ -129,8 +127,7 @@ def plan_command(
         check_new_file(path, _is_plan, "a plan")
     with working("finding the text"):
         data = open_data(data_spec, split, text_column=text_column, seed=prompt_options["seed"])
-    loaded = load_model_of(model_spec or spec_of(found.model), device=device, dtype=dtype)
-    check_weights(found, loaded.model)
+    loaded = load_calibrated(found, model_spec, device=device, dtype=dtype)
     with working("reading and tokenising the text"):
         prompts = make_prompts(
             data,
