@@ -15,6 +15,7 @@ Three kinds of requests, and what is compressed:
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import sys
 import textwrap
@@ -28,7 +29,7 @@ from ..artifacts import Artifact, KvcalError
 from ..runtime import METHODS, CompressedCache, compress, load
 from ..runtime.integration.rotation import refuse_change, rotations
 from .evaluation.grid import decoding, sharing
-from .models import LoadedModel, load_model
+from .models import LoadedModel, compare_weights, load_model
 
 try:
     from lm_eval.api.registry import register_model
@@ -72,7 +73,7 @@ class CompressedLM(HFLM):
     ):
         """
         Args:
-            pretrained: as `load_model` takes it (alias, Hub id, folder), or what it returned.
+            pretrained: as `load_model` takes it (alias, Hub id, folder, GGUF file), or what it returned.
             artifact: folder or Hub id, or loaded; for the methods that need one.
             device, dtype: see `load_model`; of no effect on a model that is loaded.
             batch_size: rows decoded together, or "auto".
@@ -88,6 +89,8 @@ class CompressedLM(HFLM):
         own = {name: settings.pop(name) for name in _OF_THE_HARNESS if name in settings}
         if artifact is not None and not isinstance(artifact, Artifact):
             artifact = load(artifact)
+        if artifact is not None and (note := compare_weights(artifact, loaded.model, loaded.exact)):
+            logging.getLogger("kvcal").warning(note)
         self.compression: dict[str, Any] = {"artifact": artifact, "method": method, **settings}
         self._setting = {"method": method, **settings}
         with sharing(loaded.model, artifact, self._setting):

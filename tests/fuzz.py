@@ -19,7 +19,7 @@ ATTACKS = HERE / "attacks"
 INSTRUMENTED = ["kvcal.artifacts", "kvcal.calibrate.recipe", "kvcal.calibrate.recipe_of", "kvcal.calibrate.cli",
                 "kvcal.calibrate.data", "kvcal.calibrate.data_sets", "kvcal.calibrate.text_files",
                 "kvcal.calibrate.chats", "kvcal.calibrate.tables", "kvcal.calibrate.json_rows",
-                "kvcal.calibrate.text_columns", "yaml", "json", "csv"]  # fmt: skip
+                "kvcal.calibrate.text_columns", "kvcal.calibrate.models", "yaml", "json", "csv"]  # fmt: skip
 
 
 def main() -> int:

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,8 @@ from kvcal.calibrate.cli.pca import pca_command
 from kvcal.calibrate.cli.recipe_arguments import STAGES, arguments, options_of
 from kvcal.calibrate.cli.summary import artifact_summary, print_summary
 from kvcal.calibrate.data import open_data
+from kvcal.calibrate.models.gguf_file import plain_gguf
+from kvcal.calibrate.models.gguf_header import read_header
 from kvcal.calibrate.recipe import read_recipe
 from kvcal.calibrate.recipe_of import recipe_of
 from kvcal.calibrate.text_files import KNOWN, read
@@ -109,8 +112,17 @@ def text_file(data: bytes) -> None:
         path.unlink()
 
 
+def gguf_file(data: bytes) -> None:
+    """A model's GGUF file, up to the point at which transformers would read it."""
+    from kvcal.calibrate.models.gguf_checks import check_header
+
+    path = _texts() / "a.gguf"
+    path.write_bytes(data)
+    check_header(read_header(plain_gguf(path, "a.gguf"), "a.gguf"), "a.gguf")
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (manifest, stage_file, recipe, data_spec, text_file)
+    target.__name__: target for target in (manifest, stage_file, recipe, data_spec, text_file, gguf_file)
 }
 
 
@@ -136,10 +148,18 @@ def seeds(target: str) -> list[bytes]:
         "stage_file": [path.read_bytes() for path in folder.glob("pca.*")],
         "recipe": [_RECIPE],
         "data_spec": [spec.encode() for spec in specs],
+        "gguf_file": [_GGUF],
         "text_file": [bytes([index]) + text for index in range(len(ENDINGS)) for text in texts],
     }[target]
 
 
+_GGUF = b"".join((
+    b"GGUF", struct.pack("<IQQ", 3, 1, 3), *(struct.pack("<Q", len(part)) + part if isinstance(part, bytes)
+    else struct.pack(f"<{len(part)}I", *part) for part in (
+        b"general.architecture", (8,), b"llama", b"llama.block_count", (4, 1), b"tokenizer.ggml.tokens", (9, 8, 1, 0),
+        b"a", b"blk.0.attn_q.weight", (1, 32, 0, 8, 0, 0),
+    )), bytes(99),
+))  # fmt: skip
 _RECIPE = b"""recipe: 1
 model: demo
 data: stdlib

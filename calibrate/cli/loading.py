@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .output import progress_bar, say
+from ...artifacts import Artifact
+from .output import progress_bar, say, working
 
 
 def load_model_of(spec: str, **options: Any) -> Any:
@@ -16,4 +17,23 @@ def load_model_of(spec: str, **options: Any) -> Any:
     source = loaded.source
     if source.gguf and source.revision and source.revision not in spec:
         say(f"{spec}: from the package {source.revision}, whose weights are quantised: they are not the Hub's")
+    return loaded
+
+
+def load_calibrated(artifact: Artifact, spec: str | None, **options: Any) -> Any:
+    """The model that an artifact is of, once its weights are known to be; in another dtype as far as that can be.
+
+    Args:
+        spec: None: the model that the artifact names.
+
+    Raises:
+        KvcalError: not found, not loadable, or another model.
+    """
+    from ..models import compare_weights, spec_of
+
+    loaded = load_model_of(spec or spec_of(artifact.model), **options)
+    with working("comparing weights"):
+        note = compare_weights(artifact, loaded.model, loaded.exact)
+    if note:
+        say(note)
     return loaded

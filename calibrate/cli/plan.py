@@ -10,8 +10,8 @@ from ...artifacts import Artifact, load
 from ...artifacts.places import check_new_file
 from ...artifacts.writing import write_atomically
 from .data_options import data_options, say_left
-from .evaluate import check_weights, say_calibration_text
-from .loading import load_model_of
+from .evaluate import say_calibration_text
+from .loading import load_calibrated
 from .output import NewFile, json_option, print_json, print_lines, print_table, progress_bar, say, working
 
 BYTES = 0.0625
@@ -105,7 +105,6 @@ def plan_command(
     from ..evaluation.prompts import make_prompts
     from ..evaluation.protocol import check_lengths, evaluate
     from ..evaluation.results import Results
-    from ..models import spec_of
     from ..planning.plan import (
         QUESTIONS,
         answerable,
@@ -133,8 +132,7 @@ def plan_command(
         check_new_file(path, _is_plan, "a plan")
     with working("finding the text"):
         data = open_data(data_spec, split, text_column=text_column, seed=prompt_options["seed"])
-    loaded = load_model_of(model_spec or spec_of(found.model), device=device, dtype=dtype)
-    check_weights(found, loaded.model)
+    loaded = load_calibrated(found, model_spec, device=device, dtype=dtype)
     with working("reading and tokenising the text"):
         prompts = make_prompts(
             data,

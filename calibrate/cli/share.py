@@ -7,7 +7,7 @@ import click
 
 from ...artifacts import Artifact, load, save
 from ...artifacts.places import check_can_write_in
-from .loading import load_model_of
+from .loading import load_calibrated
 from .output import json_option, plot_option, print_json, print_lines, print_table, progress_bar, write_plot
 from .uptrain_options import UptrainOptions, print_uptraining, run_uptraining, uptrain_options
 
@@ -72,7 +72,8 @@ def share_command(
         return
     refuse_to_lose(found, overwrite)
     planned = planned_map(found, **settings)
-    model = load_calibrated(found, model_spec)
+    # In the dtype of the run: another one may round the weights, and then they are others.
+    model = load_calibrated(found, model_spec, device="cpu", dtype=str(found.settings.get("dtype", "auto"))).model
     check_can_share(found, model, planned)
     with progress_bar("measuring pairs of layers") as progress:
         shared = share(found, **settings, rotation=rotation_of(found, model), overwrite=overwrite, progress=progress)
@@ -129,16 +130,6 @@ def _uptrain(
         print_lines("", f"next: calibrate evaluate {folder} --method cla,cla+loki --data …")
     if plot is not None and history:
         write_plot(plot, loss_figure(history, f"{trained.model.id}, groups {report['settings']['groups']}"))
-
-
-def load_calibrated(artifact: Artifact, model_spec: str) -> Any:
-    """The model of this specification, once its weights are known to be those of the artifact."""
-    from ...runtime import check_model
-
-    # In the dtype of the run: another one may round the weights, and then they are others.
-    model = load_model_of(model_spec, device="cpu", dtype=str(artifact.settings.get("dtype", "auto"))).model
-    check_model(artifact, model, weights=True)
-    return model
 
 
 def print_sharing(report: dict[str, Any]) -> None:

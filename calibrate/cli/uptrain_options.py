@@ -12,7 +12,7 @@ import click
 
 from ...artifacts import Artifact, save
 from .data_options import data_options, say_left
-from .loading import load_model_of
+from .loading import load_calibrated
 from .output import print_lines, print_table, progress_bar, say, working
 
 if TYPE_CHECKING:
@@ -131,8 +131,7 @@ def run_uptraining(
     sharing_map, earlier = stage_map(artifact), earlier_training(artifact) if options.more else None
     with working("finding the text"):
         data = open_data(options.data_spec, options.split, text_column=options.text_column, seed=options.seed)
-    loaded = load_model_of(model_spec, device=options.device, dtype=options.dtype)
-    check_weights(artifact, loaded.model)
+    loaded = load_calibrated(artifact, model_spec, device=options.device, dtype=options.dtype)
     block_size = options.block_size or int(artifact.data["seq_len"])
     check_trainable(loaded.model, sharing_map, block_size)
     tokens = training.steps * training.batch_size * block_size
@@ -189,14 +188,6 @@ def print_uptraining(settings: dict[str, Any]) -> None:
     title = f"groups {settings['groups']}: {done['steps']}{after} steps, {done['train']} weights, lr {done['lr']:g}"
     print_table(title, ["steps", *(name.replace("_", " ") for name in names)], rows)
     print_lines("nats per token on the training text; kl: of the shared model's predictions from the original's")
-
-
-def check_weights(artifact: Artifact, model: Any) -> None:
-    """By weights, too, where they were loaded as they were calibrated: another dtype rounds them to others."""
-    from ...runtime import check_model
-
-    calibrated, loaded = artifact.settings.get("dtype"), str(model.dtype).removeprefix("torch.")
-    check_model(artifact, model, weights=calibrated == loaded)
 
 
 def _blocks(data: TextData, tokenizer: Any, tokens: int, seq_len: int) -> TokenBlocks:

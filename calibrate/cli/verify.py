@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from ...artifacts import load
-from .loading import load_model_of
+from .loading import load_calibrated
 from .output import json_option, print_json, print_lines, working
 
 
@@ -32,11 +32,9 @@ def verify_command(artifact: Path, model_spec: str | None, as_json: bool) -> Non
         found = load(artifact)
         verify(found)
     if model_spec is not None:
-        from ...runtime import check_model
-
         # In the dtype of the run: another one may round the weights, and then they are others.
         dtype = str(found.settings.get("dtype", "auto"))
-        check_model(found, load_model_of(model_spec, device="cpu", dtype=dtype).model, weights=True)
+        load_calibrated(found, model_spec, device="cpu", dtype=dtype)
     planned = has_plan(found)
     tensors = sum(len(stage.tensors) for stage in found.stages.values())
     if as_json:

