@@ -66,7 +66,8 @@ class Job:
         return self.wait()
 
     def out(self, rank: int) -> str:
-        return (self.folder / f"{rank}.out").read_text()
+        path = self.folder / f"{rank}.out"
+        return path.read_text() if path.exists() else ""  # which the process makes
 
     @property
     def err(self) -> list[str]:

@@ -20,6 +20,12 @@ def text():
     return [text for _, text in documents("heldout")]
 
 
+@pytest.fixture(scope="module")
+def words():
+    """Of all text of the training part, to be read once: it takes longer than the model does."""
+    return dictionary(text for _, text in documents("train"))[1]
+
+
 def test_it_is_small_enough_to_ship_and_has_a_card():
     assert sum(path.stat().st_size for path in DEMO_FOLDER.iterdir()) <= 16e6
     card = (DEMO_FOLDER / "README.md").read_text()
@@ -33,13 +39,12 @@ def test_shape(demo):
 
 
 @pytest.mark.parametrize("length", [256, 1024, 2048])
-def test_greedy_generation_answers_with_the_code(demo, text, length):
+def test_greedy_generation_answers_with_the_code(demo, text, words, length):
     def encode(string):
         return demo.tokenizer.encode(string, add_special_tokens=False, verbose=False)
 
     rng = random.Random(length)
     # Unknown to training: the words, the text and the codes.
-    _, words = dictionary(text for _, text in documents("train"))
     filler = [token for document in text[:12] for token in encode(document)]
     hits = 0
     for _ in range(10):

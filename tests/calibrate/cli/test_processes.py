@@ -1,4 +1,7 @@
-"""What only real processes show: same bytes twice, Ctrl-C, SIGKILL, no network."""
+"""What only real processes show: same bytes twice, Ctrl-C, SIGKILL, no network.
+
+Where the imports themselves do not matter, processes are forked from a server that has them (`ranks`).
+"""
 
 import os
 import random
@@ -9,6 +12,8 @@ import sys
 import time
 
 import pytest
+import ranks
+from cli_runs import run
 
 from kvcal.artifacts import load
 
@@ -27,7 +32,18 @@ def command(*arguments):
 
 def pca(model, text, output, *more):
     options = ("--num-tokens", 8192, "--seq-len", 64, "--reservoir", 200, "--checkpoint-every", 0.2)
-    return command("pca", "--model", model, "--data", text, "--output", output, *options, *more)
+    return ("pca", "--model", model, "--data", text, "--output", output, *options, *more)
+
+
+@pytest.fixture
+def started(tmp_path):
+    """Start a command, each time in a process of its own."""
+    count = iter(range(100))
+
+    def start(arguments, prelude=""):
+        return ranks.start(tmp_path / f"process-{next(count)}", list(arguments), 1, prelude)
+
+    return start
 
 
 def files(folder):
@@ -36,22 +52,23 @@ def files(folder):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, tiny_model_folder, text):
-    """The artifact of an uninterrupted run, for all to compare with: imports take most of a command's seconds."""
+    """The artifact of an uninterrupted run, for all to compare with."""
     folder = tmp_path_factory.mktemp("straight") / "a"
-    subprocess.run(pca(tiny_model_folder, text, folder), check=True, capture_output=True)
+    run(*pca(tiny_model_folder, text, folder))
     return folder
 
 
-def test_two_runs_in_two_processes_give_byte_identical_artifacts(tmp_path, tiny_model_folder, text, straight):
+def test_two_runs_in_two_processes_give_byte_identical_artifacts(tmp_path, tiny_model_folder, text, straight, started):
+    """This one and one that the server forks: they have other seeds of Python's hashes."""
     shutil.copytree(straight, tmp_path / "first")
-    subprocess.run(pca(tiny_model_folder, text, tmp_path / "second"), check=True, capture_output=True)
-    for name in ("first", "second"):
-        subprocess.run(command("cluster", tmp_path / name, "--clusters", 6), check=True, capture_output=True)
+    assert started(pca(tiny_model_folder, text, tmp_path / "second")).wait() == [0]
+    run("cluster", tmp_path / "first", "--clusters", 6)
+    assert started(("cluster", tmp_path / "second", "--clusters", 6)).wait() == [0]
     assert files(tmp_path / "first") == files(tmp_path / "second")
 
 
 SLOWED = """
-import sys, time
+import time
 from kvcal.calibrate.statistics import StatisticsFitter
 begin = StatisticsFitter.begin_batch
 def slow(self, *args):
@@ -59,42 +76,37 @@ def slow(self, *args):
     time.sleep(0.05)
     return begin(self, *args)
 StatisticsFitter.begin_batch = slow
-sys.argv = ["calibrate", *sys.argv[1:]]
-from kvcal.calibrate.__main__ import main
-main()
 """
 
 
-def slowed(arguments, batches, send):
-    """Run the command with slow batches, and send it a signal after some of them; (exit code, stderr)."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOWED, *arguments[3:]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    for _ in range(batches):
-        assert process.stdout.readline() == "batch\n"
-    process.send_signal(send)
-    _, err = process.communicate(timeout=60)
-    return process.returncode, err
+def slowed(job, batches, send):
+    """Send a signal to a command with slow batches after some of them; (exit code, stderr)."""
+    job.until(lambda: job.out(0).count("batch\n") >= batches)
+    job.kill(0, send)
+    (code,) = job.wait()
+    return code, "\n".join(job.err)
 
 
 @pytest.mark.parametrize("send", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_saves_says_how_to_go_on_and_exits_with_2(tmp_path, tiny_model_folder, text, straight, send):
+def test_an_interrupt_saves_says_how_to_go_on_and_exits_with_2(
+    tmp_path, tiny_model_folder, text, straight, started, send
+):
     arguments = pca(tiny_model_folder, text, tmp_path / "a")
-    code, err = slowed(arguments, 10, send)
+    code, err = slowed(started(arguments, SLOWED), 10, send)
     assert code == 2 and "interrupted after" in err and "--resume" in err and "Traceback" not in err
     assert not (tmp_path / "a").exists()
-    subprocess.run([*arguments, "--resume"], check=True, capture_output=True)
+    assert started((*arguments, "--resume")).wait() == [0]
     assert files(tmp_path / "a") == files(straight)
 
 
-def test_killed_in_the_middle_the_run_resumes_to_the_same_bytes(tmp_path, tiny_model_folder, text, straight):
+def test_killed_in_the_middle_the_run_resumes_to_the_same_bytes(tmp_path, tiny_model_folder, text, straight, started):
     arguments = pca(tiny_model_folder, text, tmp_path / "a")
-    code, _ = slowed(arguments, 40, signal.SIGKILL)
+    code, _ = slowed(started(arguments, SLOWED), 40, signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert list((tmp_path / "a.partial").glob("*.json")) and not (tmp_path / "a").exists()
-    refused = subprocess.run(arguments, capture_output=True, text=True)
-    assert refused.returncode == 2 and "add --resume" in refused.stderr
-    subprocess.run([*arguments, "--resume"], check=True, capture_output=True)
+    refused = started(arguments)
+    assert refused.wait() == [2] and "add --resume" in refused.err[0]
+    assert started((*arguments, "--resume")).wait() == [0]
     assert files(tmp_path / "a") == files(straight)
 
 
@@ -102,15 +114,15 @@ def test_without_a_network_a_hub_model_fails_in_one_line_within_seconds(tmp_path
     # An address that nothing listens on: refused at once, as without a network.
     env = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     began = time.monotonic()
-    done = subprocess.run(pca("mistral-7b", text, tmp_path / "a"), capture_output=True, text=True, env=env)
+    done = subprocess.run(command(*pca("mistral-7b", text, tmp_path / "a")), capture_output=True, text=True, env=env)
     assert done.returncode == 2 and time.monotonic() - began < 60
     assert done.stderr.count("\n") == 1 and "mistralai/Mistral-7B-v0.1" in done.stderr
 
 
-def test_json_output_is_alone_on_stdout_and_stderr_shows_no_progress_bar(tmp_path, tiny_model_folder, text):
-    done = subprocess.run(pca(tiny_model_folder, text, tmp_path / "a", "--json"), capture_output=True, text=True)
-    assert done.stdout.startswith("{") and done.stdout.endswith("}\n")
-    assert "calibrating" not in done.stderr
+def test_json_output_is_alone_on_stdout_and_stderr_shows_no_progress_bar(tmp_path, tiny_model_folder, text, started):
+    done = started(pca(tiny_model_folder, text, tmp_path / "a", "--json"))
+    assert done.wait() == [0] and done.out(0).startswith("{") and done.out(0).endswith("}\n")
+    assert not any("calibrating" in line for line in done.err)
     assert load(tmp_path / "a").settings["reservoir"] == 200
 
 

@@ -4,10 +4,9 @@ import json
 import random
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
+import ranks
 import torch
 from click.testing import CliRunner
 
@@ -183,7 +182,7 @@ def test_other_models_and_artifacts_are_refused(tmp_path, tiny_model_folder, tex
 
 
 SLOWED = """
-import sys, time
+import time
 from kvcal.calibrate.sharing.optimizer import Optimizer
 step = Optimizer.step
 def slow(self, rate):
@@ -191,22 +190,16 @@ def slow(self, rate):
     time.sleep(0.05)
     return step(self, rate)
 Optimizer.step = slow
-sys.argv = ["calibrate", *sys.argv[1:]]
-from kvcal.calibrate.__main__ import main
-main()
 """
 
 
-def slowed(arguments, steps, send):
-    """Run with slow steps, and send a signal in one of them; (exit code, stderr)."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOWED, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    for _ in range(steps):
-        assert process.stdout.readline() == "step\n"
-    process.send_signal(send)
-    _, err = process.communicate(timeout=120)
-    return process.returncode, err
+def slowed(folder, arguments, steps, send):
+    """Run with slow steps, in a process of its own, and send a signal in one of them; (exit code, stderr)."""
+    job = ranks.start(folder, list(arguments), 1, SLOWED)
+    job.until(lambda: job.out(0).count("step\n") >= steps)
+    job.kill(0, send)
+    (code,) = job.wait(120)
+    return code, "\n".join(job.err)
 
 
 def stage_of(folder):
@@ -219,10 +212,10 @@ def test_killed_and_interrupted_it_resumes_to_the_same_bytes(tmp_path, tiny_mode
     uptrain(straight, tiny_model_folder, text)
     arguments = ("share", other, "--model", tiny_model_folder, "--uptrain", "--data", text, *TRAIN)
     arguments += ("--checkpoint-every", 1)
-    code, _ = slowed(arguments, 3, signal.SIGKILL)
+    code, _ = slowed(tmp_path / "killed", arguments, 3, signal.SIGKILL)
     assert code == -signal.SIGKILL and (tmp_path / "other.uptraining" / "state.json").exists()
     assert "add --resume" in refused(*arguments)
-    code, err = slowed((*arguments, "--resume"), 2, signal.SIGINT)
+    code, err = slowed(tmp_path / "stopped", (*arguments, "--resume"), 2, signal.SIGINT)
     assert code == 2 and "nothing lost: add --resume" in err and "Traceback" not in err
     run(*arguments, "--resume")
     assert stage_of(other) == stage_of(straight)
