@@ -155,7 +155,7 @@ def evaluate_command(
     check_grid(grid, loaded.model, found)
     with progress_bar("making prompts") as progress:
         prompts = make_prompts(
-            data,
+            () if data is None else data,
             loaded.tokenizer,
             **prompt_options,
             name=str(data.source["id"]) if data else "",
