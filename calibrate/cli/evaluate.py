@@ -133,12 +133,14 @@ def evaluate_command(
     from ..evaluation.protocol import check_lengths, evaluate
     from ..evaluation.results import Results, compared_rows
     from ..evaluation.tasks.names import ON_TEXT
+    from ..evaluation.tasks.prompts_file import read_all_prompts
     from ..models import load_model, max_context
 
     names = _task_names(tasks, bool(prompt_files and not data_spec))
     if not data_spec and set(names) & set(ON_TEXT):
         raise click.UsageError("give --data: text that the artifact was not calibrated on, e.g. stdlib --split heldout")
     grid = _grid(methods, rank, keep, assignments)
+    read_all_prompts(prompt_files)  # what is wrong in them is said now
     prompt_options |= {"tasks": names, "lengths": _numbers("--lengths", lengths)}
     with working("checking hashes"):
         found = load(artifact)
