@@ -146,12 +146,14 @@ def evaluate_command(
     from ..evaluation.results import Results
     from ..evaluation.results_file import compared_rows
     from ..evaluation.tasks.names import ON_TEXT
+    from ..evaluation.tasks.prompts_file import read_all_prompts
     from ..models import max_context
 
     names = _task_names(tasks, bool(prompt_files and not data_spec))
     if not data_spec and set(names) & set(ON_TEXT):
         raise click.UsageError("give --data: text that the artifact was not calibrated on, e.g. stdlib --split heldout")
     grid = _grid(methods, rank, keep, assignments)
+    read_all_prompts(prompt_files)  # what is wrong in them is said now
     prompt_options |= {"tasks": names, "lengths": _numbers("--lengths", lengths)}
     with working("checking hashes"):
         found = load(artifact)
@@ -166,7 +168,7 @@ def evaluate_command(
     check_grid(grid, loaded.model, found)
     with progress_bar("making prompts") as progress:
         prompts = make_prompts(
-            data,
+            () if data is None else data,
             loaded.tokenizer,
             **prompt_options,
             name=str(data.source["id"]) if data else "",

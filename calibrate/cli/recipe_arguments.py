@@ -43,7 +43,7 @@ def arguments(recipe: Recipe, section: Section, command: click.Command) -> list[
         if option.is_flag:
             if type(value) is not bool:
                 raise KvcalError(f"{where}: expected true or false, not {value!r}")
-            given += [flag] if value else []
+            given += [flag] if value else option.secondary_opts[:1]
             continue
         for text in _texts(where, name, option, value):
             try:

@@ -68,7 +68,7 @@ class Prompts:
 
 
 def make_prompts(
-    documents: Iterable[Document] | None,
+    documents: Iterable[Document],
     tokenizer: Any,
     *,
     prefix: int = 1024,
@@ -89,7 +89,7 @@ def make_prompts(
     """Cut windows from the beginning of a text, scatter facts in random pieces of it, and make the other tasks.
 
     Args:
-        documents: None where no task is made of them.
+        documents: of any kind, say (), where no task is made of text.
         tasks: see `parse_tasks`; [] where there are `prompt_files`.
         lengths: of the recall tasks' contexts, and of RULER's context, question and answer together; default: `prefix`.
         episodes: per task and length.
@@ -115,10 +115,6 @@ def make_prompts(
     made: list[Task] = []
     source: dict[str, Any] = {}
     if on_text:
-        if documents is None:
-            raise KvcalError(
-                f"{on_text[0]} is made of text: give data (--data) that the artifact was not calibrated on"
-            )
         cut, made, source = _of_text(
             documents, tokenizer, prefix, continuation, windows, on_text, lengths, episodes, seed, name
         )

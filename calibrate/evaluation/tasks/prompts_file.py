@@ -54,17 +54,10 @@ def make_prompt_tasks(
     """
     if match not in MATCHES:
         raise KvcalError(f"no match {match!r}: choose among {', '.join(MATCHES)}")
-    names: dict[str, Path] = {}
-    for path in paths:
-        name = _task_name(path)
-        if name in names or name in TASKS:
-            other = names.get(name, "a task of ours")
-            raise KvcalError(f"{path}: its results would be named {name!r} as those of {other}: rename the file")
-        names[name] = path
+    read = read_all_prompts(paths)
     chat = chat and has_template(tokenizer)
     tasks, sources = [], []
-    for name, path in names.items():
-        prompts = read_prompts(path)
+    for path, (name, prompts) in zip(paths, read.items(), strict=True):
         samples = tuple(_sample(prompt, tokenizer, chat) for prompt in prompts)
         sizes = [[len(encode(tokenizer, answer)) for answer in prompt.answers] for prompt in prompts]
         new_tokens = max_new_tokens or max(map(max, sizes)) + _BESIDE_THE_ANSWER
@@ -77,6 +70,18 @@ def make_prompt_tasks(
         tasks.append(Task(name, None, samples, new_tokens, match))
         sources.append({"file": path.name, "sha256": _hash(prompts), "rows": len(prompts), "chat_template": chat})
     return tasks, sources
+
+
+def read_all_prompts(paths: Sequence[Path]) -> dict[str, list[Prompt]]:
+    """The prompts of each file by the name of its task. Raises KvcalError: see `make_prompt_tasks`."""
+    found: dict[str, Path] = {}
+    for path in paths:
+        name = _task_name(path)
+        if name in found or name in TASKS:
+            other = found.get(name, "a task of ours")
+            raise KvcalError(f"{path}: its results would be named {name!r} as those of {other}: rename the file")
+        found[name] = path
+    return {name: read_prompts(path) for name, path in found.items()}
 
 
 def read_prompts(path: Path) -> list[Prompt]:

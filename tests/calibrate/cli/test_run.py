@@ -250,5 +250,15 @@ def test_the_example_in_the_documents_is_a_recipe(tmp_path):
         assert arguments(found, section, group(None, section.command))
 
 
+def test_a_flag_that_has_two_forms_can_be_taken_back(tmp_path):
+    said = {"data": "text", "prompts": ["a.jsonl", "b.jsonl"], "tasks": ["vt", "cwe"]}
+    for value, flag in ((True, "--chat-template"), (False, "--no-chat-template")):
+        body = {"recipe": 1, "model": "m", "data": "d", "stages": [{"evaluate": {**said, "chat_template": value}}]}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(body))
+        found = read_recipe(tmp_path / "recipe.yaml", STAGES)
+        given = arguments(found, found.stages[0], cli.get_command(None, "evaluate"))
+        assert {flag, "--prompts=a.jsonl", "--prompts=b.jsonl", "--tasks=vt,cwe"} <= set(given)
+
+
 def test_stages_are_commands():
     assert set(STAGES) <= set(COMMANDS)

@@ -7,8 +7,9 @@ from kvcal.artifacts import KvcalError
 from kvcal.calibrate import make_blocks
 from kvcal.calibrate.builtin.recall import question
 from kvcal.calibrate.data import open_data
-from kvcal.calibrate.evaluation.prompts import FACTS, make_prompts
-from kvcal.calibrate.evaluation.recall_task import DEPTHS
+from kvcal.calibrate.evaluation.prompts import make_prompts
+from kvcal.calibrate.evaluation.tasks.names import FACTS
+from kvcal.calibrate.evaluation.tasks.recall import DEPTHS
 
 BOS = 256
 WORDS = [f"{a}{b}{c}{d}" for a in "bdf" for b in "aei" for c in "lmn" for d in "ou"]
@@ -38,32 +39,28 @@ def test_windows_are_consecutive_blocks_of_the_text(tiny_tokenizer):
 @pytest.mark.parametrize("task", FACTS)
 @pytest.mark.parametrize("length", [400, 777])
 def test_every_question_is_answered_by_the_fact_at_its_depth(tiny_tokenizer, task, length):
-    (found,) = prompts(tiny_tokenizer, tasks=[task], lengths=[length]).recall
-    assert found.key == f"{task}@{length}" and found.prefixes.shape == (10, length)
-    assert found.depths == DEPTHS * 2
-    for prefix, continuation, answer, depth in zip(
-        found.prefixes, found.continuations, found.answers, found.depths, strict=True
-    ):
-        assert prefix[0] == BOS and not (prefix[1:] == BOS).any()
+    (found,) = prompts(tiny_tokenizer, tasks=[task], lengths=[length]).tasks
+    assert found.key == f"{task}@{length}" and found.scoring == "digits" and found.new_tokens == 5 + 8
+    assert [sample.depth for sample in found.samples] == [*DEPTHS * 2]
+    for sample in found.samples:
+        assert len(sample.context) == length and sample.context[0] == BOS and BOS not in sample.context[1:]
         text, asked, said = (
-            read_back(tiny_tokenizer, part)
-            for part in (prefix[1:], continuation[: answer.start], continuation[answer.start : answer.stop])
+            read_back(tiny_tokenizer, part) for part in (sample.context[1:], sample.question, sample.reference)
         )
         stated = dict(re.findall(r"\nThe code of (\w+) is (\d{5})\.\n", text))
         assert len(stated) == FACTS[task]
-        (word,) = [word for word in stated if asked == question(word)]
-        assert said == f" {stated[word]}"
-        assert "?" not in text  # the question is decoded, never prefilled
+        # The answer begins with its first digit: the space before it is asked.
+        (word,) = [word for word in stated if asked == question(word) + " "]
+        assert said == stated[word] and sample.answers == (said,)
+        assert "?" not in text  # the question stands in no context
         # One token per byte: characters are positions; another fact may lie across the exact depth.
         at = text.index(f"\nThe code of {word} is") + 1
-        assert abs(at - depth * length) <= (1 if task == "passkey" else 30)
-        padding = continuation[answer.stop :]
-        assert (padding == continuation[answer.stop - 1]).all()
+        assert abs(at - sample.depth * length) <= (1 if task == "passkey" else 30)
 
 
 def test_the_seed_decides_and_tasks_do_not_depend_on_each_other(tiny_tokenizer):
     both, alone = prompts(tiny_tokenizer), prompts(tiny_tokenizer, tasks=["multikey"])
-    assert torch.equal(both.recall[1].prefixes, alone.recall[0].prefixes)
+    assert both.tasks[1] == alone.tasks[0]
     assert both.tokens_sha256 == prompts(tiny_tokenizer).tokens_sha256
     assert both.tokens_sha256 != alone.tokens_sha256
     assert both.tokens_sha256 != prompts(tiny_tokenizer, seed=4).tokens_sha256
@@ -78,20 +75,23 @@ def test_no_more_text_is_read_than_needed(tiny_tokenizer):
 
 
 def test_a_tokenizer_that_merges_over_the_seam_and_adds_no_bos():
-    """One that joins "is" and the space after it: the answer then begins where the two tokenisations part."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """One that joins "is" and the space after it, and two digits: the answer begins with the token of its first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {letter: index for index, letter in enumerate([*letters, "sĠ"])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("s", "Ġ")]))
+    pairs = [("s", "Ġ"), *((f"{a}", f"{b}") for a in range(10) for b in range(10))]
+    vocab = {letter: index for index, letter in enumerate([*letters, *("".join(pair) for pair in pairs)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    (task,) = prompts(fast, tasks=["passkey"]).recall
-    whole = read_back(fast, task.continuations[0][: task.answers[0].stop])
-    assert re.fullmatch(r"\nWhat is the code of (\w+)\? The code of \1 is \d{5}", whole)
-    assert read_back(fast, task.continuations[0][task.answers[0].start : task.answers[0].stop])[:2] == "s "
-    assert task.prefixes.shape == (10, 400)
+    (task,) = prompts(fast, tasks=["passkey"]).tasks
+    for sample in task.samples:
+        asked, said = read_back(fast, sample.question), read_back(fast, sample.reference)
+        assert re.fullmatch(r"\nWhat is the code of (\w+)\? The code of \1 is ", asked) and re.fullmatch(r"\d{5}", said)
+        assert [*sample.question, *sample.reference] == fast(asked + said)["input_ids"]
+        assert len(sample.context) == 400 and len(sample.reference) == 3
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,10 @@ def test_a_tokenizer_that_merges_over_the_seam_and_adds_no_bos():
         ({"lengths": [100]}, "100 tokens is too short for 8 facts"),
         ({"lengths": [1]}, "give more"),
         ({"continuation": 1}, "give more"),
-        ({"tasks": ["perplexity", "passkeys"]}, "no task 'passkeys': choose among perplexity, passkey, multikey"),
+        (
+            {"tasks": ["perplexity", "passkeys"]},
+            "no task 'passkeys': choose among perplexity, passkey, multikey, ruler",
+        ),
         ({"tasks": []}, "choose among"),
         ({"texts": ["aa bb cc " * 900]}, "only 0 words to hide facts under, 8 needed"),
     ],

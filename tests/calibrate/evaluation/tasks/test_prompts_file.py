@@ -113,11 +113,11 @@ def test_files_as_others_read_them(tiny_tokenizer, tmp_path):
 
 def test_they_are_evaluated_without_text_and_are_part_of_what_is_hashed(tiny_tokenizer, tmp_path):
     path = written(tmp_path, ROW)
-    found = make_prompts(None, tiny_tokenizer, tasks=[], prompt_files=[path], match="part", max_new_tokens=9)
+    found = make_prompts((), tiny_tokenizer, tasks=[], prompt_files=[path], match="part", max_new_tokens=9)
     assert found.windows is None and [(t.key, t.scoring, t.new_tokens) for t in found.tasks] == [("mine", "part", 9)]
     assert [each["rows"] for each in found.source["prompts"]] == [1]
     other = written(tmp_path, {**ROW, "answer": "rome"})
-    again = make_prompts(None, tiny_tokenizer, tasks=[], prompt_files=[other], match="part", max_new_tokens=9)
+    again = make_prompts((), tiny_tokenizer, tasks=[], prompt_files=[other], match="part", max_new_tokens=9)
     assert again.tokens_sha256 != found.tokens_sha256
     assert again.source["prompts"][0]["sha256"] != found.source["prompts"][0]["sha256"]
 

@@ -149,7 +149,7 @@ def test_the_package_scores(made):
 
 def test_the_seed_decides(made, tokenizer):
     def again(seed):
-        return make_prompts(None, tokenizer, tasks=["vt", "fwe"], lengths=[LENGTH], episodes=EPISODES, seed=seed)
+        return make_prompts((), tokenizer, tasks=["vt", "fwe"], lengths=[LENGTH], episodes=EPISODES, seed=seed)
 
     first, second = again(1), again(2)
     assert first.tasks == (made[0]["vt"], made[0]["fwe"]), "whatever is made beside them"
@@ -177,10 +177,10 @@ def test_in_a_chat_template_the_prefix_begins_the_answer(tokenizer):
 
 
 def test_lengths_that_cannot_hold_a_task_are_said_together(tokenizer):
-    with pytest.raises(KvcalError, match="^vt@300, cwe@300: cannot be held in so few tokens .* --lengths"):
+    with pytest.raises(KvcalError, match=r"^vt@300, cwe@300: cannot be held in so few tokens .* --lengths"):
         make_ruler_tasks(["vt", "cwe"], tokenizer, [300, 2500], 1, 0)
     with pytest.raises(KvcalError, match="vt@9000: this model's context is 8192 tokens: give shorter --lengths"):
-        make_prompts(None, tokenizer, tasks=["vt"], lengths=[512, 9000], most_tokens=8192)
+        make_prompts((), tokenizer, tasks=["vt"], lengths=[512, 9000], most_tokens=8192)
 
 
 def test_names():
