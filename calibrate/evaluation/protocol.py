@@ -144,7 +144,7 @@ def check_lengths(prompts: Prompts, model: Any) -> None:
         if context is not None and prefix + continuation > context:
             raise KvcalError(
                 f"{name}: {prefix} + {continuation} tokens exceed this model's context of {context}: "
-                "give a smaller --prefix, --continuation or --lengths"
+                "give a smaller --prefix, --continuation or --lengths, or shorter prompts"
             )
         rotation.check_lengths(model, prefix, prefix + continuation - 1)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from kvcal.artifacts import KvcalError
+from kvcal.calibrate.evaluation import predictions
 from kvcal.calibrate.evaluation import results as results_module
 from kvcal.calibrate.evaluation.grid import key_of
 from kvcal.calibrate.evaluation.measurements import Measured
@@ -78,13 +79,14 @@ def test_what_another_process_finished_meanwhile_is_kept(tmp_path):
     assert [line["prediction"] for line in lines(path)] == ["a", "b", "c", "d"]
 
 
-def test_a_crash_between_the_two_files_leaves_no_row_without_its_predictions(tmp_path, monkeypatch):
+@pytest.mark.parametrize("of", [(results_module, "write_atomically"), (predictions, "write_atomically")], ids=["results", "predictions"])
+def test_a_crash_at_either_file_leaves_no_row_without_its_predictions(tmp_path, monkeypatch, of):
     path = tmp_path / "r.json"
     results = Results.open(SETTINGS, path)
     results.add(FULL, "asked 0+1", measured("a"))
     results.write()
     with monkeypatch.context() as patched:
-        patched.setattr(results_module, "write_atomically", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(*of, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             finish(results, FULL, "a")
     again = Results.open(SETTINGS, path)
