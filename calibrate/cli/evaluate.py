@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,13 @@ import click
 
 from ...artifacts import Artifact, KvcalError, load
 from ..distributed import World
-from .data_options import data_options, say_left
+from .cautions import say_calibration_text, say_low_scores
+from .data_options import data_options
 from .evaluation_table import print_results
 from .job import one_job
 from .loading import load_calibrated
 from .output import NewFile, json_option, plot_option, print_json, progress_bar, say, working, write_plot
+from .prompt_options import PromptOptions, prompt_options, words
 
 
 def _are_results(path: Path) -> bool:
@@ -39,54 +41,8 @@ def _are_results(path: Path) -> bool:
 @click.option(
     "--set", "assignments", metavar="NAME=VALUES", multiple=True, help="Any other parameter, e.g. basis=pca,score."
 )
-@click.option(
-    "--prefix", type=click.IntRange(2), default=1024, show_default=True, help="Tokens that are prefilled densely."
-)
-@click.option(
-    "--continuation", type=click.IntRange(2), default=256, show_default=True, help="Tokens decoded after them."
-)
-@click.option("--windows", type=click.IntRange(1), default=8, show_default=True, help="Pieces of text for perplexity.")
-@click.option(
-    "--tasks",
-    help="Comma list of perplexity, passkey, multikey, `ruler` and RULER's names (niah_single_1, vt, …).  "
-    "[default: the first three; none with --prompts and no --data]",
-)
-@click.option("--lengths", help="Comma list of tokens that tasks are to have.  [default: --prefix]")
-@click.option(
-    "--episodes", type=click.IntRange(1), default=20, show_default=True, help="Questions per task and length."
-)
-@click.option(
-    "--prompts",
-    "prompt_files",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    help="JSON lines of context, question and answer, or chats; each file is a task.",
-)
-@click.option(
-    "--match",
-    type=click.Choice(["exact", "part"]),
-    default="exact",
-    show_default=True,
-    help="Whether the first line said is to be an answer of --prompts, or an answer to be part of what is said.",
-)
-@click.option(
-    "--max-new-tokens", type=click.IntRange(1), help="Decoded for --prompts.  [default: the longest answer's, and 32]"
-)
-@click.option(
-    "--chat-template/--no-chat-template",
-    default=True,
-    show_default=True,
-    help="Put RULER's tasks and --prompts into the model's chat template, if it has one.",
-)
-@click.option(
-    "--question",
-    type=click.Choice(["decoded", "prefilled"]),
-    default="decoded",
-    show_default=True,
-    help="How a task's question is read: token by token through the cache, or with the context in the prefill.",
-)
+@prompt_options
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Rows decoded together.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of facts, their places and their fillers.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
 @click.option(
@@ -113,9 +69,6 @@ def evaluate_command(
     rank: str | None,
     keep: str | None,
     assignments: tuple[str, ...],
-    tasks: str | None,
-    lengths: str | None,
-    prompt_files: tuple[Path, ...],
     question: str,
     device: str,
     dtype: str,
@@ -125,7 +78,7 @@ def evaluate_command(
     plot: Path | None,
     as_json: bool,
     world: World,
-    **prompt_options: Any,
+    **of_prompts: Any,
 ) -> None:
     """What decoding methods cost in quality and save in bytes, on the same tokens and the same code path.
 
@@ -138,48 +91,24 @@ def evaluate_command(
       calibrate evaluate mistral-7b-wikitext --data wikitext:wikitext-2-raw-v1:test \\
         --method loki,h2o,streaming --keep .25,.125 --output results.json --plot results.png
     """
-    from ..data import open_data
     from ..evaluation.figure import evaluation_figure
     from ..evaluation.grid import check_grid
-    from ..evaluation.prompts import make_prompts
     from ..evaluation.protocol import check_lengths, evaluate
     from ..evaluation.results import Results
     from ..evaluation.results_file import compared_rows
-    from ..evaluation.tasks.names import ON_TEXT
-    from ..evaluation.tasks.prompts_file import read_all_prompts
-    from ..models import max_context
 
-    names = _task_names(tasks, bool(prompt_files and not data_spec))
-    if not data_spec and set(names) & set(ON_TEXT):
-        raise click.UsageError("give --data: text that the artifact was not calibrated on, e.g. stdlib --split heldout")
+    options = PromptOptions.of(bool(data_spec), **of_prompts)
     grid = _grid(methods, rank, keep, assignments)
-    read_all_prompts(prompt_files)  # what is wrong in them is said now
-    prompt_options |= {"tasks": names, "lengths": _numbers("--lengths", lengths)}
     with working("checking hashes"):
         found = load(artifact)
     world.agree_on({"content of ARTIFACT": str(found.content_hash)})
-    data = None
-    if set(names) & set(ON_TEXT):
-        with working("finding the text"):
-            data = open_data(data_spec, split, text_column=text_column, seed=prompt_options["seed"])
-    elif data_spec:
-        say("--data: no task here is made of text, so nothing of it is read")
+    data = options.find_text(data_spec, split, text_column)
     loaded = load_calibrated(found, model_spec, device=device, dtype=dtype)
     check_grid(grid, loaded.model, found)
-    with progress_bar("making prompts") as progress:
-        prompts = make_prompts(
-            () if data is None else data,
-            loaded.tokenizer,
-            **prompt_options,
-            name=str(data.source["id"]) if data else "",
-            prompt_files=prompt_files,
-            most_tokens=max_context(loaded.model.config),
-            progress=progress,
-        )
-    say_left(prompts.source)
+    prompts = options.make(data, loaded)
     check_lengths(prompts, loaded.model)
-    prompt_options["question"] = question
-    settings = _settings(found, loaded, prompts.source, prompts, batch_size, prompt_options)
+    described = {**options.described, "question": question}
+    settings = _settings(found, loaded, prompts.source, prompts, batch_size, described)
     results = Results.open(settings, output) if output is not None and world.first else Results(settings, output)
     if any("bytes_per_step" not in row or "scores" not in row for row in results.rows):
         raise KvcalError(f"{output}: a row lacks what was measured: choose another --output, or remove it")
@@ -223,26 +152,7 @@ def _grid(methods: str, rank: str | None, keep: str | None, assignments: Sequenc
             if name in parameters:
                 raise KvcalError(f"--{name} and --set {name}: give one of them")
             parameters[name] = parse_values(text)
-    return make_grid(_words(methods), parameters)
-
-
-def say_low_scores(full: Mapping[str, Any]) -> None:
-    """One line about the tasks that the model itself cannot answer. Args: full: the row of `full`."""
-    from ..evaluation.rows import LOW, low_scores
-
-    if low := low_scores(full):
-        named = ", ".join(f"{task} {score:.2f}" for task, score in low.items())
-        say(f"full itself scores below {LOW:g}: {named}: read the scores of methods relative to full's")
-
-
-def say_calibration_text(artifact: Artifact, source: Mapping[str, Any]) -> None:
-    """One line where the text is what the artifact was calibrated on. Args: source: what was read."""
-    from ..evaluation.seen_text import overlap
-
-    if seen := overlap(artifact.data, source):
-        say(
-            f"data {seen}: the artifact was calibrated on it, so methods may look better than they are: give other text"
-        )
+    return make_grid(words(methods), parameters)
 
 
 def _settings(
@@ -270,25 +180,3 @@ def _device_name(device: Any) -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)
-
-
-def _task_names(tasks: str | None, only_prompts: bool) -> list[str]:
-    """Args: only_prompts: nothing is measured but --prompts, where nothing is named."""
-    from ..evaluation.tasks.names import ON_TEXT, parse_tasks
-
-    if tasks is None:
-        return [] if only_prompts else list(ON_TEXT)
-    return parse_tasks(_words(tasks))
-
-
-def _words(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _numbers(option: str, text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    words = _words(text)
-    if not words or not all(word.isdecimal() for word in words):
-        raise KvcalError(f"{option} {text!r}: give whole numbers separated by commas, e.g. 512,1024")
-    return [int(word) for word in words]

@@ -9,8 +9,8 @@ import click
 from ...artifacts import Artifact, load
 from ...artifacts.places import check_new_file
 from ...artifacts.writing import write_atomically
+from .cautions import say_calibration_text
 from .data_options import data_options, say_left
-from .evaluate import say_calibration_text
 from .loading import load_calibrated
 from .output import NewFile, json_option, print_json, print_lines, print_table, progress_bar, say, working
 
