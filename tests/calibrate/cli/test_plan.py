@@ -69,7 +69,7 @@ def test_quality_finds_the_fewest_bytes_that_keep_it(artifact, text):
         ((), "give --data"),
         (("--data", "TEXT", "--bytes", 0.5, "--quality", 0.9), "give one of them"),
         (("--data", "TEXT", "--method", "h2o"), "no plans for method 'h2o': choose among spectral, loki, clusterkv"),
-        (("--data", "TEXT", "--bytes", 0.0001, *QUICK, *TEXT_ONLY), "the cheapest settings read"),
+        (("--data", "TEXT", "--method", "loki", "--bytes", 0.0001, *QUICK, *TEXT_ONLY), "the cheapest settings read"),
         (("--data", "TEXT", *QUICK, "--tasks", "passkey"), "let perplexity be among --tasks"),
         (("--data", "TEXT", "--bytes", 2), "2.0 is not in the range"),
     ],
