@@ -9,13 +9,16 @@ from kvcal.calibrate.cli import cli, demo
 def test_demo_goes_the_whole_road_and_recognises_its_own_work(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "NUM_TOKENS", 8192)  # 131072 takes a minute
     monkeypatch.setattr(demo, "PROMPTS", {"prefix": 256, "continuation": 8, "windows": 2, "episodes": 2})
-    for _ in range(2):
-        result = CliRunner().invoke(cli, ["demo", "--output", str(tmp_path / "demo"), "--json"])
-        assert result.exit_code == 0, result.output
-        found = json.loads(result.stdout)
+    people = CliRunner().invoke(cli, ["demo", "--output", str(tmp_path / "demo")])
+    assert people.exit_code == 0 and "rank@90" in people.stdout and str(tmp_path / "demo") in people.stdout
+    assert "MB a step" in people.stdout and "already calibrated" not in people.stderr
+    before = load(tmp_path / "demo").content_hash
+    result = CliRunner().invoke(cli, ["demo", "--output", str(tmp_path / "demo"), "--json"])
+    assert result.exit_code == 0 and "already calibrated" in result.stderr, result.output
+    found = json.loads(result.stdout)
     artifact = load(tmp_path / "demo")
     assert set(artifact.stages) == {"moments", "pca", "score", "reservoir", "clusters"}
-    assert found["artifact"]["content_hash"] == artifact.content_hash
+    assert found["artifact"]["content_hash"] == artifact.content_hash == before
     assert {"README.md", "rank.png", "clusters.png", "quality.png"} <= {
         path.name for path in (tmp_path / "demo").iterdir()
     }
@@ -29,6 +32,3 @@ def test_demo_goes_the_whole_road_and_recognises_its_own_work(tmp_path, monkeypa
     whole, *compressed = asked["continuations"]
     assert whole["text"].strip().isdigit()
     assert all(each["bytes_per_step"] < whole["bytes_per_step"] for each in compressed)
-    people = CliRunner().invoke(cli, ["demo", "--output", str(tmp_path / "demo")])
-    assert people.exit_code == 0 and "rank@90" in people.stdout and str(tmp_path / "demo") in people.stdout
-    assert "MB a step" in people.stdout
