@@ -50,6 +50,7 @@ def _are_results(path: Path) -> bool:
 @click.option(
     "--episodes", type=click.IntRange(1), default=20, show_default=True, help="Questions per recall task and length."
 )
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Rows decoded together.")
 @click.option(
     "--question",
     type=click.Choice(["decoded", "prefilled"]),
@@ -57,7 +58,6 @@ def _are_results(path: Path) -> bool:
     show_default=True,
     help="How a task's question is read: token by token through the cache, or with the context in the prefill.",
 )
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Rows decoded together.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of facts, their places and their fillers.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
@@ -87,10 +87,10 @@ def evaluate_command(
     assignments: tuple[str, ...],
     tasks: str,
     lengths: str | None,
-    question: str,
     device: str,
     dtype: str,
     batch_size: int,
+    question: str,
     output: Path | None,
     compare: tuple[Path, ...],
     plot: Path | None,
