@@ -24,7 +24,7 @@ from .tasks.names import FACTS, ON_TEXT, RULER, parse_tasks
 from .tasks.prompts_file import make_prompt_tasks
 from .tasks.recall import make_recall_task
 from .tasks.ruler import make_ruler_tasks
-from .tasks.sample import Task
+from .tasks.sample import Task, check_fit
 
 _FILLER_TOKENS = 65536
 """Text to cut fillers from, where there is as much; episodes then hardly overlap."""
@@ -111,6 +111,8 @@ def make_prompts(
             f"{ruler[0]}@{max(lengths)}: this model's context is {most_tokens} tokens: give shorter --lengths"
         )
     asked, files = make_prompt_tasks(prompt_files, tokenizer, match, max_new_tokens, chat_template)
+    for task in asked:
+        check_fit(task, most_tokens)
     cut: Windows | None = None
     made: list[Task] = []
     source: dict[str, Any] = {}

@@ -51,7 +51,7 @@ def make_ruler_tasks(
     chat = chat_template and has_template(tokenizer)
     total, done = len(names) * len(lengths) * episodes, 0
     found: dict[str, Task] = {}
-    made_by = []
+    made_by: dict[str, dict[str, Any]] = {}
     for kind, alike in groupby(sorted(names, key=lambda name: known[name].kind), key=lambda name: known[name].kind):
         with Scripts(kind, lambda text: len(encode(tokenizer, _unmarked(text)))) as scripts:
             for name, length in [(name, length) for name in alike for length in lengths]:
@@ -68,16 +68,15 @@ def make_ruler_tasks(
                     if "IndexError" in str(error):
                         raise KvcalError(f"{name} has no {episodes} questions: give fewer --episodes") from None
                     continue
-                found[task.key] = task
-                made_by.append(source)
+                found[task.key], made_by[task.key] = task, source
     keys = [f"{name}@{length}" for name in names for length in lengths]
     if missing := [key for key in keys if key not in found]:
         raise KvcalError(
             f"{', '.join(missing)}: cannot be held in so few tokens by this tokenizer: give longer --lengths, or leave "
             "them out"
         )
-    made = {"package": PACKAGE, "version": installed_version(), "seed": seed, "chat_template": chat, "tasks": made_by}
-    return [found[key] for key in keys], made
+    by = {"package": PACKAGE, "version": installed_version(), "seed": seed, "chat_template": chat}
+    return [found[key] for key in keys], {**by, "tasks": [made_by[key] for key in keys]}
 
 
 def _make(

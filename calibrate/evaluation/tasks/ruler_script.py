@@ -144,7 +144,7 @@ def sentence_splitter() -> tuple[str, Callable[[str], list[str]]]:
         from nltk.tokenize import sent_tokenize
 
         sent_tokenize("One. Two.")
-        return f"nltk {nltk.__version__}", sent_tokenize
+        return f"punkt_tab of nltk {nltk.__version__}", sent_tokenize
     except (ImportError, LookupError):
         return "at white space after . ! or ?", lambda text: re.split(r"(?<=[.!?])\s+", text)
 

@@ -6,6 +6,8 @@ import hashlib
 import json
 from dataclasses import dataclass
 
+from ....artifacts import KvcalError
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -48,3 +50,14 @@ class Task:
         digest.update(json.dumps([self.name, self.length, self.new_tokens, self.scoring]).encode())
         for sample in self.samples:
             digest.update(json.dumps([sample.context, sample.question, sample.answers]).encode())
+
+
+def check_fit(task: Task, most: int | None) -> None:
+    """Raises KvcalError: a sample and its answer are more tokens than `most`, the model's context."""
+    for number, sample in enumerate(task.samples):
+        size = len(sample.context) + len(sample.question)
+        if most is not None and size + task.new_tokens > most:
+            raise KvcalError(
+                f"{sample.label or f'{task.key}, sample {number}'}: {size} tokens and {task.new_tokens} of the answer "
+                f"exceed this model's context of {most}: shorten it, or leave it out"
+            )

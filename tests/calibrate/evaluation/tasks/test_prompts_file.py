@@ -122,6 +122,18 @@ def test_they_are_evaluated_without_text_and_are_part_of_what_is_hashed(tiny_tok
     assert again.source["prompts"][0]["sha256"] != found.source["prompts"][0]["sha256"]
 
 
+def test_a_prompt_that_the_models_context_cannot_hold_is_named(tiny_tokenizer, tmp_path):
+    """One token per byte, BOS, and the blank line between context and question."""
+    long = {**ROW, "context": "x" * 100}
+    path, size = written(tmp_path, ROW, long), 1 + 100 + 2 + len(ROW["question"])
+    options = {"tasks": [], "prompt_files": [path], "max_new_tokens": 9}
+    assert make_prompts((), tiny_tokenizer, **options, most_tokens=size + 9).tasks
+    with pytest.raises(
+        KvcalError, match=rf"mine.jsonl: row 2: {size} tokens and 9 of the answer exceed .* {size + 8}:"
+    ):
+        make_prompts((), tiny_tokenizer, **options, most_tokens=size + 8)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
