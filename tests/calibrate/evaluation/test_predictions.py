@@ -79,7 +79,9 @@ def test_what_another_process_finished_meanwhile_is_kept(tmp_path):
     assert [line["prediction"] for line in lines(path)] == ["a", "b", "c", "d"]
 
 
-@pytest.mark.parametrize("of", [(results_module, "write_atomically"), (predictions, "write_atomically")], ids=["results", "predictions"])
+@pytest.mark.parametrize(
+    "of", [(results_module, "write_atomically"), (predictions, "write_atomically")], ids=["results", "predictions"]
+)
 def test_a_crash_at_either_file_leaves_no_row_without_its_predictions(tmp_path, monkeypatch, of):
     path = tmp_path / "r.json"
     results = Results.open(SETTINGS, path)
