@@ -37,7 +37,9 @@ def print_results(settings: Mapping[str, Any], rows: Sequence[Row]) -> None:
         ]
     tasks = list(rows[0].get("scores") or {})
     costs = _costs(rows)
-    title = "; ".join([_title(settings, bool(tasks)), *(f"{name} {value}" for name, value in alike.items())])
+    title = "; ".join(
+        [_title(settings, bool(perplexity), bool(tasks)), *(f"{name} {value}" for name, value in alike.items())]
+    )
     if len(tasks) <= FEW:
         tables = [names | perplexity | _scores(rows, tasks) | costs]
     else:
@@ -119,9 +121,10 @@ def _costs(rows: Sequence[Row]) -> Columns:
     return costs
 
 
-def _title(settings: Mapping[str, Any], tasks: bool) -> str:
-    asked = f", questions {settings['question']}" if tasks and settings.get("question") else ""
-    return f"{settings['model']}: prefix {settings['prefix']}, {settings['continuation']} decoded{asked}"
+def _title(settings: Mapping[str, Any], perplexity: bool, tasks: bool) -> str:
+    parts = [f"prefix {settings['prefix']}, {settings['continuation']} decoded"] if perplexity or not tasks else []
+    parts += [f"questions {settings['question']}"] if tasks and settings.get("question") else []
+    return f"{settings['model']}: {', '.join(parts)}"
 
 
 def _legend(

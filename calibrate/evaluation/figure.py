@@ -115,7 +115,8 @@ def evaluation_figure(settings: Mapping[str, Any], rows: Sequence[Mapping[str, A
         handles |= dict(zip(labels, found, strict=True))
     figure.legend(handles.values(), handles.keys(), fontsize=8, frameon=False, loc="outside right center")
     axes[1].set_ylim(-0.03, 1.03)
-    return png(figure, f"{settings['model']}, prefix {settings['prefix']}: quality against bytes read")
+    prefix = f", prefix {settings['prefix']}" if full.get("perplexity_ratio") is not None else ""
+    return png(figure, f"{settings['model']}{prefix}: quality against bytes read")
 
 
 def _ratio(row: Mapping[str, Any]) -> tuple[float | None, float | None]:

@@ -35,7 +35,7 @@ def test_many_tasks_stand_in_tables_by_length_with_the_mean_of_rulers(capsys):
     print_results(SETTINGS, [full, h2o])
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 120
-    tables = out.split("m: prefix 64")[1:]
+    tables = out.split("m: questions prefilled")[1:]
     assert len(tables) == 5  # two for each length, one of costs
     for table, length in zip(tables, (4096, 4096, 16384, 16384), strict=False):
         assert f"@{length}" in table and "h2o" in table
