@@ -18,35 +18,27 @@ TOKENS = [*ALPHABET, "<s>", "</s>", "ĠĠ", *(f"[PAD{number}]" for number in ran
 MERGES = ["Ġ Ġ"]
 BOS, EOS, TWO_SPACES = 256, 257, 258
 TEMPLATE = "{% for message in messages %}{{ message['role'] + ':' + message['content'] }}{% endfor %}"
-_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
-def metadata_of(config: Any) -> dict[str, Any]:
-    """Of a Llama."""
-    return {
-        "llama.context_length": config.max_position_embeddings,
-        "llama.embedding_length": config.hidden_size,
-        "llama.block_count": config.num_hidden_layers,
-        "llama.feed_forward_length": config.intermediate_size,
-        "llama.attention.head_count": config.num_attention_heads,
-        "llama.attention.head_count_kv": config.num_key_value_heads,
-        "llama.attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "llama.rope.freq_base": float(config.rope_parameters["rope_theta"]),
-        "llama.rope.dimension_count": config.head_dim,
-        "llama.vocab_size": config.vocab_size,
+def metadata_of(config: Any, architecture: str = "llama") -> dict[str, Any]:
+    rope = config.rope_parameters
+    own = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.freq_base": float(rope.get("full_attention", rope)["rope_theta"]),
+    }
+    if architecture == "llama":
+        own |= {"rope.dimension_count": config.head_dim, "vocab_size": config.vocab_size}
+    if architecture in ("qwen3", "gemma3"):
+        own |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
+    if architecture == "gemma3":
+        own |= {"attention.sliding_window": config.sliding_window}
+    return {f"{architecture}.{key}": value for key, value in own.items()} | {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.tokens": TOKENS,
@@ -59,21 +51,23 @@ def metadata_of(config: Any) -> dict[str, Any]:
     }
 
 
-def tensors_of(model: Any) -> dict[str, np.ndarray]:
-    """A Llama's by GGUF's names; rows of queries and keys in ggml's order: the halves of a head interleaved."""
-    found = {}
+def tensors_of(model: Any, architecture: str = "llama") -> dict[str, np.ndarray]:
+    """A model's by GGUF's names.
+
+    A Llama's rows of queries and keys are in ggml's order, the halves of a head interleaved; Gemma's norms are stored
+    with the one that it adds to them.
+    """
+    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+    names, found = gguf.get_tensor_name_map(known, model.config.num_hidden_layers), {}
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
-        stem = name.removesuffix(".weight")
-        if stem.startswith("model.layers."):
-            _, _, layer, stem = stem.split(".", 3)
-            own = f"blk.{layer}.{_NAMES[stem]}.weight"
-        else:
-            own = f"{_NAMES[stem]}.weight"
-        if stem in ("self_attn.q_proj", "self_attn.k_proj"):
+        stem, _, kind = name.rpartition(".")
+        if architecture == "llama" and stem.endswith(("q_proj", "k_proj")):
             weight = weight.unflatten(0, (-1, 2, model.config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
-        found[own] = weight.float().numpy()
+        if architecture == "gemma3" and stem.endswith("norm"):
+            weight = weight + 1
+        found[f"{names.get_name(stem)}.{kind}"] = weight.float().numpy()
     return found
 
 
@@ -85,14 +79,15 @@ def write(
     metadata: Mapping[str, Any] = {},
     tensors: Mapping[str, np.ndarray | None] = {},
 ) -> Path:
-    """A GGUF file of a tiny Llama. Args: metadata, tensors: instead of what the model has; None: without it."""
+    """A GGUF file of a tiny model. Args: metadata, tensors: instead of what the model has; None: without it."""
     writer = gguf.GGUFWriter(path, architecture)
-    for key, value in (metadata_of(model.config) | dict(metadata)).items():
+    known = architecture if architecture in ("llama", "qwen2", "qwen3", "gemma3") else "llama"
+    for key, value in (metadata_of(model.config, architecture) | dict(metadata)).items():
         if value is None:
             continue
         kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         kinds.get(type(value), writer.add_array)(key, value)
-    for name, values in (tensors_of(model) | dict(tensors)).items():
+    for name, values in (tensors_of(model, known) | dict(tensors)).items():
         if values is None:
             continue
         if values.ndim == 1:  # llama.cpp keeps these whole
@@ -106,15 +101,32 @@ def write(
     return path
 
 
-def tiny_llama(**changes: Any) -> Any:
-    """2 layers, Hq 4, Hkv 2, D 8, context 128; of its norms, too, no two numbers are the same."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+SIZES = {
+    **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 128},
+    **{
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCAB,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+    },
+}
+"""Hq 4, Hkv 2, and in Llama and Qwen 2 a head dim of 8."""
 
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 128}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCAB}
+
+def tiny(config: Any) -> Any:
+    """A model without gradients; of its norms, too, no two numbers are the same."""
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, bos_token_id=BOS, eos_token_id=EOS, **changes)).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model.requires_grad_(False)
+
+
+def tiny_llama(**changes: Any) -> Any:
+    from transformers import LlamaConfig
+
+    return tiny(LlamaConfig(**SIZES, **changes))

@@ -129,7 +129,7 @@ def _unlike(key: str, stated: Any, config: Any) -> str | None:
     if key not in _READ:
         return "which transformers does not read"
     found = _READ[key](config.get_text_config())
-    same = stated == found
+    same = stated == found or (not stated and not found)
     if isinstance(found, (int, float)) and isinstance(stated, (int, float)):
         same = math.isclose(stated, found, rel_tol=1e-6)
     return None if same else f"in transformers' config it is {found}"

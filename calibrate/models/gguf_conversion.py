@@ -53,8 +53,13 @@ def convert(folder: Path, file: str, header: GgufHeader, name: str, building: Pa
         with _said(name, header, "metadata"):
             _set_rope(config, folder / file, header, name)
             weights = weights_of(config)
-        if getattr(config, "is_encoder_decoder", False) or weights is None:
-            raise KvcalError(f"{name}: {config.model_type} is no decoder: only decoders are supported")
+        if getattr(config, "is_encoder_decoder", False):
+            raise KvcalError(f"{name}: {config.model_type} is an encoder-decoder: only decoders are supported")
+        if weights is None:
+            raise KvcalError(
+                f"{name}: transformers can build no {config.model_type} decoder of its metadata: give its original "
+                "checkpoint"
+            )
         check_described(header, config, weights, name)
         with _said(name, header, "tokenizer"):
             tokenizer = _split_digits(AutoTokenizer.from_pretrained(folder, **place), header)

@@ -80,6 +80,31 @@ def test_dtype_on_cpu(tiny_model_folder: Path, tmp_path: Path, stored: torch.dty
         assert load_model(place, device="cpu", dtype=name).model.dtype == dtype
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may keep them packed")
+def test_fp8_weights_are_unpacked_on_a_cpu(folder: Path) -> None:
+    """Blocks of 32 x 32 8-bit floats with a scale each."""
+    from safetensors.torch import load_file, save_file
+
+    stored, expected = {}, {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        stored[name] = weight
+        if name.endswith(("mlp.up_proj.weight", "q_proj.weight")):
+            blocks = weight.unflatten(0, (-1, 32)).unflatten(2, (-1, 32))
+            scale = blocks.abs().amax((1, 3), keepdim=True) / 448
+            packed = (blocks / scale).to(torch.float8_e4m3fn)
+            stored[name] = packed.reshape(weight.shape)
+            stored[f"{name}_scale_inv"] = scale[:, 0, :, 0].contiguous()
+            expected[name] = (packed.float() * scale).reshape(weight.shape)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    others = ["k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "lm_head"]
+    quantised = {"quant_method": "fp8", "weight_block_size": [32, 32], "modules_to_not_convert": others}
+    _config(quantization_config=quantised)(folder)
+    loaded = load_model(folder, device="cpu")
+    assert loaded.model.dtype == torch.float32 and not loaded.exact and len(expected) == 4
+    weights = loaded.model.state_dict()
+    assert all(torch.allclose(weights[name], value, atol=1e-6) for name, value in expected.items())
+
+
 def test_load_from_cache(tiny_model_folder: Path, empty_offline_cache: Path) -> None:
     snapshot = _into_cache(empty_offline_cache, "mistralai/Mistral-7B-v0.1", tiny_model_folder)
     expected = models.ModelSource("mistralai/Mistral-7B-v0.1", snapshot, COMMIT)
