@@ -10,7 +10,8 @@ from ....artifacts import KvcalError
 from ...blocks import bos_tokens
 from .chat_prompts import as_chat, has_template
 from .encoding import encode, text_sample
-from .ruler_package import NAMES, PACKAGE, RulerTask, Scripts, TooShort, Written, installed_version, ruler_tasks
+from .ruler_package import PACKAGE, RulerTask, installed_version, ruler_tasks
+from .ruler_process import Scripts, TooShort, Written
 from .sample import Sample, Task
 from .scoring import SCORINGS
 
@@ -165,6 +166,3 @@ def _unmarked(text: str) -> str:
 
 def _tokens(sample: Sample) -> int:
     return len(sample.context) + len(sample.question)
-
-
-__all__ = ["NAMES", "make_ruler_tasks"]
