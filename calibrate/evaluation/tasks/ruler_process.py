@@ -38,15 +38,10 @@ class TooShort(Exception):
 
 
 class Scripts:
-    """A process that runs the scripts of one kind, one after the other; started when it is needed.
+    """A process that runs the script of one kind of task, any number of times; started when it is needed."""
 
-    Args:
-        count: text -> number of its tokens.
-    """
-
-    def __init__(self, kind: str, count: Callable[[str], int]):
+    def __init__(self, kind: str):
         self.path = root() / "data" / "synthetic" / f"{kind}.py"
-        self.count = count
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Scripts:
@@ -61,13 +56,18 @@ class Scripts:
             self._process = None
 
     def run(
-        self, arguments: dict[str, Any], templates: dict[str, dict[str, str]], sample: Callable[[], None]
+        self,
+        arguments: dict[str, Any],
+        templates: dict[str, dict[str, str]],
+        count: Callable[[str], int],
+        sample: Callable[[], None],
     ) -> Written:
         """What the script writes.
 
         Args:
             arguments: of its command line.
             templates: the package's constants, as the script is to see them.
+            count: text -> number of its tokens.
             sample: called before each sample.
 
         Raises:
@@ -88,7 +88,7 @@ class Scripts:
             while True:
                 message = self._receive()
                 if "count" in message:
-                    self._send(self.count(message["count"]))
+                    self._send(count(message["count"]))
                 elif "sample" in message:
                     sample()
                 elif "rows" in message:
