@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -10,7 +11,8 @@ from ....artifacts import KvcalError
 from ...blocks import bos_tokens
 from .chat_prompts import as_chat, has_template
 from .encoding import encode, text_sample
-from .ruler_package import NAMES, PACKAGE, RulerTask, Scripts, TooShort, Written, installed_version, ruler_tasks
+from .ruler_package import PACKAGE, RulerTask, installed_version, ruler_tasks
+from .ruler_process import Scripts, TooShort, Written
 from .sample import Sample, Task
 from .scoring import SCORINGS
 
@@ -52,18 +54,19 @@ def make_ruler_tasks(
     total, done = len(names) * len(lengths) * episodes, 0
     found: dict[str, Task] = {}
     made_by: dict[str, dict[str, Any]] = {}
+
+    def sample() -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(min(done, total), total)
+
     for kind, alike in groupby(sorted(names, key=lambda name: known[name].kind), key=lambda name: known[name].kind):
-        with Scripts(kind, lambda text: len(encode(tokenizer, _unmarked(text)))) as scripts:
+        with Scripts(kind) as scripts:
+            maker = _Maker(scripts, tokenizer, episodes, seed, chat, sample)
             for name, length in [(name, length) for name in alike for length in lengths]:
-
-                def sample() -> None:
-                    nonlocal done
-                    done += 1
-                    if progress:
-                        progress(min(done, total), total)
-
                 try:
-                    task, source = _make(scripts, name, known[name], tokenizer, length, episodes, seed, chat, sample)
+                    task, source = maker.make(name, known[name], length)
                 except TooShort as error:
                     if "IndexError" in str(error):
                         raise KvcalError(f"{name} has no {episodes} questions: give fewer --episodes") from None
@@ -79,77 +82,71 @@ def make_ruler_tasks(
     return [found[key] for key in keys], {**by, "tasks": [made_by[key] for key in keys]}
 
 
-def _make(
-    scripts: Scripts,
-    name: str,
-    known: RulerTask,
-    tokenizer: Any,
-    length: int,
-    episodes: int,
-    seed: int,
-    chat: bool,
-    sample: Callable[[], None],
-) -> tuple[Task, dict[str, Any]]:
-    """Asks for less until all of a sample fits: some scripts count without the answer, or change words afterwards.
+@dataclass(frozen=True)
+class _Maker:
+    """Makes tasks of one script."""
 
-    The length itself stays as it is, since the scripts choose other settings below 4096: what is to be spared is added
-    to each count of tokens.
-    """
-    template = known.template.replace("{context}", "{context}" + _QUESTION)
-    prefix = _PREFIX + known.answer_prefix
-    arguments = {
-        **{"max_seq_length": length, "tokens_to_generate": known.new_tokens, "num_samples": episodes},
-        **{"random_seed": seed % 2**32, "template": template + prefix, **known.arguments},
-    }
-    templates = {known.kind: {"template": template, "answer_prefix": prefix}}
-    bos = [] if chat else bos_tokens(tokenizer)
-    spare = len(encode(tokenizer, "".join(as_chat(tokenizer, (), "", "x", name)))) if chat else len(bos)
-    written, samples = _write(scripts, name, tokenizer, arguments, templates, bos, chat, spare, sample)
-    for _ in range(_ROUNDS):
-        over = max(_tokens(each) for each in samples) + known.new_tokens - length
-        if over <= 0:
-            break
-        spare += over
-        written, samples = _write(scripts, name, tokenizer, arguments, templates, bos, chat, spare, lambda: None)
-    else:
-        raise TooShort("too long")
-    sizes = [_tokens(each) for each in samples]
-    if 2 * sum(sizes) < (length - known.new_tokens) * len(sizes):
-        raise TooShort(f"text comes in larger pieces: {max(sizes)} would be filled")
-    source = {"task": f"{name}@{length}", "arguments": known.arguments, "tokens": [min(sizes), max(sizes)]}
-    if written.sentences is not None:
-        source["sentences"] = written.sentences
-    return Task(name, length, tuple(samples), known.new_tokens, known.scoring), source
+    scripts: Scripts
+    tokenizer: Any
+    episodes: int
+    seed: int
+    chat: bool
+    sample: Callable[[], None]
+    """Called before each sample."""
 
+    def make(self, name: str, known: RulerTask, length: int) -> tuple[Task, dict[str, Any]]:
+        """A task, and what it was made by.
 
-def _write(
-    scripts: Scripts,
-    name: str,
-    tokenizer: Any,
-    arguments: dict[str, Any],
-    templates: dict[str, dict[str, str]],
-    bos: Sequence[int],
-    chat: bool,
-    spare: int,
-    sample: Callable[[], None],
-) -> tuple[Written, list[Sample]]:
-    count = scripts.count
-    scripts.count = lambda text: count(text) + spare
-    try:
-        written = scripts.run(arguments, templates, sample)
-    finally:
-        scripts.count = count
-    samples = []
-    for number, row in enumerate(written.rows):
+        Asks for less until all of a sample fits: some scripts count without the answer, or change words afterwards. The
+        length itself stays as it is, since the scripts choose other settings below 4096: what is to be spared is added
+        to each count of tokens.
+
+        Raises:
+            TooShort: no sample fits, or less than half of the length would be filled.
+        """
+        spare = len(bos_tokens(self.tokenizer))
+        if self.chat:
+            spare = len(encode(self.tokenizer, "".join(as_chat(self.tokenizer, (), "", "x", name))))
+        written, samples = self._write(name, known, length, spare)
+        for _ in range(_ROUNDS):
+            over = max(map(_tokens, samples)) + known.new_tokens - length
+            if over <= 0:
+                break
+            spare += over
+            written, samples = self._write(name, known, length, spare)
+        else:
+            raise TooShort("too long")
+        sizes = [_tokens(sample) for sample in samples]
+        if 2 * sum(sizes) < (length - known.new_tokens) * len(sizes):
+            raise TooShort("text comes in larger pieces")
+        source = {"task": f"{name}@{length}", "arguments": known.arguments, "tokens": [min(sizes), max(sizes)]}
+        if written.sentences is not None:
+            source["sentences"] = written.sentences
+        return Task(name, length, tuple(samples), known.new_tokens, known.scoring), source
+
+    def _write(self, name: str, known: RulerTask, length: int, spare: int) -> tuple[Written, list[Sample]]:
+        template = known.template.replace("{context}", "{context}" + _QUESTION)
+        prefix = _PREFIX + known.answer_prefix
+        arguments = {
+            **{"max_seq_length": length, "tokens_to_generate": known.new_tokens, "num_samples": self.episodes},
+            **{"random_seed": self.seed % 2**32, "template": template + prefix, **known.arguments},
+        }
+        templates = {known.kind: {"template": template, "answer_prefix": prefix}}
+        written = self.scripts.run(
+            arguments, templates, lambda text: len(encode(self.tokenizer, _unmarked(text))) + spare, self.sample
+        )
+        return written, [self._sample(row, f"{name}, sample {at}") for at, row in enumerate(written.rows)]
+
+    def _sample(self, row: dict[str, Any], label: str) -> Sample:
         answers = row["outputs"]
         if not answers or not all(answer.strip() for answer in answers):
             raise TooShort("no room for what is asked")
         context, question, prefix = parted(row["input"])
-        if chat:
-            context, question = as_chat(tokenizer, (), context, question, name)
+        bos = [] if self.chat else bos_tokens(self.tokenizer)
+        if self.chat:
+            context, question = as_chat(self.tokenizer, (), context, question, label)
             prefix = prefix.lstrip() if question[-1:].isspace() else prefix
-        samples.append(text_sample(tokenizer, bos, context, question + prefix, answers, f"{name}, sample {number}"))
-    return written, samples
+        return text_sample(self.tokenizer, bos, context, question + prefix, answers, label)
 
 
 def parted(text: str) -> tuple[str, str, str]:
@@ -165,6 +162,3 @@ def _unmarked(text: str) -> str:
 
 def _tokens(sample: Sample) -> int:
     return len(sample.context) + len(sample.question)
-
-
-__all__ = ["NAMES", "make_ruler_tasks"]

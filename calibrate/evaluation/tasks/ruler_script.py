@@ -1,4 +1,4 @@
-"""Run RULER's generating scripts in a process of their own; `ruler_package.Scripts` starts it and talks with it.
+"""Run RULER's generating scripts in a process of their own; `ruler_process.Scripts` starts it and talks with it.
 
 The scripts parse the command line and load a tokenizer when they are imported, and they try for ever where a sample
 does not fit. Here what they import are stand-ins: a tokenizer that asks the other end of the pipe how many tokens a

@@ -14,7 +14,7 @@ from kvcal.calibrate import builtin
 from kvcal.calibrate.evaluation.prompts import make_prompts
 from kvcal.calibrate.evaluation.tasks.names import RULER, parse_tasks
 from kvcal.calibrate.evaluation.tasks.ruler import make_ruler_tasks
-from kvcal.calibrate.evaluation.tasks.ruler_package import _root
+from kvcal.calibrate.evaluation.tasks.ruler_package import root
 from kvcal.calibrate.evaluation.tasks.scoring import SCORINGS
 
 pytestmark = pytest.mark.real
@@ -115,7 +115,7 @@ def test_frequent_words_are_the_most_frequent(made, tokenizer):
 
 @pytest.mark.parametrize("name", ["qa_1", "qa_2"])
 def test_questions_have_their_documents_and_answers(made, tokenizer, name):
-    folder = _root() / "data" / "synthetic" / "json"
+    folder = root() / "data" / "synthetic" / "json"
     if name == "qa_1":
         data = json.loads((folder / "squad.json").read_text())["data"]
         known = {

@@ -71,9 +71,9 @@ def package(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, "long_context_eval", raising=False)
         return root
 
-    ruler_package._root.cache_clear()
+    ruler_package.root.cache_clear()
     yield install
-    ruler_package._root.cache_clear()
+    ruler_package.root.cache_clear()
 
 
 def made(tiny_tokenizer, *names, length=300, episodes=2):
@@ -153,7 +153,7 @@ def test_another_version_is_said(package, tiny_tokenizer):
 
 
 def test_the_package_is_asked_for_before_anything_is_read(monkeypatch, tmp_path):
-    ruler_package._root.cache_clear()
+    ruler_package.root.cache_clear()
     monkeypatch.setattr(ruler_package, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None)))
     result = CliRunner().invoke(evaluate_command, [str(tmp_path / "absent"), "--tasks", "perplexity,qa_1"])
     assert isinstance(result.exception, KvcalError)
