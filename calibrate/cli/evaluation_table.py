@@ -11,7 +11,8 @@ from .output import print_lines, print_table
 Row = Mapping[str, Any]
 Columns = dict[str, list[str]]
 FEW = 2
-"""Tasks that stand among the other columns; more have tables of their own."""
+"""Tasks that stand among the other columns (one less where they are stated relative to full's, too); more have tables
+of their own."""
 WIDE = 6
 """Tasks of a table."""
 
@@ -40,7 +41,7 @@ def print_results(settings: Mapping[str, Any], rows: Sequence[Row]) -> None:
     title = "; ".join(
         [_title(settings, bool(perplexity), bool(tasks)), *(f"{name} {value}" for name, value in alike.items())]
     )
-    if len(tasks) <= FEW:
+    if len(tasks) <= FEW - any(_shows_relative(rows, task) for task in tasks):
         tables = [names | perplexity | _scores(rows, tasks) | costs]
     else:
         tables = [names | _scores(rows, part) for part in by_length(tasks)]
@@ -115,7 +116,9 @@ def _costs(rows: Sequence[Row]) -> Columns:
         costs["mass"] = [_number(_mean(row.get("attention_mass")), ".3f") for row in rows]
     costs["MB"] = [_number(_millions(row.get("resident_bytes")), ".2f") for row in rows]
     costs["read/step"] = [_read(row.get("bytes_per_step"), full) for row in rows]
-    costs["ms"] = [_number(row.get("ms_per_step"), ".3g") for row in rows]
+    costs["ms"] = [
+        _number(row.get("ms_per_step"), ".0f" if (row.get("ms_per_step") or 0) >= 100 else ".3g") for row in rows
+    ]
     if any("hit_rate" in row for row in rows):
         costs["hits"] = [_number(row.get("hit_rate"), ".3f") for row in rows]
     return costs
