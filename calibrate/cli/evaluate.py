@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import click
 from ...artifacts import Artifact, KvcalError, load
 from ..distributed import World
 from .data_options import data_options, say_left
+from .evaluation_lines import say_calibration_text, say_low_scores
 from .evaluation_table import print_results
 from .job import one_job
 from .output import NewFile, json_option, plot_option, print_json, progress_bar, say, working, write_plot
@@ -191,25 +192,6 @@ def check_weights(artifact: Artifact, model: Any) -> None:
     check_model(artifact, model, weights=calibrated == loaded)
     if calibrated != loaded:
         say(f"weights are {loaded}, the artifact's were {calibrated}: only the architecture was compared")
-
-
-def say_low_scores(full: Mapping[str, Any]) -> None:
-    """One line about the tasks that the model itself cannot answer. Args: full: the row of `full`."""
-    from ..evaluation.rows import LOW, low_scores
-
-    if low := low_scores(full):
-        named = ", ".join(f"{task} {score:.2f}" for task, score in low.items())
-        say(f"full itself scores below {LOW:g}: {named}: read the scores of methods relative to full's")
-
-
-def say_calibration_text(artifact: Artifact, source: Mapping[str, Any]) -> None:
-    """One line where the text is what the artifact was calibrated on. Args: source: what was read."""
-    from ..evaluation.seen_text import overlap
-
-    if seen := overlap(artifact.data, source):
-        say(
-            f"data {seen}: the artifact was calibrated on it, so methods may look better than they are: give other text"
-        )
 
 
 def _settings(

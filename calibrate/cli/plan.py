@@ -10,7 +10,8 @@ from ...artifacts import Artifact, load
 from ...artifacts.places import check_new_file
 from ...artifacts.writing import write_atomically
 from .data_options import data_options, say_left
-from .evaluate import check_weights, say_calibration_text
+from .evaluate import check_weights
+from .evaluation_lines import say_calibration_text
 from .output import NewFile, json_option, print_json, print_lines, print_table, progress_bar, say, working
 
 BYTES = 0.0625
