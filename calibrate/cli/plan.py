@@ -104,16 +104,8 @@ def plan_command(
     from ..evaluation.protocol import check_lengths, evaluate
     from ..evaluation.results import Results
     from ..models import load_model
-    from ..planning.plan import (
-        QUESTIONS,
-        answerable,
-        check_choice,
-        for_bytes,
-        for_quality,
-        measure_offers,
-        plan_body,
-        split_prompts,
-    )
+    from ..planning.plan import check_choice, for_bytes, for_quality, measure_offers, plan_body
+    from ..planning.prompts import QUESTIONS, answerable, split_prompts
     from ..planning.settings import grid
 
     if not data_spec:

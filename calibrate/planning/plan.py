@@ -13,6 +13,7 @@ from ..evaluation.protocol import evaluate
 from ..evaluation.results import Results
 from .allocate import Choice, choices, hull, within
 from .points import DENSE, Point, Problem, Setting, measure, problems
+from .prompts import Measured
 from .settings import bases, grid
 
 Progress = Callable[[int, int], None]
