@@ -21,7 +21,8 @@ from kvcal.calibrate import load_model, open_data
 from kvcal.calibrate.evaluation.prompts import make_prompts
 from kvcal.calibrate.evaluation.protocol import evaluate
 from kvcal.calibrate.evaluation.results import Results
-from kvcal.calibrate.planning.plan import QUESTIONS, for_bytes, measure_offers, split_prompts
+from kvcal.calibrate.planning.plan import for_bytes, measure_offers
+from kvcal.calibrate.planning.prompts import QUESTIONS, split_prompts
 
 FOLDER = Path(__file__).parent.parent / "docs" / "results"
 LEVELS = {"1/32": 1 / 32, "1/16": 1 / 16, "1/12": 1 / 12, "1/8": 1 / 8, "1/4": 1 / 4}

@@ -8,8 +8,8 @@ import click
 
 from ...artifacts import Artifact, KvcalError, load
 from ..distributed import World
-from .cautions import say_calibration_text, say_low_scores
 from .data_options import data_options
+from .evaluation_lines import say_calibration_text, say_low_scores
 from .evaluation_table import print_results
 from .job import one_job
 from .loading import load_calibrated

@@ -11,8 +11,9 @@ from .output import print_lines, print_table
 Row = Mapping[str, Any]
 Columns = dict[str, list[str]]
 FEW = 2
-"""Tasks that stand among the other columns; more have tables of their own."""
-WIDE = 6
+"""Tasks that stand among the other columns (one less where they are stated relative to full's, too); more have tables
+of their own."""
+WIDE = 5
 """Tasks of a table."""
 
 
@@ -40,7 +41,7 @@ def print_results(settings: Mapping[str, Any], rows: Sequence[Row]) -> None:
     title = "; ".join(
         [_title(settings, bool(perplexity), bool(tasks)), *(f"{name} {value}" for name, value in alike.items())]
     )
-    if len(tasks) <= FEW:
+    if len(tasks) <= FEW - any(_shows_relative(rows, task) for task in tasks):
         tables = [names | perplexity | _scores(rows, tasks) | costs]
     else:
         tables = [names | _scores(rows, part) for part in by_length(tasks)]
@@ -77,7 +78,7 @@ def _scores(rows: Sequence[Row], tasks: Sequence[str]) -> Columns:
             text = _with_error(value, (row.get("scores_se") or {}).get(task), 2)
             relative = (row.get("relative") or {}).get(task)
             if number and value is not None and relative is not None and _shows_relative(rows, task):
-                text += f" / {relative:.2f}"
+                text += _part(relative)
             column.append(text)
         found[one_line(task).replace("@", "\n@")] = column
     return found
@@ -101,8 +102,12 @@ def _means(rows: Sequence[Row], tasks: Sequence[str]) -> Columns:
             groups.setdefault(length, []).append(task)
     for length, group in groups.items():
         if len(group) > 1:
+            means = [mean_score(row, "scores", group) for row in rows]
+            of_full = means[0][0] or 1.0
             found[f"mean of {len(group)}\n@{length}"] = [
-                _with_error(*mean_score(row, "scores", group), 2) for row in rows
+                _with_error(value, error, 2)
+                + ("" if value is None or not number or of_full == 1 else _part(value / of_full))
+                for number, (value, error) in enumerate(means)
             ]
     return found
 
@@ -115,7 +120,9 @@ def _costs(rows: Sequence[Row]) -> Columns:
         costs["mass"] = [_number(_mean(row.get("attention_mass")), ".3f") for row in rows]
     costs["MB"] = [_number(_millions(row.get("resident_bytes")), ".2f") for row in rows]
     costs["read/step"] = [_read(row.get("bytes_per_step"), full) for row in rows]
-    costs["ms"] = [_number(row.get("ms_per_step"), ".3g") for row in rows]
+    costs["ms"] = [
+        _number(row.get("ms_per_step"), ".0f" if (row.get("ms_per_step") or 0) >= 100 else ".3g") for row in rows
+    ]
     if any("hit_rate" in row for row in rows):
         costs["hits"] = [_number(row.get("hit_rate"), ".3f") for row in rows]
     return costs
@@ -188,6 +195,11 @@ def _millions(count: float | None) -> float | None:
 
 def _number(value: float | None, form: str) -> str:
     return "–" if value is None else f"{value:{form}}"
+
+
+def _part(relative: float) -> str:
+    """ " /.75", " /1.02"."""
+    return " /" + f"{relative:.2f}".removeprefix("0")
 
 
 def _with_error(value: float | None, error: float | None, digits: int) -> str:

@@ -9,8 +9,8 @@ import click
 from ...artifacts import Artifact, load
 from ...artifacts.places import check_new_file
 from ...artifacts.writing import write_atomically
-from .cautions import say_calibration_text
 from .data_options import data_options, say_left
+from .evaluation_lines import say_calibration_text
 from .loading import load_calibrated
 from .output import NewFile, json_option, print_json, print_lines, print_table, progress_bar, say, working
 
@@ -105,16 +105,8 @@ def plan_command(
     from ..evaluation.prompts import make_prompts
     from ..evaluation.protocol import check_lengths, evaluate
     from ..evaluation.results import Results
-    from ..planning.plan import (
-        QUESTIONS,
-        answerable,
-        check_choice,
-        for_bytes,
-        for_quality,
-        measure_offers,
-        plan_body,
-        split_prompts,
-    )
+    from ..planning.plan import check_choice, for_bytes, for_quality, measure_offers, plan_body
+    from ..planning.prompts import QUESTIONS, answerable, split_prompts
     from ..planning.settings import grid
 
     if not data_spec:

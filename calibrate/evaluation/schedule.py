@@ -33,7 +33,7 @@ class Schedule:
 
     def __init__(self, parts: Sequence[Part], clock: Callable[[], float] = time.perf_counter):
         self.parts = list(parts)
-        self._clock = clock
+        self._clock, self._made_at = clock, clock()
         self._per_token: dict[int, float] = {}
         """Seconds, by length."""
         self._taken: dict[Hashable, list[float]] = {}
@@ -90,6 +90,10 @@ class Schedule:
     def seen_all(self) -> bool:
         """Whether every setting has been at work."""
         return {setting for part in self.parts for setting in part.settings} <= self._taken.keys()
+
+    def elapsed(self) -> float:
+        """Seconds since this was made."""
+        return self._clock() - self._made_at
 
     def remaining(self) -> float:
         """Seconds to go. Only where something has begun."""

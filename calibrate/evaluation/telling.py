@@ -29,7 +29,7 @@ class Telling:
         self._before = 0
         """Steps of the settings and batches that are finished, those included that answers spared."""
         self._first: float | None = None
-        """Seconds that were said; None: nothing yet, or nothing more to say."""
+        """Seconds from begin to end, as they were said; None: not yet."""
         self._all_told = False
 
     def show(self) -> None:
@@ -59,14 +59,16 @@ class Telling:
             return
         parts = self.schedule.parts
         if self._first is None:
-            self._first = self.schedule.remaining()
+            left = self.schedule.remaining()
+            self._first = self.schedule.elapsed() + left
             settings = {setting for part in parts for setting in part.settings}
             self._say(
-                f"about {in_words(self._first)}: {counted(len(settings), 'setting')}, {counted(self._tasks, 'task')}, "
+                f"about {in_words(left)}: {counted(len(settings), 'setting')}, {counted(self._tasks, 'task')}, "
                 f"{counted(len(parts), 'batch')}"
             )
         if self.schedule.seen_all:
             self._all_told = True
             left = self.schedule.remaining()
-            if left > 60 and not self._first / MISJUDGED < left < self._first * MISJUDGED:
+            total = self.schedule.elapsed() + left
+            if left > 60 and not self._first / MISJUDGED < total < self._first * MISJUDGED:
                 self._say(f"about {in_words(left)} left, now that every setting has been timed")

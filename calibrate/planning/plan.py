@@ -2,44 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ...artifacts import Artifact, KvcalError
 from ...runtime.planned import FORMAT
-from ..evaluation.prompts import Prompts, Windows
+from ..evaluation.prompts import Prompts
 from ..evaluation.protocol import evaluate
 from ..evaluation.results import Results
-from ..evaluation.rows import low_scores
 from .allocate import Choice, choices, hull, within
 from .points import DENSE, Point, Problem, Setting, measure, problems
+from .prompts import Measured
 from .settings import bases, grid
 
 Progress = Callable[[int, int], None]
 BATCH_SIZE = 8
-QUESTIONS = 5
-"""To measure on: one for each depth."""
 MOST_PERPLEXITY, LEAST_SCORE = 1.1, 0.9
 """Over `full`'s; beyond them a plan is warned of."""
-STEPS = 16
-"""Tokens that are decoded to measure on, where no question says how many."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What settings are measured on."""
-
-    ids: Tensor
-    """[B, T] int64."""
-    steps: int
-    """Tokens at the end of each row that are decoded."""
-    texts: int
-    """The first rows; the others end in a question and its answer."""
 
 
 @dataclass(frozen=True)
@@ -55,40 +35,6 @@ class Offers:
 
     def layered(self, choice: Choice) -> list[Setting | None]:
         return [choice.points[layer].setting if layer in choice.points else None for layer in range(self.layers)]
-
-
-def split_prompts(prompts: Prompts, windows: int, questions: int) -> tuple[Measured, Prompts]:
-    """The first windows, and the first questions of the last task, to measure on; the others to check on.
-
-    Raises:
-        KvcalError: no windows among the prompts.
-    """
-    if prompts.windows is None:
-        raise KvcalError("a plan is measured on text: let perplexity be among --tasks")
-    ids, prefix = prompts.windows.ids, prompts.windows.prefix
-    steps, rows = min(STEPS, ids.shape[1] - prefix), ids[:windows]
-    if prompts.tasks:
-        asked = prompts.tasks[-1].samples[:questions]
-        steps = min(max(len(each.question) + len(each.reference) for each in asked), ids.shape[1] - prefix)
-        whole = [(*each.context, *each.question, *each.reference) for each in asked]
-        # All rows are equally long: the shortest gives the length, and of longer ones the begin goes, but for its
-        # first token, on which models lean. So the answer is always among the last tokens.
-        length = min(prefix + steps, *map(len, whole))
-        answered = torch.tensor([(row[0], *row[len(row) - length + 1 :]) for row in whole], dtype=torch.int64)
-        rows = torch.cat((rows[:, :length], answered))
-    measured = Measured(rows[:, : prefix + steps], steps, windows)
-    tasks = tuple(dataclasses.replace(task, samples=task.samples[questions:]) for task in prompts.tasks)
-    return measured, Prompts(Windows(ids[windows:], prefix), tasks)
-
-
-def answerable(full: Mapping[str, Any], prompts: Prompts) -> tuple[Prompts, dict[str, float]]:
-    """(the prompts without the tasks that the model itself cannot answer, the scores of those).
-
-    Args:
-        full: the row of `full` on them.
-    """
-    dropped = low_scores(full)
-    return dataclasses.replace(prompts, tasks=tuple(task for task in prompts.tasks if task.key not in dropped)), dropped
 
 
 def measure_offers(

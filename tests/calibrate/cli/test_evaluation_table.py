@@ -24,13 +24,13 @@ def test_standard_errors_and_parts_of_full(capsys):
     print_results(SETTINGS, [full, loki])
     out = capsys.readouterr().out
     assert "questions prefilled" in out
-    assert "0.80±.05" in out and "0.60±.05 / 0.75" in out and "1.023±.007" in out and "1.000±" not in out
+    assert "0.80±.05" in out and "0.60±.05 /.75" in out and "1.023±.007" in out and "1.000±" not in out
     assert "full itself scores below 0.9: passkey@64 0.80: read scores relative to full's" in out
 
 
 def test_many_tasks_stand_in_tables_by_length_with_the_mean_of_rulers(capsys):
     tasks = [f"{name}@{length}" for length in (4096, 16384) for name in (*RULER, "passkey")]
-    full = row("full", dict.fromkeys(tasks, 1.0))
+    full = row("full", {task: 0.8 if task.startswith("vt") else 1.0 for task in tasks})
     h2o = row("h2o", {task: 0.5 if task.startswith("niah") else 0.75 for task in tasks}, keep=0.25)
     print_results(SETTINGS, [full, h2o])
     out = capsys.readouterr().out
@@ -39,9 +39,9 @@ def test_many_tasks_stand_in_tables_by_length_with_the_mean_of_rulers(capsys):
     assert len(tables) == 5  # two for each length, one of costs
     for table, length in zip(tables, (4096, 4096, 16384, 16384), strict=False):
         assert f"@{length}" in table and "h2o" in table
-    # (3 · 0.5 + 5 · 0.75) / 8 ± 0.05 / √8, passkey left out
-    assert "mean of 8" in tables[-1] and "0.66±.02" in tables[-1]
-    assert "full itself" not in out and "part of full's" not in out
+    # (3 · 0.5 + 5 · 0.75) / 8 ± 0.05 / √8, passkey left out; of full's 7.8 / 8
+    assert "mean of 8" in tables[-1] and "0.66±.02 /.67" in tables[-1]
+    assert "full itself scores below 0.9: vt@4096 0.80, vt@16384 0.80" in out and "part of full's" in out
 
 
 def test_tasks_of_one_length_go_together():

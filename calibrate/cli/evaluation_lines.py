@@ -1,4 +1,4 @@
-"""What is said aloud because figures would mislead without it."""
+"""Lines about an evaluation that whoever reads its numbers should have read."""
 
 from __future__ import annotations
 
