@@ -35,8 +35,8 @@ def open_data(
 
     Args:
         spec: a file, folder or glob of .txt .md .py .html (a file is a document) and .jsonl .json .csv .tsv .parquet
-            .arrow (a row is one), compressed or not; a folder that `datasets` saved, or one with a dataset card that lists
-            its files, or a Hub id, `[:config[:split]]`; an alias. Or a list of these.
+            .arrow (a row is one), compressed or not; a folder that `datasets` saved, or one with a dataset card that
+            lists its files, or a Hub id, `[:config[:split]]`; an alias. Or a list of these.
         split: overrides the one in `spec`.
         text_column: of tables, the column that is the text or the chat, or several joined by "+".
         seed: of the order in which several files are mixed.
