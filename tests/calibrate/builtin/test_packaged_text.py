@@ -9,7 +9,7 @@ import pytest
 from cli_runs import run
 
 from kvcal.artifacts import KvcalError
-from kvcal.calibrate.data import open_data, where
+from kvcal.calibrate.data import open_data
 from kvcal.calibrate.recipe_of import recipe_of
 
 CHAPTERS = ["preface", "history", "pumps", "valves", "seals", "tools", "repairs", "index-of-terms"]
@@ -94,16 +94,16 @@ def test_the_listing_says_what_is_here(root, monkeypatch, tmp_path_factory):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub_cache))
     (root / "usr/share/doc/anarchism").rename(root / "usr/share/doc/gone")
     listed = json.loads(run("datasets", "--json").stdout)
-    places = {alias: each["where"] for alias, each in listed.items()}
-    assert places == {
-        "debian-handbook": "here",
-        "anarchism": "not here",
-        "stdlib": "here",
-        "c4": "in the Hub cache",
-        "wikitext": "on the Hub",
-        "wikitext-103": "on the Hub",
+    assert {alias: each["here"] for alias, each in listed.items()} == {
+        "debian-handbook": "the package debian-handbook 11.2",
+        "anarchism": None,
+        "stdlib": "built in",
+        "c4": "the Hub's cache",
+        "wikitext": None,
+        "wikitext-103": None,
     }
-    assert "apt install anarchism" in listed["anarchism"]["advice"] and listed["stdlib"]["advice"] is None
+    assert [alias for alias, each in listed.items() if each["install"]] == ["anarchism"]
+    assert listed["wikitext"]["id"] == "Salesforce/wikitext:wikitext-2-raw-v1:train"
     shown = run("datasets").stdout
     assert "apt install anarchism" in shown and "apt install debian-handbook" not in shown
-    assert where("stdlib") == ("here", None)
+    assert "not installed" in shown and "needs the Hub" in shown
