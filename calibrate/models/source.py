@@ -45,7 +45,7 @@ def resolve_model(spec: str | os.PathLike[str]) -> ModelSource:
     # A folder that happens to be called as an alias wins only when it is a model.
     if path.is_dir() and (name not in MODEL_ALIASES or (path / "config.json").is_file() or gguf_in(path)):
         return _of_folder(name, path)
-    if path.exists() and not path.is_dir():
+    if name not in MODEL_ALIASES and path.exists() and not path.is_dir():
         return ModelSource(name, None, None, (plain_gguf(path, name),))
     before, _, revision = name.rpartition("@")
     if before and hub.path_of(before).is_file():

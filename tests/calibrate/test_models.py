@@ -157,6 +157,9 @@ def test_alias_and_folder_of_the_same_name(
 ) -> None:
     snapshot = _into_cache(empty_offline_cache, "EleutherAI/pythia-1b", tiny_model_folder)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "mistral-7b").write_text("a file")
+    with pytest.raises(KvcalError, match="mistralai/Mistral-7B"):
+        resolve_model("mistral-7b")
     (tmp_path / "pythia-1b").mkdir()
     assert resolve_model("pythia-1b").folder == snapshot, "an unrelated folder is in nobody's way"
     shutil.copytree(tiny_model_folder, tmp_path / "pythia-1b", dirs_exist_ok=True)
