@@ -8,8 +8,17 @@ import random
 import pytest
 from cli_runs import refused, run
 
+from kvcal.calibrate.planning import settings
+
 QUICK = ("--prefix", 64, "--windows", 1, "--check-windows", 2, "--continuation", 20)
 TEXT_ONLY = ("--tasks", "perplexity")
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch):
+    """Fewer settings to measure: whole grids take minutes."""
+    monkeypatch.setattr(settings, "KEEP", (1 / 64, 1 / 8))
+    monkeypatch.setattr(settings, "_READING", settings._READING[1:3])
 
 
 @pytest.fixture(scope="module")
