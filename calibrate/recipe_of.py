@@ -79,8 +79,8 @@ def _model(artifact: Artifact, notes: list[str]) -> str:
         return f"{model.id}@{model.revision}"
     if model.id not in MODEL_ALIASES:
         notes.append(
-            f"The model was a folder, {model.id!r}, from the folder that the run was started in; put another path in "
-            "at `model` where it lies elsewhere."
+            f"The model was a folder or file, {model.id!r}, from the folder that the run was started in; put another "
+            "path in at `model` where it lies elsewhere."
         )
     return model.id
 

@@ -154,10 +154,11 @@ def seeds(target: str) -> list[bytes]:
 
 
 _GGUF = b"".join((
-    b"GGUF", struct.pack("<IQQ", 3, 1, 3), *(struct.pack("<Q", len(part)) + part if isinstance(part, bytes)
+    b"GGUF", struct.pack("<IQQ", 3, 1, 4), *(struct.pack("<Q", len(part)) + part if isinstance(part, bytes)
     else struct.pack(f"<{len(part)}I", *part) for part in (
-        b"general.architecture", (8,), b"llama", b"llama.block_count", (4, 1), b"tokenizer.ggml.tokens", (9, 8, 1, 0),
-        b"a", b"blk.0.attn_q.weight", (1, 32, 0, 8, 0, 0),
+        b"general.architecture", (8,), b"llama", b"tokenizer.ggml.model", (8,), b"gpt2",
+        b"llama.block_count", (4, 1), b"tokenizer.ggml.tokens", (9, 8, 1, 0), b"a",
+        b"blk.0.attn_q.weight", (1, 32, 0, 8, 0, 0),
     )), bytes(99),
 ))  # fmt: skip
 _RECIPE = b"""recipe: 1

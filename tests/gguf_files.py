@@ -14,8 +14,8 @@ VOCAB = 300
 _BYTES = {**{byte: chr(byte) for byte in [*range(33, 127), *range(161, 173), *range(174, 256)]}}
 ALPHABET = [*_BYTES.values(), *(chr(256 + index) for index in range(256 - len(_BYTES)))]
 """GPT-2's stand-ins for bytes: what prints as itself, the others from U+0100 on."""
-TOKENS = [*ALPHABET, "<s>", "</s>", "ĠĠ", *(f"[PAD{number}]" for number in range(259, VOCAB))]
-MERGES = ["Ġ Ġ"]
+TOKENS = [*ALPHABET, "<s>", "</s>", "ĠĠ", "ĠĠĠĠ", *(f"[PAD{number}]" for number in range(260, VOCAB))]
+MERGES = ["Ġ Ġ", "ĠĠ ĠĠ"]
 BOS, EOS, TWO_SPACES = 256, 257, 258
 TEMPLATE = "{% for message in messages %}{{ message['role'] + ':' + message['content'] }}{% endfor %}"
 

@@ -34,6 +34,7 @@ _NO_MODELS = {
     "adapter": "is an adapter for another model",
     "imatrix": "is an importance matrix for quantising",
 }
+_TOKENIZERS = ("gpt2", "llama", "gemma4")
 _WITHOUT_EFFECT = ("rope.scaling.finetuned", "tensor_data_layout", "context_length", "source.url")
 
 
@@ -55,6 +56,12 @@ def check_header(header: GgufHeader, name: str) -> None:
         raise KvcalError(f"{name}: has a vocabulary and no weights: give the GGUF file of the whole model")
     if not header.lengths.get("tokenizer.ggml.tokens"):
         raise KvcalError(f"{name}: has no vocabulary (tokenizer.ggml.tokens): get another file of this model")
+    tokenizer = metadata.get("tokenizer.ggml.model")
+    if tokenizer not in _TOKENIZERS:
+        raise KvcalError(
+            f"{name}: its tokenizer is a {str(tokenizer)[:80]!r}, transformers rebuilds {', '.join(_TOKENIZERS)}: give "
+            "its original checkpoint"
+        )
     prefix = f"{architecture}."
     sizes = {_SIZES[key]: metadata[prefix + key] for key in _SIZES if prefix + key in metadata}
     check_config(Path(name), sizes)

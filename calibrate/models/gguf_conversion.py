@@ -28,6 +28,8 @@ Progress = Callable[..., None]
 """Takes done, total and note=""."""
 _DIGIT_BY_DIGIT = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone")
 """Pre-tokenizers, by llama.cpp's names, that transformers does not tell from GPT-2's, which joins digits."""
+_SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+"""transformers' name -> GGUF's."""
 
 
 def convert(folder: Path, file: str, header: GgufHeader, name: str, building: Path, progress: Progress) -> None:
@@ -62,7 +64,7 @@ def convert(folder: Path, file: str, header: GgufHeader, name: str, building: Pa
             )
         check_described(header, config, weights, name)
         with _said(name, header, "tokenizer"):
-            tokenizer = _split_digits(AutoTokenizer.from_pretrained(folder, **place), header)
+            tokenizer = _as_stated(AutoTokenizer.from_pretrained(folder, **place), header)
         with _said(name, header, "weights"):
             model = _whole_model(folder, config, place, name)
     progress(total, total, "writing")
@@ -135,8 +137,12 @@ def _set_rope(config: Any, file: Path, header: GgufHeader, name: str) -> None:
         raise KvcalError(f"{name}: {ROPE_FACTORS} is no rotary scaling of Llama 3's kind: give its original checkpoint")
 
 
-def _split_digits(tokenizer: Any, header: GgufHeader) -> Any:
+def _as_stated(tokenizer: Any, header: GgufHeader) -> Any:
+    """With the special tokens and the treatment of digits that the file names, which transformers may pass over."""
     metadata = header.metadata
+    for token, key in _SPECIAL_TOKENS.items():
+        if (number := metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+            setattr(tokenizer, f"{token}_token", tokenizer.convert_ids_to_tokens(number))
     if metadata.get("tokenizer.ggml.model") == "gpt2" and metadata.get("tokenizer.ggml.pre") in _DIGIT_BY_DIGIT:
         from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 

@@ -234,7 +234,7 @@ def test_moved_text_is_said_and_other_text_is_refused(tmp_path, recipe, text):
     run("run", "--recipe", recipe())
     printed = run("recipe", tmp_path / "made").stdout
     assert re.search(rf"^# The text was local: '{text}'", printed, re.MULTILINE)
-    assert re.search("^# The model was a folder", printed, re.MULTILINE)
+    assert re.search("^# The model was a folder or file", printed, re.MULTILINE)
     (tmp_path / "notes.txt").write_text(text.read_text().replace("value", "other"))
     (tmp_path / "r.yaml").write_text(printed.replace(str(text), str(tmp_path / "notes.txt")))
     result = run("run", "--recipe", tmp_path / "r.yaml", "--output", tmp_path / "other", code=2)
