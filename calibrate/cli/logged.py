@@ -10,10 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import click
-
-from ...artifacts.errors import one_line
-
 SWITCH = "KVCAL_PROGRESS"
 """Environment variable: 0 for neither bars nor lines."""
 
@@ -73,10 +69,15 @@ class LoggedWork:
 
 
 @contextmanager
-def logged(title: str) -> Iterator[Callable[..., None]]:
+def logged(title: str, say: Callable[[str], None]) -> Iterator[Callable[..., None]]:
     """Yields update(done, total, note=""); lines go to stderr meanwhile, from a thread of their own: also where the
     work says nothing of itself. Of several processes rank 0 alone has a stderr (`one_job`)."""
-    work, ended = LoggedWork(title, _say), threading.Event()
+
+    def write(line: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # nobody reads the log any more: no reason to end the work
+            say(line)
+
+    work, ended = LoggedWork(title, write), threading.Event()
     thread = threading.Thread(target=work.speak, args=(ended.wait,), name="progress", daemon=True)
     thread.start()
     try:
@@ -89,11 +90,6 @@ def logged(title: str) -> Iterator[Callable[..., None]]:
 
 def switched_off() -> bool:
     return os.environ.get(SWITCH) == "0"
-
-
-def _say(line: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # nobody reads the log any more: no reason to end the work
-        click.echo(one_line(line), err=True)
 
 
 def _clock_time(seconds: float) -> str:

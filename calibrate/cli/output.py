@@ -67,7 +67,7 @@ def progress_bar(title: str) -> Iterator[Callable[..., None]]:
         yield lambda done, total, note="": None
         return
     if not sys.stderr.isatty():
-        with logged(title) as update:
+        with logged(title, say) as update:
             yield update
         return
     from rich.console import Console
@@ -94,7 +94,7 @@ def working(title: str) -> Iterator[None]:
         yield
         return
     if not sys.stderr.isatty():
-        with logged(title):
+        with logged(title, say):
             yield
         return
     from rich.console import Console
