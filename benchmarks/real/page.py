@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import page_decoding
 from subjects import SUBJECTS, Subject
 from tables import named, number, read, table
 
@@ -102,6 +103,12 @@ PARTS: Mapping[str, tuple[str, Part]] = {
     "bases": ("Key PCA and the score basis", bases),
     "transfer": ("Calibration text against evaluation text", transfer),
     "attention": ("Attention errors at equal bytes", attention),
+    "methods": ("Decoding at equal bytes", page_decoding.methods),
+    "papers": ("Decoding with the papers' settings", page_decoding.papers),
+    "why-loki": ("Why Loki loses", page_decoding.why_loki),
+    "questions": ("Calibrated on questions", page_decoding.questions),
+    "ruler-full": ("RULER, the model itself", page_decoding.ruler_full),
+    "ruler": ("RULER, methods", page_decoding.ruler),
 }
 
 

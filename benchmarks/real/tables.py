@@ -28,3 +28,10 @@ def named(setting: Mapping[str, Any]) -> str:
     return f"`{setting['method']}` " + ", ".join(
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()
     )
+
+
+def with_error(value: float | None, error: float | None, form: str = ".3f") -> str:
+    """ "1.017 ± .006"; the error alone is left out where there is none."""
+    if value is None:
+        return "–"
+    return number(value, form) if error is None else f"{value:{form}} ± {f'{error:{form}}'.removeprefix('0')}"

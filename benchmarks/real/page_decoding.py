@@ -1,0 +1,105 @@
+"""The parts of the page for which the model decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from settings import WHY_LOKI
+from subjects import Subject
+from tables import named, number, read, table, with_error
+
+from kvcal.calibrate.evaluation.results import parameters
+
+Row = Mapping[str, Any]
+
+
+def methods(folder: Path, subject: Subject) -> str:
+    """Perplexity over full's and answers at equal bytes, by length. read: bytes of a 16-bit cache, counted by the
+    stores in the part on attention errors; – for h2o, which holds what it keeps and a sum for each token."""
+    parts = []
+    for length in subject.lengths:
+        rows = read(folder / f"{subject.model}-methods-{length}.json").get("results", [])
+        if rows:
+            read_bytes = _bytes(folder / f"{subject.model}-attention-{length}.json")
+            ordered = sorted(rows, key=lambda row: read_bytes.get(_key(row), row.get("keep") or 1.0))
+            parts.append(f"### {length} tokens\n\n{_table(ordered, read_bytes)}")
+    return "\n\n".join(parts)
+
+
+def papers(folder: Path, subject: Subject) -> str:
+    """With the settings of the papers, and ours by default. read: of a float32 cache."""
+    rows = read(folder / f"{subject.model}-papers.json").get("results", [])
+    return _table(rows, _of_this_run(rows)) if rows else ""
+
+
+def why_loki(folder: Path, subject: Subject) -> str:
+    """Loki at rank and keep of a quarter, and one change each. read: of a float32 cache."""
+    rows = read(folder / f"{subject.model}-why-loki.json").get("results", [])
+    if not rows:
+        return ""
+    names = {_key(setting): name for name, setting in WHY_LOKI.items()}
+    return _table(rows, _of_this_run(rows), [names.get(_key(row), "full") for row in rows])
+
+
+def questions(folder: Path, subject: Subject) -> str:
+    """Loki as published, calibrated on text in which facts are asked and answered."""
+    rows = read(folder / f"{subject.model}-why-loki-questions.json").get("results", [])
+    return _table(rows, _of_this_run(rows)) if rows else ""
+
+
+def ruler_full(folder: Path, subject: Subject) -> str:
+    """What the model itself answers of RULER's tasks."""
+    return _scores(folder, f"{subject.model}-ruler-full-*.json")
+
+
+def ruler(folder: Path, subject: Subject) -> str:
+    """What methods answer at an eighth of the bytes, of the tasks of which the model itself answers half or more."""
+    return _scores(folder, f"{subject.model}-ruler-[0-9]*.json")
+
+
+def _scores(folder: Path, pattern: str) -> str:
+    parts = []
+    for path in sorted(folder.glob(pattern)):
+        rows = read(path)["results"]
+        if rows:
+            tasks = list(rows[0]["scores"])
+            lines = [
+                [
+                    named(parameters(row)),
+                    *(with_error(row["scores"][task], row["scores_se"][task], ".2f") for task in tasks),
+                ]
+                for row in rows
+            ]
+            parts.append(table(["method", *tasks], lines))
+    return "\n\n".join(parts)
+
+
+def _table(rows: Sequence[Row], read_bytes: Mapping[str, float], names: Sequence[str] | None = None) -> str:
+    tasks = list(rows[0]["scores"])
+    lines = [
+        [
+            *([names[at]] if names else []),
+            named(parameters(row)),
+            number(read_bytes.get(_key(row)), ".4f"),
+            with_error(row["perplexity_ratio"], row["perplexity_ratio_se"]),
+            *(with_error(row["scores"][task], row["scores_se"][task], ".2f") for task in tasks),
+        ]
+        for at, row in enumerate(rows)
+    ]
+    return table([*(["what"] if names else []), "method", "read", "perplexity / full", *tasks], lines)
+
+
+def _bytes(path: Path) -> dict[str, float]:
+    """By setting."""
+    return {_key(entry["setting"]): entry["bytes"] for entries in read(path).values() for entry in entries}
+
+
+def _of_this_run(rows: Sequence[Row]) -> dict[str, float]:
+    full = rows[0]["bytes_per_step"]
+    return {_key(row): row["bytes_per_step"] / full for row in rows}
+
+
+def _key(setting: Row) -> str:
+    return repr(sorted((name, repr(value)) for name, value in parameters(setting).items()))
