@@ -7,6 +7,8 @@ import re
 import pytest
 from cli_runs import refused, run
 
+from kvcal.calibrate import load_model
+
 QUICK = ("--prefix", 64, "--continuation", 8, "--windows", 2, "--tasks", "perplexity", "--batch-size", 2)
 
 
@@ -63,6 +65,7 @@ def test_table_and_figure(artifact, text, tmp_path):
     assert "questions prefilled" in out and "full itself scores below 0.9: passkey@64 0.00" in out
     assert json.loads((tmp_path / "r.json").read_text())["settings"]["question"] == "prefilled"
     said = [json.loads(line) for line in (tmp_path / "r.predictions.jsonl").read_text().splitlines()]
+    assert all(line["prediction"] for line in told)
     assert [(line["setting"]["method"], line["task"], line["index"]) for line in said] == [
         (method, "passkey@64", index) for method in ("full", "loki") for index in (0, 1)
     ]
@@ -161,3 +164,25 @@ def test_a_model_that_the_artifact_is_not_of(artifact, text, tmp_path, tiny_mode
         model.lm_head.weight += 1
     model.save_pretrained(folder)
     assert "other weights" in refused("evaluate", artifact, "--model", folder, "--data", text, *QUICK)
+
+
+def test_a_users_prompts_are_answered_as_generate_answers_them(artifact, tiny_model_folder, tmp_path):
+    """Of unequal lengths in one batch, without --data."""
+    asked = [("bemo bilu dalo", "what is fano?"), ("gamu " * 20, "and bilo?"), ("dimo dinu bemo", "fanu bamo gilu?")]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps({"context": c, "question": q, "answer": "none"}) + "\n" for c, q in asked))
+    options = ("--method", "loki", "--keep", "1.0", "--max-new-tokens", 6, "--output", tmp_path / "r.json", "--json")
+    found = json.loads(run("evaluate", artifact, "--prompts", path, *options).stdout)
+    assert [row["scores"] for row in found["results"]] == [{"mine": 0.0}] * 2
+    told = [json.loads(line) for line in (tmp_path / "r.predictions.jsonl").read_text().splitlines()]
+    loaded = load_model(str(tiny_model_folder))
+    for line in told:
+        context, question = asked[line["index"]]
+        ids = loaded.tokenizer(f"{context}\n\n{question}", return_tensors="pt")
+        out = loaded.model.generate(**ids, max_new_tokens=6, do_sample=False)
+        text = loaded.tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert line["prediction"] == text and line["answers"] == ["none"], line
+    assert all(line["prediction"] for line in told)
+    assert [(line["setting"]["method"], line["index"]) for line in told] == [
+        (m, i) for m in ("full", "loki") for i in range(3)
+    ]
