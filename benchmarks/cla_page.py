@@ -72,7 +72,7 @@ def name_of(row: Row, settings: Mapping[str, Any]) -> str:
 
 
 def cells(row: Row, full: Row) -> list[str]:
-    recall = [f"{row['recall'][task]:.2f}" for task in full["scores"]]
+    recall = [f"{row['scores'][task]:.2f}" for task in full["scores"]]
     held, read = (row[name] / full[name] for name in ("resident_bytes", "bytes_per_step"))
     return [f"{row['perplexity']:.3f}", f"{row['perplexity_ratio']:.3f}", *recall, f"{held:.3f}", f"{read:.3f}"]
 

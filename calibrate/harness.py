@@ -194,7 +194,7 @@ def arguments() -> str:
     lines = [
         "--model kvcal: a model whose keys and values are held by a compressed cache. Its --model_args, NAME=VALUE,…,",
         "or a JSON object where a value has commas of its own:",
-        "  pretrained=MODEL     alias, Hub id or folder, as `calibrate` takes them",
+        "  pretrained=MODEL     alias, Hub id, folder or GGUF file, as `calibrate` takes them",
         "  artifact=ARTIFACT    folder or Hub id of what `calibrate pca` made; for the methods that need one",
         *_wrapped(
             "  method=METHOD        ",

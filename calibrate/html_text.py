@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Iterable, Iterator
 from html.parser import HTMLParser
@@ -61,10 +62,18 @@ def charset(name: str, beginning: bytes) -> str:
     label = found[1].decode("ascii", "replace").lower() if found else "utf-8"
     if label in ("utf-8", "utf8"):
         return "utf-8-sig"
-    if not _KNOWN_CHARSETS.fullmatch(label):
+    if not (_KNOWN_CHARSETS.fullmatch(label) and _has_codec(label)):
         raise KvcalError(f"{name}: its charset {label[:40]!r} is not known: convert it to UTF-8, or leave it out")
     # As browsers read it: pages that say Latin-1 were written on Windows.
     return "windows-1252" if label in ("iso-8859-1", "us-ascii") else label
+
+
+def _has_codec(label: str) -> bool:
+    try:
+        codecs.lookup(label)
+    except LookupError:
+        return False
+    return True
 
 
 class _Page(HTMLParser):

@@ -117,6 +117,7 @@ def forget(path: Path, method: str) -> None:
     body = json.loads(path.read_text())
     if "results" in body:
         body["results"] = [row for row in body["results"] if row["method"] != method]
+        body["partial"] = {key: found for key, found in body.get("partial", {}).items() if f'"{method}"' not in key}
     else:  # of `attention`: by level and setting
         body = {key: found for key, found in body.items() if f'"method": "{method}"' not in key}
     path.write_text(json.dumps(body, indent=1) + "\n")

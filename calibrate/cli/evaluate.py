@@ -9,7 +9,7 @@ import click
 from ...artifacts import Artifact, KvcalError, load
 from ..distributed import World
 from .data_options import data_options
-from .evaluation_lines import say_calibration_text, say_low_scores
+from .evaluation_lines import low_score_lines, say_calibration_text
 from .evaluation_table import print_results
 from .job import one_job
 from .loading import load_calibrated
@@ -133,9 +133,10 @@ def evaluate_command(
             world=world,
         )
     world.leave_to_first()
-    say_low_scores(rows[0])
     rows += [row for path in compare for row in compared_rows(settings, rows[0], path)]
     if as_json:
+        for line in low_score_lines(rows[0]):  # which otherwise stands under the table
+            say(line)
         print_json({"settings": settings, "results": rows})
     else:
         print_results(settings, rows)

@@ -9,13 +9,12 @@ from ...artifacts import Artifact
 from .output import say
 
 
-def say_low_scores(full: Mapping[str, Any]) -> None:
-    """One line about the tasks that the model itself cannot answer. Args: full: the row of `full`."""
+def low_score_lines(full: Mapping[str, Any]) -> list[str]:
+    """One line about the tasks that the model itself cannot answer, if there are any. Args: full: its row."""
     from ..evaluation.rows import LOW, low_scores
 
-    if low := low_scores(full):
-        named = ", ".join(f"{task} {score:.2f}" for task, score in low.items())
-        say(f"full itself scores below {LOW:g}: {named}: read the scores of methods relative to full's")
+    named = ", ".join(f"{task} {score:.2f}" for task, score in low_scores(full).items())
+    return [f"full itself scores below {LOW:g}: {named}: read scores relative to full's"] if named else []
 
 
 def say_calibration_text(artifact: Artifact, source: Mapping[str, Any]) -> None:

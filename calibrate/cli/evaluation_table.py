@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...artifacts.errors import one_line
+from .evaluation_lines import low_score_lines
 from .output import print_lines, print_table
 
 Row = Mapping[str, Any]
@@ -21,7 +22,6 @@ def print_results(settings: Mapping[str, Any], rows: Sequence[Row]) -> None:
     """One line per setting; the first row is our `full`. Many tasks stand in tables of their own, one for a length."""
     from ..evaluation.figure import name_of
     from ..evaluation.results_file import parameters
-    from ..evaluation.rows import LOW, low_scores
 
     alike = _alike([parameters(row) for row in rows if not row.get("source")])
     names = {
@@ -48,10 +48,7 @@ def print_results(settings: Mapping[str, Any], rows: Sequence[Row]) -> None:
         tables.append(names | perplexity | _means(rows, tasks) | costs)
     for columns in tables:
         print_table(title, list(columns), list(zip(*columns.values(), strict=True)))
-    print_lines(*_legend(settings, rows, "hits" in costs, bool(perplexity), tasks))
-    if low := low_scores(rows[0]):
-        named = ", ".join(f"{task} {score:.2f}" for task, score in low.items())
-        print_lines(f"full itself scores below {LOW:g}: {named}: read scores relative to full's")
+    print_lines(*_legend(settings, rows, "hits" in costs, bool(perplexity), tasks), *low_score_lines(rows[0]))
 
 
 def by_length(tasks: Sequence[str]) -> list[list[str]]:

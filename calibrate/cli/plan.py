@@ -13,6 +13,7 @@ from .data_options import data_options, say_left
 from .evaluation_lines import say_calibration_text
 from .loading import load_calibrated
 from .output import NewFile, json_option, print_json, print_lines, print_table, progress_bar, say, working
+from .prompt_options import words
 
 BYTES = 0.0625
 
@@ -105,6 +106,7 @@ def plan_command(
     from ..evaluation.prompts import make_prompts
     from ..evaluation.protocol import check_lengths, evaluate
     from ..evaluation.results import Results
+    from ..evaluation.tasks.names import parse_tasks
     from ..planning.plan import check_choice, for_bytes, for_quality, measure_offers, plan_body
     from ..planning.prompts import QUESTIONS, answerable, split_prompts
     from ..planning.settings import grid
@@ -115,7 +117,9 @@ def plan_command(
         raise click.UsageError("--bytes and --quality: give one of them")
     budget = BYTES if budget is None else budget
     batch_size = min(batch_size, check_windows)  # what is predicted is checked
-    words = [word.strip() for word in tasks.split(",") if word.strip()]
+    asked = parse_tasks(words(tasks))
+    if "perplexity" not in asked:
+        raise click.UsageError("a plan is measured on text: let perplexity be among --tasks")
     grid(method, 64, {})  # an unknown method is said before any work
     with working("checking hashes"):
         found = load(artifact)
@@ -130,7 +134,7 @@ def plan_command(
             data,
             loaded.tokenizer,
             windows=windows + check_windows,
-            tasks=words,
+            tasks=asked,
             episodes=episodes + QUESTIONS,
             **prompt_options,
             name=str(data.source["id"]),
@@ -166,7 +170,7 @@ def plan_command(
         "windows": windows,
         "check_windows": check_windows,
         "batch_size": batch_size,
-        "tasks": words,
+        "tasks": asked,
         "episodes": episodes,
         **prompt_options,
     }

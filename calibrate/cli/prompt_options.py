@@ -160,6 +160,6 @@ def _numbers(option: str, text: str | None) -> list[int] | None:
     if text is None:
         return None
     found = words(text)
-    if not found or not all(word.isdecimal() for word in found):
+    if not found or not all(word.isdecimal() and len(word) < 10 for word in found):
         raise KvcalError(f"{option} {text!r}: give whole numbers separated by commas, e.g. 512,1024")
     return [int(word) for word in found]

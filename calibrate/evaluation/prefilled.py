@@ -32,7 +32,7 @@ Step = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class Windows:
+class PrefilledWindows:
     """Pieces of text after the dense prefill of their prefixes."""
 
     model: Any
@@ -71,7 +71,7 @@ class Windows:
 
 
 @dataclass(frozen=True)
-class Questions:
+class PrefilledSamples:
     """Samples of a task after the dense prefill of their contexts."""
 
     model: Any
@@ -86,7 +86,7 @@ class Questions:
 
     @torch.no_grad()
     def measure(self, artifact: Artifact | None, setting: Setting, step: Step) -> Measured:
-        """Ask and answer through a cache of its own; see `Windows.measure`."""
+        """Ask and answer through a cache of its own; see `PrefilledWindows.measure`."""
         cache = CompressedCache(self.model, artifact, **setting)
         questions: list[Sequence[int]] = [sample.question for sample in self.samples.values()]
         logits = None
@@ -120,7 +120,9 @@ class Questions:
 
 
 @torch.no_grad()
-def prefill(model: Any, prompts: Prompts, batch: Batch, tokenizer: Any, question: str) -> Windows | Questions:
+def prefill(
+    model: Any, prompts: Prompts, batch: Batch, tokenizer: Any, question: str
+) -> PrefilledWindows | PrefilledSamples:
     """
     Args:
         tokenizer: of the model; needed for tasks.
@@ -140,17 +142,17 @@ def prefill(model: Any, prompts: Prompts, batch: Batch, tokenizer: Any, question
             layer: History(store.rows["key"].view, store.rows["value"].view, continuations.shape[1])
             for layer, store in cache.stores.items()
         }
-        return Windows(model, cache, out.logits[:, -1], continuations, histories)
+        return PrefilledWindows(model, cache, out.logits[:, -1], continuations, histories)
     task, samples = asked
     calls = Rows(model, len(samples))
     calls(cache, [sample.context for sample in samples.values()])
     if question == DECODED:
-        return Questions(model, task, samples, tokenizer, (cache, calls), None)
+        return PrefilledSamples(model, task, samples, tokenizer, (cache, calls), None)
     whole = CompressedCache(model, None, "full", record_mass=recorded)
     whole.adopt(cache)
     after = calls.copy()
     logits = after(whole, [sample.question for sample in samples.values()])
-    return Questions(model, task, samples, tokenizer, (cache, calls), (whole, after, logits))
+    return PrefilledSamples(model, task, samples, tokenizer, (cache, calls), (whole, after, logits))
 
 
 def answer_as_json(index: int, answer: Answer) -> dict[str, Any]:

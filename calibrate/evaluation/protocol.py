@@ -23,11 +23,11 @@ from ..models import max_context
 from .grid import FULL, Setting, by_sharing, check_grid, decoding, key_of, sharing
 from .measurements import Batch, Measured, batches, most_steps, samples_of
 from .prefilled import DECODED, PREFILLED, QUESTIONS, prefill
+from .progress_report import Progress, ProgressReport
 from .prompts import Prompts
 from .results import Results
 from .rows import result_row
 from .schedule import Part
-from .telling import Progress, Telling
 
 
 def evaluate(
@@ -79,21 +79,21 @@ def evaluate(
     todo = [(batch, setting) for batch in everything for setting in missing]
     work = _share([(batch, setting) for batch, setting in todo if batch.key not in results.partial(setting)], world)
     parts = [_part(prompts, batch, settings, question == DECODED) for batch, settings in work]
-    told = Telling(parts, len({batch.task for batch, _ in work}), progress, say)
+    report = ProgressReport(parts, len({batch.task for batch, _ in work}), progress, say)
     layers = int(_text_config(model).num_hidden_layers)
     results.write()  # a disk that cannot be written to is found now
-    told.show()
+    report.show()
     for batch, settings in work:
         for alike in by_sharing(settings):
             with sharing(model, artifact, alike[0]):
-                done = told.schedule.prefilling()
+                done = report.schedule.prefilling()
                 prefilled = prefill(model, prompts, batch, tokenizer, question)
                 done()
                 for setting in alike:
                     world.check()
-                    told.begin(key_of(setting))
-                    results.add(setting, batch.key, prefilled.measure(artifact, decoding(setting), told.step))
-                    told.finish()
+                    report.begin(key_of(setting))
+                    results.add(setting, batch.key, prefilled.measure(artifact, decoding(setting), report.step))
+                    report.finish()
                     if world.size == 1:
                         _finish(results, setting, prompts, everything, layers)
                     results.write()

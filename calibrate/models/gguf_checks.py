@@ -13,6 +13,7 @@ from typing import Any
 
 from ...artifacts import KvcalError
 from ...runtime.integration.checkpoint_json import check_config
+from .gguf_file import split_file
 from .gguf_header import GgufHeader
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -43,15 +44,13 @@ def check_header(header: GgufHeader, name: str) -> None:
     metadata, architecture = header.metadata, header.architecture
     if not architecture:
         raise KvcalError(f"{name}: does not say of which architecture it is (general.architecture): get another file")
-    for kind in (architecture, metadata.get("general.type")):
+    for kind in (architecture, str(metadata.get("general.type"))):
         if kind in _NO_MODELS:
-            raise KvcalError(f"{name}: {_NO_MODELS[str(kind)]} ({kind}): give the GGUF file of the language model")
+            raise KvcalError(f"{name}: {_NO_MODELS[kind]} ({kind}): give the GGUF file of the language model")
     parts = metadata.get("split.count", 0)
     if isinstance(parts, int) and parts > 1:
-        raise KvcalError(
-            f"{name}: is part {int(metadata.get('split.no', 0)) + 1} of {parts} of a split GGUF: join them with "
-            "llama.cpp's `llama-gguf-split --merge FIRST_PART WHOLE.gguf` and give that"
-        )
+        number = metadata.get("split.no", 0)
+        raise split_file(name, f"part {number + 1} of {parts}" if isinstance(number, int) else f"one of {parts} parts")
     if not header.tensors:
         raise KvcalError(f"{name}: has a vocabulary and no weights: give the GGUF file of the whole model")
     if not header.lengths.get("tokenizer.ggml.tokens"):
@@ -67,7 +66,7 @@ def check_header(header: GgufHeader, name: str) -> None:
     check_config(Path(name), sizes)
     layers = {tensor.name.split(".")[1] for tensor in header.tensors if tensor.name.startswith("blk.")}
     stated = sizes.get("num_hidden_layers", 0)
-    if stated > len(layers):
+    if not isinstance(stated, int) or stated > len(layers):
         raise KvcalError(f"{name}: has tensors of {len(layers)} layers and states {stated}: get another file")
     _check_tensors(header, name)
 

@@ -44,11 +44,15 @@ def plain_gguf(path: Path, name: str, named: bool = True) -> Path:
     _check_start(start, name)
     part = _PART.search(place.name)
     if part and int(part[2]) > 1:
-        raise KvcalError(
-            f"{name}: is part {int(part[1])} of {int(part[2])} of a split GGUF: join them with llama.cpp's "
-            "`llama-gguf-split --merge FIRST_PART WHOLE.gguf` and give that"
-        )
+        raise split_file(name, f"part {int(part[1])} of {int(part[2])}")
     return Path(os.path.realpath(place))
+
+
+def split_file(name: str, which: str) -> KvcalError:
+    return KvcalError(
+        f"{name}: is {which} of a split GGUF: join them with llama.cpp's `llama-gguf-split --merge FIRST_PART "
+        "WHOLE.gguf` and give that"
+    )
 
 
 def _check_start(start: bytes, name: str) -> None:

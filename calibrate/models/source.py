@@ -58,6 +58,8 @@ def resolve_model(spec: str | os.PathLike[str]) -> ModelSource:
     if "==" in revision and alias in PACKAGES:
         return _of_package(alias, revision)
     repo_id = MODEL_ALIASES.get(alias, alias)
+    if repo_id.count("/") > 1 or repo_id.startswith((".", "/", "~")) or repo_id.lower().endswith(".gguf"):
+        raise KvcalError(f"{name}: no such model folder or file: check the path")
     if "/" not in repo_id:
         near = difflib.get_close_matches(alias, MODEL_ALIASES, n=3)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
@@ -65,8 +67,6 @@ def resolve_model(spec: str | os.PathLike[str]) -> ModelSource:
             f"unknown model {name!r}: {hint}Give a folder, a GGUF file, a Hub id org/name, or one of "
             f"{', '.join(MODEL_ALIASES)}"
         )
-    if repo_id.count("/") > 1 or repo_id.startswith((".", "/", "~")):
-        raise KvcalError(f"{name}: no such model folder or file: check the path")
     try:
         found = hub.locate(repo_id, "model", revision or None, lacking)
     except KvcalError as error:

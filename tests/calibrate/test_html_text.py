@@ -106,6 +106,7 @@ def test_encodings(tmp_path: Path, content: bytes, text: str):
         (b"<meta charset=euc-jp>\xff", "a.html: not euc-jp text"),
         (b"<meta charset=utf-7>x", "a.html: its charset 'utf-7' is not known: convert it to UTF-8"),
         (b"<meta charset=unicode_escape>x", "a.html: its charset 'unicode_escape' is not known"),
+        (b"<meta charset=windows-9999>x", "a.html: its charset 'windows-9999' is not known"),
         (b"<nav>only menus</nav>", "contains no text"),
         (b"", "contains no text"),
     ],

@@ -180,8 +180,9 @@ def test_unknown_names(tmp_path: Path) -> None:
     with pytest.raises(KvcalError, match="unknown model 'mistral-7': did you mean mistral-7b") as caught:
         resolve_model("mistral-7")
     assert all(alias in str(caught.value) for alias in MODEL_ALIASES)
-    with pytest.raises(KvcalError, match="no such model folder"):
-        resolve_model(tmp_path / "absent")
+    for absent in (tmp_path / "absent", "absent.gguf", "absent/model.Q4_K_M.gguf"):
+        with pytest.raises(KvcalError, match="no such model folder or file"):
+            resolve_model(absent)
     with pytest.raises(KvcalError, match=r"model org/name is no folder here and not in the Hub cache.*HF_HUB_OFFLINE"):
         resolve_model("org/name")
 

@@ -86,6 +86,8 @@ def read_all_prompts(paths: Sequence[Path]) -> dict[str, list[Prompt]]:
 
 def read_prompts(path: Path) -> list[Prompt]:
     """Raises KvcalError: see `make_prompt_tasks`."""
+    if path.exists() and not path.is_file():
+        raise KvcalError(f"{path}: is no plain file, and prompts are read twice: write them to a file first")
     rows = json_values(path, kind(path.name) == ".json")
     found = [_prompt(row, f"{path}: row {number}") for number, row in enumerate(rows, 1)]
     if not found:

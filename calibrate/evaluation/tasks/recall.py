@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ....artifacts import KvcalError
 from ...builtin.recall import fact, question, random_code
+from .encoding import encode
 from .sample import Sample, Task
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -38,23 +39,17 @@ def make_recall_task(
     Raises:
         KvcalError: the facts do not fit.
     """
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
-
     # A generator of its own, so that a task's episodes do not depend on which others run.
     rng = random.Random(f"{seed} {name} {length}")
     made = [
-        _episode(encode, tokenizer.decode, bos, stream, words, facts, DEPTHS[number % len(DEPTHS)], length, rng)
+        _episode(tokenizer, bos, stream, words, facts, DEPTHS[number % len(DEPTHS)], length, rng)
         for number in range(episodes)
     ]
     return Task(name, length, tuple(made), max(len(sample.reference) for sample in made) + _WORDS_BEFORE, "digits")
 
 
 def _episode(
-    encode: Callable[[str], list[int]],
-    decode: Callable[[list[int]], str],
+    tokenizer: Any,
     bos: list[int],
     stream: Sequence[int],
     words: Sequence[str],
@@ -66,7 +61,7 @@ def _episode(
     """The asked fact begins within one other fact's length of `depth`, the others anywhere."""
     chosen = rng.sample(list(words), count)
     codes = {word: random_code(rng) for word in chosen}
-    facts = {word: encode(fact(word, codes[word])) for word in chosen}
+    facts = {word: encode(tokenizer, fact(word, codes[word])) for word in chosen}
     asked = chosen[0]
     room = length - len(bos) - sum(map(len, facts.values()))
     if room < 1:
@@ -84,10 +79,10 @@ def _episode(
         done = cut
     pieces.append(filler[done:])
     body = _insert(pieces, facts[asked], round(depth * length) - len(bos))
-    whole = encode(f"{question(asked)} {codes[asked]}")
+    whole = encode(tokenizer, f"{question(asked)} {codes[asked]}")
     # The answer begins with the token of its first digit: what stands before it (in some tokenizers a space of its
     # own) is asked, not scored. Words and question have no digits.
-    seam = next(at for at in range(len(whole)) if re.search(r"\d", decode(whole[: at + 1])))
+    seam = next(at for at in range(len(whole)) if re.search(r"\d", tokenizer.decode(whole[: at + 1])))
     return Sample((*bos, *body), tuple(whole[:seam]), (codes[asked],), tuple(whole[seam:]), depth)
 
 

@@ -27,6 +27,7 @@ from kvcal.calibrate.cli import cli
             "sub/mine.jsonl: its results would be named 'mine'",
         ),
         (["--prompts", "mine.jsonl", "--lengths", "many"], "--lengths"),
+        (["--prompts", "mine.jsonl", "--lengths", "9" * 5000], "--lengths"),
         (["--prompts", "mine.jsonl", "--match", "half"], "'half' is not one of 'exact', 'part'"),
     ],
 )

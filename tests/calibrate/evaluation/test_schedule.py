@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from kvcal.calibrate.evaluation.progress_report import ProgressReport
 from kvcal.calibrate.evaluation.schedule import STEPS, Part, Schedule, in_words
-from kvcal.calibrate.evaluation.telling import Telling
 
 SETTINGS = ("full", "loki")
 COSTS = {"full": 0.5, "loki": 2.0}
@@ -109,17 +109,17 @@ def test_words(seconds, words):
 
 def test_it_is_said_once_and_again_where_the_first_steps_misled():
     clock, todo, lines, shown = Clock(), parts(steps=20, lengths=(100,) * 5), [], []
-    telling = Telling(todo, 2, lambda *given: shown.append(given), lines.append, Schedule(todo, clock))
+    report = ProgressReport(todo, 2, lambda *given: shown.append(given), lines.append, Schedule(todo, clock))
     for _ in todo:
-        done = telling.schedule.prefilling()
+        done = report.schedule.prefilling()
         clock.now += 2.0
         done()
         for setting in SETTINGS:
-            telling.begin(setting)
+            report.begin(setting)
             for _ in range(20):
                 clock.now += COSTS[setting]
-                telling.step()
-            telling.finish()
+                report.step()
+            report.finish()
     assert lines == [
         # 4 prefills of 2 s and 200 steps of 0.5 s, four of which are done
         "about 2 min: 2 settings, 2 tasks, 5 batches",

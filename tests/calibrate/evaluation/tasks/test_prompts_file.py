@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pytest
 
@@ -193,11 +194,14 @@ def test_chats_need_a_template_that_takes_them(chatting, tiny_tokenizer, tmp_pat
         (["perplexity.jsonl"], "named 'perplexity' as those of a task of ours"),
         (["absent.jsonl"], "absent.jsonl: cannot be read"),
         (["empty.jsonl"], "empty.jsonl: no prompts"),
+        (["pipe.jsonl"], "pipe.jsonl: is no plain file"),
     ],
 )
 def test_files_that_cannot_be_tasks(tiny_tokenizer, tmp_path, names, message):
     for name in names:
-        if name != "absent.jsonl":
+        if name == "pipe.jsonl":
+            os.mkfifo(tmp_path / name)
+        elif name != "absent.jsonl":
             written(tmp_path, *([] if name == "empty.jsonl" else [ROW]), name=name)
     with pytest.raises(KvcalError, match=message):
         make_prompt_tasks([tmp_path / name for name in names], tiny_tokenizer)

@@ -11,7 +11,7 @@ MISJUDGED = 1.5
 """Factor by which the first estimate may be wrong before another line says so."""
 
 
-class Telling:
+class ProgressReport:
     """`progress` after every step; `say` once after the first steps, and once more where they misled."""
 
     def __init__(
