@@ -36,6 +36,8 @@ _NO_MODELS = {
     "imatrix": "is an importance matrix for quantising",
 }
 _TOKENIZERS = ("gpt2", "llama", "gemma4")
+_OWN_SCALE = {"gemma2": 46, "gemma3": 62}
+"""Layers of the 27B models: they scale queries by another number than their family does, which no key states."""
 _WITHOUT_EFFECT = ("rope.scaling.finetuned", "tensor_data_layout", "context_length", "source.url")
 
 
@@ -118,6 +120,11 @@ def check_described(header: GgufHeader, config: Any, weights: int, name: str) ->
     window = getattr(config.get_text_config(), "sliding_window", None)
     if window and f"{prefix}attention.sliding_window" not in header.metadata:
         raise KvcalError(f"{name}: states no sliding window, transformers reads one of {window}: give its checkpoint")
+    if header.metadata.get(f"{prefix}block_count", -1) == _OWN_SCALE.get(header.architecture):
+        raise KvcalError(
+            f"{name}: {header.architecture} of 27B scales its queries by a number that GGUF does not state: give its "
+            "original checkpoint"
+        )
     stored = sum(tensor.numbers for tensor in header.tensors if tensor.name != ROPE_FACTORS)
     if stored != weights:
         extra = [tensor.name for tensor in header.tensors if tensor.name.startswith("rope_") and len(tensor.shape) == 1]

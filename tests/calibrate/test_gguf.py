@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -17,6 +19,7 @@ from gguf import GGMLQuantizationType as Kind
 from kvcal.artifacts import KvcalError, weights_sha256
 from kvcal.calibrate import load_model
 from kvcal.calibrate.models import converted, resolve_model
+from kvcal.calibrate.models.gguf_checks import check_described
 
 IDS = torch.arange(0, 24).unsqueeze(0) * 7 % 256
 
@@ -266,6 +269,17 @@ def test_what_would_be_another_model_is_refused(kind: str, model: Any, tmp_path:
         load_model(path, device="cpu")
     assert str(caught.value).startswith(str(path))
     assert not list(cache.glob("gguf/*")), "nothing is left of it"
+
+
+@pytest.mark.parametrize(("layers", "refused"), [(62, True), (34, False)])
+def test_gemma_of_27b_whose_query_scale_no_key_states(layers: int, refused: bool) -> None:
+    from transformers import Gemma3TextConfig
+
+    metadata = {"gemma3.block_count": layers, "gemma3.attention.sliding_window": 1024}
+    header: Any = SimpleNamespace(architecture="gemma3", metadata=metadata, tensors=[])
+    config = Gemma3TextConfig(num_hidden_layers=layers, sliding_window=1024)
+    with pytest.raises(KvcalError, match="27B scales its queries") if refused else nullcontext():
+        check_described(header, config, 0, "a.gguf")
 
 
 def test_a_vocabulary_alone(model: Any, tmp_path: Path) -> None:
