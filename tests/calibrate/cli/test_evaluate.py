@@ -65,7 +65,6 @@ def test_table_and_figure(artifact, text, tmp_path):
     assert "questions prefilled" in out and out.splitlines()[-1] == low and low not in found.stderr
     assert json.loads((tmp_path / "r.json").read_text())["settings"]["question"] == "prefilled"
     said = [json.loads(line) for line in (tmp_path / "r.predictions.jsonl").read_text().splitlines()]
-    assert all(line["prediction"] for line in told)
     assert [(line["setting"]["method"], line["task"], line["index"]) for line in said] == [
         (method, "passkey@64", index) for method in ("full", "loki") for index in (0, 1)
     ]
