@@ -14,11 +14,9 @@ Three kinds of requests, and what is compressed:
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import sys
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,9 +24,10 @@ import torch
 from torch import Tensor
 
 from ..artifacts import Artifact, KvcalError
-from ..runtime import METHODS, CompressedCache, compress, load
+from ..runtime import CompressedCache, compress, load
 from ..runtime.integration.rotation import refuse_change, rotations
 from .evaluation.grid import decoding, sharing
+from .harness_help import arguments
 from .models import LoadedModel, compare_weights, load_model
 
 try:
@@ -189,38 +188,6 @@ def equal_contexts(pairs: Sequence[tuple[list[int], list[int]]], batch_size: int
     return batches
 
 
-def arguments() -> str:
-    """What `--model_args` takes, for `--help`."""
-    lines = [
-        "--model kvcal: a model whose keys and values are held by a compressed cache. Its --model_args, NAME=VALUE,…,",
-        "or a JSON object where a value has commas of its own:",
-        "  pretrained=MODEL     alias, Hub id, folder or GGUF file, as `calibrate` takes them",
-        "  artifact=ARTIFACT    folder or Hub id of what `calibrate pca` made; for the methods that need one",
-        *_wrapped(
-            "  method=METHOD        ",
-            f"{', '.join(METHODS)}; plan: as the artifact's plan.json says; cla, or cla+METHOD: layers share keys and "
-            "values  [default: loki]",
-        ),
-        "  dtype=, device=      as `calibrate` takes them  [default: auto; --device is lm_eval's]",
-        *_wrapped("  of lm_eval's HF model ", ", ".join(_OF_THE_HARNESS)),
-        "and the parameters of the method:",
-    ]
-    for name, method in METHODS.items():
-        defaults = [f"{field.name}={field.default}" for field in dataclasses.fields(method)]
-        lines += _wrapped(f"  {name:20} ", " ".join(defaults) or "none")
-    lines += [
-        "  of all               dense_layers=N: the first N layers stay full",
-        "",
-        "  python -m kvcal.calibrate.harness --model kvcal --tasks TASK --batch_size 8 \\",
-        "    --model_args pretrained=smollm2-135m,artifact=DIR,method=loki,rank=0.25,keep=0.25",
-    ]
-    return "\n".join(lines)
-
-
-def _wrapped(label: str, text: str) -> list[str]:
-    return textwrap.wrap(text, 118, initial_indent=label, subsequent_indent=" " * 23, break_on_hyphens=False)
-
-
 def main() -> int:
     """`lm_eval`'s command line with our model in it."""
     from lm_eval.__main__ import cli_evaluate
@@ -230,7 +197,7 @@ def main() -> int:
             try:
                 cli_evaluate()
             finally:
-                print(f"\n{arguments()}")
+                print(f"\n{arguments(_OF_THE_HARNESS)}")
         else:
             cli_evaluate()
     except KvcalError as error:

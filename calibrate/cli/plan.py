@@ -6,13 +6,14 @@ from typing import Any
 
 import click
 
-from ...artifacts import Artifact, load
+from ...artifacts import load
 from ...artifacts.places import check_new_file
 from ...artifacts.writing import write_atomically
 from .data_options import data_options, say_left
 from .evaluation_lines import say_calibration_text
 from .loading import load_calibrated
-from .output import NewFile, json_option, print_json, print_lines, print_table, progress_bar, say, working
+from .output import NewFile, json_option, print_json, progress_bar, say, working
+from .plan_table import print_plan
 from .prompt_options import words
 
 BYTES = 0.0625
@@ -184,38 +185,9 @@ def plan_command(
     if as_json:
         print_json(body)
     else:
-        print_plan(found, body)
+        print_plan(body)
         read = body["measured"]["bytes"]
         if quality is None and read > budget * 1.02:
             say(f"the check read {read:.4f} of dense attention's bytes, more than the budget of {budget:g}")
         if output is None:
             say(f"{path}: compress(model, artifact) decodes with it")
-
-
-def print_plan(artifact: Artifact, body: dict[str, Any]) -> None:
-    offers = body["offers"]
-    rows = []
-    for layer, setting in enumerate(body["layers"]):
-        if setting is None:
-            continue
-        point = next(point for point in offers[str(layer)] if point["setting"] == setting)
-        settings = " ".join(f"{name} {value}" for name, value in setting.items() if name != "method")
-        by_head = " ".join(f"{error:.3f}" for error in point["head_errors"])
-        rows.append(
-            [str(layer), setting["method"], settings, f"{point['bytes']:.4f}", f"{point['error']:.3f}", by_head]
-        )
-    budget = ", ".join(f"{name} {value:g}" for name, value in body["budget"].items())
-    title = f"{body['model']}, batches of {body['batch_size']}: {budget}"
-    print_table(title, ["layer", "method", "settings", "bytes", "error", "by KV head"], rows)
-    predicted, measured = body["predicted"], body["measured"]
-    ratio = "beyond measure" if measured["perplexity_ratio"] is None else f"{measured['perplexity_ratio']:.4f}"
-    full = body["full"]["scores"]
-    scores = "".join(f"; {task} {value:.2f} (full {full[task]:.2f})" for task, value in measured["scores"].items())
-    dropped = "".join(f"; {task} {value:.2f}" for task, value in body["dropped"].items())
-    print_lines(
-        f"predicted: {predicted['bytes']:.4f} of dense attention's bytes, attention error "
-        f"{predicted['attention_error']:.3f}",
-        f"measured:  {measured['bytes']:.4f}, attention error {measured['attention_error']:.3f}, perplexity "
-        f"{ratio} of full's{scores}",
-        *([f"left out:  what full itself cannot answer{dropped}"] if dropped else []),
-    )

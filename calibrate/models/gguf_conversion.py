@@ -7,7 +7,6 @@ scales and small integers: float32 holds them, bfloat16 would round them.
 from __future__ import annotations
 
 import errno
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from ...runtime.integration.checkpoint_folder import weights_of
 from ...runtime.integration.checkpoint_json import check_config, check_heads, harmless
 from .gguf_checks import ROPE_FACTORS, check_described
 from .gguf_header import GgufHeader
+from .gguf_reading import quick_reading
 
 Progress = Callable[..., None]
 """Takes done, total and note=""."""
@@ -46,7 +46,7 @@ def convert(folder: Path, file: str, header: GgufHeader, name: str, building: Pa
 
     place: dict[str, Any] = {"gguf_file": file, "trust_remote_code": False, "local_files_only": True}
     total = len(header.tensors)
-    with _reading(folder / file, lambda done: progress(done, total, "unpacking")):
+    with quick_reading(lambda done: progress(done, total, "unpacking")):
         progress(0, total, "reading")
         with _said(name, header, "metadata"):
             config = harmless(AutoConfig.from_pretrained(folder, **place))
@@ -156,45 +156,6 @@ def _set_ends(model: Any, header: GgufHeader) -> None:
     known = list(dict.fromkeys(end for end in ends if isinstance(end, int)))
     if len(known) > 1:
         model.generation_config.eos_token_id = known
-
-
-@contextmanager
-def _reading(file: Path, unpacked: Callable[[int], None]) -> Iterator[None]:
-    """While transformers reads a GGUF file: parsed once instead of five times, progress to us, no kernels fetched."""
-    import gguf
-    import numpy as np
-    import transformers.modeling_gguf_pytorch_utils as reader
-
-    class Reader(gguf.GGUFReader):
-        # Slices of a plain view of the file cost half of those of a memmap, and there are millions.
-        data = property(lambda self: self._plain, lambda self, mapped: setattr(self, "_plain", np.asarray(mapped)))
-
-    def told(tensors: Iterable[Any], **_: Any) -> Iterator[Any]:
-        for done, tensor in enumerate(tensors):
-            unpacked(done)
-            yield tensor
-
-    parsed = functools.cache(Reader)
-    changes: list[tuple[Any, str, Any]] = [
-        (gguf, "GGUFReader", lambda path, *_: parsed(str(path))),
-        (gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
-        (reader, "tqdm", told),
-    ]
-    try:
-        import transformers.integrations.gguf.kernels as kernels  # since 5.2x
-
-        changes.append((kernels, "is_kernels_available", lambda *_, **__: False))
-    except ImportError:
-        pass
-    before = [(module, key, getattr(module, key)) for module, key, _ in changes if hasattr(module, key)]
-    try:
-        for module, key, value in changes:
-            if hasattr(module, key):
-                setattr(module, key, value)
-        yield
-    finally:
-        for module, key, value in before:
-            setattr(module, key, value)
 
 
 @contextmanager

@@ -254,8 +254,6 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "more-layers": ({"metadata": {"llama.block_count": 9_000}}, "has tensors of 2 layers and states 9000"),
     "huge-vocabulary": ({"metadata": {"llama.vocab_size": 1 << 27}}, "the model that transformers builds"),
     "heads-that-do-not-divide": ({"metadata": {"llama.attention.head_count_kv": 3}}, "cannot share 3 KV heads"),
-    "type-that-is-a-list": ({"metadata": {"general.type": [1], "split.count": 2}}, "of 2 of a split GGUF"),
-    "split-without-a-number": ({"metadata": {"split.count": 3, "split.no": "x"}}, "is one of 3 parts of a split GGUF"),
     "list-for-a-number": ({"metadata": {"llama.block_count": [2]}}, "has tensors of 2 layers and states [2]"),
     "text-for-a-number": ({"metadata": {"llama.block_count": "many"}}, "num_hidden_layers is 'many'"),
 }
