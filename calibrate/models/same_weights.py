@@ -46,8 +46,8 @@ def compare_weights(artifact: Artifact, model: Any, exact: bool = False) -> str 
             check_model(artifact, model, weights=True)
         return f"weights are {here}, the artifact's are these rounded to {calibrated}: another model of one checkpoint"
     return (
-        f"weights are {here}, the artifact's were {calibrated}, and one of the two is rounded: only the architecture "
-        "was compared"
+        f"weights are {here}, the artifact's were {calibrated}, and one of the two may be rounded: only the "
+        "architecture was compared"
     )
 
 

@@ -17,7 +17,7 @@ from kvcal.calibrate import load_model
 from kvcal.calibrate.models import compare_weights
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-ROUNDED_HERE = "one of the two is rounded: only the architecture was compared"
+ROUNDED_HERE = "one of the two may be rounded: only the architecture was compared"
 ROUNDED_THERE = "the artifact's are these rounded to"
 
 
