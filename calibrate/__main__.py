@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import sys
 
+_OF_THE_EXTRA = (
+    *("accelerate", "click", "datasets", "huggingface_hub", "matplotlib", "numpy", "rich", "sklearn", "transformers"),
+    "yaml",
+)
+"""What it imports by name; a missing faiss is said where it is needed."""
+
 
 def main() -> None:
     try:
         from .cli import cli
+
+        cli(prog_name="calibrate")
     except ModuleNotFoundError as error:
-        if error.name != "click":
+        if (error.name or "").partition(".")[0] not in _OF_THE_EXTRA:
             raise
         print(
-            "Error: the command line needs the extra: pip install 'kvcal[calibrate]' (or 'kvcal[gpu]')", file=sys.stderr
+            f"Error: {error.name} is not installed: the command line needs the extra: pip install 'kvcal[calibrate]' "
+            "(or 'kvcal[gpu]')",
+            file=sys.stderr,
         )
         sys.exit(2)
-    cli(prog_name="calibrate")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def decode(artifact: Artifact) -> tuple[list[dict[str, Any]], list[dict[str, Any
             open_data("stdlib", "heldout"), loaded.tokenizer, tasks=("perplexity", "passkey"), **PROMPTS
         )
     grid = [FULL, LOKI, SPECTRAL]
-    with progress_bar("decoding") as progress:
+    with progress_bar("decoding", estimate=False) as progress:
         rows = evaluate(
             loaded.model, artifact, prompts, grid, tokenizer=loaded.tokenizer, batch_size=BATCH_SIZE, progress=progress
         )

@@ -118,7 +118,9 @@ def evaluate_command(
     say_calibration_text(found, prompts.source)
     if results.rows:
         say(f"{output}: {len(results.rows)} settings are there already")
-    with progress_bar("decoding") as progress:
+    elif results.unfinished:
+        say(f"{output}: goes on with what an interrupted run measured")
+    with progress_bar("decoding", estimate=False) as progress:
         rows = evaluate(
             loaded.model,
             found,

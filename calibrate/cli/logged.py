@@ -24,8 +24,15 @@ def due() -> Iterator[int]:
 class LoggedWork:
     """What is going on, for how long, and how far it is."""
 
-    def __init__(self, title: str, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic):
-        self.title, self._write, self._clock = title, write, clock
+    def __init__(
+        self,
+        title: str,
+        write: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        estimate: bool = True,
+    ):
+        self.title, self._write, self._clock, self._estimate = title, write, clock, estimate
         self._begun = clock()
         self._first: tuple[float, int] | None = None
         self._newest: tuple[int, int | None, str] | None = None
@@ -62,14 +69,14 @@ class LoggedWork:
             (since, before), (done, total, note) = self._first, self._newest
             if total:
                 parts.insert(0, f"{done} of {total}")
-            if total and done > before:
+            if self._estimate and total and done > before:
                 parts.append(f"about {_clock_time((now - since) * (total - done) / (done - before))} left")
             parts += [note] if note else []
         return f"{self.title}: {' · '.join(parts)}"
 
 
 @contextmanager
-def logged(title: str, say: Callable[[str], None]) -> Iterator[Callable[..., None]]:
+def logged(title: str, say: Callable[[str], None], estimate: bool = True) -> Iterator[Callable[..., None]]:
     """Yields update(done, total, note=""); lines go to stderr meanwhile, from a thread of their own: also where the
     work says nothing of itself. Of several processes rank 0 alone has a stderr (`one_job`)."""
 
@@ -77,7 +84,7 @@ def logged(title: str, say: Callable[[str], None]) -> Iterator[Callable[..., Non
         with contextlib.suppress(OSError, ValueError):  # nobody reads the log any more: no reason to end the work
             say(line)
 
-    work, ended = LoggedWork(title, write), threading.Event()
+    work, ended = LoggedWork(title, write, estimate=estimate), threading.Event()
     thread = threading.Thread(target=work.speak, args=(ended.wait,), name="progress", daemon=True)
     thread.start()
     try:

@@ -60,14 +60,14 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Callable[..., None]]:
+def progress_bar(title: str, estimate: bool = True) -> Iterator[Callable[..., None]]:
     """Yields update(done, total, note="") for a bar with elapsed and remaining time; lines where stderr is no
-    terminal."""
+    terminal. `estimate`: False where the notes say how long it will take."""
     if switched_off():
         yield lambda done, total, note="": None
         return
     if not sys.stderr.isatty():
-        with logged(title, say) as update:
+        with logged(title, say, estimate) as update:
             yield update
         return
     from rich.console import Console
@@ -80,7 +80,7 @@ def progress_bar(title: str) -> Iterator[Callable[..., None]]:
         TimeRemainingColumn,
     )
 
-    times = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    times = (MofNCompleteColumn(), TimeElapsedColumn(), *([TimeRemainingColumn()] if estimate else []))
     texts = (TextColumn("{task.description}", markup=False), TextColumn("{task.fields[note]}", markup=False))
     with Progress(texts[0], BarColumn(), *times, texts[1], console=Console(stderr=True)) as bar:
         task = bar.add_task(one_line(title), total=None, note="")

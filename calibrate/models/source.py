@@ -52,6 +52,8 @@ def resolve_model(spec: str | os.PathLike[str]) -> ModelSource:
         raise KvcalError(f"{name}: a file has no revision: give {before}")
     alias, _, revision = name.partition("@")
     if alias == "demo":
+        if revision:
+            raise KvcalError(f"{name}: the built-in model has no revisions: give demo")
         if missing := lacking(aliases.DEMO_FOLDER):
             raise KvcalError(f"the built-in model has no {missing} in {aliases.DEMO_FOLDER}: install kvcal again")
         return ModelSource(alias, aliases.DEMO_FOLDER, None)

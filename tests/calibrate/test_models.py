@@ -183,6 +183,8 @@ def test_unknown_names(tmp_path: Path) -> None:
     for absent in (tmp_path / "absent", "absent.gguf", "absent/model.Q4_K_M.gguf"):
         with pytest.raises(KvcalError, match="no such model folder or file"):
             resolve_model(absent)
+    with pytest.raises(KvcalError, match="demo@x: the built-in model has no revisions: give demo"):
+        resolve_model("demo@x")
     with pytest.raises(KvcalError, match=r"model org/name is no folder here and not in the Hub cache.*HF_HUB_OFFLINE"):
         resolve_model("org/name")
 

@@ -78,6 +78,14 @@ def test_no_estimate_before_anything_is_done_and_notes_are_shown():
     assert lines(2 * HOUR, title="loading")[-1] == "loading: done · 2:00:00"
 
 
+def test_no_second_estimate_beside_that_of_a_note():
+    said = []
+    work = LoggedWork("decoding", said.append, Clock(100), estimate=False)
+    work.update(0, 64)
+    work.update(32, 64, "about 5 min left")
+    assert work.line() == "decoding: 32 of 64 · 0:00 so far · about 5 min left"
+
+
 def test_who_wakes_up_late_says_so_once():
     """Woken 100 s after each line was due: those that were due meanwhile are not made up for."""
     times = [line.split()[1] for line in lines(600, late=100)[:-1]]

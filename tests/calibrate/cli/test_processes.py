@@ -127,10 +127,12 @@ def test_json_output_is_alone_on_stdout_and_stderr_shows_no_progress_bar(tmp_pat
     assert load(tmp_path / "a").settings["reservoir"] == 200
 
 
-def test_without_the_extra_the_command_says_which_one_in_one_line():
+@pytest.mark.parametrize("missing", ["click,numpy,transformers,sklearn,faiss", "huggingface_hub", "rich"])
+def test_without_the_extra_the_command_says_which_one_in_one_line(missing):
+    """Of some packages another one brings click."""
     script = (
-        "import sys\nfor name in ('click', 'numpy', 'transformers', 'sklearn', 'faiss'): sys.modules[name] = None\n"
-        "from kvcal.calibrate.__main__ import main; main()"
+        f"import sys\nfor name in {missing!r}.split(','): sys.modules[name] = None\n"
+        "sys.argv[1:] = ['models']\nfrom kvcal.calibrate.__main__ import main; main()"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
     assert done.returncode == 2 and "kvcal[calibrate]" in done.stderr.splitlines()[-1]
