@@ -1,0 +1,63 @@
+"""benchmarks/real: settings read the bytes that they are to read, and one method can be measured anew."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvcal.calibrate.planning.points import Problem
+from kvcal.runtime.attention import Logits
+
+FOLDER = Path(__file__).parent.parent / "benchmarks" / "real"
+LENGTH, HEAD_DIM = 2048, 64
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """Imports one of its files, which find one another as scripts do; others have files of the same names."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    names = [path.stem for path in FOLDER.glob("*.py")]
+    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    yield importlib.import_module
+    for name in names:
+        sys.modules.pop(name, None)
+    sys.modules.update(before)
+
+
+@pytest.mark.parametrize("level", ["1/32", "1/16", "1/8", "1/4", "1/2"])
+def test_equal_bytes_are_equal(module, level):
+    """Of a 16-bit cache, as the stores count them; those that need an artifact read as sparq does."""
+    settings = module("settings")
+    share = settings.LEVELS[level]
+    torch.manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, tokens, HEAD_DIM, dtype=torch.bfloat16)
+        for heads, tokens in ((3, 1), (1, LENGTH + 1), (1, LENGTH + 1))
+    )
+    problem = Problem(0, query, key, value, Logits(HEAD_DIM**-0.5, None, None), 1)
+    for setting in settings.at_equal_bytes(share, HEAD_DIM, LENGTH):
+        if setting["method"] in ("sparq", "clusterkv", "streaming", "quest"):
+            page = setting.get("page", 0) / LENGTH  # quest's last page is always read
+            read = problem.measure(setting, None, 8).bytes
+            assert share * 0.97 < read < (share + page) * 1.05, (setting, read)
+
+
+def test_loki_scores_as_many_dimensions_and_reads_as_many_tokens_as_sparq(module):
+    for share in module("settings").LEVELS.values():
+        found = module("settings").at_equal_bytes(share, HEAD_DIM, LENGTH)
+        loki, score, sparq = ({**each, "method": ""} for each in found[:3])
+        assert loki == sparq and score == {**loki, "basis": "score"}
+        assert loki["rank"] / (2 * HEAD_DIM) + loki["keep"] == pytest.approx(share, abs=1e-4)
+
+
+def test_one_method_is_forgotten_with_what_was_not_finished(module, tmp_path):
+    rows = [{"method": "full"}, {"method": "loki"}, {"method": "quest"}]
+    path = tmp_path / "methods.json"
+    keys = [json.dumps({"method": name}) for name in ("loki", "quest")]
+    path.write_text(json.dumps({"settings": {}, "results": rows, "partial": {key: {} for key in keys}}))
+    module("decoding").forget(path, "loki")
+    left = json.loads(path.read_text())
+    assert [row["method"] for row in left["results"]] == ["full", "quest"] and list(left["partial"]) == keys[1:]
