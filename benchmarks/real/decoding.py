@@ -24,6 +24,8 @@ from kvcal.calibrate.models import max_context
 Setting = dict[str, Any]
 CONTINUATION = 64
 RULER_LEVEL = "1/8"
+RULER_LENGTH = 4096
+"""Tokens that all 13 of RULER's tasks fit into, at least."""
 ANSWERABLE = 0.5
 """RULER's tasks of which the model itself answers fewer say nothing about methods."""
 
@@ -56,9 +58,9 @@ def why_loki(bench: Bench, only: str | None = None) -> None:
 
 def ruler(bench: Bench, only: str | None = None) -> None:
     """RULER's tasks: what the model itself answers of all; of those that it can, what methods do at an eighth."""
-    length = _shortest(bench)
+    length = min(length for length in bench.subject.lengths if length >= RULER_LENGTH)
     tasks = ("multikey", "ruler")
-    row = _decode(bench, f"ruler-full-{length}", _on_text(bench, length, tasks, 10), [], None)[0]
+    row = _decode(bench, f"ruler-full-{length}", _on_text(bench, length, tasks), [], None)[0]
     known = [key.partition("@")[0] for key, score in row["scores"].items() if score >= ANSWERABLE]
     grid = [
         setting
@@ -66,7 +68,7 @@ def ruler(bench: Bench, only: str | None = None) -> None:
         if only in (None, setting["method"])
     ]
     if known:
-        _decode(bench, f"ruler-{length}", _on_text(bench, length, known, 10), grid, bench.artifact())
+        _decode(bench, f"ruler-{length}", _on_text(bench, length, known), grid, bench.artifact())
 
 
 def _shortest(bench: Bench) -> int:
