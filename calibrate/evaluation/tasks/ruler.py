@@ -18,7 +18,7 @@ from .scoring import SCORINGS
 
 _QUESTION, _PREFIX = "\x01", "\x02"
 """Marks in the templates: here the question begins, and here what the answer begins with. No text has them."""
-_ROUNDS = 5
+_ROUNDS = 8
 """Of asking for less, where a script wrote more than it was asked for."""
 
 Progress = Callable[[int, int], None]
@@ -108,11 +108,11 @@ class _Maker:
         if self.chat:
             spare = len(encode(self.tokenizer, "".join(as_chat(self.tokenizer, (), "", "x", name))))
         written, samples = self._write(name, known, length, spare)
-        for _ in range(_ROUNDS):
+        for tries in range(_ROUNDS):
             over = max(map(_tokens, samples)) + known.new_tokens - length
             if over <= 0:
                 break
-            spare += over
+            spare += over << tries  # a script that leaves no room for the answer notices only more than that room
             written, samples = self._write(name, known, length, spare)
         else:
             raise TooShort("too long")

@@ -42,6 +42,14 @@ def samples(made, tokenizer, name):
     return [(*texts(tokenizer, sample), sample.answers) for sample in made[0][name].samples]
 
 
+@pytest.mark.parametrize("length", [2600, 2700])
+def test_a_script_that_leaves_no_room_for_the_answer_is_asked_for_less_until_there_is(tokenizer, length):
+    """At 2700 a sample of fwe is too long by less than the room that it is told to spare at first."""
+    (task,), _ = make_ruler_tasks(["fwe"], tokenizer, [length], EPISODES, seed=1)
+    sizes = [len(sample.context) + len(sample.question) + task.new_tokens for sample in task.samples]
+    assert length / 2 < max(sizes) <= length
+
+
 def test_all_thirteen_fit_and_are_the_tokens_of_one_text(made, tokenizer):
     tasks, source = made
     assert list(tasks) == list(RULER)
