@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import statistics as std
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from . import statistics
+from . import standard_errors
 from .measurements import PERPLEXITY, Batch, Measured
 from .prompts import Prompts
 
@@ -44,7 +44,7 @@ def result_row(
     layers: int,
     full: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """One entry of "results". "…_se" are standard errors over windows or samples; see `statistics` for formulas.
+    """One entry of "results". "…_se" are standard errors over windows or samples; see `standard_errors` for formulas.
 
     Bytes and times are those of the first task's batches (the perplexity windows, if there are any), since
     they depend on the length of the context.
@@ -67,11 +67,11 @@ def compared(row: Mapping[str, Any], full: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"perplexity_ratio": None, "perplexity_ratio_se": None, "relative": {}, "relative_se": {}}
     nll, base = row.get("window_nll"), full.get("window_nll")
     if nll and base and None not in nll and None not in base:
-        found["perplexity_ratio"], found["perplexity_ratio_se"] = statistics.perplexity_ratio(nll, base)
+        found["perplexity_ratio"], found["perplexity_ratio_se"] = standard_errors.perplexity_ratio(nll, base)
     for task, scores in row.get("sample_scores", {}).items():
         of_full = full.get("sample_scores", {}).get(task)
         if of_full is not None:
-            found["relative"][task], found["relative_se"][task] = statistics.relative(scores, of_full)
+            found["relative"][task], found["relative_se"][task] = standard_errors.relative(scores, of_full)
     return found
 
 
@@ -80,11 +80,13 @@ def low_scores(full: Mapping[str, Any]) -> dict[str, float]:
     return {task: score for task, score in (full.get("scores") or {}).items() if score < LOW}
 
 
-def mean_score(row: Mapping[str, Any], kind: str = "scores", tasks: Sequence[str] | None = None) -> statistics.Estimate:
+def mean_score(
+    row: Mapping[str, Any], kind: str = "scores", tasks: Sequence[str] | None = None
+) -> standard_errors.Estimate:
     """Over tasks and lengths. Args: kind: "scores" or "relative"; tasks: all that were run."""
     found, errors = row.get(kind) or {}, row.get(f"{kind}_se") or {}
     names = [task for task in found if tasks is None or task in tasks]
-    return statistics.mean_of([(found[task], errors.get(task)) for task in names if found[task] is not None])
+    return standard_errors.mean_of([(found[task], errors.get(task)) for task in names if found[task] is not None])
 
 
 def _perplexity(found: Sequence[Measured], prompts: Prompts, layers: int) -> dict[str, Any]:
@@ -94,18 +96,18 @@ def _perplexity(found: Sequence[Measured], prompts: Prompts, layers: int) -> dic
         return row
     tokens = prompts.windows.continuations.shape[1]
     nll = [each / tokens for batch in found for each in batch.nll]
-    row["perplexity"], row["perplexity_se"] = statistics.perplexity(nll)
-    row["window_nll"] = [statistics.mean([each])[0] for each in nll]
+    row["perplexity"], row["perplexity_se"] = standard_errors.perplexity(nll)
+    row["window_nll"] = [standard_errors.mean([each])[0] for each in nll]
     for name, kind in (("attention_error", "error"), ("attention_mass", "mass")):
         parts = [getattr(batch, kind) for batch in found]
         by_layer = [
             [each for part in parts for each in part[layer]] if all(layer in part for part in parts) else None
             for layer in map(str, range(layers))
         ]
-        row[name] = [None if rows is None else statistics.mean(rows)[0] for rows in by_layer]
+        row[name] = [None if rows is None else standard_errors.mean(rows)[0] for rows in by_layer]
         known = [rows for rows in by_layer if rows is not None]
         if kind == "error" and known:
-            row["attention_error_se"] = statistics.mean([sum(of) / len(of) for of in zip(*known, strict=True)])[1]
+            row["attention_error_se"] = standard_errors.mean([sum(of) / len(of) for of in zip(*known, strict=True)])[1]
     return row
 
 
@@ -115,11 +117,12 @@ def _scores(by_task: Mapping[str, Sequence[Measured]], prompts: Prompts) -> dict
     for task in prompts.tasks:
         samples = sorted((one for part in by_task[task.key] for one in part.samples), key=lambda one: int(one["index"]))
         scores = [sample["score"] for sample in samples]
-        row["scores"][task.key], row["scores_se"][task.key] = statistics.mean(scores)
+        row["scores"][task.key], row["scores_se"][task.key] = standard_errors.mean(scores)
         row["sample_scores"][task.key] = scores
         depths = sorted({sample["depth"] for sample in samples if sample["depth"] is not None})
         row["scores_by_depth"][task.key] = {
-            str(depth): std.mean(sample["score"] for sample in samples if sample["depth"] == depth) for depth in depths
+            str(depth): statistics.mean(sample["score"] for sample in samples if sample["depth"] == depth)
+            for depth in depths
         }
     return row
 
@@ -128,8 +131,8 @@ def _costs(batches: Sequence[Measured]) -> dict[str, Any]:
     counts = [batch.rows for batch in batches]
     row = {
         "resident_bytes": sum(batch.resident_bytes for batch in batches) / sum(counts),
-        "bytes_per_step": sum(std.mean(batch.bytes_read) for batch in batches) / sum(counts),
-        "ms_per_step": std.median(each for batch in batches if batch.rows == max(counts) for each in batch.ms),
+        "bytes_per_step": sum(statistics.mean(batch.bytes_read) for batch in batches) / sum(counts),
+        "ms_per_step": statistics.median(each for batch in batches if batch.rows == max(counts) for each in batch.ms),
     }
     hits, needed = (sum(batch.device_hits[which] for batch in batches) for which in (0, 1))
     return row | ({"hit_rate": hits / needed} if needed else {})

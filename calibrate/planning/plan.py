@@ -13,7 +13,7 @@ from ..evaluation.protocol import evaluate
 from ..evaluation.results import Results
 from .allocate import Choice, choices, hull, within
 from .points import DENSE, Point, Problem, Setting, measure, problems
-from .prompts import Measured
+from .prompts import PlanningRows
 from .settings import bases, grid
 
 Progress = Callable[[int, int], None]
@@ -40,7 +40,7 @@ class Offers:
 def measure_offers(
     model: Any,
     artifact: Artifact,
-    rows: Measured,
+    rows: PlanningRows,
     method: str,
     batch_size: int = BATCH_SIZE,
     progress: Progress | None = None,

@@ -21,7 +21,7 @@ STEPS = 16
 
 
 @dataclass(frozen=True)
-class Measured:
+class PlanningRows:
     """What settings are measured on."""
 
     ids: Tensor
@@ -32,7 +32,7 @@ class Measured:
     """The first rows; the others end in a question and its answer."""
 
 
-def split_prompts(prompts: Prompts, windows: int, questions: int) -> tuple[Measured, Prompts]:
+def split_prompts(prompts: Prompts, windows: int, questions: int) -> tuple[PlanningRows, Prompts]:
     """The first windows, and the first questions of the last task, to measure on; the others to check on.
 
     Raises:
@@ -51,7 +51,7 @@ def split_prompts(prompts: Prompts, windows: int, questions: int) -> tuple[Measu
         length = min(prefix + steps, *map(len, whole))
         answered = torch.tensor([(row[0], *row[len(row) - length + 1 :]) for row in whole], dtype=torch.int64)
         rows = torch.cat((rows[:, :length], answered))
-    measured = Measured(rows[:, : prefix + steps], steps, windows)
+    measured = PlanningRows(rows[:, : prefix + steps], steps, windows)
     tasks = tuple(dataclasses.replace(task, samples=task.samples[questions:]) for task in prompts.tasks)
     return measured, Prompts(Windows(ids[windows:], prefix), tasks)
 

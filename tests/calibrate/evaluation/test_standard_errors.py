@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 from kvcal.calibrate.evaluation.rows import compared, low_scores
-from kvcal.calibrate.evaluation.statistics import mean, mean_of, perplexity, perplexity_ratio, relative
+from kvcal.calibrate.evaluation.standard_errors import mean, mean_of, perplexity, perplexity_ratio, relative
 
 RANDOM = np.random.default_rng(0)
 BASE = RANDOM.normal(3, 0.5, 12)
