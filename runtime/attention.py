@@ -99,11 +99,17 @@ def attention_mass(query: Tensor, key: Tensor, logits: Logits, limits: Tensor | 
 
 def probabilities(query: Tensor, key: Tensor, logits: Logits, visible: Tensor | None = None) -> Tensor:
     """[B, H, G, T, S] float32 attention weights; `visible` as in `attention`."""
-    packed = query.unflatten(1, (key.shape[1], -1))
-    scores = logits.of(packed.float() @ key.float().unsqueeze(2).mT)
+    group = query.shape[1] // key.shape[1]
+    packed = query.unflatten(1, (key.shape[1], group)).flatten(2, 3)  # the group's queries: rows of one product
+    scores = logits.of(packed.float() @ key.float().mT).unflatten(2, (group, -1))
     if visible is not None:
         scores = scores.masked_fill(~visible.unsqueeze(2), -torch.inf)
     return logits.softmax(scores)
+
+
+def weighted(weights: Tensor, value: Tensor) -> Tensor:
+    """[B, Hq, T, Dv] float32: sums of `value` [B, H, S, Dv], weighted by `probabilities` [B, H, G, T, S]."""
+    return (weights.flatten(2, 3) @ value.float()).unflatten(2, weights.shape[2:4]).flatten(1, 2)
 
 
 def _blocks(query: Tensor, key: Tensor, limits: Tensor | None) -> Iterator[tuple[slice, int, Tensor]]:
@@ -125,4 +131,4 @@ def _explicit(
         square = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
         visible = square.tril()[None, None]
     weights = probabilities(query, key, logits, visible)
-    return (weights @ value.float().unsqueeze(2)).flatten(1, 2).to(query.dtype)
+    return weighted(weights, value).to(query.dtype)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...runtime.attention import Logits, probabilities
+from ...runtime.attention import Logits, probabilities, weighted
 
 
 class History:
@@ -56,7 +56,7 @@ class AttentionProbe:
         started = now(query.device)
         keys, values = self._histories[layer].append(key, value)
         weights = probabilities(query, keys, logits)
-        dense = (weights @ values.float().unsqueeze(2)).flatten(1, 2)
+        dense = weighted(weights, values)
         weights = weights.flatten(1, 2).squeeze(2)
         error = (output.float() - dense).norm(dim=-1) / dense.norm(dim=-1).clamp_min(1e-30)
         read = store.read_mask()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...artifacts import Artifact
-from ...runtime.attention import Logits, probabilities
+from ...runtime.attention import Logits, probabilities, weighted
 from ...runtime.settings import plan
 from ...runtime.stores import Store
 from ...runtime.stores.full import FullStore
@@ -98,7 +98,7 @@ class Problem:
             now, held = slice(at, at + 1), slice(0, at + 1)
             query = self.query[:, :, at - prefix : at - prefix + 1]
             weights = probabilities(query, self.key[:, :, held], self.logits)
-            dense = (weights @ self.value[:, :, held].float().unsqueeze(2)).flatten(1, 2)
+            dense = weighted(weights, self.value[:, :, held])
             yield query, self.key[:, :, now], self.value[:, :, now], dense
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...artifacts import Artifact, KvcalError
-from ..attention import Logits, attention_mass, probabilities
+from ..attention import Logits, attention_mass, probabilities, weighted
 from .amounts import Budget
 from .evicting import EvictingStore
 from .saved import Saved, require
@@ -51,7 +51,7 @@ class H2OStore(EvictingStore):
         if self._paused is not None:  # its query is padding
             received = received.masked_fill(self._paused.to(key.device).view(-1, 1, 1, 1), 0)
         self.rows["mass"].view.add_(received)
-        return (weights @ value.float().unsqueeze(2)).flatten(1, 2).to(query.dtype)
+        return weighted(weights, value).to(query.dtype)
 
     def _append(self, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
         self._paused = None if valid is None else ~valid[:, 0]
