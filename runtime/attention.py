@@ -103,7 +103,7 @@ def probabilities(query: Tensor, key: Tensor, logits: Logits, visible: Tensor | 
     packed = query.unflatten(1, (key.shape[1], group)).flatten(2, 3)  # the group's queries: rows of one product
     scores = logits.of(packed.float() @ key.float().mT).unflatten(2, (group, -1))
     if visible is not None:
-        scores = scores.masked_fill(~visible.unsqueeze(2), -torch.inf)
+        scores.masked_fill_(~visible.unsqueeze(2), -torch.inf)
     return logits.softmax(scores)
 
 

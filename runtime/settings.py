@@ -19,14 +19,20 @@ from .stores import METHODS, Method, Store
 DEFAULT_METHOD = "loki"
 
 
-def plan(method: Any, settings: Mapping[str, Any], layers: Sequence[int], total: int) -> dict[int, Method]:
+def plan(
+    method: Any, settings: Mapping[str, Any], layers: Sequence[int], total: int, sharing: bool = False
+) -> dict[int, Method]:
     """The method of each of `layers`, those with full attention among the model's `total`.
+
+    Args:
+        sharing: layers share keys: methods with a basis take "pca" where none is named, since the score basis is fitted
+            to the queries of one layer.
 
     Raises:
         KvcalError: unknown method, parameter or layer; a layer without a value or with two.
     """
     if not layers and total:  # nothing will be compressed, but what was asked for is checked all the same
-        plan(method, settings, range(total), total)
+        plan(method, settings, range(total), total, sharing)
         return {}
     settings = dict(settings)
     dense_layers = settings.pop("dense_layers", 0)
@@ -48,6 +54,8 @@ def plan(method: Any, settings: Mapping[str, Any], layers: Sequence[int], total:
                 raise _unknown(key, name, known)
         if layer < dense_layers:
             name, shared, own = "full", {}, {}
+        elif sharing and "basis" in known:
+            shared.setdefault("basis", "pca")
         chosen[layer] = METHODS[name](**{**shared, **own})
     for name in values:
         if name not in used:

@@ -20,6 +20,7 @@ from kvcal.calibrate.evaluation.prompts import Prompts, make_prompts
 from kvcal.calibrate.evaluation.protocol import evaluate
 from kvcal.calibrate.evaluation.results import Results
 from kvcal.calibrate.models import max_context
+from kvcal.runtime.stores import METHODS
 
 Setting = dict[str, Any]
 CONTINUATION = 64
@@ -40,6 +41,12 @@ def methods(bench: Bench, only: str | None = None) -> None:
             if only in (None, setting["method"])
         ]
         _decode(bench, f"methods-{length}", _on_text(bench, length, ("perplexity", "passkey")), grid, bench.artifact())
+
+
+def defaults(bench: Bench, only: str | None = None) -> None:
+    """Every method as it decodes when nothing is said."""
+    grid = [{"method": name} for name in METHODS if name != "full" and only in (None, name)]
+    _decode(bench, "defaults", _on_text(bench, _shortest(bench), ("perplexity", "passkey")), grid, bench.artifact())
 
 
 def papers(bench: Bench, only: str | None = None) -> None:
@@ -75,15 +82,15 @@ def _shortest(bench: Bench) -> int:
     return min(bench.subject.lengths)
 
 
-def _on_text(bench: Bench, length: int, tasks: Sequence[str], episodes: int = 20) -> Prompts:
+def _on_text(bench: Bench, length: int, tasks: Sequence[str]) -> Prompts:
     return make_prompts(
         open_data(list(UNSEEN["both"])),
         bench.loaded.tokenizer,
         prefix=length,
         continuation=CONTINUATION,
-        windows=8 if length < 4096 else 4,
+        windows=8 if length < 7680 else 4,
         tasks=tasks,
-        episodes=episodes if length < 4096 else episodes // 2,
+        episodes=20 if length < 4096 else 8 if length < 16384 else 4,
         name="unseen text",
         most_tokens=max_context(bench.loaded.model.config),
     )

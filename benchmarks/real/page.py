@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import figure
 import page_decoding
 from subjects import SUBJECTS, Subject
 from tables import named, number, read, table
@@ -71,24 +72,42 @@ def transfer(folder: Path, subject: Subject) -> str:
     return table(header, [[key, *(number(entry["error"]) for entry in row)] for key, row in found.items()])
 
 
+def first_token(folder: Path, subject: Subject) -> str:
+    """Attention output errors with what a method chooses, and with the first token (or page) besides. mass: of the
+    dense attention, on the first token; read: share of heads and steps that choose it. Means of layers."""
+    rows = read(folder / f"{subject.model}-first-token.json").get("settings", [])
+    lines = [
+        [named(row["setting"]), *(number(row[name]) for name in ("mass", "read", "error", "error_with"))]
+        for row in rows
+    ]
+    return table(["method", "mass", "read", "error", "error, always read"], lines) if rows else ""
+
+
+def choices(folder: Path, subject: Subject) -> str:
+    """The same bytes spent in different ways, by what is chosen."""
+    found = read(folder / f"{subject.model}-choices.json")
+    rows = [[name, *_errors_of(entry)] for name, entries in found.items() for entry in entries]
+    header = ["choice", "method", "read", "error", "without the first layer", "worst layer"]
+    return table(header, rows) if rows else ""
+
+
 def attention(folder: Path, subject: Subject) -> str:
     """Every method at equal bytes: the attention error, mean of layers, without the first, and the worst layer."""
     parts = []
     for length in subject.lengths:
         found = read(folder / f"{subject.model}-attention-{length}.json")
-        rows = [_errors(key.partition(" ")[0], entry) for key, entries in found.items() for entry in entries]
+        rows = [[key.partition(" ")[0], *_errors_of(entry)] for key, entries in found.items() for entry in entries]
         if rows:
             header = ["bytes", "method", "read", "error", "without the first layer", "worst layer"]
             parts.append(f"### {length} tokens\n\n{table(header, rows)}")
     return "\n\n".join(parts)
 
 
-def _errors(level: str, entry: Mapping[str, Any]) -> Sequence[str]:
+def _errors_of(entry: Mapping[str, Any]) -> Sequence[str]:
     layers = list(entry["by_layer"].items())
     worst, error = max(layers, key=lambda item: item[1])
     others = statistics.mean(value for _, value in layers[1:]) if len(layers) > 1 else None
     return [
-        level,
         named(entry["setting"]),
         number(entry["bytes"], ".4f"),
         number(entry["error"]),
@@ -102,9 +121,12 @@ PARTS: Mapping[str, tuple[str, Part]] = {
     "tokens": ("How much text is enough", tokens),
     "bases": ("Key PCA and the score basis", bases),
     "transfer": ("Calibration text against evaluation text", transfer),
+    "first-token": ("The first token", first_token),
     "attention": ("Attention errors at equal bytes", attention),
+    "choices": ("What the defaults are chosen from", choices),
     "methods": ("Decoding at equal bytes", page_decoding.methods),
     "papers": ("Decoding with the papers' settings", page_decoding.papers),
+    "defaults": ("Decoding with our defaults", page_decoding.defaults),
     "why-loki": ("Why Loki loses", page_decoding.why_loki),
     "questions": ("Calibrated on questions", page_decoding.questions),
     "ruler-full": ("RULER, the model itself", page_decoding.ruler_full),
@@ -119,4 +141,5 @@ def write(folder: Path) -> None:
             if body := part(folder / "real", subject):
                 about = " ".join((part.__doc__ or name).split())
                 sections.append(f"## {title}: {subject.model}\n\n{about}\n\n{body}")
+    figure.write(folder, next(iter(SUBJECTS.values())))
     (folder / "real.md").write_text("\n\n".join(sections) + "\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,41 @@ Row = Mapping[str, Any]
 
 def methods(folder: Path, subject: Subject) -> str:
     """Perplexity over full's and answers at equal bytes, by length. read: bytes of a 16-bit cache, counted by the
-    stores in the part on attention errors; – for h2o, which holds what it keeps and a sum for each token."""
+    stores in the part on attention errors, except for h2o, whose tokens have 8 bytes besides."""
     parts = []
     for length in subject.lengths:
         rows = read(folder / f"{subject.model}-methods-{length}.json").get("results", [])
         if rows:
-            read_bytes = _bytes(folder / f"{subject.model}-attention-{length}.json")
-            ordered = sorted(rows, key=lambda row: read_bytes.get(_key(row), row.get("keep") or 1.0))
-            parts.append(f"### {length} tokens\n\n{_table(ordered, read_bytes)}")
+            shares = bytes_of(folder, subject, length)
+            ordered = sorted(rows, key=lambda row: shares(row) or row.get("keep", 1.0))
+            parts.append(f"### {length} tokens\n\n{_table(ordered, shares)}")
     return "\n\n".join(parts)
 
 
+def bytes_of(folder: Path, subject: Subject, length: int) -> Callable[[Row], float | None]:
+    """Of a row: bytes of a 16-bit cache that its setting reads, over those of all; None: not measured."""
+    found = read(folder / f"{subject.model}-attention-{length}.json")
+    measured = {_key(entry["setting"]): entry["bytes"] for entries in found.values() for entry in entries}
+
+    def share(row: Row) -> float | None:
+        if row["method"] == "full":
+            return 1.0
+        if row["method"] == "h2o":
+            return float(row["keep"]) * (1 + 8 / (4 * subject.head_dim))
+        return measured.get(_key(row))
+
+    return share
+
+
 def papers(folder: Path, subject: Subject) -> str:
-    """With the settings of the papers, and ours by default. read: of a float32 cache."""
+    """With the settings of the papers; spectral as it was when this was measured. read: of a float32 cache."""
     rows = read(folder / f"{subject.model}-papers.json").get("results", [])
+    return _table(rows, _of_this_run(rows)) if rows else ""
+
+
+def defaults(folder: Path, subject: Subject) -> str:
+    """With no settings at all. read: of a float32 cache."""
+    rows = read(folder / f"{subject.model}-defaults.json").get("results", [])
     return _table(rows, _of_this_run(rows)) if rows else ""
 
 
@@ -76,13 +97,13 @@ def _scores(folder: Path, pattern: str) -> str:
     return "\n\n".join(parts)
 
 
-def _table(rows: Sequence[Row], read_bytes: Mapping[str, float], names: Sequence[str] | None = None) -> str:
+def _table(rows: Sequence[Row], share: Callable[[Row], float | None], names: Sequence[str] | None = None) -> str:
     tasks = list(rows[0]["scores"])
     lines = [
         [
             *([names[at]] if names else []),
             named(parameters(row)),
-            number(read_bytes.get(_key(row)), ".4f"),
+            number(share(row), ".4f"),
             with_error(row["perplexity_ratio"], row["perplexity_ratio_se"]),
             *(with_error(row["scores"][task], row["scores_se"][task], ".2f") for task in tasks),
         ]
@@ -91,14 +112,8 @@ def _table(rows: Sequence[Row], read_bytes: Mapping[str, float], names: Sequence
     return table([*(["what"] if names else []), "method", "read", "perplexity / full", *tasks], lines)
 
 
-def _bytes(path: Path) -> dict[str, float]:
-    """By setting."""
-    return {_key(entry["setting"]): entry["bytes"] for entries in read(path).values() for entry in entries}
-
-
-def _of_this_run(rows: Sequence[Row]) -> dict[str, float]:
-    full = rows[0]["bytes_per_step"]
-    return {_key(row): row["bytes_per_step"] / full for row in rows}
+def _of_this_run(rows: Sequence[Row]) -> Callable[[Row], float | None]:
+    return lambda row: row["bytes_per_step"] / rows[0]["bytes_per_step"]
 
 
 def _key(setting: Row) -> str:

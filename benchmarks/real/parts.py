@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from attention import errors, unseen
-from decoding import forget, methods, papers, ruler, why_loki
+from choices import CHOICES
+from decoding import defaults, forget, methods, papers, ruler, why_loki
+from first_token import first_token
 from settings import LEVELS, at_equal_bytes
-from subjects import TEXTS, UNSEEN, Bench
+from subjects import UNSEEN, Bench
 
 from kvcal.calibrate.rank import rank_report
 
@@ -23,7 +25,7 @@ KEEP = 1 / 16
 def ranks(bench: Bench, only: str | None = None) -> None:
     """Ranks by layer, of keys before and after the rotary embedding, queries and values."""
     done = Done(bench.path("ranks"))
-    for text in TEXTS:
+    for text in bench.subject.texts:
         done.once(text, lambda text=text: rank_report(bench.artifact(text)))
 
 
@@ -52,7 +54,7 @@ def transfer(bench: Bench, only: str | None = None) -> None:
     """Calibration text against evaluation text."""
     done = Done(bench.path("transfer"))
     settings = [_loki(rank, basis) for basis in ("pca", "score") for rank in (8, 16, 32)]
-    for calibrated in TEXTS:
+    for calibrated in bench.subject.texts:
         for text in ("prose", "code"):
             _errors(bench, done, f"{calibrated} → {text}", text, settings, bench.artifact(calibrated))
 
@@ -67,6 +69,20 @@ def attention(bench: Bench, only: str | None = None) -> None:
                 if setting["method"] != "h2o" and only in (None, setting["method"]):
                     key = f"{level} {json.dumps(setting)}"
                     _errors(bench, done, key, "both", [setting], bench.artifact(), length)
+
+
+def choices(bench: Bench, only: str | None = None) -> None:
+    """What the defaults are chosen from: the same bytes spent in different ways."""
+    done = Done(bench.path("choices"))
+    for name, settings in CHOICES.items():
+        _errors(bench, done, name, "both", settings, bench.artifact())
+
+
+def first_tokens(bench: Bench, only: str | None = None) -> None:
+    """What of the loss is the first token, not chosen."""
+    done = Done(bench.path("first-token"))
+    length = next(iter(bench.subject.lengths))
+    done.once("settings", lambda: first_token(_problems(bench, "both", length), bench.artifact()))
 
 
 def _loki(rank: int, basis: str, stage: str = "post") -> dict[str, Any]:
@@ -118,12 +134,15 @@ PARTS: Mapping[str, Callable[[Bench, str | None], None]] = {
     "bases": bases,
     "transfer": transfer,
     "attention": attention,
+    "choices": choices,
+    "first-token": first_tokens,
     "methods": methods,
     "papers": papers,
+    "defaults": defaults,
     "why-loki": why_loki,
     "ruler": ruler,
 }
-OF_METHODS = ("attention", "methods", "papers", "ruler")
+OF_METHODS = ("attention", "methods", "papers", "defaults", "ruler")
 """What is measured again for one method alone."""
 
 

@@ -33,6 +33,8 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
     for name in () if options.page else options.model or SUBJECTS:
         wanted = options.part or (parts.OF_METHODS if options.method else parts.PARTS)
+        own = SUBJECTS[name].parts
+        wanted = [part for part in wanted if own is None or part in own]
         parts.run(Bench(SUBJECTS[name], options.work, results), wanted, options.method)
     page.write(FOLDER)
 

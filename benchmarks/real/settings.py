@@ -24,7 +24,7 @@ def at_equal_bytes(level: float, head_dim: int, length: int) -> list[Setting]:
     size = max(16, _power_of_two(1 / level))
     held = round(level * length)
     return [
-        {"method": "loki", "rank": dims, "keep": _share(rows), **GROUP},
+        {"method": "loki", "rank": dims, "keep": _share(rows), "basis": "pca", **GROUP},
         {"method": "loki", "rank": dims, "keep": _share(rows), "basis": "score", **GROUP},
         {"method": "sparq", "rank": dims, "keep": _share(rows), **GROUP},
         {"method": "quest", "page": page, "keep": _share(level - 1 / page), **GROUP},
@@ -54,29 +54,32 @@ def _spectral(level: float, head_dim: int) -> list[Setting]:
     return []
 
 
+PUBLISHED: Setting = {"method": "loki", "rank": 0.25, "keep": 0.25, "basis": "pca", "select": "head"}
 PAPERS: list[Setting] = [
-    {"method": "loki", "rank": 0.25, "keep": 0.25},
-    {"method": "exact_topk", "keep": 0.25},
+    PUBLISHED,
+    {"method": "exact_topk", "keep": 0.25, "select": "head"},
     {"method": "h2o", "keep": 0.25},
-    {"method": "quest", "page": 16, "keep": 0.25},
-    {"method": "sparq", "rank": 0.25, "keep": 0.25},
-    {"method": "clusterkv", "keep": 1024},
-    {"method": "subgen"},
-    {"method": "spectral"},
+    {"method": "streaming", "keep": 0.25},
+    {"method": "quest", "page": 16, "keep": 0.25, "select": "head"},
+    {"method": "sparq", "rank": 0.25, "keep": 0.25, "select": "head"},
+    {"method": "clusterkv", "keep": 1024, "tokens_per_cluster": 80, "window": 320, "sinks": 16},
+    {"method": "subgen", "window": 128, "clusters": 64, "t": 4, "s": 256},
+    {"method": "spectral", "rank": 0.5, "bits": 2, "keep": 0.0625, "tokens_per_cluster": 32},
 ]
-"""As published, or as ours by default: each query head chooses for itself where the paper's do."""
+"""As published, and spectral: each query head chooses for itself where the paper's do."""
 
 WHY_LOKI: dict[str, Setting] = {
-    "as published": {"method": "loki", "rank": 0.25, "keep": 0.25},
-    "chosen by the group": {"method": "loki", "rank": 0.25, "keep": 0.25, "select": "group"},
-    "the score basis": {"method": "loki", "rank": 0.25, "keep": 0.25, "basis": "score"},
-    "half of the rank": {"method": "loki", "rank": 0.5, "keep": 0.25},
-    "three quarters of the rank": {"method": "loki", "rank": 0.75, "keep": 0.25},
-    "exact scores": {"method": "exact_topk", "keep": 0.25},
-    "first layer dense": {"method": "loki", "rank": 0.25, "keep": 0.25, "dense_layers": 1},
-    "sinks, recent tokens and a tail": {"method": "loki", "rank": 0.25, "keep": 0.25, "tail": True},
-    "pre-rotary basis": {"method": "loki", "rank": 0.25, "keep": 0.25, "stage": "pre"},
-    "half of the tokens": {"method": "loki", "rank": 0.25, "keep": 0.5},
+    "as published": PUBLISHED,
+    "chosen by the group": {**PUBLISHED, "select": "group"},
+    "the score basis": {**PUBLISHED, "basis": "score"},
+    "half of the rank": {**PUBLISHED, "rank": 0.5},
+    "three quarters of the rank": {**PUBLISHED, "rank": 0.75},
+    "exact scores": {"method": "exact_topk", "keep": 0.25, "select": "head"},
+    "first layer dense": {**PUBLISHED, "dense_layers": 1},
+    "first two layers dense": {**PUBLISHED, "dense_layers": 2},
+    "sinks, recent tokens and a tail": {**PUBLISHED, "tail": True},
+    "pre-rotary basis": {**PUBLISHED, "stage": "pre"},
+    "half of the tokens": {**PUBLISHED, "keep": 0.5},
 }
 
 

@@ -38,9 +38,14 @@ class Subject:
     model: str
     head_dim: int
     lengths: dict[int, tuple[str, ...]]
-    """Tokens of a prefix -> the levels of bytes that every method is measured at."""
-    sizes: tuple[int, ...]
+    """Tokens of a prefix -> the levels of bytes that every method is measured at. The first is the shortest, which all
+    that needs no length of its own is measured at."""
+    texts: tuple[str, ...] = ("prose", "code", "both")
+    """What is calibrated on."""
+    sizes: tuple[int, ...] = ()
     """Tokens calibrated on, to see from where on ranks and errors stand still."""
+    parts: tuple[str, ...] | None = None
+    """Of the measurement; None: all."""
     seq_len: int = 2048
 
 
@@ -49,9 +54,15 @@ SUBJECTS = {
         "smollm2-135m",
         64,
         {2048: ("1/32", "1/16", "1/8", "1/4", "1/2"), 4096: ("1/16", "1/8", "1/4"), 7680: ("1/16", "1/8", "1/4")},
-        (8192, 32768, 131072, 524288),
+        sizes=(8192, 32768, 131072, 524288),
     ),
-    "gemma-3-270m": Subject("gemma-3-270m", 256, {16384: ("1/16", "1/8", "1/4")}, (TOKENS,)),
+    "gemma-3-270m": Subject(
+        "gemma-3-270m",
+        256,
+        {2048: ("1/16", "1/8", "1/4"), 16384: ("1/16", "1/8", "1/4")},
+        ("both",),
+        parts=("ranks", "bases", "first-token", "attention", "methods", "papers", "why-loki"),
+    ),
 }
 
 

@@ -24,7 +24,9 @@ def number(value: float | None, form: str = ".3f") -> str:
 
 def named(setting: Mapping[str, Any]) -> str:
     """ "`loki` rank 8, keep 0.0625, basis score": what tells settings of one table apart."""
-    shown = {name: value for name, value in setting.items() if name not in ("method", "select")}
+    shown = {
+        name: value for name, value in setting.items() if name != "method" and (name, value) != ("select", "group")
+    }
     return f"`{setting['method']}` " + ", ".join(
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()
     )

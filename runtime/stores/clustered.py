@@ -23,7 +23,7 @@ from .tail import OWNER, Remainder, Tail
 class Clustered(Selection):
     tail: bool = False
     """What is not read contributes through its cluster."""
-    tokens_per_cluster: int = 16
+    tokens_per_cluster: int = 80
     window: int = 64
     """Decoded tokens that are clustered together once there are so many, or once they and the sinks take half of what
     is read; until then they are read exactly."""

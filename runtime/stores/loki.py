@@ -32,13 +32,13 @@ from .thresholds import Thresholds, bounds, fit_layer, room
 
 @dataclass(frozen=True)
 class Loki(Clustered):
-    rank: Amount | str = 0.25
+    rank: Amount | str = 0.125
     """Dimensions that are scored: a fraction, a count, or "variance:0.9", the fewest that hold 90 % of what
     the basis is ordered by, in every KV head of the layer."""
     stage: str = "post"
     """Keys before ("pre") or after ("post") their rotary embedding were what the basis was fitted on."""
-    basis: str = "pca"
-    """"pca" or "score"."""
+    basis: str = "score"
+    """"score", or "pca" as published, which often does not see a token that all queries attend to."""
     choice: str = "exact"
     """"exact": the highest scores, as many as `keep` says. "threshold": what reaches a calibrated threshold, about as
     many on average. It needs the artifact's reservoir, and scores that need no second look: `select` head or max."""

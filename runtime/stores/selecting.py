@@ -18,7 +18,7 @@ from .row_store import RowStore
 class Selection(Budget):
     """What is read per step."""
 
-    select: str = "head"
+    select: str = "group"
     """"head": each query head reads its own tokens (as published). "group", "max": the heads of a KV head read the
     same, those of the largest mean of their softmaxes, or of the largest logit in any, which needs no second pass."""
 

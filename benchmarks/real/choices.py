@@ -1,0 +1,96 @@
+"""What every default is chosen from: the same bytes, spent in different ways, and what the attention then loses.
+
+A row of 16 bits as in `settings`: rank r costs r / 2·D of the bytes, the rest are rows read exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Setting = dict[str, Any]
+LEVEL = 1 / 8
+"""Of the bytes, where nothing else is said."""
+HEAD_DIM, GROUP = 64, 3
+"""SmolLM2's, and its query heads for each KV head: so many times the rows are read where each chooses for itself."""
+
+
+def _loki(rank: int, level: float = LEVEL, **other: Any) -> Setting:
+    return {"method": "loki", "rank": rank, "keep": _rows(rank, level), "basis": "score", "select": "group", **other}
+
+
+def _sparq(rank: int, **other: Any) -> Setting:
+    return {"method": "sparq", "rank": rank, "keep": _rows(rank, LEVEL), "select": "group", **other}
+
+
+def _rows(rank: int, level: float) -> float:
+    return round(level - rank / (2 * HEAD_DIM), 5)
+
+
+def _quest(page: int, **other: Any) -> Setting:
+    return {"method": "quest", "page": page, "keep": round(LEVEL - 1 / page, 5), "select": "group", **other}
+
+
+def _clusterkv(size: int, keep: float | None = None, **other: Any) -> Setting:
+    rows = round(LEVEL - 0.5 / size, 5) if keep is None else keep
+    return {"method": "clusterkv", "tokens_per_cluster": size, "keep": rows, "window": 64, "sinks": 4, **other}
+
+
+def _streaming(sinks: int) -> Setting:
+    return {"method": "streaming", "keep": LEVEL, "sinks": sinks}
+
+
+def _subgen(window: int, clusters: int, values: int, **other: Any) -> Setting:
+    return {"method": "subgen", "window": window, "clusters": clusters, "t": 2, "s": values, **other}
+
+
+def _spectral(rank: int, bits: int, size: int = 80, **other: Any) -> Setting:
+    codes = (rank * bits / 8 + 2) / (4 * HEAD_DIM)
+    keep = round(LEVEL - codes - 1.5 / 4 / size, 5)
+    return {"method": "spectral", "rank": rank, "bits": bits, "keep": keep, "tokens_per_cluster": size, **other}
+
+
+CHOICES: Mapping[str, list[Setting]] = {
+    "Loki, the basis": [
+        _loki(8),
+        _loki(8, basis="pca"),
+        _loki(16, 1 / 4),
+        _loki(16, 1 / 4, basis="pca"),
+        _loki(24, 1 / 4, basis="pca"),
+    ],
+    "Loki, the rank": [_loki(rank) for rank in (1, 2, 4, 8, 12)],
+    "Loki, the rank at a quarter of the bytes": [_loki(rank, 1 / 4) for rank in (4, 8, 16, 24)],
+    "Loki, who chooses": [
+        _loki(8),
+        _loki(8, select="max"),
+        {**_loki(8), "select": "head", "keep": round(_rows(8, LEVEL) / GROUP, 5)},
+    ],
+    "Loki, what is always read, and a tail": [
+        _loki(8),
+        *(
+            {**_loki(8), "keep": round(_rows(8, LEVEL) - 1 / size, 5), "tail": True, "tokens_per_cluster": size}
+            for size in (32, 80)
+        ),
+    ],
+    "SparQ, the rank": [_sparq(rank) for rank in (2, 4, 8, 12)],
+    "SparQ, who chooses": [_sparq(8), {**_sparq(8), "select": "head", "keep": round(_rows(8, LEVEL) / GROUP, 5)}],
+    "Quest, the page": [_quest(page) for page in (16, 32, 64)],
+    "ClusterKV, tokens per cluster": [_clusterkv(size) for size in (8, 16, 32, 80)],
+    "ClusterKV, window and sinks": [
+        _clusterkv(16, window=16),
+        _clusterkv(16),
+        _clusterkv(16, sinks=1),
+        _clusterkv(16, sinks=16),
+    ],
+    "ClusterKV, a tail": [_clusterkv(32, LEVEL - 1 / 32, tail=True), _clusterkv(16, LEVEL - 1 / 16, tail=True)],
+    "StreamingLLM, sinks": [_streaming(sinks) for sinks in (0, 1, 4, 16, 64)],
+    "SubGen, its parts": [
+        _subgen(128, 16, 64),
+        _subgen(32, 16, 160),
+        _subgen(192, 8, 32),
+        _subgen(128, 16, 64, normaliser="values"),
+    ],
+    "spectral, codes": [_spectral(16, 4), _spectral(32, 2), _spectral(16, 2), _spectral(32, 4), _spectral(64, 2)],
+    "spectral, tokens per cluster": [_spectral(16, 4, 32), _spectral(16, 4, 160), _spectral(16, 4, tail=False)],
+}
+"""By what is chosen."""

@@ -1,0 +1,39 @@
+"""docs/results/real.png: quality against bytes of a 16-bit cache, of the methods at the shortest length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from page_decoding import bytes_of
+from subjects import Subject
+from tables import read
+
+from kvcal.calibrate.evaluation.figure import evaluation_figure
+
+MOST = 2.0
+"""Perplexity over full's: what loses more is not drawn, it would flatten all others."""
+_NAMED = ("method", "basis", "keep")
+_MEASURED = ("perplexity_ratio", "perplexity_ratio_se", "scores", "scores_se")
+
+
+def write(folder: Path, subject: Subject) -> None:
+    length = min(subject.lengths)
+    body = read(folder / "real" / f"{subject.model}-methods-{length}.json")
+    if body.get("results"):
+        shares = bytes_of(folder / "real", subject, length)
+        rows = [drawn for row in body["results"] if (drawn := _drawn(row, shares))]
+        settings = {"model": f"{subject.model}, float32, bytes of 16-bit rows", "prefix": length}
+        (folder / "real.png").write_bytes(evaluation_figure(settings, rows))
+
+
+def _drawn(row: Mapping[str, Any], shares: Callable[[Mapping[str, Any]], float | None]) -> dict[str, Any] | None:
+    """The row with no settings but those that name its line, since all others follow from its bytes."""
+    share = shares(row)
+    if share is None:
+        return None
+    kept = {name: row[name] for name in (*_NAMED, *_MEASURED) if name in row}
+    if (row["perplexity_ratio"] or 1.0) > MOST:
+        kept |= {"perplexity_ratio": None, "perplexity_ratio_se": None}
+    return {**kept, "bytes_per_step": share}
