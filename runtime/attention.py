@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-QUERY_BLOCK = 512
+QUERY_BLOCK = 128
 """Queries at a time where a mask or probabilities of [T, S] would otherwise be materialised."""
 
 

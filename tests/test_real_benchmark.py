@@ -61,3 +61,29 @@ def test_one_method_is_forgotten_with_what_was_not_finished(module, tmp_path):
     module("decoding").forget(path, "loki")
     left = json.loads(path.read_text())
     assert [row["method"] for row in left["results"]] == ["full", "quest"] and list(left["partial"]) == keys[1:]
+
+
+def test_the_page_states_what_was_measured(module, tmp_path):
+    """A ratio with its standard error, bytes as counted or as h2o's formula has them, and nothing that is missing."""
+    rows = [
+        _row({"method": "full"}, 1.0, 0.0, 0.9, 0.05),
+        _row({"method": "h2o", "keep": 0.5}, 1.25, 0.125, 0.0, 0.0),
+        _row({"method": "sparq", "rank": 8, "keep": 0.5}, 3.5, 0.5, 0.5, 0.1),
+    ]
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "smollm2-135m-methods-2048.json").write_text(json.dumps({"settings": {}, "results": rows}))
+    counted = [
+        {"setting": {"method": "sparq", "rank": 8, "keep": 0.5}, "bytes": 0.5678, "error": 0.1, "by_layer": {"0": 0.1}}
+    ]
+    (tmp_path / "real" / "smollm2-135m-attention-2048.json").write_text(json.dumps({"1/2 sparq": counted}))
+    module("page").write(tmp_path)
+    page = (tmp_path / "real.md").read_text()
+    assert "| `h2o` keep 0.5 | 0.5156 | 1.250 ± .125 | 0.00 ± .00 |" in page
+    assert "| `sparq` rank 8, keep 0.5 | 0.5678 | 3.500 ± .500 | 0.50 ± .10 |" in page
+    assert "RULER" not in page.partition("## ")[2] and (tmp_path / "real.png").stat().st_size > 1000
+
+
+def _row(setting, ratio, ratio_se, score, score_se):
+    task = "passkey@2048"
+    measured = {"perplexity_ratio": ratio, "perplexity_ratio_se": ratio_se, "bytes_per_step": 1.0}
+    return {**setting, **measured, "scores": {task: score}, "scores_se": {task: score_se}}

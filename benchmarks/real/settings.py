@@ -21,21 +21,23 @@ def at_equal_bytes(level: float, head_dim: int, length: int) -> list[Setting]:
     dims = _power_of_two(min(level * head_dim, LARGE_RANK * head_dim))
     rows = level - dims / (2 * head_dim)
     page = max(16, _power_of_two(2 / level))
-    size = max(16, _power_of_two(1 / level))
+    small = max(16, _power_of_two(1 / level))
     held = round(level * length)
     return [
         {"method": "loki", "rank": dims, "keep": _share(rows), "basis": "pca", **GROUP},
         {"method": "loki", "rank": dims, "keep": _share(rows), "basis": "score", **GROUP},
         {"method": "sparq", "rank": dims, "keep": _share(rows), **GROUP},
         {"method": "quest", "page": page, "keep": _share(level - 1 / page), **GROUP},
-        {"method": "clusterkv", "keep": _share(level - 1 / 160), "window": 64, "sinks": 4},
-        {
-            "method": "clusterkv",
-            "tokens_per_cluster": size,
-            "keep": _share(level - 0.5 / size),
-            "window": 64,
-            "sinks": 4,
-        },
+        *(
+            {
+                "method": "clusterkv",
+                "tokens_per_cluster": size,
+                "keep": _share(level - 0.5 / size),
+                "window": 64,
+                "sinks": 4,
+            }
+            for size in (80, small)
+        ),
         {"method": "streaming", "keep": _share(level)},
         {"method": "h2o", "keep": _share(level)},
         {"method": "subgen", "window": held // 2, "clusters": held // 16, "t": 2, "s": held // 4},
@@ -77,7 +79,7 @@ WHY_LOKI: dict[str, Setting] = {
     "exact scores": {"method": "exact_topk", "keep": 0.25, "select": "head"},
     "first layer dense": {**PUBLISHED, "dense_layers": 1},
     "first two layers dense": {**PUBLISHED, "dense_layers": 2},
-    "sinks, recent tokens and a tail": {**PUBLISHED, "tail": True},
+    "sinks, recent tokens and a tail": {**PUBLISHED, "tail": True, "tokens_per_cluster": 16},
     "pre-rotary basis": {**PUBLISHED, "stage": "pre"},
     "half of the tokens": {**PUBLISHED, "keep": 0.5},
 }
