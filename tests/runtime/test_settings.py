@@ -42,7 +42,8 @@ def test_lists_and_ranges() -> None:
     assert planned("loki", rank={0: 8, 1: 4, 2: 4, 3: 2}) == by_rank
     assert planned("loki", rank={"0-": 4}) == [Loki(rank=4)] * 4
     assert planned("loki", select={"0-1": "head", "2-": "group"}, keep=[1, 2, 3, 4]) == [
-        Loki(keep=1), Loki(keep=2), Loki(keep=3, select="group"), Loki(keep=4, select="group")
+        Loki(keep=1, select="head"), Loki(keep=2, select="head"),
+        Loki(keep=3, select="group"), Loki(keep=4, select="group"),
     ]  # fmt: skip
 
 
@@ -163,7 +164,9 @@ def test_artifact_and_stages() -> None:
 
 
 def test_builders_make_empty_stores_of_their_own() -> None:
-    made = builders(plan("loki", {"rank": [8, 4, 2, 1]}, LAYERS, 4), [8] * 4, samples.artifact(layers=4, head_dim=8))
+    made = builders(
+        plan("loki", {"basis": "pca", "rank": [8, 4, 2, 1]}, LAYERS, 4), [8] * 4, samples.artifact(layers=4, head_dim=8)
+    )
     assert [made[layer]().basis.rank for layer in LAYERS] == [8, 4, 2, 1]
     first, second = made[0](), made[0]()
     assert first is not second and first.lengths == [] and first.resident_bytes() == 0
