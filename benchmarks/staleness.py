@@ -50,10 +50,11 @@ class Tried:
 
 
 SMALL = {"tokens_per_cluster": 16, "window": 64, "sinks": 4}
+LOKI = {"rank": 0.25, "select": "group", "basis": "score"}
 TRIED = {
     "exact_topk": Tried("exact_topk", {"select": "group"}),
-    "loki": Tried("loki", {"select": "group", "basis": "score"}),
-    "loki, calibrated at 4096": Tried("loki", {"select": "group", "basis": "score"}, calibrated=TOKENS),
+    "loki": Tried("loki", LOKI),
+    "loki, calibrated at 4096": Tried("loki", LOKI, calibrated=TOKENS),
     "quest": Tried("quest", {"select": "group"}),
     "clusterkv, clusters of 16": Tried("clusterkv", SMALL),
     "clusterkv, clusters of 80": Tried("clusterkv", {"tokens_per_cluster": 80, "window": 320, "sinks": 16}),
