@@ -170,6 +170,28 @@ def test_no_basis_of_the_shared_keys_is_refused(trained, method, settings):
     assert inventory(model()) == before and sharing_of(model()) is None
 
 
+def test_where_no_basis_is_named_shared_keys_are_scored_in_that_of_key_pca(trained, of_shared, weights):
+    unsaid = {name: value for name, value in PCA.items() if name != "basis"}
+    expected, _ = decoded(trained, "cla+loki", **PCA)
+    found, cache = decoded(trained, "cla+loki", **unsaid)
+    assert torch.equal(found, expected) and {of.basis for of in cache.recipe.methods.values()} == {"pca"}
+    refused = pytest.raises(
+        KvcalError, match="basis 'score' is fitted to the queries of one layer, and layers 0, 1 all"
+    )
+    with shared(model(), GROUPS, weights=weights):
+        cache = CompressedCache(model(), of_shared, "loki", **unsaid)
+        torch.testing.assert_close(step_logits(model(), IDS, cache, PREFIX), expected, **CLOSE)
+        with refused:
+            CompressedCache(model(), of_shared, "loki", **unsaid, basis="score")
+    for method in ("cla+loki", "cla+spectral"):
+        with compress(model(), trained, method):
+            assert {of.basis for of in model()(IDS).past_key_values.recipe.methods.values()} == {"pca"}
+        with refused, compress(model(), trained, method, basis="score"):
+            pass
+    # A map that shares nothing leaves every layer its own keys and its own defaults.
+    assert {of.basis for of in decoded(trained, "cla+loki", groups="0,1,2")[1].recipe.methods.values()} == {"score"}
+
+
 @pytest.mark.parametrize("method", ["loki", "clusterkv", "spectral"])
 def test_where_no_two_layers_share_the_artifacts_own_fits_are_used(trained, method):
     for of in (trained, artifact()):
