@@ -19,6 +19,7 @@ METHODS = {
     "loki-max": {**PCA, "rank": 0.25, "keep": 0.25, "select": "max"},
     "loki-group": {**PCA, "rank": 8, "keep": 12, "select": "group", "dense_below": 25},
     "loki-score": {"method": "loki", "rank": 0.5, "keep": 0.3, "basis": "score", "select": "head"},
+    "loki-score-group": {"method": "loki", "rank": 0.125, "keep": 0.25, "basis": "score", "select": "group"},
     "loki-threshold": {**PCA, "rank": 0.5, "keep": 0.3, "choice": "threshold", "dense_below": 12},
     "loki-max-threshold": {**PCA, "rank": 4, "keep": 8, "choice": "threshold", "select": "max"},
     "clusterkv": {"method": "clusterkv", "keep": 20, "tokens_per_cluster": 4, "window": 5, "sinks": 2},

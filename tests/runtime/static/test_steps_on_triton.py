@@ -27,6 +27,7 @@ METHODS = {
     "loki-group": Loki(rank=RANK, keep=0.5, select="group", basis="pca"),
     "loki-max": Loki(rank=RANK, keep=12, select="max", dense_below=20, basis="pca"),
     "loki-index": Loki(rank=RANK, keep=12, select="max", basis="score"),
+    "loki-index-group": Loki(rank=RANK, keep=12, select="group", basis="score"),
     "loki-threshold": Loki(rank=RANK, keep=12, choice="threshold", dense_below=20, basis="pca", select="head"),
     "loki-max-threshold": Loki(rank=RANK, keep=0.25, choice="threshold", select="max", basis="pca"),
     "clusterkv": ClusterKV(**CLUSTERS),
