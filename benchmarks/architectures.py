@@ -124,7 +124,7 @@ def attempt(name: str) -> dict[str, str]:
 
     row = {"calibrates": _said(calibrates), "full": _said(lambda: compressed("full"))}
     if made:
-        row["loki"] = _said(lambda: compressed("loki", rank=0.5, keep=1.0))
+        row["loki"] = _said(lambda: compressed("loki", basis="pca", select="head", rank=0.5, keep=1.0))
     row["decode()"] = _said(decodes)
     refused = all(said.startswith("refused") for said in row.values())
     return {NOT_BUILT: fails} if fails and not refused else row

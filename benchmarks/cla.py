@@ -38,7 +38,7 @@ TEXTS: dict[str, dict[str, Any]] = {
     "short.jsonl": {"tokens": 3_000_000, "document_tokens": (60, 250), "seed": 0},
     "long.jsonl": {"tokens": 6_000_000, "document_tokens": (200, 2000), "seed": 1},
 }
-LOKI = ["--rank", ".25", "--keep", ".25"]
+LOKI = ["--rank", ".25", "--keep", ".25", "--set", "basis=pca", "--set", "select=head"]
 UNTRAINED = ["--method", "cla", "--set", "uptrained=false", "--set", "pool=mean,first"]
 TRAINED = [["--method", "cla"], ["--method", "cla+loki", *LOKI]]
 EVALUATIONS = [

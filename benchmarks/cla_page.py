@@ -103,6 +103,8 @@ def verdict(part: Part) -> str:
 TITLES = ("Uptrained on text alone", "Uptrained further, on text that asks to look back")
 HEAD = """# Cross-layer attention on the demo model
 
+*The demo model's figures, which do not carry over to real ones: [real.md](real.md).*
+
 Made by `python benchmarks/cla.py`. Text and words of the questions were seen by neither training nor calibration.
 
 perplexity: teacher-forced over the continuations, prefix 1024, prefilled densely by the same model.

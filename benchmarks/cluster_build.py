@@ -77,9 +77,10 @@ def page(rows: list[dict[str, Any]]) -> str:
         cells = [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row.values()]
         lines.append(" | ".join(cells))
     table = "\n".join(f"| {line} |" for line in lines)
-    return f"# Building clusters beside prefill\n\n{HEAD}\n\n{table}\n"
+    return f"# Building clusters beside prefill\n\n{NOT_CARRIED_OVER}\n\n{HEAD}\n\n{table}\n"
 
 
+NOT_CARRIED_OVER = "*The demo model's figures, which do not carry over to real ones: [real.md](real.md).*"
 HEAD = """\
 - **Cost.** A quarter to two fifths of the dense prefill with clusters of 80 (0.382 of it at 512 tokens, 0.256 at
   4064), about a half with clusters of 16 (0.459 to 0.533).

@@ -28,17 +28,15 @@ FOLDER = Path(__file__).parent.parent / "docs" / "results"
 LEVELS = {"1/32": 1 / 32, "1/16": 1 / 16, "1/12": 1 / 12, "1/8": 1 / 8, "1/4": 1 / 4}
 WINDOWS, CONTINUATION, EPISODES, MEASURED = 8, 128, 16, 4
 GROUP = {"select": "group"}
+LOKI = {"method": "loki", "basis": "pca", **GROUP}
 CLUSTERS = {"sinks": 4, "window": 64}
 TAIL = {"tail": True, "tokens_per_cluster": 80}
 
 OTHERS: list[dict[str, Any]] = [
     *({"method": "streaming", "keep": keep} for keep in (1 / 32, 1 / 16, 1 / 8, 1 / 4)),
     *({"method": "h2o", "keep": keep} for keep in (1 / 32, 1 / 16, 1 / 8, 1 / 4)),
-    *(
-        {"method": "loki", "rank": rank, "keep": keep, **GROUP}
-        for rank, keep in ((4, 0.025), (8, 0.015), (8, 0.05), (16, 0.1))
-    ),
-    *({"method": "loki", "rank": rank, "keep": keep, **GROUP, **TAIL} for rank, keep in ((8, 0.03), (16, 0.09))),
+    *({**LOKI, "rank": rank, "keep": keep} for rank, keep in ((4, 0.025), (8, 0.015), (8, 0.05), (16, 0.1))),
+    *({**LOKI, "rank": rank, "keep": keep, **TAIL} for rank, keep in ((8, 0.03), (16, 0.09))),
     *(
         {"method": "clusterkv", "keep": keep, "tokens_per_cluster": tokens, **CLUSTERS}
         for tokens, keep in ((80, 0.02), (80, 0.05), (16, 0.03), (16, 0.05), (16, 0.09), (16, 0.21))

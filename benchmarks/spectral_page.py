@@ -180,6 +180,8 @@ def table(lines: Sequence[Sequence[str]]) -> str:
 
 HEAD = """# spectral at equal bytes
 
+*The demo model's figures, which do not carry over to real ones: [real.md](real.md).*
+
 - **No other method does as well on less than an eighth of the bytes.** The plan for a sixteenth keeps the perplexity
   (1.002) and answers every question; the best of the others within it have 1.27 (SparQ) and answer 0.72 (SparQ). At
   1/32, the least that was tried, the plan has 1.10 and answers 0.91; of the others streaming comes next (1.53, none).

@@ -104,6 +104,8 @@ def page(results: dict[str, Any]) -> str:
 
 HEAD = f"""# Does spectral's selection go stale?
 
+*The demo model's figures, which do not carry over to real ones: [real.md](real.md).*
+
 **Not within the positions of its calibration.** Calibrated on blocks of 4096 tokens and with every code read, recall
 goes from 0.822 in the first bin to 0.847 at 4096 decoded tokens, the error from 0.105 to 0.036. Calibrated on blocks of
 2048 it falls from there on, as Loki's does (0.860 to 0.725 at 4096; Loki 0.917 to 0.828): the codes' mean and spread,

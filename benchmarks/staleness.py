@@ -50,10 +50,11 @@ class Tried:
 
 
 SMALL = {"tokens_per_cluster": 16, "window": 64, "sinks": 4}
+LOKI = {"rank": 0.25, "select": "group", "basis": "score"}
 TRIED = {
     "exact_topk": Tried("exact_topk", {"select": "group"}),
-    "loki": Tried("loki", {"select": "group", "basis": "score"}),
-    "loki, calibrated at 4096": Tried("loki", {"select": "group", "basis": "score"}, calibrated=TOKENS),
+    "loki": Tried("loki", LOKI),
+    "loki, calibrated at 4096": Tried("loki", LOKI, calibrated=TOKENS),
     "quest": Tried("quest", {"select": "group"}),
     "clusterkv, clusters of 16": Tried("clusterkv", SMALL),
     "clusterkv, clusters of 80": Tried("clusterkv", {"tokens_per_cluster": 80, "window": 320, "sinks": 16}),
@@ -222,6 +223,8 @@ def page(results: dict[str, Any]) -> str:
 
 
 HEAD = f"""# Does selection go stale?
+
+*The demo model's figures, which do not carry over to real ones: [real.md](real.md).*
 
 **ClusterKV's does not.** When it reads an eighth of the tokens its recall is no lower at the end than at the
 beginning (clusters of 16: 0.712 and 0.753), and stores that are clustered anew recall little more, at the end (0.777)

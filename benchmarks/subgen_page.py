@@ -46,6 +46,8 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 HEAD = f"""# SubGen on the demo model
 
+*The demo model's figures, which do not carry over to real ones: [real.md](real.md).*
+
 Made by `python benchmarks/subgen.py`. error: mean of ‖o − o_dense‖ / ‖o_dense‖ of the attention output, over the last
 {STEPS} tokens of {{blocks}} held-out blocks of {{tokens}} tokens and over {len(SEEDS)} seeds, after everything
 before them was prefilled; teacher-forced, so layers do not see one another's errors. held: bytes as a fraction of all

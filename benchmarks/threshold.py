@@ -179,6 +179,8 @@ def main() -> None:
 
 HEAD = """# A calibrated threshold in place of an exact choice
 
+*The demo model's figures, which do not carry over to real ones: [real.md](real.md).*
+
 - **It saves no quality.** At as many tokens read perplexity is worse than the exact choice's in all four settings: by
   0.2 % per head, and by 0.6 % and 2.4 % with `select="max"` at an eighth and a sixteenth of the tokens. Recall is the
   same or one or two questions of 16 lower; the mean error of the attention output is the same. What a threshold can

@@ -23,17 +23,25 @@ CLUSTERS = {"tokens_per_cluster": 4, "sinks": 2, "window": 4}
 LEVELS = {"flat_below": 30, "refine": 0.4}
 SMALL: dict[str, dict[str, Any]] = {
     "full": {},
-    "loki": {"rank": 0.5, "keep": 0.25},
-    "exact_topk": {"keep": 0.25},
-    "quest": {"keep": 0.25, "page": 4},
-    "sparq": {"rank": 0.5, "keep": 0.25},
+    "loki": {"rank": 0.5, "keep": 0.25, "basis": "pca", "select": "head"},
+    "exact_topk": {"keep": 0.25, "select": "head"},
+    "quest": {"keep": 0.25, "page": 4, "select": "head"},
+    "sparq": {"rank": 0.5, "keep": 0.25, "select": "head"},
     "streaming": {"keep": 0.25, "sinks": 2},
     "h2o": {"keep": 0.25},
     "subgen": {"window": 6, "sinks": 2, "clusters": 5, "t": 2, "s": 7},
     "clusterkv": {"keep": 0.3, **CLUSTERS},
     "clusterkv-tail": {"method": "clusterkv", "keep": 0.3, "tail": True, "offload": "cpu", "cached": 7, **CLUSTERS},
     "spectral": {"rank": 1.0, "bits": 4, "keep": 0.3, "basis": "pca", "recent": 2, **LEVELS, **CLUSTERS},
-    "loki-tail": {"method": "loki", "rank": 0.5, "keep": 0.3, "tail": True, **CLUSTERS},
+    "loki-tail": {
+        "method": "loki",
+        "rank": 0.5,
+        "keep": 0.3,
+        "basis": "pca",
+        "select": "head",
+        "tail": True,
+        **CLUSTERS,
+    },
     "quest-tail": {"method": "quest", "page": 4, "keep": 0.3, "tail": True, "select": "group", **CLUSTERS},
 }
 """Every method, some in several forms; small enough that a short prompt is not read whole."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from oracle_heads import Head, amount, budget, heads_at
@@ -16,6 +17,14 @@ from sequences import Row, Step
 from torch import Tensor
 
 from kvcal.runtime.attention import Logits
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "loki": {"rank": 0.25, "basis": "pca", "select": "head"},
+    "exact_topk": {"select": "head"},
+    "quest": {"select": "head"},
+    "sparq": {"rank": 0.25, "select": "head"},
+}
+"""What is done here where settings do not say it: as published, while the methods' defaults were measured."""
 
 
 def rankings(scores: list[Tensor], select: str) -> list[Tensor]:

@@ -127,7 +127,7 @@ def parameters(sizes: Sizes, name: str) -> dict[str, Any]:
     if method == "full":
         return {}
     if method == "loki":
-        return {**common, "rank": sizes.rank}
+        return {**common, "rank": sizes.rank, "basis": "pca"}
     return {**common, "tokens_per_cluster": int(per_cluster), "window": sizes.window, "sinks": sizes.sinks}
 
 

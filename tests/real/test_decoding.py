@@ -9,7 +9,7 @@ pytestmark = pytest.mark.real
 STEPS = 8
 METHODS = {
     "full": {"method": "full"},
-    "loki": {"method": "loki", "rank": 0.25, "keep": 0.5},
+    "loki": {"method": "loki", "basis": "pca", "select": "head", "rank": 0.25, "keep": 0.5},
     "clusterkv": {"method": "clusterkv", "keep": 12, "tokens_per_cluster": 4, "window": 6, "sinks": 2},
     "spectral": {"method": "spectral", "keep": 12, "tokens_per_cluster": 4, "window": 6, "sinks": 2, "recent": 3},
 }
@@ -41,7 +41,7 @@ def test_the_model_can_go_on(plain, tokenizer):
 
 
 def test_loki_that_reads_everything_is_plain_generate(smollm2, artifact, prompts, generate, plain):
-    with compress(smollm2, artifact, method="loki", rank=0.25, keep=1.0):
+    with compress(smollm2, artifact, method="loki", basis="pca", select="head", rank=0.25, keep=1.0):
         assert torch.equal(generate(prompts), plain)
 
 

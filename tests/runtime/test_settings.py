@@ -16,10 +16,32 @@ from kvcal.runtime.stores.full import Full
 from kvcal.runtime.stores.h2o import H2O
 from kvcal.runtime.stores.loki import Loki
 from kvcal.runtime.stores.quest import Quest
+from kvcal.runtime.stores.spectral import Spectral
 from kvcal.runtime.stores.streaming import Streaming
 
 LAYERS = range(4)
 KEEPING = ("loki", "exact_topk", "quest", "sparq", "streaming", "h2o")
+
+
+TAIL = {"tail": False, "tokens_per_cluster": 80, "window": 64, "sinks": 4}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "loki": {
+        "rank": 0.125, "keep": 0.25, "basis": "score", "stage": "post", "select": "group", "choice": "exact", **TAIL,
+    },
+    "exact_topk": {"keep": 0.25, "select": "group", **TAIL},
+    "quest": {"keep": 0.25, "page": 16, "select": "group", **TAIL},
+    "sparq": {"rank": 0.125, "keep": 0.25, "select": "group"},
+    "streaming": {"keep": 0.25, "sinks": 4},
+    "h2o": {"keep": 0.25},
+    "clusterkv": {"keep": 1024, "select": "group", "tokens_per_cluster": 32, "window": 320, "sinks": 16, "tail": False},
+    "spectral": {
+        "rank": 0.5, "bits": 2, "keep": 0.0625, "basis": "score", "stage": "post", "select": "group",
+        "tokens_per_cluster": 32, "tail": True,
+    },
+    "subgen": {"window": 128, "sinks": 4, "clusters": 64, "t": 4, "s": 256, "normaliser": "clusters"},
+}  # fmt: skip
+"""What was chosen by measurements, and what docs/methods.md says."""
 
 
 def planned(method: Any, **settings: Any) -> list[Any]:
@@ -33,6 +55,30 @@ def test_one_value_for_all() -> None:
         assert planned(method) == [kind()] * 4
 
 
+def test_defaults_are_those_that_were_chosen() -> None:
+    assert DEFAULTS.keys() == METHODS.keys()
+    for method, expected in DEFAULTS.items():
+        made = dataclasses.asdict(METHODS[method]())
+        assert {name: made.get(name) for name in expected} == expected, method
+
+
+def test_layers_that_share_take_the_basis_that_they_can_have() -> None:
+    """The score basis is of one layer's queries; who asks for it is told so where the groups are known."""
+
+    def sharing(method: Any, **settings: Any) -> list[Any]:
+        return list(plan(method, settings, LAYERS, 4, sharing=True).values())
+
+    assert sharing("loki") == [Loki(basis="pca")] * 4
+    assert sharing("spectral", keep=0.5) == [Spectral(basis="pca", keep=0.5)] * 4
+    assert sharing({"0-1": "full", "2-": "loki"}) == [Full(), Full(), Loki(basis="pca"), Loki(basis="pca")]
+    assert sharing("loki", dense_layers=3) == [Full(), Full(), Full(), Loki(basis="pca")]
+    for given in ({"method": "loki", "basis": "score"}, {"0-": {"method": "loki", "basis": "score"}}):
+        assert sharing(given) == [Loki(basis="score")] * 4
+    assert sharing("loki", basis=["pca", "pca", "score", "score"])[1:3] == [Loki(basis="pca"), Loki(basis="score")]
+    for method in METHODS.keys() - {"loki", "spectral"}:
+        assert sharing(method) == planned(method)
+
+
 def test_lists_and_ranges() -> None:
     by_rank = [Loki(rank=rank) for rank in (8, 4, 4, 2)]
     assert planned("loki", rank=[8, 4, 4, 2]) == by_rank
@@ -42,7 +88,8 @@ def test_lists_and_ranges() -> None:
     assert planned("loki", rank={0: 8, 1: 4, 2: 4, 3: 2}) == by_rank
     assert planned("loki", rank={"0-": 4}) == [Loki(rank=4)] * 4
     assert planned("loki", select={"0-1": "head", "2-": "group"}, keep=[1, 2, 3, 4]) == [
-        Loki(keep=1), Loki(keep=2), Loki(keep=3, select="group"), Loki(keep=4, select="group")
+        Loki(keep=1, select="head"), Loki(keep=2, select="head"),
+        Loki(keep=3, select="group"), Loki(keep=4, select="group"),
     ]  # fmt: skip
 
 
@@ -163,7 +210,9 @@ def test_artifact_and_stages() -> None:
 
 
 def test_builders_make_empty_stores_of_their_own() -> None:
-    made = builders(plan("loki", {"rank": [8, 4, 2, 1]}, LAYERS, 4), [8] * 4, samples.artifact(layers=4, head_dim=8))
+    made = builders(
+        plan("loki", {"basis": "pca", "rank": [8, 4, 2, 1]}, LAYERS, 4), [8] * 4, samples.artifact(layers=4, head_dim=8)
+    )
     assert [made[layer]().basis.rank for layer in LAYERS] == [8, 4, 2, 1]
     first, second = made[0](), made[0]()
     assert first is not second and first.lengths == [] and first.resident_bytes() == 0

@@ -23,9 +23,9 @@ from kvcal.runtime.stores.h2o import H2OStore
 CONTEXTS, QUESTIONS, NEW = (40, 23, 40, 31, 6), (3, 9, 1, 6, 3), 6
 TINY = {"window": 4, "sinks": 2}
 LOSSY: list[dict[str, Any]] = [
-    {"method": "loki", "rank": 4, "keep": 0.25},
-    {"method": "quest", "keep": 0.5, "page": 4},
-    {"method": "sparq", "rank": 4, "keep": 0.25},
+    {"method": "loki", "basis": "pca", "select": "head", "rank": 4, "keep": 0.25},
+    {"method": "quest", "select": "head", "keep": 0.5, "page": 4},
+    {"method": "sparq", "select": "head", "rank": 4, "keep": 0.25},
     {"method": "clusterkv", "keep": 12, "tokens_per_cluster": 4, **TINY},
     {"method": "h2o", "keep": 0.25},
     {"method": "streaming", "keep": 0.25},
@@ -102,7 +102,11 @@ def artifact(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("question", ["decoded", "prefilled"])
-@pytest.mark.parametrize("setting", [{"method": "full"}, {"method": "loki", "rank": 0.25, "keep": 1.0}], ids=named)
+@pytest.mark.parametrize(
+    "setting",
+    [{"method": "full"}, {"method": "loki", "basis": "pca", "select": "head", "rank": 0.25, "keep": 1.0}],
+    ids=named,
+)
 def test_with_all_tokens_it_is_plain_generation(model, artifact, question, setting):
     expected = [plain(model, sample) for sample in SAMPLES]
     lengths = [len(said.split()) for said in expected]

@@ -99,7 +99,8 @@ def prompts(windows, task):
 
 @pytest.fixture(scope="module")
 def grid():
-    return make_grid(["loki", "exact_topk", "h2o", "streaming"], {"rank": [0.25], "keep": [1.0, 0.25]})
+    per_head = {"rank": [0.25], "basis": ["pca"], "select": ["head"]}
+    return make_grid(["loki", "exact_topk", "h2o", "streaming"], {**per_head, "keep": [1.0, 0.25]})
 
 
 @pytest.fixture(scope="module")

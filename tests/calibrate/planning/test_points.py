@@ -36,7 +36,7 @@ def top_errors(of: Problem, keep: int) -> torch.Tensor:
 def test_errors_are_those_of_the_formula_over_rows_of_text():
     of = problem()
     errors = top_errors(of, 5)
-    point = of.measure({"method": "exact_topk", "keep": 5}, None, 3)
+    point = of.measure({"method": "exact_topk", "select": "head", "keep": 5}, None, 3)
     assert point.error == pytest.approx(float(errors[:2].mean()), rel=1e-4)
     by_head = errors[:2].unflatten(2, (2, 2)).mean((0, 1, 3))
     assert point.head_errors == pytest.approx(by_head.tolist(), rel=1e-4)
@@ -46,8 +46,10 @@ def test_loss_is_half_of_text_and_half_of_questions():
     of = problem()
     squares = top_errors(of, 5).square()
     expected = 0.5 * float(squares[:2].mean()) + 0.5 * float(squares[2:].mean())
-    assert of.measure({"method": "exact_topk", "keep": 5}, None, 3).loss == pytest.approx(expected, rel=1e-4)
-    only_text = problem(texts=3).measure({"method": "exact_topk", "keep": 5}, None, 3)
+    assert of.measure({"method": "exact_topk", "select": "head", "keep": 5}, None, 3).loss == pytest.approx(
+        expected, rel=1e-4
+    )
+    only_text = problem(texts=3).measure({"method": "exact_topk", "select": "head", "keep": 5}, None, 3)
     assert only_text.loss == pytest.approx(float(squares.mean()), rel=1e-4)
 
 
@@ -63,6 +65,9 @@ def test_bytes_are_over_those_of_dense_attention():
 def test_what_rows_share_is_counted_by_the_batch_size():
     """Loki's map [2 heads, 16, 16] of float32, read once per step for all rows."""
     artifact = coded.artifact(16, 2)
-    alone, together = (problem().measure({"method": "loki", "keep": 5}, artifact, rows).bytes for rows in (1, 4))
+    alone, together = (
+        problem().measure({"method": "loki", "basis": "pca", "select": "head", "keep": 5}, artifact, rows).bytes
+        for rows in (1, 4)
+    )
     dense = sum(range(TOKENS - STEPS + 1, TOKENS + 1)) / STEPS * 2 * 32 * 4
     assert alone - together == pytest.approx((1 - 1 / 4) * 2 * 16 * 16 * 4 / dense, rel=1e-6)

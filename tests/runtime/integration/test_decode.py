@@ -12,19 +12,29 @@ from kvcal.runtime import CompressedCache, Sampler, compress, decode
 from kvcal.runtime.integration import stepping
 
 STEPS = 30
+PCA = {"method": "loki", "basis": "pca", "select": "head"}
 METHODS = {
     "full": {"method": "full"},
-    "loki": {"method": "loki", "rank": 0.5, "keep": 0.5},
-    "loki-max": {"method": "loki", "rank": 0.25, "keep": 0.25, "select": "max"},
-    "loki-group": {"method": "loki", "rank": 8, "keep": 12, "select": "group", "dense_below": 25},
-    "loki-score": {"method": "loki", "rank": 0.5, "keep": 0.3, "basis": "score"},
-    "loki-threshold": {"method": "loki", "rank": 0.5, "keep": 0.3, "choice": "threshold", "dense_below": 12},
-    "loki-max-threshold": {"method": "loki", "rank": 4, "keep": 8, "choice": "threshold", "select": "max"},
+    "loki": {**PCA, "rank": 0.5, "keep": 0.5},
+    "loki-max": {**PCA, "rank": 0.25, "keep": 0.25, "select": "max"},
+    "loki-group": {**PCA, "rank": 8, "keep": 12, "select": "group", "dense_below": 25},
+    "loki-score": {"method": "loki", "rank": 0.5, "keep": 0.3, "basis": "score", "select": "head"},
+    "loki-score-group": {"method": "loki", "rank": 0.125, "keep": 0.25, "basis": "score", "select": "group"},
+    "loki-threshold": {**PCA, "rank": 0.5, "keep": 0.3, "choice": "threshold", "dense_below": 12},
+    "loki-max-threshold": {**PCA, "rank": 4, "keep": 8, "choice": "threshold", "select": "max"},
     "clusterkv": {"method": "clusterkv", "keep": 20, "tokens_per_cluster": 4, "window": 5, "sinks": 2},
     "clusterkv-head": {"method": "clusterkv", "keep": 0.6, "tokens_per_cluster": 3, "window": 4, "select": "head"},
     "clusterkv-max": {"method": "clusterkv", "keep": 9, "tokens_per_cluster": 3, "sinks": 0, "select": "max"},
-    "loki-tail": {"method": "loki", "rank": 8, "keep": 14, "tail": True, "window": 5, "tokens_per_cluster": 3},
-    "loki-tail-group": {"method": "loki", "rank": 4, "keep": 3, "tail": True, "select": "group", "dense_below": 25},
+    "loki-tail": {**PCA, "rank": 8, "keep": 14, "tail": True, "window": 5, "tokens_per_cluster": 3},
+    "loki-tail-group": {
+        **PCA,
+        "rank": 4,
+        "keep": 3,
+        "tail": True,
+        "tokens_per_cluster": 16,
+        "select": "group",
+        "dense_below": 25,
+    },
     "clusterkv-tail": {"method": "clusterkv", "keep": 12, "tokens_per_cluster": 3, "sinks": 2, "tail": True},
     "clusterkv-tail-head": {"method": "clusterkv", "keep": 9, "tokens_per_cluster": 4, "tail": True, "select": "head"},
 }
@@ -118,7 +128,7 @@ def test_rows_end_by_themselves(method):
     assert out.cache.get_seq_length() == out.tokens.shape[1] - 1
 
 
-@pytest.mark.parametrize(("name", "method"), [("gemma2", {"method": "loki"}), ("llama", {"method": "h2o"})], ids=str)
+@pytest.mark.parametrize(("name", "method"), [("gemma2", {**PCA, "rank": 0.25}), ("llama", {"method": "h2o"})], ids=str)
 @pytest.mark.parametrize("at", [3, 20])
 def test_rows_end_where_nothing_can_be_taken_back(name, method, at):
     inputs = padded(40)
@@ -172,8 +182,8 @@ def test_small_budgets_do_not_move_buffers(settings, monkeypatch):
     [
         ("llama", METHODS["loki"], NO_GRAPH),
         ("gemma2", METHODS["loki"], "the model has layers that keep transformers' own cache"),
-        ("llama", {"method": "quest"}, "Quest has no step of fixed shapes"),
-        ("llama", {"method": "loki", "tail": True, "choice": "threshold"}, "a tail beside a threshold has no step"),
+        ("llama", {"method": "quest", "select": "head"}, "Quest has no step of fixed shapes"),
+        ("llama", {**PCA, "tail": True, "choice": "threshold"}, "a tail beside a threshold has no step"),
         ("llama", {"method": "clusterkv", "offload": "cpu"}, "an offloaded cache copies what the step selects"),
         ("llama", {**SPECTRAL, "offload": "cpu"}, "an offloaded cache copies what the step selects"),
     ],

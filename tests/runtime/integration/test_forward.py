@@ -39,7 +39,7 @@ def test_a_given_cache_is_the_same_in_and_outside_compress(method):
         expected, _ = by_hand(of, IDS, 16)
         empty = step_logits(of, IDS, DynamicCache(config=of.config), 16)[:, :1]  # its first call gets ours
         inside = step_logits(of, IDS, make_cache(method), 16)
-    with compress(of, artifact(), "loki", keep=1):
+    with compress(of, artifact(), "loki", basis="pca", select="head", keep=1):
         other = step_logits(of, IDS, make_cache(method), 16)  # a given cache has the last word
     outside = step_logits(of, IDS, make_cache(method), 16)
     for found in (inside, other, outside):
@@ -64,7 +64,7 @@ def test_arguments_by_position():
 
 def test_the_backbone_called_by_itself():
     of = model()
-    with torch.no_grad(), compress(of, artifact(), "exact_topk", keep=0.25):
+    with torch.no_grad(), compress(of, artifact(), "exact_topk", **SMALL["exact_topk"]):
         head = by_hand(of, IDS, 23)[0][:, -1]
         out = of.model(IDS[:, :23], use_cache=True)
         assert isinstance(out.past_key_values, CompressedCache)

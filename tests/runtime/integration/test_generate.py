@@ -12,7 +12,7 @@ from kvcal.runtime import METHODS, compress, disable, enable
 from kvcal.runtime.integration.layer import CompressedLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore:kvcal. no layer")
-DENSE = [("full", {}), ("loki", {"keep": 1.0, "rank": 0.25})]
+DENSE = [("full", {}), ("loki", {"keep": 1.0, "rank": 0.25, "basis": "pca", "select": "head"})]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

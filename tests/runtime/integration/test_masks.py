@@ -10,7 +10,7 @@ from kvcal.runtime import decode
 from kvcal.runtime.integration.masks import needed_only
 from kvcal.runtime.replay import Replay
 
-KEPT = {"method": "loki", "rank": 0.5, "keep": 0.25, "select": "max"}
+KEPT = {"method": "loki", "basis": "pca", "rank": 0.5, "keep": 0.25, "select": "max"}
 
 
 @pytest.fixture

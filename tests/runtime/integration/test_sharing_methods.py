@@ -17,6 +17,7 @@ from kvcal.runtime.stores.codes import CodedBasis
 
 GROUPS = SharingMap.parse("0-1,2")
 PREFIX = 24
+PCA = {"rank": 0.5, "keep": 0.25, "basis": "pca", "select": "head"}
 IDS = torch.cat([random_ids(50, seed=row) for row in range(2)])
 
 
@@ -103,7 +104,7 @@ def test_each_reading_layer_selects_with_its_own_queries_in_the_refit_basis(trai
             chosen[:, :, at].scatter_(-1, best, True)
         return chosen & past
 
-    found, _ = decoded(trained, "cla+loki", rank=0.5, keep=0.25, stage=stage)
+    found, _ = decoded(trained, "cla+loki", **PCA, stage=stage)
     with shared(model(), GROUPS, weights=weights):
         torch.testing.assert_close(found, with_masks(visible), **CLOSE)
         of_storing = {}
@@ -131,7 +132,7 @@ def test_what_keeps_all_equals_cla(trained, weights):
         torch.testing.assert_close(expected, model()(IDS, use_cache=False).logits[:, PREFIX - 1 :], **CLOSE)
     for method, settings in (
         ("cla+full", {}),
-        ("cla+loki", {"keep": 1.0}),
+        ("cla+loki", {"keep": 1.0, "basis": "pca"}),
         ("cla+clusterkv", {"keep": 1.0, **{k: SMALL["clusterkv"][k] for k in ("tokens_per_cluster", "window")}}),
         ("cla+exact_topk", {"keep": 1.0}),
         ("cla+spectral", {"keep": 1.0, "basis": "pca", "tokens_per_cluster": 4}),
@@ -169,6 +170,28 @@ def test_no_basis_of_the_shared_keys_is_refused(trained, method, settings):
     assert inventory(model()) == before and sharing_of(model()) is None
 
 
+def test_where_no_basis_is_named_shared_keys_are_scored_in_that_of_key_pca(trained, of_shared, weights):
+    unsaid = {name: value for name, value in PCA.items() if name != "basis"}
+    expected, _ = decoded(trained, "cla+loki", **PCA)
+    found, cache = decoded(trained, "cla+loki", **unsaid)
+    assert torch.equal(found, expected) and {of.basis for of in cache.recipe.methods.values()} == {"pca"}
+    refused = pytest.raises(
+        KvcalError, match="basis 'score' is fitted to the queries of one layer, and layers 0, 1 all"
+    )
+    with shared(model(), GROUPS, weights=weights):
+        cache = CompressedCache(model(), of_shared, "loki", **unsaid)
+        torch.testing.assert_close(step_logits(model(), IDS, cache, PREFIX), expected, **CLOSE)
+        with refused:
+            CompressedCache(model(), of_shared, "loki", **unsaid, basis="score")
+    for method in ("cla+loki", "cla+spectral"):
+        with compress(model(), trained, method):
+            assert {of.basis for of in model()(IDS).past_key_values.recipe.methods.values()} == {"pca"}
+        with refused, compress(model(), trained, method, basis="score"):
+            pass
+    # A map that shares nothing leaves every layer its own keys and its own defaults.
+    assert {of.basis for of in decoded(trained, "cla+loki", groups="0,1,2")[1].recipe.methods.values()} == {"score"}
+
+
 @pytest.mark.parametrize("method", ["loki", "clusterkv", "spectral"])
 def test_where_no_two_layers_share_the_artifacts_own_fits_are_used(trained, method):
     for of in (trained, artifact()):
@@ -178,9 +201,9 @@ def test_where_no_two_layers_share_the_artifacts_own_fits_are_used(trained, meth
 
 
 def test_a_cache_of_ones_own_takes_the_method_after_the_plus(trained):
-    expected, _ = decoded(trained, "cla+loki", rank=0.5, keep=0.25)
+    expected, _ = decoded(trained, "cla+loki", **PCA)
     with compress(model(), trained, "cla"):
-        cache = CompressedCache(model(), trained, "loki", rank=0.5, keep=0.25)
+        cache = CompressedCache(model(), trained, "loki", **PCA)
         torch.testing.assert_close(step_logits(model(), IDS, cache, PREFIX), expected, **CLOSE)
 
 
@@ -190,9 +213,9 @@ def test_a_model_that_is_shared_for_good_has_an_artifact_of_its_own(of_shared, w
     for quantity in ("key_pre", "key_post", "value"):
         assert torch.equal(*(tensors[f"layers.{layer}.{quantity}.covariance"] for layer in (0, 1)))
     assert not torch.equal(*(tensors[f"layers.{layer}.query_post.covariance"] for layer in (0, 1)))
-    expected, _ = decoded(trained, "cla+loki", rank=0.5, keep=0.25)
+    expected, _ = decoded(trained, "cla+loki", **PCA)
     with shared(model(), GROUPS, weights=weights):
-        found, _ = decoded(of_shared, "loki", rank=0.5, keep=0.25)
+        found, _ = decoded(of_shared, "loki", **PCA)
         torch.testing.assert_close(found, expected, **CLOSE)
         with (
             pytest.raises(KvcalError, match="basis 'score' is fitted to the queries of one layer"),

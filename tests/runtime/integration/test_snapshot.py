@@ -44,7 +44,7 @@ def test_a_loaded_cache_goes_on_as_the_saved_one(method, name, tmp_path):
 
 def test_methods_by_layer_and_empty_caches_come_back(tmp_path):
     settings = {"method": {"0": "full", "1-": "loki"}, "rank": {"0-1": 4, "2": "variance:0.9"}, "keep": [1, 0.5, 0.25]}
-    cache = CompressedCache(model(), artifact(), **settings)
+    cache = CompressedCache(model(), artifact(), **settings, basis="pca", select="head")
     cache.save(tmp_path)
     loaded = CompressedCache.load(tmp_path, model(), artifact())
     assert loaded.recipe.methods == cache.recipe.methods and loaded.get_seq_length() == 0

@@ -147,7 +147,7 @@ def test_equals_generate(name):
     with torch.no_grad():
         expected = model.generate(IDS, attention_mask=MASK, **options)
         artifact = calibrate(model, blocks(), reservoir=8)
-        for method, settings in (("full", {}), ("loki", {"rank": 0.5, "keep": 1.0})):
+        for method, settings in (("full", {}), ("loki", {"rank": 0.5, "keep": 1.0, "basis": "pca", "select": "head"})):
             with compress(model, artifact, method, **settings):
                 assert torch.equal(model.generate(IDS, attention_mask=MASK, **options), expected)
         found = decode(model, IDS, None, "full", attention_mask=MASK, max_new_tokens=6, eos_token_id=[999])

@@ -19,7 +19,7 @@ def next_turn(tokens, mask, *lengths):
     return {"input_ids": ids, "attention_mask": torch.cat((so_far, added["attention_mask"]), 1)}
 
 
-@pytest.mark.parametrize("method, settings", [("full", {}), ("loki", {"keep": 1.0})])
+@pytest.mark.parametrize("method, settings", [("full", {}), ("loki", {"keep": 1.0, "basis": "pca", "select": "head"})])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-neox", "mistral-window"])
 def test_a_second_turn_equals_one_long_prompt(method, settings, name):
     of, first = model(name), padded(9, 23, 40)

@@ -47,7 +47,7 @@ def test_full(prompt: int, dtype: torch.dtype) -> None:
 def test_loki(select: str, readers: int, dtype: torch.dtype) -> None:
     n, r, k, b = 300, 4, 75, SIZES[dtype]
     rows_read = readers * k * (D + DV) * b
-    pca = step(n - 1, "loki", dtype, rank=0.25, keep=0.25, select=select)
+    pca = step(n - 1, "loki", dtype, rank=0.25, keep=0.25, select=select, basis="pca")
     assert pca.resident_bytes() == HKV * chunks(n) * (D + DV) * b
     # The index is part of the keys; the components turn the query and the new key, read once for both.
     assert pca.bytes_read() == HKV * n * r * b + rows_read + HKV * D * D * b
@@ -58,7 +58,7 @@ def test_loki(select: str, readers: int, dtype: torch.dtype) -> None:
 
 def test_loki_read_whole() -> None:
     n, b = 40, 4
-    assert step(n - 1, "loki", dense_below=100).bytes_read() == HKV * n * (D + DV) * b + HKV * D * D * b
+    assert step(n - 1, "loki", basis="pca", dense_below=100).bytes_read() == HKV * n * (D + DV) * b + HKV * D * D * b
     assert step(n - 1, "loki", basis="score", keep=1.0).bytes_read() == HKV * n * (D + DV) * b
 
 

@@ -25,7 +25,7 @@ SMALL, PLAIN = Geometry(16, 8, 2, 3), Logits(0.25)
 RAGGED = (1, 15, 63, 100, 700)
 
 CASES: list[tuple[Geometry, tuple[int, ...], int, dict[str, Any]]] = [
-    (G64, RAGGED, 3, {"keep": 64}),
+    (G64, RAGGED, 3, {"keep": 64, "tokens_per_cluster": 80}),
     (G64, RAGGED, 3, {"keep": 0.25, "select": "head", "sinks": 4, "tokens_per_cluster": 16, "tail": True}),
     (G80, RAGGED, 4, {"keep": 0.3, "window": 3, "tokens_per_cluster": 8, "sinks": 2}),
     (G128, RAGGED[:4], 4, {"keep": 30, "tokens_per_cluster": 5, "window": 2, "tail": True}),

@@ -9,6 +9,7 @@ import pytest
 import samples
 import torch
 from oracle_clusters import clustering_of, decode_checked, whole_clusters
+from oracles import PUBLISHED
 from sequences import VARIANTS, Geometry, Row, alone, append, assert_steps, decode, draw, fork, make, maps, prefill
 from torch import Tensor
 
@@ -251,7 +252,8 @@ def test_the_row_of_most_clusters_goes(variant: tuple[str, dict[str, Any]]) -> N
 def test_no_step_reads_more_than_asked_for(method: str, window: int, per_cluster: int) -> None:
     """However large the window, and a cluster: budgets above the sinks are never exceeded."""
     rows = draw(GEOMETRY, (40, 90), 60)
-    store = make(method, GEOMETRY, keep=16, tokens_per_cluster=per_cluster, sinks=3, window=window, tail=True)
+    settings = {"keep": 16, "tokens_per_cluster": per_cluster, "sinks": 3, "window": window, "tail": True}
+    store = make(method, GEOMETRY, **PUBLISHED.get(method, {}), **settings)
     prefill(store, rows, LOGITS)
     for steps in decode(store, rows, LOGITS):
         assert all((step.read.sum(-1) == 16).all() for step in steps)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import ORACLES, causal
+from oracles import ORACLES, PUBLISHED, causal
 from sequences import TOLERANCES, Geometry, assert_steps, decode, draw, make, maps, prefill
 
 from kvcal.runtime.attention import Logits
@@ -70,6 +70,7 @@ def name(value: Any) -> str:
 def test_padded_batch(
     method: str, geometry: Geometry, prompts: tuple[int, ...], steps: int, kind: str, settings: dict[str, Any]
 ) -> None:
+    settings = {**PUBLISHED.get(method, {}), **settings}
     rows, logits = draw(geometry, prompts, steps), logits_of(kind, geometry)
     store = make(method, geometry, **settings)
     prefill(store, rows, logits)
@@ -86,10 +87,10 @@ def test_padded_batch(
 def test_row_alone(method: str, prompt: int, dtype: torch.dtype) -> None:
     geometry, logits = Geometry(64, 32, 1, 2), Logits(0.125)
     (row,) = draw(geometry, [prompt], 3, seed=prompt, dtype=dtype)
-    store = make(method, geometry)
+    settings = PUBLISHED.get(method, {})
+    store = make(method, geometry, **settings)
     prefill(store, [row], logits)
     (got,) = decode(store, [row], logits)
-    settings = {"rank": 0.25} if method == "loki" else {}
     assert_steps(got, ORACLES[method](row, logits, **with_maps(method, geometry, settings)), dtype)
 
 
@@ -97,7 +98,7 @@ def test_row_alone(method: str, prompt: int, dtype: torch.dtype) -> None:
 def test_half_precision_where_nothing_is_approximated(method: str) -> None:
     """Sharp attention, where logits rounded to bfloat16 would show."""
     (row,), logits = draw(G64, [200], 4, dtype=torch.bfloat16), Logits(3 / 8)
-    store = make(method, G64)
+    store = make(method, G64, **PUBLISHED.get(method, {}))
     prefill(store, [row], logits)
     assert_steps(decode(store, [row], logits)[0], ORACLES[method](row, logits), torch.bfloat16)
 
@@ -126,5 +127,5 @@ def with_maps(method: str, geometry: Geometry, settings: dict[str, Any]) -> dict
         return settings
     rank = settings["rank"]
     rank = rank if isinstance(rank, int) else int(rank * geometry.dim)
-    query_map, key_map = maps(geometry, settings.get("basis", "pca"), rank)
+    query_map, key_map = maps(geometry, settings["basis"], rank)
     return {**settings, "query_map": query_map[:, :rank], "key_map": key_map[:, :rank]}

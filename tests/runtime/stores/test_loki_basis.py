@@ -30,7 +30,7 @@ def test_which_tensors(stage: str, basis: str, layer: int) -> None:
         names = [f"layers.{layer}.{stage}.{side}_map" for side in ("query", "key")]
     query_map, key_map = (ARTIFACT.stages[basis].tensors[name][:, :3] for name in names)
     rows, logits = draw(GEOMETRY, (9, 30), 3), Logits(GEOMETRY.scaling)
-    store = Loki(rank=3, keep=0.25, stage=stage, basis=basis).build(layer, 12, ARTIFACT)()
+    store = Loki(rank=3, keep=0.25, stage=stage, basis=basis, select="head").build(layer, 12, ARTIFACT)()
     prefill(store, rows, logits)
     for row, got in zip(rows, decode(store, rows, logits), strict=True):
         assert_steps(got, loki(row, logits, query_map, key_map, keep=0.25))
@@ -103,11 +103,12 @@ def test_missing_stage(basis: str) -> None:
 def scored(artifact: Artifact, layer: int = 0, **settings: object) -> int:
     """Dimensions that are read of each key at a step, from the bytes."""
     (row,) = draw(GEOMETRY, [39], 1)
+    settings = {"basis": "pca", "select": "head", **settings}
     store = Loki(keep=1, **settings).build(layer, 12, artifact)()
     prefill(store, [row], Logits(1.0))
     decode(store, [row], Logits(1.0))
     rows_read, basis = GEOMETRY.heads * (12 + 5) * 4, store.basis.rank
-    if settings.get("basis") == "score":
+    if settings["basis"] == "score":
         per_rank = 2 * 40 * 4 + 2 * 2 * 12 * 4  # index and both maps
         assert store.bytes_read() - rows_read == per_rank * basis
     else:

@@ -22,11 +22,11 @@ PLAIN = Logits(0.25)
 RAGGED = (1, 15, 63, 100)
 TAIL = {"tail": True, "tokens_per_cluster": 6, "window": 3, "sinks": 3}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "exact_topk": ("exact_topk", {}),
-    "loki-pca": ("loki", {"rank": 4}),
-    "loki-score": ("loki", {"rank": 5, "basis": "score"}),
-    "quest": ("quest", {"page": 4}),
-    "quest-16": ("quest", {"page": 16}),
+    "exact_topk": ("exact_topk", {"select": "head"}),
+    "loki-pca": ("loki", {"rank": 4, "basis": "pca", "select": "head"}),
+    "loki-score": ("loki", {"rank": 5, "basis": "score", "select": "head"}),
+    "quest": ("quest", {"page": 4, "select": "head"}),
+    "quest-16": ("quest", {"page": 16, "select": "head"}),
     "clusterkv": ("clusterkv", {}),
 }
 
@@ -39,7 +39,7 @@ def rule_of(method: str, geometry: Geometry, settings: dict[str, Any]) -> Rule:
     if method == "exact_topk":
         return best_tokens(lambda head: head.logit(head.key @ head.query))
     rank = settings["rank"]
-    to_query, to_key = (each[:, :rank].double() for each in maps(geometry, settings.get("basis", "pca"), rank))
+    to_query, to_key = (each[:, :rank].double() for each in maps(geometry, settings["basis"], rank))
 
     def approximate(head: Head) -> Tensor:
         of = head.index // geometry.group

@@ -147,7 +147,7 @@ def test_bounds() -> None:
 
 
 GEOMETRY = Geometry(16, 8, 2, 2)
-SETTINGS = {"rank": 0.5, "keep": 0.25, "choice": "threshold"}
+SETTINGS = {"rank": 0.5, "keep": 0.25, "basis": "pca", "select": "head", "choice": "threshold"}
 
 
 def oracle(row: Row, logits: Logits, store: object, settings: dict) -> list[Tensor]:
@@ -219,8 +219,8 @@ def test_refused(settings: dict, message: str) -> None:
 def test_what_the_artifact_has_to_have() -> None:
     stages = {name: stage for name, stage in ARTIFACT.stages.items() if name != "reservoir"}
     with pytest.raises(KvcalError, match=r"^[^\n]*no stage 'reservoir'[^\n]*$"):
-        Loki(choice="threshold").build(0, 12, dataclasses.replace(ARTIFACT, stages=stages))
+        Loki(choice="threshold", basis="pca", select="head").build(0, 12, dataclasses.replace(ARTIFACT, stages=stages))
     with pytest.raises(KvcalError, match=r"^a reservoir of 1 tokens: thresholds need more[^\n]*$"):
-        Loki(choice="threshold").build(0, 12, samples.artifact(head_dim=12, tokens=1))
-    store = Loki(choice="threshold", select="max").build(1, 12, ARTIFACT)()
+        Loki(choice="threshold", basis="pca", select="head").build(0, 12, samples.artifact(head_dim=12, tokens=1))
+    store = Loki(choice="threshold", basis="pca", select="max").build(1, 12, ARTIFACT)()
     assert store.thresholds.by_group and store.thresholds.longest == 40
