@@ -12,7 +12,8 @@ import page_decoding
 from subjects import SUBJECTS, Subject
 from tables import named, number, read, table
 
-HEAD = "# Real models\n\nMade by `python benchmarks/real/run.py WORK`."
+FINDINGS = Path(__file__).with_name("findings.md")
+"""Words of people about the tables: to be read again with every measurement."""
 Part = Callable[[Path, Subject], str]
 
 
@@ -135,7 +136,7 @@ PARTS: Mapping[str, tuple[str, Part]] = {
 
 
 def write(folder: Path) -> None:
-    sections = [HEAD]
+    sections = [FINDINGS.read_text().strip()]
     for name, (title, part) in PARTS.items():
         for subject in SUBJECTS.values():
             if body := part(folder / "real", subject):
