@@ -184,8 +184,8 @@ def number(value: float | None, form: str) -> str:
 HEAD = """# Sweeps on the demo model
 
 **A model of 4.2 million parameters: what these sweeps show of methods does not carry over to real ones
-([real.md](real.md)). There, the score basis is better at every rank, and Loki with key PCA loses most of all.** They
-stay as what one command measures anywhere, without a download. The settings are those of the tables, once the defaults.
+([real.md](real.md)). There, the score basis is better at every rank, and Loki with key PCA is among the worst.** They
+stay as what one command measures anywhere, without a download. Commands name what was the default when they were run.
 
 Made by `python benchmarks/sweeps.py`: each table is one command, with the artifact of
 `{artifact}`. Text and words of

@@ -68,7 +68,7 @@ Mean rank@{100 * report["variance"]:g} over layers and KV heads{averaged}:
 from kvcal.runtime import compress, load
 
 artifact = load("{PLACE}")
-with compress(model, artifact, method="loki", rank=0.25, keep=0.25):
+with compress(model, artifact, method="loki", keep=0.25):
     model.generate(**inputs)
 ```
 

@@ -22,7 +22,7 @@ def cluster(
     artifact: Artifact,
     *,
     clusters: int | None = None,
-    tokens_per_cluster: int = 80,
+    tokens_per_cluster: int = 32,
     metric: str = "cosine",
     iterations: int = 20,
     seed: int = 0,

@@ -35,7 +35,7 @@ def arguments(of_the_harness: Sequence[str]) -> str:
         "  of all               dense_layers=N: the first N layers stay full",
         "",
         "  python -m kvcal.calibrate.harness --model kvcal --tasks TASK --batch_size 8 \\",
-        "    --model_args pretrained=smollm2-135m,artifact=DIR,method=loki,rank=0.25,keep=0.25",
+        "    --model_args pretrained=smollm2-135m,artifact=DIR,method=loki,keep=0.25",
     ]
     return "\n".join(lines)
 

@@ -23,6 +23,12 @@ def _sparq(rank: int, **other: Any) -> Setting:
     return {"method": "sparq", "rank": rank, "keep": _rows(rank, LEVEL), "select": "group", **other}
 
 
+def _sparq_by_head(rank: int) -> Setting:
+    """Every head scores channels of its own, too."""
+    keep = round(LEVEL / GROUP - rank / (2 * HEAD_DIM), 5)
+    return {"method": "sparq", "rank": rank, "keep": keep, "select": "head"}
+
+
 def _rows(rank: int, level: float) -> float:
     return round(level - rank / (2 * HEAD_DIM), 5)
 
@@ -65,7 +71,7 @@ CHOICES: Mapping[str, list[Setting]] = {
         _loki(8, select="max"),
         {**_loki(8), "select": "head", "keep": round(_rows(8, LEVEL) / GROUP, 5)},
     ],
-    "Loki, what is always read, and a tail": [
+    "Loki, a tail": [
         _loki(8),
         *(
             {**_loki(8), "keep": round(_rows(8, LEVEL) - 1 / size, 5), "tail": True, "tokens_per_cluster": size}
@@ -73,7 +79,7 @@ CHOICES: Mapping[str, list[Setting]] = {
         ),
     ],
     "SparQ, the rank": [_sparq(rank) for rank in (2, 4, 8, 12)],
-    "SparQ, who chooses": [_sparq(8), {**_sparq(8), "select": "head", "keep": round(_rows(8, LEVEL) / GROUP, 5)}],
+    "SparQ, who chooses": [_sparq(8), _sparq_by_head(2)],
     "Quest, the page": [_quest(page) for page in (16, 32, 64)],
     "ClusterKV, tokens per cluster": [_clusterkv(size) for size in (8, 16, 32, 80)],
     "ClusterKV, window and sinks": [

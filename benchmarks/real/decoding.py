@@ -6,13 +6,14 @@ cache would make low-bit codes look cheaper than they are.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from settings import LEVELS, PAPERS, WHY_LOKI, at_equal_bytes
-from subjects import UNSEEN, Bench
+from settings import LEVELS, PAPERS, PUBLISHED, WHY_LOKI, at_equal_bytes
+from subjects import UNSEEN, Bench, uncentred
 
 from kvcal.artifacts import Artifact, weights_sha256
 from kvcal.calibrate import open_data
@@ -44,8 +45,12 @@ def methods(bench: Bench, only: str | None = None) -> None:
 
 
 def defaults(bench: Bench, only: str | None = None) -> None:
-    """Every method as it decodes when nothing is said."""
-    grid = [{"method": name} for name in METHODS if name != "full" and only in (None, name)]
+    """Every method as it decodes when nothing is said; rows name the defaults that they were measured with."""
+    grid = [
+        {"method": name, **dataclasses.asdict(method())}
+        for name, method in METHODS.items()
+        if name != "full" and only in (None, name)
+    ]
     _decode(bench, "defaults", _on_text(bench, _shortest(bench), ("perplexity", "passkey")), grid, bench.artifact())
 
 
@@ -60,7 +65,8 @@ def why_loki(bench: Bench, only: str | None = None) -> None:
     grid = [setting for setting in WHY_LOKI.values() if only in (None, setting["method"])]
     prompts = _on_text(bench, _shortest(bench), ("perplexity", "passkey"))
     _decode(bench, "why-loki", prompts, grid, bench.artifact())
-    _decode(bench, "why-loki-questions", prompts, grid[:1], bench.artifact("questions", source=bench.questions()))
+    _decode(bench, "why-loki-uncentred", prompts, [PUBLISHED], uncentred(bench.artifact()))
+    _decode(bench, "why-loki-questions", prompts, [PUBLISHED], bench.artifact("questions", source=bench.questions()))
 
 
 def ruler(bench: Bench, only: str | None = None) -> None:

@@ -14,7 +14,7 @@ from kvcal.calibrate.evaluation.figure import evaluation_figure
 
 MOST = 2.0
 """Perplexity over full's: what loses more is not drawn, it would flatten all others."""
-_NAMED = ("method", "basis", "keep")
+_NAMED = ("method", "basis", "keep", "tokens_per_cluster")
 _MEASURED = ("perplexity_ratio", "perplexity_ratio_se", "scores", "scores_se")
 
 

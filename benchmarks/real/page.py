@@ -87,7 +87,7 @@ def first_token(folder: Path, subject: Subject) -> str:
 def choices(folder: Path, subject: Subject) -> str:
     """The same bytes spent in different ways, by what is chosen."""
     found = read(folder / f"{subject.model}-choices.json")
-    rows = [[name, *_errors_of(entry)] for name, entries in found.items() for entry in entries]
+    rows = [[key.partition(": ")[0], *_errors_of(entry)] for key, entries in found.items() for entry in entries]
     header = ["choice", "method", "read", "error", "without the first layer", "worst layer"]
     return table(header, rows) if rows else ""
 
@@ -129,6 +129,7 @@ PARTS: Mapping[str, tuple[str, Part]] = {
     "papers": ("Decoding with the papers' settings", page_decoding.papers),
     "defaults": ("Decoding with our defaults", page_decoding.defaults),
     "why-loki": ("Why Loki loses", page_decoding.why_loki),
+    "uncentred": ("Without subtracting the mean", page_decoding.uncentred),
     "questions": ("Calibrated on questions", page_decoding.questions),
     "ruler-full": ("RULER, the model itself", page_decoding.ruler_full),
     "ruler": ("RULER, methods", page_decoding.ruler),

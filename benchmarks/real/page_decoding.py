@@ -44,24 +44,32 @@ def bytes_of(folder: Path, subject: Subject, length: int) -> Callable[[Row], flo
 
 
 def papers(folder: Path, subject: Subject) -> str:
-    """With the settings of the papers; spectral as it was when this was measured. read: of a float32 cache."""
+    """With the settings of the papers; spectral as it was when this was measured. read: of a float32 cache, layers with
+    a sliding window included."""
     rows = read(folder / f"{subject.model}-papers.json").get("results", [])
     return _table(rows, _of_this_run(rows)) if rows else ""
 
 
 def defaults(folder: Path, subject: Subject) -> str:
-    """With no settings at all. read: of a float32 cache."""
+    """With no settings at all. read: of a float32 cache, layers with a sliding window included."""
     rows = read(folder / f"{subject.model}-defaults.json").get("results", [])
-    return _table(rows, _of_this_run(rows)) if rows else ""
+    return _table(rows, _of_this_run(rows), [f"`{row['method']}`" for row in rows]) if rows else ""
 
 
 def why_loki(folder: Path, subject: Subject) -> str:
-    """Loki at rank and keep of a quarter, and one change each. read: of a float32 cache."""
+    """Loki at rank and keep of a quarter, and one change each. read: of a float32 cache, layers with a sliding window
+    included; each query head reads tokens of its own where the group does not choose."""
     rows = read(folder / f"{subject.model}-why-loki.json").get("results", [])
     if not rows:
         return ""
     names = {_key(setting): name for name, setting in WHY_LOKI.items()}
-    return _table(rows, _of_this_run(rows), [names.get(_key(row), "full") for row in rows])
+    return _table(rows, _of_this_run(rows), ["full" if row["method"] == "full" else names[_key(row)] for row in rows])
+
+
+def uncentred(folder: Path, subject: Subject) -> str:
+    """Loki as published, with PCA of keys from which no mean was subtracted."""
+    rows = read(folder / f"{subject.model}-why-loki-uncentred.json").get("results", [])
+    return _table(rows, _of_this_run(rows)) if rows else ""
 
 
 def questions(folder: Path, subject: Subject) -> str:

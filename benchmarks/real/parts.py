@@ -12,7 +12,7 @@ from choices import CHOICES
 from decoding import defaults, forget, methods, papers, ruler, why_loki
 from first_token import first_token
 from settings import LEVELS, at_equal_bytes
-from subjects import UNSEEN, Bench
+from subjects import UNSEEN, Bench, uncentred
 
 from kvcal.calibrate.rank import rank_report
 
@@ -48,6 +48,8 @@ def bases(bench: Bench, only: str | None = None) -> None:
         for stage in ("post", "pre"):
             settings = [_loki(rank, basis, stage) for rank in dims]
             _errors(bench, done, f"{basis} {stage}", "both", settings, bench.artifact())
+    settings = [_loki(rank, "pca") for rank in dims]
+    _errors(bench, done, "pca post, uncentred", "both", settings, uncentred(bench.artifact()))
 
 
 def transfer(bench: Bench, only: str | None = None) -> None:
@@ -75,7 +77,9 @@ def choices(bench: Bench, only: str | None = None) -> None:
     """What the defaults are chosen from: the same bytes spent in different ways."""
     done = Done(bench.path("choices"))
     for name, settings in CHOICES.items():
-        _errors(bench, done, name, "both", settings, bench.artifact())
+        for setting in settings:
+            if only in (None, setting["method"]):
+                _errors(bench, done, f"{name}: {json.dumps(setting)}", "both", [setting], bench.artifact())
 
 
 def first_tokens(bench: Bench, only: str | None = None) -> None:
@@ -142,7 +146,7 @@ PARTS: Mapping[str, Callable[[Bench, str | None], None]] = {
     "why-loki": why_loki,
     "ruler": ruler,
 }
-OF_METHODS = ("attention", "methods", "papers", "defaults", "ruler")
+OF_METHODS = ("attention", "choices", "methods", "papers", "defaults", "ruler")
 """What is measured again for one method alone."""
 
 

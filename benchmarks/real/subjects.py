@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import random
@@ -14,7 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kvcal.artifacts import Artifact
+import torch
+
+from kvcal.artifacts import Artifact, Stage
 from kvcal.calibrate import load_model, open_data
 from kvcal.calibrate.builtin.recall import dictionary, fact, question, random_code
 from kvcal.runtime import load
@@ -105,6 +108,21 @@ class Bench:
 
     def path(self, part: str) -> Path:
         return self.results / f"{self.subject.model}-{part}.json"
+
+
+def uncentred(artifact: Artifact) -> Artifact:
+    """As `calibrate pca --uncentred` makes it: key PCA of the second moments."""
+    pca, moments = artifact.stages["pca"], artifact.stages["moments"].tensors
+    tensors = dict(pca.tensors)
+    for name in (name for name in pca.tensors if name.endswith(".components")):
+        prefix = name.removesuffix(".components")
+        mean, covariance = (moments[f"{prefix}.{part}"].double() for part in ("mean", "covariance"))
+        second = covariance + mean.unsqueeze(-1) * mean.unsqueeze(-2)
+        tensors[name] = torch.linalg.eigh(second).eigenvectors.flip(-1).mT.float().contiguous()
+    settings = {**artifact.settings, "centred": False}
+    return dataclasses.replace(
+        artifact, settings=settings, stages={**artifact.stages, "pca": Stage(tensors, pca.settings)}
+    )
 
 
 def _asked(passage: str, words: Sequence[str], rng: random.Random) -> str:

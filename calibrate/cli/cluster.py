@@ -15,7 +15,7 @@ from .output import json_option, plot_option, print_json, print_lines, print_tab
 @click.command("cluster")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--clusters", type=click.IntRange(1), help="Clusters per KV head; overrides --tokens-per-cluster.")
-@click.option("--tokens-per-cluster", type=click.IntRange(1), default=80, show_default=True)
+@click.option("--tokens-per-cluster", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--metric", type=click.Choice(["cosine", "l2"]), default="cosine", show_default=True)
 @click.option("--iterations", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
@@ -27,7 +27,7 @@ def cluster_command(artifact: Path, plot: Path | None, as_json: bool, world: Wor
 
     \b
     Example:
-      calibrate cluster mistral-7b-wikitext --tokens-per-cluster 80 --plot clusters.png
+      calibrate cluster mistral-7b-wikitext --tokens-per-cluster 32 --plot clusters.png
     """
     from ..card import card_files
     from ..cluster_stage import cluster, cluster_report

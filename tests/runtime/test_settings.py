@@ -41,7 +41,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "subgen": {"window": 128, "sinks": 4, "clusters": 64, "t": 4, "s": 256, "normaliser": "clusters"},
 }  # fmt: skip
-"""What was chosen by measurements, and what docs/methods.md says."""
+"""What was chosen by measurements: docs/results/real.md."""
 
 
 def planned(method: Any, **settings: Any) -> list[Any]:
