@@ -10,8 +10,9 @@ import torch
 
 from kvcal.artifacts import Artifact
 from kvcal.calibrate.planning.points import Problem
-from kvcal.runtime.attention import probabilities, weighted
+from kvcal.runtime.attention import Logits, probabilities, weighted
 from kvcal.runtime.settings import plan
+from kvcal.runtime.stores.basis import Basis
 from kvcal.runtime.stores.full import FullStore
 
 Setting = dict[str, Any]
@@ -37,6 +38,42 @@ def first_token(found: Sequence[Problem], artifact: Artifact) -> list[dict[str, 
         means = {name: statistics.mean(layer[name] for layer in layers) for name in layers[0]}
         rows.append({"setting": setting, **means, "read_by_layer": [round(layer["read"], 4) for layer in layers]})
     return rows
+
+
+OTHERS = 64
+"""Tokens from here on are what the first is compared with, the last 48 left out: they are near every query."""
+
+
+def standing_out(found: Sequence[Problem], artifact: Artifact, rank: float = 0.25) -> list[dict[str, float]]:
+    """Of each layer, means of heads and queries: "logit", of the first token above the mean of the others; "in_pca" and
+    "in_score", the same in the first dimensions of either basis; "length", of its key, and "length_of_others"."""
+    rows = []
+    for problem in found:
+        query, key = problem.query.float(), problem.key.float()
+        dims = max(1, round(rank * key.shape[-1]))
+        bases = {name: Basis.load(artifact, problem.layer, dims, basis=name) for name in ("pca", "score")}
+        lengths = key.norm(dim=-1)
+        rows.append(
+            {
+                "layer": problem.layer,
+                "logit": _above(query, key, problem.logits),
+                **{f"in_{name}": _above(*_mapped(basis, query, key), problem.logits) for name, basis in bases.items()},
+                "length": float(lengths[..., 0].mean()),
+                "length_of_others": float(lengths[..., OTHERS:-48].mean()),
+            }
+        )
+    return rows
+
+
+def _mapped(basis: Basis, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    query_map, key_map = (each[:, : basis.rank].float().mT for each in basis.maps(key))
+    return (query.unflatten(1, (key.shape[1], -1)) @ query_map.unsqueeze(1)).flatten(1, 2), key @ key_map
+
+
+def _above(query: torch.Tensor, key: torch.Tensor, logits: Logits) -> float:
+    grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    of = logits.of(grouped @ key.mT)
+    return float((of[..., 0] - of[..., OTHERS:-48].mean(-1)).mean())
 
 
 @torch.no_grad()

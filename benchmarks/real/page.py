@@ -75,13 +75,19 @@ def transfer(folder: Path, subject: Subject) -> str:
 
 def first_token(folder: Path, subject: Subject) -> str:
     """Attention output errors with what a method chooses, and with the first token (or page) besides. mass: of the
-    dense attention, on the first token; read: share of heads and steps that choose it. Means of layers."""
-    rows = read(folder / f"{subject.model}-first-token.json").get("settings", [])
+    dense attention, on the first token; read: share of heads and steps that choose it. Means of layers. Below, by
+    layer: its logit above the mean of tokens from 64 on, exact and in a quarter of the dimensions; lengths of keys."""
+    found = read(folder / f"{subject.model}-first-token.json")
+    rows, logits = found.get("settings", []), found.get("logits", [])
     lines = [
         [named(row["setting"]), *(number(row[name]) for name in ("mass", "read", "error", "error_with"))]
         for row in rows
     ]
-    return table(["method", "mass", "read", "error", "error, always read"], lines) if rows else ""
+    names = ("logit", "in_pca", "in_score", "length", "length_of_others")
+    by_layer = [[str(row["layer"]), *(number(row[name], ".1f") for name in names)] for row in logits]
+    first = table(["method", "mass", "read", "error", "error, always read"], lines)
+    second = table(["layer", "logit", "in PCA", "in the score basis", "length", "of others"], by_layer)
+    return f"{first}\n\n{second}" if rows else ""
 
 
 def choices(folder: Path, subject: Subject) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from attention import errors, unseen
 from choices import CHOICES
 from decoding import defaults, forget, methods, papers, ruler, why_loki
-from first_token import first_token
+from first_token import first_token, standing_out
 from settings import LEVELS, at_equal_bytes
 from subjects import UNSEEN, Bench, uncentred
 
@@ -87,6 +87,7 @@ def first_tokens(bench: Bench, only: str | None = None) -> None:
     done = Done(bench.path("first-token"))
     length = next(iter(bench.subject.lengths))
     done.once("settings", lambda: first_token(_problems(bench, "both", length), bench.artifact()))
+    done.once("logits", lambda: standing_out(_problems(bench, "both", length), bench.artifact()))
 
 
 def _loki(rank: int, basis: str, stage: str = "post") -> dict[str, Any]:
