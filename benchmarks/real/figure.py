@@ -14,7 +14,7 @@ from kvcal.calibrate.evaluation.figure import evaluation_figure
 
 MOST = 2.0
 """Perplexity over full's: what loses more is not drawn, it would flatten all others."""
-_NAMED = ("method", "basis", "keep", "tokens_per_cluster")
+_NAMED = ("method", "basis", "keep")
 _MEASURED = ("perplexity_ratio", "perplexity_ratio_se", "scores", "scores_se")
 
 
@@ -34,6 +34,8 @@ def _drawn(row: Mapping[str, Any], shares: Callable[[Mapping[str, Any]], float |
     if share is None:
         return None
     kept = {name: row[name] for name in (*_NAMED, *_MEASURED) if name in row}
+    if row["method"] == "clusterkv":  # in every level a setting as published, and one of small clusters
+        kept["tokens_per_cluster"] = 80 if row["tokens_per_cluster"] == 80 else "16, 32"
     if (row["perplexity_ratio"] or 1.0) > MOST:
         kept |= {"perplexity_ratio": None, "perplexity_ratio_se": None}
     return {**kept, "bytes_per_step": share}
