@@ -105,7 +105,7 @@ def by_layer(name: str, value: Any, layers: Sequence[int], total: int) -> dict[i
 
 
 def describe(chosen: Mapping[int, Method]) -> list[dict[str, Any]]:
-    """[{"layers": "0-3", "method": "loki", "rank": 0.125, …}, …]: neighbouring layers that are alike as one."""
+    """[{"layers": "0-3", "method": "loki", "rank": 0.25, …}, …]: neighbouring layers that are alike as one."""
     runs: list[tuple[int, int, Method]] = []
     for layer, method in sorted(chosen.items()):
         if runs and runs[-1][2] == method and runs[-1][1] == layer - 1:

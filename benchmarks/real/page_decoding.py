@@ -66,6 +66,12 @@ def why_loki(folder: Path, subject: Subject) -> str:
     return _table(rows, _of_this_run(rows), ["full" if row["method"] == "full" else names[_key(row)] for row in rows])
 
 
+def loki_rank(folder: Path, subject: Subject) -> str:
+    """Loki in the score basis, a quarter of the tokens, chosen by the group."""
+    rows = read(folder / f"{subject.model}-loki-rank.json").get("results", [])
+    return _table(rows, _of_this_run(rows)) if rows else ""
+
+
 def uncentred(folder: Path, subject: Subject) -> str:
     """Loki as published, with PCA of keys from which no mean was subtracted."""
     rows = read(folder / f"{subject.model}-why-loki-uncentred.json").get("results", [])

@@ -85,6 +85,12 @@ WHY_LOKI: dict[str, Setting] = {
 }
 
 
+LOKI_RANK: list[Setting] = [
+    {"method": "loki", "rank": rank, "keep": 0.25, "basis": "score", "select": "group"} for rank in (0.125, 0.25, 0.5)
+]
+"""What the attention error does not show: facts that are asked for may need more dimensions than text does."""
+
+
 def _power_of_two(number: float) -> int:
     return 1 << max(0, int(number).bit_length() - 1)
 

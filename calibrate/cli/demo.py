@@ -15,7 +15,7 @@ from .pass_options import PassOptions, run_pass
 from .summary import artifact_summary, print_summary
 
 NUM_TOKENS = 131072
-LOKI = {"method": "loki", "rank": 0.125, "keep": 0.25}
+LOKI = {"method": "loki", "rank": 0.25, "keep": 0.25}
 SPECTRAL = {"method": "spectral", "rank": 32, "bits": 2, "keep": 0.03125, "tokens_per_cluster": 80}
 PROMPTS: dict[str, Any] = {"prefix": 1024, "continuation": 64, "windows": 8, "episodes": 10}
 BATCH_SIZE = 8

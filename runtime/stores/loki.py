@@ -32,7 +32,7 @@ from .thresholds import Thresholds, bounds, fit_layer, room
 
 @dataclass(frozen=True)
 class Loki(Clustered):
-    rank: Amount | str = 0.125
+    rank: Amount | str = 0.25
     """Dimensions that are scored: a fraction, a count, or "variance:0.9", the fewest that hold 90 % of what
     the basis is ordered by, in every KV head of the layer."""
     stage: str = "post"

@@ -27,7 +27,7 @@ TAIL = {"tail": False, "tokens_per_cluster": 80, "window": 64, "sinks": 4}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "full": {},
     "loki": {
-        "rank": 0.125, "keep": 0.25, "basis": "score", "stage": "post", "select": "group", "choice": "exact", **TAIL,
+        "rank": 0.25, "keep": 0.25, "basis": "score", "stage": "post", "select": "group", "choice": "exact", **TAIL,
     },
     "exact_topk": {"keep": 0.25, "select": "group", **TAIL},
     "quest": {"keep": 0.25, "page": 16, "select": "group", **TAIL},

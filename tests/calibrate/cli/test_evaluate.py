@@ -71,7 +71,7 @@ def test_table_and_figure(artifact, text, tmp_path):
     assert low in run("evaluate", artifact, "--data", text, *options, *files, "--json").stderr.splitlines()
     decoded = ("evaluate", artifact, "--data", text, *options, "--output", tmp_path / "r.json")
     assert "question prefilled there, decoded asked for" in refused(*decoded)
-    assert "passkey" in out and "@64" in out and "rank .125 keep .25" in out and "(100 %)" in out
+    assert "passkey" in out and "@64" in out and "rank .25 keep .25" in out and "(100 %)" in out
     assert max(map(len, out.splitlines())) <= 120
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 

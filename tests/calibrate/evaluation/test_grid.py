@@ -49,7 +49,7 @@ def test_a_grid_is_the_product_over_what_each_method_has():
 def test_rank_and_keep_are_stated_when_not_given():
     assert make_grid(["loki", "quest"], {}) == [
         {"method": "full"},
-        {"method": "loki", "rank": 0.125, "keep": 0.25},
+        {"method": "loki", "rank": 0.25, "keep": 0.25},
         {"method": "quest", "keep": 0.25},
     ]
 
