@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from settings import LEVELS, LOKI_RANK, PAPERS, PUBLISHED, WHY_LOKI, at_equal_bytes
+from settings import LEVELS, PAPERS, PUBLISHED, RANK_BY_ANSWERS, WHY_LOKI, at_equal_bytes
 from subjects import UNSEEN, Bench, uncentred
 
 from kvcal.artifacts import Artifact, weights_sha256
@@ -60,10 +60,14 @@ def papers(bench: Bench, only: str | None = None) -> None:
     _decode(bench, "papers", _on_text(bench, _shortest(bench), ("perplexity", "passkey")), grid, bench.artifact())
 
 
-def loki_rank(bench: Bench, only: str | None = None) -> None:
-    """Loki's rank in the score basis, by what the model then answers."""
+def rank_by_answers(bench: Bench, only: str | None = None) -> None:
+    """The rank of Loki and SparQ at a quarter of the tokens, by what the model then answers."""
     _decode(
-        bench, "loki-rank", _on_text(bench, _shortest(bench), ("perplexity", "passkey")), LOKI_RANK, bench.artifact()
+        bench,
+        "rank-by-answers",
+        _on_text(bench, _shortest(bench), ("perplexity", "passkey")),
+        RANK_BY_ANSWERS,
+        bench.artifact(),
     )
 
 

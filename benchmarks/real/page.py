@@ -136,7 +136,7 @@ PARTS: Mapping[str, tuple[str, Part]] = {
     "defaults": ("Decoding with our defaults", page_decoding.defaults),
     "why-loki": ("Why Loki loses", page_decoding.why_loki),
     "uncentred": ("Without subtracting the mean", page_decoding.uncentred),
-    "loki-rank": ("Loki's rank, decoded", page_decoding.loki_rank),
+    "rank-by-answers": ("The rank, by answers", page_decoding.rank_by_answers),
     "questions": ("Calibrated on questions", page_decoding.questions),
     "ruler-full": ("RULER, the model itself", page_decoding.ruler_full),
     "ruler": ("RULER, methods", page_decoding.ruler),

@@ -66,9 +66,9 @@ def why_loki(folder: Path, subject: Subject) -> str:
     return _table(rows, _of_this_run(rows), ["full" if row["method"] == "full" else names[_key(row)] for row in rows])
 
 
-def loki_rank(folder: Path, subject: Subject) -> str:
-    """Loki in the score basis, a quarter of the tokens, chosen by the group."""
-    rows = read(folder / f"{subject.model}-loki-rank.json").get("results", [])
+def rank_by_answers(folder: Path, subject: Subject) -> str:
+    """A quarter of the tokens, chosen by the group. read: of a float32 cache."""
+    rows = read(folder / f"{subject.model}-rank-by-answers.json").get("results", [])
     return _table(rows, _of_this_run(rows)) if rows else ""
 
 

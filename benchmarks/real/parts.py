@@ -9,7 +9,7 @@ from typing import Any
 
 from attention import errors, unseen
 from choices import CHOICES
-from decoding import defaults, forget, loki_rank, methods, papers, ruler, why_loki
+from decoding import defaults, forget, methods, papers, rank_by_answers, ruler, why_loki
 from first_token import first_token, standing_out
 from settings import LEVELS, at_equal_bytes
 from subjects import UNSEEN, Bench, uncentred
@@ -145,7 +145,7 @@ PARTS: Mapping[str, Callable[[Bench, str | None], None]] = {
     "papers": papers,
     "defaults": defaults,
     "why-loki": why_loki,
-    "loki-rank": loki_rank,
+    "rank-by-answers": rank_by_answers,
     "ruler": ruler,
 }
 OF_METHODS = ("attention", "choices", "methods", "papers", "defaults", "ruler")

@@ -85,10 +85,11 @@ WHY_LOKI: dict[str, Setting] = {
 }
 
 
-LOKI_RANK: list[Setting] = [
-    {"method": "loki", "rank": rank, "keep": 0.25, "basis": "score", "select": "group"} for rank in (0.125, 0.25, 0.5)
+RANK_BY_ANSWERS: list[Setting] = [
+    *({"method": "loki", "rank": rank, "keep": 0.25, "basis": "score", **GROUP} for rank in (0.125, 0.25, 0.5)),
+    *({"method": "sparq", "rank": rank, "keep": 0.25, **GROUP} for rank in (0.125, 0.25)),
 ]
-"""What the attention error does not show: facts that are asked for may need more dimensions than text does."""
+"""What attention errors on text do not show: facts that are asked for need more dimensions."""
 
 
 def _power_of_two(number: float) -> int:
