@@ -18,7 +18,7 @@ from .selecting import Chosen, SelectingStore, Selection, best
 
 @dataclass(frozen=True)
 class Sparq(Selection):
-    rank: Amount = 0.125
+    rank: Amount = 0.25
     """Channels of the query, of largest magnitude, that are scored."""
 
     def build(self, layer: int, head_dim: int, artifact: Artifact | None) -> Callable[[], SparqStore]:

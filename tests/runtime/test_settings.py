@@ -31,7 +31,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "exact_topk": {"keep": 0.25, "select": "group", **TAIL},
     "quest": {"keep": 0.25, "page": 16, "select": "group", **TAIL},
-    "sparq": {"rank": 0.125, "keep": 0.25, "select": "group"},
+    "sparq": {"rank": 0.25, "keep": 0.25, "select": "group"},
     "streaming": {"keep": 0.25, "sinks": 4},
     "h2o": {"keep": 0.25},
     "clusterkv": {"keep": 1024, "select": "group", "tokens_per_cluster": 32, "window": 320, "sinks": 16, "tail": False},
