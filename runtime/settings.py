@@ -20,19 +20,19 @@ DEFAULT_METHOD = "loki"
 
 
 def plan(
-    method: Any, settings: Mapping[str, Any], layers: Sequence[int], total: int, sharing: bool = False
+    method: Any, settings: Mapping[str, Any], layers: Sequence[int], total: int, keys_are_shared: bool = False
 ) -> dict[int, Method]:
     """The method of each of `layers`, those with full attention among the model's `total`.
 
     Args:
-        sharing: layers share keys: methods with a basis take "pca" where none is named, since the score basis is fitted
+        keys_are_shared: by layers (`cla`): methods with a basis take "pca" where none is named, since the score basis is fitted
             to the queries of one layer.
 
     Raises:
         KvcalError: unknown method, parameter or layer; a layer without a value or with two.
     """
     if not layers and total:  # nothing will be compressed, but what was asked for is checked all the same
-        plan(method, settings, range(total), total, sharing)
+        plan(method, settings, range(total), total, keys_are_shared)
         return {}
     settings = dict(settings)
     dense_layers = settings.pop("dense_layers", 0)
@@ -54,7 +54,7 @@ def plan(
                 raise _unknown(key, name, known)
         if layer < dense_layers:
             name, shared, own = "full", {}, {}
-        elif sharing and "basis" in known:
+        elif keys_are_shared and "basis" in known:
             shared.setdefault("basis", "pca")
         chosen[layer] = METHODS[name](**{**shared, **own})
     for name in values:

@@ -15,11 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kvcal.artifacts import Artifact, Stage
 from kvcal.calibrate import load_model, open_data
 from kvcal.calibrate.builtin.recall import dictionary, fact, question, random_code
+from kvcal.calibrate.moments import Moments
+from kvcal.calibrate.pca import fit_pca
 from kvcal.runtime import load
 
 _BOOKS = ("debian-handbook", "anarchism")
@@ -117,8 +117,8 @@ def uncentred(artifact: Artifact) -> Artifact:
     for name in (name for name in pca.tensors if name.endswith(".components")):
         prefix = name.removesuffix(".components")
         mean, covariance = (moments[f"{prefix}.{part}"].double() for part in ("mean", "covariance"))
-        second = covariance + mean.unsqueeze(-1) * mean.unsqueeze(-2)
-        tensors[name] = torch.linalg.eigh(second).eigenvectors.flip(-1).mT.float().contiguous()
+        fitted = fit_pca(Moments(TOKENS, mean, covariance), centred=False)
+        tensors[name] = fitted.components.float().contiguous()
     settings = {**artifact.settings, "centred": False}
     return dataclasses.replace(
         artifact, settings=settings, stages={**artifact.stages, "pca": Stage(tensors, pca.settings)}

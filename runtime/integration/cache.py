@@ -68,7 +68,7 @@ class Recipe:
         if groups.shared and from_plan:
             raise KvcalError("the plan of this artifact is for layers that do not share: name a method, e.g. 'loki'")
         with naming(artifact if from_plan else None):
-            methods = plan(named, settings, layers, total, sharing=bool(groups.shared))
+            methods = plan(named, settings, layers, total, keys_are_shared=bool(groups.shared))
         fitted = artifact
         if sharing:
             check_methods(groups, methods, sharing.bases)

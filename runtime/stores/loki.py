@@ -38,7 +38,8 @@ class Loki(Clustered):
     stage: str = "post"
     """Keys before ("pre") or after ("post") their rotary embedding were what the basis was fitted on."""
     basis: str = "score"
-    """"score", or "pca" as published: of centred keys, in which attention sinks are missed (docs/results/real.md)."""
+    """"score", or "pca" as published, which misses attention sinks unless it was calibrated with `--uncentred`
+    (docs/results/real.md)."""
     choice: str = "exact"
     """"exact": the highest scores, as many as `keep` says. "threshold": what reaches a calibrated threshold, about as
     many on average. It needs the artifact's reservoir, and scores that need no second look: `select` head or max."""

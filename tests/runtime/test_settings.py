@@ -66,7 +66,7 @@ def test_layers_that_share_take_the_basis_that_they_can_have() -> None:
     """The score basis is of one layer's queries; who asks for it is told so where the groups are known."""
 
     def sharing(method: Any, **settings: Any) -> list[Any]:
-        return list(plan(method, settings, LAYERS, 4, sharing=True).values())
+        return list(plan(method, settings, LAYERS, 4, keys_are_shared=True).values())
 
     assert sharing("loki") == [Loki(basis="pca")] * 4
     assert sharing("spectral", keep=0.5) == [Spectral(basis="pca", keep=0.5)] * 4
