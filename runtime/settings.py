@@ -25,8 +25,8 @@ def plan(
     """The method of each of `layers`, those with full attention among the model's `total`.
 
     Args:
-        keys_are_shared: by layers (`cla`): methods with a basis take "pca" where none is named, since the score basis is fitted
-            to the queries of one layer.
+        keys_are_shared: by layers (`cla`): methods with a basis take "pca" where none is named, since the score basis
+            is fitted to the queries of one layer.
 
     Raises:
         KvcalError: unknown method, parameter or layer; a layer without a value or with two.
