@@ -1,5 +1,6 @@
 """benchmarks/real: settings read the bytes that they are to read, and one method can be measured anew."""
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -45,6 +46,28 @@ def test_equal_bytes_are_equal(module, level):
             assert share * 0.97 < read < (share + page) * 1.05, (setting, read)
 
 
+def test_errors_have_the_standard_error_over_texts(module):
+    """Of the mean over layers: two layers, three texts, against measuring each text alone."""
+    torch.manual_seed(0)
+    attention = module("attention")
+    layers = []
+    for layer in range(2):
+        query, key, value = (torch.randn(3, heads, tokens, 8) for heads, tokens in ((2, 4), (1, 64), (1, 64)))
+        layers.append(Problem(layer, query, key, value, Logits(8**-0.5, None, None), 3))
+    setting = {"method": "exact_topk", "keep": 4}
+    found = attention.errors(layers, [setting], None)[0]
+    alone = [[_of_row(layer, row).measure(setting, None, 1).error for layer in layers] for row in range(3)]
+    by_text = torch.tensor(alone).mean(1)
+    assert found["by_text"] == pytest.approx(by_text.tolist(), abs=2e-5)
+    assert found["error"] == pytest.approx(float(by_text.mean()))
+    assert found["error_se"] == pytest.approx(float(by_text.std() / 3**0.5))
+
+
+def _of_row(problem, row):
+    tensors = {name: getattr(problem, name)[row : row + 1] for name in ("query", "key", "value")}
+    return dataclasses.replace(problem, **tensors, texts=1)
+
+
 def test_loki_scores_as_many_dimensions_and_reads_as_many_tokens_as_sparq(module):
     for share in module("settings").LEVELS.values():
         found = module("settings").at_equal_bytes(share, HEAD_DIM, LENGTH)
@@ -72,15 +95,15 @@ def test_the_page_states_what_was_measured(module, tmp_path):
     ]
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "smollm2-135m-methods-2048.json").write_text(json.dumps({"settings": {}, "results": rows}))
-    counted = [
-        {"setting": {"method": "sparq", "rank": 8, "keep": 0.5}, "bytes": 0.5678, "error": 0.1, "by_layer": {"0": 0.1}}
-    ]
-    (tmp_path / "real" / "smollm2-135m-attention-2048.json").write_text(json.dumps({"1/2 sparq": counted}))
+    counted = {"setting": {"method": "sparq", "rank": 8, "keep": 0.5}, "bytes": 0.5678}
+    counted |= {"error": 0.1, "error_se": 0.0625, "by_layer": {"0": 0.1}, "by_text": [0.1]}
+    (tmp_path / "real" / "smollm2-135m-attention-2048.json").write_text(json.dumps({"1/2 sparq": [counted]}))
     assert module("figure")._drawn(rows[2], lambda row: 0.5)["perplexity_ratio"] is None  # flattens all others
     module("page").write(tmp_path)
     page = (tmp_path / "real.md").read_text()
     assert "| `h2o` keep 0.5 | 0.5156 | 1.250 ± .125 | 0.00 ± .00 |" in page
     assert "| `sparq` rank 8, keep 0.5 | 0.5678 | 3.500 ± .500 | 0.50 ± .10 |" in page
+    assert "| 1/2 | `sparq` rank 8, keep 0.5 | 0.5678 | 0.100 ± .062 | – | 0.10 (0) |" in page
     assert "## RULER" not in page and (tmp_path / "real.png").stat().st_size > 1000
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvcal.artifacts import Artifact
 from kvcal.calibrate import make_blocks, open_data
+from kvcal.calibrate.evaluation.standard_errors import mean
 from kvcal.calibrate.planning.points import Problem, measure, problems
 
 STEPS = 16
@@ -56,14 +57,22 @@ def _each(problem: Problem, change: Any) -> Problem:
 
 
 def errors(found: Sequence[Problem], settings: Sequence[Setting], artifact: Artifact) -> list[dict[str, Any]]:
-    """Of each setting {"setting", "bytes": over dense, "error": mean of layers, "by_layer": {layer: error}}."""
+    """Of each setting {"setting", "bytes": over dense, "error": mean of layers, "error_se": over texts, "by_layer":
+    {layer: error}, "by_text": [error]}."""
     by_layer = {problem.layer: measure(problem, settings, artifact, torch.device("cpu"), BATCH) for problem in found}
-    return [
-        {
-            "setting": setting,
-            "bytes": statistics.mean(points[index].bytes for points in by_layer.values()),
-            "error": statistics.mean(points[index].error for points in by_layer.values()),
-            "by_layer": {str(layer): round(points[index].error, 5) for layer, points in by_layer.items()},
-        }
-        for index, setting in enumerate(settings)
-    ]
+    rows = []
+    for index, setting in enumerate(settings):
+        points = {layer: points[index] for layer, points in by_layer.items()}
+        by_text = torch.tensor([point.text_errors for point in points.values()]).mean(0).tolist()
+        error, error_se = mean(by_text)
+        rows.append(
+            {
+                "setting": setting,
+                "bytes": statistics.fmean(point.bytes for point in points.values()),
+                "error": error,
+                "error_se": error_se,
+                "by_layer": {str(layer): round(point.error, 5) for layer, point in points.items()},
+                "by_text": [round(error, 5) for error in by_text],
+            }
+        )
+    return rows

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from kvcal.artifacts import Artifact
+from kvcal.calibrate.evaluation.standard_errors import mean
 from kvcal.calibrate.planning.points import Problem
 from kvcal.runtime.attention import Logits, probabilities, weighted
 from kvcal.runtime.settings import plan
@@ -31,12 +31,15 @@ SETTINGS: list[Setting] = [
 
 def first_token(found: Sequence[Problem], artifact: Artifact) -> list[dict[str, Any]]:
     """Of each setting, means of layers: "mass", of the dense attention on the first token; "read", the share of heads
-    and steps that read it; "error" of the attention output, and "error_with" where it is read always."""
+    and steps that read it; "error" of the attention output, and "error_with" where it is read always. "…_se" of each,
+    over texts."""
     rows = []
     for setting in SETTINGS:
         layers = [_layer(problem, setting, artifact) for problem in found]
-        means = {name: statistics.mean(layer[name] for layer in layers) for name in layers[0]}
-        rows.append({"setting": setting, **means, "read_by_layer": [round(layer["read"], 4) for layer in layers]})
+        row: dict[str, Any] = {"setting": setting}
+        for name in layers[0]:
+            row[name], row[f"{name}_se"] = mean(torch.stack([layer[name] for layer in layers]).mean(0).tolist())
+        rows.append({**row, "read_by_layer": [round(float(layer["read"].mean()), 4) for layer in layers]})
     return rows
 
 
@@ -77,10 +80,11 @@ def _above(query: torch.Tensor, key: torch.Tensor, logits: Logits) -> float:
 
 
 @torch.no_grad()
-def _layer(problem: Problem, setting: Setting, artifact: Artifact) -> dict[str, float]:
+def _layer(problem: Problem, setting: Setting, artifact: Artifact) -> dict[str, torch.Tensor]:
+    """[B] of each: means of heads and steps."""
     method = plan(setting, {}, [problem.layer], problem.layer + 1)[problem.layer]
     prefix = problem.key.shape[2] - problem.query.shape[2]
-    found: dict[str, list[float]] = {"mass": [], "read": [], "error": [], "error_with": []}
+    found: dict[str, list[torch.Tensor]] = {"mass": [], "read": [], "error": [], "error_with": []}
     for name in ("error", "error_with"):
         store = method.build(problem.layer, problem.key.shape[3], artifact)()
         if name == "error_with":
@@ -94,11 +98,11 @@ def _layer(problem: Problem, setting: Setting, artifact: Artifact) -> dict[str, 
             out = store.attend(query, problem.logits).float()
             weights = probabilities(query, problem.key[:, :, : at + 1], problem.logits)
             dense = weighted(weights, problem.value[:, :, : at + 1])
-            found[name].append(float(((out - dense).norm(dim=-1) / dense.norm(dim=-1)).mean()))
+            found[name].append(((out - dense).norm(dim=-1) / dense.norm(dim=-1)).mean((1, 2)))
             if name == "error":
-                found["mass"].append(float(weights[..., 0].mean()))
-                found["read"].append(float(store.read_mask()[..., 0].float().mean()))
-    return {name: statistics.mean(values) for name, values in found.items()}
+                found["mass"].append(weights[..., 0].flatten(1).mean(1))
+                found["read"].append(store.read_mask()[..., 0].float().flatten(1).mean(1))
+    return {name: torch.stack(values).mean(0) for name, values in found.items()}
 
 
 def _always_first(store: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import figure
 import page_decoding
 from subjects import SUBJECTS, Subject
-from tables import named, number, read, table
+from tables import named, number, read, table, with_error
 
 FINDINGS = Path(__file__).with_name("findings.md")
 """Words of people about the tables: to be read again with every measurement."""
@@ -42,10 +42,8 @@ def tokens(folder: Path, subject: Subject) -> str:
         model = found.get(f"ranks {size}")
         if model is None:
             continue
-        errors = [entry["error"] for text in ("prose", "code") for entry in found.get(f"{text} {size}", ())]
-        rows.append(
-            [f"{size}", number(model["key_pre"], ".2f"), number(model["key_post"], ".2f"), *map(number, errors)]
-        )
+        errors = [_error(entry) for text in ("prose", "code") for entry in found.get(f"{text} {size}", ())]
+        rows.append([f"{size}", number(model["key_pre"], ".2f"), number(model["key_post"], ".2f"), *errors])
     header = ["tokens", "rank@90 pre", "rank@90 post", "prose, PCA", "prose, score", "code, PCA", "code, score"]
     return table(header, rows) if rows else ""
 
@@ -57,7 +55,7 @@ def bases(folder: Path, subject: Subject) -> str:
         return ""
     first = next(iter(found.values()))
     rows = [
-        [str(entry["setting"]["rank"]), *(number(column[at]["error"]) for column in found.values())]
+        [str(entry["setting"]["rank"]), *(_error(column[at]) for column in found.values())]
         for at, entry in enumerate(first)
     ]
     return table(["rank", *found], rows)
@@ -70,7 +68,7 @@ def transfer(folder: Path, subject: Subject) -> str:
         return ""
     first = next(iter(found.values()))
     header = ["calibrated → evaluated", *(f"{entry['setting']['basis']} {entry['setting']['rank']}" for entry in first)]
-    return table(header, [[key, *(number(entry["error"]) for entry in row)] for key, row in found.items()])
+    return table(header, [[key, *map(_error, row)] for key, row in found.items()])
 
 
 def first_token(folder: Path, subject: Subject) -> str:
@@ -80,7 +78,10 @@ def first_token(folder: Path, subject: Subject) -> str:
     found = read(folder / f"{subject.model}-first-token.json")
     rows, logits = found.get("settings", []), found.get("logits", [])
     lines = [
-        [named(row["setting"]), *(number(row[name]) for name in ("mass", "read", "error", "error_with"))]
+        [
+            named(row["setting"]),
+            *(with_error(row[name], row[f"{name}_se"]) for name in ("mass", "read", "error", "error_with")),
+        ]
         for row in rows
     ]
     names = ("logit", "in_pca", "in_score", "length", "length_of_others")
@@ -117,10 +118,14 @@ def _errors_of(entry: Mapping[str, Any]) -> Sequence[str]:
     return [
         named(entry["setting"]),
         number(entry["bytes"], ".4f"),
-        number(entry["error"]),
+        _error(entry),
         number(others),
         f"{error:.2f} ({worst})",
     ]
+
+
+def _error(entry: Mapping[str, Any]) -> str:
+    return with_error(entry["error"], entry["error_se"])
 
 
 PARTS: Mapping[str, tuple[str, Part]] = {

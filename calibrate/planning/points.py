@@ -35,6 +35,8 @@ class Point:
     add up like independent ones, and a fact that is missed is one large error among many small ones."""
     head_errors: tuple[float, ...]
     """`error` by KV head."""
+    text_errors: tuple[float, ...] = ()
+    """`error` by row of text."""
 
 
 DENSE = Point({"method": "full"}, 1.0, 0.0, 0.0, ())
@@ -86,6 +88,7 @@ class Problem:
             float(parts[0].mean()),
             sum(float(part.square().mean()) for part in parts) / len(parts),
             tuple(parts[0].mean((0, 1, 3)).tolist()),
+            tuple(parts[0].mean((1, 2, 3)).tolist()),
         )
 
     def _build(self, setting: Setting, artifact: Artifact | None) -> Callable[[], Store]:

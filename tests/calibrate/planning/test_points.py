@@ -40,6 +40,7 @@ def test_errors_are_those_of_the_formula_over_rows_of_text():
     assert point.error == pytest.approx(float(errors[:2].mean()), rel=1e-4)
     by_head = errors[:2].unflatten(2, (2, 2)).mean((0, 1, 3))
     assert point.head_errors == pytest.approx(by_head.tolist(), rel=1e-4)
+    assert point.text_errors == pytest.approx(errors[:2].mean((1, 2)).tolist(), rel=1e-4)
 
 
 def test_loss_is_half_of_text_and_half_of_questions():
