@@ -56,9 +56,9 @@ def _each(problem: Problem, change: Any) -> Problem:
     return dataclasses.replace(problem, **tensors)
 
 
-def errors(found: Sequence[Problem], settings: Sequence[Setting], artifact: Artifact) -> list[dict[str, Any]]:
-    """Of each setting {"setting", "bytes": over dense, "error": mean of layers, "error_se": over texts, "by_layer":
-    {layer: error}, "by_text": [error]}."""
+def errors(found: Sequence[Problem], settings: Sequence[Setting], artifact: Artifact | None) -> list[dict[str, Any]]:
+    """Of each setting {"setting", "artifact": its hash, "bytes": over dense, "error": mean of layers, "error_se": over
+    texts, "by_layer": {layer: error}, "by_text": [error]}."""
     by_layer = {problem.layer: measure(problem, settings, artifact, torch.device("cpu"), BATCH) for problem in found}
     rows = []
     for index, setting in enumerate(settings):
@@ -68,6 +68,7 @@ def errors(found: Sequence[Problem], settings: Sequence[Setting], artifact: Arti
         rows.append(
             {
                 "setting": setting,
+                "artifact": artifact and artifact.content_hash,
                 "bytes": statistics.fmean(point.bytes for point in points.values()),
                 "error": error,
                 "error_se": error_se,

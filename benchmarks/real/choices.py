@@ -80,6 +80,11 @@ CHOICES: Mapping[str, list[Setting]] = {
     ],
     "SparQ, the rank": [_sparq(rank) for rank in (2, 4, 8, 12)],
     "SparQ, who chooses": [_sparq(8), _sparq_by_head(2)],
+    "Quest, who chooses": [_quest(16), {**_quest(16), "select": "head", "keep": round((LEVEL - 1 / 16) / GROUP, 5)}],
+    "exact scores, who chooses": [
+        {"method": "exact_topk", "select": select, "keep": round(LEVEL / heads, 5)}
+        for select, heads in (("group", 1), ("head", GROUP))
+    ],
     "Quest, the page": [_quest(page) for page in (16, 32, 64)],
     "ClusterKV, tokens per cluster": [_clusterkv(size) for size in (8, 16, 32, 80)],
     "ClusterKV, window and sinks": [

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from settings import LEVELS, PAPERS, PUBLISHED, RANK_BY_ANSWERS, WHY_LOKI, at_equal_bytes
+from settings import BY_ANSWERS, LEVELS, PAPERS, PUBLISHED, QUESTIONS, WHY_LOKI, at_equal_bytes
 from subjects import UNSEEN, Bench, uncentred
 
 from kvcal.artifacts import Artifact, weights_sha256
@@ -60,24 +60,21 @@ def papers(bench: Bench, only: str | None = None) -> None:
     _decode(bench, "papers", _on_text(bench, _shortest(bench), ("perplexity", "passkey")), grid, bench.artifact())
 
 
-def rank_by_answers(bench: Bench, only: str | None = None) -> None:
-    """The rank of Loki and SparQ at a quarter of the tokens, by what the model then answers."""
-    _decode(
-        bench,
-        "rank-by-answers",
-        _on_text(bench, _shortest(bench), ("perplexity", "passkey")),
-        RANK_BY_ANSWERS,
-        bench.artifact(),
-    )
+def by_answers(bench: Bench, only: str | None = None) -> None:
+    """What attention errors mislead about, by what the model then answers."""
+    grid = [setting for setting in BY_ANSWERS if only in (None, setting["method"])]
+    prompts = _on_text(bench, _shortest(bench), ("perplexity", "passkey"))
+    _decode(bench, "by-answers", prompts, grid, bench.artifact())
 
 
 def why_loki(bench: Bench, only: str | None = None) -> None:
-    """What of Loki's loss is its choice, its rank, its basis, the first layer or the sinks."""
+    """What of Loki's loss is its choice, its rank, its basis, the first layer, the sinks or the calibration text."""
     grid = [setting for setting in WHY_LOKI.values() if only in (None, setting["method"])]
     prompts = _on_text(bench, _shortest(bench), ("perplexity", "passkey"))
     _decode(bench, "why-loki", prompts, grid, bench.artifact())
     _decode(bench, "why-loki-uncentred", prompts, [PUBLISHED], uncentred(bench.artifact()))
-    _decode(bench, "why-loki-questions", prompts, [PUBLISHED], bench.artifact("questions", source=bench.questions()))
+    of_questions = bench.artifact("questions", source=bench.questions())
+    _decode(bench, "why-loki-questions", prompts, QUESTIONS, of_questions)
 
 
 def ruler(bench: Bench, only: str | None = None) -> None:
@@ -121,6 +118,7 @@ def _decode(
     settings = {
         "model": bench.subject.model,
         "weights_sha256": weights_sha256(model),
+        "artifact": artifact and artifact.content_hash,
         "tokens_sha256": prompts.tokens_sha256,
         "dtype": "float32",
         "batch_size": 8,

@@ -18,10 +18,12 @@ Part = Callable[[Path, Subject], str]
 
 
 def ranks(folder: Path, subject: Subject) -> str:
-    """Rank@90 by layer: of keys before and after the rotary embedding, of queries and values."""
-    found = read(folder / f"{subject.model}-ranks.json").get("both")
-    if not found:
+    """Rank@90 by layer: of keys before and after the rotary embedding, of queries and values, calibrated on prose and
+    code. Below, means of other calibration texts."""
+    by_text = read(folder / f"{subject.model}-ranks.json")
+    if "both" not in by_text:
         return ""
+    found = by_text["both"]
     columns = ("key_pre", "key_post", "query_pre", "query_post", "value")
     rows = [
         [
@@ -30,8 +32,11 @@ def ranks(folder: Path, subject: Subject) -> str:
         ]
         for layer in found["layers"]
     ]
-    means = ["mean", *(number(found["model"][name], ".1f") for name in columns)]
-    return table(["layer", *columns], [*rows, means])
+    means = [
+        ["mean" if text == "both" else f"mean, {text}", *(number(of["model"][name], ".1f") for name in columns)]
+        for text, of in sorted(by_text.items(), key=lambda item: item[0] != "both")
+    ]
+    return table(["layer", *columns], [*rows, *means])
 
 
 def tokens(folder: Path, subject: Subject) -> str:
@@ -141,7 +146,7 @@ PARTS: Mapping[str, tuple[str, Part]] = {
     "defaults": ("Decoding with our defaults", page_decoding.defaults),
     "why-loki": ("Why Loki loses", page_decoding.why_loki),
     "uncentred": ("Without subtracting the mean", page_decoding.uncentred),
-    "rank-by-answers": ("The rank, by answers", page_decoding.rank_by_answers),
+    "by-answers": ("Chosen by answers", page_decoding.by_answers),
     "questions": ("Calibrated on questions", page_decoding.questions),
     "ruler-full": ("RULER, the model itself", page_decoding.ruler_full),
     "ruler": ("RULER, methods", page_decoding.ruler),

@@ -66,9 +66,9 @@ def why_loki(folder: Path, subject: Subject) -> str:
     return _table(rows, _of_this_run(rows), ["full" if row["method"] == "full" else names[_key(row)] for row in rows])
 
 
-def rank_by_answers(folder: Path, subject: Subject) -> str:
-    """A quarter of the tokens, chosen by the group. read: of a float32 cache."""
-    rows = read(folder / f"{subject.model}-rank-by-answers.json").get("results", [])
+def by_answers(folder: Path, subject: Subject) -> str:
+    """Choices that attention errors mislead about. read: of a float32 cache."""
+    rows = read(folder / f"{subject.model}-by-answers.json").get("results", [])
     return _table(rows, _of_this_run(rows)) if rows else ""
 
 
@@ -79,7 +79,7 @@ def uncentred(folder: Path, subject: Subject) -> str:
 
 
 def questions(folder: Path, subject: Subject) -> str:
-    """Loki as published, calibrated on text in which facts are asked and answered."""
+    """Calibrated on text in which facts are asked and answered."""
     rows = read(folder / f"{subject.model}-why-loki-questions.json").get("results", [])
     return _table(rows, _of_this_run(rows)) if rows else ""
 

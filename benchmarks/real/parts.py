@@ -9,7 +9,7 @@ from typing import Any
 
 from attention import errors, unseen
 from choices import CHOICES
-from decoding import defaults, forget, methods, papers, rank_by_answers, ruler, why_loki
+from decoding import by_answers, defaults, forget, methods, papers, ruler, why_loki
 from first_token import first_token, standing_out
 from settings import LEVELS, at_equal_bytes
 from subjects import UNSEEN, Bench, uncentred
@@ -145,10 +145,10 @@ PARTS: Mapping[str, Callable[[Bench, str | None], None]] = {
     "papers": papers,
     "defaults": defaults,
     "why-loki": why_loki,
-    "rank-by-answers": rank_by_answers,
+    "by-answers": by_answers,
     "ruler": ruler,
 }
-OF_METHODS = ("attention", "choices", "methods", "papers", "defaults", "ruler")
+OF_METHODS = ("attention", "choices", "methods", "papers", "defaults", "by-answers", "ruler")
 """What is measured again for one method alone."""
 
 

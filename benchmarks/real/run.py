@@ -2,7 +2,7 @@
 
 python benchmarks/real/run.py WORK             # hours on two cores; an interrupted run goes on
 python benchmarks/real/run.py WORK --page      # only the page, from what was measured
-python benchmarks/real/run.py WORK --method M  # one method, anew
+python benchmarks/real/run.py WORK --method M  # one method, anew, on every model; --model NAME: on this one
 
 WORK holds the artifacts, about 300 MB each. Results are docs/results/real/*.json. The models come from the packages of
 `kvcal[models]`, the text from Debian's packages debian-handbook and anarchism: see docs/models.md and docs/data.md.

@@ -15,6 +15,17 @@ GROUP: Setting = {"select": "group"}
 LARGE_RANK = 0.25
 """Of the head dim: more dimensions choose no better."""
 
+TWO_LEVELS = 8000
+"""Tokens from which on spectral would reach, while it decodes, the length where it reads a part of its codes only."""
+
+
+def _power_of_two(number: float) -> int:
+    return 1 << max(0, int(number).bit_length() - 1)
+
+
+def _share(keep: float) -> float:
+    return round(keep, 5)
+
 
 def at_equal_bytes(level: float, head_dim: int, length: int) -> list[Setting]:
     """The settings of every method that reads `level` of the bytes, rows shared by the group."""
@@ -41,18 +52,19 @@ def at_equal_bytes(level: float, head_dim: int, length: int) -> list[Setting]:
         {"method": "streaming", "keep": _share(level)},
         {"method": "h2o", "keep": _share(level)},
         {"method": "subgen", "window": held // 2, "clusters": held // 16, "t": 2, "s": held // 4},
-        *_spectral(level, head_dim),
+        *_spectral(level, head_dim, length),
     ]
 
 
-def _spectral(level: float, head_dim: int) -> list[Setting]:
-    """The finest codes that take half of the bytes at most; clusters of 80 stand for what is not read."""
+def _spectral(level: float, head_dim: int, length: int) -> list[Setting]:
+    """The finest codes that take half of the bytes at most, all of them read; clusters of 80 stand for what is not."""
     clusters = (head_dim / 2 + head_dim) / 80 / (4 * head_dim)  # a mean key of 4 bits, a mean value of 8
     for rank, bits in ((head_dim, 4), (head_dim // 2, 4), (head_dim // 4, 4), (head_dim // 4, 2)):
         codes = (rank * bits / 8 + 2) / (4 * head_dim)
         if codes <= level / 2:
             keep = _share(level - codes - clusters)
-            return [{"method": "spectral", "rank": rank, "bits": bits, "keep": keep, "tokens_per_cluster": 80}]
+            setting = {"method": "spectral", "rank": rank, "bits": bits, "keep": keep, "tokens_per_cluster": 80}
+            return [setting if length < TWO_LEVELS else {**setting, "flat_below": 2 * length}]
     return []
 
 
@@ -85,16 +97,18 @@ WHY_LOKI: dict[str, Setting] = {
 }
 
 
-RANK_BY_ANSWERS: list[Setting] = [
+BY_ANSWERS: list[Setting] = [
     *({"method": "loki", "rank": rank, "keep": 0.25, "basis": "score", **GROUP} for rank in (0.125, 0.25, 0.5)),
     *({"method": "sparq", "rank": rank, "keep": 0.25, **GROUP} for rank in (0.125, 0.25)),
+    *(
+        {"method": "clusterkv", "tokens_per_cluster": 32, "keep": _share(level - 1 / 64), "window": 64, "sinks": 4}
+        for level in (1 / 8, 1 / 4)
+    ),
+    {"method": "streaming", "keep": 0.125, "sinks": 64},
+    {"method": "subgen", "window": 128, "clusters": 16, "t": 2, "s": 64, "normaliser": "values"},
 ]
-"""What attention errors on text do not show: facts that are asked for need more dimensions."""
+"""Choices that attention errors on text mislead about: facts that are asked for need more dimensions. ClusterKV,
+StreamingLLM and SubGen beside the settings of equal bytes that differ from them in this alone."""
 
-
-def _power_of_two(number: float) -> int:
-    return 1 << max(0, int(number).bit_length() - 1)
-
-
-def _share(keep: float) -> float:
-    return round(keep, 5)
+QUESTIONS: list[Setting] = [PUBLISHED, *BY_ANSWERS[:2], *_spectral(1 / 16, 64, 2048)]
+"""Decoded with a calibration on questions, too."""

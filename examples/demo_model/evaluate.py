@@ -71,7 +71,7 @@ A {layers}-layer Llama ({parameters:.1f}M parameters, hidden {hidden}, {heads} q
 head dim {head_dim}, context {context}, byte-level BPE of {vocabulary}), trained from nothing by
 `examples/demo_model/train.py` on the built-in text
 `stdlib` (Python {python}) mixed with key-value recall episodes. Small enough to ship, and its attention
-really retrieves, so that quality figures of compressed caches mean something.
+really retrieves, so that mechanics can be tried; what methods lose on it says little about larger models.
 
 | | |
 | --- | --- |

@@ -14,10 +14,13 @@ import gguf_files
 import numpy as np
 import pytest
 import torch
+import yaml
+from click.testing import CliRunner
 from gguf import GGMLQuantizationType as Kind
 
-from kvcal.artifacts import KvcalError, weights_sha256
+from kvcal.artifacts import KvcalError, load, weights_sha256
 from kvcal.calibrate import load_model
+from kvcal.calibrate.cli import cli
 from kvcal.calibrate.models import converted, resolve_model
 from kvcal.calibrate.models.gguf_checks import check_described
 
@@ -171,6 +174,23 @@ def test_a_folder_with_one(file: Path, model: Any, tmp_path: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(KvcalError, match=r"has no config\.json"):
         resolve_model(folder)
+
+
+def test_recipes_name_files(file: Path, tmp_path: Path) -> None:
+    """A run from a recipe, and from the recipe of what it made: the same bytes."""
+    text = tmp_path / "notes.txt"
+    text.write_text("the key of a value is the query of a head\n" * 40)
+    recipe = {"recipe": 1, "model": str(file), "data": str(text), "output": str(tmp_path / "made")}
+    path, again = tmp_path / "recipe.yaml", tmp_path / "again.yaml"
+    path.write_text(yaml.safe_dump({**recipe, "pca": {"num_tokens": 256, "seq_len": 64, "reservoir": 32}}))
+    for command in (
+        ["run", "--recipe", path],
+        ["recipe", tmp_path / "made", "-o", again],
+        ["run", "--recipe", again, "--output", tmp_path / "made-again"],
+    ):
+        result = CliRunner().invoke(cli, [str(argument) for argument in command])
+        assert result.exit_code == 0, result.output
+    assert load(tmp_path / "made").content_hash == load(tmp_path / "made-again").content_hash
 
 
 def test_links(file: Path, tmp_path: Path) -> None:
