@@ -20,14 +20,17 @@ from kvcal.calibrate import open_data
 from kvcal.calibrate.evaluation.prompts import Prompts, make_prompts
 from kvcal.calibrate.evaluation.protocol import evaluate
 from kvcal.calibrate.evaluation.results import Results
+from kvcal.calibrate.evaluation.tasks import ruler_package
 from kvcal.calibrate.models import max_context
 from kvcal.runtime.stores import METHODS
 
 Setting = dict[str, Any]
 CONTINUATION = 64
 RULER_LEVEL = "1/8"
-RULER_LENGTH = 4096
-"""Tokens that all 13 of RULER's tasks fit into, at least."""
+RULER_TASKS = ("multikey", *(task for task in ruler_package.NAMES if task != "qa_2"))
+"""What fits into 2048 tokens; qa_2 takes more."""
+SAMPLES = 8
+"""Of each of these."""
 ANSWERABLE = 0.5
 """RULER's tasks of which the model itself answers fewer say nothing about methods."""
 
@@ -68,20 +71,26 @@ def by_answers(bench: Bench, only: str | None = None) -> None:
 
 
 def why_loki(bench: Bench, only: str | None = None) -> None:
-    """What of Loki's loss is its choice, its rank, its basis, the first layer, the sinks or the calibration text."""
+    """What of Loki's loss is its choice, its rank, its basis, the first layer or the sinks."""
     grid = [setting for setting in WHY_LOKI.values() if only in (None, setting["method"])]
     prompts = _on_text(bench, _shortest(bench), ("perplexity", "passkey"))
     _decode(bench, "why-loki", prompts, grid, bench.artifact())
     _decode(bench, "why-loki-uncentred", prompts, [PUBLISHED], uncentred(bench.artifact()))
-    of_questions = bench.artifact("questions", source=bench.questions())
-    _decode(bench, "why-loki-questions", prompts, QUESTIONS, of_questions)
+
+
+def questions(bench: Bench, only: str | None = None) -> None:
+    """What a calibration on questions changes."""
+    grid = [setting for setting in QUESTIONS if only in (None, setting["method"])]
+    prompts = _on_text(bench, _shortest(bench), ("perplexity", "passkey"))
+    _decode(bench, "questions", prompts, grid, bench.artifact("questions", source=bench.questions()))
 
 
 def ruler(bench: Bench, only: str | None = None) -> None:
-    """RULER's tasks: what the model itself answers of all; of those that it can, what methods do at an eighth."""
-    length = min(length for length in bench.subject.lengths if length >= RULER_LENGTH)
-    tasks = ("multikey", "ruler")
-    row = _decode(bench, f"ruler-full-{length}", _on_text(bench, length, tasks), [], None)[0]
+    """RULER's tasks and multikey: what the model itself answers of all; of those that it can, what methods do at an
+    eighth."""
+    length = _shortest(bench)
+    of_all = _on_text(bench, length, RULER_TASKS, SAMPLES)
+    row = _decode(bench, f"ruler-full-{length}", of_all, [], None)[0]
     known = [key.partition("@")[0] for key, score in row["scores"].items() if score >= ANSWERABLE]
     grid = [
         setting
@@ -89,14 +98,14 @@ def ruler(bench: Bench, only: str | None = None) -> None:
         if only in (None, setting["method"])
     ]
     if known:
-        _decode(bench, f"ruler-{length}", _on_text(bench, length, known), grid, bench.artifact())
+        _decode(bench, f"ruler-{length}", _on_text(bench, length, known, SAMPLES), grid, bench.artifact())
 
 
 def _shortest(bench: Bench) -> int:
     return min(bench.subject.lengths)
 
 
-def _on_text(bench: Bench, length: int, tasks: Sequence[str]) -> Prompts:
+def _on_text(bench: Bench, length: int, tasks: Sequence[str], samples: int | None = None) -> Prompts:
     return make_prompts(
         open_data(list(UNSEEN["both"])),
         bench.loaded.tokenizer,
@@ -104,7 +113,7 @@ def _on_text(bench: Bench, length: int, tasks: Sequence[str]) -> Prompts:
         continuation=CONTINUATION,
         windows=8 if length < 7680 else 4,
         tasks=tasks,
-        episodes=20 if length < 4096 else 8 if length < 16384 else 4,
+        episodes=samples or (20 if length < 4096 else 8 if length < 16384 else 4),
         name="unseen text",
         most_tokens=max_context(bench.loaded.model.config),
     )

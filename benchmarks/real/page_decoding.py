@@ -80,7 +80,7 @@ def uncentred(folder: Path, subject: Subject) -> str:
 
 def questions(folder: Path, subject: Subject) -> str:
     """Calibrated on text in which facts are asked and answered."""
-    rows = read(folder / f"{subject.model}-why-loki-questions.json").get("results", [])
+    rows = read(folder / f"{subject.model}-questions.json").get("results", [])
     return _table(rows, _of_this_run(rows)) if rows else ""
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from attention import errors, unseen
 from choices import CHOICES
-from decoding import by_answers, defaults, forget, methods, papers, ruler, why_loki
+from decoding import by_answers, defaults, forget, methods, papers, questions, ruler, why_loki
 from first_token import first_token, standing_out
 from settings import LEVELS, at_equal_bytes
 from subjects import UNSEEN, Bench, uncentred
@@ -146,9 +146,10 @@ PARTS: Mapping[str, Callable[[Bench, str | None], None]] = {
     "defaults": defaults,
     "why-loki": why_loki,
     "by-answers": by_answers,
+    "questions": questions,
     "ruler": ruler,
 }
-OF_METHODS = ("attention", "choices", "methods", "papers", "defaults", "by-answers", "ruler")
+OF_METHODS = ("attention", "choices", "methods", "papers", "defaults", "by-answers", "questions", "ruler")
 """What is measured again for one method alone."""
 
 

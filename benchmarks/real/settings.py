@@ -104,11 +104,15 @@ BY_ANSWERS: list[Setting] = [
         {"method": "clusterkv", "tokens_per_cluster": 32, "keep": _share(level - 1 / 64), "window": 64, "sinks": 4}
         for level in (1 / 8, 1 / 4)
     ),
+    *(
+        {"method": "spectral", "rank": 32, "bits": 2, "keep": keep, "tokens_per_cluster": 80}
+        for keep in (0.01875, 0.08125)
+    ),
     {"method": "streaming", "keep": 0.125, "sinks": 64},
     {"method": "subgen", "window": 128, "clusters": 16, "t": 2, "s": 64, "normaliser": "values"},
 ]
 """Choices that attention errors on text mislead about: facts that are asked for need more dimensions. ClusterKV,
-StreamingLLM and SubGen beside the settings of equal bytes that differ from them in this alone."""
+spectral (at 1/16 and 1/8), StreamingLLM and SubGen beside the settings of equal bytes that differ from them in this."""
 
 QUESTIONS: list[Setting] = [PUBLISHED, *BY_ANSWERS[:2], *_spectral(1 / 16, 64, 2048)]
 """Decoded with a calibration on questions, too."""
