@@ -205,8 +205,9 @@ HEAD = """# spectral at equal bytes
 
 `python benchmarks/spectral.py`: the demo model in bfloat16, 8 pieces of unseen text of 1024 tokens and 128 decoded
 ones, 32 questions about one fact or one of eight in 1024 tokens (other words than the model was trained on), and the
-artifact of `calibrate pca --model demo --data stdlib --num-tokens 131072`. Plans were measured on other windows and
-questions than these. Perplexities are ratios over the same 1024 predicted tokens: a few thousandths mean nothing."""
+artifact of `calibrate pca --model demo --data stdlib --seq-len 2048 --num-tokens 131072`. Plans were measured on other
+windows and questions than these. Perplexities are ratios over the same 1024 predicted tokens: a few
+thousandths mean nothing."""
 LEVELS = """For each budget (bytes read per step over dense attention's; codes, scales, maps, rows and tail count) the
 plan made for it, and of every other method the best row within it, or 6 % above, by each column on its own: a method's
 three cells may come from three settings.

@@ -26,7 +26,7 @@ from kvcal.calibrate.evaluation.results_file import parameters
 
 FOLDER = Path(__file__).parent.parent / "docs" / "results"
 CALIBRATE = [sys.executable, "-m", "kvcal.calibrate"]
-ARTIFACT_COMMAND = ["pca", "--model", "demo", "--data", "stdlib", "--num-tokens", "131072"]
+ARTIFACT_COMMAND = ["pca", "--model", "demo", "--data", "stdlib", "--seq-len", "2048", "--num-tokens", "131072"]
 COMMON = ["--model", "demo", "--data", "stdlib", "--split", "heldout", "--windows", "16", "--episodes", "50"]
 PUBLISHED = ["--set", "basis=pca", "--set", "select=head"]
 """Loki's basis, and one choice of tokens per query head: the methods' defaults are others."""

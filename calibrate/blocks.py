@@ -57,6 +57,7 @@ def make_blocks(
     num_tokens: int = 131072,
     seq_len: int = 2048,
     source: dict[str, Any] | None = None,
+    shorten: bool = False,
 ) -> TokenBlocks:
     """Tokenise documents, join them by EOS and cut them into blocks, each of which starts with BOS.
 
@@ -69,9 +70,11 @@ def make_blocks(
             them: documents and pieces of longer ones, not longer than a block, in an order drawn from its seed.
         num_tokens: block positions, BOS and separators included: ceil(num_tokens / seq_len) blocks,
             fewer when the text ends before; the last one is padded.
-        seq_len: positions per block.
+        seq_len: positions per block. Bases of rotated keys hold at the positions that they were fitted to only, so
+            give at least as many as will be decoded after.
         source: kept in the result, with what was read of `open_data`'s text, and the number of block positions under
             `num_tokens`: the last block may be padded, so their number does not tell it.
+        shorten: of text with fewer tokens than one block, make one of them all.
 
     Raises:
         KvcalError: less text than one block, or no documents of text.
@@ -90,6 +93,8 @@ def make_blocks(
     ids, own, read = read_tokens(documents, tokenizer, wanted, body_len)
     source = {**(source or {}), **read}
     name = source.get("id", "given")
+    if shorten and 2 <= len(ids) < body_len:
+        seq_len, body_len = len(ids) + len(bos), len(ids)
     if len(ids) < min(wanted, body_len):
         other = f" or --seq-len {len(ids)}" if len(ids) >= 2 else ""
         raise KvcalError(

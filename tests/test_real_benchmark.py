@@ -76,6 +76,17 @@ def test_spectral_reads_all_of_its_codes_at_every_length(module):
         assert spectral.pop("method") == "spectral" and Spectral(**spectral).flat_below > length + 64
 
 
+@pytest.mark.parametrize(("length", "seq_len"), [(0, 2048), (2048, 2048), (4096, 8192), (7680, 8192)])
+def test_blocks_calibrated_on_are_as_long_as_what_is_decoded_after(module, monkeypatch, tmp_path, length, seq_len):
+    subjects, asked = module("subjects"), []
+    monkeypatch.setattr(subjects.subprocess, "run", lambda arguments, check: asked.append(arguments))
+    monkeypatch.setattr(subjects, "load", str)
+    folder = subjects.Bench(subjects.SUBJECTS["smollm2-135m"], tmp_path, tmp_path).artifact(length=length)
+    (arguments,) = asked
+    assert arguments[arguments.index("--seq-len") + 1] == str(seq_len)
+    assert folder == arguments[arguments.index("--output") + 1] == str(tmp_path / f"smollm2-135m-both-131072-{seq_len}")
+
+
 def test_loki_scores_as_many_dimensions_and_reads_as_many_tokens_as_sparq(module):
     for share in module("settings").LEVELS.values():
         found = module("settings").at_equal_bytes(share, HEAD_DIM, LENGTH)

@@ -26,6 +26,8 @@ from kvcal.runtime.stores import METHODS
 
 Setting = dict[str, Any]
 CONTINUATION = 64
+CALIBRATED = ("loki", "spectral")
+"""The methods that decode with what was fitted."""
 RULER_LEVEL = "1/8"
 RULER_TASKS = ("multikey", *(task for task in ruler_package.NAMES if task != "qa_2"))
 """What fits into 2048 tokens; qa_2 takes more."""
@@ -44,7 +46,22 @@ def methods(bench: Bench, only: str | None = None) -> None:
             for setting in at_equal_bytes(LEVELS[level], bench.subject.head_dim, length)
             if only in (None, setting["method"])
         ]
-        _decode(bench, f"methods-{length}", _on_text(bench, length, ("perplexity", "passkey")), grid, bench.artifact())
+        prompts = _on_text(bench, length, ("perplexity", "passkey"))
+        _decode(bench, f"methods-{length}", prompts, grid, bench.artifact(length=length))
+
+
+def short_blocks(bench: Bench, only: str | None = None) -> None:
+    """The calibrated methods at equal bytes, calibrated in blocks that are shorter than what they decode after."""
+    for length, levels in bench.subject.lengths.items():
+        grid = [
+            setting
+            for level in levels
+            for setting in at_equal_bytes(LEVELS[level], bench.subject.head_dim, length)
+            if setting["method"] in CALIBRATED and only in (None, setting["method"])
+        ]
+        if length > bench.subject.seq_len and grid:
+            prompts = _on_text(bench, length, ("perplexity", "passkey"))
+            _decode(bench, f"short-blocks-{length}", prompts, grid, bench.artifact())
 
 
 def defaults(bench: Bench, only: str | None = None) -> None:
@@ -71,11 +88,13 @@ def by_answers(bench: Bench, only: str | None = None) -> None:
 
 
 def why_loki(bench: Bench, only: str | None = None) -> None:
-    """What of Loki's loss is its choice, its rank, its basis, the first layer or the sinks."""
+    """What of Loki's loss is its choice, its rank, its basis, the first layer, the sinks or the blocks."""
     grid = [setting for setting in WHY_LOKI.values() if only in (None, setting["method"])]
     prompts = _on_text(bench, _shortest(bench), ("perplexity", "passkey"))
     _decode(bench, "why-loki", prompts, grid, bench.artifact())
     _decode(bench, "why-loki-uncentred", prompts, [PUBLISHED], uncentred(bench.artifact()))
+    in_long_blocks = bench.artifact(length=bench.subject.long_seq_len)
+    _decode(bench, "why-loki-long-blocks", prompts, [PUBLISHED], in_long_blocks)
 
 
 def questions(bench: Bench, only: str | None = None) -> None:

@@ -76,23 +76,42 @@ def transfer(folder: Path, subject: Subject) -> str:
     return table(header, [[key, *map(_error, row)] for key, row in found.items()])
 
 
+def block_lengths(folder: Path, subject: Subject) -> str:
+    """The attention error by tokens that are decoded after, and tokens of the blocks calibrated on. Loki at a sixteenth
+    of the tokens in a quarter of the dimensions, by basis; spectral at an eighth of the bytes."""
+    found = read(folder / f"{subject.model}-block-lengths.json")
+    header = ["", "PCA", "score basis", "PCA before the rotary embedding", "spectral"]
+    return table(header, [[key, *map(_error, row)] for key, row in found.items()]) if found else ""
+
+
 def first_token(folder: Path, subject: Subject) -> str:
     """Attention output errors with what a method chooses, and with the first token (or page) besides. mass: of the
     dense attention, on the first token; read: share of heads and steps that choose it. Means of layers. Below, by
-    layer: its logit above the mean of tokens from 64 on, exact and in a quarter of the dimensions; lengths of keys."""
+    layer: its logit above the mean of tokens from 64 on, exact and in a quarter of the dimensions (of PCA also
+    calibrated in longer blocks); lengths of keys."""
     found = read(folder / f"{subject.model}-first-token.json")
     rows, logits = found.get("settings", []), found.get("logits", [])
+    longer = {row["layer"]: row["in_pca"] for row in found.get("logits, long blocks", [])}
     lines = [
         [
             named(row["setting"]),
-            *(with_error(row[name], row[f"{name}_se"]) for name in ("mass", "read", "error", "error_with")),
+            *(with_error(row[name], row.get(f"{name}_se")) for name in ("mass", "read", "error", "error_with")),
         ]
         for row in rows
     ]
-    names = ("logit", "in_pca", "in_score", "length", "length_of_others")
-    by_layer = [[str(row["layer"]), *(number(row[name], ".1f") for name in names)] for row in logits]
+    columns = {
+        **{"layer": "layer", "logit": "logit", "in_pca": "in PCA", "longer": "in PCA, longer blocks"},
+        **{"in_score": "in the score basis", "length": "length", "length_of_others": "of others"},
+    }
+    by_layer = [
+        [
+            number((row | {"longer": longer.get(row["layer"])})[name], "g" if name == "layer" else ".1f")
+            for name in columns
+        ]
+        for row in logits
+    ]
     first = table(["method", "mass", "read", "error", "error, always read"], lines)
-    second = table(["layer", "logit", "in PCA", "in the score basis", "length", "of others"], by_layer)
+    second = table(list(columns.values()), by_layer)
     return f"{first}\n\n{second}" if rows else ""
 
 
@@ -130,7 +149,7 @@ def _errors_of(entry: Mapping[str, Any]) -> Sequence[str]:
 
 
 def _error(entry: Mapping[str, Any]) -> str:
-    return with_error(entry["error"], entry["error_se"])
+    return with_error(entry["error"], entry.get("error_se"))
 
 
 PARTS: Mapping[str, tuple[str, Part]] = {
@@ -138,14 +157,17 @@ PARTS: Mapping[str, tuple[str, Part]] = {
     "tokens": ("How much text is enough", tokens),
     "bases": ("Key PCA and the score basis", bases),
     "transfer": ("Calibration text against evaluation text", transfer),
+    "block-lengths": ("Decoding after more tokens than were calibrated on at once", block_lengths),
     "first-token": ("The first token", first_token),
     "attention": ("Attention errors at equal bytes", attention),
     "choices": ("What the defaults are chosen from", choices),
     "methods": ("Decoding at equal bytes", page_decoding.methods),
+    "short-blocks": ("The same, calibrated in shorter blocks", page_decoding.short_blocks),
     "papers": ("Decoding with the papers' settings", page_decoding.papers),
     "defaults": ("Decoding with our defaults", page_decoding.defaults),
     "why-loki": ("Why Loki loses", page_decoding.why_loki),
     "uncentred": ("Without subtracting the mean", page_decoding.uncentred),
+    "long-blocks": ("Calibrated in longer blocks", page_decoding.long_blocks),
     "by-answers": ("Chosen by answers", page_decoding.by_answers),
     "questions": ("Calibrated on questions", page_decoding.questions),
     "ruler-full": ("RULER, the model itself", page_decoding.ruler_full),

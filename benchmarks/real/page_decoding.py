@@ -28,6 +28,17 @@ def methods(folder: Path, subject: Subject) -> str:
     return "\n\n".join(parts)
 
 
+def short_blocks(folder: Path, subject: Subject) -> str:
+    """Calibrated in blocks of as many tokens as everywhere else, which are fewer than what is decoded after; above, in
+    blocks as long."""
+    parts = []
+    for length in subject.lengths:
+        rows = read(folder / f"{subject.model}-short-blocks-{length}.json").get("results", [])
+        if rows:
+            parts.append(f"### {length} tokens\n\n{_table(rows, bytes_of(folder, subject, length))}")
+    return "\n\n".join(parts)
+
+
 def bytes_of(folder: Path, subject: Subject, length: int) -> Callable[[Row], float | None]:
     """Of a row: bytes of a 16-bit cache that its setting reads, over those of all; None: not measured."""
     found = read(folder / f"{subject.model}-attention-{length}.json")
@@ -75,6 +86,12 @@ def by_answers(folder: Path, subject: Subject) -> str:
 def uncentred(folder: Path, subject: Subject) -> str:
     """Loki as published, with PCA of keys from which no mean was subtracted."""
     rows = read(folder / f"{subject.model}-why-loki-uncentred.json").get("results", [])
+    return _table(rows, _of_this_run(rows)) if rows else ""
+
+
+def long_blocks(folder: Path, subject: Subject) -> str:
+    """Loki as published, calibrated on as many tokens in blocks that are longer than what is decoded after."""
+    rows = read(folder / f"{subject.model}-why-loki-long-blocks.json").get("results", [])
     return _table(rows, _of_this_run(rows)) if rows else ""
 
 

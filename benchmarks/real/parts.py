@@ -9,7 +9,7 @@ from typing import Any
 
 from attention import errors, unseen
 from choices import CHOICES
-from decoding import by_answers, defaults, forget, methods, papers, questions, ruler, why_loki
+from decoding import by_answers, defaults, forget, methods, papers, questions, ruler, short_blocks, why_loki
 from first_token import first_token, standing_out
 from settings import LEVELS, at_equal_bytes
 from subjects import UNSEEN, Bench, uncentred
@@ -70,7 +70,20 @@ def attention(bench: Bench, only: str | None = None) -> None:
                 # h2o needs the attention that a prefill of the whole model records.
                 if setting["method"] != "h2o" and only in (None, setting["method"]):
                     key = f"{level} {json.dumps(setting)}"
-                    _errors(bench, done, key, "both", [setting], bench.artifact(), length)
+                    _errors(bench, done, key, "both", [setting], bench.artifact(length=length), length)
+
+
+def block_lengths(bench: Bench, only: str | None = None) -> None:
+    """The length of what is decoded against that of the blocks calibrated on."""
+    done = Done(bench.path("block-lengths"))
+    subject = bench.subject
+    dims = subject.head_dim // 4
+    for length in subject.lengths:
+        spectral = at_equal_bytes(LEVELS["1/8"], subject.head_dim, length)[-1]
+        settings = [_loki(dims, "pca"), _loki(dims, "score"), _loki(dims, "pca", "pre"), spectral]
+        for seq_len in (subject.seq_len, subject.long_seq_len):
+            artifact = bench.artifact(length=seq_len)
+            _errors(bench, done, f"blocks of {seq_len}, {length} decoded", "both", settings, artifact, length)
 
 
 def choices(bench: Bench, only: str | None = None) -> None:
@@ -88,6 +101,8 @@ def first_tokens(bench: Bench, only: str | None = None) -> None:
     length = next(iter(bench.subject.lengths))
     done.once("settings", lambda: first_token(_problems(bench, "both", length), bench.artifact()))
     done.once("logits", lambda: standing_out(_problems(bench, "both", length), bench.artifact()))
+    in_long_blocks = bench.artifact(length=bench.subject.long_seq_len)
+    done.once("logits, long blocks", lambda: standing_out(_problems(bench, "both", length), in_long_blocks))
 
 
 def _loki(rank: int, basis: str, stage: str = "post") -> dict[str, Any]:
@@ -139,9 +154,11 @@ PARTS: Mapping[str, Callable[[Bench, str | None], None]] = {
     "bases": bases,
     "transfer": transfer,
     "attention": attention,
+    "block-lengths": block_lengths,
     "choices": choices,
     "first-token": first_tokens,
     "methods": methods,
+    "short-blocks": short_blocks,
     "papers": papers,
     "defaults": defaults,
     "why-loki": why_loki,
@@ -149,7 +166,10 @@ PARTS: Mapping[str, Callable[[Bench, str | None], None]] = {
     "questions": questions,
     "ruler": ruler,
 }
-OF_METHODS = ("attention", "choices", "methods", "papers", "defaults", "by-answers", "questions", "ruler")
+OF_METHODS = (
+    *("attention", "block-lengths", "choices", "methods", "short-blocks"),
+    *("papers", "defaults", "by-answers", "questions", "ruler"),
+)
 """What is measured again for one method alone."""
 
 

@@ -50,6 +50,9 @@ class Subject:
     parts: tuple[str, ...] | None = None
     """Of the measurement; None: all."""
     seq_len: int = 2048
+    """Tokens of the blocks that are calibrated on, for all that is as short."""
+    long_seq_len: int = 8192
+    """The same for what is longer."""
 
 
 SUBJECTS = {
@@ -65,6 +68,7 @@ SUBJECTS = {
         {2048: ("1/16", "1/8", "1/4"), 16384: ("1/16", "1/8", "1/4")},
         ("both",),
         parts=("ranks", "bases", "first-token", "attention", "methods", "papers", "why-loki"),
+        long_seq_len=16384,
     ),
 }
 
@@ -81,11 +85,18 @@ class Bench:
     def loaded(self) -> Any:
         return load_model(self.subject.model, device="cpu", dtype="float32")
 
-    def artifact(self, text: str = "both", tokens: int = TOKENS, source: tuple[str, ...] | None = None) -> Artifact:
-        """That of `calibrate pca`, calibrated where it is not there yet."""
-        folder = self.work / f"{self.subject.model}-{text}-{tokens}"
+    def artifact(
+        self, text: str = "both", tokens: int = TOKENS, source: tuple[str, ...] | None = None, length: int = 0
+    ) -> Artifact:
+        """That of `calibrate pca`, calibrated where it is not there yet.
+
+        Args:
+            length: tokens of the prefixes that are decoded from, which decide how long blocks are.
+        """
+        seq_len = self.subject.seq_len if length <= self.subject.seq_len else self.subject.long_seq_len
+        folder = self.work / f"{self.subject.model}-{text}-{tokens}-{seq_len}"
         arguments = ["pca", "--model", self.subject.model, "--num-tokens", str(tokens), "--resume"]
-        arguments += ["--seq-len", str(self.subject.seq_len), "--output", str(folder)]
+        arguments += ["--seq-len", str(seq_len), "--output", str(folder)]
         for spec in source or TEXTS[text]:
             arguments += ["--data", spec]
         if not folder.exists():

@@ -9,7 +9,7 @@ import click
 from ...artifacts import Artifact, KvcalError, load
 from ..distributed import World
 from .data_options import data_options
-from .evaluation_lines import low_score_lines, say_calibration_text
+from .evaluation_lines import low_score_lines, say_calibration_text, say_short_blocks
 from .evaluation_table import print_results
 from .job import one_job
 from .loading import load_calibrated
@@ -116,6 +116,7 @@ def evaluate_command(
     for path in compare:
         compared_rows(settings, {}, path)  # said before the work, not after it
     say_calibration_text(found, prompts.source)
+    say_short_blocks(found, prompts, grid)
     if results.rows:
         say(f"{output}: {len(results.rows)} settings are there already")
     elif results.unfinished:

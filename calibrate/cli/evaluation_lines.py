@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ...artifacts import Artifact
 from .output import say
+
+if TYPE_CHECKING:
+    from ..evaluation.prompts import Prompts
 
 
 def low_score_lines(full: Mapping[str, Any]) -> list[str]:
@@ -15,6 +18,19 @@ def low_score_lines(full: Mapping[str, Any]) -> list[str]:
 
     named = ", ".join(f"{task} {score:.2f}" for task, score in low_scores(full).items())
     return [f"full itself scores below {LOW:g}: {named}: read scores relative to full's"] if named else []
+
+
+def say_short_blocks(artifact: Artifact, prompts: Prompts, grid: Sequence[Mapping[str, Any]]) -> None:
+    """One line where a basis of rotated keys is used at positions that it was not fitted to."""
+    from ..evaluation.grid import has_rotated_basis
+
+    seq_len, longest = int(artifact.data["seq_len"]), prompts.longest_context
+    fitted = [setting["method"] for setting in grid if has_rotated_basis(setting)]
+    if fitted and longest > seq_len:
+        say(
+            f"contexts of {longest} tokens, and blocks of {seq_len} in calibration: {', '.join(dict.fromkeys(fitted))} "
+            f"may do worse than calibrated with --seq-len {longest}"
+        )
 
 
 def say_calibration_text(artifact: Artifact, source: Mapping[str, Any]) -> None:

@@ -31,7 +31,11 @@ _OPTIONS = [
         show_default=True,
         help="Tokens to run, BOS and separators included.",
     ),
-    click.option("--seq-len", type=click.IntRange(2), default=2048, show_default=True, help="Tokens per block."),
+    click.option(
+        "--seq-len",
+        type=click.IntRange(2),
+        help="Tokens per block, no fewer than in the contexts to come.  [default: the model's own, 8192 at most]",
+    ),
     click.option(
         "--batch-size", type=click.IntRange(1), help="Blocks per forward pass.  [default: 1 on CPU, 4 on CUDA]"
     ),
@@ -79,7 +83,7 @@ class PassOptions:
     data_spec: tuple[str, ...]
     output: Path | None
     num_tokens: int
-    seq_len: int
+    seq_len: int | None
     batch_size: int | None
     split: str | None
     seed: int
@@ -115,7 +119,7 @@ def run_pass(options: PassOptions, world: World = SINGLE) -> Artifact:
     from ..card import card_files
     from ..checkpoint import Checkpoint
     from ..data import open_data
-    from ..models import check_seq_len
+    from ..models import check_seq_len, default_seq_len
     from ..one_pass import calibrate, check_output, save
     from ..placement import input_device
 
@@ -130,10 +134,16 @@ def run_pass(options: PassOptions, world: World = SINGLE) -> Artifact:
     loaded = load_model_of(
         options.model_spec, device=options.device, dtype=options.dtype, placement=_placement(options, world)
     )
-    check_seq_len(options.seq_len, loaded.model.config)
+    seq_len = options.seq_len or max(2, min(default_seq_len(loaded.model), options.num_tokens))
+    check_seq_len(seq_len, loaded.model.config)
     with working("reading and tokenising the text"):
         blocks = make_blocks(
-            data, loaded.tokenizer, num_tokens=options.num_tokens, seq_len=options.seq_len, source=data.source
+            data,
+            loaded.tokenizer,
+            num_tokens=options.num_tokens,
+            seq_len=seq_len,
+            source=data.source,
+            shorten=options.seq_len is None,
         )
     say_left(blocks.source)
     if blocks.ids.numel() < options.num_tokens:

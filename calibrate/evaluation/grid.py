@@ -157,3 +157,9 @@ def _fields(method: str) -> dict[str, Any]:
     kinds = [METHODS[decoder], *([Cla] if cla else [])]
     found: dict[str, Any] = {field.name: field.default for kind in kinds for field in dataclasses.fields(kind)}
     return found if decoder == "full" else found | dict.fromkeys(_OF_ALL)
+
+
+def has_rotated_basis(setting: Setting) -> bool:
+    """Whether it decodes with a basis of rotated keys, or may do so (`plan`)."""
+    _, name, own = split_method(setting["method"], setting)
+    return name == PLAN or (hasattr(METHODS[name], "basis") and own.get("stage") != "pre")

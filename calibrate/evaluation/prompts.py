@@ -55,6 +55,12 @@ class Prompts:
     """What was read of text that `open_data` opened; `ruler`: by what its tasks were made; `prompts`: files read."""
 
     @property
+    def longest_context(self) -> int:
+        """Tokens of the longest prefix or context."""
+        contexts = [len(sample.context) for task in self.tasks for sample in task.samples]
+        return max(contexts + ([self.windows.prefix] if self.windows else []), default=0)
+
+    @property
     def tokens_sha256(self) -> str:
         """Over all tokens that are prefilled or decoded, and the answers: equal when two runs evaluate the same."""
         digest = hashlib.sha256()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...artifacts import KvcalError
+from ...runtime.integration.rotation import rotations
 
 
 def max_context(config: Any) -> int | None:
@@ -12,6 +13,18 @@ def max_context(config: Any) -> int | None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     stated = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     return stated if stated and stated > 0 else None  # XLNet says -1
+
+
+LONGEST_BLOCK = 8192
+"""Of blocks whose length nobody named. Bases of rotated keys hold at the positions that they were fitted to only;
+attention among twice as many tokens takes twice the time for each."""
+
+
+def default_seq_len(model: Any) -> int:
+    """Tokens of a block: the model's context, or those up to which its rotary embedding is one and the same, 8192 at
+    most."""
+    stated = [max_context(model.config), *(rotation.original for rotation in rotations(model))]
+    return min(LONGEST_BLOCK, *(length for length in stated if length is not None))
 
 
 def check_seq_len(seq_len: int, config: Any, option: str = "--seq-len") -> None:

@@ -110,6 +110,16 @@ def test_less_than_one_block(tiny_tokenizer: Any) -> None:
     assert len(make_blocks(["x" * 400, "x" * 411], tiny_tokenizer, seq_len=812)) >= 1, "the advice works"
 
 
+@pytest.mark.parametrize("num_tokens", [2048, 131072])
+def test_less_than_one_block_makes_one_where_that_is_asked_for(tiny_tokenizer: Any, num_tokens: int) -> None:
+    documents = ["x" * 400, "x" * 411]  # and an EOS
+    found = make_blocks(documents, tiny_tokenizer, num_tokens=num_tokens, shorten=True)
+    assert found.ids.shape == (1, 813) and found.attended.all()
+    assert torch.equal(found.ids, make_blocks(documents, tiny_tokenizer, num_tokens=813, seq_len=813).ids)
+    with pytest.raises(KvcalError, match="only 1 tokens"):
+        make_blocks(["x"], tiny_tokenizer, shorten=True)
+
+
 @pytest.mark.parametrize("documents", [[], [""]], ids=["none", "empty"])
 def test_no_text(tiny_tokenizer: Any, documents: list[str]) -> None:
     with pytest.raises(KvcalError, match="only 0 tokens"):

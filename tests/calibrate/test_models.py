@@ -11,11 +11,19 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvcal.artifacts import KvcalError
 from kvcal.calibrate import builtin, models
-from kvcal.calibrate.models import MODEL_ALIASES, aliases, check_seq_len, load_model, max_context, resolve_model
+from kvcal.calibrate.models import (
+    MODEL_ALIASES,
+    aliases,
+    check_seq_len,
+    default_seq_len,
+    load_model,
+    max_context,
+    resolve_model,
+)
 from kvcal.runtime import hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -329,3 +337,20 @@ def test_context() -> None:
     check_seq_len(10**9, SimpleNamespace())
     with pytest.raises(KvcalError, match="blocks of 129 tokens exceed this model's context of 128: give --seq-len 128"):
         check_seq_len(129, LlamaConfig(max_position_embeddings=128))
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("settings", "seq_len"),
+    [
+        ({"max_position_embeddings": 128}, 128),
+        ({"max_position_embeddings": 131072}, 8192),
+        # Beyond 32 tokens its keys are rotated otherwise.
+        ({"rope_parameters": {**LONGROPE, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}}, 32),
+    ],
+)
+def test_blocks_are_as_long_as_the_context_where_nothing_is_said(settings: dict[str, Any], seq_len: int) -> None:
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": 8}
+    assert default_seq_len(LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=8, **settings))) == seq_len

@@ -56,6 +56,17 @@ def test_pca_prints_json_and_nothing_else(tmp_path, tiny_model_folder, text):
     assert found["content_hash"] == load(tmp_path / "a").content_hash
 
 
+@pytest.mark.parametrize(("num_tokens", "blocks"), [(1000, [128] * 8), (100, [100]), (131072, None)])
+def test_blocks_without_a_length(tmp_path, tiny_model_folder, text, num_tokens, blocks):
+    """As long as the model's context of 128 tokens, as all tokens asked for, as the whole text."""
+    if blocks is None:
+        text = tmp_path / "short.txt"
+        text.write_text("x" * 50)
+    run("pca", "--model", tiny_model_folder, "--data", text, "--output", tmp_path / "o", "--num-tokens", num_tokens)
+    data = load(tmp_path / "o").data
+    assert [data["seq_len"]] * data["blocks"] == (blocks or [51])  # with BOS
+
+
 def test_the_default_folder_is_named_after_model_and_data(tmp_path, monkeypatch, tiny_model_folder, text):
     monkeypatch.chdir(tmp_path)
     run("pca", "--model", tiny_model_folder, "--data", text, "--num-tokens", 128, "--seq-len", 64)

@@ -76,6 +76,17 @@ def test_table_and_figure(artifact, text, tmp_path):
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
+def test_contexts_beyond_the_calibrated_blocks_are_said(artifact, text):
+    """The bases of loki and spectral were fitted to other positions; sparq's channels to none."""
+    grid = ("--method", "loki,sparq,spectral", "--set", "flat_below=0")
+    options = ("--prefix", 65, "--continuation", 4, "--windows", 1, "--tasks", "perplexity")
+    line = "contexts of 65 tokens, and blocks of 64 in calibration: loki, spectral may do worse than calibrated with"
+    found = run("evaluate", artifact, "--data", text, *options, *grid).stderr
+    assert f"{line} --seq-len 65" in found.splitlines()
+    for other in (("--method", "sparq"), ("--method", "loki", "--set", "stage=pre"), ("--prefix", 64)):
+        assert "in calibration" not in run("evaluate", artifact, "--data", text, *options, *other).stderr
+
+
 def test_a_second_run_measures_nothing_again(artifact, text, tmp_path):
     arguments = ("evaluate", artifact, "--data", text, *QUICK, "--output", tmp_path / "r.json")
     run(*arguments)

@@ -75,6 +75,13 @@ def test_run_does_what_the_commands_do(tmp_path, recipe, tiny_model_folder, text
     assert load(tmp_path / "made").content_hash == load(tmp_path / "by-hand").content_hash
 
 
+def test_the_recipe_of_an_artifact_of_one_short_block(tmp_path, tiny_model_folder):
+    (tmp_path / "short.txt").write_text("x" * 50)
+    run("pca", "--model", tiny_model_folder, "--data", tmp_path / "short.txt", "--output", tmp_path / "made")
+    again = made_again(tmp_path / "made", tmp_path)
+    assert load(again).content_hash == load(tmp_path / "made").content_hash
+
+
 def test_a_recipe_its_artifact_the_recipe_of_that_and_the_same_artifact(tmp_path, recipe):
     sharing = {"share": {"pattern": "dense-front", "group": 2}}
     run("run", "--recipe", recipe({"cluster": {"tokens_per_cluster": 20, "seed": 3}}, sharing, seed=7))
