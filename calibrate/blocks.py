@@ -71,10 +71,10 @@ def make_blocks(
         num_tokens: block positions, BOS and separators included: ceil(num_tokens / seq_len) blocks,
             fewer when the text ends before; the last one is padded.
         seq_len: positions per block. Bases of rotated keys hold at the positions that they were fitted to only, so
-            give at least as many as will be decoded after.
+            give at least as many as will be decoded after (`calibrate pca` takes `models.default_seq_len`).
         source: kept in the result, with what was read of `open_data`'s text, and the number of block positions under
             `num_tokens`: the last block may be padded, so their number does not tell it.
-        shorten: of text with fewer tokens than one block, make one of them all.
+        shorten: where fewer tokens are there or asked for than one block has, the one block is as long as they are.
 
     Raises:
         KvcalError: less text than one block, or no documents of text.
@@ -93,8 +93,9 @@ def make_blocks(
     ids, own, read = read_tokens(documents, tokenizer, wanted, body_len)
     source = {**(source or {}), **read}
     name = source.get("id", "given")
-    if shorten and 2 <= len(ids) < body_len:
-        seq_len, body_len = len(ids) + len(bos), len(ids)
+    there = min(len(ids), wanted)
+    if shorten and 2 <= there < body_len:
+        seq_len, body_len = there + len(bos), there
     if len(ids) < min(wanted, body_len):
         other = f" or --seq-len {len(ids)}" if len(ids) >= 2 else ""
         raise KvcalError(

@@ -29,8 +29,7 @@ def methods(folder: Path, subject: Subject) -> str:
 
 
 def short_blocks(folder: Path, subject: Subject) -> str:
-    """Calibrated in blocks of as many tokens as everywhere else, which are fewer than what is decoded after; above, in
-    blocks as long."""
+    """Loki and spectral calibrated in blocks of 2048 tokens, fewer than they decode after; above, in longer ones."""
     parts = []
     for length in subject.lengths:
         rows = read(folder / f"{subject.model}-short-blocks-{length}.json").get("results", [])

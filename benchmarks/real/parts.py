@@ -167,8 +167,15 @@ PARTS: Mapping[str, Callable[[Bench, str | None], None]] = {
     "ruler": ruler,
 }
 OF_METHODS = (
-    *("attention", "block-lengths", "choices", "methods", "short-blocks"),
-    *("papers", "defaults", "by-answers", "questions", "ruler"),
+    "attention",
+    "choices",
+    "methods",
+    "short-blocks",
+    "papers",
+    "defaults",
+    "by-answers",
+    "questions",
+    "ruler",
 )
 """What is measured again for one method alone."""
 

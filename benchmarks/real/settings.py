@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvcal.runtime.stores.spectral import Spectral
+
 Setting = dict[str, Any]
 LEVELS = {"1/32": 1 / 32, "1/16": 1 / 16, "1/8": 1 / 8, "1/4": 1 / 4, "1/2": 1 / 2}
 GROUP: Setting = {"select": "group"}
@@ -15,8 +17,8 @@ GROUP: Setting = {"select": "group"}
 LARGE_RANK = 0.25
 """Of the head dim: more dimensions choose no better."""
 
-TWO_LEVELS = 8000
-"""Tokens from which on spectral would reach, while it decodes, the length where it reads a part of its codes only."""
+DECODED = 256
+"""Tokens after a prefix, at most. Where they reach its `flat_below`, spectral reads a part of its codes only."""
 
 
 def _power_of_two(number: float) -> int:
@@ -64,7 +66,8 @@ def _spectral(level: float, head_dim: int, length: int) -> list[Setting]:
         if codes <= level / 2:
             keep = _share(level - codes - clusters)
             setting = {"method": "spectral", "rank": rank, "bits": bits, "keep": keep, "tokens_per_cluster": 80}
-            return [setting if length < TWO_LEVELS else {**setting, "flat_below": 2 * length}]
+            flat = length + DECODED < Spectral.flat_below
+            return [setting if flat else {**setting, "flat_below": 2 * length}]
     return []
 
 

@@ -20,7 +20,7 @@ def low_score_lines(full: Mapping[str, Any]) -> list[str]:
     return [f"full itself scores below {LOW:g}: {named}: read scores relative to full's"] if named else []
 
 
-def say_short_blocks(artifact: Artifact, prompts: Prompts, grid: Sequence[Mapping[str, Any]]) -> None:
+def say_short_blocks(artifact: Artifact, prompts: Prompts, grid: Sequence[dict[str, Any]]) -> None:
     """One line where a basis of rotated keys is used at positions that it was not fitted to."""
     from ..evaluation.grid import has_rotated_basis
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -15,6 +15,9 @@ from ..distributed import SINGLE, World
 from .data_options import data_options, say_left
 from .loading import load_model_of
 from .output import progress_bar, say, working
+
+if TYPE_CHECKING:
+    import torch
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -34,10 +37,10 @@ _OPTIONS = [
     click.option(
         "--seq-len",
         type=click.IntRange(2),
-        help="Tokens per block, no fewer than in the contexts to come.  [default: the model's own, 8192 at most]",
+        help="Tokens per block, no fewer than contexts will have.  [default: the model's context, 8192 at most]",
     ),
     click.option(
-        "--batch-size", type=click.IntRange(1), help="Blocks per forward pass.  [default: 1 on CPU, 4 on CUDA]"
+        "--batch-size", type=click.IntRange(1), help="Blocks per forward pass.  [default: 1; on CUDA 4 of 2048 tokens]"
     ),
     click.option(
         "--seed",
@@ -134,7 +137,7 @@ def run_pass(options: PassOptions, world: World = SINGLE) -> Artifact:
     loaded = load_model_of(
         options.model_spec, device=options.device, dtype=options.dtype, placement=_placement(options, world)
     )
-    seq_len = options.seq_len or max(2, min(default_seq_len(loaded.model), options.num_tokens))
+    seq_len = options.seq_len or default_seq_len(loaded.model)
     check_seq_len(seq_len, loaded.model.config)
     with working("reading and tokenising the text"):
         blocks = make_blocks(
@@ -158,7 +161,7 @@ def run_pass(options: PassOptions, world: World = SINGLE) -> Artifact:
             centred=not options.uncentred,
             reservoir=options.reservoir,
             seed=options.seed,
-            batch_size=options.batch_size or (1 if input_device(loaded.model).type == "cpu" else 4),
+            batch_size=options.batch_size or _batch_size(input_device(loaded.model), blocks.ids.shape[1]),
             resume=options.resume,
             checkpoint_every=options.checkpoint_every,
             checkpoint_blocks=options.checkpoint_blocks,
@@ -171,6 +174,10 @@ def run_pass(options: PassOptions, world: World = SINGLE) -> Artifact:
         return artifact
     with working("writing"):
         return save(artifact, output, card_files(artifact))
+
+
+def _batch_size(device: torch.device, seq_len: int) -> int:
+    return 1 if device.type == "cpu" else max(1, 8192 // seq_len)
 
 
 def _placement(options: PassOptions, world: World) -> Callable[[Any], dict[str, Any]] | None:

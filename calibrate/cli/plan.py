@@ -10,7 +10,7 @@ from ...artifacts import load
 from ...artifacts.places import check_new_file
 from ...artifacts.writing import write_atomically
 from .data_options import data_options, say_left
-from .evaluation_lines import say_calibration_text
+from .evaluation_lines import say_calibration_text, say_short_blocks
 from .loading import load_calibrated
 from .output import NewFile, json_option, print_json, progress_bar, say, working
 from .plan_table import print_plan
@@ -162,6 +162,7 @@ def plan_command(
     else:
         choice = for_quality(offers, quality, check)
     say_calibration_text(found, prompts.source)
+    say_short_blocks(found, prompts, [{"method": method}])
     how = {
         "method": method,
         "budget": {"quality": quality} if quality is not None else {"bytes": budget},

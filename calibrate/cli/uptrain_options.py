@@ -46,7 +46,9 @@ _OPTIONS = [
         "--pool", type=click.Choice(["mean", "first"]), default="mean", show_default=True, help="Starting point."
     ),
     click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Blocks per step."),
-    click.option("--block-size", type=click.IntRange(2), help="Tokens per block.  [default: as in ARTIFACT's pass]"),
+    click.option(
+        "--block-size", type=click.IntRange(2), help="Tokens per block.  [default: as in ARTIFACT's pass, 2048 at most]"
+    ),
     click.option("--warmup", type=click.IntRange(0), help="Steps until the peak rate.  [default: a twentieth]"),
     click.option("--seed", type=int, default=0, show_default=True, help="Order of files and blocks, and dropout."),
     click.option("--checkpoint-every", type=click.IntRange(1), default=100, show_default=True, help="Steps."),
@@ -132,7 +134,7 @@ def run_uptraining(
     with working("finding the text"):
         data = open_data(options.data_spec, options.split, text_column=options.text_column, seed=options.seed)
     loaded = load_calibrated(artifact, model_spec, device=options.device, dtype=options.dtype)
-    block_size = options.block_size or int(artifact.data["seq_len"])
+    block_size = options.block_size or min(2048, int(artifact.data["seq_len"]))
     check_trainable(loaded.model, sharing_map, block_size)
     tokens = training.steps * training.batch_size * block_size
     with working("reading and tokenising the text"):

@@ -135,6 +135,12 @@ def decoding(setting: Setting) -> Setting:
     return {"method": method, **parameters}
 
 
+def has_rotated_basis(setting: Setting) -> bool:
+    """Whether it decodes with a basis of rotated keys, or may do so (`plan`)."""
+    _, decoder, own = _split(setting)
+    return decoder == PLAN or ("basis" in _fields(setting["method"]) and own.get("stage") != "pre")
+
+
 def describe(setting: Setting) -> str:
     """Parameters for people: "rank 0.25 keep 0.125"."""
     return " ".join(f"{name} {value}" for name, value in setting.items() if name != "method")
@@ -157,9 +163,3 @@ def _fields(method: str) -> dict[str, Any]:
     kinds = [METHODS[decoder], *([Cla] if cla else [])]
     found: dict[str, Any] = {field.name: field.default for kind in kinds for field in dataclasses.fields(kind)}
     return found if decoder == "full" else found | dict.fromkeys(_OF_ALL)
-
-
-def has_rotated_basis(setting: Setting) -> bool:
-    """Whether it decodes with a basis of rotated keys, or may do so (`plan`)."""
-    _, name, own = split_method(setting["method"], setting)
-    return name == PLAN or (hasattr(METHODS[name], "basis") and own.get("stage") != "pre")

@@ -56,7 +56,7 @@ class Prompts:
 
     @property
     def longest_context(self) -> int:
-        """Tokens of the longest prefix or context."""
+        """Tokens of the longest prefix or context; what is decoded after them is not many."""
         contexts = [len(sample.context) for task in self.tasks for sample in task.samples]
         return max(contexts + ([self.windows.prefix] if self.windows else []), default=0)
 

@@ -1,4 +1,4 @@
-"""The context that a model states."""
+"""The context that a model states, and how long blocks are that it is calibrated on."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def max_context(config: Any) -> int | None:
 
 
 LONGEST_BLOCK = 8192
-"""Of blocks whose length nobody named. Bases of rotated keys hold at the positions that they were fitted to only;
-attention among twice as many tokens takes twice the time for each."""
+"""Tokens of a block, where nobody says how many. Bases of rotated keys hold only at the positions that they were
+fitted to; but among twice as many tokens attention takes twice the time for each."""
 
 
 def default_seq_len(model: Any) -> int:

@@ -120,6 +120,11 @@ def test_less_than_one_block_makes_one_where_that_is_asked_for(tiny_tokenizer: A
         make_blocks(["x"], tiny_tokenizer, shorten=True)
 
 
+def test_fewer_tokens_asked_for_than_one_block_make_one_where_that_is_asked_for(tiny_tokenizer: Any) -> None:
+    found = make_blocks(["x" * 2699], tiny_tokenizer, num_tokens=100, seq_len=8192, shorten=True)
+    assert found.ids.shape == (1, 100) and found.attended.all()
+
+
 @pytest.mark.parametrize("documents", [[], [""]], ids=["none", "empty"])
 def test_no_text(tiny_tokenizer: Any, documents: list[str]) -> None:
     with pytest.raises(KvcalError, match="only 0 tokens"):
