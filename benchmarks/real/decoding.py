@@ -40,12 +40,7 @@ ANSWERABLE = 0.5
 def methods(bench: Bench, only: str | None = None) -> None:
     """Every method at equal bytes, at every length: perplexity and passkey."""
     for length, levels in bench.subject.lengths.items():
-        grid = [
-            setting
-            for level in levels
-            for setting in at_equal_bytes(LEVELS[level], bench.subject.head_dim, length)
-            if only in (None, setting["method"])
-        ]
+        grid = _grid(bench, levels, length, only)
         prompts = _on_text(bench, length, ("perplexity", "passkey"))
         _decode(bench, f"methods-{length}", prompts, grid, bench.artifact(length=length))
 
@@ -53,12 +48,7 @@ def methods(bench: Bench, only: str | None = None) -> None:
 def short_blocks(bench: Bench, only: str | None = None) -> None:
     """The calibrated methods at equal bytes, calibrated in blocks that are shorter than what they decode after."""
     for length, levels in bench.subject.lengths.items():
-        grid = [
-            setting
-            for level in levels
-            for setting in at_equal_bytes(LEVELS[level], bench.subject.head_dim, length)
-            if setting["method"] in CALIBRATED and only in (None, setting["method"])
-        ]
+        grid = [setting for setting in _grid(bench, levels, length, only) if setting["method"] in CALIBRATED]
         if length > bench.subject.seq_len and grid:
             prompts = _on_text(bench, length, ("perplexity", "passkey"))
             _decode(bench, f"short-blocks-{length}", prompts, grid, bench.artifact())
@@ -111,13 +101,18 @@ def ruler(bench: Bench, only: str | None = None) -> None:
     of_all = _on_text(bench, length, RULER_TASKS, SAMPLES)
     row = _decode(bench, f"ruler-full-{length}", of_all, [], None)[0]
     known = [key.partition("@")[0] for key, score in row["scores"].items() if score >= ANSWERABLE]
-    grid = [
-        setting
-        for setting in at_equal_bytes(LEVELS[RULER_LEVEL], bench.subject.head_dim, length)
-        if only in (None, setting["method"])
-    ]
+    grid = _grid(bench, [RULER_LEVEL], length, only)
     if known:
         _decode(bench, f"ruler-{length}", _on_text(bench, length, known, SAMPLES), grid, bench.artifact())
+
+
+def _grid(bench: Bench, levels: Sequence[str], length: int, only: str | None) -> list[Setting]:
+    return [
+        setting
+        for level in levels
+        for setting in at_equal_bytes(LEVELS[level], bench.subject.head_dim, length)
+        if only in (None, setting["method"])
+    ]
 
 
 def _shortest(bench: Bench) -> int:

@@ -56,8 +56,7 @@ def bytes_of(folder: Path, subject: Subject, length: int) -> Callable[[Row], flo
 def papers(folder: Path, subject: Subject) -> str:
     """With the settings of the papers; spectral as it was when this was measured. read: of a float32 cache, layers with
     a sliding window included."""
-    rows = read(folder / f"{subject.model}-papers.json").get("results", [])
-    return _table(rows, _of_this_run(rows)) if rows else ""
+    return _of_part(folder, subject, "papers")
 
 
 def defaults(folder: Path, subject: Subject) -> str:
@@ -78,26 +77,22 @@ def why_loki(folder: Path, subject: Subject) -> str:
 
 def by_answers(folder: Path, subject: Subject) -> str:
     """Choices that attention errors mislead about. read: of a float32 cache."""
-    rows = read(folder / f"{subject.model}-by-answers.json").get("results", [])
-    return _table(rows, _of_this_run(rows)) if rows else ""
+    return _of_part(folder, subject, "by-answers")
 
 
 def uncentred(folder: Path, subject: Subject) -> str:
     """Loki as published, with PCA of keys from which no mean was subtracted."""
-    rows = read(folder / f"{subject.model}-why-loki-uncentred.json").get("results", [])
-    return _table(rows, _of_this_run(rows)) if rows else ""
+    return _of_part(folder, subject, "why-loki-uncentred")
 
 
 def long_blocks(folder: Path, subject: Subject) -> str:
     """Loki as published, calibrated on as many tokens in blocks that are longer than what is decoded after."""
-    rows = read(folder / f"{subject.model}-why-loki-long-blocks.json").get("results", [])
-    return _table(rows, _of_this_run(rows)) if rows else ""
+    return _of_part(folder, subject, "why-loki-long-blocks")
 
 
 def questions(folder: Path, subject: Subject) -> str:
     """Calibrated on text in which facts are asked and answered."""
-    rows = read(folder / f"{subject.model}-questions.json").get("results", [])
-    return _table(rows, _of_this_run(rows)) if rows else ""
+    return _of_part(folder, subject, "questions")
 
 
 def ruler_full(folder: Path, subject: Subject) -> str:
@@ -108,6 +103,11 @@ def ruler_full(folder: Path, subject: Subject) -> str:
 def ruler(folder: Path, subject: Subject) -> str:
     """What methods answer at an eighth of the bytes, of the tasks of which the model itself answers half or more."""
     return _scores(folder, f"{subject.model}-ruler-[0-9]*.json")
+
+
+def _of_part(folder: Path, subject: Subject, part: str) -> str:
+    rows = read(folder / f"{subject.model}-{part}.json").get("results", [])
+    return _table(rows, _of_this_run(rows)) if rows else ""
 
 
 def _scores(folder: Path, pattern: str) -> str:

@@ -40,7 +40,9 @@ _OPTIONS = [
         help="Tokens per block, no fewer than contexts will have.  [default: the model's context, 8192 at most]",
     ),
     click.option(
-        "--batch-size", type=click.IntRange(1), help="Blocks per forward pass.  [default: 1; on CUDA 4 of 2048 tokens]"
+        "--batch-size",
+        type=click.IntRange(1),
+        help="Blocks per forward pass.  [default: 1; on CUDA 8192 tokens in all]",
     ),
     click.option(
         "--seed",

@@ -24,7 +24,7 @@ def default_seq_len(model: Any) -> int:
     """Tokens of a block: the model's context, or those up to which its rotary embedding is one and the same, 8192 at
     most."""
     stated = [max_context(model.config), *(rotation.original for rotation in rotations(model))]
-    return min(LONGEST_BLOCK, *(length for length in stated if length is not None))
+    return min([LONGEST_BLOCK, *(length for length in stated if length is not None)])
 
 
 def check_seq_len(seq_len: int, config: Any, option: str = "--seq-len") -> None:

@@ -354,3 +354,10 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original
 def test_blocks_are_as_long_as_the_context_where_nothing_is_said(settings: dict[str, Any], seq_len: int) -> None:
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": 8}
     assert default_seq_len(LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=8, **settings))) == seq_len
+
+
+def test_blocks_of_a_model_that_states_no_context() -> None:
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": 8}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=8))
+    model.config.max_position_embeddings = -1  # as XLNet says
+    assert max_context(model.config) is None and default_seq_len(model) == 8192
