@@ -42,9 +42,9 @@ DIM, LUMPS = 64, 64
 NEAR = 0.75
 """Delta without a cap, of the model's keys: so much of the radius that 64 clusters need."""
 BUDGETS = {
-    "1/16": SubGen(window=64, clusters=32, t=2, s=140),
+    "1/16": SubGen(window=64, clusters=32, t=2, s=140, normaliser="clusters"),
     "1/8": error.DEFAULT,
-    "1/4": SubGen(window=256, clusters=128, t=4, s=444),
+    "1/4": SubGen(window=256, clusters=128, t=4, s=444, normaliser="clusters"),
 }
 
 Layer = tuple[int, Tensor, Tensor, Tensor, float]
@@ -165,7 +165,9 @@ def radius(key: Tensor, query: Tensor) -> float:
 
 def held(key: Tensor, value: Tensor, delta: float | None) -> tuple[int, int]:
     """(bytes, clusters) after one decoded token."""
-    settings = SubGen() if delta is None else SubGen(delta=delta, clusters=key.shape[2])
+    settings = (
+        error.DEFAULT if delta is None else dataclasses.replace(error.DEFAULT, delta=delta, clusters=key.shape[2])
+    )
     full, store = FullStore(), settings.build(0, key.shape[3], None)()
     full.append(key[:, :, :-1], value[:, :, :-1])
     store.adopt(full)
@@ -189,7 +191,7 @@ def figure(memory: Mapping[str, Any]) -> bytes:
         "full", (LENGTHS[-2], LENGTHS[-2] * 2 * DIM * 4 / 1e6), ha="right", va="bottom", color="0.4", fontsize=8
     )
     right.plot([], [], color="0.3", linestyle="-", label="delta fixed, no cap")
-    right.plot([], [], color="0.3", linestyle="--", label=f"default: at most {SubGen().clusters} clusters")
+    right.plot([], [], color="0.3", linestyle="--", label=f"default: at most {error.DEFAULT.clusters} clusters")
     for axis, what in ((left, "MB held per KV head (float32)"), (right, "clusters per KV head")):
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")

@@ -22,7 +22,8 @@ from kvcal.runtime.stores.subgen import SubGen, SubGenStore
 STEPS = 32
 """Decoded tokens whose outputs are compared, at the end of each block."""
 SEEDS = (0, 1)
-DEFAULT = SubGen()
+DEFAULT = SubGen(normaliser="clusters")
+"""With the paper's estimate of both sums."""
 ABLATIONS: dict[str, Sequence[Any]] = {
     "t": (1, 2, 4, 8, 16),
     "s": (64, 128, 256, 512, 1024),

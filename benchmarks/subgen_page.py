@@ -14,7 +14,7 @@ def page(found: Mapping[str, Any]) -> str:
     parts = [HEAD.format(**found["text"]), MEMORY, "## Parameters, one at a time\n"]
     rows = [["parameter", "value", "error", "by layer", "held", "clusters"]]
     for name, entry in ablations["of_default"].items():
-        rows.append(["defaults", f"delta of the {name}", *cells(entry)])
+        rows.append(["defaults, the paper's normaliser", f"delta of the {name}", *cells(entry)])
     for name, entries in ablations["by"].items():
         for entry in entries:
             mark = " (default)" if entry[name] == ablations["default"][name] else ""

@@ -29,7 +29,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "sparq": {"rank": 0.5, "keep": 0.25, "select": "head"},
     "streaming": {"keep": 0.25, "sinks": 2},
     "h2o": {"keep": 0.25},
-    "subgen": {"window": 6, "sinks": 2, "clusters": 5, "t": 2, "s": 7},
+    "subgen": {"window": 6, "sinks": 2, "clusters": 5, "t": 2, "s": 7, "normaliser": "clusters"},
     "clusterkv": {"keep": 0.3, **CLUSTERS},
     "clusterkv-tail": {"method": "clusterkv", "keep": 0.3, "tail": True, "offload": "cpu", "cached": 7, **CLUSTERS},
     "spectral": {"rank": 1.0, "bits": 4, "keep": 0.3, "basis": "pca", "recent": 2, **LEVELS, **CLUSTERS},

@@ -61,7 +61,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sparq": ("sparq", {"rank": 0.25, "keep": 0.25, "select": "head"}),
     "streaming": ("streaming", {"keep": 0.25, "sinks": 2}),
     "h2o": ("h2o", {"keep": 0.25}),
-    "subgen": ("subgen", {"window": 6, "sinks": 2, "clusters": 5, "t": 2, "s": 7}),
+    "subgen": ("subgen", {"window": 6, "sinks": 2, "clusters": 5, "t": 2, "s": 7, "normaliser": "clusters"}),
 }
 """Every method, and every kind of store, with budgets that short rows feel."""
 CLUSTERED = [name for name, (_, settings) in VARIANTS.items() if "tokens_per_cluster" in settings]

@@ -11,7 +11,7 @@ from kvcal.runtime.stores.subgen import SubGen, SubGenStore
 
 GEOMETRY = Geometry(16, 8, 2, 3)
 LOGITS = Logits(GEOMETRY.scaling)
-SMALL: dict[str, Any] = {"window": 6, "sinks": 2, "clusters": 5, "t": 2, "s": 7}
+SMALL: dict[str, Any] = {"window": 6, "sinks": 2, "clusters": 5, "t": 2, "s": 7, "normaliser": "clusters"}
 PROMPTS = (9, 40, 1, 33)
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 """float32 against float64 where numerators cancel."""

@@ -76,15 +76,21 @@ def test_spectral_reads_all_of_its_codes_at_every_length(module):
         assert spectral.pop("method") == "spectral" and Spectral(**spectral).flat_below > length + 64
 
 
-@pytest.mark.parametrize(("length", "seq_len"), [(0, 2048), (2048, 2048), (4096, 8192), (7680, 8192)])
-def test_blocks_calibrated_on_are_as_long_as_what_is_decoded_after(module, monkeypatch, tmp_path, length, seq_len):
+@pytest.mark.parametrize(("called", "seq_len"), [("artifact", 8192), ("studied", 2048)])
+def test_artifacts_are_named_by_all_that_they_depend_on(module, monkeypatch, tmp_path, called, seq_len):
     subjects, asked = module("subjects"), []
     monkeypatch.setattr(subjects.subprocess, "run", lambda arguments, check: asked.append(arguments))
     monkeypatch.setattr(subjects, "load", str)
-    folder = subjects.Bench(subjects.SUBJECTS["smollm2-135m"], tmp_path, tmp_path).artifact(length=length)
+    bench = subjects.Bench(subjects.SUBJECTS["smollm2-135m"], tmp_path, tmp_path)
+    folder = getattr(bench, called)("code", 4096)
     (arguments,) = asked
     assert arguments[arguments.index("--seq-len") + 1] == str(seq_len)
-    assert folder == arguments[arguments.index("--output") + 1] == str(tmp_path / f"smollm2-135m-both-131072-{seq_len}")
+    assert folder == arguments[arguments.index("--output") + 1] == str(tmp_path / f"smollm2-135m-code-4096-{seq_len}")
+
+
+def test_blocks_calibrated_on_are_as_long_as_what_is_decoded_after(module):
+    for subject in module("subjects").SUBJECTS.values():
+        assert subject.seq_len >= max(subject.lengths) and subject.short_seq_len >= min(subject.lengths)
 
 
 def test_loki_scores_as_many_dimensions_and_reads_as_many_tokens_as_sparq(module):

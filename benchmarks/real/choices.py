@@ -46,8 +46,9 @@ def _streaming(sinks: int) -> Setting:
     return {"method": "streaming", "keep": LEVEL, "sinks": sinks}
 
 
-def _subgen(window: int, clusters: int, values: int, **other: Any) -> Setting:
-    return {"method": "subgen", "window": window, "clusters": clusters, "t": 2, "s": values, **other}
+def _subgen(window: int, clusters: int, values: int, normaliser: str = "clusters") -> Setting:
+    sizes = {"window": window, "clusters": clusters, "t": 2, "s": values}
+    return {"method": "subgen", **sizes, "normaliser": normaliser}
 
 
 def _spectral(rank: int, bits: int, size: int = 80, **other: Any) -> Setting:

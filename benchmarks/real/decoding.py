@@ -42,16 +42,16 @@ def methods(bench: Bench, only: str | None = None) -> None:
     for length, levels in bench.subject.lengths.items():
         grid = _grid(bench, levels, length, only)
         prompts = _on_text(bench, length, ("perplexity", "passkey"))
-        _decode(bench, f"methods-{length}", prompts, grid, bench.artifact(length=length))
+        _decode(bench, f"methods-{length}", prompts, grid, bench.artifact())
 
 
 def short_blocks(bench: Bench, only: str | None = None) -> None:
-    """The calibrated methods at equal bytes, calibrated in blocks that are shorter than what they decode after."""
+    """The calibrated methods at equal bytes, calibrated in short blocks."""
     for length, levels in bench.subject.lengths.items():
         grid = [setting for setting in _grid(bench, levels, length, only) if setting["method"] in CALIBRATED]
-        if length > bench.subject.seq_len and grid:
+        if grid:
             prompts = _on_text(bench, length, ("perplexity", "passkey"))
-            _decode(bench, f"short-blocks-{length}", prompts, grid, bench.artifact())
+            _decode(bench, f"short-blocks-{length}", prompts, grid, bench.studied())
 
 
 def defaults(bench: Bench, only: str | None = None) -> None:
@@ -74,24 +74,22 @@ def by_answers(bench: Bench, only: str | None = None) -> None:
     """What attention errors mislead about, by what the model then answers."""
     grid = [setting for setting in BY_ANSWERS if only in (None, setting["method"])]
     prompts = _on_text(bench, _shortest(bench), ("perplexity", "passkey"))
-    _decode(bench, "by-answers", prompts, grid, bench.artifact())
+    _decode(bench, "by-answers", prompts, grid, bench.studied())
 
 
 def why_loki(bench: Bench, only: str | None = None) -> None:
     """What of Loki's loss is its choice, its rank, its basis, the first layer, the sinks or the blocks."""
     grid = [setting for setting in WHY_LOKI.values() if only in (None, setting["method"])]
     prompts = _on_text(bench, _shortest(bench), ("perplexity", "passkey"))
-    _decode(bench, "why-loki", prompts, grid, bench.artifact())
-    _decode(bench, "why-loki-uncentred", prompts, [PUBLISHED], uncentred(bench.artifact()))
-    in_long_blocks = bench.artifact(length=bench.subject.long_seq_len)
-    _decode(bench, "why-loki-long-blocks", prompts, [PUBLISHED], in_long_blocks)
+    _decode(bench, "why-loki", prompts, grid, bench.studied())
+    _decode(bench, "why-loki-uncentred", prompts, [PUBLISHED], uncentred(bench.studied()))
 
 
 def questions(bench: Bench, only: str | None = None) -> None:
     """What a calibration on questions changes."""
     grid = [setting for setting in QUESTIONS if only in (None, setting["method"])]
     prompts = _on_text(bench, _shortest(bench), ("perplexity", "passkey"))
-    _decode(bench, "questions", prompts, grid, bench.artifact("questions", source=bench.questions()))
+    _decode(bench, "questions", prompts, grid, bench.studied("questions", source=bench.questions()))
 
 
 def ruler(bench: Bench, only: str | None = None) -> None:

@@ -167,7 +167,6 @@ PARTS: Mapping[str, tuple[str, Part]] = {
     "defaults": ("Decoding with our defaults", page_decoding.defaults),
     "why-loki": ("Why Loki loses", page_decoding.why_loki),
     "uncentred": ("Without subtracting the mean", page_decoding.uncentred),
-    "long-blocks": ("Calibrated in longer blocks", page_decoding.long_blocks),
     "by-answers": ("Chosen by answers", page_decoding.by_answers),
     "questions": ("Calibrated on questions", page_decoding.questions),
     "ruler-full": ("RULER, the model itself", page_decoding.ruler_full),

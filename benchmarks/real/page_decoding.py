@@ -29,7 +29,7 @@ def methods(folder: Path, subject: Subject) -> str:
 
 
 def short_blocks(folder: Path, subject: Subject) -> str:
-    """Loki and spectral calibrated in blocks of 2048 tokens, fewer than they decode after; above, in longer ones."""
+    """Loki and spectral calibrated in blocks of 2048 tokens; above, in blocks of 8192."""
     parts = []
     for length in subject.lengths:
         rows = read(folder / f"{subject.model}-short-blocks-{length}.json").get("results", [])
@@ -54,7 +54,7 @@ def bytes_of(folder: Path, subject: Subject, length: int) -> Callable[[Row], flo
 
 
 def papers(folder: Path, subject: Subject) -> str:
-    """With the settings of the papers; spectral as it was when this was measured. read: of a float32 cache, layers with
+    """With the settings of the papers; spectral as it was when this was measured. Calibrated in long blocks. read: of a float32 cache, layers with
     a sliding window included."""
     return _of_part(folder, subject, "papers")
 
@@ -83,11 +83,6 @@ def by_answers(folder: Path, subject: Subject) -> str:
 def uncentred(folder: Path, subject: Subject) -> str:
     """Loki as published, with PCA of keys from which no mean was subtracted."""
     return _of_part(folder, subject, "why-loki-uncentred")
-
-
-def long_blocks(folder: Path, subject: Subject) -> str:
-    """Loki as published, calibrated on as many tokens in blocks that are longer than what is decoded after."""
-    return _of_part(folder, subject, "why-loki-long-blocks")
 
 
 def questions(folder: Path, subject: Subject) -> str:

@@ -26,7 +26,7 @@ def ranks(bench: Bench, only: str | None = None) -> None:
     """Ranks by layer, of keys before and after the rotary embedding, queries and values."""
     done = Done(bench.path("ranks"))
     for text in bench.subject.texts:
-        done.once(text, lambda text=text: rank_report(bench.artifact(text)))
+        done.once(text, lambda text=text: rank_report(bench.studied(text)))
 
 
 def tokens(bench: Bench, only: str | None = None) -> None:
@@ -34,7 +34,7 @@ def tokens(bench: Bench, only: str | None = None) -> None:
     done = Done(bench.path("tokens"))
     settings = [_loki(16, basis) for basis in ("pca", "score")]
     for size in bench.subject.sizes:
-        artifact = bench.artifact("both", size)
+        artifact = bench.studied("both", size)
         done.once(f"ranks {size}", lambda artifact=artifact: rank_report(artifact)["model"])
         for text in ("prose", "code"):
             _errors(bench, done, f"{text} {size}", text, settings, artifact)
@@ -47,9 +47,9 @@ def bases(bench: Bench, only: str | None = None) -> None:
     for basis in ("pca", "score"):
         for stage in ("post", "pre"):
             settings = [_loki(rank, basis, stage) for rank in dims]
-            _errors(bench, done, f"{basis} {stage}", "both", settings, bench.artifact())
+            _errors(bench, done, f"{basis} {stage}", "both", settings, bench.studied())
     settings = [_loki(rank, "pca") for rank in dims]
-    _errors(bench, done, "pca post, uncentred", "both", settings, uncentred(bench.artifact()))
+    _errors(bench, done, "pca post, uncentred", "both", settings, uncentred(bench.studied()))
 
 
 def transfer(bench: Bench, only: str | None = None) -> None:
@@ -58,7 +58,7 @@ def transfer(bench: Bench, only: str | None = None) -> None:
     settings = [_loki(rank, basis) for basis in ("pca", "score") for rank in (8, 16, 32)]
     for calibrated in bench.subject.texts:
         for text in ("prose", "code"):
-            _errors(bench, done, f"{calibrated} → {text}", text, settings, bench.artifact(calibrated))
+            _errors(bench, done, f"{calibrated} → {text}", text, settings, bench.studied(calibrated))
 
 
 def attention(bench: Bench, only: str | None = None) -> None:
@@ -70,7 +70,7 @@ def attention(bench: Bench, only: str | None = None) -> None:
                 # h2o needs the attention that a prefill of the whole model records.
                 if setting["method"] != "h2o" and only in (None, setting["method"]):
                     key = f"{level} {json.dumps(setting)}"
-                    _errors(bench, done, key, "both", [setting], bench.artifact(length=length), length)
+                    _errors(bench, done, key, "both", [setting], bench.artifact(), length)
 
 
 def block_lengths(bench: Bench, only: str | None = None) -> None:
@@ -81,8 +81,8 @@ def block_lengths(bench: Bench, only: str | None = None) -> None:
     for length in subject.lengths:
         spectral = at_equal_bytes(LEVELS["1/8"], subject.head_dim, length)[-1]
         settings = [_loki(dims, "pca"), _loki(dims, "score"), _loki(dims, "pca", "pre"), spectral]
-        for seq_len in (subject.seq_len, subject.long_seq_len):
-            artifact = bench.artifact(length=seq_len)
+        for seq_len in (subject.short_seq_len, subject.seq_len):
+            artifact = bench.artifact(seq_len=seq_len)
             _errors(bench, done, f"blocks of {seq_len}, {length} decoded", "both", settings, artifact, length)
 
 
@@ -92,17 +92,16 @@ def choices(bench: Bench, only: str | None = None) -> None:
     for name, settings in CHOICES.items():
         for setting in settings:
             if only in (None, setting["method"]):
-                _errors(bench, done, f"{name}: {json.dumps(setting)}", "both", [setting], bench.artifact())
+                _errors(bench, done, f"{name}: {json.dumps(setting)}", "both", [setting], bench.studied())
 
 
 def first_tokens(bench: Bench, only: str | None = None) -> None:
     """What of the loss is the first token, not chosen."""
     done = Done(bench.path("first-token"))
     length = next(iter(bench.subject.lengths))
-    done.once("settings", lambda: first_token(_problems(bench, "both", length), bench.artifact()))
-    done.once("logits", lambda: standing_out(_problems(bench, "both", length), bench.artifact()))
-    in_long_blocks = bench.artifact(length=bench.subject.long_seq_len)
-    done.once("logits, long blocks", lambda: standing_out(_problems(bench, "both", length), in_long_blocks))
+    done.once("settings", lambda: first_token(_problems(bench, "both", length), bench.studied()))
+    done.once("logits", lambda: standing_out(_problems(bench, "both", length), bench.studied()))
+    done.once("logits, long blocks", lambda: standing_out(_problems(bench, "both", length), bench.artifact()))
 
 
 def _loki(rank: int, basis: str, stage: str = "post") -> dict[str, Any]:

@@ -14,6 +14,8 @@ Setting = dict[str, Any]
 LEVELS = {"1/32": 1 / 32, "1/16": 1 / 16, "1/8": 1 / 8, "1/4": 1 / 4, "1/2": 1 / 2}
 GROUP: Setting = {"select": "group"}
 """One choice for all query heads of a KV head: where each chooses for itself, G times the rows are read."""
+_SUBGEN: Setting = {"method": "subgen", "normaliser": "clusters"}
+"""As published."""
 LARGE_RANK = 0.25
 """Of the head dim: more dimensions choose no better."""
 
@@ -53,7 +55,8 @@ def at_equal_bytes(level: float, head_dim: int, length: int) -> list[Setting]:
         ),
         {"method": "streaming", "keep": _share(level)},
         {"method": "h2o", "keep": _share(level)},
-        {"method": "subgen", "window": held // 2, "clusters": held // 16, "t": 2, "s": held // 4},
+        {**_SUBGEN, "window": held // 2, "clusters": held // 16, "t": 2, "s": held // 4},
+        {"method": "subgen", "window": held // 2, "s": held // 2, "normaliser": "values"},
         *_spectral(level, head_dim, length),
     ]
 
@@ -80,7 +83,7 @@ PAPERS: list[Setting] = [
     {"method": "quest", "page": 16, "keep": 0.25, "select": "head"},
     {"method": "sparq", "rank": 0.25, "keep": 0.25, "select": "head"},
     {"method": "clusterkv", "keep": 1024, "tokens_per_cluster": 80, "window": 320, "sinks": 16},
-    {"method": "subgen", "window": 128, "clusters": 64, "t": 4, "s": 256},
+    {**_SUBGEN, "window": 128, "clusters": 64, "t": 4, "s": 256},
     {"method": "spectral", "rank": 0.5, "bits": 2, "keep": 0.0625, "tokens_per_cluster": 32},
 ]
 """As published, and spectral: each query head chooses for itself where the paper's do."""

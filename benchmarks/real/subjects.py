@@ -49,10 +49,10 @@ class Subject:
     """Tokens calibrated on, to see from where on ranks and errors stand still."""
     parts: tuple[str, ...] | None = None
     """Of the measurement; None: all."""
-    seq_len: int = 2048
-    """Tokens of the blocks that are calibrated on, for all that is as short."""
-    long_seq_len: int = 8192
-    """The same for what is longer."""
+    seq_len: int = 8192
+    """Tokens of the blocks that are calibrated on, as many as `calibrate pca` takes, or as the longest prefix has."""
+    short_seq_len: int = 2048
+    """The same for the studies, all at the shortest length, and for what blocks that are too short cost."""
 
 
 SUBJECTS = {
@@ -68,7 +68,8 @@ SUBJECTS = {
         {2048: ("1/16", "1/8", "1/4"), 16384: ("1/16", "1/8", "1/4")},
         ("both",),
         parts=("ranks", "bases", "first-token", "attention", "methods", "papers", "why-loki"),
-        long_seq_len=16384,
+        seq_len=16384,
+        short_seq_len=16384,
     ),
 }
 
@@ -86,14 +87,15 @@ class Bench:
         return load_model(self.subject.model, device="cpu", dtype="float32")
 
     def artifact(
-        self, text: str = "both", tokens: int = TOKENS, source: tuple[str, ...] | None = None, length: int = 0
+        self,
+        text: str = "both",
+        tokens: int = TOKENS,
+        source: tuple[str, ...] | None = None,
+        *,
+        seq_len: int | None = None,
     ) -> Artifact:
-        """That of `calibrate pca`, calibrated where it is not there yet.
-
-        Args:
-            length: tokens of the prefixes that are decoded from, which decide how long blocks are.
-        """
-        seq_len = self.subject.seq_len if length <= self.subject.seq_len else self.subject.long_seq_len
+        """That of `calibrate pca`, calibrated where it is not there yet."""
+        seq_len = seq_len or self.subject.seq_len
         folder = self.work / f"{self.subject.model}-{text}-{tokens}-{seq_len}"
         arguments = ["pca", "--model", self.subject.model, "--num-tokens", str(tokens), "--resume"]
         arguments += ["--seq-len", str(seq_len), "--output", str(folder)]
@@ -103,6 +105,10 @@ class Bench:
             print("calibrate", shlex.join(arguments), flush=True)
             subprocess.run([sys.executable, "-m", "kvcal.calibrate", *arguments], check=True)
         return load(folder)
+
+    def studied(self, text: str = "both", tokens: int = TOKENS, source: tuple[str, ...] | None = None) -> Artifact:
+        """The same in short blocks."""
+        return self.artifact(text, tokens, source, seq_len=self.subject.short_seq_len)
 
     def questions(self) -> tuple[str, ...]:
         """A file of the calibration text with facts in it, and questions about them, answered: other words than those

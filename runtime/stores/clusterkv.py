@@ -21,7 +21,7 @@ class ClusterKV(Sorted):
     keep: Amount = 1024
     """Tokens read per step, the sinks and the open window included: a count, or a fraction of the row's tokens."""
     select: str = "group"
-    tokens_per_cluster: int = 32
+    tokens_per_cluster: int = 16
     window: int = 320
     sinks: int = 16
     """First tokens, in no cluster and always read."""

@@ -51,9 +51,9 @@ class SubGen:
     """Uniform samples of keys per cluster."""
     s: int = 256
     """Samples of (key, value), in proportion to the squared norm of the value."""
-    normaliser: str = "clusters"
+    normaliser: str = "values"
     """"clusters": the paper's. "values" (ours): from the `s` samples that the numerator has, and no clusters are kept:
-    two estimates that err alike leave less error in their ratio (docs/results/subgen.md)."""
+    two estimates that err alike leave less error in their ratio (docs/results/real.md)."""
     seed: int = 0
     dense_below: int = 0
     """Rows of fewer tokens lose none."""

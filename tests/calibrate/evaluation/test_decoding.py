@@ -29,7 +29,7 @@ LOSSY: list[dict[str, Any]] = [
     {"method": "clusterkv", "keep": 12, "tokens_per_cluster": 4, **TINY},
     {"method": "h2o", "keep": 0.25},
     {"method": "streaming", "keep": 0.25},
-    {"method": "subgen", "clusters": 4, "t": 2, "s": 8, **TINY},
+    {"method": "subgen", "clusters": 4, "t": 2, "s": 8, "normaliser": "clusters", **TINY},
 ]
 FORGETTING = [setting for setting in LOSSY if setting["method"] in ("h2o", "streaming", "subgen")]
 KEEPING = [setting for setting in LOSSY if setting not in FORGETTING]

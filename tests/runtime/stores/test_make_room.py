@@ -17,7 +17,7 @@ FORGETTING: list[dict[str, Any]] = [
     {"method": "streaming", "keep": 9, "sinks": 2},
     {"method": "h2o", "keep": 9},
     {"method": "h2o", "keep": 0.4},
-    {"method": "subgen", "window": 6, "sinks": 2, "clusters": 3, "t": 2, "s": 4},
+    {"method": "subgen", "window": 6, "sinks": 2, "clusters": 3, "t": 2, "s": 4, "normaliser": "clusters"},
 ]
 
 

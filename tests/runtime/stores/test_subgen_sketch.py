@@ -190,7 +190,7 @@ def test_error_is_within_the_papers_bound() -> None:
     probability 0.99; here for measured δ and r, constants 1, at 200 heads and 8 queries each."""
     heads, dim, count = 200, 16, 600
     key, value = lumps(count, heads, dim, spread=0.3)
-    store = after(SubGen(window=1, sinks=0, clusters=64, t=48, s=64, delta=0.8), key, value)
+    store = after(SubGen(window=1, sinks=0, clusters=64, t=48, s=64, delta=0.8, normaliser="clusters"), key, value)
     query = torch.randn(1, heads, 8, dim, generator=torch.Generator().manual_seed(5))
     query = query / query.norm(dim=-1, keepdim=True)  # r = 1
     logits = Logits(1.0)
@@ -208,7 +208,7 @@ def test_error_is_within_the_papers_bound() -> None:
 
 
 def test_memory_grows_with_clusters_and_not_with_tokens() -> None:
-    settings = SubGen(window=32, sinks=4, clusters=512, t=4, s=64, delta=3.0)
+    settings = SubGen(window=32, sinks=4, clusters=512, t=4, s=64, delta=3.0, normaliser="clusters")
     held = []
     for count in (1000, 4000, 16000):
         key, value = lumps(count, 2, 16, spread=0.3)
@@ -227,7 +227,7 @@ def test_memory_grows_with_clusters_and_not_with_tokens() -> None:
 def test_bytes_by_hand(dtype: torch.dtype) -> None:
     heads, dim, b = 2, 16, dtype.itemsize
     key, value = (of.to(dtype) for of in lumps(400, heads, dim, spread=0.3))
-    settings = SubGen(window=30, sinks=4, clusters=40, t=3, s=50, delta=3.0)
+    settings = SubGen(window=30, sinks=4, clusters=40, t=3, s=50, delta=3.0, normaliser="clusters")
     store = after(settings, key, value)
     store.attend(key[:, :, -1:], Logits(1.0))
     clusters = 32  # of which buffers hold two chunks of 16
@@ -249,9 +249,9 @@ def test_bytes_by_hand(dtype: torch.dtype) -> None:
 def test_values_without_norm_are_never_drawn() -> None:
     key, value = lumps(100, 2, 8, spread=0.3)
     value[:, :, ::2] = 0
-    store = after(SubGen(window=4, sinks=0, clusters=8, t=1, s=20), key, value)
+    store = after(SubGen(window=4, sinks=0, clusters=8, t=1, s=20, normaliser="clusters"), key, value)
     assert (store.totals["value"].norm(dim=-1) > 0).all()
-    none = after(SubGen(window=4, sinks=0, clusters=8, t=1, s=20), key, torch.zeros_like(value))
+    none = after(SubGen(window=4, sinks=0, clusters=8, t=1, s=20, normaliser="clusters"), key, torch.zeros_like(value))
     assert torch.equal(none.attend(key[:, :, -1:], Logits(1.0)), torch.zeros(1, 2, 1, 8))
 
 
@@ -265,11 +265,11 @@ def test_delta_of_the_artifact() -> None:
     tensors = {"layers.0.curve.counts": counts, "layers.0.curve.radius": radius}
     clustered = found.with_stage("clusters", Stage(tensors))
     for clusters, column in ((20, 1), (1000, 2), (3, 0)):
-        store = SubGen(window=54, clusters=clusters).build(0, dim, clustered)()  # two tokens leave
+        store = SubGen(window=54, clusters=clusters, normaliser="clusters").build(0, dim, clustered)()
         store.prefill(key[:, :, :-1], key[:, :, :-1], value[:, :, :-1], Logits(1.0))
         store.append(key[:, :, -1:], value[:, :, -1:])
         assert torch.equal(store.totals["delta"][0], radius[:, column].double())
-    store = SubGen(window=20, clusters=4).build(0, dim, found)()
+    store = SubGen(window=20, clusters=4, normaliser="clusters").build(0, dim, found)()
     store.prefill(key[:, :, :28], key[:, :, :28], value[:, :, :28], Logits(1.0))
     store.append(key[:, :, 28:29], value[:, :, 28:29])  # five tokens have left, one cluster too many
     for head in range(heads):
