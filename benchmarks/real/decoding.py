@@ -74,7 +74,7 @@ def by_answers(bench: Bench, only: str | None = None) -> None:
     """What attention errors mislead about, by what the model then answers."""
     grid = [setting for setting in BY_ANSWERS if only in (None, setting["method"])]
     prompts = _on_text(bench, _shortest(bench), ("perplexity", "passkey"))
-    _decode(bench, "by-answers", prompts, grid, bench.studied())
+    _decode(bench, "by-answers", prompts, grid, bench.artifact())
 
 
 def why_loki(bench: Bench, only: str | None = None) -> None:

@@ -31,7 +31,7 @@ def write(folder: Path, subject: Subject) -> None:
 def _drawn(row: Mapping[str, Any], shares: Callable[[Mapping[str, Any]], float | None]) -> dict[str, Any] | None:
     """The row with no settings but those that name its line, since all others follow from its bytes."""
     share = shares(row)
-    if share is None:
+    if share is None or row.get("normaliser") == "clusters":  # SubGen as published: a thousand times full's perplexity
         return None
     kept = {name: row[name] for name in (*_NAMED, *_MEASURED) if name in row}
     if row["method"] == "clusterkv":  # in every level a setting as published, and one of small clusters

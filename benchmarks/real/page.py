@@ -128,7 +128,9 @@ def attention(folder: Path, subject: Subject) -> str:
     parts = []
     for length in subject.lengths:
         found = read(folder / f"{subject.model}-attention-{length}.json")
-        rows = [[key.partition(" ")[0], *_errors_of(entry)] for key, entries in found.items() for entry in entries]
+        measured = [(key.partition(" ")[0], entry) for key, entries in found.items() for entry in entries]
+        ordered = sorted(measured, key=lambda row: row[1]["bytes"])
+        rows = [[level, *_errors_of(entry)] for level, entry in ordered]
         if rows:
             header = ["bytes", "method", "read", "error", "without the first layer", "worst layer"]
             parts.append(f"### {length} tokens\n\n{table(header, rows)}")

@@ -65,7 +65,7 @@ SUBJECTS = {
     "gemma-3-270m": Subject(
         "gemma-3-270m",
         256,
-        {2048: ("1/16", "1/8", "1/4"), 16384: ("1/16", "1/8", "1/4")},
+        {2048: ("1/16", "1/8"), 16384: ("1/16", "1/8")},
         ("both",),
         parts=("ranks", "bases", "first-token", "attention", "methods", "papers", "why-loki"),
         seq_len=16384,
