@@ -76,7 +76,7 @@ def test_spectral_reads_all_of_its_codes_at_every_length(module):
         assert spectral.pop("method") == "spectral" and Spectral(**spectral).flat_below > length + 64
 
 
-@pytest.mark.parametrize(("called", "seq_len"), [("artifact", 8192), ("studied", 2048)])
+@pytest.mark.parametrize(("called", "seq_len"), [("artifact", 8192), ("in_short_blocks", 2048)])
 def test_artifacts_are_named_by_all_that_they_depend_on(module, monkeypatch, tmp_path, called, seq_len):
     subjects, asked = module("subjects"), []
     monkeypatch.setattr(subjects.subprocess, "run", lambda arguments, check: asked.append(arguments))

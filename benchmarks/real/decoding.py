@@ -51,7 +51,7 @@ def short_blocks(bench: Bench, only: str | None = None) -> None:
         grid = [setting for setting in _grid(bench, levels, length, only) if setting["method"] in CALIBRATED]
         if grid:
             prompts = _on_text(bench, length, ("perplexity", "passkey"))
-            _decode(bench, f"short-blocks-{length}", prompts, grid, bench.studied())
+            _decode(bench, f"short-blocks-{length}", prompts, grid, bench.in_short_blocks())
 
 
 def defaults(bench: Bench, only: str | None = None) -> None:
@@ -78,18 +78,18 @@ def by_answers(bench: Bench, only: str | None = None) -> None:
 
 
 def why_loki(bench: Bench, only: str | None = None) -> None:
-    """What of Loki's loss is its choice, its rank, its basis, the first layer, the sinks or the blocks."""
+    """What of Loki's loss is its choice, its rank, its basis, the first layer or the sinks."""
     grid = [setting for setting in WHY_LOKI.values() if only in (None, setting["method"])]
     prompts = _on_text(bench, _shortest(bench), ("perplexity", "passkey"))
-    _decode(bench, "why-loki", prompts, grid, bench.studied())
-    _decode(bench, "why-loki-uncentred", prompts, [PUBLISHED], uncentred(bench.studied()))
+    _decode(bench, "why-loki", prompts, grid, bench.in_short_blocks())
+    _decode(bench, "why-loki-uncentred", prompts, [PUBLISHED], uncentred(bench.in_short_blocks()))
 
 
 def questions(bench: Bench, only: str | None = None) -> None:
     """What a calibration on questions changes."""
     grid = [setting for setting in QUESTIONS if only in (None, setting["method"])]
     prompts = _on_text(bench, _shortest(bench), ("perplexity", "passkey"))
-    _decode(bench, "questions", prompts, grid, bench.studied("questions", source=bench.questions()))
+    _decode(bench, "questions", prompts, grid, bench.in_short_blocks("questions", source=bench.questions()))
 
 
 def ruler(bench: Bench, only: str | None = None) -> None:

@@ -26,7 +26,7 @@ def ranks(bench: Bench, only: str | None = None) -> None:
     """Ranks by layer, of keys before and after the rotary embedding, queries and values."""
     done = Done(bench.path("ranks"))
     for text in bench.subject.texts:
-        done.once(text, lambda text=text: rank_report(bench.studied(text)))
+        done.once(text, lambda text=text: rank_report(bench.in_short_blocks(text)))
 
 
 def tokens(bench: Bench, only: str | None = None) -> None:
@@ -34,7 +34,7 @@ def tokens(bench: Bench, only: str | None = None) -> None:
     done = Done(bench.path("tokens"))
     settings = [_loki(16, basis) for basis in ("pca", "score")]
     for size in bench.subject.sizes:
-        artifact = bench.studied("both", size)
+        artifact = bench.in_short_blocks("both", size)
         done.once(f"ranks {size}", lambda artifact=artifact: rank_report(artifact)["model"])
         for text in ("prose", "code"):
             _errors(bench, done, f"{text} {size}", text, settings, artifact)
@@ -47,9 +47,9 @@ def bases(bench: Bench, only: str | None = None) -> None:
     for basis in ("pca", "score"):
         for stage in ("post", "pre"):
             settings = [_loki(rank, basis, stage) for rank in dims]
-            _errors(bench, done, f"{basis} {stage}", "both", settings, bench.studied())
+            _errors(bench, done, f"{basis} {stage}", "both", settings, bench.in_short_blocks())
     settings = [_loki(rank, "pca") for rank in dims]
-    _errors(bench, done, "pca post, uncentred", "both", settings, uncentred(bench.studied()))
+    _errors(bench, done, "pca post, uncentred", "both", settings, uncentred(bench.in_short_blocks()))
 
 
 def transfer(bench: Bench, only: str | None = None) -> None:
@@ -58,7 +58,7 @@ def transfer(bench: Bench, only: str | None = None) -> None:
     settings = [_loki(rank, basis) for basis in ("pca", "score") for rank in (8, 16, 32)]
     for calibrated in bench.subject.texts:
         for text in ("prose", "code"):
-            _errors(bench, done, f"{calibrated} → {text}", text, settings, bench.studied(calibrated))
+            _errors(bench, done, f"{calibrated} → {text}", text, settings, bench.in_short_blocks(calibrated))
 
 
 def attention(bench: Bench, only: str | None = None) -> None:
@@ -92,16 +92,17 @@ def choices(bench: Bench, only: str | None = None) -> None:
     for name, settings in CHOICES.items():
         for setting in settings:
             if only in (None, setting["method"]):
-                _errors(bench, done, f"{name}: {json.dumps(setting)}", "both", [setting], bench.studied())
+                _errors(bench, done, f"{name}: {json.dumps(setting)}", "both", [setting], bench.in_short_blocks())
 
 
 def first_tokens(bench: Bench, only: str | None = None) -> None:
     """What of the loss is the first token, not chosen."""
     done = Done(bench.path("first-token"))
     length = next(iter(bench.subject.lengths))
-    done.once("settings", lambda: first_token(_problems(bench, "both", length), bench.studied()))
-    done.once("logits", lambda: standing_out(_problems(bench, "both", length), bench.studied()))
-    done.once("logits, long blocks", lambda: standing_out(_problems(bench, "both", length), bench.artifact()))
+    done.once("settings", lambda: first_token(_problems(bench, "both", length), bench.in_short_blocks()))
+    done.once("logits", lambda: standing_out(_problems(bench, "both", length), bench.in_short_blocks()))
+    if bench.subject.seq_len != bench.subject.short_seq_len:
+        done.once("logits, long blocks", lambda: standing_out(_problems(bench, "both", length), bench.artifact()))
 
 
 def _loki(rank: int, basis: str, stage: str = "post") -> dict[str, Any]:

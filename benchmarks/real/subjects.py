@@ -50,9 +50,9 @@ class Subject:
     parts: tuple[str, ...] | None = None
     """Of the measurement; None: all."""
     seq_len: int = 8192
-    """Tokens of the blocks that are calibrated on, as many as `calibrate pca` takes, or as the longest prefix has."""
+    """Tokens of a block that is calibrated on: as many as the longest prefix has, or more."""
     short_seq_len: int = 2048
-    """The same for the studies, all at the shortest length, and for what blocks that are too short cost."""
+    """The same where everything is decoded after the shortest prefix, and to see what too short blocks cost."""
 
 
 SUBJECTS = {
@@ -106,7 +106,9 @@ class Bench:
             subprocess.run([sys.executable, "-m", "kvcal.calibrate", *arguments], check=True)
         return load(folder)
 
-    def studied(self, text: str = "both", tokens: int = TOKENS, source: tuple[str, ...] | None = None) -> Artifact:
+    def in_short_blocks(
+        self, text: str = "both", tokens: int = TOKENS, source: tuple[str, ...] | None = None
+    ) -> Artifact:
         """The same in short blocks."""
         return self.artifact(text, tokens, source, seq_len=self.subject.short_seq_len)
 
