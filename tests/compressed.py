@@ -30,6 +30,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "streaming": {"keep": 0.25, "sinks": 2},
     "h2o": {"keep": 0.25},
     "subgen": {"window": 6, "sinks": 2, "clusters": 5, "t": 2, "s": 7, "normaliser": "clusters"},
+    "subgen-values": {"method": "subgen", "window": 6, "sinks": 2, "s": 7, "normaliser": "values"},
     "clusterkv": {"keep": 0.3, **CLUSTERS},
     "clusterkv-tail": {"method": "clusterkv", "keep": 0.3, "tail": True, "offload": "cpu", "cached": 7, **CLUSTERS},
     "spectral": {"rank": 1.0, "bits": 4, "keep": 0.3, "basis": "pca", "recent": 2, **LEVELS, **CLUSTERS},
@@ -45,6 +46,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "quest-tail": {"method": "quest", "page": 4, "keep": 0.3, "tail": True, "select": "group", **CLUSTERS},
 }
 """Every method, some in several forms; small enough that a short prompt is not read whole."""
+EVICTING = [form for form, settings in SMALL.items() if settings.get("method", form) in ("streaming", "h2o", "subgen")]
+KEEPING = [form for form in SMALL if form not in EVICTING]
 NEW = 6
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 """float32, another order of summation."""

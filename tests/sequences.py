@@ -62,8 +62,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "streaming": ("streaming", {"keep": 0.25, "sinks": 2}),
     "h2o": ("h2o", {"keep": 0.25}),
     "subgen": ("subgen", {"window": 6, "sinks": 2, "clusters": 5, "t": 2, "s": 7, "normaliser": "clusters"}),
+    "subgen-values": ("subgen", {"window": 6, "sinks": 2, "s": 7, "normaliser": "values"}),
 }
 """Every method, and every kind of store, with budgets that short rows feel."""
+EVICTING = [name for name, (method, _) in VARIANTS.items() if method in ("streaming", "h2o", "subgen")]
+KEEPING = [name for name in VARIANTS if name not in EVICTING]
 CLUSTERED = [name for name, (_, settings) in VARIANTS.items() if "tokens_per_cluster" in settings]
 """Those whose tokens are in clusters."""
 

@@ -4,12 +4,11 @@ import copy
 
 import pytest
 import torch
-from compressed import CLOSE, SMALL, make_cache, model, padded, random_ids, small, step_logits, traces
+from compressed import CLOSE, KEEPING, SMALL, make_cache, model, padded, random_ids, small, step_logits, traces
 from transformers import DynamicCache
 
 from kvcal.artifacts import KvcalError
 
-KEEPING = [method for method in SMALL if method not in ("streaming", "h2o", "subgen")]
 IDS = torch.cat([random_ids(30, seed=row) for row in range(3)])
 NEW = torch.cat([random_ids(4, seed=10 + row) for row in range(3)])
 

@@ -30,7 +30,6 @@ FORMS = {
     },
     "full with mass": {"method": "full", "record_mass": True},
     "loki by score": {**SMALL["loki"], "method": "loki", "basis": "score"},
-    "subgen by values": {**SMALL["subgen"], "method": "subgen", "normaliser": "values"},
 }
 ROWS = 3
 UNTOLD = {("totals.count", "reve"), ("totals.count", "roll")}

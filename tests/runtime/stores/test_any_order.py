@@ -7,14 +7,13 @@ import random
 
 import pytest
 import torch
-from sequences import CLUSTERED, TOLERANCES, VARIANTS, Geometry, make
+from sequences import CLUSTERED, EVICTING, TOLERANCES, VARIANTS, Geometry, make
 from torch import Tensor
 
 from kvcal.runtime.attention import Logits
 from kvcal.runtime.stores import METHODS, Store
 
 GEOMETRY, LOGITS = Geometry(8, 4, 2, 2), Logits(0.35)
-FORGETTING = [name for name, (method, _) in VARIANTS.items() if method in ("streaming", "h2o", "subgen")]
 
 Position = tuple[bool, bool, list[Tensor]]
 """(not padding, came by prefill, [query, key, value] [1, H, 1, D]) of one row."""
@@ -84,7 +83,7 @@ class Rows:
         return output
 
 
-CASES = [(name, seed) for name in (*CLUSTERED, *FORGETTING) for seed in range(5 if "spectral" in name else 12)]
+CASES = [(name, seed) for name in (*CLUSTERED, *EVICTING) for seed in range(5 if "spectral" in name else 12)]
 
 
 @pytest.mark.parametrize(("name", "seed"), CASES)

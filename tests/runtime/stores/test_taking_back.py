@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sequences import VARIANTS, Geometry, Row, alone, append, assert_steps, decode, draw, fork, make, prefill
+from sequences import (
+    EVICTING,
+    KEEPING,
+    VARIANTS,
+    Geometry,
+    Row,
+    alone,
+    append,
+    assert_steps,
+    decode,
+    draw,
+    fork,
+    make,
+    prefill,
+)
 
 from kvcal.artifacts import KvcalError
 from kvcal.runtime.attention import Logits
 
 GEOMETRY = Geometry(16, 8, 2, 3)
 LOGITS = Logits(GEOMETRY.scaling)
-KEEPING = [name for name in VARIANTS if name not in ("streaming", "h2o", "subgen")]
-EVICTING = ["streaming", "h2o", "subgen"]
 
 
 @pytest.mark.parametrize("count", [1, 4])
