@@ -8,7 +8,7 @@ from typing import Any
 from ..artifacts import Artifact, KvcalError
 from ..artifacts.errors import one_line
 from ..runtime.planned import has_plan
-from .models import MODEL_ALIASES
+from .models import MODEL_ALIASES, spec_of
 from .recipe import MOST_BYTES, VERSION
 
 _PASS = ("reservoir", "seed", "batch_size", "dtype", "device")
@@ -75,14 +75,12 @@ def _one_spec(source: Mapping[str, Any], notes: list[str]) -> str | None:
 
 def _model(artifact: Artifact, notes: list[str]) -> str:
     model = artifact.model
-    if model.revision is not None:
-        return f"{model.id}@{model.revision}"
-    if model.id not in MODEL_ALIASES:
+    if model.revision is None and model.id not in MODEL_ALIASES:
         notes.append(
             f"The model was a folder or file, {model.id!r}, from the folder that the run was started in; put another "
             "path in at `model` where it lies elsewhere."
         )
-    return model.id
+    return spec_of(model)
 
 
 def _made_with(artifact: Artifact) -> str:

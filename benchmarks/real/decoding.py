@@ -61,26 +61,25 @@ def defaults(bench: Bench, only: str | None = None) -> None:
         for name, method in METHODS.items()
         if name != "full" and only in (None, name)
     ]
-    _decode(bench, "defaults", _on_text(bench, _shortest(bench), ("perplexity", "passkey")), grid, bench.artifact())
+    _decode(bench, "defaults", _text_and_passkey(bench), grid, bench.artifact())
 
 
 def papers(bench: Bench, only: str | None = None) -> None:
     """Every method with its paper's settings."""
     grid = [setting for setting in PAPERS if only in (None, setting["method"])]
-    _decode(bench, "papers", _on_text(bench, _shortest(bench), ("perplexity", "passkey")), grid, bench.artifact())
+    _decode(bench, "papers", _text_and_passkey(bench), grid, bench.artifact())
 
 
 def by_answers(bench: Bench, only: str | None = None) -> None:
     """What attention errors mislead about, by what the model then answers."""
     grid = [setting for setting in BY_ANSWERS if only in (None, setting["method"])]
-    prompts = _on_text(bench, _shortest(bench), ("perplexity", "passkey"))
-    _decode(bench, "by-answers", prompts, grid, bench.artifact())
+    _decode(bench, "by-answers", _text_and_passkey(bench), grid, bench.artifact())
 
 
 def why_loki(bench: Bench, only: str | None = None) -> None:
     """What of Loki's loss is its choice, its rank, its basis, the first layer or the sinks."""
     grid = [setting for setting in WHY_LOKI.values() if only in (None, setting["method"])]
-    prompts = _on_text(bench, _shortest(bench), ("perplexity", "passkey"))
+    prompts = _text_and_passkey(bench)
     _decode(bench, "why-loki", prompts, grid, bench.in_short_blocks())
     _decode(bench, "why-loki-uncentred", prompts, [PUBLISHED], uncentred(bench.in_short_blocks()))
 
@@ -88,14 +87,14 @@ def why_loki(bench: Bench, only: str | None = None) -> None:
 def questions(bench: Bench, only: str | None = None) -> None:
     """What a calibration on questions changes."""
     grid = [setting for setting in QUESTIONS if only in (None, setting["method"])]
-    prompts = _on_text(bench, _shortest(bench), ("perplexity", "passkey"))
-    _decode(bench, "questions", prompts, grid, bench.in_short_blocks("questions", source=bench.questions()))
+    artifact = bench.in_short_blocks("questions", source=bench.questions())
+    _decode(bench, "questions", _text_and_passkey(bench), grid, artifact)
 
 
 def ruler(bench: Bench, only: str | None = None) -> None:
     """RULER's tasks and multikey: what the model itself answers of all; of those that it can, what methods do at an
     eighth."""
-    length = _shortest(bench)
+    length = bench.subject.shortest
     of_all = _on_text(bench, length, RULER_TASKS, SAMPLES)
     row = _decode(bench, f"ruler-full-{length}", of_all, [], None)[0]
     known = [key.partition("@")[0] for key, score in row["scores"].items() if score >= ANSWERABLE]
@@ -113,8 +112,9 @@ def _grid(bench: Bench, levels: Sequence[str], length: int, only: str | None) ->
     ]
 
 
-def _shortest(bench: Bench) -> int:
-    return min(bench.subject.lengths)
+def _text_and_passkey(bench: Bench) -> Prompts:
+    """What a part decodes that needs no length of its own."""
+    return _on_text(bench, bench.subject.shortest, ("perplexity", "passkey"))
 
 
 def _on_text(bench: Bench, length: int, tasks: Sequence[str], samples: int | None = None) -> Prompts:

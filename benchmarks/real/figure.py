@@ -19,7 +19,7 @@ _MEASURED = ("perplexity_ratio", "perplexity_ratio_se", "scores", "scores_se")
 
 
 def write(folder: Path, subject: Subject) -> None:
-    length = min(subject.lengths)
+    length = subject.shortest
     body = read(folder / "real" / f"{subject.model}-methods-{length}.json")
     if body.get("results"):
         shares = bytes_of(folder / "real", subject, length)

@@ -9,11 +9,9 @@ import torch
 
 from kvcal.artifacts import Artifact
 from kvcal.calibrate.evaluation.standard_errors import mean
-from kvcal.calibrate.planning.points import Problem
-from kvcal.runtime.attention import Logits, probabilities, weighted
-from kvcal.runtime.settings import plan
+from kvcal.calibrate.planning.points import Problem, relative_error
+from kvcal.runtime.attention import Logits
 from kvcal.runtime.stores.basis import Basis
-from kvcal.runtime.stores.full import FullStore
 
 Setting = dict[str, Any]
 SETTINGS: list[Setting] = [
@@ -75,30 +73,22 @@ def _mapped(basis: Basis, query: torch.Tensor, key: torch.Tensor) -> tuple[torch
 
 def _above(query: torch.Tensor, key: torch.Tensor, logits: Logits) -> float:
     grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    of = logits.of(grouped @ key.mT)
-    return float((of[..., 0] - of[..., OTHERS:-48].mean(-1)).mean())
+    scores = logits.of(grouped @ key.mT)
+    return float((scores[..., 0] - scores[..., OTHERS:-48].mean(-1)).mean())
 
 
 @torch.no_grad()
 def _layer(problem: Problem, setting: Setting, artifact: Artifact) -> dict[str, torch.Tensor]:
     """[B] of each: means of heads and steps."""
-    method = plan(setting, {}, [problem.layer], problem.layer + 1)[problem.layer]
-    prefix = problem.key.shape[2] - problem.query.shape[2]
     found: dict[str, list[torch.Tensor]] = {"mass": [], "read": [], "error": [], "error_with": []}
     for name in ("error", "error_with"):
-        store = method.build(problem.layer, problem.key.shape[3], artifact)()
+        store = problem.store(setting, artifact)
         if name == "error_with":
             _always_first(store)
-        full = FullStore()
-        full.append(problem.key[:, :, :prefix], problem.value[:, :, :prefix])
-        store.adopt(full)
-        for at in range(prefix, problem.key.shape[2]):
-            query, now = problem.query[:, :, at - prefix : at - prefix + 1], slice(at, at + 1)
-            store.append(problem.key[:, :, now], problem.value[:, :, now])
-            out = store.attend(query, problem.logits).float()
-            weights = probabilities(query, problem.key[:, :, : at + 1], problem.logits)
-            dense = weighted(weights, problem.value[:, :, : at + 1])
-            found[name].append(((out - dense).norm(dim=-1) / dense.norm(dim=-1)).mean((1, 2)))
+        for query, key, value, weights, dense in problem.steps():
+            store.append(key, value)
+            out = store.attend(query, problem.logits)
+            found[name].append(relative_error(out, dense).mean((1, 2)))
             if name == "error":
                 found["mass"].append(weights[..., 0].flatten(1).mean(1))
                 found["read"].append(store.read_mask()[..., 0].float().flatten(1).mean(1))

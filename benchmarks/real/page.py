@@ -33,8 +33,8 @@ def ranks(folder: Path, subject: Subject) -> str:
         for layer in found["layers"]
     ]
     means = [
-        ["mean" if text == "both" else f"mean, {text}", *(number(of["model"][name], ".1f") for name in columns)]
-        for text, of in sorted(by_text.items(), key=lambda item: item[0] != "both")
+        ["mean" if text == "both" else f"mean, {text}", *(number(report["model"][name], ".1f") for name in columns)]
+        for text, report in sorted(by_text.items(), key=lambda item: item[0] != "both")
     ]
     return table(["layer", *columns], [*rows, *means])
 
@@ -95,7 +95,7 @@ def first_token(folder: Path, subject: Subject) -> str:
     lines = [
         [
             named(row["setting"]),
-            *(with_error(row[name], row.get(f"{name}_se")) for name in ("mass", "read", "error", "error_with")),
+            *(with_error(row[name], row[f"{name}_se"]) for name in ("mass", "read", "error", "error_with")),
         ]
         for row in rows
     ]
@@ -151,7 +151,7 @@ def _errors_of(entry: Mapping[str, Any]) -> Sequence[str]:
 
 
 def _error(entry: Mapping[str, Any]) -> str:
-    return with_error(entry["error"], entry.get("error_se"))
+    return with_error(entry["error"], entry["error_se"])
 
 
 PARTS: Mapping[str, tuple[str, Part]] = {

@@ -54,8 +54,8 @@ def bytes_of(folder: Path, subject: Subject, length: int) -> Callable[[Row], flo
 
 
 def papers(folder: Path, subject: Subject) -> str:
-    """With the settings of the papers; spectral as it was when this was measured. read: of a float32 cache, layers with
-    a sliding window included."""
+    """With the settings of the papers; spectral, which has none, with its defaults. read: of a float32 cache,
+    layers with a sliding window included."""
     return _of_part(folder, subject, "papers")
 
 

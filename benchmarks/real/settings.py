@@ -17,7 +17,7 @@ GROUP: Setting = {"select": "group"}
 _SUBGEN: Setting = {"method": "subgen", "normaliser": "clusters"}
 """As published."""
 LARGE_RANK = 0.25
-"""Of the head dim: more dimensions choose no better."""
+"""Of the head dim: beyond it, rows choose better than dimensions of as many bytes."""
 
 DECODED = 256
 """Tokens after a prefix, at most. Where they reach its `flat_below`, spectral reads a part of its codes only."""
@@ -117,8 +117,8 @@ BY_ANSWERS: list[Setting] = [
     {"method": "streaming", "keep": 0.125, "sinks": 64},
     {"method": "subgen", "window": 128, "clusters": 16, "t": 2, "s": 64, "normaliser": "values"},
 ]
-"""Choices that attention errors on text mislead about: facts that are asked for need more dimensions. ClusterKV,
-spectral (at 1/16 and 1/8), StreamingLLM and SubGen beside the settings of equal bytes that differ from them in this."""
+"""Choices that are made by answers, because errors on text rank them otherwise: facts that are asked for need more
+dimensions. ClusterKV, spectral (at 1/16 and 1/8), StreamingLLM and SubGen are compared with the rows at equal bytes."""
 
 QUESTIONS: list[Setting] = [PUBLISHED, *BY_ANSWERS[:2], *_spectral(1 / 16, 64, 2048)]
 """Decoded with a calibration on questions, too."""

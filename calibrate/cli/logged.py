@@ -58,8 +58,8 @@ class LoggedWork:
     def end(self) -> None:
         """The last line, where there was an earlier one."""
         if self._spoken:
-            of = f" · {self._newest[0]} of {self._newest[1]}" if self._newest and self._newest[1] else ""
-            self._write(f"{self.title}: done{of} · {_clock_time(self._clock() - self._begun)}")
+            progress = f" · {self._newest[0]} of {self._newest[1]}" if self._newest and self._newest[1] else ""
+            self._write(f"{self.title}: done{progress} · {_clock_time(self._clock() - self._begun)}")
 
     def line(self) -> str:
         """ "calibrating: 12 of 64 · 3:20 so far · about 14:27 left"."""

@@ -23,7 +23,7 @@ from .tasks.scoring import Scoring, settled
 Ids = Sequence[int]
 
 
-class Rows:
+class RaggedCalls:
     """Calls a model with the next tokens of each row, however many each has."""
 
     def __init__(self, model: Any, rows: int):
@@ -31,7 +31,7 @@ class Rows:
         self._mask = torch.ones(rows, 0, dtype=torch.int64)
         self._lengths = [0] * rows
 
-    def copy(self) -> Rows:
+    def copy(self) -> RaggedCalls:
         """To go on from here with another cache."""
         twin = copy.copy(self)
         twin._lengths = list(self._lengths)

@@ -19,7 +19,7 @@ from ...artifacts import Artifact
 from ...runtime import CompressedCache, sharing_of
 from .attention_error import AttentionProbe, History
 from .costs import Costs
-from .decoding import Answer, Rows, decode_answers, ends_of
+from .decoding import Answer, RaggedCalls, decode_answers, ends_of
 from .grid import Setting
 from .measurements import Batch, Measured, samples_of
 from .prompts import Prompts
@@ -79,9 +79,9 @@ class PrefilledSamples:
     samples: Mapping[int, Sample]
     """By their index in the task."""
     tokenizer: Any
-    contexts: tuple[Any, Rows]
+    contexts: tuple[Any, RaggedCalls]
     """A `full` cache, and the calls that filled it; only ever copied from."""
-    asked: tuple[Any, Rows, Tensor] | None
+    asked: tuple[Any, RaggedCalls, Tensor] | None
     """The same after the questions, and the logits there [B, vocabulary]; None: they are decoded."""
 
     @torch.no_grad()
@@ -144,7 +144,7 @@ def prefill(
         }
         return PrefilledWindows(model, cache, out.logits[:, -1], continuations, histories)
     task, samples = asked
-    calls = Rows(model, len(samples))
+    calls = RaggedCalls(model, len(samples))
     calls(cache, [sample.context for sample in samples.values()])
     if question == DECODED:
         return PrefilledSamples(model, task, samples, tokenizer, (cache, calls), None)

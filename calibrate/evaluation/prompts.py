@@ -151,7 +151,10 @@ def _of_text(
     bos = bos_tokens(tokenizer)
     width = prefix + continuation
     if prefix <= len(bos) or continuation < 2 or min(lengths) <= len(bos):
-        raise KvcalError(f"a prefix of {min(prefix, *lengths)} and a continuation of {continuation} tokens: give more")
+        raise KvcalError(
+            f"a prefix of {min(prefix, *lengths)} and a continuation of {continuation} tokens are too few: give at "
+            f"least {len(bos) + 1} (--prefix, --lengths) and 2 (--continuation)"
+        )
     need_windows = windows * (width - len(bos)) if "perplexity" in tasks else 0
     need_filler = max(_FILLER_TOKENS, 16 * max(lengths)) if recall else 0
     texts: list[str] = []

@@ -107,7 +107,8 @@ def _perplexity(found: Sequence[Measured], prompts: Prompts, layers: int) -> dic
         row[name] = [None if rows is None else standard_errors.mean(rows)[0] for rows in by_layer]
         known = [rows for rows in by_layer if rows is not None]
         if kind == "error" and known:
-            row["attention_error_se"] = standard_errors.mean([sum(of) / len(of) for of in zip(*known, strict=True)])[1]
+            by_window = [statistics.fmean(layers) for layers in zip(*known, strict=True)]
+            row["attention_error_se"] = standard_errors.mean(by_window)[1]
     return row
 
 

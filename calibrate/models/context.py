@@ -21,8 +21,7 @@ fitted to; but among twice as many tokens attention takes twice the time for eac
 
 
 def default_seq_len(model: Any) -> int:
-    """Tokens of a block: the model's context, or those up to which its rotary embedding is one and the same, 8192 at
-    most."""
+    """Tokens of a block: the model's context, shorter where its rotary embedding changes before, 8192 at most."""
     stated = [max_context(model.config), *(rotation.original for rotation in rotations(model))]
     return min([LONGEST_BLOCK, *(length for length in stated if length is not None)])
 

@@ -85,9 +85,9 @@ def _check_tensors(header: GgufHeader, name: str) -> None:
             sizes[kind] = gguf.GGML_QUANT_SIZES[ggml]
             gguf.dequantize(np.zeros(sizes[kind][1], np.uint8), ggml)
         except (ValueError, KeyError, NotImplementedError):
-            of = next(tensor.name for tensor in header.tensors if tensor.type == kind)
+            first = next(tensor.name for tensor in header.tensors if tensor.type == kind)
             raise KvcalError(
-                f"{name}: tensor {of} is of ggml type {kind}, which this version of the package gguf cannot unpack: "
+                f"{name}: tensor {first} is of ggml type {kind}, which this version of the package gguf cannot unpack: "
                 "get the model quantised in another way, e.g. Q8_0 or Q4_K_M"
             ) from None
     for tensor in header.tensors:

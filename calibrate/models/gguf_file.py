@@ -15,7 +15,7 @@ _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 
 
 def gguf_in(folder: Path) -> list[Path]:
-    """The GGUF files of a folder, but those of what else than text a model sees. Raises KvcalError: not readable."""
+    """The GGUF files of a folder, without image encoders (`mmproj…`). Raises KvcalError: not readable."""
     try:
         found = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".gguf")
     except OSError as error:

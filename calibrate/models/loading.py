@@ -31,7 +31,7 @@ class LoadedModel:
     tokenizer: Any
     source: ModelSource
     exact: bool = False
-    """It has its checkpoint's numbers, none of them rounded; False: or that is not known."""
+    """It has its checkpoint's numbers, none of them rounded; False: some are, or that is not known."""
 
 
 def load_model(

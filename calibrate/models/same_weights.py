@@ -52,7 +52,8 @@ def compare_weights(artifact: Artifact, model: Any, exact: bool = False) -> str 
 
 
 def is_exact(folder: Path, dtype: torch.dtype) -> bool:
-    """Whether the safetensors files of a checkpoint have nothing but numbers that `dtype` holds; False: or none."""
+    """Whether the safetensors files of a checkpoint have nothing but numbers that `dtype` holds. False,
+    too, where there are no safetensors files."""
     from safetensors import safe_open
 
     stored = set()

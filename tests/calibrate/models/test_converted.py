@@ -108,12 +108,24 @@ def test_a_damaged_entry_is_converted_again(damage: str, file: Path, conversions
     assert {path.name: path.read_bytes() for path in place.iterdir()} == whole
 
 
-def test_one_converts_and_the_others_wait(file: Path, conversions: list[str]) -> None:
-    told: list[str] = []
-    found: list[Path] = []
+def test_one_converts_and_the_others_wait(file: Path, conversions: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    two_wait, found, waiting = threading.Event(), list[Path](), list[str]()
+    whole = module.convert
+
+    def convert(*arguments: Any) -> None:
+        assert two_wait.wait(60)
+        whole(*arguments)
+
+    def tell(done: int, total: int | None, note: str = "") -> None:
+        if note == "waiting: another process converts it":
+            waiting.append(note)
+            if len(waiting) == 2:
+                two_wait.set()
 
     def run() -> None:
-        found.append(converted([file], "a", lambda done, total, note="": told.append(note)))
+        found.append(converted([file], "a", tell))
+
+    monkeypatch.setattr(module, "convert", convert)
 
     threads = [threading.Thread(target=run) for _ in range(3)]
     for thread in threads:
@@ -121,7 +133,6 @@ def test_one_converts_and_the_others_wait(file: Path, conversions: list[str]) ->
     for thread in threads:
         thread.join()
     assert len(set(found)) == 1 and len(found) == 3 and conversions == ["a"]
-    assert told.count("waiting: another process converts it") == 2
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError(errno.ENOSPC, "No space left on device")], ids=repr)
