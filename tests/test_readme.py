@@ -1,4 +1,4 @@
-"""The README is true: its commands exist, its Python runs."""
+"""The README is true: its commands exist, its Python runs, its figures are those of the tables."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,10 @@ import pytest
 from kvcal.artifacts import load
 from kvcal.calibrate.cli.group import COMMANDS
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+FIGURE = re.compile(r"(\d+(?:\.\d+)?) ±\s+(\d*\.?\d+)")
+"""A value with its standard error: "1.017 ± .006"."""
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -22,7 +25,28 @@ def test_no_placeholder_is_left():
 
 def test_files_that_it_points_to_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (Path(__file__).parent.parent / target).exists(), target
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/methods.md"])
+def test_figures_are_those_of_the_tables(page):
+    """As rounded there, or shorter."""
+    tables = [line for line in (ROOT / "docs/results/real.md").read_text().splitlines() if line.startswith("|")]
+    known = [tuple(map(float, found)) for found in FIGURE.findall("\n".join(tables))]
+    stated = FIGURE.findall((ROOT / page).read_text())
+    assert stated
+    for figure in stated:
+        margins = [_margin(part) for part in figure]
+        assert any(
+            all(abs(float(part) - number) <= margin for part, number, margin in zip(figure, entry, margins, strict=True))
+            for entry in known
+        ), " ± ".join(figure)
+
+
+def _margin(shown):
+    """What a number may differ from one of three decimals that it is rounded from: "1.44", "2400"."""
+    decimals = len(shown.partition(".")[2]) if "." in shown else len(shown.rstrip("0")) - len(shown)
+    return 1e-9 if decimals >= 3 else 0.5 * 10**-decimals + 0.0005
 
 
 def test_the_python_runs(tmp_path, monkeypatch):
