@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 
 _OF_THE_EXTRA = (
-    *("accelerate", "click", "datasets", "huggingface_hub", "matplotlib", "numpy", "rich", "sklearn", "transformers"),
-    "yaml",
+    *("accelerate", "click", "datasets", "faiss", "huggingface_hub", "matplotlib", "numpy", "rich", "sklearn"),
+    *("threadpoolctl", "transformers", "yaml"),
 )
-"""What it imports by name; a missing faiss is said where it is needed."""
+"""What it imports by name."""
 
 
 def main() -> None:

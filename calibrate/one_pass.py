@@ -169,7 +169,12 @@ def _same_run(output: Path, identity: ModelIdentity, data: dict[str, Any], setti
     found = artifacts.load(output)
     # Where the text came from may differ, its content may not.
     text = {name: value for name, value in found.data.items() if name != "source"}
-    sides = [(dataclasses.asdict(found.model), dataclasses.asdict(identity)), (text, data), (found.settings, settings)]
+    sides = [
+        ({"model": found.model.id}, {"model": identity.id}),
+        (dataclasses.asdict(found.model), dataclasses.asdict(identity)),
+        (text, data),
+        (found.settings, settings),
+    ]
     different = [difference for side in sides for difference in differences(*side)]
     for name, here, wanted in different:
         more = f" and {len(different) - 1} more" if len(different) > 1 else ""

@@ -36,17 +36,13 @@ def test_figures_are_those_of_the_tables(page):
     stated = FIGURE.findall((ROOT / page).read_text())
     assert stated
     for figure in stated:
-        margins = [_margin(part) for part in figure]
-        assert any(
-            all(abs(float(part) - number) <= margin for part, number, margin in zip(figure, entry, margins, strict=True))
-            for entry in known
-        ), " ± ".join(figure)
+        assert any(all(map(_rounds_to, entry, figure)) for entry in known), " ± ".join(figure)
 
 
-def _margin(shown):
-    """What a number may differ from one of three decimals that it is rounded from: "1.44", "2400"."""
+def _rounds_to(number, shown):
+    """Whether "1.44", "2400" or "1.436" is what a number of three decimals is rounded to."""
     decimals = len(shown.partition(".")[2]) if "." in shown else len(shown.rstrip("0")) - len(shown)
-    return 1e-9 if decimals >= 3 else 0.5 * 10**-decimals + 0.0005
+    return abs(float(shown) - number) <= (1e-9 if decimals >= 3 else 0.5 * 10**-decimals + 0.0005)
 
 
 def test_the_python_runs(tmp_path, monkeypatch):

@@ -121,20 +121,25 @@ def evaluate_command(
         say(f"{output}: {len(results.rows)} settings are there already")
     elif results.unfinished:
         say(f"{output}: goes on with what an interrupted run measured")
-    with progress_bar("decoding", estimate=False) as progress:
-        rows = evaluate(
-            loaded.model,
-            found,
-            prompts,
-            grid,
-            tokenizer=loaded.tokenizer,
-            question=question,
-            batch_size=batch_size,
-            results=results,
-            progress=progress,
-            say=say,
-            world=world,
-        )
+    try:
+        with progress_bar("decoding", estimate=False) as progress:
+            rows = evaluate(
+                loaded.model,
+                found,
+                prompts,
+                grid,
+                tokenizer=loaded.tokenizer,
+                question=question,
+                batch_size=batch_size,
+                results=results,
+                progress=progress,
+                say=say,
+                world=world,
+            )
+    except KeyboardInterrupt:
+        if output is None:
+            raise KvcalError("interrupted: nothing was kept: with --output FILE the same command goes on") from None
+        raise
     world.leave_to_first()
     rows += [row for path in compare for row in compared_rows(settings, rows[0], path)]
     if as_json:

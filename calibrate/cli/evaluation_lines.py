@@ -13,11 +13,19 @@ if TYPE_CHECKING:
 
 
 def low_score_lines(full: Mapping[str, Any]) -> list[str]:
-    """One line about the tasks that the model itself cannot answer, if there are any. Args: full: its row."""
+    """About the tasks that the model itself cannot answer, if there are any. Args: full: its row."""
     from ..evaluation.rows import LOW, low_scores
 
-    named = ", ".join(f"{task} {score:.2f}" for task, score in low_scores(full).items())
-    return [f"full itself scores below {LOW:g}: {named}: read scores relative to full's"] if named else []
+    low = low_scores(full)
+    named = ", ".join(f"{task} {score:.2f}" for task, score in low.items())
+    lines = [f"full itself scores below {LOW:g}: {named}: read scores relative to full's"] if low else []
+    if not all(low.values()):
+        unanswered = ", ".join(task for task, score in low.items() if not score)
+        lines += [
+            f"no answer of full's counts: {unanswered}: methods cannot be compared",
+            "(what it said: FILE.predictions.jsonl beside --output FILE.json; --match part counts answers in sentences)",
+        ]
+    return lines
 
 
 def say_short_blocks(artifact: Artifact, prompts: Prompts, grid: Sequence[dict[str, Any]]) -> None:

@@ -115,11 +115,17 @@ def pass_options(command: Command) -> Command:
     return command
 
 
+FEW_TOKENS = 8
+"""For each dimension of a head. A covariance of as many keys as dimensions has no full rank; docs/results/real.md."""
+
+
 def run_pass(options: PassOptions, world: World = SINGLE) -> Artifact:
     """Load model and text, calibrate, save: the artifact at `options.output_folder()`.
 
     Returns on rank 0 only; the other ranks' work ends here.
     """
+    import matplotlib  # noqa: F401 (the artifact's figure is drawn after the pass: said before it where it cannot be)
+
     from ..blocks import make_blocks
     from ..card import card_files
     from ..checkpoint import Checkpoint
@@ -171,6 +177,9 @@ def run_pass(options: PassOptions, world: World = SINGLE) -> Artifact:
             world=world,
         )
     world.leave_to_first()
+    counted, needed = artifact.data["tokens_counted"], FEW_TOKENS * max(layer.head_dim for layer in artifact.layers)
+    if counted < needed:
+        say(f"bases and ranks from {counted} tokens mean little: give {needed} or more (--num-tokens, --data)")
     if artifact.folder is not None:
         say(f"{output}: already calibrated with this model, text and settings")
         return artifact

@@ -112,10 +112,8 @@ def make_prompts(
     names = parse_tasks(tasks) if tasks or not prompt_files else []
     ruler, on_text = ([name for name in names if name in known] for known in (RULER, ON_TEXT))
     lengths = tuple(dict.fromkeys(lengths or (prefix,)))
-    if ruler and most_tokens is not None and max(lengths) > most_tokens:
-        raise KvcalError(
-            f"{ruler[0]}@{max(lengths)}: this model's context is {most_tokens} tokens: give shorter --lengths"
-        )
+    if most_tokens is not None:
+        _check_context(names, prefix, continuation, max(lengths), most_tokens)
     asked, files = make_prompt_tasks(prompt_files, tokenizer, match, max_new_tokens, chat_template)
     for task in asked:
         check_fit(task, most_tokens)
@@ -132,6 +130,21 @@ def make_prompts(
     if files:
         source["prompts"] = files
     return Prompts(cut, (*made, *asked), source)
+
+
+def _check_context(names: Sequence[str], prefix: int, continuation: int, longest: int, most_tokens: int) -> None:
+    """Raise KvcalError for what the model cannot hold: said before the text is found to be too short for it."""
+    for name in names:
+        if name == "perplexity" and prefix + continuation > most_tokens:
+            raise KvcalError(
+                f"{name}: {prefix} + {continuation} tokens exceed this model's context of {most_tokens}: give a "
+                "smaller --prefix or --continuation"
+            )
+        if name != "perplexity" and longest > most_tokens:
+            raise KvcalError(
+                f"{name}@{longest}: this model's context is {most_tokens} tokens: give shorter --lengths, or a smaller "
+                "--prefix"
+            )
 
 
 def _of_text(

@@ -1,6 +1,8 @@
 """Bad input: exit code 2, one line that says what, where and what to do; nothing half-written, nothing lost."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -100,6 +102,44 @@ def test_output_of_another_run_is_kept(artifact, tiny_model_folder, text):
     error = refused("pca", "--model", tiny_model_folder, "--data", text, "--output", artifact, *SMALL, "--seed", 7)
     assert "another run" in error and "seed" in error
     assert {path.name: path.read_bytes() for path in artifact.iterdir()} == before
+
+
+def test_output_of_another_model_is_named(artifact, text):
+    error = refused("pca", "--model", "demo", "--data", text, "--output", artifact, *SMALL)
+    assert "holds the artifact of another run (model " in error and " there, 'demo' asked for" in error
+
+
+@pytest.mark.parametrize(("tokens", "few"), [(40, True), (256, False)])
+def test_bases_of_few_tokens_are_said_to_mean_little(tmp_path, tiny_model_folder, text, tokens, few):
+    done = refused_or_done(
+        "pca", "--model", tiny_model_folder, "--data", text, "--output", tmp_path / "a", "--num-tokens", tokens
+    )
+    assert done.exit_code == 0 and ("tokens mean little: give 64 or more" in done.stderr) == few
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments"),
+    [("faiss", ("cluster", "ARTIFACT")), ("matplotlib", ("pca", "--model", "demo", "--data", "stdlib"))],
+)
+def test_a_missing_package_is_said_before_the_work(artifact, tmp_path, package, arguments):
+    arguments = [str(artifact) if argument == "ARTIFACT" else argument for argument in arguments]
+    main = f"import sys; sys.modules[{package!r}] = None; sys.argv[1:] = {arguments!r}"
+    run = [sys.executable, "-c", f"{main}; from kvcal.calibrate.__main__ import main; main()"]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(f"Error: {package} is not installed: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_evaluation_without_output_says_that_nothing_was_kept(
+    artifact, tiny_model_folder, text, monkeypatch
+):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvcal.calibrate.evaluation.protocol.evaluate", interrupted)
+    options = ("--prefix", 32, "--continuation", 4, "--windows", 1, "--tasks", "perplexity", "--method", "streaming")
+    done = refused_or_done("evaluate", artifact, "--data", text, *options)
+    assert done.exit_code == 2 and "nothing was kept: with --output FILE the same command goes on" in done.stderr
 
 
 def test_more_clusters_than_keys(artifact):

@@ -101,6 +101,8 @@ def test_a_tokenizer_that_merges_over_the_seam_and_adds_no_bos():
         ({"prefix": 9000, "tasks": ["perplexity"]}, "only 0 windows of 9020 tokens"),
         ({"prefix": 9000, "tasks": ["passkey"]}, "fewer than a prefix of 9000"),
         ({"lengths": [100]}, "100 tokens is too short for 8 facts"),
+        ({"lengths": [99999], "most_tokens": 8192}, "passkey@99999: this model's context is 8192 tokens"),
+        ({"prefix": 9000, "most_tokens": 8192}, r"perplexity: 9000 \+ 20 tokens exceed this model's context of 8192"),
         ({"lengths": [1]}, "are too few: give at least 2"),
         ({"continuation": 1}, "are too few: give at least"),
         (
