@@ -51,16 +51,23 @@ def name_of(row: Mapping[str, Any]) -> str:
     return f"{row['method']} ({row['source']})" if row.get("source") else str(row["method"])
 
 
-def evaluation_figure(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bytes:
+def evaluation_figure(
+    settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], most_ratio: float | None = None
+) -> bytes:
     """Left: perplexity over `full`'s. Right: mean score of the tasks. Both against bytes per step as a fraction of
-    `full`'s, with standard errors as bars."""
+    `full`'s, with standard errors as bars.
+
+    Args:
+        most_ratio: where the left panel ends; lines of methods that lose more leave it.
+    """
     full = next(row for row in rows if row["method"] == "full" and not row.get("source"))
     figure, axes = two_panels()
     varied = varied_settings(rows)
     names = list(dict.fromkeys(series_of(row, varied) for row in rows))
+    tasks = list(full.get("scores") or {})
     panels = [
         ("perplexity / perplexity of full", _ratio, 1),
-        ("score, mean of tasks", mean_score, -1),
+        (f"score, {tasks[0]}" if len(tasks) == 1 else "score, mean of tasks", mean_score, -1),
     ]
     shares: list[float] = []
     for axis, (label, quality, sign) in zip(axes, panels, strict=True):
@@ -74,7 +81,8 @@ def evaluation_figure(settings: Mapping[str, Any], rows: Sequence[Mapping[str, A
             axis.text(0.5, 0.5, f"{label}: not evaluated", ha="center", transform=axis.transAxes, color="0.5")
             continue
         shares += [share for _, share, *_ in placed]
-        front = [placed[index] for index in pareto_front([(share, sign * value) for _, share, value, _ in placed])]
+        # Settings that are to read as much hardly ever do to the last byte.
+        front = [placed[at] for at in pareto_front([(round(share, 3), sign * value) for _, share, value, _ in placed])]
         axis.plot(
             [share for _, share, *_ in front],
             [value for _, _, value, _ in front],
@@ -114,6 +122,8 @@ def evaluation_figure(settings: Mapping[str, Any], rows: Sequence[Mapping[str, A
         found, labels = axis.get_legend_handles_labels()
         handles |= dict(zip(labels, found, strict=True))
     figure.legend(handles.values(), handles.keys(), fontsize=8, frameon=False, loc="outside right center")
+    if most_ratio is not None:
+        axes[0].set_ylim(1 - 0.03 * (most_ratio - 1), most_ratio)
     axes[1].set_ylim(-0.03, 1.03)
     prefix = f", prefix {settings['prefix']}" if full.get("perplexity_ratio") is not None else ""
     return png(figure, f"{settings['model']}{prefix}: quality against bytes read")
