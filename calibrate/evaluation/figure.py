@@ -67,7 +67,7 @@ def evaluation_figure(
     tasks = list(full.get("scores") or {})
     panels = [
         ("perplexity / perplexity of full", _ratio, 1),
-        (f"score, {tasks[0]}" if len(tasks) == 1 else "score, mean of tasks", mean_score, -1),
+        (f"score, {short_name(tasks[0])}" if len(tasks) == 1 else "score, mean of tasks", mean_score, -1),
     ]
     shares: list[float] = []
     for axis, (label, quality, sign) in zip(axes, panels, strict=True):
@@ -114,7 +114,8 @@ def evaluation_figure(
                     label=short_name(name),
                 )
         axis.axhline(quality(full)[0], color="0.6", linewidth=0.8, linestyle=":", zorder=0)
-        axis.set(xlabel="bytes read per step, as a fraction of full", ylabel=label)
+        axis.set_xlabel("bytes read per step, as a fraction of full")
+        axis.set_ylabel(label, parse_math=False)
     for axis in axes:
         _fraction_axis(axis, shares)
     handles: dict[str, Any] = {}
