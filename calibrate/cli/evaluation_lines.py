@@ -23,7 +23,7 @@ def low_score_lines(full: Mapping[str, Any]) -> list[str]:
         unanswered = ", ".join(task for task, score in low.items() if not score)
         lines += [
             f"no answer of full's counts: {unanswered}: methods cannot be compared",
-            "(its words: FILE.predictions.jsonl beside --output FILE.json; --match part counts answers in sentences)",
+            "(--output FILE.json keeps them in FILE.predictions.jsonl; --match part counts answers within sentences)",
         ]
     return lines
 

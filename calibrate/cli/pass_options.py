@@ -115,10 +115,6 @@ def pass_options(command: Command) -> Command:
     return command
 
 
-FEW_TOKENS = 8
-"""For each dimension of a head. A covariance of as many keys as dimensions has no full rank; docs/results/real.md."""
-
-
 def run_pass(options: PassOptions, world: World = SINGLE) -> Artifact:
     """Load model and text, calibrate, save: the artifact at `options.output_folder()`.
 
@@ -177,9 +173,9 @@ def run_pass(options: PassOptions, world: World = SINGLE) -> Artifact:
             world=world,
         )
     world.leave_to_first()
-    counted, needed = artifact.data["tokens_counted"], FEW_TOKENS * max(layer.head_dim for layer in artifact.layers)
-    if counted < needed:
-        say(f"bases and ranks from {counted} tokens mean little: give {needed} or more (--num-tokens, --data)")
+    counted, head_dim = artifact.data["tokens_counted"], max(layer.head_dim for layer in artifact.layers)
+    if counted <= head_dim:  # their covariance has no full rank
+        say(f"{counted} tokens span no basis of {head_dim} dimensions: give many more (--num-tokens, --data)")
     if artifact.folder is not None:
         say(f"{output}: already calibrated with this model, text and settings")
         return artifact

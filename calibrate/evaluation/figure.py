@@ -81,7 +81,7 @@ def evaluation_figure(
             axis.text(0.5, 0.5, f"{label}: not evaluated", ha="center", transform=axis.transAxes, color="0.5")
             continue
         shares += [share for _, share, *_ in placed]
-        # Settings that are to read as much hardly ever do to the last byte.
+        # Bytes that differ by less than a thousandth of full's count as the same.
         front = [placed[at] for at in pareto_front([(round(share, 3), sign * value) for _, share, value, _ in placed])]
         axis.plot(
             [share for _, share, *_ in front],
