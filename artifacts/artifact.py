@@ -126,6 +126,7 @@ def indices_in(names: Iterable[str]) -> set[int]:
 _COMMANDS = {
     "cla": "make it with `calibrate share ARTIFACT --model MODEL`",
     "clusters": "make it with `calibrate cluster ARTIFACT`",
+    "codebook": "make it with `calibrate cluster ARTIFACT --metric joint`",
     "pca": "make it with `calibrate pca`",
     "score": "make it with `calibrate pca`",
     "moments": "make it with `calibrate pca`",

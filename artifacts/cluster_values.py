@@ -1,4 +1,4 @@
-"""The values of the stage `clusters`, as far as they can be told without the keys that were clustered."""
+"""The values of the stages `clusters` and `codebook`, as far as they can be told without what was clustered."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from .claims import MEAN_ROUNDING, MOST, ROUNDING, bounded, descending, require,
 METRICS = ("cosine", "l2")
 MOST_ITERATIONS = 20
 """Of the comparison of warm starts."""
+MOST_CODEWORDS = 256
+"""Tokens name theirs in one byte."""
 
 
 def check_clusters(where: str, tensors: Mapping[str, Tensor], prefix: str, settings: Mapping[str, Any]) -> None:
@@ -39,6 +41,27 @@ def check_clusters(where: str, tensors: Mapping[str, Tensor], prefix: str, setti
             bounded(where, prefix + name, tensor, 0, 4 * MOST**2 * keys)
         if name.endswith("_iterations"):
             bounded(where, prefix + name, tensor, 1, MOST_ITERATIONS)
+
+
+def check_codebook(where: str, tensors: Mapping[str, Tensor], prefix: str, settings: Mapping[str, Any]) -> None:
+    """Raise ArtifactError for values of one layer that no codebook has."""
+    names = [name for name in tensors if name.startswith(prefix)]
+    found = {name.removeprefix(prefix): tensors[name] for name in names}
+    given, stated = found["sizes"].shape[1], settings.get("codewords")
+    fits = given == stated and 1 <= given <= MOST_CODEWORDS
+    require_that(where, f"{prefix}sizes", fits, f"of {given} codewords", f"{stated}, 1 to {MOST_CODEWORDS}")
+    _check_sizes(where, prefix, found)
+    for name in ("key", "value"):
+        bounded(where, prefix + name, found[name])
+    bounded(where, f"{prefix}spread", found["spread"], torch.finfo(torch.float32).tiny, MOST)
+    sizes = found["carry.sizes"]
+    rises = torch.ones_like(sizes, dtype=torch.bool)
+    rises[1:] = sizes[1:] > sizes[:-1]
+    holds = rises & (sizes >= 1) & (sizes <= MOST_CODEWORDS)
+    require(where, f"{prefix}carry.sizes", holds, sizes, f"1 to {MOST_CODEWORDS}, ascending", by_head=False)
+    for name, tensor in found.items():
+        if name.startswith("carry.") and name != "carry.sizes":
+            bounded(where, prefix + name, tensor, 0)
 
 
 def _check_sizes(where: str, prefix: str, found: Mapping[str, Tensor]) -> int:

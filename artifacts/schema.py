@@ -1,7 +1,8 @@
-"""Schema version 2: which tensors each stage holds, with their shapes and dtypes.
+"""Which tensors each stage holds, with their shapes and dtypes.
 
 Dimension symbols are DESIGN's: Hkv, D (key and query head dim), Dv (value head dim) come from the
-manifest's layers, L is their number; every other symbol is free but must have one value within a stage.
+manifest's layers, L is their number, a digit is itself; every other symbol is free but must have one
+value within a stage.
 docs/format.md is the prose of this file.
 """
 
@@ -13,10 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from .artifact import Layer, indices_in
 from .errors import ArtifactError
 
-SCHEMA_VERSION = 3
-STAGE_SINCE = {"cla": 2}
+SCHEMA_VERSION = 4
+STAGE_SINCE = {"cla": 2, "codebook": 4}
 """Schema version of stages that version 1 does not have; an artifact states the lowest version that has its stages."""
-WITHOUT_WINDOWS = ("reservoir", "clusters")
+WITHOUT_WINDOWS = ("reservoir", "clusters", "codebook")
 """Stages that may leave out layers with a sliding window, which keep the model's own cache; since version 3."""
 
 QUANTITIES = ("key_pre", "key_post", "query_pre", "query_post", "value")
@@ -67,9 +68,22 @@ def _layer_tensors() -> dict[str, dict[str, Spec]]:
     for start in ("calibrated", "plusplus", "random"):
         clusters[f"warm_start.{start}_iterations"] = ("Hkv", ("I64",))
         clusters[f"warm_start.{start}_inertia"] = ("Hkv", ("F64",))
+    codebook: dict[str, Spec] = {
+        "key": ("Hkv C D", ("F32",)),
+        "value": ("Hkv C Dv", ("F32",)),
+        "spread": ("Hkv 2", ("F32",)),
+        "sizes": ("Hkv C", ("I64",)),
+        "code.query_map": ("Hkv D D", ("F32",)),
+        "code.key_map": ("Hkv D D", ("F32",)),
+        "code.singular_values": ("Hkv D", ("F64",)),
+        "carry.sizes": ("P", ("I64",)),
+    }
+    for share in ("key_fitted", "key_unseen", "value_fitted", "value_unseen"):
+        codebook[f"carry.{share}"] = ("Hkv P", ("F64",))
     pair_measures = ("key_r2", "key_r2_unaligned", "value_r2", "value_r2_unaligned", "cost_as_is", "cost_aligned")
     cla: dict[str, Spec] = dict.fromkeys(pair_measures, ("L", ("F64",)))
-    return {"moments": moments, "pca": pca, "score": score, "reservoir": reservoir, "clusters": clusters, "cla": cla}
+    fitted = {"moments": moments, "pca": pca, "score": score, "reservoir": reservoir}
+    return {**fitted, "clusters": clusters, "codebook": codebook, "cla": cla}
 
 
 LAYER_TENSORS = _layer_tensors()
@@ -95,9 +109,8 @@ def layers_left_out(stage: str, names: Iterable[str], layers: Sequence[Layer]) -
 
 def version_of(stages: Mapping[str, Iterable[str]], layers: Sequence[Layer]) -> int:
     """The lowest schema version that has these stages, by the names of their tensors."""
-    if any(layers_left_out(stage, names, layers) for stage, names in stages.items()):
-        return 3
-    return max(STAGE_SINCE.get(name, 1) for name in ("moments", *stages))
+    without = any(layers_left_out(stage, names, layers) for stage, names in stages.items())
+    return max(3 if without else 1, *(STAGE_SINCE.get(name, 1) for name in ("moments", *stages)))
 
 
 def check_stage(where: str, stage: str, header: Header, layers: Sequence[Layer]) -> None:
@@ -137,7 +150,7 @@ def check_stage(where: str, stage: str, header: Header, layers: Sequence[Layer])
         if dtype not in dtypes:
             raise ArtifactError(f"{where}: tensor {name} has dtype {dtype}, expected {' or '.join(dtypes)}: {_REMEDY}")
         dims = symbols.split()
-        wanted = tuple(known.get(dim, free.get(dim, -1)) for dim in dims)
+        wanted = tuple(int(dim) if dim.isdigit() else known.get(dim, free.get(dim, -1)) for dim in dims)
         fits = len(shape) == len(dims) and all(want in (-1, got) for want, got in zip(wanted, shape, strict=True))
         if not fits:
             raise ArtifactError(f"{where}: tensor {name} has shape {list(shape)}, expected [{symbols}]: {_REMEDY}")

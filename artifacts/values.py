@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .artifact import Artifact, indices_in
 from .claims import MOST, bounded, products, require, require_that, spectrum
-from .cluster_values import check_clusters
+from .cluster_values import check_clusters, check_codebook
 from .schema import QUANTITIES
 
 Tensors = Mapping[str, Tensor]
@@ -43,7 +43,11 @@ def check_values(where: str, stage: str, tensors: Tensors, settings: Mapping[str
         if stage in ("pca", "cla"):
             _check_bases(where, tensors, prefix)
         if stage == "score":
-            _check_score(where, tensors, prefix)
+            for rotary_stage in ("pre", "post"):
+                check_maps(where, tensors, f"{prefix}{rotary_stage}.")
+        if stage == "codebook":
+            check_codebook(where, tensors, prefix, settings)
+            check_maps(where, tensors, f"{prefix}code.")
         if stage == "clusters":
             check_clusters(where, tensors, prefix, settings)
         if stage == "cla":
@@ -79,17 +83,17 @@ def _check_bases(where: str, tensors: Tensors, prefix: str) -> None:
             products(where, f"{name} (times itself)", rows, rows, torch.eye(rows.shape[-1]), what)
 
 
-def _check_score(where: str, tensors: Tensors, prefix: str) -> None:
-    for stage in ("pre", "post"):
-        names = [f"{prefix}{stage}.{part}" for part in ("query_map", "key_map", "singular_values")]
-        query_map, key_map, values = (tensors[name] for name in names)
-        bounded(where, names[0], query_map)
-        bounded(where, names[1], key_map)
-        spectrum(where, names[2], values)
-        one = torch.diag_embed((values > negligible(values)).float())
-        what = "1 with its own row of key_map and 0 with others"
-        more = partial(score_rounding, values)
-        products(where, f"{names[0]} (times key_map)", query_map, key_map, one, what, more)
+def check_maps(where: str, tensors: Tensors, prefix: str) -> None:
+    """The two maps of a score basis are inverse to one another."""
+    names = [prefix + part for part in ("query_map", "key_map", "singular_values")]
+    query_map, key_map, values = (tensors[name] for name in names)
+    bounded(where, names[0], query_map)
+    bounded(where, names[1], key_map)
+    spectrum(where, names[2], values)
+    one = torch.diag_embed((values > negligible(values)).float())
+    what = "1 with its own row of key_map and 0 with others"
+    more = partial(score_rounding, values)
+    products(where, f"{names[0]} (times key_map)", query_map, key_map, one, what, more)
 
 
 def _check_tokens(where: str, tensors: Tensors, artifact: Artifact) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from kvcal.artifacts import Artifact
 from kvcal.runtime.attention import Logits, causal_attention
+from kvcal.runtime.methods.full import Full
 from kvcal.runtime.stores import Store
-from kvcal.runtime.stores.full import Full, FullStore
+from kvcal.runtime.stores.full import FullStore
 from kvcal.runtime.stores.subgen import SubGen, SubGenStore
 
 STEPS = 32

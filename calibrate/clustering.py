@@ -161,10 +161,7 @@ def _cluster_head(
     points: Tensor, values: Tensor, clusters: int, metric: str, iterations: int, seed: int
 ) -> tuple[Tensor, ...]:
     """points [N, D] in the metric's space, values [N, Dv] -> the fields of KeyClusters for one head, in order."""
-    centroids, labels = _refill(points, _kmeans(points, clusters, metric, iterations, seed), metric)
-    by_size = torch.bincount(labels, minlength=clusters).argsort(descending=True, stable=True)
-    centroids, labels = centroids[by_size], by_size.argsort()[labels]
-
+    centroids, labels = kmeans(points, clusters, metric, iterations, seed)
     sizes = torch.bincount(labels, minlength=clusters)
     squared = squared_distances(points, centroids, labels)
     value_sum = torch.zeros(clusters, values.shape[1], dtype=torch.float64).index_add_(0, labels, values.double())
@@ -178,7 +175,15 @@ def _cluster_head(
     )
 
 
-def _kmeans(points: Tensor, clusters: int, metric: str, iterations: int, seed: int) -> Tensor:
+def kmeans(points: Tensor, clusters: int, metric: str, iterations: int, seed: int) -> tuple[Tensor, Tensor]:
+    """points [N, D] float32 in the metric's space, finite, N at least `clusters` -> centroids [C, D] float32 in
+    descending order of size, labels [N] of the nearest. Within `one_thread`, the same on every run."""
+    centroids, labels = _refill(points, _lloyd(points, clusters, metric, iterations, seed), metric)
+    by_size = torch.bincount(labels, minlength=clusters).argsort(descending=True, stable=True)
+    return centroids[by_size], by_size.argsort()[labels]
+
+
+def _lloyd(points: Tensor, clusters: int, metric: str, iterations: int, seed: int) -> Tensor:
     """points [N, D] in the metric's space -> centroids [C, D] float32. No randomness is left to faiss: it gets its
     starting points and sees all keys, and splits empty clusters with a constant seed of its own."""
     import faiss

@@ -17,6 +17,7 @@ from ..runtime.wrapped import unwrapped
 from .blocks import TokenBlocks
 from .capture import check_capture
 from .checkpoint import Checkpoint, run_id
+from .codebook_stage import codebook
 from .distributed import SINGLE, World
 from .distributed.merging import join_heads, merge_tokens
 from .models import check_seq_len
@@ -40,9 +41,10 @@ def calibrate(
     checkpoint_every: float = 60.0,
     checkpoint_blocks: int | None = None,
     progress: Progress | None = None,
+    codebook_progress: Progress | None = None,
     world: World = SINGLE,
 ) -> Artifact:
-    """One pass of `model` over `blocks`: moments, PCA, score-optimal basis and the reservoir.
+    """One pass of `model` over `blocks`: moments, PCA, score-optimal basis, the reservoir, and codebooks of it.
 
     Args:
         model: a transformers decoder in eval mode, left as found.
@@ -53,6 +55,7 @@ def calibrate(
         reservoir: tokens whose keys, queries and values are kept.
         checkpoint_every: seconds between checkpoints, more when saving takes long; 0: after every batch.
         checkpoint_blocks: also after so many blocks.
+        progress, codebook_progress: called with what is done and what there is in all: blocks, then layers.
         world: the processes that share the work: batches are dealt to them in turn, or, of a tensor-parallel model,
             each has its heads in all batches. All call this alike and see the same file system.
 
@@ -77,6 +80,8 @@ def calibrate(
         raise KvcalError(
             "the model is in training mode, where dropout makes every run another: call model.eval() first"
         )
+    import faiss  # noqa: F401 (the codebooks are made after the pass: said before it where they cannot be)
+
     check_capture(model)
     check_seq_len(blocks.seq_len, model.config)
     output = Path(output) if output is not None else None
@@ -124,14 +129,16 @@ def calibrate(
 
     tensors = statistics.finalize(centred=centred)
     tensors["reservoir"]["position"] = tensors["reservoir"]["token"] % blocks.seq_len
-    return Artifact(
+    found = Artifact(
         model=identity,
         layers=tuple(layer for _, layer in sorted(statistics.layers.items())),
         data={"source": blocks.source, **data},
         settings=settings,
         versions=versions(),
-        stages={name: Stage(found) for name, found in tensors.items()},
+        stages={name: Stage(of_stage) for name, of_stage in tensors.items()},
     )
+    # Where all layers slide, nothing decodes with a codebook.
+    return codebook(found, progress=codebook_progress, world=world) if found.full_layers else found
 
 
 def save(artifact: Artifact, output: str | os.PathLike[str], extras: dict[str, bytes] | None = None) -> Artifact:

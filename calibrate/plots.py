@@ -100,6 +100,25 @@ def cluster_figure(artifact: Artifact, report: dict[str, Any]) -> bytes:
     return png(figure, f"{artifact.model.id} on {data_name(artifact)}")
 
 
+def codebook_figure(artifact: Artifact, report: dict[str, Any]) -> bytes:
+    """What codewords leave of the variance of keys (left) and values (right), by size and layer, seen and unseen."""
+    figure, panels = two_panels()
+    shades = _shades(len(report["layers"]))
+    for panel, quantity in zip(panels, ("key", "value"), strict=True):
+        for entry, shade in zip(report["layers"], shades, strict=True):
+            sizes = [carried["codewords"] for carried in entry["carry"]]
+            ends = entry in (report["layers"][0], report["layers"][-1])
+            for text, style in (("unseen", "-"), ("fitted", ":")):
+                label = f"layer {entry['layer']}, {text} text" if ends else None
+                left = [carried[f"{quantity}_{text}"] for carried in entry["carry"]]
+                panel.plot(sizes, left, style, color=shade, marker=".", label=label)
+        panel.set_xscale("log", base=2)
+        panel.set(xlabel="codewords", ylabel="share of the variance that is left", ylim=(0, 1.05))
+        panel.set_title(f"Codebooks of keys and values: {quantity}s", fontsize=10)
+        panel.legend(fontsize=8, frameon=False)
+    return png(figure, f"{artifact.model.id} on {data_name(artifact)}")
+
+
 def _explained(artifact: Artifact, layer: int, quantity: str) -> torch.Tensor:
     values = artifact.tensor("pca", layer, f"{quantity}.eigenvalues")
     return (values.cumsum(-1) / values.sum(-1, keepdim=True)).mean(0)

@@ -8,6 +8,7 @@ from typing import Any
 from ..artifacts import Artifact, KvcalError
 from ..artifacts.errors import one_line
 from ..runtime.planned import has_plan
+from .codebook_stage import usual_codewords
 from .models import MODEL_ALIASES, spec_of
 from .recipe import MOST_BYTES, VERSION
 
@@ -107,6 +108,16 @@ def _pca(artifact: Artifact, source: Mapping[str, Any], options: Collection[str]
     return found
 
 
+def _codebook(artifact: Artifact) -> list[dict[str, Any]]:
+    """Nothing where it is the one that the pass makes."""
+    settings = artifact.stages["codebook"].settings
+    usual = {"codewords": usual_codewords(artifact), "iterations": 20, "seed": 0}
+    if {name: settings.get(name) for name in usual} == usual:
+        return []
+    given = {name: settings[name] for name in ("iterations", "seed") if name in settings}
+    return [{"cluster": {"metric": "joint", "clusters": settings.get("codewords"), **given}}]
+
+
 def _stages(artifact: Artifact, notes: list[str]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     if has_plan(artifact):
@@ -114,6 +125,8 @@ def _stages(artifact: Artifact, notes: list[str]) -> list[dict[str, Any]]:
     if "clusters" in artifact.stages:
         settings = artifact.stages["clusters"].settings
         found.append({"cluster": {name: settings[name] for name in _CLUSTER if name in settings}})
+    if "codebook" in artifact.stages:
+        found += _codebook(artifact)
     if "cla" in artifact.stages:
         settings = artifact.stages["cla"].settings
         asked = _sharing(artifact, settings, notes)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..artifacts import Artifact, KvcalError, Stage
 from ..artifacts.claims import bounded
+from .methods.full import Full
 from .sharing import SharingMap
 from .stores import Method
 from .stores.amounts import check_choice, check_flag
-from .stores.full import Full
 from .stores.loki import Loki
 from .stores.spectral import Spectral
 
@@ -146,7 +146,7 @@ def check_methods(groups: SharingMap, methods: Mapping[int, Method], bases: Mapp
 def with_bases(artifact: Artifact, bases: Mapping[str, Tensor]) -> Artifact:
     """The artifact as methods see it whose keys are shared: these bases with the moments of the keys that they are of,
     and nothing that was fitted to other keys. Queries are those of the calibrated model."""
-    fitted = ("pca", "score", "clusters", "reservoir")
+    fitted = ("pca", "score", "clusters", "codebook", "reservoir")
     stages = {name: stage for name, stage in artifact.stages.items() if name not in fitted}
     if "moments" in stages:
         found = _moments(bases, artifact.settings.get("centred", True))

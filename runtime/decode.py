@@ -169,12 +169,13 @@ def _replayed(model: Any, stepping: Any, state: State, graph: bool) -> tuple[int
         state.take(out.logits[:, -1])
 
     replay = Replay(step, [*state.small(), *stepping.changed()], state, graph)
+    stepping.captured = replay.why_not is None
     done = 1
     while not _finished(state, done):
         replay(stepping.prepare())
         stepping.unsettled += 1
         done += 1
-    stepping.settle()
+    stepping.finish()
     return done, replay.why_not
 
 

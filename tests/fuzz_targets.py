@@ -19,7 +19,7 @@ from pathlib import Path
 
 import click
 import torch
-from samples import artifact
+from samples import artifact, codebook
 
 from kvcal.artifacts import Artifact, KvcalError, Stage, load, save
 from kvcal.artifacts.manifest import MANIFEST
@@ -245,6 +245,7 @@ def _small() -> Artifact:
     """All stages, also those whose settings are read."""
     found = artifact(layers=2, head_dim=2, value_dim=1, tokens=2)
     sizes = {"Hkv": 2, "D": 2, "Dv": 1, "L": 2, "C": 1, "P": 1}
+    found = found.with_stage("codebook", codebook(found, tokens=2 + 2))
     for name, settings in (("clusters", {"clusters": 1, "metric": "l2", "iterations": 20, "seed": 0}), ("cla", _CLA)):
         tensors = {}
         for tensor, (symbols, kinds) in LAYER_TENSORS[name].items():

@@ -50,7 +50,7 @@ def _other_shapes(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 def _entries(tensor: Tensor, changes: dict) -> Iterator[tuple[str, Tensor]]:
     for place in sorted({0, tensor.numel() - 1}):
         for what, change in changes.items():
-            changed = tensor.clone()
+            changed = tensor.clone(memory_format=torch.contiguous_format)
             flat = changed.view(-1)
             flat[place] = change(flat[place])
             yield f"entry {place}: {what}", changed

@@ -115,6 +115,24 @@ def clusters(seed: int = 0, layers: int = 2, head_dim: int = 4, value_dim: int =
     return Stage(tensors, {"clusters": 2, "metric": "l2", "iterations": 20, "seed": seed})
 
 
+def codebook(found: Artifact, seed: int = 0, tokens: int = 7) -> Stage:
+    """A stage `codebook` that `load` takes for that of `found`: two codewords, of no particular keys and values."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    for layer in found.layers:
+        prefix = f"layers.{layer.index}."
+        for name, dim in (("key", layer.head_dim), ("value", layer.value_dim)):
+            tensors[prefix + name] = torch.randn(KV_HEADS, 2, dim, generator=generator)
+            for text in ("fitted", "unseen"):
+                tensors[f"{prefix}carry.{name}_{text}"] = torch.full((KV_HEADS, 2), 0.5, dtype=torch.float64)
+        tensors[prefix + "spread"] = torch.full((KV_HEADS, 2), 0.7)
+        tensors[prefix + "sizes"] = torch.tensor([[tokens - 2, 2]]).repeat(KV_HEADS, 1)
+        tensors[prefix + "carry.sizes"] = torch.tensor([1, 2])
+        for part in ("query_map", "key_map", "singular_values"):
+            tensors[f"{prefix}code.{part}"] = found.tensor("score", layer.index, f"post.{part}").clone()
+    return Stage(tensors, {"codewords": 2, "iterations": 20, "seed": seed})
+
+
 def rescored(found: Artifact, by: float = 1.0) -> Stage:
     """Its stage `score` with other numbers that `load` takes, too: one map longer, the other shorter."""
     factors = {"query_map": 1 + by / 1000, "key_map": 1 / (1 + by / 1000)}

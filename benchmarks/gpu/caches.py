@@ -14,7 +14,7 @@ import torch
 from sizes import Sizes
 from torch import Tensor
 
-from kvcal.runtime.stores.rows import Rows
+from kvcal.runtime.kv.buffers import TokenBuffer
 
 KERNELS = ("append", "attend", "cluster", "dense", "remainder", "score", "score.runs", "select")
 COLD = 4
@@ -95,7 +95,7 @@ def fill(store: Any, length: int, tensors: Mapping[str, Tensor], chunk: int = 25
     """Make a store hold the first `length` tokens of its tensors [B, Hkv, capacity, …], without copying them."""
     batch = tensors["key"].shape[0]
     for name, tensor in tensors.items():
-        rows = Rows(chunk)
+        rows = TokenBuffer(chunk)
         rows.tensor, rows.used = tensor, length
         store.rows[name] = rows
     store.lengths, store.seen = [length] * batch, length
@@ -142,7 +142,7 @@ def fill_clusters(
         "position": position.expand(batch, heads, -1, -1).contiguous(),
     }
     for name, tensor in tensors.items():
-        rows = Rows(4)
+        rows = TokenBuffer(4)
         rows.tensor, rows.used = tensor, length if name == "position" else count
         store.rows[name] = rows
     closed = torch.tensor([[row, upto, count] for row in range(batch)])

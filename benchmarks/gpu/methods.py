@@ -22,11 +22,12 @@ from kvcal.kernels.dense import dense
 from kvcal.kernels.score import quantize, score
 from kvcal.kernels.select import select
 from kvcal.runtime.attention import Logits
-from kvcal.runtime.static import STEPS, Clock, Step
+from kvcal.runtime.methods.full import Full
+from kvcal.runtime.static import Clock, Step, make_step
 from kvcal.runtime.static.clock import most
 from kvcal.runtime.stores.basis import Basis
 from kvcal.runtime.stores.clusterkv import ClusterKV, ClusterKVStore
-from kvcal.runtime.stores.full import Full, FullStore
+from kvcal.runtime.stores.full import FullStore
 from kvcal.runtime.stores.loki import Loki, LokiStore
 
 Call = Callable[[], Any]
@@ -179,7 +180,7 @@ def _clock(copy: Copy) -> Clock:
 
 
 def _step(method: Any, store: Any, clock: Clock, copy: Copy) -> Any:
-    step: Step = STEPS[type(method)](store, clock)
+    step: Step = make_step(method, store, clock)
     step.reserve(copy.key.shape[2])
     return step
 

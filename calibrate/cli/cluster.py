@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ...artifacts import load, save
+from ...artifacts import Artifact, load, save
 from ...artifacts.places import check_can_write_in
 from ..distributed import World
 from .job import one_job
@@ -15,38 +16,93 @@ from .output import json_option, plot_option, print_json, print_lines, print_tab
 @click.command("cluster")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--clusters", type=click.IntRange(1), help="Clusters per KV head; overrides --tokens-per-cluster.")
-@click.option("--tokens-per-cluster", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--metric", type=click.Choice(["cosine", "l2"]), default="cosine", show_default=True)
+@click.option(
+    "--tokens-per-cluster",
+    type=click.IntRange(1),
+    help="Sampled tokens for each cluster.  [default: 32; joint: 64 clusters]",
+)
+@click.option(
+    "--metric",
+    type=click.Choice(["cosine", "l2", "joint"]),
+    default="cosine",
+    show_default=True,
+    help="Of keys; joint: of keys and values together, the codebook that spectral decodes with.",
+)
 @click.option("--iterations", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @plot_option
 @json_option
 @one_job
-def cluster_command(artifact: Path, plot: Path | None, as_json: bool, world: World, **settings: Any) -> None:
+def cluster_command(artifact: Path, metric: str, plot: Path | None, as_json: bool, world: World, **sizes: Any) -> None:
     """Cluster the sampled keys per layer and KV head (faiss k-means); adds the stage `clusters` to ARTIFACT.
+
+    With --metric joint keys and values are clustered together, and the stage is `codebook`, which `calibrate pca` has
+    made with its defaults already.
 
     \b
     Example:
       calibrate cluster mistral-7b-wikitext --tokens-per-cluster 32 --plot clusters.png
+      calibrate cluster mistral-7b-wikitext --metric joint --clusters 128
     """
     from ..card import card_files
-    from ..cluster_stage import cluster, cluster_report
-    from ..plots import cluster_figure
 
     found = load(artifact)
     check_can_write_in(artifact)
     world.agree_on({"content of ARTIFACT": str(found.content_hash)})
     with progress_bar("clustering") as progress:
-        clustered = cluster(found, **settings, progress=progress, world=world)
+        clustered = _clustered(found, metric, sizes, {"progress": progress, "world": world})
     world.leave_to_first()
     saved = save(clustered, artifact, card_files(clustered))
-    report = cluster_report(saved)
+    report, show, figure = _reported(saved, metric)
     if as_json:
         print_json(report)
     else:
-        print_clusters(report)
+        show(report)
     if plot is not None:
-        write_plot(plot, cluster_figure(saved, report))
+        write_plot(plot, figure(saved, report))
+
+
+def _clustered(found: Artifact, metric: str, sizes: dict[str, Any], running: dict[str, Any]) -> Artifact:
+    from ..cluster_stage import cluster
+    from ..codebook_stage import codebook
+
+    clusters, per_cluster = sizes.pop("clusters"), sizes.pop("tokens_per_cluster")
+    if metric != "joint":
+        return cluster(
+            found, clusters=clusters, tokens_per_cluster=per_cluster or 32, metric=metric, **sizes, **running
+        )
+    if per_cluster is not None and clusters is None:
+        clusters = max(1, round(len(found.stages["reservoir"].tensors["token"]) / per_cluster))
+    return codebook(found, codewords=clusters, **sizes, **running)
+
+
+def _reported(saved: Artifact, metric: str) -> tuple[dict[str, Any], Callable[[dict[str, Any]], None], Any]:
+    """(report, what prints it, what draws it)"""
+    from ..cluster_stage import cluster_report
+    from ..codebook_stage import codebook_report
+    from ..plots import cluster_figure, codebook_figure
+
+    if metric == "joint":
+        return codebook_report(saved), print_codebook, codebook_figure
+    return cluster_report(saved), print_clusters, cluster_figure
+
+
+def print_codebook(report: dict[str, Any]) -> None:
+    sizes = [entry["codewords"] for entry in report["layers"][0]["carry"]]
+    rows = []
+    for layer in report["layers"]:
+        carried = [
+            f"{entry[f'{of}_fitted']:.2f} → {entry[f'{of}_unseen']:.2f}"
+            for of in ("key", "value")
+            for entry in layer["carry"]
+        ]
+        rows.append([str(layer["layer"]), layer["largest"], layer["smallest"], *carried])
+    header = ["layer", "largest", "smallest", *(f"{of}, {size}" for of in ("keys", "values") for size in sizes)]
+    print_table(f"{report['settings'].get('codewords')} codewords per KV head", header, rows)
+    print_lines(
+        "largest, smallest: sampled tokens of a codeword; keys, values: share of their variance that so many codewords",
+        "leave, of the half of the sample that they were fitted to → of the other half, mean over KV heads",
+    )
 
 
 def print_clusters(report: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...artifacts import Artifact
 from .bases import check_pca, check_score
 from .clusterings import check_clusters
+from .codebooks import check_codebook
 from .manifest import check_manifest
 from .moments import check_moments
 from .plan import check_plan
@@ -27,6 +28,7 @@ def verify(artifact: Artifact) -> None:
         "score": check_score,
         "reservoir": check_sample,
         "clusters": check_clusters,
+        "codebook": check_codebook,
         "cla": check_sharing,
     }
     for stage, check in checks.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -56,11 +57,17 @@ def check_score(artifact: Artifact, where: str) -> None:
                 for part in ("query_map", "key_map", "singular_values")
             )
             queries, keys = (moments_of(artifact, layer, f"{of}_{stage}") for of in ("query", "key"))
-            wanted = fit_score_basis(queries, keys).singular_values
-            holds = (values - wanted).abs() <= OF_ROOTS * wanted[:, :1]
-            require(where, f"{name}.singular_values", holds, values, "that of the stage moments")
-            _check_balanced(where, f"{name}.query_map", query_map, queries.second_moment, values, "queries'")
-            _check_balanced(where, f"{name}.key_map", key_map, keys.covariance, values, "keys'")
+            check_maps(where, name, (query_map, key_map, values), queries, keys, "the stage moments")
+
+
+def check_maps(where: str, name: str, found: Sequence[Tensor], queries: Moments, keys: Moments, source: str) -> None:
+    """(query map, key map, singular values), float64, are those of these moments, which come from `source`."""
+    query_map, key_map, values = found
+    wanted = fit_score_basis(queries, keys).singular_values
+    holds = (values - wanted).abs() <= OF_ROOTS * wanted[:, :1]
+    require(where, f"{name}.singular_values", holds, values, f"that of {source}")
+    _check_balanced(where, f"{name}.query_map", query_map, queries.second_moment, values, "queries'")
+    _check_balanced(where, f"{name}.key_map", key_map, keys.covariance, values, "keys'")
 
 
 def _check_spectrum(where: str, name: str, found: Tensor, wanted: Tensor) -> None:

@@ -17,11 +17,11 @@ from transformers.cache_utils import DynamicCache
 from ...artifacts import Artifact, KvcalError
 from ..cla import check_methods, with_bases
 from ..loading import check_model
+from ..methods.full import Full
 from ..planned import chosen, naming
 from ..settings import builders, describe, name_of, plan
 from ..sharing import SharingMap
 from ..stores import Method, Store
-from ..stores.full import Full
 from ..stores.sorted_by_cluster import SortedStore
 from ..wrapped import unwrapped
 from .attachment import attach
@@ -146,7 +146,7 @@ class CompressedCache(DynamicCache):
     def bytes_read(self) -> int:
         """Bytes of the cache that the last decoded step read, all layers and rows."""
         compressed = [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
-        return sum(layer.read for layer in compressed) + self._stock_bytes()
+        return sum(layer.reading() for layer in compressed) + self._stock_bytes()
 
     def device_hits(self) -> tuple[int, int]:
         """Of an offloaded cache: (tokens read that lay on the device already, tokens read), of all heads and steps."""

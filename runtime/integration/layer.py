@@ -73,8 +73,8 @@ class CompressedLayer(CacheLayerMixin):
         self.index, self._build, self._call = index, build, call
         self._store = build()
         self._new: tuple[Tensor, Tensor] | None = None
-        self.read = 0
-        """Bytes that this layer's last decoded step read."""
+        self.reading: Callable[[], int] = nothing_read
+        """Tells the bytes that this layer's last decoded step read."""
         self.taken: Taken | None = None
         """The last call's tokens, for layers that read this one's."""
 
@@ -125,7 +125,7 @@ class CompressedLayer(CacheLayerMixin):
     def _step(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits) -> Tensor:
         """The attention of one decoded token, which the store has taken in already."""
         out = self.store.attend(query, logits)
-        self.read = self.store.bytes_read()
+        self.reading = self.store.reading()
         if self._call.observer is not None:
             self._call.observer(self.index, self.store, query, key, value, logits, out)
         return out
@@ -161,7 +161,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self._store, self._new, self.is_initialized = self._build(), None, False
-        self.read, self.taken = 0, None
+        self.reading, self.taken = nothing_read, None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Negative: remove so many tokens; positive (transformers before 5.14): the length to cut back to."""
@@ -190,6 +190,10 @@ class CompressedLayer(CacheLayerMixin):
     def prefetch(self) -> None:
         if self.is_initialized:
             self.store.to(self.device)
+
+
+def nothing_read() -> int:
+    return 0
 
 
 def part(valid: Tensor | None, tokens: slice) -> Tensor | None:

@@ -9,8 +9,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ...artifacts import KvcalError
 from ..attention import Logits
 from ..stores import Store
-from ..stores.row_store import RowStore
-from .layer import Call, CompressedLayer, Taken, part
+from .layer import Call, CompressedLayer, Taken, nothing_read, part
 
 
 class ReadingLayer(CompressedLayer):
@@ -20,7 +19,7 @@ class ReadingLayer(CompressedLayer):
         CacheLayerMixin.__init__(self)
         self.index, self._storing, self._call = index, storing, call
         self._new: tuple[Tensor, Tensor] | None = None
-        self.read = 0
+        self.reading = nothing_read
         self.taken: Taken | None = None
 
     @property
@@ -34,7 +33,7 @@ class ReadingLayer(CompressedLayer):
         assert self._new is not None
         (key, value), self._new = self._new, None
         store, tokens, taken = self.store, key.shape[2], self._storing.taken
-        if taken is None or taken.tokens != tokens or not isinstance(store, RowStore):
+        if taken is None or taken.tokens != tokens or not store.keeps_all_tokens:
             raise KvcalError(
                 f"layer {self.index} reads the cache of layer {self._storing.index}, which has not taken in these "
                 f"{tokens} tokens: begin a new cache"
@@ -68,7 +67,7 @@ class ReadingLayer(CompressedLayer):
         self.restore({})
 
     def reset(self) -> None:
-        self._new, self.is_initialized, self.read, self.taken = None, False, 0, None
+        self._new, self.is_initialized, self.reading, self.taken = None, False, nothing_read, None
 
     # The storing layer does these once for all that read it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from ..attention import Logits
-from ..static import STEPS, Clock, Step, refusal
+from ..static import Clock, Step, make_step, refusal
+from ..static.paged import PagedStep
 from .cache import CompressedCache
 from .layer import CompressedLayer
 from .support import takes_positions
@@ -30,6 +32,8 @@ class SteppingLayer(CacheLayerMixin):
         super().__init__()
         self.step, self.seen, self.writes = step, seen, writes
         self.is_initialized = True
+        self.reading: Callable[[], int] | None = None
+        """Of the last step; None before the first."""
         self._new: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -46,7 +50,11 @@ class SteppingLayer(CacheLayerMixin):
         """[B, Hq, 1, D] -> [B, Hq, 1, Dv], the new token taken in."""
         assert self._new is not None
         (key, value), self._new = self._new, None
-        return self.step.step(query, key, value, logits) if self.writes else self.step.read(query, logits)
+        if self.writes:
+            self.step.write(key[:, :, 0], value[:, :, 0])
+        out = self.step.read(query, logits)
+        self.reading = self.step.reading(query, logits)
+        return out
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -58,6 +66,10 @@ class SteppingLayer(CacheLayerMixin):
         return -1
 
     get_max_cache_shape = get_max_length  # its name before transformers 5.14
+
+
+def told(count: int) -> Callable[[], int]:
+    return lambda: count
 
 
 class SteppingCache(DynamicCache):
@@ -73,13 +85,15 @@ class SteppingCache(DynamicCache):
         self.clock = Clock(first.lengths, device)
         methods, groups = cache.recipe.methods, cache.recipe.groups
         made = {
-            layer: STEPS[type(methods[layer])](store, self.clock)
+            layer: make_step(methods[layer], store, self.clock)
             for layer, store in cache.stores.items()
             if groups.storing_of(layer) == layer
         }
         self.steps = list(made.values())
         self.unsettled = 0
         """Tokens per row since the stores were told."""
+        self.captured = True
+        """Whether steps may be replays, which know no number of the host's but those of their capture."""
         self.layers = [SteppingLayer(made[groups.storing_of(at)], first.seen, at in made) for at in cache.stores]
 
     @staticmethod
@@ -103,7 +117,9 @@ class SteppingCache(DynamicCache):
         Returns:
             (address, capacity) of everything that a step touches.
         """
-        length = max(self.steps[0].store.lengths) + self.unsettled
+        lengths = self.steps[0].store.lengths
+        length = max(lengths) + self.unsettled
+        self.clock.told = None if self.captured else (min(lengths) + self.unsettled + 1, length + 1)
         full = length >= self.steps[0].capacity
         if full or any(step.due(self.unsettled) for step in self.steps):
             self.settle()
@@ -123,6 +139,15 @@ class SteppingCache(DynamicCache):
             for step in self.steps:
                 step.settle(self.unsettled)
         self.unsettled = 0
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Give everything back to the cache, which goes on from here."""
+        self.settle()
+        for compressed, layer in zip(self.cache.layers, self.layers, strict=True):
+            if layer.reading is not None:
+                compressed.reading = layer.reading if isinstance(layer.step, PagedStep) else told(layer.reading())
 
     def check_whole(self) -> None:
         """Steps are whole by construction."""

@@ -5,29 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..stores import Method
+from ..methods.base import Method as PolicyMethod
+from ..stores import Method, Store
 from ..stores.clusterkv import ClusterKV
-from ..stores.full import Full
 from ..stores.loki import Loki
 from ..stores.spectral import Spectral
 from .clock import Clock
 from .clusterkv import ClusterKVStep
-from .full import FullStep
 from .loki import LokiStep
+from .paged import PagedStep
 from .spectral import SpectralStep
 from .step import Step
 
 STEPS: dict[type, Callable[[Any, Clock], Step]] = {
-    Full: FullStep,
     Loki: LokiStep,
     ClusterKV: ClusterKVStep,
     Spectral: SpectralStep,
 }
 
 
+def make_step(method: Method, store: Store, clock: Clock) -> Step:
+    """Of a method that has no `refusal`."""
+    return (PagedStep if isinstance(method, PolicyMethod) else STEPS[type(method)])(store, clock)
+
+
 def refusal(method: Method) -> str | None:
     """Why a method has no such step; None: it has one."""
-    if type(method) not in STEPS:
+    if not isinstance(method, PolicyMethod) and type(method) not in STEPS:
         return f"{type(method).__name__} has no step of fixed shapes"
     if getattr(method, "tail", False) and getattr(method, "choice", "exact") != "exact":
         return "a tail beside a threshold has no step of fixed shapes"
@@ -38,4 +42,4 @@ def refusal(method: Method) -> str | None:
     return None
 
 
-__all__ = ["Clock", "Step", "STEPS", "refusal"]
+__all__ = ["Clock", "Step", "make_step", "refusal"]

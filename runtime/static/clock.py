@@ -21,6 +21,8 @@ class Clock:
         """[B] tokens before the step: the slot of the coming one."""
         self.seen = self.held + 1
         """[B] tokens with the coming one."""
+        self.told: tuple[int, int] | None = None
+        """The fewest and the most of `seen`, where the host is there at every step; None: it is not."""
         self._reckoned: dict[Hashable, object] = {}
 
     def tick(self) -> None:

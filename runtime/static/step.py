@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,23 +10,19 @@ from torch import Tensor
 
 from ...kernels.append import append
 from ..attention import Logits
-from ..stores.row_store import RowStore
+from ..stores import Store
 from .clock import Clock
 
 
-class Step(ABC):
+class Step:
     """Every row gets one token per step; nothing that it does waits for the device or depends on values there.
 
     The store's lengths on the host stand still meanwhile, until `settle`.
     """
 
-    def __init__(self, store: RowStore, clock: Clock):
+    def __init__(self, store: Store, clock: Clock):
         self.store, self.clock = store, clock
         self.capacity = 0
-
-    @abstractmethod
-    def attend(self, query: Tensor, logits: Logits) -> Tensor:
-        """[B, Hkv, G, D] -> [B, Hkv, G, Dv]."""
 
     def step(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits) -> Tensor:
         """[B, Hq, 1, D], [B, Hkv, 1, D], [B, Hkv, 1, Dv] -> [B, Hq, 1, Dv]."""
@@ -37,6 +33,19 @@ class Step(ABC):
         """[B, Hq, 1, D] -> [B, Hq, 1, Dv], after `write`: all that a layer does that reads another's store."""
         grouped = query.squeeze(2).unflatten(1, (self.buffer("key").shape[1], -1))
         return self.attend(grouped, logits).flatten(1, 2).unsqueeze(2)
+
+    def attend(self, query: Tensor, logits: Logits) -> Tensor:
+        """[B, Hkv, G, D] -> [B, Hkv, G, Dv]."""
+        raise NotImplementedError
+
+    def reading(self, query: Tensor, logits: Logits) -> Callable[[], int]:
+        """Tells the bytes that the step of this query, the last, has read; to be asked when the store is settled."""
+
+        def read() -> int:
+            self.store.attend(query, logits)
+            return self.store.bytes_read()
+
+        return read
 
     def write(self, key: Tensor, value: Tensor) -> None:
         """The new tokens [B, Hkv, D | Dv], each to the end of its row."""

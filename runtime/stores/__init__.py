@@ -1,9 +1,9 @@
 """The methods: each a frozen dataclass of parameters that builds the stores of a layer."""
 
+from ..methods.full import Full
 from .base import Store
 from .clusterkv import ClusterKV
 from .exact_topk import ExactTopk
-from .full import Full
 from .h2o import H2O
 from .loki import Loki
 from .quest import Quest

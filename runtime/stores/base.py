@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ...artifacts import KvcalError
 from ..attention import Logits
-from .rows import Places, Rows, find_places
+from ..kv.buffers import Places, TokenBuffer, find_places
 from .saved import Saved
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Store(ABC):
     """Whether what it forgets after a prompt is meant to be chosen by the question that the prompt ends in."""
 
     def __init__(self) -> None:
-        self.rows: dict[str, Rows] = {}
+        self.rows: dict[str, TokenBuffer] = {}
         """Per-token tensors [B, Hkv, tokens, …]."""
         self.totals: dict[str, Tensor] = {}
         """Running sums [B, Hkv, …]."""
@@ -96,6 +97,11 @@ class Store(ABC):
         """Bytes of cache, index and projections that the last `attend` read."""
         return self._read
 
+    def reading(self) -> Callable[[], int]:
+        """What tells `bytes_read` of this step later, too: to know it may mean to wait for the device."""
+        read = self.bytes_read()
+        return lambda: read
+
     def shared_bytes(self) -> int:
         """Of `bytes_read`, what is read once for all rows: maps of a basis."""
         return 0
@@ -109,8 +115,7 @@ class Store(ABC):
         if self.valid is not None:
             self.valid = self.valid[index.cpu()]
         for rows in self.rows.values():
-            if rows.tensor is not None:
-                rows.tensor = rows.tensor.index_select(0, index.to(rows.tensor.device))
+            rows.keep(index)
         self.totals = {name: total.index_select(0, index.to(total.device)) for name, total in self.totals.items()}
 
     def to(self, device: torch.device | str) -> None:
@@ -151,9 +156,9 @@ class Store(ABC):
         self.seen = state["valid"].shape[1]
         self.valid = None if bool(state["valid"].all()) else state["valid"].cpu()
 
-    def _buffer(self, name: str) -> Rows:
+    def _buffer(self, name: str) -> TokenBuffer:
         """An empty one for the tensor `name`."""
-        return Rows()
+        return TokenBuffer()
 
     def _advance(self, key: Tensor, valid: Tensor | None, held: list[int] | None = None) -> Places:
         """Count the new tokens; where they go, after the `held` tokens of each row (by default all of its tokens)."""

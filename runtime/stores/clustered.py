@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..attention import Logits
+from ..kv.buffers import CHUNK, TokenBuffer
 from .amounts import check_count, check_flag
 from .clusters import Clusters, is_per_cluster
 from .full import FullStore
-from .rows import CHUNK, Rows
 from .saved import Saved, require
 from .saved_clusters import SavedClusters, check_clusters, check_means
 from .selecting import Chosen, SelectingStore, Selection
@@ -59,10 +59,10 @@ class ClusteredStore(SelectingStore):
     def _make_tail(self) -> Tail | None:
         return Tail(self.rows, self.clusters) if self.selection.tail and self.clusters else None
 
-    def _buffer(self, name: str) -> Rows:
+    def _buffer(self, name: str) -> TokenBuffer:
         """Clusters are fewer than tokens, and their buffers grow accordingly."""
         if is_per_cluster(name):
-            return Rows(chunk=-(-CHUNK // self.selection.tokens_per_cluster))
+            return TokenBuffer(chunk=-(-CHUNK // self.selection.tokens_per_cluster))
         return super()._buffer(name)
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits, valid: Tensor | None = None) -> Tensor:

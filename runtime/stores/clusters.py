@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..kv.buffers import TokenBuffer, find_places
 from .kmeans import spherical_kmeans, sums_by_label
-from .rows import Rows, find_places
 
 SEGMENT = 8192
 """Tokens that are clustered together at most, so that the cost grows linearly with the prompt."""
@@ -35,8 +35,8 @@ class Clusters:
 
     def __init__(
         self,
-        rows: dict[str, Rows],
-        buffer: Callable[[str], Rows],
+        rows: dict[str, TokenBuffer],
+        buffer: Callable[[str], TokenBuffer],
         tokens_per_cluster: int,
         sinks: int,
         *,

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ...artifacts import KvcalError
 from ..attention import Logits, causal_attention
+from ..kv.buffers import lengths_mask
 from .amounts import Budget
 from .forgetting import ForgettingStore
-from .rows import lengths_mask
 from .saved import Saved, require
 
 

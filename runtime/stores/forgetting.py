@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ...artifacts import KvcalError
+from ..kv.buffers import TokenBuffer
 from .base import Store
-from .rows import Rows
 
 if TYPE_CHECKING:
     from .full import FullStore
@@ -57,8 +57,8 @@ class ForgettingStore(Store):
     def _select_books(self, rows: list[int]) -> None:
         """Keep these rows."""
 
-    def _buffer(self, name: str) -> Rows:
-        return Rows(chunk=SLOTS)
+    def _buffer(self, name: str) -> TokenBuffer:
+        return TokenBuffer(chunk=SLOTS)
 
     def append(self, key: Tensor, value: Tensor, valid: Tensor | None = None) -> None:
         if self._tentative:

@@ -1,35 +1,20 @@
-"""`full`: the reference."""
+"""`full` as the store that other methods take their first tokens over from."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...artifacts import Artifact
 from ..attention import Logits, attention_mass, probabilities
-from .amounts import check_flag
-from .row_store import RowStore
+from ..kv.buffers import lengths_mask
+from ..methods.full import FullPolicy
+from .paged import PagedStore
 from .saved import Saved, require
 
 
-@dataclass(frozen=True)
-class Full:
-    """Every token is read at every step."""
-
-    record_mass: bool = False
-    """Also accumulate attention per key, so that `h2o` can adopt what this cache prefilled."""
-
-    def build(self, layer: int, head_dim: int, artifact: Artifact | None) -> Callable[[], FullStore]:
-        check_flag("record_mass", self.record_mass)
-        return lambda: FullStore(self.record_mass)
-
-
-class FullStore(RowStore):
+class FullStore(PagedStore):
     def __init__(self, record_mass: bool = False):
-        super().__init__()
+        super().__init__(FullPolicy())
         self.record_mass = record_mass
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits, valid: Tensor | None = None) -> Tensor:
@@ -40,9 +25,10 @@ class FullStore(RowStore):
 
     def attend(self, query: Tensor, logits: Logits) -> Tensor:
         if self.record_mass:
-            held_key = self.rows["key"].view
-            self._record(probabilities(query, held_key, logits, self._held()).sum((2, 3)))
-        return self.attend_densely(query, logits)
+            key = self.rows["key"].view
+            held = lengths_mask(self.lengths, key.device)
+            self._record(probabilities(query, key, logits, held).sum((2, 3)))
+        return super().attend(query, logits)
 
     def adopt(self, full: FullStore) -> None:
         super().adopt(full)
@@ -55,13 +41,14 @@ class FullStore(RowStore):
         self.record_mass = False
         self.totals.pop("mass", None)
 
-    def _forget(self) -> None:
-        if "mass" in self.totals:
-            self.totals["mass"] = self.totals["mass"][:, :, : max(self.lengths)]
-
     def restore(self, state: dict[str, Tensor]) -> None:
         super().restore(state)
         self.record_mass = self.record_mass and ("mass" in self.totals or not self.seen)
+
+    def _shorten(self) -> None:
+        super()._shorten()
+        if "mass" in self.totals:
+            self.totals["mass"] = self.totals["mass"][:, :, : max(self.lengths)]
 
     def _check(self, saved: Saved) -> None:
         super()._check(saved)

@@ -21,10 +21,10 @@ from torch import Tensor
 from ...artifacts import Artifact, KvcalError
 from ...kernels.select import select_threshold
 from ..attention import Logits
+from ..kv.buffers import Places, TokenBuffer
 from .amounts import Amount, check_choice
 from .basis import Basis
 from .clustered import Clustered, ClusteredStore
-from .rows import Places, Rows
 from .saved import FLOATS, Saved, require_close
 from .selecting import Chosen
 from .thresholds import Thresholds, bounds, fit_layer, room
@@ -105,7 +105,7 @@ class LokiStore(ClusteredStore):
 
     def _extended(self, key: Tensor, value: Tensor, places: Places) -> None:
         if not self.rotates:
-            self.rows.setdefault("index", Rows()).write(key @ self.basis.maps(key)[1].mT, places)
+            self.rows.setdefault("index", TokenBuffer()).write(key @ self.basis.maps(key)[1].mT, places)
 
     def _forget(self) -> None:
         super()._forget()

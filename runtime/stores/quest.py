@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ...artifacts import Artifact
 from ..attention import Logits
+from ..kv.buffers import CHUNK, Places, TokenBuffer
 from .amounts import check_count
 from .clustered import Clustered, ClusteredStore
 from .clusters import Clusters
-from .rows import CHUNK, Places, Rows
 from .selecting import Chosen, best
 
 MOST_PAGE = 1 << 16
@@ -40,9 +40,9 @@ class QuestStore(ClusteredStore):
         super().__init__(settings)
         self.page = settings.page
 
-    def _buffer(self, name: str) -> Rows:
+    def _buffer(self, name: str) -> TokenBuffer:
         """Boxes, one per page, grow when their tokens do."""
-        return Rows(chunk=-(-CHUNK // self.page)) if name in ("low", "high") else super()._buffer(name)
+        return TokenBuffer(chunk=-(-CHUNK // self.page)) if name in ("low", "high") else super()._buffer(name)
 
     def _score(self, query: Tensor, logits: Logits) -> Tensor:
         low, high = self.rows["low"].view, self.rows["high"].view

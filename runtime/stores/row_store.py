@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..attention import Logits, attention, causal_attention
+from ..kv.buffers import Places, lengths_mask
 from .base import Store
-from .rows import Places, lengths_mask
 from .saved import Saved
 
 if TYPE_CHECKING:

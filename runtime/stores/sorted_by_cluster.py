@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ...artifacts import Artifact
 from ..attention import Logits
+from ..kv.buffers import Places, TokenBuffer
+from ..kv.offload import DeviceCache, HostBuffer
 from .amounts import check_choice, check_count
 from .clustered import Clustered, ClusteredStore
 from .clusters import SEGMENT, Clusters, slot_index, take
-from .offload import DeviceCache, HostRows
-from .rows import Places, Rows
 from .saved import Saved, require
 from .saved_clusters import SavedClusters
 from .selecting import Chosen
@@ -152,8 +152,8 @@ class SortedStore(ClusteredStore):
             require(OWNER, stated == owner, "clusters in order")
         return owners
 
-    def _buffer(self, name: str) -> Rows:
-        return HostRows() if self.device_cache and name in ("key", "value") else super()._buffer(name)
+    def _buffer(self, name: str) -> TokenBuffer:
+        return HostBuffer() if self.device_cache and name in ("key", "value") else super()._buffer(name)
 
     def _whole(self, name: str) -> Tensor:
         return self.rows[name].view.to(self._device)
@@ -177,7 +177,7 @@ class SortedStore(ClusteredStore):
         return super().resident_bytes() - self.host_bytes() + cached
 
     def host_bytes(self) -> int:
-        return sum(rows.nbytes() for rows in self.rows.values() if isinstance(rows, HostRows))
+        return sum(rows.nbytes() for rows in self.rows.values() if isinstance(rows, HostBuffer))
 
     def to(self, device: torch.device | str) -> None:
         super().to(device)

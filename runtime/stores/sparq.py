@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ...artifacts import Artifact
 from ..attention import Logits
+from ..kv.buffers import Places
 from .amounts import Amount, check_amount, check_choice, count_of
-from .rows import Places
 from .selecting import Chosen, SelectingStore, Selection, best
 
 

@@ -28,10 +28,10 @@ from torch import Tensor
 from ...artifacts import Artifact, KvcalError
 from ...kernels.score import quantize
 from ..attention import Logits
+from ..kv.buffers import Places, find_places
 from .amounts import Amount, check_amount, check_count, count_of
 from .clusters import Clusters, slot_index, take
 from .codes import CodedBasis
-from .rows import Places, find_places
 from .saved import FLOATS, Saved
 from .saved_clusters import SavedClusters
 from .saved_codes import check_coded_means, check_codes

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ...artifacts import Artifact
 from ..attention import Logits, attention, causal_attention
+from ..kv.buffers import lengths_mask
 from .amounts import check_choice, check_count, check_number
-from .rows import lengths_mask
 from .saved import Saved
 from .saved_sketch import check_sketch
 from .sketch import Shape, Sketch

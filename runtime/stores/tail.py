@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kv.buffers import Places, TokenBuffer
 from .clusters import Clusters, slot_index
-from .rows import Places, Rows
 
 OWNER = "cluster.of"
 
@@ -37,7 +37,7 @@ class Remainder:
 class Tail:
     """Knows the cluster of every token, in the tensor `cluster.of` [B, Hkv, S, 1] int32 of its store."""
 
-    def __init__(self, rows: dict[str, Rows], clusters: Clusters):
+    def __init__(self, rows: dict[str, TokenBuffer], clusters: Clusters):
         """Args: rows: of the store."""
         self._rows, self._clusters = rows, clusters
 
@@ -46,7 +46,7 @@ class Tail:
         index, held = slot_index(slots, labels.device)
         row, _, token = held.nonzero(as_tuple=True)
         places = Places(lengths, (row, token, index[row, 0, token]), None)
-        self._rows.setdefault(OWNER, Rows()).write(labels.to(torch.int32).unsqueeze(-1), places)
+        self._rows.setdefault(OWNER, TokenBuffer()).write(labels.to(torch.int32).unsqueeze(-1), places)
 
     def shorten(self) -> None:
         """Forget the clusters of tokens that are in none any more."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...artifacts import KvcalError
+from ..kv.buffers import Places
 from .forgetting import ForgettingStore
-from .rows import Places
 from .saved import Saved
 
 

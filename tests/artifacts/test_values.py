@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from samples import artifact, clusters, edit_manifest, edit_stage
+from samples import artifact, clusters, codebook, edit_manifest, edit_stage
 
 from kvcal.artifacts import ArtifactError, Stage, load, save
 from kvcal.artifacts.schema import LAYER_TENSORS
@@ -29,7 +29,7 @@ def made():
         if name.startswith(("layers.0.key_pre.", "layers.0.key_post."))
     }
     sharing = Stage({**costs, **bases}, {**NOTHING_SHARED, "uptraining": None})
-    return found.with_stage("clusters", clusters()).with_stage("cla", sharing)
+    return found.with_stage("clusters", clusters()).with_stage("codebook", codebook(found)).with_stage("cla", sharing)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,19 @@ FAULTS = {
         ("layers.0.warm_start.plusplus_iterations", put(0, value=21), "plusplus_iterations, KV head 0 is 21"),
         ("layers.0.warm_start.random_inertia", put(0, value=math.inf), "random_inertia, KV head 0 is inf"),
     ],
+    "codebook": [
+        ("layers.0.key", put(1, 0, 2, value=math.nan), "layers.0.key, KV head 1, entry 0, 2 is nan"),
+        ("layers.0.value", scaled(BIG), "layers.0.value, KV head 0, entry 0, 0 is"),
+        ("layers.1.spread", put(1, 0, value=0), "spread, KV head 1, entry 0 is 0, expected a number from 1.17549e-38"),
+        ("layers.1.spread", put(1, 1, value=math.inf), "spread, KV head 1, entry 1 is inf"),
+        ("layers.1.sizes", put(1, 1, value=-2), "sizes, KV head 1, entry 1 is -2"),
+        ("layers.1.sizes", put(1, 1, value=9), "KV head 1, entry 1 is 9, expected no more than the entry before it"),
+        ("layers.0.code.query_map", scaled(2), "KV head 0, entry 0, 0 is 2, expected 1 with its own row of key_map"),
+        ("layers.0.code.key_map", put(0, 0, 0, value=math.nan), "code.key_map, KV head 0, entry 0, 0 is nan"),
+        ("layers.0.code.singular_values", swapped, "singular_values, KV head 1, entry 1 is"),
+        ("layers.0.carry.sizes", put(1, value=1), "carry.sizes, entry 1 is 1, expected 1 to 256, ascending"),
+        ("layers.0.carry.key_unseen", put(1, 1, value=-0.1), "carry.key_unseen, KV head 1, entry 1 is -0.1"),
+    ],
     "cla": [
         ("layers.1.key_r2", put(0, value=1.5), "key_r2, entry 0 is 1.5, expected -1e.18 to 1, or NaN"),
         ("layers.1.cost_aligned", put(1, value=-0.1), "cost_aligned, entry 1 is -0.1"),
@@ -193,6 +206,11 @@ def emptied(*names):
             ],
             "sizes is of 0 clusters, expected 2",
         ),
+        (
+            "codebook",
+            [(f"layers.{layer}.{name}", 1) for layer in (0, 1) for name in ("key", "value", "sizes")],
+            "sizes is of 0 codewords, expected 2, 1 to 256",
+        ),
         ("clusters", [("curve.counts", 0), ("curve.radius", 1)], "curve.counts is of 0 entries, expected 1, 2, 4"),
     ],
 )
@@ -211,6 +229,7 @@ def test_empty_stages_are_refused(folder, stage, names, message):
         (lambda body: body["stages"]["clusters"]["settings"].update(metric="l3"), "metric of stage clusters is l3"),
         (lambda body: body["stages"]["clusters"]["settings"].update(metric="cosine"), "is .* expected unit length"),
         (lambda body: body["stages"]["clusters"]["settings"].update(clusters=3), "of 2 clusters, expected 3"),
+        (lambda body: body["stages"]["codebook"]["settings"].update(codewords=3), "of 2 codewords, expected 3"),
         (lambda body: body["data"].update(seq_len=0), "expected 0 to -1"),
     ],
 )

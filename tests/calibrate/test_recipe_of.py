@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from samples import artifact
+from samples import artifact, codebook
 
+from kvcal.artifacts import Stage
 from kvcal.calibrate import data as data_module
 from kvcal.calibrate.data import open_data
 from kvcal.calibrate.recipe_of import data_spec, recipe_of
@@ -81,6 +82,16 @@ def test_what_the_manifest_cannot_tell_is_said() -> None:
     assert yaml.safe_load(found)["pca"] == {"num_tokens": 16, "seq_len": 16, "seed": 0}
     unheard_of = recipe_of(replace(made, settings={**made.settings, "shards": 4}), {"seed"})
     assert "# Of the pass the manifest also says shards 4" in unheard_of
+
+
+def test_a_codebook_is_a_stage_of_its_own_where_it_is_not_the_one_that_the_pass_makes() -> None:
+    made = artifact(tokens=16)
+    other = codebook(made, tokens=16)
+    usual = Stage(other.tensors, {"codewords": 2, "iterations": 20, "seed": 0})
+    smaller = Stage(other.tensors, {"codewords": 1, "iterations": 5, "seed": 3})
+    assert "stages" not in yaml.safe_load(recipe_of(made.with_stage("codebook", usual), ()))
+    found = yaml.safe_load(recipe_of(made.with_stage("codebook", smaller), ()))
+    assert found["stages"] == [{"cluster": {"metric": "joint", "clusters": 1, "iterations": 5, "seed": 3}}]
 
 
 def test_a_model_of_the_hub_at_its_commit() -> None:

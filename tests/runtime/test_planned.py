@@ -11,8 +11,8 @@ from compressed import artifact, greedy, model, padded
 
 from kvcal.artifacts import ArtifactError, KvcalError, save
 from kvcal.runtime import CompressedCache, compress, decode, load
+from kvcal.runtime.methods.full import Full
 from kvcal.runtime.planned import FILE, chosen, has_plan, read_plan
-from kvcal.runtime.stores.full import Full
 from kvcal.runtime.stores.loki import Loki
 from kvcal.runtime.stores.quest import Quest
 

@@ -9,10 +9,10 @@ import pytest
 import samples
 
 from kvcal.artifacts import KvcalError
+from kvcal.runtime.methods.full import Full
 from kvcal.runtime.settings import builders, describe, plan
 from kvcal.runtime.stores import METHODS
 from kvcal.runtime.stores.exact_topk import ExactTopk
-from kvcal.runtime.stores.full import Full
 from kvcal.runtime.stores.h2o import H2O
 from kvcal.runtime.stores.loki import Loki
 from kvcal.runtime.stores.quest import Quest

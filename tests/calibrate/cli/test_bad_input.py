@@ -119,7 +119,11 @@ def test_tokens_that_span_no_basis_are_said(tmp_path, tiny_model_folder, text, t
 
 @pytest.mark.parametrize(
     ("package", "arguments"),
-    [("faiss", ("cluster", "ARTIFACT")), ("matplotlib", ("pca", "--model", "demo", "--data", "stdlib"))],
+    [
+        ("faiss", ("cluster", "ARTIFACT")),
+        ("faiss", ("pca", "--model", "demo", "--data", "stdlib")),
+        ("matplotlib", ("pca", "--model", "demo", "--data", "stdlib")),
+    ],
 )
 def test_a_missing_package_is_said_before_the_work(artifact, tmp_path, package, arguments):
     arguments = [str(artifact) if argument == "ARTIFACT" else argument for argument in arguments]
@@ -144,6 +148,7 @@ def test_an_interrupted_evaluation_without_output_says_that_nothing_was_kept(
 
 def test_more_clusters_than_keys(artifact):
     assert "cannot make 5000 clusters" in refused("cluster", artifact, "--clusters", 5000)
+    assert "give at most 256" in refused("cluster", artifact, "--metric", "joint", "--clusters", 257)
 
 
 @pytest.mark.parametrize("command", ["analyze-rank", "cluster", "inspect", "verify"])

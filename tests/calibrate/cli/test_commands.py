@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from kvcal.artifacts import QUANTITIES, load
@@ -52,7 +53,7 @@ def test_pca_prints_json_and_nothing_else(tmp_path, tiny_model_folder, text):
     found = json.loads(pca(tiny_model_folder, text, tmp_path / "a", "--json").stdout)
     assert (found["layers"], found["kv_heads"], found["query_heads"], found["head_dim"]) == (2, 2, 4, 8)
     assert found["data"]["tokens_counted"] == 1024 - 16  # sixteen blocks, each with one BOS
-    assert set(found["stages"]) == {"moments", "pca", "score", "reservoir"}
+    assert set(found["stages"]) == {"moments", "pca", "score", "reservoir", "codebook"}
     assert found["content_hash"] == load(tmp_path / "a").content_hash
 
 
@@ -111,6 +112,34 @@ def test_cluster_json(tmp_path, tiny_model_folder, text):
         assert counts[0] == 1 and counts[-1] == 400 and deltas == sorted(deltas, reverse=True)
         assert set(entry["warm_start"]) == {"calibrated", "plusplus", "random"}
     assert (tmp_path / "c.png").read_bytes().startswith(PNG)
+
+
+def test_the_codebook_that_pca_makes_can_be_made_anew(tmp_path, tiny_model_folder, text):
+    pca(tiny_model_folder, text, tmp_path / "a")
+    made = load(tmp_path / "a").stages["codebook"]
+    assert made.settings == {"codewords": 400 // 8, "iterations": 20, "seed": 0}
+    again = run("cluster", tmp_path / "a", "--metric", "joint", "--json")
+    assert json.loads(again.stdout)["settings"] == made.settings
+    anew = load(tmp_path / "a").stages["codebook"].tensors
+    assert all(torch.equal(anew[name], tensor) for name, tensor in made.tensors.items())
+    out = run("cluster", tmp_path / "a", "--metric", "joint", "--clusters", 7, "--plot", tmp_path / "c.png").stdout
+    assert "7 codewords per KV head" in out and (tmp_path / "c.png").read_bytes().startswith(PNG)
+    artifact = load(tmp_path / "a")
+    assert artifact.tensor("codebook", 1, "key").shape == (2, 7, 8)
+    assert artifact.tensor("codebook", 1, "sizes").sum(1).tolist() == [400, 400]
+    run("verify", tmp_path / "a")
+    run("cluster", tmp_path / "a", "--metric", "joint", "--tokens-per-cluster", 40)
+    assert load(tmp_path / "a").stages["codebook"].settings["codewords"] == 10
+
+
+def test_the_report_of_a_codebook_compares_seen_and_unseen_text(tmp_path, tiny_model_folder, text):
+    pca(tiny_model_folder, text, tmp_path / "a")
+    report = json.loads(run("cluster", tmp_path / "a", "--metric", "joint", "--json").stdout)
+    for layer in report["layers"]:
+        assert [entry["codewords"] for entry in layer["carry"]] == [16], "64 of 200 tokens would be too few"
+        for entry in layer["carry"]:
+            for of in ("key", "value"):
+                assert 0 < entry[f"{of}_fitted"] <= entry[f"{of}_unseen"], "k-means fits what it has seen"
 
 
 def test_tokens_per_cluster_counts_sampled_tokens(tmp_path, tiny_model_folder, text):

@@ -17,7 +17,7 @@ def test_demo_goes_the_whole_road_and_recognises_its_own_work(tmp_path, monkeypa
     assert result.exit_code == 0 and "already calibrated" in result.stderr, result.output
     found = json.loads(result.stdout)
     artifact = load(tmp_path / "demo")
-    assert set(artifact.stages) == {"moments", "pca", "score", "reservoir", "clusters"}
+    assert set(artifact.stages) == {"moments", "pca", "score", "reservoir", "codebook", "clusters"}
     assert found["artifact"]["content_hash"] == artifact.content_hash == before
     assert {"README.md", "rank.png", "clusters.png", "quality.png"} <= {
         path.name for path in (tmp_path / "demo").iterdir()

@@ -169,6 +169,14 @@ FAULTS = {
         ("layers.0.curve.counts", put(-1, value=99), "curve.counts is 99, expected last 100"),
         ("layers.0.curve.query_norm_p99", times(0.9, 0), "query_norm_p99, KV head 0 is"),
     ],
+    "codebook": [
+        ("layers.0.key", swapped, "layers.0.sizes, KV head 0, entry .* this head's sampled tokens"),
+        ("layers.2.value", other_head, "layers.2.sizes, KV head 1, entry .* this head's sampled tokens"),
+        ("layers.1.spread", times(1.01, 1, 0), "layers.1.spread, KV head 1, entry 0 is .* that of the stage moments"),
+        ("layers.0.sizes", swapped, "layers.0.sizes, KV head 0, entry"),
+        ("layers.0.code.singular_values", times(1.01, 1), "code.singular_values, KV head 1, entry 0 is"),
+        ("layers.0.code.query_map", swapped, r"code.query_map \(times the queries' second moment\), KV head 0, entry"),
+    ],
 }
 
 

@@ -8,7 +8,7 @@ from architectures import build
 from compressed import artifact, model, padded, random_ids
 
 from kvcal.artifacts import KvcalError
-from kvcal.runtime import CompressedCache, Sampler, compress, decode
+from kvcal.runtime import CompressedCache, Sampler, compress, decode, shared_for
 from kvcal.runtime.integration import stepping
 
 STEPS = 30
@@ -78,6 +78,13 @@ def test_layers_that_share(method):
     out = decode(model(), artifact=artifact(), max_new_tokens=STEPS, **inputs, **settings)
     assert torch.equal(out.tokens, generated("llama", inputs, settings))
     assert out.why_not_captured == NO_GRAPH
+    with shared_for(model(), artifact(), settings["method"], {k: v for k, v in settings.items() if k != "method"}) as (
+        method,
+        own,
+    ):
+        cache = CompressedCache(model(), artifact(), method, **own)
+        model().generate(**inputs, past_key_values=cache, max_new_tokens=STEPS, do_sample=False)
+    assert out.cache.bytes_read() == cache.bytes_read() > 0
 
 
 @pytest.mark.parametrize("method", ["full", "loki", "loki-score", "clusterkv", "spectral-by-length"])
@@ -97,6 +104,7 @@ def test_the_cache_goes_on(method):
     cache = CompressedCache(model(), artifact(), **METHODS[method])
     tokens = model().generate(**inputs, past_key_values=cache, max_new_tokens=STEPS, do_sample=False)
     assert torch.equal(out.tokens, tokens)
+    assert out.cache.bytes_read() == cache.bytes_read() > 0, "of the last step"
     turn = torch.cat((tokens, torch.cat([random_ids(5, seed=row) for row in range(3)])), 1)
     mask = torch.ones_like(turn)
     mask[:, :40] = inputs["attention_mask"]

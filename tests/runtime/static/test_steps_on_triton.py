@@ -6,11 +6,12 @@ import torch
 from tolerances import assert_close
 
 from kvcal.runtime.attention import Logits
-from kvcal.runtime.static import STEPS, Clock
+from kvcal.runtime.methods.full import Full
+from kvcal.runtime.static import Clock, make_step
 from kvcal.runtime.stores.basis import Basis
 from kvcal.runtime.stores.clusterkv import ClusterKV, ClusterKVStore
 from kvcal.runtime.stores.codes import CodedBasis
-from kvcal.runtime.stores.full import Full, FullStore
+from kvcal.runtime.stores.full import FullStore
 from kvcal.runtime.stores.loki import Loki, LokiStore
 from kvcal.runtime.stores.spectral import Spectral, SpectralStore
 from kvcal.runtime.stores.thresholds import Thresholds
@@ -108,7 +109,7 @@ def stepped(method, text, logits):
     store = make_store(method, text.basis.to(text.dtype))
     store.prefill(*text.prompt, logits, text.valid)
     clock = Clock(store.lengths, text.device)
-    step = STEPS[type(method)](store, clock)
+    step = make_step(method, store, clock)
     step.reserve(max(LENGTHS) + STEPPED + 1)
     out = []
     for query, key, value in text.decoded:
@@ -163,7 +164,7 @@ def test_a_step_can_be_taken_again(method, on, device):
     store = make_store(METHODS[method], text.basis)
     store.prefill(*text.prompt, logits, text.valid)
     clock = Clock(store.lengths, device)
-    step = STEPS[type(METHODS[method])](store, clock)
+    step = make_step(METHODS[method], store, clock)
     step.reserve(max(LENGTHS) + STEPPED + 1)
     for query, key, value in text.decoded:
         before = [tensor.clone() for tensor in step.sums()]
@@ -187,7 +188,7 @@ def test_only_layers_whose_windows_close_together_share_what_is_open(on, device)
         store = make_store(ClusterKV(**{**CLUSTERS, "window": window}), text.basis)
         store.prefill(*text.prompt, logits, text.valid)
         clock = steps[0].clock if steps else Clock(store.lengths, device)
-        steps.append(STEPS[ClusterKV](store, clock))
+        steps.append(make_step(METHODS["clusterkv"], store, clock))
         steps[-1].reserve(max(LENGTHS) + 2)
     first, alike, other = (step.open() for step in steps)
     assert first is alike and first is not other

@@ -9,8 +9,8 @@ import torch
 from sequences import Geometry, Row, append, assert_steps, decode, draw, fork, make, prefill
 
 from kvcal.runtime.attention import Logits
+from kvcal.runtime.kv.offload import DeviceCache, HostBuffer
 from kvcal.runtime.stores.clusterkv import ClusterKVStore
-from kvcal.runtime.stores.offload import DeviceCache, HostRows
 from kvcal.runtime.stores.sorted_by_cluster import SortedStore
 
 GEOMETRY, LOGITS = Geometry(16, 8, 2, 3), Logits(0.25)
@@ -19,8 +19,8 @@ SETTINGS: dict[str, Any] = {"keep": 20, "tokens_per_cluster": 4, "sinks": 3, "wi
 SPECTRAL = {"method": "spectral", "rank": 1.0, "flat_below": 30}
 
 
-def on_host(tensor: torch.Tensor) -> HostRows:
-    rows = HostRows()
+def on_host(tensor: torch.Tensor) -> HostBuffer:
+    rows = HostBuffer()
     rows.replace(tensor)
     return rows
 

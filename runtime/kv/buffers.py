@@ -32,7 +32,6 @@ def find_places(lengths: Sequence[int], tokens: int, valid: Tensor | None, devic
     """Args: valid: [B, T] bool on the CPU, False at padding; None = no padding."""
     if valid is not None and bool(valid.all()):
         valid = None
-    before = torch.tensor(list(lengths))
     if valid is None:
         after = [length + tokens for length in lengths]
         if len(set(lengths)) == 1:
@@ -42,13 +41,13 @@ def find_places(lengths: Sequence[int], tokens: int, valid: Tensor | None, devic
                 limits = torch.arange(start + 1, start + tokens + 1, device=device).expand(len(after), -1)
             return Places(after, slice(start, start + tokens), limits)
         valid = torch.ones(len(after), tokens, dtype=torch.bool)
-    limits = before.unsqueeze(1) + valid.cumsum(1)
+    limits = torch.tensor(list(lengths)).unsqueeze(1) + valid.cumsum(1)
     row, token = valid.nonzero(as_tuple=True)
     slot = limits[row, token] - 1
     return Places(limits[:, -1].tolist(), (row.to(device), token.to(device), slot.to(device)), limits.to(device))
 
 
-class Rows:
+class TokenBuffer:
     """[B, H, capacity, D], of which the first `used` tokens (the longest row's) are in use."""
 
     moves = True
@@ -97,6 +96,11 @@ class Rows:
         assert self.tensor is not None
         self.tensor[:, :, : tensor.shape[2]] = tensor
         self.used = tensor.shape[2]
+
+    def keep(self, index: Tensor) -> None:
+        """Keep the rows `index` [B'] of the batch, in that order."""
+        if self.tensor is not None:
+            self.tensor = self.tensor.index_select(0, index.to(self.tensor.device))
 
     def nbytes(self) -> int:
         return 0 if self.tensor is None else self.tensor.nbytes

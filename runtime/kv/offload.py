@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .rows import CHUNK, Places, Rows
+from .buffers import CHUNK, Places, TokenBuffer
 
 
-class HostRows(Rows):
-    """Rows in host memory (pinned when the device is a GPU), whatever device new tokens come from."""
+class HostBuffer(TokenBuffer):
+    """Tokens in host memory (pinned when the device is a GPU), whatever device new tokens come from."""
 
     moves = False
 
@@ -37,7 +37,7 @@ class DeviceCache:
         self._slot_of = self._token_in = self._last_used = torch.empty(0)
         self._step = 0
 
-    def gather(self, host: dict[str, Rows], index: Tensor, counted: Tensor | None) -> dict[str, Tensor]:
+    def gather(self, host: dict[str, TokenBuffer], index: Tensor, counted: Tensor | None) -> dict[str, Tensor]:
         """Tokens `index` [B, Hkv, G or 1, k], copied from the host as far as they are not here.
 
         Returns:
@@ -82,7 +82,7 @@ class DeviceCache:
         books = (self._slot_of, self._token_in, self._last_used)
         return sum(tensor.nbytes for tensor in (*self._held.values(), *books))
 
-    def _prepare(self, host: dict[str, Rows], index: Tensor, tokens: int) -> None:
+    def _prepare(self, host: dict[str, TokenBuffer], index: Tensor, tokens: int) -> None:
         batch, heads, device = index.shape[0], index.shape[1], index.device
         if not self._held:
             room = min(self.capacity, -(-tokens // CHUNK) * CHUNK)
@@ -108,7 +108,7 @@ class DeviceCache:
         row, head, token = tokens.nonzero(as_tuple=True)
         self._last_used[row, head, self._slot_of[row, head, token]] = self._step
 
-    def _copy(self, host: dict[str, Rows], missing: Tensor) -> None:
+    def _copy(self, host: dict[str, TokenBuffer], missing: Tensor) -> None:
         row, head, token = missing.nonzero(as_tuple=True)
         self.misses += len(row)
         turn = (missing.cumsum(-1) - 1)[row, head, token]

@@ -1,0 +1,120 @@
+"""A codebook of key-value pairs per KV head: k-means of calibration keys and values together.
+
+A codeword is a mean key and a mean value. Decoding gives every token the codeword that is nearest to its key and value.
+It is the coarse quantiser of inverted files (Jégou, Douze and Schmid 2011) for attention, where two tokens are alike
+when their logits and what they contribute are alike. The code of a token then holds what the codeword's key leaves of
+its own (residual quantisation), in the basis that is best for the scores of just that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..artifacts.errors import KvcalError
+from .clustering import assign, finite, kmeans, measurable, one_thread
+from .moments import Moments
+from .score_basis import ScoreBasis, fit_score_basis
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """The codebooks of one layer, codewords in descending order of size."""
+
+    key: Tensor
+    """[Hkv, C, D] float32, mean key of each codeword's tokens."""
+    value: Tensor
+    """[Hkv, C, Dv] float32, their mean value."""
+    spread: Tensor
+    """[Hkv, 2] float32, above 0: what distances between keys, and between values, are divided by."""
+    sizes: Tensor
+    """[Hkv, C] int64, tokens of the sample nearest to each codeword."""
+
+    def assign(self, key: Tensor, value: Tensor) -> Tensor:
+        """[Hkv, N] int64: the codeword nearest to each token of key [Hkv, N, D] and value [Hkv, N, Dv]."""
+        pairs = zip(joint(key, value, self.spread), joint(self.key, self.value, self.spread), strict=True)
+        return torch.stack([assign(points, codewords, "l2") for points, codewords in pairs])
+
+    def left(self, key: Tensor, words: Tensor) -> Tensor:
+        """[Hkv, N, D] float64: what codewords [Hkv, N] leave of keys."""
+        return key.double() - _taken(self.key, words).double()
+
+
+def fit_codebook(
+    key: Tensor, value: Tensor, spread: Tensor, *, codewords: int, iterations: int = 20, seed: int = 0, where: str = ""
+) -> Codebook:
+    """faiss k-means of keys and values together, each divided by its spread.
+
+    Args:
+        key, value: [Hkv, N, D] after the rotary embedding, and [Hkv, N, Dv]; any device and dtype.
+        spread: [Hkv, 2], see `spread_of`.
+        where: "layer 3", for errors.
+
+    Raises:
+        KvcalError: fewer tokens than codewords; NaN or infinity.
+    """
+    key, value = finite(key, "keys", where), finite(value, "values", where)
+    if not 1 <= codewords <= key.shape[1]:
+        at = f" ({where})" if where else ""
+        raise KvcalError(
+            f"{codewords} codewords of {key.shape[1]} sampled tokens{at}: ask for 1 to {key.shape[1]}, or calibrate "
+            "with a larger --reservoir"
+        )
+    points = joint(key, value, spread)
+    measurable(points, where)
+    with one_thread():
+        found = [kmeans(head, codewords, "l2", iterations, seed) for head in points]
+    centroids = torch.stack([centroids for centroids, _ in found]) * _dims(spread, key.shape[-1], value.shape[-1])
+    sizes = torch.stack([torch.bincount(labels, minlength=codewords) for _, labels in found])
+    own_key, own_value = centroids.split([key.shape[-1], value.shape[-1]], -1)
+    return Codebook(own_key.contiguous(), own_value.contiguous(), spread, sizes)
+
+
+def fit_code_basis(codebook: Codebook, queries: Moments, key: Tensor, value: Tensor) -> ScoreBasis:
+    """The basis that is optimal for q·(k − codeword), from queries' moments and sampled keys and values."""
+    return fit_score_basis(queries, code_moments(codebook, key, value))
+
+
+def code_moments(codebook: Codebook, key: Tensor, value: Tensor) -> Moments:
+    """Of what codewords leave of sampled keys."""
+    left = codebook.left(key, codebook.assign(key, value))
+    mean = left.mean(1)
+    centred = left - mean.unsqueeze(1)
+    return Moments(left.shape[1], mean, centred.mT @ centred / left.shape[1])
+
+
+def unexplained(codebook: Codebook, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """What codewords leave of the variance of keys and of values, each [Hkv] float64: 0 is nothing, 1 all of it."""
+    words = codebook.assign(key, value)
+    return _share(codebook.left(key, words), key), _share(value.double() - _taken(codebook.value, words), value)
+
+
+def spread_of(key_covariance: Tensor, value_covariance: Tensor) -> Tensor:
+    """[Hkv, 2] float32: root of the mean variance of the dimensions of keys [Hkv, D, D] and of values [Hkv, Dv, Dv];
+    1 where nothing varies."""
+    variance = [matrix.diagonal(dim1=-2, dim2=-1).mean(-1) for matrix in (key_covariance, value_covariance)]
+    spread = torch.stack(variance, -1).clamp_min(0).sqrt().float()
+    return spread.where(spread > 0, 1.0)
+
+
+def joint(key: Tensor, value: Tensor, spread: Tensor) -> Tensor:
+    """[Hkv, N, D + Dv] float32: the points that are clustered."""
+    return torch.cat((key.float(), value.float()), -1) / _dims(spread, key.shape[-1], value.shape[-1])
+
+
+def _dims(spread: Tensor, key_dims: int, value_dims: int) -> Tensor:
+    """[Hkv, 1, D + Dv]: the spread of each dimension."""
+    return spread.repeat_interleave(torch.tensor([key_dims, value_dims]), 1).unsqueeze(1)
+
+
+def _taken(codewords: Tensor, words: Tensor) -> Tensor:
+    """[Hkv, N, D] of codewords [Hkv, C, D] and words [Hkv, N]."""
+    return codewords.gather(1, words.unsqueeze(-1).expand(-1, -1, codewords.shape[-1]))
+
+
+def _share(left: Tensor, whole: Tensor) -> Tensor:
+    centred = whole.double() - whole.double().mean(1, keepdim=True)
+    total = centred.square().sum((1, 2))
+    return left.square().sum((1, 2)) / total.where(total > 0, 1.0)

@@ -1,0 +1,108 @@
+"""What a method is to the rest of the runtime: settings that bind to a layer, and a policy of pure functions."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...artifacts import Artifact
+from ..attention import Logits
+from ..kv.pages import DecodeMetadata, LayerCache
+
+if TYPE_CHECKING:
+    from ..stores.base import Store
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The tokens whose keys and values a step has read."""
+
+    index: Tensor
+    """[B, Hkv, G or 1, K] int64, positions in their sequence, none twice among those that are valid."""
+    valid: Tensor
+    """The same shape, bool: False pads."""
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What a step returns."""
+
+    output: Tensor
+    """[B, Hq, 1, Dv]"""
+    selected: Selected | None
+    """None: every token was read, and nothing beside keys and values."""
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """The user's parameters."""
+
+    @abstractmethod
+    def bind(self, layer: int, head_dim: int, artifact: Artifact | None) -> Policy:
+        """The method in one layer.
+
+        Raises:
+            KvcalError: parameters that mean nothing, or what they need is not in the artifact.
+        """
+
+    def build(self, layer: int, head_dim: int, artifact: Artifact | None) -> Callable[[], Store]:
+        """What makes an empty cache of one layer, as the methods in `runtime/stores` do."""
+        from ..stores.paged import PagedStore
+
+        policy = self.bind(layer, head_dim, artifact)
+        return lambda: PagedStore(policy)
+
+
+class Policy(ABC):
+    """A method in one layer: fitted tensors and settings, no state. One object for all caches of a model."""
+
+    def encode(self, key: Tensor, value: Tensor) -> Mapping[str, Tensor]:
+        """What is kept of tokens beside their keys and values, by name: [B, Hkv, T, …] of [B, Hkv, T, D | Dv].
+
+        It follows from a token alone: whoever moves, shares or takes back a token need not know what it is.
+        """
+        return {}
+
+    @abstractmethod
+    def step(self, query: Tensor, cache: LayerCache, logits: Logits) -> Attended:
+        """Attend from the last token of every sequence, which the cache holds already.
+
+        Nothing waits for the device, and shapes follow from the host's numbers in `cache.metadata`: what runs eagerly
+        is what a CUDA graph captures.
+
+        Args:
+            query: [B, Hq, 1, D].
+        """
+
+    def index_bytes(self, metadata: DecodeMetadata) -> int:
+        """Bytes that a step reads of what `encode` keeps, of all sequences. Waits for the device."""
+        return 0
+
+    def shared_bytes(self) -> int:
+        """Bytes that a step reads once for all sequences: maps, codebooks."""
+        return 0
+
+
+def bytes_read(policy: Policy, cache: LayerCache, selected: Selected | None) -> int:
+    """Of everything that a step read which `selected` these tokens. Waits for the device."""
+    key, value = cache.pages["key"], cache.pages["value"]
+    row = key.shape[-1] * key.element_size() + value.shape[-1] * value.element_size()
+    if selected is None:
+        return int(cache.metadata.seq_lens.sum()) * key.shape[2] * row
+    return int(selected.valid.sum()) * row + policy.index_bytes(cache.metadata) + policy.shared_bytes()
+
+
+def read_mask(cache: LayerCache, selected: Selected | None) -> Tensor:
+    """[B, Hkv or Hq, longest] bool: the tokens whose keys and values a step read."""
+    metadata, heads = cache.metadata, cache.pages["key"].shape[2]
+    if selected is None:
+        valid = metadata.positions() < metadata.seq_lens.unsqueeze(1)
+        return valid.unsqueeze(1).expand(-1, heads, -1)
+    index, valid = selected.index.flatten(1, 2), selected.valid.flatten(1, 2)
+    times = torch.zeros(*index.shape[:2], metadata.longest, dtype=torch.int32, device=index.device)
+    return times.scatter_add_(2, index, valid.to(torch.int32)) > 0  # sums, since what pads repeats some token
