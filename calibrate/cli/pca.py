@@ -16,7 +16,7 @@ from .summary import artifact_summary, print_summary
 @json_option
 @one_job
 def pca_command(as_json: bool, world: World, **options: Any) -> None:
-    """One pass over text: moments, PCA and score-optimal bases, and a reservoir of keys and queries.
+    """One pass over text: moments, PCA and score-optimal bases, a reservoir of keys, queries and values, its codebooks.
 
     \b
     Example:
