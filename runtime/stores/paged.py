@@ -43,7 +43,7 @@ class PagedStore(Store):
         return causal_attention(query, self.rows["key"].view, self.rows["value"].view, logits, self._limits)
 
     def append(self, key: Tensor, value: Tensor, valid: Tensor | None = None) -> None:
-        if valid is not None and not bool(valid.all()):
+        if key.shape[2] > 1 or (valid is not None and not bool(valid.all())):
             self._write(key, value, valid)
             return
         self._advance(key, valid)
