@@ -14,6 +14,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ...kernels.append import append
+from ...kernels.backend import choose
 from .buffers import TokenBuffer
 
 PAGE = 64
@@ -85,11 +87,14 @@ class LayerCache:
 
     def tokens(self, name: str) -> Tensor:
         """[B, Hkv, longest, …]: every token in order; a view where the table is contiguous, else a copy."""
+        return self._in_order(name).narrow(2, 0, self.metadata.longest)
+
+    def _in_order(self, name: str) -> Tensor:
+        """[B, Hkv, P · PAGE, …]"""
         pages, table = self.pages[name], self.metadata.block_table
         if not self.metadata.contiguous:
             pages = pages[table].flatten(0, 1)
-        in_order = pages.view(table.shape[0], -1, *pages.shape[2:])
-        return in_order.transpose(1, 2).narrow(2, 0, self.metadata.longest)
+        return pages.view(table.shape[0], -1, *pages.shape[2:]).transpose(1, 2)
 
     def gather(self, name: str, index: Tensor) -> Tensor:
         """[B, Hkv, K, …]: the tokens at positions `index` [B, Hkv, K] int64 of their sequences."""
@@ -99,6 +104,11 @@ class LayerCache:
 
     def write_last(self, new: Mapping[str, Tensor]) -> None:
         """Put [B, Hkv, 1, …] of each name where the last token of each sequence belongs."""
+        new = dict(new)
+        if self.metadata.contiguous and choose("auto", new["key"]) == "triton":
+            held = self.metadata.once("held", lambda: self.metadata.seq_lens - 1)
+            key, value = (new.pop(name).squeeze(2) for name in ("key", "value"))
+            append(key, value, None, self._in_order("key"), self._in_order("value"), None, None, held)  # one launch
         slots = self.metadata.last_slots()
         for name, tensor in new.items():
             pages = self.pages[name]

@@ -57,6 +57,8 @@ def on(monkeypatch, device):
     def choose(backend):
         for kernel in KERNELS:
             monkeypatch.setattr(f"kvcal.kernels.{kernel}.choose", lambda *_: backend)
+        for caller in ("methods.full", "kv.pages"):
+            monkeypatch.setattr(f"kvcal.runtime.{caller}.choose", lambda *_: backend)
 
     return choose
 
