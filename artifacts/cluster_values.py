@@ -54,6 +54,8 @@ def check_codebook(where: str, tensors: Mapping[str, Tensor], prefix: str, setti
     for name in ("key", "value"):
         bounded(where, prefix + name, found[name])
     bounded(where, f"{prefix}spread", found["spread"], torch.finfo(torch.float32).tiny, MOST)
+    if "carry.sizes" not in found:
+        return
     sizes = found["carry.sizes"]
     rises = torch.ones_like(sizes, dtype=torch.bool)
     rises[1:] = sizes[1:] > sizes[:-1]

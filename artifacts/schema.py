@@ -1,8 +1,8 @@
 """Which tensors each stage holds, with their shapes and dtypes.
 
 Dimension symbols are DESIGN's: Hkv, D (key and query head dim), Dv (value head dim) come from the
-manifest's layers, L is their number, a digit is itself; every other symbol is free but must have one
-value within a stage.
+manifest's layers, L is their number, a number stands for itself; every other symbol is free but must
+have one value within a stage.
 docs/format.md is the prose of this file.
 """
 
@@ -76,10 +76,7 @@ def _layer_tensors() -> dict[str, dict[str, Spec]]:
         "code.query_map": ("Hkv D D", ("F32",)),
         "code.key_map": ("Hkv D D", ("F32",)),
         "code.singular_values": ("Hkv D", ("F64",)),
-        "carry.sizes": ("P", ("I64",)),
     }
-    for share in ("key_fitted", "key_unseen", "value_fitted", "value_unseen"):
-        codebook[f"carry.{share}"] = ("Hkv P", ("F64",))
     pair_measures = ("key_r2", "key_r2_unaligned", "value_r2", "value_r2_unaligned", "cost_as_is", "cost_aligned")
     cla: dict[str, Spec] = dict.fromkeys(pair_measures, ("L", ("F64",)))
     fitted = {"moments": moments, "pca": pca, "score": score, "reservoir": reservoir}
@@ -87,10 +84,14 @@ def _layer_tensors() -> dict[str, dict[str, Spec]]:
 
 
 LAYER_TENSORS = _layer_tensors()
-OPTIONAL_LAYER_TENSORS = {
-    "cla": {name: spec for name, spec in LAYER_TENSORS["pca"].items() if name.startswith(("key_pre.", "key_post."))}
+OPTIONAL_LAYER_TENSORS: dict[str, dict[str, Spec]] = {
+    "cla": {name: spec for name, spec in LAYER_TENSORS["pca"].items() if name.startswith(("key_pre.", "key_post."))},
+    "codebook": {
+        "carry.sizes": ("P", ("I64",)),
+        **{f"carry.{of}_{text}": ("Hkv P", ("F64",)) for of in ("key", "value") for text in ("fitted", "unseen")},
+    },
 }
-"""Tensors that a layer has all of or none of: bases of keys that uptraining changed."""
+"""Tensors that a layer has all of or none of: bases of keys that uptraining changed, how well codebooks carry over."""
 STAGE_TENSORS: dict[str, dict[str, Spec]] = {"reservoir": {"token": ("N", ("I64",)), "position": ("N", ("I64",))}}
 """Tensors that a stage has once, not per layer."""
 NAMED_TENSORS = {"cla": re.compile(r"weights\.[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")}

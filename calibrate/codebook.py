@@ -8,7 +8,7 @@ its own (residual quantisation), in the basis that is best for the scores of jus
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,16 +30,16 @@ class Codebook:
     spread: Tensor
     """[Hkv, 2] float32, above 0: what distances between keys, and between values, are divided by."""
     sizes: Tensor
-    """[Hkv, C] int64, tokens of the sample nearest to each codeword."""
+    """[Hkv, C] int64, sampled tokens that are nearest to each codeword."""
 
     def assign(self, key: Tensor, value: Tensor) -> Tensor:
         """[Hkv, N] int64: the codeword nearest to each token of key [Hkv, N, D] and value [Hkv, N, Dv]."""
         pairs = zip(joint(key, value, self.spread), joint(self.key, self.value, self.spread), strict=True)
         return torch.stack([assign(points, codewords, "l2") for points, codewords in pairs])
 
-    def left(self, key: Tensor, words: Tensor) -> Tensor:
-        """[Hkv, N, D] float64: what codewords [Hkv, N] leave of keys."""
-        return key.double() - _taken(self.key, words).double()
+    def beyond(self, key: Tensor, ids: Tensor) -> Tensor:
+        """[Hkv, N, D] float64: keys less those of their codewords, of ids [Hkv, N]."""
+        return key.double() - _taken(self.key, ids).double()
 
 
 def fit_codebook(
@@ -56,8 +56,10 @@ def fit_codebook(
         KvcalError: fewer tokens than codewords; NaN or infinity.
     """
     key, value = finite(key, "keys", where), finite(value, "values", where)
+    at = f" ({where})" if where else ""
+    if iterations < 1:
+        raise KvcalError(f"{iterations} iterations{at}: give at least 1")
     if not 1 <= codewords <= key.shape[1]:
-        at = f" ({where})" if where else ""
         raise KvcalError(
             f"{codewords} codewords of {key.shape[1]} sampled tokens{at}: ask for 1 to {key.shape[1]}, or calibrate "
             "with a larger --reservoir"
@@ -65,11 +67,21 @@ def fit_codebook(
     points = joint(key, value, spread)
     measurable(points, where)
     with one_thread():
-        found = [kmeans(head, codewords, "l2", iterations, seed) for head in points]
-    centroids = torch.stack([centroids for centroids, _ in found]) * _dims(spread, key.shape[-1], value.shape[-1])
-    sizes = torch.stack([torch.bincount(labels, minlength=codewords) for _, labels in found])
-    own_key, own_value = centroids.split([key.shape[-1], value.shape[-1]], -1)
-    return Codebook(own_key.contiguous(), own_value.contiguous(), spread, sizes)
+        centroids = torch.stack([kmeans(head, codewords, "l2", iterations, seed)[0] for head in points])
+        centroids = centroids * _dims(spread, key.shape[-1], value.shape[-1])
+        # Counted with the codewords as they are kept, whose rounding may give a token to another one.
+        unsorted = _codebook(centroids, spread, key.shape[-1])
+        ids = unsorted.assign(key, value)
+        sizes = torch.stack([torch.bincount(head, minlength=codewords) for head in ids])
+        order = sizes.argsort(dim=-1, descending=True, stable=True)
+        centroids = centroids.gather(1, order.unsqueeze(-1).expand_as(centroids))
+    return replace(_codebook(centroids, spread, key.shape[-1]), sizes=sizes.gather(1, order))
+
+
+def _codebook(centroids: Tensor, spread: Tensor, key_dims: int) -> Codebook:
+    """Without sizes. Args: centroids: [Hkv, C, D + Dv]."""
+    key, value = (part.contiguous() for part in centroids.split([key_dims, centroids.shape[-1] - key_dims], -1))
+    return Codebook(key, value, spread, torch.zeros(centroids.shape[:2], dtype=torch.int64))
 
 
 def fit_code_basis(codebook: Codebook, queries: Moments, key: Tensor, value: Tensor) -> ScoreBasis:
@@ -79,16 +91,16 @@ def fit_code_basis(codebook: Codebook, queries: Moments, key: Tensor, value: Ten
 
 def code_moments(codebook: Codebook, key: Tensor, value: Tensor) -> Moments:
     """Of what codewords leave of sampled keys."""
-    left = codebook.left(key, codebook.assign(key, value))
-    mean = left.mean(1)
-    centred = left - mean.unsqueeze(1)
-    return Moments(left.shape[1], mean, centred.mT @ centred / left.shape[1])
+    beyond = codebook.beyond(key, codebook.assign(key, value))
+    mean = beyond.mean(1)
+    centred = beyond - mean.unsqueeze(1)
+    return Moments(beyond.shape[1], mean, centred.mT @ centred / beyond.shape[1])
 
 
 def unexplained(codebook: Codebook, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """What codewords leave of the variance of keys and of values, each [Hkv] float64: 0 is nothing, 1 all of it."""
-    words = codebook.assign(key, value)
-    return _share(codebook.left(key, words), key), _share(value.double() - _taken(codebook.value, words), value)
+    ids = codebook.assign(key, value)
+    return _share(codebook.beyond(key, ids), key), _share(value.double() - _taken(codebook.value, ids), value)
 
 
 def spread_of(key_covariance: Tensor, value_covariance: Tensor) -> Tensor:
@@ -109,12 +121,12 @@ def _dims(spread: Tensor, key_dims: int, value_dims: int) -> Tensor:
     return spread.repeat_interleave(torch.tensor([key_dims, value_dims]), 1).unsqueeze(1)
 
 
-def _taken(codewords: Tensor, words: Tensor) -> Tensor:
-    """[Hkv, N, D] of codewords [Hkv, C, D] and words [Hkv, N]."""
-    return codewords.gather(1, words.unsqueeze(-1).expand(-1, -1, codewords.shape[-1]))
+def _taken(codewords: Tensor, ids: Tensor) -> Tensor:
+    """[Hkv, N, D] of codewords [Hkv, C, D] and ids [Hkv, N]."""
+    return codewords.gather(1, ids.unsqueeze(-1).expand(-1, -1, codewords.shape[-1]))
 
 
-def _share(left: Tensor, whole: Tensor) -> Tensor:
+def _share(beyond: Tensor, whole: Tensor) -> Tensor:
     centred = whole.double() - whole.double().mean(1, keepdim=True)
     total = centred.square().sum((1, 2))
-    return left.square().sum((1, 2)) / total.where(total > 0, 1.0)
+    return beyond.square().sum((1, 2)) / total.where(total > 0, 1.0)

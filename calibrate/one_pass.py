@@ -137,8 +137,9 @@ def calibrate(
         versions=versions(),
         stages={name: Stage(of_stage) for name, of_stage in tensors.items()},
     )
-    # Where all layers slide, nothing decodes with a codebook.
-    return codebook(found, progress=codebook_progress, world=world) if found.full_layers else found
+    if not found.full_layers:  # where all layers slide, nothing decodes with a codebook
+        return found
+    return codebook(found, report=False, progress=codebook_progress, world=world)
 
 
 def save(artifact: Artifact, output: str | os.PathLike[str], extras: dict[str, bytes] | None = None) -> Artifact:

@@ -8,7 +8,7 @@ from typing import Any
 from ..artifacts import Artifact, KvcalError
 from ..artifacts.errors import one_line
 from ..runtime.planned import has_plan
-from .codebook_stage import usual_codewords
+from .codebook_stage import sampled_tokens, usual_codewords
 from .models import MODEL_ALIASES, spec_of
 from .recipe import MOST_BYTES, VERSION
 
@@ -111,7 +111,7 @@ def _pca(artifact: Artifact, source: Mapping[str, Any], options: Collection[str]
 def _codebook(artifact: Artifact) -> list[dict[str, Any]]:
     """Nothing where it is the one that the pass makes."""
     settings = artifact.stages["codebook"].settings
-    usual = {"codewords": usual_codewords(artifact), "iterations": 20, "seed": 0}
+    usual = {"codewords": usual_codewords(sampled_tokens(artifact)), "iterations": 20, "seed": 0}
     if {name: settings.get(name) for name in usual} == usual:
         return []
     given = {name: settings[name] for name in ("iterations", "seed") if name in settings}

@@ -15,6 +15,7 @@ from sizes import Sizes
 from torch import Tensor
 
 from kvcal.runtime.kv.buffers import TokenBuffer
+from kvcal.runtime.kv.pages import PagedBuffer
 
 KERNELS = ("append", "attend", "cluster", "dense", "remainder", "score", "score.runs", "select")
 COLD = 4
@@ -92,11 +93,17 @@ def l2_bytes(device: torch.device) -> int:
 
 
 def fill(store: Any, length: int, tensors: Mapping[str, Tensor], chunk: int = 256) -> None:
-    """Make a store hold the first `length` tokens of its tensors [B, Hkv, capacity, …], without copying them."""
+    """Make a store hold the first `length` tokens of its tensors [B, Hkv, capacity, …]; by page they are copied."""
     batch = tensors["key"].shape[0]
     for name, tensor in tensors.items():
-        rows = TokenBuffer(chunk)
-        rows.tensor, rows.used = tensor, length
+        rows = store._buffer(name)
+        if isinstance(rows, PagedBuffer):
+            rows.reserve(tensor.shape[2], tensor)
+            rows.tensor[:, :, : tensor.shape[2]] = tensor
+        else:
+            rows = TokenBuffer(chunk)
+            rows.tensor = tensor
+        rows.used = length
         store.rows[name] = rows
     store.lengths, store.seen = [length] * batch, length
 
@@ -155,7 +162,7 @@ def fill_clusters(
 def forced(backend: str) -> Iterator[None]:
     """Every kernel runs on one backend, also where steps leave the choice to it."""
     with ExitStack() as stack:
-        for name in KERNELS:
-            module = import_module(f"kvcal.kernels.{name}")
+        for name in (*(f"kernels.{kernel}" for kernel in KERNELS), "runtime.methods.full", "runtime.kv.pages"):
+            module = import_module(f"kvcal.{name}")
             stack.enter_context(mock.patch.object(module, "choose", lambda *_: backend))
         yield

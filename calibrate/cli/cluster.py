@@ -71,9 +71,7 @@ def _clustered(found: Artifact, metric: str, sizes: dict[str, Any], running: dic
         return cluster(
             found, clusters=clusters, tokens_per_cluster=per_cluster or 32, metric=metric, **sizes, **running
         )
-    if per_cluster is not None and clusters is None:
-        clusters = max(1, round(len(found.stages["reservoir"].tensors["token"]) / per_cluster))
-    return codebook(found, codewords=clusters, **sizes, **running)
+    return codebook(found, codewords=clusters, tokens_per_codeword=per_cluster, **sizes, **running)
 
 
 def _reported(saved: Artifact, metric: str) -> tuple[dict[str, Any], Callable[[dict[str, Any]], None], Any]:
@@ -92,16 +90,16 @@ def print_codebook(report: dict[str, Any]) -> None:
     rows = []
     for layer in report["layers"]:
         carried = [
-            f"{entry[f'{of}_fitted']:.2f} → {entry[f'{of}_unseen']:.2f}"
-            for of in ("key", "value")
+            f"{entry[f'{name}_fitted']:.2f} → {entry[f'{name}_unseen']:.2f}"
+            for name in ("key", "value")
             for entry in layer["carry"]
         ]
         rows.append([str(layer["layer"]), layer["largest"], layer["smallest"], *carried])
-    header = ["layer", "largest", "smallest", *(f"{of}, {size}" for of in ("keys", "values") for size in sizes)]
+    header = ["layer", "largest", "smallest", *(f"{name}, {size}" for name in ("keys", "values") for size in sizes)]
     print_table(f"{report['settings'].get('codewords')} codewords per KV head", header, rows)
     print_lines(
-        "largest, smallest: sampled tokens of a codeword; keys, values: share of their variance that so many codewords",
-        "leave, of the half of the sample that they were fitted to → of the other half, mean over KV heads",
+        "largest, smallest: sampled tokens of a codeword; keys, 16: the share of the keys' variance that 16 codewords",
+        "do not explain, fitted to the first half of the sample: of that half → of the other (mean over KV heads)",
     )
 
 

@@ -170,7 +170,7 @@ def run_pass(options: PassOptions, world: World = SINGLE) -> Artifact:
             checkpoint_every=options.checkpoint_every,
             checkpoint_blocks=options.checkpoint_blocks,
             progress=progress,
-            codebook_progress=lambda done, of: progress(len(blocks), len(blocks), note=f"codebooks {done}/{of}"),
+            codebook_progress=lambda done, total: progress(len(blocks), len(blocks), note=f"codebooks {done}/{total}"),
             world=world,
         )
     world.leave_to_first()

@@ -11,7 +11,7 @@ from ..codebook import Codebook, code_moments, joint, spread_of
 from ..codebook_stage import query_moments
 from .bases import check_maps
 
-SINGLE = 1e-5
+ROUNDING = 1e-5
 """Relative: of what is kept in float32."""
 
 
@@ -29,12 +29,12 @@ def check_codebook(artifact: Artifact, where: str) -> None:
         stated = Codebook(
             *(artifact.tensor("codebook", layer.index, name) for name in ("key", "value", "spread", "sizes"))
         )
-        covariances = (artifact.tensor("moments", layer.index, f"{of}.covariance") for of in ("key_post", "value"))
+        covariances = (artifact.tensor("moments", layer.index, f"{name}.covariance") for name in ("key_post", "value"))
         wanted = spread_of(*covariances)
-        holds = (stated.spread - wanted).abs() <= SINGLE * wanted
+        holds = (stated.spread - wanted).abs() <= ROUNDING * wanted
         require(where, f"{prefix}spread", holds, stated.spread, "that of the stage moments")
-        words, unsure = stated.assign(key, value), _unsure(stated, key, value)
-        counted = torch.stack([torch.bincount(head, minlength=stated.sizes.shape[1]) for head in words])
+        ids, unsure = stated.assign(key, value), _unsure(stated, key, value)
+        counted = torch.stack([torch.bincount(head, minlength=stated.sizes.shape[1]) for head in ids])
         off = (stated.sizes - counted).abs()
         what = "the number of this head's sampled tokens that are nearest to it"
         require(where, f"{prefix}sizes", off <= unsure, stated.sizes, what)

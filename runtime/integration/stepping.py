@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from ..attention import Logits
 from ..static import Clock, Step, make_step, refusal
-from ..static.paged import PagedStep
+from ..stores import Store
 from .cache import CompressedCache
 from .layer import CompressedLayer
 from .support import takes_positions
@@ -32,8 +32,8 @@ class SteppingLayer(CacheLayerMixin):
         super().__init__()
         self.step, self.seen, self.writes = step, seen, writes
         self.is_initialized = True
-        self.reading: Callable[[], int] | None = None
-        """Of the last step; None before the first."""
+        self.last: tuple[Tensor, Logits] | None = None
+        """The query of the last step; None before the first."""
         self._new: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -53,7 +53,7 @@ class SteppingLayer(CacheLayerMixin):
         if self.writes:
             self.step.write(key[:, :, 0], value[:, :, 0])
         out = self.step.read(query, logits)
-        self.reading = self.step.reading(query, logits)
+        self.last = query, logits
         return out
 
     def get_seq_length(self) -> int:
@@ -68,8 +68,13 @@ class SteppingLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.14
 
 
-def told(count: int) -> Callable[[], int]:
-    return lambda: count
+@torch.inference_mode(False)
+@torch.no_grad()
+def read_by(store: Store, query: Tensor, logits: Logits) -> int:
+    """Bytes that a step of this query reads. It is taken again: few ask, and the last step that was run may be one that
+    came after the end of all rows and was taken back."""
+    store.attend(query, logits)
+    return store.bytes_read()
 
 
 class SteppingCache(DynamicCache):
@@ -146,8 +151,8 @@ class SteppingCache(DynamicCache):
         """Give everything back to the cache, which goes on from here."""
         self.settle()
         for compressed, layer in zip(self.cache.layers, self.layers, strict=True):
-            if layer.reading is not None:
-                compressed.reading = layer.reading if isinstance(layer.step, PagedStep) else told(layer.reading())
+            if layer.last is not None:
+                compressed.reading = partial(read_by, compressed.store, *layer.last)
 
     def check_whole(self) -> None:
         """Steps are whole by construction."""

@@ -6,7 +6,8 @@ what a method keeps beside them alike, so that what moves or shares pages moves 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TypeVar
@@ -23,7 +24,7 @@ PAGE = 64
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DecodeMetadata:
     """What a step has to know of a batch, the same for all of its layers."""
 
@@ -32,12 +33,14 @@ class DecodeMetadata:
     seq_lens: Tensor
     """[B] int32: tokens of each sequence, the new one included."""
     longest: int
-    """No sequence has more tokens. Known on the host: in a captured step, which is replayed as they grow, a bound."""
+    """Tokens of the longest sequence, known on the host; where a step is captured and replayed as sequences grow, what
+    they may grow to."""
     shortest: int
-    """None has fewer."""
-    contiguous: bool = True
-    """The block table is 0, 1, 2, …, sequence after sequence, so that a sequence's pages are one view."""
-    _reckoned: dict[Hashable, object] = field(default_factory=dict, compare=False, repr=False)
+    """Tokens of the shortest sequence, or fewer."""
+    contiguous: bool
+    """Whether the block table is 0, 1, 2, …, sequence after sequence, and there are no other pages: a sequence is then
+    one view."""
+    _reckoned: dict[Hashable, object] = field(default_factory=dict, init=False, repr=False)
 
     def once(self, name: Hashable, reckon: Callable[[], T]) -> T:
         """What `reckon` gives, for all layers of a step."""
@@ -70,14 +73,23 @@ def contiguous_table(sequences: int, pages: int, device: torch.device) -> Tensor
     return torch.arange(sequences * pages, device=device).view(sequences, pages)
 
 
-@lru_cache(maxsize=8)
-def contiguous_metadata(lengths: Sequence[int], capacity: int, device: torch.device) -> DecodeMetadata:
+def contiguous_metadata(lengths: tuple[int, ...], capacity: int, device: torch.device) -> DecodeMetadata:
     """Of sequences of these lengths in buffers of `capacity` tokens each: one object for all layers of a step."""
-    table = contiguous_table(len(lengths), capacity // PAGE, device)
-    return DecodeMetadata(table, torch.tensor(lengths, dtype=torch.int32, device=device), max(lengths), min(lengths))
+    return _contiguous(lengths, capacity, device, threading.get_ident())
 
 
-@dataclass(frozen=True)
+@lru_cache(maxsize=4)
+def _contiguous(lengths: tuple[int, ...], capacity: int, device: torch.device, thread: int) -> DecodeMetadata:
+    """Args: thread: another may work on another stream, which would not wait for what this one reckons."""
+    table, longest, shortest = contiguous_table(len(lengths), capacity // PAGE, device), max(lengths), min(lengths)
+    if longest == shortest:  # without a copy from the host, which would wait for the device
+        seq_lens = torch.full((len(lengths),), longest, dtype=torch.int32, device=device)
+    else:
+        seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
+    return DecodeMetadata(table, seq_lens, longest, shortest, contiguous=True)
+
+
+@dataclass(frozen=True, eq=False)
 class LayerCache:
     """One layer's buffers, for the tokens that `metadata` tells of."""
 
@@ -109,7 +121,7 @@ class LayerCache:
             held = self.metadata.once("held", lambda: self.metadata.seq_lens - 1)
             key, value = (new.pop(name).squeeze(2) for name in ("key", "value"))
             append(key, value, None, self._in_order("key"), self._in_order("value"), None, None, held)  # one launch
-        slots = self.metadata.last_slots()
+        slots = self.metadata.last_slots() if new else self.metadata.seq_lens
         for name, tensor in new.items():
             pages = self.pages[name]
             pages.view(-1, *pages.shape[2:]).index_copy_(0, slots, tensor.squeeze(2))
@@ -121,16 +133,14 @@ class PagedBuffer(TokenBuffer):
     In memory heads come first, so that the tokens of one head of a sequence lie next to one another.
     """
 
-    _pages: tuple[Tensor, Tensor] | None = None
-
     @property
     def pages(self) -> Tensor:
         """[N, PAGE, Hkv, …], a view."""
         assert self.tensor is not None
-        if self._pages is None or self._pages[0] is not self.tensor:
-            by_head = self.tensor.transpose(0, 1).flatten(1, 2).unflatten(1, (-1, PAGE))
-            self._pages = self.tensor, by_head.permute(1, 2, 0, *range(3, by_head.dim()))
-        return self._pages[1]
+        by_head = self.tensor.transpose(0, 1)
+        heads, batch, capacity = by_head.shape[:3]
+        by_page = by_head.view(heads, batch * capacity // PAGE, PAGE, *by_head.shape[3:])
+        return by_page.permute(1, 2, 0, *range(3, by_page.dim()))
 
     def keep(self, index: Tensor) -> None:
         if self.tensor is not None:

@@ -88,21 +88,37 @@ class Policy(ABC):
         return 0
 
 
-def bytes_read(policy: Policy, cache: LayerCache, selected: Selected | None) -> int:
-    """Of everything that a step read which `selected` these tokens. Waits for the device."""
-    key, value = cache.pages["key"], cache.pages["value"]
-    row = key.shape[-1] * key.element_size() + value.shape[-1] * value.element_size()
-    if selected is None:
-        return int(cache.metadata.seq_lens.sum()) * key.shape[2] * row
-    return int(selected.valid.sum()) * row + policy.index_bytes(cache.metadata) + policy.shared_bytes()
+@dataclass(frozen=True)
+class Reading:
+    """What a step has read, without the cache that it read it from."""
 
+    policy: Policy
+    metadata: DecodeMetadata
+    selected: Selected | None
+    heads: int
+    """Hkv"""
+    row: int
+    """Bytes of the key and the value of one token and head."""
 
-def read_mask(cache: LayerCache, selected: Selected | None) -> Tensor:
-    """[B, Hkv or Hq, longest] bool: the tokens whose keys and values a step read."""
-    metadata, heads = cache.metadata, cache.pages["key"].shape[2]
-    if selected is None:
-        valid = metadata.positions() < metadata.seq_lens.unsqueeze(1)
-        return valid.unsqueeze(1).expand(-1, heads, -1)
-    index, valid = selected.index.flatten(1, 2), selected.valid.flatten(1, 2)
-    times = torch.zeros(*index.shape[:2], metadata.longest, dtype=torch.int32, device=index.device)
-    return times.scatter_add_(2, index, valid.to(torch.int32)) > 0  # sums, since what pads repeats some token
+    @classmethod
+    def of(cls, policy: Policy, cache: LayerCache, selected: Selected | None) -> Reading:
+        key, value = cache.pages["key"], cache.pages["value"]
+        row = key.shape[-1] * key.element_size() + value.shape[-1] * value.element_size()
+        return cls(policy, cache.metadata, selected, key.shape[2], row)
+
+    def bytes_read(self) -> int:
+        """Of keys and values, and of what the policy keeps beside them. Waits for the device."""
+        if self.selected is None:
+            return int(self.metadata.seq_lens.sum()) * self.heads * self.row
+        index = self.policy.index_bytes(self.metadata) + self.policy.shared_bytes()
+        return int(self.selected.valid.sum()) * self.row + index
+
+    def mask(self) -> Tensor:
+        """[B, Hkv or Hq, longest] bool: the tokens whose keys and values were read."""
+        metadata = self.metadata
+        if self.selected is None:
+            valid = metadata.positions() < metadata.seq_lens.unsqueeze(1)
+            return valid.unsqueeze(1).expand(-1, self.heads, -1)
+        index, valid = self.selected.index.flatten(1, 2), self.selected.valid.flatten(1, 2)
+        times = torch.zeros(*index.shape[:2], metadata.longest, dtype=torch.int32, device=index.device)
+        return times.scatter_add_(2, index, valid.to(torch.int32)) > 0  # sums, since what pads repeats some token

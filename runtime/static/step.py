@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,15 +36,6 @@ class Step:
     def attend(self, query: Tensor, logits: Logits) -> Tensor:
         """[B, Hkv, G, D] -> [B, Hkv, G, Dv]."""
         raise NotImplementedError
-
-    def reading(self, query: Tensor, logits: Logits) -> Callable[[], int]:
-        """Tells the bytes that the step of this query, the last, has read; to be asked when the store is settled."""
-
-        def read() -> int:
-            self.store.attend(query, logits)
-            return self.store.bytes_read()
-
-        return read
 
     def write(self, key: Tensor, value: Tensor) -> None:
         """The new tokens [B, Hkv, D | Dv], each to the end of its row."""

@@ -6,7 +6,6 @@ The way in for methods that have moved to the new rooms, for as long as others l
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from ..attention import Logits, causal_attention
 from ..kv.buffers import Places, TokenBuffer
 from ..kv.pages import LayerCache, PagedBuffer, contiguous_metadata
-from ..methods.base import Attended, Policy, bytes_read, read_mask
+from ..methods.base import Policy, Reading
 from .base import Store
 from .saved import Saved
 
@@ -32,7 +31,7 @@ class PagedStore(Store):
         super().__init__()
         self.policy = policy
         self._limits: Tensor | None = None
-        self._last: tuple[LayerCache, Attended] | None = None
+        self._last: Reading | None = None
         """Of the last step, for `bytes_read` and `read_mask`."""
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits, valid: Tensor | None = None) -> Tensor:
@@ -57,7 +56,7 @@ class PagedStore(Store):
     def attend(self, query: Tensor, logits: Logits) -> Tensor:
         cache = self.cache()
         found = self.policy.step(query, cache, logits)
-        self._last = cache, found
+        self._last = Reading.of(self.policy, cache, found.selected)
         return found.output
 
     def cache(self) -> LayerCache:
@@ -70,21 +69,17 @@ class PagedStore(Store):
         return {name: rows.pages for name, rows in self.rows.items()}  # type: ignore[attr-defined]
 
     def bytes_read(self) -> int:
-        return self.reading()()
+        return 0 if self._last is None else self._last.bytes_read()
 
     def reading(self) -> Callable[[], int]:
-        if self._last is None:
-            return lambda: 0
-        cache, found = self._last
-        return partial(bytes_read, self.policy, cache, found.selected)
+        return self.bytes_read if self._last is None else self._last.bytes_read
 
     def shared_bytes(self) -> int:
         return self.policy.shared_bytes()
 
     def read_mask(self) -> Tensor:
         assert self._last is not None
-        cache, found = self._last
-        return read_mask(cache, found.selected)
+        return self._last.mask()
 
     def crop(self, tokens: int) -> None:
         self._retreat(tokens)

@@ -62,7 +62,8 @@ class RowStore(Store):
     def attend_densely(self, query: Tensor, logits: Logits) -> Tensor:
         """Read everything; the last step of `full`, and of short contexts."""
         key, value = self._whole("key"), self._whole("value")
-        self._read = key.nbytes + value.nbytes + self._encoding_bytes()
+        row = key.shape[3] * key.element_size() + value.shape[3] * value.element_size()
+        self._read = sum(self.lengths) * key.shape[1] * row + self._encoding_bytes()
         self._read_rows = None
         return attention(self._encode_query(query), key, value, logits, self._held())
 

@@ -73,6 +73,14 @@ def test_tokens_belong_to_the_nearest_codeword_and_sizes_count_them():
     assert bool((found.sizes[:, 1:] <= found.sizes[:, :-1]).all())
 
 
+def test_sizes_count_with_the_codewords_as_they_are_kept():
+    """Far from the origin the rounding of a codeword may give a token to another one."""
+    key, value = drawn(1, 4000, 4, seed=20) + 300, drawn(1, 4000, 2, seed=21)
+    found = fit_codebook(key, value, torch.ones(1, 2), codewords=40, iterations=3)
+    assert torch.equal(found.sizes[0], torch.bincount(found.assign(key, value)[0], minlength=40))
+    assert bool((found.sizes[:, 1:] <= found.sizes[:, :-1]).all())
+
+
 def test_again_the_same_bytes():
     key, value, _ = pairs()
     one, two = (fit_codebook(key, value, SPREAD, codewords=7, seed=3) for _ in range(2))
@@ -117,6 +125,11 @@ def test_spread_is_the_root_mean_variance():
 def test_codewords_that_a_sample_cannot_make(codewords):
     with pytest.raises(KvcalError, match=rf"{codewords} codewords of 30 sampled tokens \(layer 3\): ask for 1 to 30"):
         fit_codebook(drawn(1, 30, D), drawn(1, 30, DV), SPREAD[:1], codewords=codewords, where="layer 3")
+
+
+def test_no_iterations():
+    with pytest.raises(KvcalError, match="0 iterations: give at least 1"):
+        fit_codebook(drawn(1, 30, D), drawn(1, 30, DV), SPREAD[:1], codewords=2, iterations=0)
 
 
 def test_keys_that_are_no_numbers():

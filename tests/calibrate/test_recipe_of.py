@@ -92,6 +92,8 @@ def test_a_codebook_is_a_stage_of_its_own_where_it_is_not_the_one_that_the_pass_
     assert "stages" not in yaml.safe_load(recipe_of(made.with_stage("codebook", usual), ()))
     found = yaml.safe_load(recipe_of(made.with_stage("codebook", smaller), ()))
     assert found["stages"] == [{"cluster": {"metric": "joint", "clusters": 1, "iterations": 5, "seed": 3}}]
+    alone = replace(made, stages={name: stage for name, stage in made.stages.items() if name != "reservoir"})
+    assert "stages" in yaml.safe_load(recipe_of(alone.with_stage("codebook", usual), ())), "it cannot be told then"
 
 
 def test_a_model_of_the_hub_at_its_commit() -> None:

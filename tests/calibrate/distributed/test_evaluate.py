@@ -87,17 +87,18 @@ def test_what_a_killed_job_measured_is_kept_for_any_number_of_processes(tmp_path
     assert there + len((tmp_path / "count").read_text()) == 5 * 4  # settings by batches
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_cluster_finds_the_bytes_of_one_process(tmp_path, artifact, size):
+@pytest.mark.parametrize(("size", "metric"), [(2, "cosine"), (3, "cosine"), (2, "joint")])
+def test_cluster_finds_the_bytes_of_one_process(tmp_path, artifact, size, metric):
     """4 heads of 2 layers."""
     stages = []
     for number in (1, size):
         folder = tmp_path / str(number)
         shutil.copytree(artifact, folder)
-        job = start(tmp_path / f"logs-{number}", ["cluster", folder, "--clusters", 5], number)
+        job = start(tmp_path / f"logs-{number}", ["cluster", folder, "--clusters", 5, "--metric", metric], number)
         assert job.wait() == [0] * number, job.err
         stages.append({path.name: path.read_bytes() for path in folder.iterdir()})
-    assert stages[0] == stages[1] and any(name.startswith("clusters.") for name in stages[0])
+    made = "codebook." if metric == "joint" else "clusters."
+    assert stages[0] == stages[1] and any(name.startswith(made) for name in stages[0])
 
 
 def test_keys_that_cannot_be_clustered_are_told_once(tmp_path, artifact):

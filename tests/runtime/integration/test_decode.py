@@ -59,6 +59,19 @@ def generated(name, inputs, settings, **more):
         return model(name).generate(**inputs, max_new_tokens=STEPS, do_sample=False, **more)
 
 
+def bytes_after(inputs, tokens, settings):
+    """What the last decoded token reads of a cache to which these tokens came one by one, after the prompt."""
+    cache, prompt = CompressedCache(model(), artifact(), **settings), inputs["input_ids"].shape[1]
+    mask = torch.ones_like(tokens)
+    mask[:, :prompt] = inputs["attention_mask"]
+    with torch.no_grad():
+        for first, last in ((0, prompt), *((at, at + 1) for at in range(prompt, tokens.shape[1] - 1))):
+            positions = (mask[:, :last].cumsum(1) - 1).clamp_min(0)[:, first:]
+            given = {"attention_mask": mask[:, :last], "position_ids": positions, "past_key_values": cache}
+            model()(tokens[:, first:last], **given)
+    return cache.bytes_read()
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3", "phi3"])
 @pytest.mark.parametrize("method", METHODS)
 def test_equals_generate(name, method):
@@ -133,6 +146,7 @@ def test_rows_end_by_themselves(method):
     )
     expected = generated("llama", inputs, METHODS[method], eos_token_id=ends, pad_token_id=1)
     assert torch.equal(out.tokens, expected) and expected.shape[1] < 40 + STEPS
+    assert out.cache.bytes_read() == bytes_after(inputs, expected, METHODS[method]), "steps after the end do not count"
     assert out.cache.get_seq_length() == out.tokens.shape[1] - 1
 
 

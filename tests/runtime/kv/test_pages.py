@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvcal.runtime.attention import Logits, attention
 from kvcal.runtime.kv.pages import PAGE, DecodeMetadata, LayerCache, PagedBuffer, contiguous_metadata
-from kvcal.runtime.methods.base import bytes_read, read_mask
+from kvcal.runtime.methods.base import Reading
 from kvcal.runtime.methods.full import FullPolicy
 
 LENGTHS = (130, 1, 64, 77)
@@ -103,8 +103,9 @@ def test_full_attention_through_scattered_pages():
     for at, (key, value) in enumerate(zip(*rows().values(), strict=True)):
         alone = attention(query[at : at + 1].double(), key[None].double(), value[None].double(), logits)
         torch.testing.assert_close(found.output[at : at + 1].double(), alone, rtol=1e-5, atol=1e-6)
-    assert bytes_read(FullPolicy(), cache, found.selected) == sum(LENGTHS) * HEADS * (D + DV) * 4
-    assert read_mask(cache, found.selected).sum((1, 2)).tolist() == [HEADS * length for length in LENGTHS]
+    reading = Reading.of(FullPolicy(), cache, found.selected)
+    assert reading.bytes_read() == sum(LENGTHS) * HEADS * (D + DV) * 4
+    assert reading.mask().sum((1, 2)).tolist() == [HEADS * length for length in LENGTHS]
 
 
 def test_a_buffer_keeps_its_tokens_when_it_grows_and_when_sequences_are_chosen():
@@ -120,6 +121,9 @@ def test_a_buffer_keeps_its_tokens_when_it_grows_and_when_sequences_are_chosen()
     assert buffer.pages.shape == (3 * pages, PAGE, HEADS, D)
     assert torch.equal(buffer.pages[pages + 1, 5], tokens[0, :, PAGE + 5])
     assert buffer.pages.data_ptr() == buffer.tensor.data_ptr(), "a view, in which steps write"
+    buffer.tensor = buffer.tensor.contiguous()
+    with pytest.raises(RuntimeError, match="view"):  # rather than a copy, in which what is written would be lost
+        _ = buffer.pages
 
 
 def test_a_step_reckons_once_for_all_layers():
