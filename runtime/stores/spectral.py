@@ -282,6 +282,8 @@ class SpectralStore(SortedStore):
         if not self.selection.tail:
             return None
         values, scales = self.rows["cluster.value"].view, self.rows["cluster.value_scale"].view
+        if OPEN not in self.totals:  # tokens were taken back since the last one came
+            self.totals[OPEN] = self.sum_of_open()
         opened, sizes = self.totals[OPEN], self.clusters.sizes
         self._read += values.nbytes + scales.nbytes + opened.nbytes
         found, clusters = self._candidates, sizes.shape[-1]
