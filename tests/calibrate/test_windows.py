@@ -11,6 +11,7 @@ from architectures import ARCHITECTURES, build
 from click.testing import CliRunner
 
 from kvcal.artifacts import ArtifactError, KvcalError, load, save
+from kvcal.artifacts.schema import version_of
 from kvcal.calibrate.blocks import TokenBlocks
 from kvcal.calibrate.card import card_files
 from kvcal.calibrate.cli import cli
@@ -118,7 +119,10 @@ def test_reservoir_and_clusters_hold_layers_with_full_attention_alone(folder, ge
     assert set(found.stages["reservoir"].tensors) == {"token", "position", *held}
     assert {name.split(".")[1] for name in found.stages["clusters"].tensors} == {"1", "3"}
     assert {name.split(".")[1] for name in found.stages["pca"].tensors} == {"0", "1", "2", "3"}
-    assert version(folder) == 3
+    assert {name.split(".")[1] for name in found.stages["codebook"].tensors} == {"1", "3"}
+    assert version(folder) == 4
+    without = {name: stage for name, stage in found.stages.items() if name != "codebook"}
+    assert version_of({name: stage.tensors for name, stage in without.items()}, found.layers) == 3
     with pytest.raises(ArtifactError, match="stage reservoir has nothing of layer 2, which has a sliding window"):
         found.tensor("reservoir", 2, "value")
     seen = recorded(gemma)

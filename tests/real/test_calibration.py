@@ -77,9 +77,28 @@ def test_the_same_command_gives_the_same_bytes(artifact, calibrate_pca):
         "pca",
         "score",
         "reservoir",
+        "codebook",
     }
     for name in names:
         assert (again / name).read_bytes() == (artifact.folder / name).read_bytes(), name
+
+
+def test_codewords_explain_keys_and_values_of_text_that_they_were_not_fitted_to(artifact, unseen):
+    """Keys and values together lie nearer to their codeword than to the mean of the calibration text."""
+    shares = []
+    for layer, rows in enumerate(unseen):
+        get = {name: artifact.tensor("codebook", layer, name).double().numpy() for name in ("key", "value", "spread")}
+        for head in range(KV_HEADS):
+            key, value = (rows[name][head].astype(np.float64) for name in ("key_post", "value"))
+            a, b = get["spread"][head]
+            far = ((key[:, None] / a - get["key"][head] / a) ** 2).sum(-1)
+            far = far + ((value[:, None] / b - get["value"][head] / b) ** 2).sum(-1)
+            key_mean, value_mean = (
+                artifact.tensor("moments", layer, f"{name}.mean")[head].numpy() for name in ("key_post", "value")
+            )
+            around = (((key - key_mean) / a) ** 2).sum() + (((value - value_mean) / b) ** 2).sum()
+            shares.append(far.min(1).sum() / around)
+    assert np.mean(shares) < 0.9 and max(shares) < 1, shares
 
 
 def test_the_score_basis_keeps_attention_where_pca_loses_it(artifact, unseen):
