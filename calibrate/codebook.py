@@ -1,9 +1,9 @@
 """A codebook of key-value pairs per KV head: k-means of calibration keys and values together.
 
-A codeword is a mean key and a mean value. Decoding gives every token the codeword that is nearest to its key and value.
-It is the coarse quantiser of inverted files (Jégou, Douze and Schmid 2011) for attention, where two tokens are alike
-when their logits and what they contribute are alike. The code of a token then holds what the codeword's key leaves of
-its own (residual quantisation), in the basis that is best for the scores of just that.
+A codeword is a key and a value, and a token belongs to the codeword that is nearest to its own key and value. That is
+the coarse quantiser of inverted files (Jégou, Douze and Schmid 2011) for attention, where two tokens are alike when
+their logits and what they contribute are alike. Beside it comes the basis that is best for the scores of a key less its
+codeword's (residual quantisation).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Codebook:
     """The codebooks of one layer, codewords in descending order of size."""
 
     key: Tensor
-    """[Hkv, C, D] float32, mean key of each codeword's tokens."""
+    """[Hkv, C, D] float32, after the rotary embedding; but for what k-means has left to do, means of its tokens'."""
     value: Tensor
-    """[Hkv, C, Dv] float32, their mean value."""
+    """[Hkv, C, Dv] float32, likewise."""
     spread: Tensor
     """[Hkv, 2] float32, above 0: what distances between keys, and between values, are divided by."""
     sizes: Tensor

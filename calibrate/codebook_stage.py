@@ -1,4 +1,4 @@
-"""The stage `codebook`: what `spectral` decodes with, of every layer with full attention, from the reservoir."""
+"""The stage `codebook`, of every layer with full attention, from the reservoir. No method decodes with it yet."""
 
 from __future__ import annotations
 

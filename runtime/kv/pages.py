@@ -121,7 +121,9 @@ class LayerCache:
             held = self.metadata.once("held", lambda: self.metadata.seq_lens - 1)
             key, value = (new.pop(name).squeeze(2) for name in ("key", "value"))
             append(key, value, None, self._in_order("key"), self._in_order("value"), None, None, held)  # one launch
-        slots = self.metadata.last_slots() if new else self.metadata.seq_lens
+        if not new:
+            return
+        slots = self.metadata.last_slots()
         for name, tensor in new.items():
             pages = self.pages[name]
             pages.view(-1, *pages.shape[2:]).index_copy_(0, slots, tensor.squeeze(2))
