@@ -17,12 +17,15 @@ from typing import Any
 from demo import demo_artifact
 from spectral_page import write_page
 
+from kvcal.artifacts import KvcalError
 from kvcal.calibrate import load_model, open_data
 from kvcal.calibrate.evaluation.prompts import make_prompts
 from kvcal.calibrate.evaluation.protocol import evaluate
 from kvcal.calibrate.evaluation.results import Results
-from kvcal.calibrate.planning.plan import for_bytes, measure_offers
-from kvcal.calibrate.planning.prompts import QUESTIONS, split_prompts
+from kvcal.calibrate.planning.divergence import Decoder
+from kvcal.calibrate.planning.plan import for_bytes, measure_points, weigh
+from kvcal.calibrate.planning.prompts import QUESTIONS, PlanningRows, split_prompts
+from kvcal.calibrate.planning.subject import Subject
 
 FOLDER = Path(__file__).parent.parent / "docs" / "results"
 LEVELS = {"1/32": 1 / 32, "1/16": 1 / 16, "1/12": 1 / 12, "1/8": 1 / 8, "1/4": 1 / 4}
@@ -58,25 +61,28 @@ OTHERS: list[dict[str, Any]] = [
         for window, clusters, samples in ((16, 2, 8), (40, 4, 12), (90, 8, 24), (200, 16, 40))
     ),
 ]
-MIDDLE = {"method": "spectral", "rank": 32, "bits": 2, "keep": 0.03125, "tokens_per_cluster": 80}
-TWO_LEVELS = {"tokens_per_cluster": 32, "refine": 0.125, "flat_below": 0}
+MIDDLE = {"method": "spectral", "rank": 32, "bits": 2, "rows": 8, "keep": 0.03125}
 UNIFORM: list[dict[str, Any]] = [
-    {"method": "spectral", "rank": 16, "bits": 2, "keep": 0.0075, **TWO_LEVELS},
-    {**MIDDLE, "rank": 32, "bits": 4, "keep": 0.015625, **TWO_LEVELS},
-    {**MIDDLE, "keep": 0.015},
-    MIDDLE,
-    {**MIDDLE, "bits": 4, "keep": 0.04},
-    {**MIDDLE, "rank": 64, "bits": 4, "keep": 0.1},
+    {**MIDDLE, "rank": 16, "keep": 0.0078125},
+    {**MIDDLE, "rank": 16, "keep": 0.04},
+    {**MIDDLE, "keep": 0.0078125},
+    {**MIDDLE, "keep": 0.045},
+    {**MIDDLE, "keep": 0.12},
+    {**MIDDLE, "bits": 4, "keep": 0.06},
+    {**MIDDLE, "rank": 64, "keep": 0.3},
+    {**MIDDLE, "rank": 64, "bits": 4, "keep": 0.18},
 ]
 ABLATION: dict[str, dict[str, Any]] = {
     "as it is": MIDDLE,
-    "key PCA instead of the score basis": {**MIDDLE, "basis": "pca"},
-    "half the dimensions, 4 bits": {**MIDDLE, "rank": 16, "bits": 4},
+    "half the dimensions": {**MIDDLE, "rank": 16},
+    "twice the dimensions": {**MIDDLE, "rank": 64},
     "4 bits": {**MIDDLE, "bits": 4},
-    "no tail": {**MIDDLE, "tail": False},
-    "tail of clusters of 16": {**MIDDLE, "tokens_per_cluster": 16},
-    "two levels, an eighth refined": {**MIDDLE, **TWO_LEVELS},
-    "choice by the largest score of a group": {**MIDDLE, "select": "max"},
+    "half the dimensions, 4 bits": {**MIDDLE, "rank": 16, "bits": 4},
+    "rows of 16 bits": {**MIDDLE, "rows": 16},
+    "rows of 16 bits, half as many": {**MIDDLE, "rows": 16, "keep": 0.015625},
+    "no residual": {**MIDDLE, "residual": False},
+    "choice by a threshold from 128 scores": {**MIDDLE, "sample": 128},
+    "choice by the largest logit of a group": {**MIDDLE, "select": "max"},
     "choice by every query head": {**MIDDLE, "select": "head"},
 }
 
@@ -107,11 +113,7 @@ def measure() -> None:
     if path.exists():
         settings["plans"] = json.loads(path.read_text())["settings"]["plans"]
     if not settings["plans"]:
-        offers = measure_offers(loaded.model, artifact, measured, "spectral", progress=progress("measuring"))
-        for name, budget in LEVELS.items():
-            choice = for_bytes(offers, budget)
-            predicted = {"bytes": choice.bytes, "attention_error": choice.error}
-            settings["plans"][name] = {"layers": offers.layered(choice), "predicted": predicted}
+        settings["plans"] = plans_of(Subject(loaded.model, artifact, loaded.tokenizer), measured)
     plans = [{"method": plan["layers"]} for plan in settings["plans"].values()]
     results = Results.open(settings, path)
     grid = [*plans, *UNIFORM, *ABLATION.values(), *OTHERS]
@@ -124,6 +126,22 @@ def measure() -> None:
         results=results,
         progress=progress("decoding"),
     )
+
+
+def plans_of(subject: Subject, rows: PlanningRows) -> dict[str, Any]:
+    """By the names of `LEVELS` that reach."""
+    decoder = Decoder(subject, rows)
+    offers = weigh(decoder, measure_points(subject, rows, "spectral", progress("measuring")))
+    found = {}
+    for name, budget in LEVELS.items():
+        try:
+            best = for_bytes(decoder, offers, budget)[0]
+        except KvcalError as error:  # the cheapest settings read more
+            print(f"{name}: {error}", flush=True)
+            continue
+        predicted = {"bytes": best.choice.bytes, "attention_error": best.choice.error, "divergence": best.divergence}
+        found[name] = {"layers": offers.layered(best.choice), "kind": best.kind, "predicted": predicted}
+    return found
 
 
 def progress(what: str) -> Any:

@@ -15,8 +15,9 @@ Row = dict[str, Any]
 SLACK = 1.06
 """A row counts at a level when it reads at most so much of it: methods that keep so many tokens read a little more."""
 PLAN = "spectral, planned"
-BATCH, DIMS, TOKENS = 8, 64, 1024 + 64
-"""Rows that are decoded together, the head dim, and tokens of a row in the middle of its continuation."""
+BATCH, DIMS, CODEWORDS, TOKENS = 8, 64, 64, 1024 + 64
+"""Rows that are decoded together, the head dim, codewords of a KV head, and tokens of a row in the middle of its
+continuation."""
 
 
 def write_page(folder: Path, levels: Mapping[str, float], ablation: Mapping[str, Mapping[str, Any]]) -> None:
@@ -86,8 +87,8 @@ def by_level(
     lines = [["bytes", "method", *METRICS]]
     methods = list(dict.fromkeys(row["method"] for row in others))
     for name, level in levels.items():
-        row = planned[name]
-        lines.append([name, PLAN, *(f"{row[key]:.3f}" for key, _ in METRICS.values())])
+        row = planned.get(name)
+        lines.append([name, PLAN, *("–" if row is None else f"{row[key]:.3f}" for key, _ in METRICS.values())])
         groups = {"spectral, uniform": uniform} | {m: [row for row in others if row["method"] == m] for m in methods}
         for method, of_method in groups.items():
             best = [(key, best_of(within(of_method, level), badness)) for key, badness in METRICS.values()]
@@ -98,10 +99,10 @@ def by_level(
 def lost(levels: Mapping[str, float], planned: Mapping[str, Row], uniform: Sequence[Row], others: Sequence[Row]) -> str:
     lines = []
     for name, level in levels.items():
-        ours = [planned[name], *within(uniform, level)]
+        ours = {"planned": [planned[name]] if name in planned else [], "uniform": within(uniform, level)}
         for metric, (key, badness) in METRICS.items():
             rival = best_of(within(others, level), badness)
-            for kind, of_kind in (("planned", ours[:1]), ("uniform", ours[1:])):
+            for kind, of_kind in ours.items():
                 best = best_of(of_kind, badness)
                 if rival and best and badness(rival) < badness(best):
                     theirs = (
@@ -121,19 +122,21 @@ def plan_rows(
     recall = next(iter(planned.values()))["scores"]
     lines = [["budget", "", "bytes", "perplexity / full", *recall, "error", "predicted", "alone"]]
     for name, level in levels.items():
+        if name not in planned:
+            continue
         predicted = plans[name]["predicted"]["attention_error"]
-        alone = planned[name]["bytes"] + maps_of(plans[name]["layers"]) * (1 - 1 / BATCH)
-        lines.append([name, "planned", *cells(planned[name]), f"{predicted:.3f}", f"{alone:.4f}"])
+        alone = planned[name]["bytes"] + shared_of(plans[name]["layers"]) * (1 - 1 / BATCH)
+        lines.append([name, plans[name]["kind"], *cells(planned[name]), f"{predicted:.3f}", f"{alone:.4f}"])
         best = best_of(within(uniform, level), lambda row: row["perplexity_ratio"])
         if best is not None:
             lines.append(["", f"uniform: {describe(best)}", *cells(best), "", ""])
     return lines
 
 
-def maps_of(layers: Sequence[Mapping[str, Any]]) -> float:
-    """Bytes of the maps of all layers, over what dense attention reads of a row."""
-    maps = sum((2 * of["rank"] * DIMS + DIMS + of["rank"]) * 2 + 4 for of in layers if of["method"] != "full")
-    return maps / (len(layers) * TOKENS * 2 * DIMS * 2)
+def shared_of(layers: Sequence[Mapping[str, Any]]) -> float:
+    """Bytes of the codebooks and maps of all layers, over what dense attention reads of a row."""
+    numbers = sum(CODEWORDS * (2 * DIMS + 1) + 2 * of["rank"] * DIMS for of in layers if of["method"] != "full")
+    return numbers * 2 / (len(layers) * TOKENS * 2 * DIMS * 2)
 
 
 def ablation_rows(ablated: Mapping[str, Row]) -> list[list[str]]:
@@ -182,41 +185,26 @@ HEAD = """# spectral at equal bytes
 
 *The demo model's figures, which do not carry over to real ones: [real.md](real.md).*
 
-- **No other method does as well on less than an eighth of the bytes.** The plan for a sixteenth keeps the perplexity
-  (1.002) and answers every question; the best of the others within it have 1.27 (SparQ) and answer 0.72 (SparQ). At
-  1/32, the least that was tried, the plan has 1.10 and answers 0.91; of the others streaming comes next (1.53, none).
-- **Two cells are not won**, both perplexity against SparQ: 1/8 (1.0022 against 1.0030 planned, 0.9989 uniform) and
-  1/4 (1.0003 both). There is nothing left to win: all of them are full attention but for noise (1024 predicted tokens).
-  In attention error SparQ has three times as much (0.128 and 0.068 against 0.036 and 0.023).
-- **Bytes are those of batches of 8 rows**, which share the maps of the bases. A row by itself also reads the other 7/8
-  of them ("alone" in the table of plans): at 1024 tokens that is as much as the codes. It vanishes with the length, and
-  H2O, streaming, SparQ, Quest and ClusterKV have none: for one row at 1024 tokens compare a plan with the methods of
-  its "alone". The one for 1/16 (alone 0.095) still has no rival there.
-- **The planner is worth most where bytes are scarce**: at 1/16 1.002 against 1.026 with uniform settings, or 1.04 with
-  those that answer all questions. It predicts the error of the attention output that is then measured on other text
-  within a tenth. In the first layer, which attends to all tokens a little, it spends few rows; in the last one it
-  reads every code from 1/16 on, and refines clusters in the others. From 1/12 on uniform settings predict as well.
-- **What the parts are worth** (one thing changed at a time): without the tail perplexity goes from 1.013 to 1.064 and
-  the error from 0.090 to 0.465; two levels save a third of the bytes and cost 0.12 of the questions about eight facts;
-  a choice by the group's largest score loses a little against its mean softmax (1.018), one by every head gains a
-  little (1.007) and reads two fifths more. Four bits at half the rank read as much and answer 0.94 about one fact.
-- **The score basis is hardly better than key PCA here**: error 0.090 against 0.094, perplexity 1.013 against 1.007.
-  With half of the dimensions coded there is little to choose; the planner takes PCA in layers 2 and 3.
-
 `python benchmarks/spectral.py`: the demo model in bfloat16, 8 pieces of unseen text of 1024 tokens and 128 decoded
 ones, 32 questions about one fact or one of eight in 1024 tokens (other words than the model was trained on), and the
 artifact of `calibrate pca --model demo --data stdlib --seq-len 2048 --num-tokens 131072`. Plans were measured on other
 windows and questions than these. Perplexities are ratios over the same 1024 predicted tokens: a few
-thousandths mean nothing."""
-LEVELS = """For each budget (bytes read per step over dense attention's; codes, scales, maps, rows and tail count) the
+thousandths mean nothing.
+
+Bytes are those of batches of 8 rows, which share codebooks and maps. A row by itself also reads the other 7/8 of them
+("alone" in the table of plans), which vanishes with the length. At 1024 tokens codes, corrections and an eighth of the
+tables are more than 1/32 of dense attention's bytes: there is no plan for that. One of 1024 scores or fewer is chosen
+from exactly."""
+LEVELS = """For each budget (bytes read per step over dense attention's; codes, tables, corrections and rows count) the
 plan made for it, and of every other method the best row within it, or 6 % above, by each column on its own: a method's
 three cells may come from three settings.
 
 """
-PLANNER = """The plan for a budget, and the uniform settings of lowest perplexity within it. predicted: the attention
-error that the planner expected, from other text and questions.
+PLANNER = """The plan for a budget, by what it came from (losses weighted by layer, unweighted, or the same settings
+in all layers), and the uniform settings of lowest perplexity within it. predicted: the attention error that the
+planner expected, from other text and questions.
 
 """
-ABLATION = """Around rank 32, 2 bits, a thirty-second of the tokens read exactly, every code read, clusters of 80.
+ABLATION = """Around 32 dimensions in 2 bits, rows of 8 bits, a thirty-second of the tokens read exactly.
 
 """

@@ -26,17 +26,17 @@ from kvcal.runtime.stores.full import FullStore
 FOLDER = Path(__file__).parent.parent / "docs" / "results"
 TEXTS, PREFIX, STEPS, EVERY, BINS = 2, 128, 8192, 128, 8
 KEEP = 0.0625
-CODES: dict[str, Any] = {"rank": 32, "bits": 2, "tokens_per_cluster": 32}
-FLAT, TWO_LEVELS = {**CODES, "refine": 1.0}, {**CODES, "refine": 0.125, "flat_below": 0}
+CODES: dict[str, Any] = {"rank": 32, "bits": 2}
 LOKI = {"rank": 32, "select": "group", "basis": "score"}
 TRIED: dict[str, tuple[str, dict[str, Any], int]] = {
     "exact_topk": ("exact_topk", {"select": "group"}, 2048),
     "loki": ("loki", LOKI, 2048),
     "loki, calibrated at 4096": ("loki", LOKI, 4096),
-    "spectral, every code read": ("spectral", FLAT, 2048),
-    "spectral, every code read, calibrated at 4096": ("spectral", FLAT, 4096),
-    "spectral, two levels": ("spectral", TWO_LEVELS, 2048),
-    "spectral, two levels, calibrated at 4096": ("spectral", TWO_LEVELS, 4096),
+    "spectral": ("spectral", CODES, 2048),
+    "spectral, calibrated at 4096": ("spectral", CODES, 4096),
+    "spectral, 4 bits, calibrated at 4096": ("spectral", {**CODES, "bits": 4}, 4096),
+    "spectral, exact choice, calibrated at 4096": ("spectral", {**CODES, "choice": "exact"}, 4096),
+    "spectral, no residual, calibrated at 4096": ("spectral", {**CODES, "residual": False}, 4096),
 }
 """Method, settings, and tokens of the blocks that the artifact comes from."""
 
@@ -105,16 +105,6 @@ def page(results: dict[str, Any]) -> str:
 HEAD = f"""# Does spectral's selection go stale?
 
 *The demo model's figures, which do not carry over to real ones: [real.md](real.md).*
-
-**Not within the positions of its calibration.** Calibrated on blocks of 4096 tokens and with every code read, recall
-goes from 0.822 in the first bin to 0.847 at 4096 decoded tokens, the error from 0.105 to 0.036. Calibrated on blocks of
-2048 it falls from there on, as Loki's does (0.860 to 0.725 at 4096; Loki 0.917 to 0.828): the codes' mean and spread,
-and what the tail corrects for, are those of the keys of its positions. Beyond the model's own context of 4096, where
-no calibration reaches, it falls (0.745 at the end, Loki 0.893), and levels off.
-
-**Two levels** recall less than every code read, 0.07 at the beginning, 0.13 at 4096 and 0.08 at the end, with clusters
-that were made of 64 decoded tokens at a time. Their error is up to 1.6 times as large within 4096 (0.059 for 0.036),
-and no larger at the end.
 
 `python benchmarks/spectral_staleness.py`: stores take over {PREFIX} tokens and grow by {STEPS}, one at a time,
 twice the demo model's context, with the keys, values and queries of one dense pass over {TEXTS} unseen texts. Every

@@ -1,4 +1,4 @@
-"""The stage `codebook`, of every layer with full attention, from the reservoir. No method decodes with it yet."""
+"""The stage `codebook`, of every layer with full attention, from the reservoir: what `spectral` decodes with."""
 
 from __future__ import annotations
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from ..artifacts import Artifact, KvcalError, Stage
 from ..artifacts.claims import bounded
 from .methods.full import Full
+from .methods.spectral import Spectral
 from .sharing import SharingMap
 from .stores import Method
 from .stores.amounts import check_choice, check_flag
 from .stores.loki import Loki
-from .stores.spectral import Spectral
 
 NAME = "cla"
 STAGE = "cla"
@@ -127,7 +127,12 @@ def check_methods(groups: SharingMap, methods: Mapping[int, Method], bases: Mapp
                 f"layers {group[0]} and {other[0]} share one cache: give them the same method and settings (with "
                 "dense_layers, whole groups)"
             )
-        if isinstance(method, (Loki, Spectral)) and method.basis == "score":
+        if isinstance(method, Spectral):
+            raise KvcalError(
+                f"spectral's codebooks are of each layer's own keys and values, and layers "
+                f"{', '.join(map(str, group))} share theirs: take loki with basis='pca', or a method without a basis"
+            )
+        if isinstance(method, Loki) and method.basis == "score":
             raise KvcalError(
                 f"basis 'score' is fitted to the queries of one layer, and layers {', '.join(map(str, group))} all "
                 "read this cache: take basis='pca'"
@@ -136,31 +141,16 @@ def check_methods(groups: SharingMap, methods: Mapping[int, Method], bases: Mapp
             raise KvcalError("record_mass is what one layer's queries gave, for h2o, which cannot share: leave it out")
     for layer, method in methods.items():
         reads = groups.storing_of(layer) != layer
-        if reads or bases is None or not isinstance(method, (Loki, Spectral)):
+        if reads or bases is None:
             continue
-        if f"layers.{layer}.key_{method.stage}.components" not in bases:
-            name = type(method).__name__.lower()
-            raise KvcalError(f"{name} needs a basis of the keys as shared in layer {layer}: make it with {UPTRAIN}")
+        if isinstance(method, Spectral):
+            raise KvcalError("spectral has no codebooks of keys that uptraining changed: take loki with basis='pca'")
+        if isinstance(method, Loki) and f"layers.{layer}.key_{method.stage}.components" not in bases:
+            raise KvcalError(f"loki needs a basis of the keys as shared in layer {layer}: make it with {UPTRAIN}")
 
 
 def with_bases(artifact: Artifact, bases: Mapping[str, Tensor]) -> Artifact:
-    """The artifact as methods see it whose keys are shared: these bases with the moments of the keys that they are of,
-    and nothing that was fitted to other keys. Queries are those of the calibrated model."""
-    fitted = ("pca", "score", "clusters", "codebook", "reservoir")
+    """The artifact as methods see it whose keys are shared: these bases, and nothing that was fitted to other keys."""
+    fitted = ("moments", "pca", "score", "clusters", "codebook", "reservoir")
     stages = {name: stage for name, stage in artifact.stages.items() if name not in fitted}
-    if "moments" in stages:
-        found = _moments(bases, artifact.settings.get("centred", True))
-        stages["moments"] = Stage({**stages["moments"].tensors, **found}, stages["moments"].settings)
     return dataclasses.replace(artifact, stages={**stages, "pca": Stage(bases)})
-
-
-def _moments(bases: Mapping[str, Tensor], centred: bool) -> dict[str, Tensor]:
-    """Mean and covariance of the keys, by the names of the stage `moments`."""
-    found: dict[str, Tensor] = {}
-    for prefix in {name.rpartition(".")[0] for name in bases if name.endswith(".mean")}:
-        mean, components = (bases[f"{prefix}.{part}"].double() for part in ("mean", "components"))
-        spectrum = bases[f"{prefix}.eigenvalues" if centred else f"{prefix}.eigenvalues_uncentred"].double()
-        matrix = components.mT @ (spectrum.unsqueeze(-1) * components)
-        offset = 0 if centred else mean.unsqueeze(-1) * mean.unsqueeze(-2)
-        found |= {f"{prefix}.mean": mean, f"{prefix}.covariance": matrix - offset}
-    return found

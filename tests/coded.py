@@ -1,4 +1,4 @@
-"""An artifact for methods that code keys: random moments of queries and keys, and the bases that are made of them."""
+"""An artifact for methods that code keys: random moments of queries and keys, the bases of these, and codewords."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from kvcal.calibrate.pca import fit_pca, spectrum
 from kvcal.calibrate.score_basis import fit_score_basis
 
 COUNT = 1000
+CODEWORDS = 8
 
 
 @functools.cache
-def artifact(dim: int, kv_heads: int) -> Artifact:
+def artifact(dim: int, kv_heads: int, value_dim: int | None = None) -> Artifact:
     """One layer. Keys have a mean and a falling spectrum, queries another; before and after rotation they differ."""
     generator = torch.Generator().manual_seed(dim + kv_heads)
     moments: dict[str, Tensor] = {}
@@ -37,7 +38,17 @@ def artifact(dim: int, kv_heads: int) -> Artifact:
         score[f"layers.0.{stage}.query_map"] = best.query_map.float()
         score[f"layers.0.{stage}.key_map"] = best.key_map.float()
         score[f"layers.0.{stage}.singular_values"] = best.singular_values
-    stages = {"moments": Stage(moments), "pca": Stage(pca), "score": Stage(score)}
+    drawn = torch.randn(kv_heads, CODEWORDS, dim + (value_dim or dim), generator=generator)
+    codebook = {
+        "layers.0.key": drawn[..., :dim],
+        "layers.0.value": drawn[..., dim:],
+        "layers.0.spread": torch.ones(kv_heads, 2),
+        **{
+            f"layers.0.code.{name}": score[f"layers.0.post.{name}"]
+            for name in ("query_map", "key_map", "singular_values")
+        },
+    }
+    stages = {"moments": Stage(moments), "pca": Stage(pca), "score": Stage(score), "codebook": Stage(codebook)}
     return replace(samples.artifact(layers=1, head_dim=dim), stages=stages)
 
 

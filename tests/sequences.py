@@ -28,7 +28,7 @@ TOLERANCES: dict[torch.dtype, dict[str, float]] = {
 }
 
 
-CODED = {"keep": 0.3, "tokens_per_cluster": 4, "sinks": 2, "window": 3, "recent": 2, "rank": 1.0}
+CODED = {"keep": 0.3, "sinks": 2, "recent": 2, "rank": 1.0}
 TAIL = {"tail": True, "tokens_per_cluster": 4, "sinks": 2, "window": 3}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
@@ -55,9 +55,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "exact_topk-tail": ("exact_topk", {"keep": 0.3, "select": "head", **TAIL}),
     "quest-tail": ("quest", {"keep": 0.4, "page": 4, "select": "group", **TAIL}),
     "spectral": ("spectral", CODED),
-    "spectral-two-level": ("spectral", {**CODED, "flat_below": 0, "refine": 0.5, "select": "head", "bits": 4}),
-    "spectral-no-tail": ("spectral", {**CODED, "tail": False, "basis": "pca", "flat_below": 20, "refine": 3}),
-    "spectral-offload": ("spectral", {**CODED, "flat_below": 20, "offload": "cpu", "cached": 5}),
+    "spectral-head": ("spectral", {**CODED, "select": "head", "bits": 4, "choice": "exact"}),
+    "spectral-no-residual": ("spectral", {**CODED, "residual": False, "select": "max", "bits": 8}),
+    "spectral-8-bit-rows": ("spectral", {**CODED, "rows": 8, "sample": 16}),
     "sparq": ("sparq", {"rank": 0.25, "keep": 0.25, "select": "head"}),
     "streaming": ("streaming", {"keep": 0.25, "sinks": 2}),
     "h2o": ("h2o", {"keep": 0.25}),
@@ -69,6 +69,8 @@ EVICTING = [name for name, (method, _) in VARIANTS.items() if method in ("stream
 KEEPING = [name for name in VARIANTS if name not in EVICTING]
 CLUSTERED = [name for name, (_, settings) in VARIANTS.items() if "tokens_per_cluster" in settings]
 """Those whose tokens are in clusters."""
+PAGED = [name for name, (method, _) in VARIANTS.items() if method == "spectral"]
+"""Those whose pages have something of their own."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,7 @@ def thresholds(geometry: Geometry, loki: Loki, basis: Basis) -> Thresholds:
 
 @functools.cache
 def _spectral(geometry: Geometry, settings: tuple[tuple[str, Any], ...]) -> Callable[[], Store]:
-    artifact = coded.artifact(geometry.dim, geometry.kv_heads)
+    artifact = coded.artifact(geometry.dim, geometry.kv_heads, geometry.value_dim)
     return METHODS["spectral"](**dict(settings)).build(0, geometry.dim, artifact)
 
 

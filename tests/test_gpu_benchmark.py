@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pytest import approx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks" / "gpu"
@@ -57,13 +58,13 @@ def test_all_of_both_runs(bench, module, monkeypatch, tmp_path):
     for row in (row for row in out.rows if row["kind"] == "model"):
         assert row["why_not_captured"].startswith("CUDA graphs need a GPU")
     said = (tmp_path / "first.log").read_text()
-    assert "check step spectral, int2, flat: right; 1 compared" in said and "No module named 'flashinfer'" in said
+    assert "check step spectral: right; 1 compared" in said and "No module named 'flashinfer'" in said
     assert "step dense, 192 tokens, batch 2: 10.0 µs; expected 8.5 µs (3 launches, 0.1 MB)" in said  # at 105 GB/s
     page = module("page")
     page.write(page.read([tmp_path]), tmp_path)
     text = (tmp_path / "gpu.md").read_text()
     assert "| 192 | 2 | 10.0 (dense) | 10.0 (1.00×) |" in text and "†" not in text.partition("##")[2]
-    assert "25 of 25 checks of the kernels passed." in text
+    assert "16 of 16 checks of the kernels passed." in text
     assert "| 192 | 1 | clusterkv 8 | 10.0 (12.7) | 0.0 | append 10.0 (2.5), score 10.0 (2.5, 0 GB/s), " in text
 
 
@@ -100,8 +101,8 @@ def test_a_wrong_kernel_is_found(bench, module, monkeypatch):
 
     monkeypatch.setattr(gate, "score", wrong)
     found = worker.answer(bench, {"kind": "check", "check": "score"})
-    assert not found["passed"] and found["worst"] > 1 and len(found["found"]) == 7
-    assert "check score: WRONG; 7 compared, worst" in module("results").brief(found)
+    assert not found["passed"] and found["worst"] > 1 and len(found["found"]) == 4
+    assert "check score: WRONG; 4 compared, worst" in module("results").brief(found)
     assert worker.answer(bench, {"kind": "check", "check": "append"})["passed"]
 
 
@@ -143,7 +144,7 @@ def test_nan_is_never_near(module):
 
 
 def test_steps_that_read_everything_are_dense(module):
-    """Each of the measured steps, those over 4 and 2 bits and spectral's too, against one softmax in float64."""
+    """Each of the measured steps against one softmax in float64."""
     sizes = replace(module("sizes").DRY, keep=TOKENS, numbers="float32")
     for name, make in module("methods").methods(sizes).items():
         copy = module("caches").draw(sizes, 2, TOKENS, torch.device("cpu"), rotated=name == "loki")
@@ -183,7 +184,7 @@ class Launches(TorchDispatchMode):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels would run")
 def test_launches_are_those_that_are_reckoned_with(module, monkeypatch):
-    """A step of spectral is 9 kernels and 10 operations of torch, as kernels/remainder/README.md says."""
+    """As kernels/README.md has them. Operations of torch that spectral's step consists of are reckoned with about."""
     sizes, caches, expected = module("sizes").DRY, module("caches"), module("expected")
     launches = Launches(monkeypatch)
     seen = {}
@@ -194,12 +195,13 @@ def test_launches_are_those_that_are_reckoned_with(module, monkeypatch):
                 method, works = make(copy), expected.parts(sizes, name, TOKENS, batch)
                 method.step()  # makes what all later steps share
                 seen[name, batch] = launches.of(method.step)
-                step = expected.step(sizes, name, TOKENS, batch)
-                assert seen[name, batch] == (step.kernels, step.operations), (name, batch)
+                step, near = expected.step(sizes, name, TOKENS, batch), 0.05 if name == "spectral" else 0
+                assert seen[name, batch] == (step.kernels, approx(step.operations, rel=near)), (name, batch)
                 for part, call in method.parts.items():
-                    assert launches.of(call) == (works[part].kernels, works[part].operations), (name, part)
-    assert seen["spectral, int4", 1] == seen["spectral, int4", 2] == (9, 10)
+                    reckoned = works[part].kernels, approx(works[part].operations, rel=near)
+                    assert launches.of(call) == reckoned, (name, part)
     assert seen["dense", 1] == (3, 0) and seen["clusterkv 8", 2] == (5, 0)
+    assert seen["loki", 1] == (5, 3) and seen["loki, own index", 1] == (5, 1) and seen["spectral", 1][0] == 1
 
 
 def test_bytes_by_hand(module):
@@ -209,16 +211,15 @@ def test_bytes_by_hand(module):
     rows = 8 * 2048 * 2 * 128 * 2
     assert step("dense", batch=1).bytes == 2 * 8 * LONG * 128 * 2
     assert step("dense", batch=8).bytes == 8 * step("dense", batch=1).bytes
-    assert step("loki, int4", batch=1).bytes == 8 * LONG * (16 + 2 + 2) + rows + 8 * 2048 * 4
     assert step("loki", batch=1).bytes == 8 * LONG * (64 + 2) + rows + 8 * 2048 * 4
     clusters = round((LONG - 160 - 16) / 80)
     assert step("clusterkv 80", batch=1).bytes == 8 * clusters * (256 + 4 + 4) + rows
-    refined = LONG // 8 + 64
-    clusters = round((LONG - 32 - 16) / 32)
-    spectral = clusters * (34 + 4 + 10) + clusters * 8 + refined * (18 + 10) + clusters * (130 + 4)
-    assert step("spectral, int4", batch=1).bytes == 8 * spectral + rows + 8 * 2048 * 4
+    codebook = 64 * (4 * 128 + 1) + 2 * 64 * 128
+    spectral = 8 * (LONG * (64 // 4 + 3) + LONG // 64 * 130)
+    assert step("spectral", batch=1).bytes == spectral + rows + 8 * 2 * codebook
+    assert step("spectral", batch=8).bytes == 8 * (spectral + rows) + 8 * 2 * codebook
     # 537 MB at 90 % of 4.3 TB/s are 139 µs, and three launches of 2.5.
-    assert step("dense", batch=1).microseconds(4300) == pytest.approx(138.7 + 7.5, abs=0.1)
+    assert step("dense", batch=1).microseconds(4300) == approx(138.7 + 7.5, abs=0.1)
     weights = 32 * (4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)) + 128256 * 4096
     model = expected.model(sizes, "full", LONG, 1)
     assert model.bytes == 2 * weights + 32 * step("dense", batch=1).bytes
@@ -294,13 +295,13 @@ def test_the_page(module, tmp_path):
         *checks,
         {"kind": "ceilings", "copy": 4000.0, "read": 4200.0},
         attention("step", "dense", 90.0),
-        attention("step", "loki, int4", 50.0),
-        attention("step", "spectral, int2", 20.0, batch=1),
+        attention("step", "loki", 50.0),
+        attention("step", "spectral", 20.0, batch=1),
         attention("baseline", "SDPA flash", 100.0),
         attention("baseline", "SDPA flash", 80.0, batch=1),
         {"kind": "baseline", "method": "FlashInfer", "length": LONG, "batch": 8, "failed": "No module 'flashinfer'"},
-        {**attention("parts", "loki, int4", 0.0), "parts": parts},
-        attention("trace", "loki, int4", 52.0, launches=6, kernels=kernels),
+        {**attention("parts", "loki", 0.0), "parts": parts},
+        attention("trace", "loki", 52.0, launches=6, kernels=kernels),
         attention("step", "loki", 30.0, batch=1, length=8192),
         {"kind": "step", "method": "loki", "length": 32768, "batch": 1, "skipped": "no time left"},
     ])  # fmt: skip
@@ -310,25 +311,24 @@ def test_the_page(module, tmp_path):
         {**model, "method": "full", "ms": 20.0},
         {**model, "method": "loki", "ms": 8.0},
         {"kind": "build", "length": LONG, "calibrated": False, "failed": "it took more than 40 s and was stopped"},
-        {"kind": "counters", "method": "loki, int4", "length": LONG, "batch": 8,
+        {"kind": "counters", "method": "loki", "length": LONG, "batch": 8,
          "counters": [{"kernel": "score_kernel", "Duration": "21.5 us"}]},
     ])  # fmt: skip
     assert module("page").main([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path) == 0
     text = (tmp_path / "gpu.md").read_text()
     assert text.count("## NVIDIA Made Up") == 1 and "(gpu-nvidia-made-up.png)" in text
     assert (tmp_path / "gpu-nvidia-made-up.png").read_bytes().startswith(b"\x89PNG")
-    assert "24 of 25 checks of the kernels passed. Not passed: dense (wrong); what rests on them is marked †." in text
+    assert "15 of 16 checks of the kernels passed. Not passed: dense (wrong); what rests on them is marked †." in text
     # Dense is faster than the fastest that is known to be right, and compared with by nobody.
-    assert f"| {LONG} | 8 | 100.0 (SDPA flash) | 90.0 † (1.11×) | 50.0 (2.00×) | – | – |" in text
-    assert "- loki, int4, batch 8: 2.00× the fastest dense step (SDPA flash), target 4×." in text
-    assert "- spectral, int2, batch 1: 4.00× the fastest dense step (SDPA flash), target 4×." in text
+    assert f"| {LONG} | 8 | 100.0 (SDPA flash) | 90.0 † (1.11×) | 50.0 (2.00×) | – |" in text
+    assert "- spectral, batch 1: 4.00× the fastest dense step (SDPA flash), target 4×." in text
     parts = "score 20.0 (10.0, 400 GB/s), attend 20.0 (10.0, 400 GB/s)"
-    assert f"| {LONG} | 8 | loki, int4 | 50.0 (25.0) | 1.0 | {parts} | 10.0 |" in text
+    assert f"| {LONG} | 8 | loki | 50.0 (25.0) | 1.0 | {parts} | 10.0 |" in text
     assert "| 52.0 | 6 (3) | 1 × 21.0 + 1.5 `score_kernel` |" in text
     assert "- FlashInfer: No module 'flashinfer'" in text and "took more than 40 s" in text
     assert f"| {LONG} | 6 | loki | 8.00 | 15.00 | 50 | 2.50 | 16.0 |" in text
     assert f"| {LONG} | 6 | full | 20.00 † | 15.00 | 50 | 1.00 | 16.0 |" in text
-    assert "| loki, int4 | 8 | `score_kernel` | 21.5 us |" in text
+    assert "| loki | 8 | `score_kernel` | 21.5 us |" in text
     assert "Not measured: step loki 32768 1." in text
 
 

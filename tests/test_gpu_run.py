@@ -124,10 +124,10 @@ def test_rows_say_which_checks_they_lack(run, module, tmp_path):
         for name, passed in (("append", True), ("dense", True), ("score", False), ("step dense", True))
     ]
     step = {"kind": "step", "length": 64, "batch": 1}
-    steps = [{**step, "method": "dense"}, {**step, "method": "loki, int4"}]
+    steps = [{**step, "method": "dense"}, {**step, "method": "loki"}]
     run().go([phase(module, [*checks, *steps])])
     run(name="other").go([phase(module, [{"kind": "model", "method": "full", "length": 64, "batch": 1}, steps[1]])])
-    lacking = ["score", "select", "attend", "step loki, int4"]
+    lacking = ["score", "select", "attend", "step loki"]
     assert [row.get("unproven") for row in saved(tmp_path)[4:]] == [None, lacking]
     assert [row.get("unproven") for row in saved(tmp_path, "other")] == [None, lacking]
     assert "UNPROVEN: score, select" in (tmp_path / "test.log").read_text()
@@ -173,7 +173,7 @@ def test_saving_is_all_or_nothing(module, tmp_path, monkeypatch):
 
 def test_tools_that_are_missing_are_noted(run, module, tmp_path, monkeypatch):
     monkeypatch.setattr(module("tools"), "find", lambda tool: None)
-    counters = {"kind": "counters", "method": "loki, int4", "length": 64, "batch": 8}
+    counters = {"kind": "counters", "method": "loki", "length": 64, "batch": 8}
     begun = run()
     begun.go([phase(module, [counters, {"kind": "sanitizer", "check": "select"}], fresh=True)])
     begun.dry = False  # on a GPU nothing is run for them
@@ -186,11 +186,11 @@ def test_tools_that_are_missing_are_noted(run, module, tmp_path, monkeypatch):
 
 def test_tools_stand_before_the_worker(module, tmp_path):
     sizes = module("sizes").FULL
-    counters = {"kind": "counters", "method": "spectral, int4", "length": 131072, "batch": 8}
+    counters = {"kind": "counters", "method": "loki, own index", "length": 131072, "batch": 8}
     tool, arguments, measured = module("tools").watched(counters, sizes, tmp_path)
     assert tool == "ncu" and measured == {**counters, "kind": "eager"}
-    assert arguments[-4:] == ["--launch-skip", "18", "-c", "9"]  # nine launches, of the last of three steps
-    assert arguments[:2] == ["--clock-control", "none"] and str(tmp_path / "ncu-spectralint4-8.csv") in arguments
+    assert arguments[-4:] == ["--launch-skip", "10", "-c", "5"]  # five launches, of the last of three steps
+    assert arguments[:2] == ["--clock-control", "none"] and str(tmp_path / "ncu-lokiownindex-8.csv") in arguments
     tool, arguments, measured = module("tools").watched({"kind": "sanitizer", "check": "select"}, sizes, tmp_path)
     assert tool == "compute-sanitizer" and measured == {"kind": "check", "check": "select", "small": True}
 
@@ -202,12 +202,12 @@ def test_what_tools_say(module, tmp_path):
     assert tools.seen(sanitizer, tmp_path, 0, clean) == {"passed": True, "note": "ERROR SUMMARY: 0 errors"}
     assert not tools.seen(sanitizer, tmp_path, 9, errors)["passed"]
     assert not tools.seen(sanitizer, tmp_path, None, [])["passed"]
-    counters = {"kind": "counters", "method": "loki, int4", "batch": 8}
+    counters = {"kind": "counters", "method": "loki", "batch": 8}
     assert (
         "ncu wrote nothing; it ended with 1: no permission"
         in tools.seen(counters, tmp_path, 1, ["no permission"])["failed"]
     )
-    (tmp_path / "ncu-lokiint4-8.csv").write_text(
+    (tmp_path / "ncu-loki-8.csv").write_text(
         '==PROF== Connected\n"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
         '"0","score_kernel","Duration","us","21.5"\n"0","score_kernel","Waves Per SM","","3"\n'
         '"1","select_kernel","Duration","us","19"\n"0","score_kernel","DRAM Throughput","%","81.2"\n'

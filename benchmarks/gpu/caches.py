@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -15,9 +15,13 @@ from sizes import Sizes
 from torch import Tensor
 
 from kvcal.runtime.kv.buffers import TokenBuffer
-from kvcal.runtime.kv.pages import PagedBuffer
+from kvcal.runtime.stores.paged import PagedStore
 
-KERNELS = ("append", "attend", "cluster", "dense", "remainder", "score", "score.runs", "select")
+CHOOSING = (
+    *(f"kernels.{name}" for name in ("append", "attend", "cluster", "dense", "score", "select")),
+    "runtime.kv.pages", "runtime.methods.full",
+)  # fmt: skip
+"""Modules that choose a backend: of every kernel, and where a step takes another way where kernels run."""
 COLD = 4
 """Times the L2 cache that has to be read before something is read again."""
 MOST_COPIES = 24
@@ -82,8 +86,8 @@ def copies(sizes: Sizes, batch: int, length: int, device: torch.device) -> list[
     wanted, fitting = 2, 2
     if device.type == "cuda":
         wanted = math.ceil(COLD * l2_bytes(device) / (token * min(sizes.keep, length)))
-        # Half as much again for an index, clusters and what a baseline makes of it.
-        fitting = int(torch.cuda.mem_get_info(device)[0] * 0.5 / (token * length))
+        # As much again for the pages of a store or of a baseline, with what an index takes.
+        fitting = int(torch.cuda.mem_get_info(device)[0] * 0.4 / (token * length))
     number = max(1, min(wanted, fitting, MOST_COPIES))
     return [draw(sizes, batch, length, device, seed) for seed in range(number)]
 
@@ -93,41 +97,29 @@ def l2_bytes(device: torch.device) -> int:
 
 
 def fill(store: Any, length: int, tensors: Mapping[str, Tensor], chunk: int = 256) -> None:
-    """Make a store hold the first `length` tokens of its tensors [B, Hkv, capacity, …]; by page they are copied."""
+    """Make a store hold the first `length` tokens of its tensors [B, Hkv, capacity, …], without copying them."""
     batch = tensors["key"].shape[0]
     for name, tensor in tensors.items():
-        rows = store._buffer(name)
-        if isinstance(rows, PagedBuffer):
-            rows.reserve(tensor.shape[2], tensor)
-            rows.tensor[:, :, : tensor.shape[2]] = tensor
-        else:
-            rows = TokenBuffer(chunk)
-            rows.tensor = tensor
-        rows.used = length
+        rows = TokenBuffer(chunk)
+        rows.tensor, rows.used = tensor, length
         store.rows[name] = rows
     store.lengths, store.seen = [length] * batch, length
 
 
-def fill_clusters(
-    store: Any,
-    sizes: Sizes,
-    length: int,
-    per_cluster: int,
-    seed: int = 0,
-    *,
-    window: int | None = None,
-    means: Callable[[int], Mapping[str, Tensor]] | None = None,
-) -> None:
+def fill_pages(store: PagedStore, key: Tensor, value: Tensor, chunk: int = 8192) -> None:
+    """Make a store that has a layout of its own hold all of these tokens. Args: chunk: tokens encoded at a time."""
+    for some in zip(key.split(chunk, 2), value.split(chunk, 2), strict=True):
+        store.append(*some)
+
+
+def fill_clusters(store: Any, sizes: Sizes, length: int, per_cluster: int, seed: int = 0) -> None:
     """Clusters over all tokens of a filled store but the sinks and half a window, of unequal sizes.
 
     Their tokens are adjacent, as the store sorts them; that their means are random matters to no time.
-
-    Args:
-        window: of the store; means: what it holds of so many of them; both as of ClusterKV by default.
     """
     key = store.rows["key"].tensor
     batch, heads, _, dims = key.shape
-    upto = length - (sizes.window if window is None else window) // 2
+    upto = length - sizes.window // 2
     clustered = upto - sizes.sinks
     count = max(1, round(clustered / per_cluster))
     room = -(-(count + 8) // 16) * 16
@@ -135,16 +127,14 @@ def fill_clusters(
     member_of = torch.randint(count, (batch * heads, clustered), generator=generator, device=key.device)
     size = torch.zeros(batch * heads, room, dtype=torch.int32, device=key.device)
     size.scatter_add_(1, member_of, torch.ones_like(member_of, dtype=torch.int32))
-
-    def plain(clusters: int) -> dict[str, Tensor]:
-        shape = batch, heads, clusters, dims
-        drawn = (torch.randn(shape, generator=generator, device=key.device) for _ in "kv")
-        names = ("cluster.key", "cluster.value")
-        return {name: of.to(sizes.dtype).to(key.dtype) for name, of in zip(names, drawn, strict=True)}
-
+    shape = batch, heads, room, dims
+    means = {
+        name: torch.randn(shape, generator=generator, device=key.device).to(sizes.dtype).to(key.dtype)
+        for name in ("cluster.key", "cluster.value")
+    }
     position = torch.arange(key.shape[2], dtype=torch.int32, device=key.device).view(1, 1, -1, 1)
     tensors = {
-        **(means or plain)(room),
+        **means,
         "cluster.size": size.view(batch, heads, room, 1),
         "position": position.expand(batch, heads, -1, -1).contiguous(),
     }
@@ -162,7 +152,6 @@ def fill_clusters(
 def forced(backend: str) -> Iterator[None]:
     """Every kernel runs on one backend, also where steps leave the choice to it."""
     with ExitStack() as stack:
-        for name in (*(f"kernels.{kernel}" for kernel in KERNELS), "runtime.methods.full", "runtime.kv.pages"):
-            module = import_module(f"kvcal.{name}")
-            stack.enter_context(mock.patch.object(module, "choose", lambda *_: backend))
+        for name in CHOOSING:
+            stack.enter_context(mock.patch.object(import_module(f"kvcal.{name}"), "choose", lambda *_: backend))
         yield

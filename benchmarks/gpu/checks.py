@@ -11,24 +11,19 @@ from baselines import first_line
 from gate import Gate, check_append, check_cluster, check_score
 from gate_attention import check_attend, check_dense, check_runs, check_step, check_tail, check_unread
 from gate_select import check_select, check_select_runs
-from gate_spectral import check_chosen_slots, check_offset, check_remainder, check_score_runs
 from methods import methods
 from sizes import Sizes
 
 KERNELS: dict[str, Callable[[Gate], None]] = {
     "append": check_append,
-    "append with an offset": check_offset,
     "score": check_score,
-    "score_runs": check_score_runs,
     "select": check_select,
     "select_runs": check_select_runs,
-    "chosen_slots": check_chosen_slots,
     "dense": check_dense,
     "attend": check_attend,
     "attend_runs": check_runs,
     "tail": check_tail,
     "unread": check_unread,
-    "remainder": check_remainder,
     "cluster": check_cluster,
 }
 

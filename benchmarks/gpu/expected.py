@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sizes import FORMS, REFINE, Sizes
+from sizes import BITS, CODEWORDS, RANK, Sizes
 
 LAUNCH_US, OPERATION_US, EAGER_US = 2.5, 1.7, 6.0
 """Of a kernel of ours, which waits for its operands, and of a small operation of torch, in a graph; of one outside."""
@@ -20,6 +20,10 @@ DATA_SHEET = {"H100": 3350.0, "H200": 4800.0, "A100": 2039.0}
 """GB/s, where no rate was measured."""
 LAYER_OPERATIONS = 37
 """Of torch, in a layer of the model beside its attention step: norms, rotary embedding, projections, gated MLP."""
+PAGE = 64
+"""Tokens of the runtime's pages."""
+OF_ENCODING, OF_SPECTRAL = 95, 121
+"""Of torch, about, as a spectral step writes a token and as it attends from it."""
 
 SEGMENT, LUMPS = 8192, 64
 """Tokens that a store clusters together, and calibrated centroids that build.py gives it."""
@@ -99,7 +103,7 @@ def parts(sizes: Sizes, method: str, length: int, batch: int) -> dict[str, Work]
     if kind == "loki":
         return {**loki(sizes, method, length, batch), "attend": rows}
     if kind == "clusterkv":
-        clusters = pairs * clusters_of(sizes, length, int(method.split()[1]), sizes.window)
+        clusters = pairs * clusters_of(sizes, length, int(method.split()[1]))
         mean = sizes.dims * sizes.itemsize
         return {
             "append": Work(0, 1),
@@ -107,55 +111,38 @@ def parts(sizes: Sizes, method: str, length: int, batch: int) -> dict[str, Work]
             "select": Work(clusters * 4, 1),
             "attend": Work(pairs * kept * 2 * sizes.dims * sizes.itemsize, 2),
         }
-    return {**spectral(sizes, method, length, batch), "attend": rows}
+    return spectral(sizes, length, batch)
 
 
 def dense_bytes(sizes: Sizes, length: int, batch: int) -> int:
     return batch * sizes.heads * length * 2 * sizes.dims * sizes.itemsize
 
 
-def clusters_of(sizes: Sizes, length: int, per_cluster: int, window: int) -> int:
-    return max(1, round((length - window // 2 - sizes.sinks) / per_cluster))
+def clusters_of(sizes: Sizes, length: int, per_cluster: int) -> int:
+    return max(1, round((length - sizes.window // 2 - sizes.sinks) / per_cluster))
 
 
 def loki(sizes: Sizes, method: str, length: int, batch: int) -> dict[str, Work]:
-    code = {"loki, int4": sizes.rank / 2 + 2, "loki, int2": sizes.rank / 2 + 2}.get(method, sizes.rank * sizes.itemsize)
     copied = batch > 1  # the map, once a row
-    turned = (
-        {"rest": Work(0, 0, 2 + copied)} if method == "loki" else {}
-    )  # the query into the basis, and the result back
+    # The query into the basis, and the result back.
+    turned = {"rest": Work(0, 0, 2 + copied)} if method == "loki" else {}
     return {
         "append": Work(0, 1),
         "project": Work(0, 0, 1 + copied),
-        "score": Work(batch * sizes.heads * length * (code + 2), 1),
+        "score": Work(batch * sizes.heads * length * (sizes.rank * sizes.itemsize + 2), 1),
         "select": Work(0, 1),
         **turned,
     }
 
 
-def spectral(sizes: Sizes, method: str, length: int, batch: int) -> dict[str, Work]:
-    _, form, *flat = method.split(", ")
-    bits, times = FORMS[form]
-    pairs, item = batch * sizes.heads, 2
-    clusters = clusters_of(sizes, length, sizes.coded_per_cluster, sizes.coded_window)
-    scored = length if flat else int(REFINE * length) + sizes.coded_window
-    code, mean = times * sizes.rank * bits / 8 + 2, times * sizes.rank + 2
-    scores = (sizes.group + 1) * item
-    before = {
-        "append": Work(0, 1),
-        "project": Work(0, 0, 2),
-        "clusters": Work(pairs * clusters * (mean + 4 + scores), 1, 8),
-        "refine": Work(pairs * clusters * 8, 1),
-    }
-    if flat:
-        del before["clusters"], before["refine"]
-    return {
-        **before,
-        "score": Work(pairs * scored * (code + scores), 1),
-        "select": Work(0, 1),
-        "slots": Work(0, 1),
-        "rest": Work(pairs * clusters * (sizes.dims + 2 + 4), 1),
-    }
+def spectral(sizes: Sizes, length: int, batch: int) -> dict[str, Work]:
+    """What it has to read: of every token the code, of every page the mean error, of every head the codebook."""
+    rank = int(RANK * sizes.dims)
+    token, page = rank * BITS / 8 + 2 + 1, sizes.dims + 2
+    shared = sizes.heads * 2 * (CODEWORDS * (4 * sizes.dims + 1) + 2 * rank * sizes.dims)
+    pairs, kept = batch * sizes.heads, min(sizes.keep, length)
+    read = pairs * (length * token + length // PAGE * page + kept * 2 * sizes.dims * sizes.itemsize)
+    return {"append": Work(0, 1, OF_ENCODING), "attend": Work(read + shared, 0, OF_SPECTRAL)}
 
 
 def build(sizes: Sizes, length: int, calibrated: bool, passes: int) -> Work:
@@ -169,7 +156,7 @@ def build(sizes: Sizes, length: int, calibrated: bool, passes: int) -> Work:
 
 def model(sizes: Sizes, method: str, length: int, batch: int) -> Work:
     """A decode step of the whole model: weights, and each layer's attention."""
-    name = {"full": "dense"}.get(method, method.replace("spectral ", "spectral, "))
+    name = {"full": "dense"}.get(method, method)
     wide, narrow = sizes.group * sizes.heads * sizes.dims, sizes.heads * sizes.dims
     layer = sizes.hidden * (2 * wide + 2 * narrow + 3 * sizes.intermediate)
     weights = sizes.layers * layer + sizes.vocabulary * sizes.hidden

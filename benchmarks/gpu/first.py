@@ -18,11 +18,10 @@ from sizes import Sizes
 
 Rows = list[dict[str, Any]]
 CHECKS = (
-    "select", "select_runs", "score", "score_runs", "attend", "attend_runs", "remainder", "dense", "append",
-    "append with an offset", "chosen_slots", "tail", "unread", "cluster",
+    "select", "select_runs", "score", "attend", "attend_runs", "dense", "append", "tail", "unread", "cluster",
 )  # fmt: skip
 """Of kernels; those of whole steps, which compile most, begin before them."""
-TELLING, TRACED = slice(0, 5), slice(1, 4)
+TELLING, TRACED = slice(0, 4), slice(1, 4)
 """Of `Sizes.methods`: those whose parts are measured, also at other lengths; those whose steps are traced."""
 BASELINES = (
     "SDPA flash, grouped", "SDPA flash", "SDPA cuDNN, grouped", "SDPA cuDNN", "SDPA efficient, grouped",

@@ -16,9 +16,7 @@ from torch import Tensor
 
 from kvcal.kernels.append import append
 from kvcal.kernels.cluster import assign, update
-from kvcal.kernels.score import quantize, score, unpack
-
-LARGEST = {8: 127, 4: 7, 2: 1.5}
+from kvcal.kernels.score import score
 
 
 class Gate:
@@ -62,59 +60,46 @@ def check_append(gate: Gate) -> None:
     batch, heads, dims, rank, capacity = 3, sizes.heads, sizes.dims, sizes.rank, sizes.gate
     key_new, value_new = gate.normal(batch, heads, dims), gate.normal(batch, heads, dims)
     map = gate.normal(heads, rank, dims) / dims**0.5
-    lengths = gate.integers(capacity - 1, capacity // 2, capacity // 3)
-    active = torch.tensor([True, True, False], device=gate.device)
     projected = torch.einsum("hrd,bhd->bhr", map.double(), key_new.double())
-    for bits in (16, 8, 4, 2):
-        key, value = gate.nan(batch, heads, capacity, dims), gate.nan(batch, heads, capacity, dims)
-        codes, scales = quantize(torch.zeros(batch, heads, capacity, rank, dtype=sizes.dtype, device=gate.device), bits)
-        append(key_new, value_new, map, key, value, codes, scales, lengths, active, bits=bits, backend=gate.backend)
-        expected_key, expected_value = torch.full_like(key, torch.nan), torch.full_like(value, torch.nan)
-        held = []
-        for row in range(2):
-            slot = int(lengths[row])
-            expected_key[row, :, slot], expected_value[row, :, slot] = key_new[row], value_new[row]
-            scale = 1.0 if scales is None else scales[row, :, slot].double().unsqueeze(-1)
-            held.append(unpack(codes[row, :, slot], bits).double() * scale)
-        gate.same(f"append {bits}: keys", key, expected_key)
-        gate.same(f"append {bits}: values", value, expected_value)
-        if scales is None:
-            gate.near("append 16: index", torch.stack(held), projected[:2], 5e-3)
-        else:
-            # Half a code, and what the rounding of the scale to 11 bits adds to the largest ones.
-            step = projected[:2].abs().amax(-1, keepdim=True) / LARGEST[bits]
-            worst = ((torch.stack(held) - projected[:2]) / step).abs().max()
-            gate.at_most(f"append {bits}: index, in codes", float(worst), 0.501 + LARGEST[bits] * 2**-11)
+    lengths, active = gate.integers(capacity - 1, 5, 7), torch.tensor([True, True, False], device=gate.device)
+    key, value = gate.nan(batch, heads, capacity, dims), gate.nan(batch, heads, capacity, dims)
+    index = gate.nan(batch, heads, capacity, rank)
+    append(key_new, value_new, map, key, value, index, lengths, active, backend=gate.backend)
+    expected_key, expected_value = torch.full_like(key, torch.nan), torch.full_like(value, torch.nan)
+    expected_index = gate.nan(batch, heads, capacity, rank, dtype=torch.float64)
+    for row in range(2):
+        slot = int(lengths[row])
+        expected_key[row, :, slot], expected_value[row, :, slot] = key_new[row], value_new[row]
+        expected_index[row, :, slot] = projected[row]
+    gate.same("append: keys", key, expected_key)
+    gate.same("append: values", value, expected_value)
+    untouched = expected_index.isnan()
+    gate.same("append: index, beyond", index.where(untouched, 0), expected_index.where(untouched, 0))
+    gate.near("append: index", index[~untouched], expected_index[~untouched], 5e-3)
 
 
 def check_score(gate: Gate) -> None:
     sizes = gate.sizes
-    for bits, combine, out_dtype, capacity in (
-        (16, "max", torch.float16, sizes.gate),
-        (16, "none", torch.float32, sizes.gate),
-        (8, "max", torch.float16, sizes.gate),
-        (4, "max", torch.float16, sizes.gate_long),
-        (4, "none", torch.float32, sizes.gate + 3),
-        (2, "max", torch.float16, sizes.gate_long),
-        (2, "none", torch.float32, sizes.gate + 3),
+    for combine, out_dtype, capacity, softcap in (
+        ("max", torch.float16, sizes.gate_long, None),
+        ("max", torch.float16, sizes.gate, 30.0),
+        ("none", torch.float32, sizes.gate, None),
+        ("none", torch.float32, sizes.gate + 3, None),
     ):
         lengths = gate.integers(capacity, capacity // 2 + 13, 1)
         query = gate.normal(3, sizes.heads, sizes.group, sizes.rank)
-        codes, scales = quantize(gate.normal(3, sizes.heads, capacity, sizes.rank), bits)
-        shape = (sizes.group,) if combine == "none" else ()
-        out = gate.nan(3, sizes.heads, *shape, capacity, dtype=out_dtype)
-        options: dict[str, Any] = {"bits": bits, "combine": combine, "softcap": 30.0 if bits == 8 else None}
-        score(
-            query, codes, scales, lengths, scaling=sizes.scaling, out=out, out_dtype=out_dtype,
-            backend=gate.backend, **options,
-        )  # fmt: skip
-        exact = sizes.scaling * query.double() @ unpack(codes, bits).double().mT
-        exact = exact if scales is None else exact * scales.double().unsqueeze(2)
-        exact = 30 * torch.tanh(exact / 30) if bits == 8 else exact
+        index = gate.normal(3, sizes.heads, capacity, sizes.rank)
+        exact = sizes.scaling * query.double() @ index.double().mT
+        exact = exact if softcap is None else softcap * torch.tanh(exact / softcap)
         exact = exact.amax(2) if combine == "max" else exact
         beyond = torch.arange(capacity, device=gate.device) >= lengths.view(-1, *[1] * (exact.dim() - 1))
-        name = f"score {bits} {combine} of {capacity}"
-        gate.near(name, out, exact.masked_fill(beyond, -torch.inf), 1e-3)
+        shape = (sizes.group,) if combine == "none" else ()
+        out = gate.nan(3, sizes.heads, *shape, capacity, dtype=out_dtype)
+        score(
+            query, index, lengths, scaling=sizes.scaling, out=out, out_dtype=out_dtype,
+            combine=combine, softcap=softcap, backend=gate.backend,
+        )  # fmt: skip
+        gate.near(f"score {combine} of {capacity}", out, exact.masked_fill(beyond, -torch.inf), 1e-3)
 
 
 def check_cluster(gate: Gate) -> None:

@@ -6,19 +6,18 @@ import statistics
 from typing import Any
 
 import torch
-from caches import fill, fill_clusters
+from caches import fill, fill_clusters, fill_pages
+from codebook import fitted, settings
 from sizes import Sizes
-from spectral_steps import coded_basis, fill_spectral
-from spectral_steps import settings as spectral_settings
 from timing import tidy
 from torch import Tensor
 
 from kvcal.runtime.replay import Replay, State
 from kvcal.runtime.sampling import Sampler
-from kvcal.runtime.stores import METHODS, Method, Store
+from kvcal.runtime.stores import METHODS
 from kvcal.runtime.stores.basis import Basis
 from kvcal.runtime.stores.loki import LokiStore
-from kvcal.runtime.stores.spectral import Spectral, SpectralStore
+from kvcal.runtime.stores.paged import PagedStore
 
 Row = dict[str, Any]
 WARM = 4
@@ -93,30 +92,28 @@ def made_cache(model: Any, sizes: Sizes, held: int, batch: int, name: str) -> An
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=model.device, dtype=sizes.dtype)
 
-    kind, _, form = name.partition(" ")
-    if kind == "spectral":
-        method, per_cluster = spectral_settings(sizes, form), 0
-    else:
-        given = parameters(sizes, name)
-        method, per_cluster = METHODS[kind](**given), given.get("tokens_per_cluster", sizes.per_cluster[0])
+    kind = name.partition(" ")[0]
+    method: Any = settings(sizes) if kind == "spectral" else METHODS[kind](**parameters(sizes, name))
     square = torch.randn(sizes.heads, sizes.dims, sizes.dims, generator=generator, device=model.device)
     components = torch.linalg.qr(square)[0].cpu()
-    basis: Any = Basis(components, components, sizes.rank)
-    if isinstance(method, Spectral):
-        basis = coded_basis(sizes, components, method)
     layers = range(sizes.layers)
-    methods, builders = dict.fromkeys(layers, method), dict.fromkeys(layers, builder(method, basis))
-    recipe = Recipe(methods, builders, None, len(layers))
+    if kind == "loki":  # without an artifact to take its basis from
+        basis = Basis(components, components, sizes.rank)
+        builders: dict[int, Any] = dict.fromkeys(layers, lambda: LokiStore(method, basis))
+    else:
+        artifact = fitted(sizes, components, len(layers))
+        builders = {layer: method.build(layer, sizes.dims, artifact) for layer in layers}
+    recipe = Recipe(dict.fromkeys(layers, method), builders, None, len(layers))
     cache = CompressedCache.of(model, recipe)
     for store in cache.stores.values():
         shape = batch, sizes.heads, held + sizes.spare, sizes.dims
         key, value = normal(*shape), normal(*shape)
-        if isinstance(store, SpectralStore):
-            fill_spectral(store, sizes, held, key, value)
+        if isinstance(store, PagedStore):
+            fill_pages(store, key[:, :, :held], value[:, :, :held])
             continue
         fill(store, held, {"key": key, "value": value})
-        if name.startswith("clusterkv"):
-            fill_clusters(store, sizes, held, per_cluster)
+        if kind == "clusterkv":
+            fill_clusters(store, sizes, held, method.tokens_per_cluster)
     return cache
 
 
@@ -129,14 +126,3 @@ def parameters(sizes: Sizes, name: str) -> dict[str, Any]:
     if method == "loki":
         return {**common, "rank": sizes.rank, "basis": "pca"}
     return {**common, "tokens_per_cluster": int(per_cluster), "window": sizes.window, "sinks": sizes.sinks}
-
-
-def builder(method: Method, basis: Any) -> Any:
-    """As `method.build`, without an artifact to take Loki's basis from."""
-
-    def build() -> Store:
-        if isinstance(method, Spectral):
-            return SpectralStore(method, basis, None)
-        return LokiStore(method, basis) if hasattr(method, "rank") else method.build(0, 0, None)()  # type: ignore
-
-    return build

@@ -12,21 +12,20 @@ import sys
 from command import main
 from first import Rows
 from run import Phase
-from sizes import FORMS, Sizes
+from sizes import Sizes
 
-COUNTED = ("spectral, int4", "loki, int4")
-SANITIZED = ("select", "attend_runs", "remainder")
+COUNTED = ("dense", "loki")
+SANITIZED = ("select", "attend", "attend_runs")
 
 
 def phases(sizes: Sizes) -> list[Phase]:
     longest, middle, *_ = sizes.lengths
     most, least = (f"clusterkv {tokens}" for tokens in sizes.per_cluster)
-    telling = ("full", most, "spectral int4", "loki")
-    others = (least, *(f"spectral {form}" for form in FORMS if form != "int4"))
+    telling = ("full", most, "spectral", "loki")
     models = [
         *model(longest, 1, telling),
         *model(longest, None, telling[:3]),
-        *model(longest, 1, others),
+        *model(longest, 1, (least,)),
         *model(middle, None, telling[:3]),
         *model(middle, 1, telling[:3]),
     ]

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-FORMS = {"int4": (4, 1), "int2": (2, 2)}
-"""Of spectral: bits, and times the rank: as many bytes."""
-REFINE = 0.125
-"""Of spectral: the share of the clustered tokens whose codes are read."""
+RANK, BITS, CODEWORDS = 0.5, 2, 64
+"""Of spectral: dimensions of a code as a share of the head's, bits of each, codewords of a head: all as they are unless
+told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +24,11 @@ class Sizes:
     """Tokens that every method reads."""
     per_cluster: tuple[int, ...] = (80, 16)
     window: int = 320
-    coded_per_cluster: int = 32
-    """Of spectral, and its window."""
-    coded_window: int = 64
     sinks: int = 16
+    recent: int = 16
+    """Of spectral: last tokens, always read."""
+    sample: int = 1024
+    """Of spectral: scores that its threshold is taken from."""
     gate: int = 32768
     gate_long: int = 131072
     segment: int = 8192
@@ -60,10 +60,7 @@ class Sizes:
     def methods(self) -> tuple[str, ...]:
         """Whose attention steps are measured, the most telling first."""
         most, least = (f"clusterkv {tokens}" for tokens in self.per_cluster)
-        return (
-            "dense", most, "loki, int4", "spectral, int4", "spectral, int4, flat", least, "loki", "loki, own index",
-            "spectral, int2", "spectral, int2, flat", "loki, int2",
-        )  # fmt: skip
+        return ("dense", most, "spectral", "loki", least, "loki, own index")
 
     def config(self, length: int) -> Any:
         """Of the model whose attention has this shape."""
@@ -92,9 +89,9 @@ DRY = Sizes(
     keep=48,
     per_cluster=(8, 4),
     window=24,
-    coded_per_cluster=8,
-    coded_window=12,
     sinks=4,
+    recent=8,
+    sample=32,
     gate=136,
     gate_long=200,
     segment=96,

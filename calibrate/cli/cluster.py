@@ -26,7 +26,7 @@ from .output import json_option, plot_option, print_json, print_lines, print_tab
     type=click.Choice(["cosine", "l2", "joint"]),
     default="cosine",
     show_default=True,
-    help="Of keys; joint: of keys and values together, into codebooks, which no method decodes with yet.",
+    help="Of keys; joint: of keys and values together, into the codebooks that spectral decodes with.",
 )
 @click.option("--iterations", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)

@@ -16,7 +16,7 @@ from .summary import artifact_summary, print_summary
 
 NUM_TOKENS = 131072
 LOKI = {"method": "loki", "rank": 0.25, "keep": 0.25}
-SPECTRAL = {"method": "spectral", "rank": 32, "bits": 2, "keep": 0.03125, "tokens_per_cluster": 80}
+SPECTRAL = {"method": "spectral", "rank": 32, "bits": 2, "keep": 0.03125}
 PROMPTS: dict[str, Any] = {"prefix": 1024, "continuation": 64, "windows": 8, "episodes": 10}
 BATCH_SIZE = 8
 

@@ -29,7 +29,7 @@ def low_score_lines(full: Mapping[str, Any]) -> list[str]:
 
 
 def say_short_blocks(artifact: Artifact, prompts: Prompts, grid: Sequence[dict[str, Any]]) -> None:
-    """One line where a basis of rotated keys is used at positions that it was not fitted to."""
+    """One line where what was fitted to rotated keys is used at positions that it was not fitted to."""
     from ..evaluation.grid import has_rotated_basis
 
     seq_len, longest = int(artifact.data["seq_len"]), prompts.longest_context

@@ -136,9 +136,9 @@ def decoding(setting: Setting) -> Setting:
 
 
 def has_rotated_basis(setting: Setting) -> bool:
-    """Whether it decodes with a basis of rotated keys, or may do so (`plan`)."""
+    """Whether it decodes with what was fitted to rotated keys, or may do so (`plan`)."""
     _, decoder, own = _split(setting)
-    return decoder == PLAN or ("basis" in _fields(setting["method"]) and own.get("stage") != "pre")
+    return decoder in (PLAN, "spectral") or ("basis" in _fields(setting["method"]) and own.get("stage") != "pre")
 
 
 def describe(setting: Setting) -> str:

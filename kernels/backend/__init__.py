@@ -34,20 +34,13 @@ def choose(backend: str, tensor: Tensor) -> str:
     return "triton"
 
 
-def check_operand(
-    name: str,
-    operand: Tensor,
-    dtype: torch.dtype,
-    shape: Sequence[int],
-    like: Tensor,
-    contiguous: bool = True,
-) -> None:
-    """ValueError unless `operand` has this dtype and shape and lies where `like` does."""
-    laid_out = operand.is_contiguous() or not contiguous
-    if operand.dtype != dtype or operand.shape != tuple(shape) or operand.device != like.device or not laid_out:
+def check_operand(name: str, operand: Tensor, dtype: torch.dtype, shape: Sequence[int], like: Tensor) -> None:
+    """ValueError unless `operand` is contiguous, has this dtype and shape and lies where `like` does."""
+    fits = operand.dtype == dtype and operand.shape == tuple(shape) and operand.device == like.device
+    if not (fits and operand.is_contiguous()):
         raise ValueError(
             f"{name}: received {operand.dtype} {list(operand.shape)} on {operand.device}, "
-            f"expected {'contiguous ' if contiguous else ''}{dtype} {list(shape)} on {like.device}"
+            f"expected contiguous {dtype} {list(shape)} on {like.device}"
         )
 
 

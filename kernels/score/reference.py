@@ -3,27 +3,20 @@
 import torch
 from torch import Tensor
 
-from .quantize import unpack
-
 
 def score(
     query: Tensor,
-    codes: Tensor,
-    scales: Tensor | None,
+    index: Tensor,
     lengths: Tensor,
     out: Tensor,
     *,
     scaling: float,
-    bits: int,
     combine: str,
     softcap: float | None,
     block: int,
 ) -> None:
     """Writes `out`, already checked; see `kvcal.kernels.score.score`."""
-    logits = query.float() @ unpack(codes, bits).mT
-    if scales is not None:
-        logits = logits * scales.float().unsqueeze(2)
-    logits = logits * scaling
+    logits = query.float() @ index.float().mT * scaling
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if combine == "max":

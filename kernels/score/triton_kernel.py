@@ -1,4 +1,4 @@
-"""One pass over the index: every code is read once, for all queries of its group. README.md derives the choices."""
+"""One pass over the index: every entry is read once, for all queries of its group. README.md derives the choices."""
 
 import torch
 import triton
@@ -8,47 +8,15 @@ from torch import Tensor
 from ..backend import device_of, interpreting
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-TINY = tl.constexpr(1e-30)
 COLUMNS = 8
 """The narrowest tile of queries that the matrix instruction takes."""
 WARPS = 4
 RUN = 8
-"""Tokens whose scales or scores are read and written together: 16 bytes of float16."""
+"""Tokens whose scores are written together: 16 bytes of float16."""
 PROGRAMS = 1056
 """Programs that a launch aims at: 8 on each of 132 multiprocessors."""
-VARYING = ["runs", "per_program", "codes_row", "codes_head", "scales_row", "scales_head"]
+VARYING = ["runs", "per_program", "index_row", "index_head"]
 """What grows with the capacity of a cache, and must not compile the kernel again."""
-
-
-@triton.jit
-def unpacked(codes, FIELD: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Codes as loaded -> numbers: 8 bits: 1152 + code; fields of fewer bits: 1024 + 2^(FIELD · BITS) · code.
-
-    An integer below 1024 in the last bits of 0x6400 is the float16 number 1024 + integer: one logical operation.
-    The bytes are widened before anything else, for then the compiler moves bytes, not numbers, between threads.
-    """
-    if BITS == 16:
-        numbers = codes.to(DTYPE)
-    elif BITS == 8:
-        numbers = (codes.to(tl.uint8, bitcast=True).to(tl.uint16) ^ 0x6480).to(tl.float16, bitcast=True)
-    else:
-        MASK: tl.constexpr = ((1 << BITS) - 1) << (FIELD * BITS)
-        numbers = ((codes.to(tl.uint16) & MASK) | 0x6400).to(tl.float16, bitcast=True)
-    return numbers
-
-
-@triton.jit
-def part_of(query, inside, FIELD: tl.constexpr, WIDTH: tl.constexpr):
-    """The queries' dimensions that one field of the codes has, float32, and their largest magnitude."""
-    part = tl.load(query + FIELD * WIDTH, mask=inside, other=0.0).to(tl.float32)
-    return part, tl.max(tl.abs(part))
-
-
-@triton.jit
-def prepared(part, norm, start, WEIGHT: tl.constexpr, ZERO: tl.constexpr):
-    """The part in float16, as `unpacked` numbers of this weight want it; and the start less what these add to it."""
-    part = (part / (WEIGHT * norm)).to(tl.float16)
-    return part, start - ZERO * tl.sum(part.to(tl.float32), 0)[None, :]
 
 
 @triton.jit
@@ -61,11 +29,10 @@ def finished(logit, present, softcap, SOFTCAP: tl.constexpr, LARGEST: tl.constex
 
 @triton.jit(do_not_specialize=VARYING)
 def score_kernel(
-    query, codes, scales, lengths, out, runs, per_program, scaling, softcap,
-    query_row: tl.int64, query_head: tl.int64, query_stride: tl.int64,
-    codes_row: tl.int64, codes_head: tl.int64, scales_row: tl.int64, scales_head: tl.int64,
-    CODES_TOKEN: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, COMBINE: tl.constexpr,
+    query, index, lengths, out, runs, per_program, scaling, softcap,
+    query_row: tl.int64, query_head: tl.int64, query_stride: tl.int64, index_row: tl.int64, index_head: tl.int64,
+    INDEX_TOKEN: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
+    RANK: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr, COMBINE: tl.constexpr,
     SOFTCAP: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tokens = runs * RUN
@@ -81,57 +48,22 @@ def score_kernel(
     # Columns beyond the group repeat its queries, so that a maximum over columns needs no mask.
     column = tl.arange(0, COLUMNS)
     dim = tl.arange(0, PADDED)
-    inside = (dim < WIDTH)[:, None]
     query += row * query_row + head * query_head + (column % GROUP)[None, :] * query_stride + dim[:, None]
-    start = tl.zeros([BLOCK, COLUMNS], dtype=tl.float32)
-    if BITS == 16:
-        first = tl.load(query, mask=inside, other=0.0).to(DTYPE)
-    else:
-        # The queries in float16, the largest number 256; what `unpacked` adds to the codes is taken off in advance.
-        first, norm = part_of(query, inside, 0, WIDTH)
-        if BITS <= 4:
-            second, largest = part_of(query, inside, 1, WIDTH)
-            norm = tl.maximum(norm, largest)
-        if BITS == 2:
-            third, largest = part_of(query, inside, 2, WIDTH)
-            norm = tl.maximum(norm, largest)
-            fourth, largest = part_of(query, inside, 3, WIDTH)
-            norm = tl.maximum(norm, largest)
-        norm = tl.maximum(norm, TINY) / 256.0
-        if BITS == 8:
-            first, start = prepared(first, norm, start, 1.0, 1152.0)
-        elif BITS == 4:
-            first, start = prepared(first, norm, start, 1.0, 1032.0)
-            second, start = prepared(second, norm, start, 16.0, 1152.0)
-        else:
-            first, start = prepared(first, norm, start, 1.0, 1025.5)
-            second, start = prepared(second, norm, start, 4.0, 1030.0)
-            third, start = prepared(third, norm, start, 16.0, 1048.0)
-            fourth, start = prepared(fourth, norm, start, 64.0, 1120.0)
-        scaling *= norm
-        scales += (row * scales_row + head * scales_head) * RUN
+    queries = tl.load(query, mask=(dim < RANK)[:, None], other=0.0).to(DTYPE)
 
-    codes += (row * codes_row + head * codes_head) * UNIT
+    index += (row * index_row + head * index_head) * UNIT
     for block in tl.range(begin, live, num_stages=STAGES):
         token = block * BLOCK + position
         run = token // RUN * RUN  # a run is read, and written, as a whole or not at all
         present = token < length
-        readable = (run < length)[:, None] & (dim < WIDTH)[None, :]
-        tile = tl.load(codes + token[:, None] * CODES_TOKEN + dim[None, :], mask=readable, other=0)
-        logit = tl.dot(unpacked(tile, 0, BITS, DTYPE), first, acc=start, input_precision="ieee")
-        if BITS <= 4:
-            logit = tl.dot(unpacked(tile, 1, BITS, DTYPE), second, acc=logit)
-        if BITS == 2:
-            logit = tl.dot(unpacked(tile, 2, BITS, DTYPE), third, acc=logit)
-            logit = tl.dot(unpacked(tile, 3, BITS, DTYPE), fourth, acc=logit)
-        factor = tl.full([BLOCK], 1.0, tl.float32) * scaling
-        if BITS != 16:
-            factor *= tl.load(scales + token, mask=run < length, other=0.0).to(tl.float32)
-        if COMBINE:  # the factor is not negative and the softcap monotone: the largest product stays the largest
-            logit = finished(tl.max(logit, 1) * factor, present, softcap, SOFTCAP, LARGEST).to(out.dtype.element_ty)
+        readable = (run < length)[:, None] & (dim < RANK)[None, :]
+        tile = tl.load(index + token[:, None] * INDEX_TOKEN + dim[None, :], mask=readable, other=0)
+        logit = tl.dot(tile.to(DTYPE), queries, input_precision="ieee")
+        if COMBINE:  # scaling is positive and the softcap monotone: the largest product stays the largest
+            logit = finished(tl.max(logit, 1) * scaling, present, softcap, SOFTCAP, LARGEST).to(out.dtype.element_ty)
             tl.store(out + pair * tokens + token, logit, mask=run < tokens)
         else:
-            logit = finished(logit * factor[:, None], present[:, None], softcap, SOFTCAP, LARGEST)
+            logit = finished(logit * scaling, present[:, None], softcap, SOFTCAP, LARGEST)
             to = out + (pair * GROUP + column)[None, :] * tokens + token[:, None]
             tl.store(to, logit.to(out.dtype.element_ty), mask=(run < tokens)[:, None] & (column < GROUP)[None, :])
 
@@ -145,41 +77,36 @@ def score_kernel(
 
 def score(
     query: Tensor,
-    codes: Tensor,
-    scales: Tensor | None,
+    index: Tensor,
     lengths: Tensor,
     out: Tensor,
     *,
     scaling: float,
-    bits: int,
     combine: str,
     softcap: float | None,
     block: int,
 ) -> None:
     """Writes `out`, already checked; see `kvcal.kernels.score.score`."""
-    batch, heads, group, _ = query.shape
-    tokens, width = codes.shape[2:]
-    if tokens * codes.stride(2) >= 2**31:
-        raise ValueError(f"codes: received {tokens} tokens of stride {codes.stride(2)}, expected a product below 2^31")
-    padded = max(16, triton.next_power_of_2(width))
-    scale_strides = (0, 0) if scales is None else scales.stride()[:2]
+    batch, heads, group, rank = query.shape
+    tokens = index.shape[2]
+    if tokens * index.stride(2) >= 2**31:
+        raise ValueError(f"index: received {tokens} tokens of stride {index.stride(2)}, expected a product below 2^31")
+    padded = max(16, triton.next_power_of_2(rank))
     # Strides in units of 16 bytes, where they are multiples: the compiler then knows every row to be aligned.
-    unit = 16 // codes.element_size()
-    unit = 1 if codes.stride(0) % unit or codes.stride(1) % unit else unit
-    run = 1 if tokens % RUN or scale_strides[0] % RUN or scale_strides[1] % RUN else RUN
+    unit = 16 // index.element_size()
+    unit = 1 if index.stride(0) % unit or index.stride(1) % unit else unit
+    run = 1 if tokens % RUN else RUN
     blocks = triton.cdiv(tokens, block)
     per_program = min(max(triton.cdiv(blocks * heads * batch, PROGRAMS), 1), 16)
     dtype = tl.float32 if interpreting() else getattr(tl, str(query.dtype).removeprefix("torch."))
     with device_of(query):
         score_kernel[(triton.cdiv(blocks, per_program), heads, batch)](
-            query, codes, scales, lengths, out, tokens // run, per_program, scaling, softcap or 1.0,
-            *query.stride()[:3], codes.stride(0) // unit, codes.stride(1) // unit,
-            scale_strides[0] // run, scale_strides[1] // run,
-            CODES_TOKEN=codes.stride(2), UNIT=unit, RUN=run, GROUP=group,
-            COLUMNS=max(COLUMNS, triton.next_power_of_2(group)), WIDTH=width, PADDED=padded,
-            BITS=bits, DTYPE=dtype, COMBINE=combine == "max", SOFTCAP=softcap is not None,
-            LARGEST=torch.finfo(out.dtype).max,
-            BLOCK=block, STAGES=stages(block * padded * codes.element_size()), num_warps=WARPS,
+            query, index, lengths, out, tokens // run, per_program, scaling, softcap or 1.0,
+            *query.stride()[:3], index.stride(0) // unit, index.stride(1) // unit,
+            INDEX_TOKEN=index.stride(2), UNIT=unit, RUN=run, GROUP=group,
+            COLUMNS=max(COLUMNS, triton.next_power_of_2(group)), RANK=rank, PADDED=padded, DTYPE=dtype,
+            COMBINE=combine == "max", SOFTCAP=softcap is not None, LARGEST=torch.finfo(out.dtype).max,
+            BLOCK=block, STAGES=stages(block * padded * index.element_size()), num_warps=WARPS,
         )  # fmt: skip
 
 

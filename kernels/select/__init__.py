@@ -108,7 +108,6 @@ def select_runs(
     capacity_out: int | None = None,
     out: Runs | None = None,
     unread: Tensor | None = None,
-    ends: Tensor | None = None,
     backend: str = "auto",
 ) -> Runs:
     """Whole runs of tokens (clusters) by falling score until `room` tokens are full, the last cut to its first tokens.
@@ -126,7 +125,6 @@ def select_runs(
         capacity_out: R, runs that a row may choose; by default C. Of more only the R best are taken.
         out: (starts, sizes, count), written and returned instead of new tensors; contiguous.
         unread: [B, Hkv, C] float32, contiguous: receives what is left of every run, 0 beyond the counts.
-        ends: [B, Hkv, C] int32, contiguous: receives how many tokens are taken of every run and those before it.
 
     Returns:
         starts and sizes [B, Hkv, F + R] int32, the chosen ascending by index, 0 beyond count; count [B, Hkv] int32.
@@ -159,12 +157,10 @@ def select_runs(
         check_operand(name, of, torch.int32, shape, scores)
     if unread is not None:
         check_operand("unread", unread, torch.float32, tuple(scores.shape), scores)
-    if ends is not None:
-        check_operand("ends", ends, torch.int32, tuple(scores.shape), scores)
     run = runs_reference.select_runs
     if choose(backend, scores) == "triton":
         from .runs_kernel import select_runs as run
-    run(scores, starts, sizes, room, counts, leading, out, unread, ends)
+    run(scores, starts, sizes, room, counts, leading, out, unread)
     return out
 
 

@@ -84,14 +84,14 @@ def bound_of_row(
 
 @triton.jit
 def write_taken(
-    key, size, position, bound, room, ties, tied, written, filled, width, starts, out_starts, out_sizes, unread, ends,
-    UNREAD: tl.constexpr, ENDS: tl.constexpr,
+    key, size, position, bound, room, ties, tied, written, width, starts, out_starts, out_sizes, unread,
+    UNREAD: tl.constexpr,
 ):  # fmt: skip
     """What is taken of a tile: all above the bound, and of those that equal it the first `ties`, while there is room.
 
     Args: room: for those that equal the bound; tied: their tokens, and in the upper 32 bits how many, in earlier tiles.
 
-    Returns: (tied, written, filled) with this tile's; filled: tokens taken.
+    Returns: (tied, written) with this tile's.
     """
     tie = key == bound
     before, total = summed_before(tl.where(tie, size.to(tl.int64) + (tie.to(tl.int64) << 32), 0))
@@ -101,25 +101,20 @@ def write_taken(
     taken = tl.where(key > bound, size, of_tie)
     if UNREAD:
         tl.store(unread + position, (size - taken).to(tl.float32), mask=position < width)
-    if ENDS:
-        ahead, taken_here = summed_before(taken)
-        tl.store(ends + position, filled + ahead + taken, mask=position < width)
-        filled += taken_here
     chosen = taken > 0
     slot, number = summed_before(chosen.to(tl.int32))
     start = tl.load(starts + position, mask=chosen, other=0)
     tl.store(out_starts + written + slot, start, mask=chosen)
     tl.store(out_sizes + written + slot, taken, mask=chosen)
-    return tied + total, written + number, filled
+    return tied + total, written + number
 
 
 @triton.jit
 def take_of_tile(
-    row, sizes, length, wanted, slots, width, starts, out_starts, out_sizes, unread, ends,
-    UNREAD: tl.constexpr, ENDS: tl.constexpr, LOWEST: tl.constexpr, UNIT: tl.constexpr,
-    TILE: tl.constexpr, RUN: tl.constexpr,
+    row, sizes, length, wanted, slots, width, starts, out_starts, out_sizes, unread,
+    UNREAD: tl.constexpr, LOWEST: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """Writes what a row of at most TILE clusters takes; returns how many, and their tokens."""
+    """Writes what a row of at most TILE clusters takes; returns how many."""
     position = positions(0, TILE, RUN)
     key, size = clusters_at(row, sizes, position, length, LOWEST, UNIT)
     bound = tl.full((), LOWEST, tl.int32)
@@ -134,11 +129,11 @@ def take_of_tile(
         bound = bound_of_tile(key, size, reaching, above, slots, False)
     larger = summed(weight_of(key, size, bound + 1, True) + (weight_of(key, size, bound + 1, False) << 32))
     ties = tl.where((bound > LOWEST) & (wanted > 0), slots - (larger >> 32).to(tl.int32), 0)
-    _, written, filled = write_taken(
-        key, size, position, bound, wanted - larger.to(tl.int32), ties, larger * 0, length * 0, length * 0, width,
-        starts, out_starts, out_sizes, unread, ends, UNREAD, ENDS,
+    _, written = write_taken(
+        key, size, position, bound, wanted - larger.to(tl.int32), ties, larger * 0, length * 0, width,
+        starts, out_starts, out_sizes, unread, UNREAD,
     )  # fmt: skip
-    return written, filled
+    return written
 
 
 @triton.jit
@@ -156,8 +151,8 @@ def reaching_in_row(
 
 @triton.jit
 def take_of_row(
-    row, sizes, length, wanted, slots, width, starts, out_starts, out_sizes, unread, ends,
-    UNREAD: tl.constexpr, ENDS: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, UNIT: tl.constexpr,
+    row, sizes, length, wanted, slots, width, starts, out_starts, out_sizes, unread,
+    UNREAD: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, UNIT: tl.constexpr,
     TILE: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """As `take_of_tile`, for a row of any length."""
@@ -173,15 +168,15 @@ def take_of_row(
         bound = bound_of_row(row, sizes, length, reaching, above, slots, False, LOWEST, UNIT, TILE, RUN)
     larger = reaching_in_row(row, sizes, length, bound + 1, LOWEST, UNIT, TILE, RUN)
     ties = tl.where((bound > LOWEST) & (wanted > 0), slots - (larger >> 32).to(tl.int32), 0)
-    tied, written, filled = larger * 0, length * 0, length * 0
+    tied, written = larger * 0, length * 0
     for start in range(0, length, TILE):
         position = positions(start, TILE, RUN)
         key, size = clusters_at(row, sizes, position, length, LOWEST, UNIT)
-        tied, written, filled = write_taken(
-            key, size, position, bound, wanted - larger.to(tl.int32), ties, tied, written, filled, width,
-            starts, out_starts, out_sizes, unread, ends, UNREAD, ENDS,
+        tied, written = write_taken(
+            key, size, position, bound, wanted - larger.to(tl.int32), ties, tied, written, width,
+            starts, out_starts, out_sizes, unread, UNREAD,
         )  # fmt: skip
-    return written, filled
+    return written
 
 
 @triton.jit(do_not_specialize=[
@@ -189,11 +184,11 @@ def take_of_row(
     *(f"{of}_{along}" for of in ("scores", "starts", "sizes") for along in ("row", "head")),
 ])  # fmt: skip
 def runs_kernel(
-    scores, starts, sizes, room, counts, lead_starts, lead_sizes, out_starts, out_sizes, out_count, unread, ends,
+    scores, starts, sizes, room, counts, lead_starts, lead_sizes, out_starts, out_sizes, out_count, unread,
     heads, starts_sharing, sizes_sharing, units, slots, leading, room_row, room_head,
     scores_row: tl.int64, scores_head: tl.int64, starts_row: tl.int64, starts_head: tl.int64,
     sizes_row: tl.int64, sizes_head: tl.int64,
-    UNREAD: tl.constexpr, ENDS: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, UNIT: tl.constexpr,
+    UNREAD: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, UNIT: tl.constexpr,
     LEADING: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
@@ -205,7 +200,6 @@ def runs_kernel(
     out_starts += pair.to(tl.int64) * (leading + slots)
     out_sizes += pair.to(tl.int64) * (leading + slots)
     unread += pair.to(tl.int64) * width
-    ends += pair.to(tl.int64) * width
 
     lead = tl.arange(0, LEADING)
     tl.store(out_starts + lead, tl.load(lead_starts + batch * leading + lead, mask=lead < leading), mask=lead < leading)
@@ -216,13 +210,13 @@ def runs_kernel(
     wanted = tl.maximum(tl.load(room + batch * room_row + head * room_head), 0)
     length = tl.maximum(tl.minimum(tl.load(counts + batch), width), 0)
     if length <= TILE:
-        written, filled = take_of_tile(
-            row, sizes, length, wanted, slots, width, starts, out_starts, out_sizes, unread, ends, UNREAD, ENDS,
+        written = take_of_tile(
+            row, sizes, length, wanted, slots, width, starts, out_starts, out_sizes, unread, UNREAD,
             LOWEST, UNIT, TILE, RUN,
         )  # fmt: skip
     else:
-        written, filled = take_of_row(
-            row, sizes, length, wanted, slots, width, starts, out_starts, out_sizes, unread, ends, UNREAD, ENDS,
+        written = take_of_row(
+            row, sizes, length, wanted, slots, width, starts, out_starts, out_sizes, unread, UNREAD,
             LOWEST, HIGHEST, UNIT, TILE, RUN,
         )  # fmt: skip
     tl.store(out_count + pair, leading + written)
@@ -230,10 +224,6 @@ def runs_kernel(
         for start in range(tl.maximum(tl.cdiv(length, TILE), 1) * TILE, width, TILE):
             cluster = start + tl.arange(0, TILE)
             tl.store(unread + cluster, tl.zeros([TILE], tl.float32), mask=cluster < width)
-    if ENDS:
-        for start in range(tl.maximum(tl.cdiv(length, TILE), 1) * TILE, width, TILE):
-            cluster = start + tl.arange(0, TILE)
-            tl.store(ends + cluster, tl.zeros([TILE], tl.int32) + filled, mask=cluster < width)
     for start in range(written, slots, TILE):
         slot = start + tl.arange(0, TILE)
         tl.store(out_starts + slot, tl.zeros([TILE], tl.int32), mask=slot < slots)
@@ -249,9 +239,8 @@ def select_runs(
     leading: tuple[Tensor, Tensor] | None,
     out: tuple[Tensor, Tensor, Tensor],
     unread: Tensor | None,
-    ends: Tensor | None,
 ) -> None:
-    """Writes `out`, `unread` and `ends`, already checked; see `kvcal.kernels.select.select_runs`."""
+    """Writes `out` and `unread`, already checked; see `kvcal.kernels.select.select_runs`."""
     batch, heads, clusters = scores.shape
     lowest, highest = KEYS[scores.dtype]
     first = 0 if leading is None else leading[0].shape[-1]
@@ -263,11 +252,10 @@ def select_runs(
     with device_of(scores):
         runs_kernel[(batch * heads,)](
             scores, starts, sizes, room, counts, *(leading or out[:2]), *out, out[1] if unread is None else unread,
-            out[1] if ends is None else ends,
             heads, heads // starts.shape[1], heads // sizes.shape[1], clusters // unit, out[0].shape[-1] - first, first,
             room.stride(0), room.stride(1) if room.dim() == 2 else 0,
             scores.stride(0) // unit, scores.stride(1) // unit, *starts.stride()[:2],
             sizes.stride(0) // unit, sizes.stride(1) // unit,
-            UNREAD=unread is not None, ENDS=ends is not None, LOWEST=lowest, HIGHEST=highest, UNIT=unit,
+            UNREAD=unread is not None, LOWEST=lowest, HIGHEST=highest, UNIT=unit,
             LEADING=LEADING, TILE=tile, RUN=RUN, num_warps=TILES[tile],
         )  # fmt: skip

@@ -13,9 +13,8 @@ def select_runs(
     leading: tuple[Tensor, Tensor] | None,
     out: tuple[Tensor, Tensor, Tensor],
     unread: Tensor | None,
-    ends: Tensor | None,
 ) -> None:
-    """Writes `out`, `unread` and `ends`, already checked; see `kvcal.kernels.select.select_runs`."""
+    """Writes `out` and `unread`, already checked; see `kvcal.kernels.select.select_runs`."""
     batch, heads, clusters = scores.shape
     starts, sizes = (of.repeat_interleave(heads // of.shape[1], 1) for of in (starts, sizes))
     cluster = torch.arange(clusters, device=scores.device)
@@ -41,5 +40,3 @@ def select_runs(
     out[2].copy_(number + first)
     if unread is not None:
         unread.copy_(size - taken)
-    if ends is not None:
-        ends.copy_(taken.cumsum(-1))

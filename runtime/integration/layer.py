@@ -105,7 +105,7 @@ class CompressedLayer(CacheLayerMixin):
         assert self._new is not None
         (key, value), self._new = self._new, None
         store, tokens = self.store, key.shape[2]
-        valid = self._call.padding.of(mask, store, query)
+        valid = None if mask is None else self._call.padding.of(mask, store, query)
         drafts = min(self._call.drafts or 0, tokens)
         store.tentative(self._call.recording or drafts > 0)
         prompt = tokens - drafts
@@ -118,23 +118,24 @@ class CompressedLayer(CacheLayerMixin):
             parts.append(store.prefill(query[:, :, new], key[:, :, new], value[:, :, new], logits, part(valid, new)))
         for token in range(prompt, tokens):
             at = slice(token, token + 1)
-            store.append(key[:, :, at], value[:, :, at], part(valid, at))
-            parts.append(self._step(query[:, :, at], key[:, :, at], value[:, :, at], logits))
+            store.append(key[:, :, at], value[:, :, at], None if valid is None else part(valid, at))
+            parts.append(self._step(store, query[:, :, at], key[:, :, at], value[:, :, at], logits))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
-    def _step(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits) -> Tensor:
+    def _step(self, store: Store, query: Tensor, key: Tensor, value: Tensor, logits: Logits) -> Tensor:
         """The attention of one decoded token, which the store has taken in already."""
-        out = self.store.attend(query, logits)
-        self.reading = self.store.reading()
+        out = store.attend(query, logits)
+        self.reading = store.reading()
         if self._call.observer is not None:
-            self._call.observer(self.index, self.store, query, key, value, logits, out)
+            self._call.observer(self.index, store, query, key, value, logits, out)
         return out
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from the `state()` of a store of the same method."""
         self.store.restore(state)
-        if self.store.seen:
-            self._begin(state["rows.key"])
+        key, _ = self.store.like()
+        if self.store.seen and key is not None:
+            self._begin(key)
 
     @torch.inference_mode(False)
     def adopt(self, full: CompressedLayer) -> None:

@@ -47,7 +47,7 @@ class ReadingLayer(CompressedLayer):
             at = slice(token, token + 1)
             if again:
                 store.append(key[:, :, at], value[:, :, at], part(taken.valid, at))
-            parts.append(self._step(query[:, :, at], key[:, :, at], value[:, :, at], logits))
+            parts.append(self._step(store, query[:, :, at], key[:, :, at], value[:, :, at], logits))
         self.taken = taken
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 

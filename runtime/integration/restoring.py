@@ -72,9 +72,9 @@ def check_fits(layer: Any, index: int, key: Tensor, value: Tensor) -> None:
         KvcalError: the cache is of another model, or the model was cast meanwhile.
     """
     if isinstance(layer, CompressedLayer):
-        if isinstance(layer, ReadingLayer) or not layer.store.lengths:
+        if isinstance(layer, ReadingLayer):
             return
-        held = layer.store.rows["key"].tensor, layer.store.rows["value"].tensor
+        held = layer.store.like()
     else:
         held = getattr(layer, "keys", None), getattr(layer, "values", None)
         if held[0] is not None and held[0].dim() == 4 and len(held[0]) != len(key):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,12 +17,17 @@ class HostBuffer(TokenBuffer):
     moves = False
 
     def write(self, new: Tensor, places: Places) -> None:
-        slots = places.slots if isinstance(places.slots, slice) else tuple(part.cpu() for part in places.slots)
-        super().write(new.cpu(), Places(places.after, slots, None))  # type: ignore[arg-type]
+        super().write(new.cpu(), on_host(places))
 
     def _allocate(self, like: Tensor, tokens: int) -> Tensor:
         pinned = torch.cuda.is_available()
         return torch.zeros(*like.shape[:2], tokens, like.shape[3], dtype=like.dtype, pin_memory=pinned)
+
+
+def on_host(places: Places) -> Places:
+    """The same places, told on the CPU."""
+    slots = places.slots if isinstance(places.slots, slice) else tuple(part.cpu() for part in places.slots)
+    return Places(places.after, slots, None)  # type: ignore[arg-type]
 
 
 class DeviceCache:
@@ -123,6 +129,24 @@ class DeviceCache:
             view = rows.view
             found = view[row.to(view.device), head.to(view.device), token.to(view.device)]
             self._held[name][row, head, slot] = found.to(self._held[name].device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Offloaded:
+    """Buffers of a layer on the host, all read at the same positions, and the tokens of them on the device."""
+
+    buffers: dict[str, TokenBuffer]
+    cache: DeviceCache
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.buffers)
+
+    def gather(self, names: Sequence[str], index: Tensor, valid: Tensor | None) -> list[Tensor]:
+        """[B, Hkv, K, …] of each name, on the device of `index` [B, Hkv, K]."""
+        counted = None if valid is None else valid.unsqueeze(2)
+        found = self.cache.gather(self.buffers, index.unsqueeze(2), counted)
+        return [found[name].squeeze(2) for name in names]
 
 
 def _grown(books: Tensor, size: int) -> Tensor:

@@ -7,7 +7,7 @@ what a method keeps beside them alike, so that what moves or shares pages moves 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TypeVar
@@ -17,10 +17,13 @@ from torch import Tensor
 
 from ...kernels.append import append
 from ...kernels.backend import choose
-from .buffers import TokenBuffer
+from .buffers import CHUNK, Places, TokenBuffer
+from .offload import Offloaded, on_host
 
 PAGE = 64
 """Tokens of a page."""
+Summarise = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""From the tokens of n pages, [n, PAGE, Hkv, …] by name, to what is kept of each as a whole, [n, Hkv, …]."""
 T = TypeVar("T")
 
 
@@ -40,6 +43,8 @@ class DecodeMetadata:
     contiguous: bool
     """Whether the block table is 0, 1, 2, …, sequence after sequence, and there are no other pages: a sequence is then
     one view."""
+    fills: bool = True
+    """Whether the last token of a sequence may have filled a page."""
     _reckoned: dict[Hashable, object] = field(default_factory=dict, init=False, repr=False)
 
     def once(self, name: Hashable, reckon: Callable[[], T]) -> T:
@@ -65,7 +70,7 @@ class DecodeMetadata:
 
     def last_slots(self) -> Tensor:
         """[B] int64: the slot of each sequence's last token."""
-        return self.once("last slots", lambda: self.slots(self.seq_lens.long().unsqueeze(1) - 1).squeeze(1))
+        return self.slots(self.seq_lens.long().unsqueeze(1) - 1).squeeze(1)
 
 
 def contiguous_table(sequences: int, pages: int, device: torch.device) -> Tensor:
@@ -86,7 +91,8 @@ def _contiguous(lengths: tuple[int, ...], capacity: int, device: torch.device, t
         seq_lens = torch.full((len(lengths),), longest, dtype=torch.int32, device=device)
     else:
         seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
-    return DecodeMetadata(table, seq_lens, longest, shortest, contiguous=True)
+    fills = any(length % PAGE == 0 for length in lengths)
+    return DecodeMetadata(table, seq_lens, longest, shortest, contiguous=True, fills=fills)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,38 +101,80 @@ class LayerCache:
 
     pages: Mapping[str, Tensor]
     """[N, PAGE, Hkv, …] by name: "key", "value", and what a method keeps beside them."""
+    summaries: Mapping[str, Tensor]
+    """[N, Hkv, …] by name: what is kept of a page as a whole."""
     metadata: DecodeMetadata
+    offloaded: Offloaded | None = None
+    """What of `pages` lies on the host."""
+    _ordered: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """Views of contiguous pages by name, [B, Hkv, P · PAGE, …]."""
+
+    def at(self, metadata: DecodeMetadata) -> LayerCache:
+        """The same buffers and the same block table, at another step."""
+        return LayerCache(self.pages, self.summaries, metadata, self.offloaded, self._ordered)
 
     def tokens(self, name: str) -> Tensor:
-        """[B, Hkv, longest, …]: every token in order; a view where the table is contiguous, else a copy."""
-        return self._in_order(name).narrow(2, 0, self.metadata.longest)
+        """[B, Hkv, longest, …] on the device: every token in order; where the table is contiguous, a view."""
+        ordered = self._ordered[name] if name in self._ordered else self._in_order(name)
+        ordered = ordered.narrow(2, 0, self.metadata.longest)
+        if self.offloaded is not None and name in self.offloaded.names:
+            self.offloaded.cache.misses += int(self.metadata.seq_lens.sum()) * ordered.shape[1]
+            return ordered.to(self.metadata.seq_lens.device)
+        return ordered
 
     def _in_order(self, name: str) -> Tensor:
         """[B, Hkv, P · PAGE, …]"""
         pages, table = self.pages[name], self.metadata.block_table
         if not self.metadata.contiguous:
-            pages = pages[table].flatten(0, 1)
-        return pages.view(table.shape[0], -1, *pages.shape[2:]).transpose(1, 2)
+            return pages[table].flatten(1, 2).transpose(1, 2)
+        self._ordered[name] = pages.view(table.shape[0], -1, *pages.shape[2:]).transpose(1, 2)
+        return self._ordered[name]
 
-    def gather(self, name: str, index: Tensor) -> Tensor:
-        """[B, Hkv, K, …]: the tokens at positions `index` [B, Hkv, K] int64 of their sequences."""
-        pages = self.pages[name]
-        head = torch.arange(pages.shape[2], device=index.device).view(1, -1, 1)
-        return pages.flatten(0, 1)[self.metadata.slots(index), head]
+    def gather(self, names: Sequence[str], index: Tensor, valid: Tensor | None = None) -> list[Tensor]:
+        """[B, Hkv, K, …] of each name: the tokens at positions `index` [B, Hkv, K] int64 of their sequences.
+
+        Args: valid: bool like the index, False at what only pads; None: none does.
+        """
+        if self.offloaded is not None and names[0] in self.offloaded.names:
+            return self.offloaded.gather(names, index, valid)
+        metadata, heads = self.metadata, index.shape[1]
+        head = metadata.once(("heads", heads), lambda: torch.arange(heads, device=index.device).view(1, -1, 1))
+        slots = metadata.slots(index)
+        return [self.pages[name].flatten(0, 1)[slots, head] for name in names]
+
+    def of_pages(self, name: str) -> Tensor:
+        """[B, Hkv, P, …]: the summaries of every sequence's pages in order."""
+        return self.summaries[name][self.metadata.block_table].transpose(1, 2)
 
     def write_last(self, new: Mapping[str, Tensor]) -> None:
         """Put [B, Hkv, 1, …] of each name where the last token of each sequence belongs."""
-        new = dict(new)
-        if self.metadata.contiguous and choose("auto", new["key"]) == "triton":
-            held = self.metadata.once("held", lambda: self.metadata.seq_lens - 1)
-            key, value = (new.pop(name).squeeze(2) for name in ("key", "value"))
-            append(key, value, None, self._in_order("key"), self._in_order("value"), None, None, held)  # one launch
+        metadata, new = self.metadata, dict(new)
+        if metadata.contiguous and {"key", "value"} <= new.keys() and choose("auto", new["key"]) == "triton":
+            held = metadata.once("held", lambda: metadata.seq_lens - 1)
+            key, value = new.pop("key").squeeze(2), new.pop("value").squeeze(2)
+            append(key, value, None, self._in_order("key"), self._in_order("value"), None, held)  # one launch
         if not new:
             return
-        slots = self.metadata.last_slots()
+        slots = metadata.once("last slots", metadata.last_slots)
         for name, tensor in new.items():
             pages = self.pages[name]
             pages.view(-1, *pages.shape[2:]).index_copy_(0, slots, tensor.squeeze(2))
+
+    def _of_pages(self, page: Tensor) -> dict[str, Tensor]:
+        return {name: pages[page.to(pages.device)].to(page.device) for name, pages in self.pages.items()}
+
+    def summarise(self, page: Tensor, by: Summarise) -> None:
+        """Keep what `by` makes of full pages, [n] int64."""
+        for name, new in by(self._of_pages(page)).items():
+            self.summaries[name].index_copy_(0, page, new)
+
+    def summarise_last(self, by: Summarise) -> None:
+        """Keep what `by` makes of the last page of each sequence, where its last token has filled it."""
+        page = self.metadata.once("last slots", self.metadata.last_slots) // PAGE
+        full = self.metadata.seq_lens % PAGE == 0
+        for name, new in by(self._of_pages(page)).items():
+            held = self.summaries[name]
+            held.index_copy_(0, page, torch.where(full.view(-1, *[1] * (new.dim() - 1)), new, held[page]))
 
 
 class PagedBuffer(TokenBuffer):
@@ -152,3 +200,31 @@ class PagedBuffer(TokenBuffer):
     def _allocate(self, like: Tensor, tokens: int) -> Tensor:
         batch, heads = like.shape[:2]
         return like.new_zeros(heads, batch, tokens, *like.shape[3:]).transpose(0, 1)
+
+
+class HostPages(PagedBuffer):
+    """The same in host memory, pinned where there is a GPU, whatever device new tokens come from."""
+
+    moves = False
+
+    def write(self, new: Tensor, places: Places) -> None:
+        super().write(new.cpu(), on_host(places))
+
+    def _allocate(self, like: Tensor, tokens: int) -> Tensor:
+        batch, heads = like.shape[:2]
+        shape = heads, batch, tokens, *like.shape[3:]
+        return torch.zeros(shape, dtype=like.dtype, pin_memory=torch.cuda.is_available()).transpose(0, 1)
+
+
+class SummaryBuffer(PagedBuffer):
+    """[B, Hkv, pages, …]: an entry for every page of a `PagedBuffer` of the same batch."""
+
+    def __init__(self) -> None:
+        super().__init__(CHUNK // PAGE)
+
+    @property
+    def pages(self) -> Tensor:
+        """[N, Hkv, …], a view."""
+        assert self.tensor is not None
+        by_head = self.tensor.transpose(0, 1)
+        return by_head.view(by_head.shape[0], -1, *by_head.shape[3:]).transpose(0, 1)

@@ -61,10 +61,32 @@ class Method(ABC):
 class Policy(ABC):
     """A method in one layer: fitted tensors and settings, no state. One object for all caches of a model."""
 
+    offloaded: tuple[str, ...] = ()
+    """Names of what is kept on the host, read through `LayerCache.gather` together."""
+    cached = 0
+    """Of that, tokens per KV head that are cached on the device."""
+    fitted_to: tuple[int | None, int | None, int | None] = (None, None, None)
+    """KV heads, dimensions of keys and of values that the policy was fitted to; None: any."""
+    most: Mapping[str, int] = {}
+    """The largest number that what is kept by this name may be, where others would be read out of bounds."""
+    keeps_rows = True
+    """Whether "key" and "value" are kept as they came, so that everything else can be made from them again."""
+
     def encode(self, key: Tensor, value: Tensor) -> Mapping[str, Tensor]:
-        """What is kept of tokens beside their keys and values, by name: [B, Hkv, T, …] of [B, Hkv, T, D | Dv].
+        """All that is kept of tokens, "key" and "value" among it: [B, Hkv, T, …] of [B, Hkv, T, D | Dv].
 
         It follows from a token alone: whoever moves, shares or takes back a token need not know what it is.
+        """
+        return {"key": key, "value": value}
+
+    def rows(self, cache: LayerCache) -> tuple[Tensor, Tensor]:
+        """(keys [B, Hkv, longest, D], values) of every token, as far as they were kept."""
+        return cache.tokens("key"), cache.tokens("value")
+
+    def summarise(self, page: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What is kept of full pages as a whole: [n, Hkv, …] of the tokens in them, [n, PAGE, Hkv, …] by name.
+
+        It follows from the page's tokens alone. Steps read it of pages that are full, and only of those.
         """
         return {}
 
@@ -78,6 +100,11 @@ class Policy(ABC):
         Args:
             query: [B, Hq, 1, D].
         """
+
+    def row_bytes(self, cache: LayerCache) -> int:
+        """Bytes of the key and the value of one token and head, as a step reads them."""
+        key, value = cache.pages["key"], cache.pages["value"]
+        return key.shape[-1] * key.element_size() + value.shape[-1] * value.element_size()
 
     def index_bytes(self, metadata: DecodeMetadata) -> int:
         """Bytes that a step reads of what `encode` keeps, of all sequences. Waits for the device."""
@@ -99,12 +126,6 @@ class Reading:
     """Hkv"""
     row: int
     """Bytes of the key and the value of one token and head."""
-
-    @classmethod
-    def of(cls, policy: Policy, cache: LayerCache, selected: Selected | None) -> Reading:
-        key, value = cache.pages["key"], cache.pages["value"]
-        row = key.shape[-1] * key.element_size() + value.shape[-1] * value.element_size()
-        return cls(policy, cache.metadata, selected, key.shape[2], row)
 
     def bytes_read(self) -> int:
         """Of keys and values, and of what the policy keeps beside them. Waits for the device."""

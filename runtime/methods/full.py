@@ -12,7 +12,7 @@ from ...artifacts import Artifact
 from ...kernels.backend import choose
 from ...kernels.dense import dense
 from ..attention import Logits, attention
-from ..kv.pages import LayerCache
+from ..kv.pages import DecodeMetadata, LayerCache
 from ..stores.amounts import check_flag
 from .base import Attended, Method, Policy
 
@@ -43,12 +43,11 @@ class Full(Method):
 
 class FullPolicy(Policy):
     def step(self, query: Tensor, cache: LayerCache, logits: Logits) -> Attended:
-        return Attended(dense_step(query, cache, logits), None)
+        return Attended(attend_all(query, *self.rows(cache), cache.metadata, logits), None)
 
 
-def dense_step(query: Tensor, cache: LayerCache, logits: Logits) -> Tensor:
-    """[B, Hq, 1, Dv]: attention of the last tokens to all of their sequences."""
-    key, value, metadata = cache.tokens("key"), cache.tokens("value"), cache.metadata
+def attend_all(query: Tensor, key: Tensor, value: Tensor, metadata: DecodeMetadata, logits: Logits) -> Tensor:
+    """[B, Hq, 1, Dv]: attention of the last tokens to all of their sequences, keys [B, Hkv, longest, D]."""
     if choose("auto", query) == "triton":
         grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))
         sinks = None if logits.sinks is None else logits.sinks.float()

@@ -9,18 +9,15 @@ from ..methods.base import Method as PolicyMethod
 from ..stores import Method, Store
 from ..stores.clusterkv import ClusterKV
 from ..stores.loki import Loki
-from ..stores.spectral import Spectral
 from .clock import Clock
 from .clusterkv import ClusterKVStep
 from .loki import LokiStep
 from .paged import PagedStep
-from .spectral import SpectralStep
 from .step import Step
 
 STEPS: dict[type, Callable[[Any, Clock], Step]] = {
     Loki: LokiStep,
     ClusterKV: ClusterKVStep,
-    Spectral: SpectralStep,
 }
 
 

@@ -8,7 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..stores.amounts import Amount, Budget
+from ..methods.budgets import budgets
+from ..stores.amounts import Budget
 
 T = TypeVar("T")
 
@@ -39,23 +40,3 @@ class Clock:
     def budgets(self, budget: Budget) -> Tensor:
         """[B] int32: how many of its tokens each row reads."""
         return self.once(("budget", budget.keep, budget.dense_below), lambda: budgets(budget, self.seen))
-
-
-def budgets(budget: Budget, seen: Tensor) -> Tensor:
-    """[B] int32: `budget.of` each of `seen` [B]."""
-    return torch.where(seen < budget.dense_below, seen, share(budget.keep, seen))
-
-
-def share(amount: Amount, total: Tensor) -> Tensor:
-    """[B] int32: `count_of(amount, total)` of each of `total` [B], and 0 of none."""
-    if isinstance(amount, float):
-        # As count_of rounds: 0.55 · 100 is 55.00000000000001 in floating point and means 55.
-        wanted = (total.double() * amount - 1e-9).ceil().to(torch.int32).clamp_min(1)
-    else:
-        wanted = torch.full_like(total, min(amount, torch.iinfo(total.dtype).max))
-    return torch.minimum(wanted, total)
-
-
-def most(budget: Budget, capacity: int) -> int:
-    """The largest budget of a row of at most `capacity` tokens."""
-    return max(budget.of(capacity), min(capacity, budget.dense_below - 1))

@@ -14,7 +14,6 @@ from ...kernels.score import score
 from ...kernels.select import select_runs
 from ..attention import Logits
 from ..stores.clusterkv import ClusterKVStore
-from .clock import most
 from .clustered import ClusteredStep
 from .step import kernel_logits
 
@@ -30,7 +29,7 @@ class ClusterKVStep(ClusteredStep):
         unread = torch.empty_like(scores, memory_format=torch.contiguous_format) if self.store.tail else None
         runs = self.choose(scores, unread)
         extra = [] if unread is None else [self.tail(query, unread, logits)]
-        longest = most(self.store.selection, self.capacity)  # bounds the programs that a launch spends on it
+        longest = self.store.selection.most(self.capacity)  # bounds the programs that a launch spends on it
         return attend_runs(query, key, value, *runs, extra=extra, most=longest, **kernel_logits(logits))
 
     def scores(self, query: Tensor, logits: Logits) -> Tensor:
@@ -39,7 +38,6 @@ class ClusterKVStep(ClusteredStep):
         scores = score(
             query.contiguous(),
             self.buffer("cluster.key"),
-            None,
             self._counts,
             scaling=logits.scaling,
             softcap=logits.softcap,
@@ -66,7 +64,7 @@ class ClusterKVStep(ClusteredStep):
             self._counts,
             leading=self.open().runs,
             # No cluster is empty.
-            capacity_out=min(scores.shape[-1], most(selection, self.capacity)),
+            capacity_out=min(scores.shape[-1], selection.most(self.capacity)),
             unread=None if unread is None else unread.flatten(1, -2),
         )
         starts, sizes, count = (of.unflatten(1, own) for of in runs)

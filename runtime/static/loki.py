@@ -14,7 +14,6 @@ from ..attention import Logits
 from ..stores.loki import LokiStore
 from ..stores.tail import OWNER
 from ..stores.thresholds import bounds, room
-from .clock import most
 from .clustered import ClusteredStep
 from .step import kernel_logits
 
@@ -31,7 +30,7 @@ class LokiStep(ClusteredStep):
             super().write((key.unsqueeze(2) @ key_map.mT).squeeze(2), value)
         else:
             held, written, index = (self.buffer(name) for name in ("key", "value", "index"))
-            append(key, value, key_map, held, written, index, None, self.clock.held)
+            append(key, value, key_map, held, written, index, self.clock.held)
 
     def attend(self, query: Tensor, logits: Logits) -> Tensor:
         store, rank, selection = self.store, self.store.basis.rank, self.store.selection
@@ -47,7 +46,6 @@ class LokiStep(ClusteredStep):
         scores = score(
             part.contiguous(),
             index,
-            None,
             self.clock.seen,
             scaling=logits.scaling,
             softcap=logits.softcap,
@@ -73,7 +71,7 @@ class LokiStep(ClusteredStep):
         pairs = rows.shape[0] * rows.shape[1]
         if self._arrivals is None or len(self._arrivals) != pairs:
             self._arrivals = self.clock.held.new_zeros(pairs)
-        wanted, seen, capacity = self.clock.budgets(selection), self.clock.seen, most(selection, self.capacity)
+        wanted, seen, capacity = self.clock.budgets(selection), self.clock.seen, selection.most(self.capacity)
         if self.store.tail:
             wanted = self.clock.once(("with open", self.place()), self._with_open)
             capacity = max(capacity, selection.sinks + selection.window + 1)

@@ -15,17 +15,29 @@ class PagedStep(Step):
     _table: Tensor | None = None
 
     def write(self, key: Tensor, value: Tensor) -> None:
-        self.cache().write_last(self.store.encoded(key.unsqueeze(2), value.unsqueeze(2)))
+        cache = self.cache()
+        cache.write_last(self.store.policy.encode(key.unsqueeze(2), value.unsqueeze(2)))
+        if cache.summaries and cache.metadata.fills:
+            cache.summarise_last(self.store.policy.summarise)
+
+    def settle(self, tokens: int) -> None:
+        super().settle(tokens)
+        self.store.lengths_changed()
+
+    def addresses(self) -> tuple[tuple[int, int], ...]:
+        tensors = [rows.tensor for rows in self.store.summaries.values() if rows.tensor is not None]
+        return (*super().addresses(), *((tensor.data_ptr(), tensor.shape[2]) for tensor in tensors))
 
     def read(self, query: Tensor, logits: Logits) -> Tensor:
         return self.store.policy.step(query, self.cache(), logits).output
 
     def cache(self) -> LayerCache:
         place = ("metadata", self.capacity, self.buffer("key").shape[2])
-        return LayerCache(self.store.pages(), self.clock.once(place, self._metadata))
+        return self.store.cache_at(self.clock.once(place, self._metadata))
 
     def reserve(self, capacity: int) -> None:
-        super().reserve(capacity)
+        self.capacity = capacity
+        self.store.reserve(capacity)
         pages = self.buffer("key").shape[2] // PAGE
         if self._table is None or self._table.shape[1] != pages:  # a captured step has its address
             self._table = contiguous_table(len(self.clock.seen), pages, self.clock.seen.device)
@@ -33,7 +45,9 @@ class PagedStep(Step):
     def _metadata(self) -> DecodeMetadata:
         assert self._table is not None
         shortest, longest = self.clock.told or (0, self.capacity)
-        return DecodeMetadata(self._table, self.clock.seen, longest, shortest, contiguous=True)
+        # Sequences of the same length tell whether they fill a page, unless steps are replayed.
+        fills = shortest < longest or longest % PAGE == 0
+        return DecodeMetadata(self._table, self.clock.seen, longest, shortest, contiguous=True, fills=fills)
 
     @property
     def per_token(self) -> tuple[str, ...]:

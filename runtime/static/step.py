@@ -39,7 +39,7 @@ class Step:
 
     def write(self, key: Tensor, value: Tensor) -> None:
         """The new tokens [B, Hkv, D | Dv], each to the end of its row."""
-        append(key, value, None, self.buffer("key"), self.buffer("value"), None, None, self.clock.held)
+        append(key, value, None, self.buffer("key"), self.buffer("value"), None, self.clock.held)
 
     def reserve(self, capacity: int) -> None:
         """Make room for rows of `capacity` tokens, and see to what is due. Addresses may change."""
@@ -65,10 +65,6 @@ class Step:
     def per_token(self) -> tuple[str, ...]:
         """The store's tensors that have an entry per token."""
         return ("key", "value")
-
-    def sums(self) -> list[Tensor]:
-        """What a step adds to rather than writes: a step that is run again for the same token needs it as before."""
-        return []
 
     def buffer(self, name: str) -> Tensor:
         """[B, Hkv, capacity, …], to the end of its capacity."""

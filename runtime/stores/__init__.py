@@ -1,6 +1,7 @@
 """The methods: each a frozen dataclass of parameters that builds the stores of a layer."""
 
 from ..methods.full import Full
+from ..methods.spectral import Spectral
 from .base import Store
 from .clusterkv import ClusterKV
 from .exact_topk import ExactTopk
@@ -8,7 +9,6 @@ from .h2o import H2O
 from .loki import Loki
 from .quest import Quest
 from .sparq import Sparq
-from .spectral import Spectral
 from .streaming import Streaming
 from .subgen import SubGen
 

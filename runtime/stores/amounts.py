@@ -77,3 +77,7 @@ class Budget:
     def of(self, length: int) -> int:
         """Tokens of a row of `length`."""
         return length if length < self.dense_below else count_of(self.keep, length)
+
+    def most(self, length: int) -> int:
+        """The largest of rows of `length` tokens at most."""
+        return max(self.of(length), min(length, self.dense_below - 1))

@@ -102,6 +102,11 @@ class Store(ABC):
         read = self.bytes_read()
         return lambda: read
 
+    def like(self) -> tuple[Tensor | None, Tensor | None]:
+        """Tensors of the heads, dimensions and dtype of the keys and values that came; None before the first."""
+        key, value = (self.rows[name].tensor if name in self.rows else None for name in ("key", "value"))
+        return key, value
+
     def shared_bytes(self) -> int:
         """Of `bytes_read`, what is read once for all rows: maps of a basis."""
         return 0

@@ -50,14 +50,11 @@ class ClusteredStore(SelectingStore):
     def __init__(self, selection: Clustered):
         super().__init__(selection)
         self.clusters = self._make_clusters()
-        self.tail = self._make_tail()
+        self.tail = Tail(self.rows, self.clusters) if selection.tail and self.clusters else None
 
     def _make_clusters(self) -> Clusters | None:
         of = self.selection
         return Clusters(self.rows, self._buffer, of.tokens_per_cluster, of.sinks) if of.tail else None
-
-    def _make_tail(self) -> Tail | None:
-        return Tail(self.rows, self.clusters) if self.selection.tail and self.clusters else None
 
     def _buffer(self, name: str) -> TokenBuffer:
         """Clusters are fewer than tokens, and their buffers grow accordingly."""

@@ -43,18 +43,16 @@ class Clusters:
         start: Tensor | None = None,
         iterations: int = 20,
         segment: int = SEGMENT,
-        encode: Callable[[str, Tensor], dict[str, Tensor]] = lambda name, means: {name: means},
     ):
         """
         Args:
             rows: of the store.
             buffer: makes an empty one by name.
             start: [Hkv, C0, D] calibrated centroids.
-            encode: the tensors that hold the means [B, Hkv, C, D | Dv] of "cluster.key" or "cluster.value".
         """
         self.tokens_per_cluster, self.sinks = tokens_per_cluster, sinks
         self.start, self.iterations, self.segment = start, iterations, segment
-        self._rows, self._buffer, self._encode = rows, buffer, encode
+        self._rows, self._buffer = rows, buffer
         self.most_passes = 0
         """Over its tokens, of the clustering that took most of them to converge."""
         self._closed: list[list[tuple[int, int]]] = []
@@ -140,8 +138,7 @@ class Clusters:
         places = find_places(before, most, kept, device)
         for name, tensor in ((_KEY, keys), (_VALUE, values)):
             means = sums_by_label(tensor, found.labels, held, most) / sizes.clamp_min(1)
-            for part, held_as in self._encode(name, means.to(tensor.dtype)).items():
-                self._rows.setdefault(part, self._buffer(part)).write(held_as, places)
+            self._rows.setdefault(name, self._buffer(name)).write(means.to(tensor.dtype), places)
         self._rows.setdefault(_SIZE, self._buffer(_SIZE)).write(sizes.to(torch.int32), places)
         labels = found.labels + torch.tensor(before, device=device).view(-1, 1, 1)
         return places.after, labels.masked_fill(~held, -1)
@@ -205,7 +202,7 @@ class Clusters:
                 of_rows[row].append((first, second))
 
     def there(self, device: torch.device) -> Tensor:
-        """[B, 1, C] bool: which clusters each row has."""
+        """[B, 1, C] bool: False at what a row has no cluster for."""
         counts = torch.tensor(self.counts, device=device).view(-1, 1, 1)
         return torch.arange(int(max(self.counts)), device=device) < counts
 

@@ -45,8 +45,8 @@ class FullStore(PagedStore):
         super().restore(state)
         self.record_mass = self.record_mass and ("mass" in self.totals or not self.seen)
 
-    def _shorten(self) -> None:
-        super()._shorten()
+    def lengths_changed(self) -> None:
+        super().lengths_changed()
         if "mass" in self.totals:
             self.totals["mass"] = self.totals["mass"][:, :, : max(self.lengths)]
 

@@ -13,10 +13,19 @@ from torch import Tensor
 
 from ..attention import Logits, causal_attention
 from ..kv.buffers import Places, TokenBuffer
-from ..kv.pages import LayerCache, PagedBuffer, contiguous_metadata
+from ..kv.offload import DeviceCache, Offloaded
+from ..kv.pages import (
+    PAGE,
+    DecodeMetadata,
+    HostPages,
+    LayerCache,
+    PagedBuffer,
+    SummaryBuffer,
+    contiguous_metadata,
+)
 from ..methods.base import Policy, Reading
 from .base import Store
-from .saved import Saved
+from .saved import FLOATS, Saved, require
 
 if TYPE_CHECKING:
     from .full import FullStore
@@ -30,6 +39,17 @@ class PagedStore(Store):
     def __init__(self, policy: Policy):
         super().__init__()
         self.policy = policy
+        self.summaries: dict[str, SummaryBuffer] = {}
+        self.device_cache = DeviceCache(policy.cached) if policy.offloaded else None
+        self._like: tuple[Tensor, Tensor] | None = None
+        self._capacity = 0
+        """Tokens of a sequence that there is room for."""
+        self._cache: LayerCache | None = None
+        """Of the buffers as they are, at some step; None: they have changed since."""
+        self._metadata: DecodeMetadata | None = None
+        """Of the sequences as they are; None: they have changed since."""
+        self._heads_and_row = 0, 0
+        """KV heads, and bytes of a token's key and value."""
         self._limits: Tensor | None = None
         self._last: Reading | None = None
         """Of the last step, for `bytes_read` and `read_mask`."""
@@ -39,34 +59,59 @@ class PagedStore(Store):
         return self.attend_all(query, logits)
 
     def attend_all(self, query: Tensor, logits: Logits) -> Tensor:
-        return causal_attention(query, self.rows["key"].view, self.rows["value"].view, logits, self._limits)
+        key, value = (of.to(query.dtype) for of in self.policy.rows(self.cache()))
+        return causal_attention(query, key, value, logits, self._limits)
 
     def append(self, key: Tensor, value: Tensor, valid: Tensor | None = None) -> None:
         if key.shape[2] > 1 or (valid is not None and not bool(valid.all())):
             self._write(key, value, valid)
             return
-        self._advance(key, valid)
-        new = self.encoded(key, value)
-        for name, tensor in new.items():
-            rows = self.rows.setdefault(name, self._buffer(name))
-            rows.reserve(max(self.lengths), tensor)
-            rows.used = max(self.lengths)
-        self.cache().write_last(new)
+        places = self._advance(key, valid)
+        new = dict(self._encoded(key, value))
+        if max(self.lengths) > self._capacity:
+            self._reserve(max(self.lengths), new)
+        self.lengths_changed()
+        for name in self.policy.offloaded:
+            self.rows[name].write(new.pop(name), places)
+        cache = self.cache()
+        cache.write_last(new)
+        if self.summaries and cache.metadata.fills:
+            cache.summarise_last(self.policy.summarise)
 
     def attend(self, query: Tensor, logits: Logits) -> Tensor:
         cache = self.cache()
         found = self.policy.step(query, cache, logits)
-        self._last = Reading.of(self.policy, cache, found.selected)
+        self._last = Reading(self.policy, cache.metadata, found.selected, *self._heads_and_row)
         return found.output
+
+    def like(self) -> tuple[Tensor | None, Tensor | None]:
+        return self._like or (None, None)
 
     def cache(self) -> LayerCache:
         """What a step sees of this store now."""
-        tensor = self._tensor()
-        metadata = contiguous_metadata(tuple(self.lengths), tensor.shape[2], tensor.device)
-        return LayerCache(self.pages(), metadata)
+        assert self._like is not None
+        if self._metadata is None:
+            self._metadata = contiguous_metadata(tuple(self.lengths), self._capacity, self._like[0].device)
+        elif self._cache is not None and self._cache.metadata is self._metadata:
+            return self._cache
+        return self.cache_at(self._metadata)
 
-    def pages(self) -> dict[str, Tensor]:
-        return {name: rows.pages for name, rows in self.rows.items()}  # type: ignore[attr-defined]
+    def cache_at(self, metadata: DecodeMetadata) -> LayerCache:
+        """The same with other metadata of its buffers, which steps of fixed shapes have."""
+        if self._cache is None:
+            tokens = {name: rows.pages for name, rows in self.rows.items()}  # type: ignore[attr-defined]
+            summaries = {name: rows.pages for name, rows in self.summaries.items()}
+            on_host = {name: self.rows[name] for name in self.policy.offloaded}
+            offloaded = Offloaded(on_host, self.device_cache) if self.device_cache else None
+            self._cache = LayerCache(tokens, summaries, metadata, offloaded)
+            self._heads_and_row = tokens["key"].shape[2], self.policy.row_bytes(self._cache)
+        elif self._cache.metadata is not metadata:
+            self._cache = self._cache.at(metadata)
+        return self._cache
+
+    def reserve(self, tokens: int) -> None:
+        """Room for sequences of so many tokens, in buffers of all that is kept."""
+        self._reserve(tokens, {name: rows.view for name, rows in self.rows.items()})
 
     def bytes_read(self) -> int:
         return 0 if self._last is None else self._last.bytes_read()
@@ -77,18 +122,43 @@ class PagedStore(Store):
     def shared_bytes(self) -> int:
         return self.policy.shared_bytes()
 
+    def resident_bytes(self) -> int:
+        """On the device: what is offloaded is in `host_bytes`."""
+        cached = self.device_cache.nbytes() if self.device_cache else 0
+        summaries = sum(rows.nbytes() for rows in self.summaries.values())
+        return super().resident_bytes() + summaries + cached - self.host_bytes()
+
+    def host_bytes(self) -> int:
+        return sum(self.rows[name].nbytes() for name in self.policy.offloaded if name in self.rows)
+
     def read_mask(self) -> Tensor:
         assert self._last is not None
         return self._last.mask()
 
     def crop(self, tokens: int) -> None:
         self._retreat(tokens)
-        self._shorten()
+        self.lengths_changed()
 
     def select(self, index: Tensor) -> None:
         super().select(index)
+        self._cache = self._metadata = None
+        if self.device_cache:
+            self.device_cache.clear()
+        for rows in self.summaries.values():
+            rows.keep(index)
         if self.lengths:
-            self._shorten()
+            self.lengths_changed()
+
+    def to(self, device: torch.device | str) -> None:
+        super().to(device)
+        self._cache = self._metadata = None
+        if self.device_cache:
+            self.device_cache.clear()
+        if self._like is not None:
+            self._like = self._like[0].to(device), self._like[1].to(device)
+        for rows in self.summaries.values():
+            if rows.tensor is not None:
+                rows.tensor = rows.tensor.to(device, non_blocking=True)
 
     def adopt(self, full: FullStore) -> None:
         lengths = torch.tensor(full.lengths)
@@ -97,40 +167,86 @@ class PagedStore(Store):
         self.seen, self.valid = full.seen, full.valid
 
     def state(self) -> dict[str, Tensor]:
-        """Without what follows from keys and values."""
-        encoded = {f"rows.{name}" for name in self.rows if name not in ROWS}
-        return {name: tensor for name, tensor in super().state().items() if name not in encoded}
+        """Without what follows from keys and values, where these are kept as they came."""
+        state = super().state()
+        if self.policy.keeps_rows:
+            return {name: of for name, of in state.items() if not name.startswith("rows.") or name[5:] in ROWS}
+        return state | ({"like.key": self._like[0], "like.value": self._like[1]} if self._like else {})
 
     def restore(self, state: dict[str, Tensor]) -> None:
         super().restore(state)
-        if self.seen:
-            whole = Places(self.lengths, slice(0, max(self.lengths)), None)
-            self._put(self.policy.encode(state["rows.key"], state["rows.value"]), whole)
+        if not self.seen:
+            return
+        kept = {name: rows.view for name, rows in self.rows.items()}
+        if self.policy.keeps_rows:
+            kept = dict(self._encoded(kept["key"], kept["value"]))
+        else:
+            self._like = state["like.key"], state["like.value"]
+        self.rows.clear()  # to be made anew, with all that goes with them
+        self._capacity = 0
+        self._put(kept, Places(self.lengths, slice(0, max(self.lengths)), None), [0] * len(self.lengths))
 
     def _check(self, saved: Saved) -> None:
-        saved.take_tokens(saved.longest)
+        if self.policy.keeps_rows:
+            saved.take_tokens(saved.longest)
+            return
+        heads, *dims = self.policy.fitted_to
+        like = [saved.take(f"like.{name}", FLOATS, 0, heads, 0, of) for name, of in zip(ROWS, dims, strict=True)]
+        for name, none in self.policy.encode(*like).items():
+            shape = saved.rows, none.shape[1], saved.longest, none.shape[3]
+            found = saved.take(f"rows.{name}", none.dtype, *shape)
+            if name in self.policy.most:
+                most = self.policy.most[name]
+                require(f"rows.{name}", found <= most, f"0 to {most}")
 
     def _buffer(self, name: str) -> TokenBuffer:
-        return PagedBuffer()
+        return HostPages() if name in self.policy.offloaded else PagedBuffer()
 
     def _write(self, key: Tensor, value: Tensor, valid: Tensor | None) -> Places:
+        before = self.lengths or [0] * key.shape[0]
         places = self._advance(key, valid)
-        self._put(self.encoded(key, value), places)
+        self._put(self._encoded(key, value), places, before)
         return places
 
-    def encoded(self, key: Tensor, value: Tensor) -> dict[str, Tensor]:
-        """All that is kept of tokens."""
-        return {"key": key, "value": value, **self.policy.encode(key, value)}
+    def _encoded(self, key: Tensor, value: Tensor) -> Mapping[str, Tensor]:
+        self._like = self._like or (key[:0, :, :0], value[:0, :, :0])
+        return self.policy.encode(key, value)
 
-    def _put(self, new: Mapping[str, Tensor], places: Places) -> None:
+    def _put(self, new: Mapping[str, Tensor], places: Places, before: list[int]) -> None:
+        """Write tokens where they belong, and see to the pages that they fill, of sequences of `before` tokens."""
+        if max(self.lengths) > self._capacity:
+            self._reserve(max(self.lengths), new)
+        self.lengths_changed()
         for name, tensor in new.items():
-            self.rows.setdefault(name, self._buffer(name)).write(tensor, places)
+            self.rows[name].write(tensor, places)
+        if not self.summaries:
+            return
+        cache = self.cache()
+        table = cache.metadata.block_table
+        lengths = zip(before, self.lengths, strict=True)
+        full = [table[row, first // PAGE : last // PAGE] for row, (first, last) in enumerate(lengths)]
+        cache.summarise(torch.cat(full), self.policy.summarise)
 
-    def _shorten(self) -> None:
+    def _reserve(self, tokens: int, like: Mapping[str, Tensor]) -> None:
+        self._cache = self._metadata = None
+        for name, tensor in like.items():
+            if name not in self.rows:
+                self.rows[name] = self._buffer(name)
+            self.rows[name].reserve(tokens, tensor)
+        key = self.rows["key"].tensor
+        assert key is not None
+        self._capacity = key.shape[2]
+        none = {name: rows.pages[:0] for name, rows in self.rows.items()}  # type: ignore[attr-defined]
+        for name, tensor in self.policy.summarise(none).items():
+            one = tensor.new_zeros(len(self.lengths), tensor.shape[1], 1, *tensor.shape[2:])
+            self.summaries.setdefault(name, SummaryBuffer()).reserve(self._capacity // PAGE, one)
+
+    def lengths_changed(self) -> None:
+        """Tell the buffers."""
+        longest, self._metadata = max(self.lengths), None
+        if self.device_cache:  # what comes in place of tokens that are gone has their slots
+            self.device_cache.drop([range(length, self.rows["key"].used) for length in self.lengths])
         for rows in self.rows.values():
-            rows.used = max(self.lengths)
-
-    def _tensor(self) -> Tensor:
-        tensor = self.rows["key"].tensor
-        assert tensor is not None
-        return tensor
+            rows.used = longest
+        for rows in self.summaries.values():
+            rows.used = -(-longest // PAGE)

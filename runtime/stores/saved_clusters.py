@@ -30,10 +30,6 @@ class SavedClusters:
     def upto(self) -> list[int]:
         return [closed[-1][0] if closed else 0 for closed in self.closed]
 
-    @property
-    def counts(self) -> list[int]:
-        return [closed[-1][1] if closed else 0 for closed in self.closed]
-
     def runs(self, row: int, length: int) -> Tensor:
         """[Hkv, length] what tokens lie together in order of arrival: the sinks, each cluster, the open window."""
         owners = self.owners(row) + 1

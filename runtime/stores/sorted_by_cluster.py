@@ -53,8 +53,6 @@ def calibrated_centroids(artifact: Artifact | None, layer: int) -> Tensor | None
 class SortedStore(ClusteredStore):
     selection: Sorted
     clusters: Clusters
-    beside: tuple[str, ...] = ("position",)
-    """Per-token tensors beside keys and values."""
 
     def __init__(self, settings: Sorted, start: Tensor | None):
         # Before the rest: `_make_clusters` and `_buffer` look at them.
@@ -72,12 +70,7 @@ class SortedStore(ClusteredStore):
             start=self._start,
             iterations=of.iterations,
             segment=of.segment,
-            encode=self._encode_mean,
         )
-
-    def _encode_mean(self, name: str, means: Tensor) -> dict[str, Tensor]:
-        """How mean keys ("cluster.key") and values ("cluster.value") are held."""
-        return {name: means}
 
     def read_mask(self) -> Tensor:
         by_slot = super().read_mask()
@@ -123,7 +116,7 @@ class SortedStore(ClusteredStore):
         order = order_by.argsort(dim=-1, stable=True)
         row, _, token = held.nonzero(as_tuple=True)
         places = Places(self.lengths, (row, token, index[row, 0, token]), None)
-        for name in ("key", "value", *self.beside):
+        for name in ("key", "value", "position"):
             rows = self.rows[name]
             rows.write(take(take(rows.view, index), order), places)
         if self.device_cache:
@@ -209,8 +202,7 @@ class SortedStore(ClusteredStore):
             self._permute(slots, position.masked_fill(~held, torch.iinfo(position.dtype).max))
         if self.tail:
             self.tail.shorten()
-        for name in self.beside:
-            self.rows[name].used = max(self.lengths)
+        self.rows["position"].used = max(self.lengths)
         if self.device_cache:
             # What comes in place of the tokens that are gone has their slots.
             self.device_cache.drop([range(length, self.rows["key"].used) for length in self.lengths])

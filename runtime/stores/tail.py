@@ -62,7 +62,7 @@ class Tail:
         Args:
             logits: [B, Hkv, G, C] float32, of each cluster's mean key.
             slot: [B, Hkv, G or 1, k] int64, the tokens that were read.
-            counted: the same shape, bool: which of them were read in earnest, and are in a cluster.
+            counted: the same shape, bool: which of them are not padding, and are in a cluster.
         """
         of, sizes, values = self._rows[OWNER].view, self._clusters.sizes, self._clusters.values
         batch = torch.arange(of.shape[0], device=of.device).view(-1, 1, 1, 1)

@@ -60,12 +60,11 @@ class Problem:
         out = [buffer[:-8].view(batch, heads, width) for buffer in self.buffers]
         out.append(torch.full((batch, heads), POISON, dtype=torch.int32, device=self.device))
         self.unread = torch.full(self.scores.shape, NAN, device=self.device)
-        self.ends = torch.full(self.scores.shape, POISON, dtype=torch.int32, device=self.device)
         scores, starts, sizes, room, counts = map(to, (self.scores, self.starts, self.sizes, self.room, self.counts))
         result = select_runs(
             scores, starts, sizes, room, counts,
             leading=self.leading and tuple(map(to, self.leading)), capacity_out=self.slots, out=tuple(out),
-            unread=self.unread, ends=self.ends, backend=backend,
+            unread=self.unread, backend=backend,
         )  # fmt: skip
         assert all(given is returned for given, returned in zip(out, result, strict=True))
         return [tensor.cpu() for tensor in result]
@@ -87,8 +86,6 @@ class Problem:
             assert sizes[b, h].tolist() == lead[1] + [taken[at] for at in chosen] + rest, (b, h)
             left = [max(size[at], 0) - taken.get(at, 0) if at < number else 0 for at in range(clusters)]
             assert self.unread[b, h].tolist() == left, (b, h)
-            ends = itertools.accumulate(taken.get(at, 0) for at in range(clusters))
-            assert self.ends[b, h].tolist() == list(ends), (b, h)
         assert all(buffer[-8:].eq(POISON).all() for buffer in self.buffers), "written beyond the last slot"
 
 
@@ -176,7 +173,6 @@ def test_what_does_not_fit_is_named():
         ({"leading": (torch.zeros(2, 17, dtype=torch.int32),) * 2}, "leading: received 17 runs, expected 1 to 16"),
         ({"capacity_out": 0}, "capacity_out: received 0"),
         ({"unread": scores.half()}, "unread: received torch.float16"),
-        ({"ends": scores}, "ends: received torch.float32"),
         ({"out": (ints, ints, room)}, r"out starts: received torch.int32 \[2, 2, 8\]"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -193,8 +189,7 @@ def launch(clusters, dtype, slots, batch=1, unread=False, leading=2):
     row = torch.ones(batch, dtype=torch.int32)
     lead = (torch.zeros(batch, leading, dtype=torch.int32),) * 2 if leading else None
     select_runs(torch.zeros(batch, 8, clusters, dtype=dtype), ints, ints, row, row, leading=lead, capacity_out=slots,
-                unread=torch.zeros(batch, 8, clusters) if unread else None,
-                ends=torch.zeros(batch, 8, clusters).int() if unread else None, backend="triton")
+                unread=torch.zeros(batch, 8, clusters) if unread else None, backend="triton")
 launch(1640, torch.float32, 2048)
 launch(96, torch.float32, 77, batch=3, leading=1)
 launch(16, torch.float32, 16)

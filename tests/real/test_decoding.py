@@ -12,7 +12,7 @@ METHODS = {
     "loki": {"method": "loki", "basis": "pca", "select": "head", "rank": 0.25, "keep": 0.5},
     "loki, as it decodes when nothing is said": {"method": "loki"},
     "clusterkv": {"method": "clusterkv", "keep": 12, "tokens_per_cluster": 4, "window": 6, "sinks": 2},
-    "spectral": {"method": "spectral", "keep": 12, "tokens_per_cluster": 4, "window": 6, "sinks": 2, "recent": 3},
+    "spectral": {"method": "spectral", "keep": 12, "sinks": 2, "recent": 3},
 }
 
 

@@ -7,8 +7,6 @@ import samples
 import torch
 
 from kvcal.artifacts import KvcalError, Stage
-from kvcal.calibrate.moments import MomentsFitter
-from kvcal.calibrate.pca import fit_pca, spectrum
 from kvcal.runtime import SharingMap
 from kvcal.runtime.cla import Cla, check_methods, resolve, split_method, stage_map, with_bases
 from kvcal.runtime.stores import METHODS
@@ -92,7 +90,7 @@ def test_what_one_layers_queries_made_is_refused():
     groups = SharingMap(((0, 1), (2,)))
     for method, message in (
         (METHODS["loki"](basis="score"), "basis 'score' is fitted to the queries of one layer, and layers 0, 1"),
-        (METHODS["spectral"](), "basis 'score' is fitted to the queries of one layer, and layers 0, 1"),
+        (METHODS["spectral"](), "spectral's codebooks are of each layer's own keys and values, and layers 0, 1 share"),
         (METHODS["full"](record_mass=True), "record_mass"),
     ):
         with pytest.raises(KvcalError, match=message):
@@ -101,45 +99,25 @@ def test_what_one_layers_queries_made_is_refused():
     check_methods(groups, {0: METHODS["full"](), 1: METHODS["full"](), 2: METHODS["loki"](basis="score")}, None)
 
 
-@pytest.mark.parametrize("name", ["loki", "spectral"])
-def test_a_basis_of_every_storing_layer_is_wanted(name):
-    method, groups = METHODS[name](basis="pca"), SharingMap(((0, 1), (2,)))
+def test_a_basis_of_every_storing_layer_is_wanted():
+    method, groups = METHODS["loki"](basis="pca"), SharingMap(((0, 1), (2,)))
     bases = {f"layers.{layer}.key_post.components": BASIS for layer in (0, 2)}
     check_methods(groups, dict.fromkeys(range(3), method), bases)
     for lacking in ({}, {"layers.0.key_post.components": BASIS}):
-        message = f"^{name} needs .* `calibrate share ARTIFACT --model M --data D --steps N --uptrain`"
+        message = "^loki needs .* `calibrate share ARTIFACT --model M --data D --steps N --uptrain`"
         with pytest.raises(KvcalError, match=message):
             check_methods(groups, dict.fromkeys(range(3), method), lacking)
     check_methods(groups, dict.fromkeys(range(3), METHODS["quest"]()), {})
+    with pytest.raises(KvcalError, match=r"^spectral has no codebooks of keys that uptraining changed: take loki "):
+        check_methods(SharingMap(((0,), (1,))), dict.fromkeys(range(2), METHODS["spectral"]()), bases)
 
 
 def test_methods_see_the_bases_of_the_shared_keys_and_no_other_fits():
     view = with_bases(artifact(TRAINED), {"layers.0.key_post.components": BASIS})
     assert view.tensor("pca", 0, "key_post.components") is BASIS
-    assert {"score", "clusters", "reservoir"} & view.stages.keys() == set()
+    assert {"moments", "score", "clusters", "codebook", "reservoir"} & view.stages.keys() == set()
     with pytest.raises(KvcalError):
         view.tensor("pca", 1, "key_post.components")
-
-
-@pytest.mark.parametrize("centred", [True, False])
-def test_methods_see_the_moments_of_the_shared_keys(centred):
-    """Of layer 0, of which there are bases; not of layer 1, nor of queries."""
-    samples_of = torch.randn(2, 900, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
-    fitter = MomentsFitter(2, 4)
-    fitter.update(samples_of)
-    moments, own = fitter.finalize(), replace(artifact(TRAINED), settings={"centred": centred})
-    pca, prefix = fit_pca(moments, centred=centred), "layers.0.key_post"
-    bases = {f"{prefix}.mean": pca.mean.float(), f"{prefix}.components": pca.components.float()}
-    bases |= {
-        f"{prefix}.eigenvalues": spectrum(moments),
-        f"{prefix}.eigenvalues_uncentred": spectrum(moments, centred=False),
-    }
-    view = with_bases(own, bases)
-    covariance = (samples_of - samples_of.mean(1, True)).mT @ (samples_of - samples_of.mean(1, True)) / 900
-    torch.testing.assert_close(view.tensor("moments", 0, "key_post.mean"), samples_of.mean(1), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(view.tensor("moments", 0, "key_post.covariance"), covariance, rtol=2e-3, atol=1e-5)
-    for layer, name in ((0, "query_post.mean"), (1, "key_post.covariance")):
-        assert view.tensor("moments", layer, name) is own.tensor("moments", layer, name)
 
 
 def test_trained_weights_that_are_not_there_are_refused_when_asked_for():

@@ -16,7 +16,6 @@ from kvcal.runtime.stores.exact_topk import ExactTopk
 from kvcal.runtime.stores.h2o import H2O
 from kvcal.runtime.stores.loki import Loki
 from kvcal.runtime.stores.quest import Quest
-from kvcal.runtime.stores.spectral import Spectral
 from kvcal.runtime.stores.streaming import Streaming
 
 LAYERS = range(4)
@@ -36,8 +35,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "h2o": {"keep": 0.25},
     "clusterkv": {"keep": 1024, "select": "group", "tokens_per_cluster": 16, "window": 320, "sinks": 16, "tail": False},
     "spectral": {
-        "rank": 0.5, "bits": 2, "keep": 0.0625, "basis": "score", "stage": "post", "select": "group",
-        "tokens_per_cluster": 32, "tail": True,
+        "keep": 0.0625, "select": "group", "rank": 0.5, "bits": 2, "rows": 16, "sinks": 1, "recent": 16,
+        "residual": True, "choice": "sampled", "sample": 1024, "offload": "none", "cached": 2048,
     },
     "subgen": {"window": 128, "sinks": 4, "clusters": 64, "t": 4, "s": 256, "normaliser": "values"},
 }  # fmt: skip
@@ -69,13 +68,12 @@ def test_layers_that_share_take_the_basis_that_they_can_have() -> None:
         return list(plan(method, settings, LAYERS, 4, keys_are_shared=True).values())
 
     assert sharing("loki") == [Loki(basis="pca")] * 4
-    assert sharing("spectral", keep=0.5) == [Spectral(basis="pca", keep=0.5)] * 4
     assert sharing({"0-1": "full", "2-": "loki"}) == [Full(), Full(), Loki(basis="pca"), Loki(basis="pca")]
     assert sharing("loki", dense_layers=3) == [Full(), Full(), Full(), Loki(basis="pca")]
     for given in ({"method": "loki", "basis": "score"}, {"0-": {"method": "loki", "basis": "score"}}):
         assert sharing(given) == [Loki(basis="score")] * 4
     assert sharing("loki", basis=["pca", "pca", "score", "score"])[1:3] == [Loki(basis="pca"), Loki(basis="score")]
-    for method in METHODS.keys() - {"loki", "spectral"}:
+    for method in METHODS.keys() - {"loki"}:
         assert sharing(method) == planned(method)
 
 

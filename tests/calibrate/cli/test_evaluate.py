@@ -78,8 +78,8 @@ def test_table_and_figure(artifact, text, tmp_path):
 
 
 def test_contexts_beyond_the_calibrated_blocks_are_said(artifact, text):
-    """The bases of loki and spectral were fitted to other positions; sparq's channels to none."""
-    grid = ("--method", "loki,sparq,spectral", "--set", "flat_below=0")
+    """The basis of loki and the codes of spectral were fitted to other positions; sparq's channels to none."""
+    grid = ("--method", "loki,sparq,spectral")
     options = ("--prefix", 65, "--continuation", 4, "--windows", 1, "--tasks", "perplexity")
     line = "contexts of 65 tokens, and blocks of 64 in calibration: loki, spectral may do worse than calibrated with"
     found = run("evaluate", artifact, "--data", text, *options, *grid).stderr

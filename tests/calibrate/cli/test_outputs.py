@@ -117,7 +117,10 @@ def test_files_of_the_kind_that_is_written_are_replaced(here: Path, made: Path) 
     assert len((here / "old.png").read_bytes()) > 1000
     (here / "plan.json").write_text(json.dumps({"format": 1, "layers": [None]}))
     (here / "results.json").write_text(json.dumps({"settings": {}, "results": []}))
-    for words in ("plan a --data stdlib --output plan.json", "evaluate a --data stdlib --output results.json"):
+    for words in (
+        "plan a --data stdlib --method loki --output plan.json",
+        "evaluate a --data stdlib --output results.json",
+    ):
         done = CliRunner().invoke(cli, words.split())
         assert str(done.exception) == "work was begun"
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from compressed import CLOSE, KEEPING, SMALL, make_cache, model, padded, random_ids, small, step_logits, traces
+from compressed import KEEPING, SMALL, close, make_cache, model, padded, random_ids, small, step_logits, traces
 from transformers import DynamicCache
 
 from kvcal.artifacts import KvcalError
@@ -38,7 +38,7 @@ def test_rows_reordered_repeated_and_selected(method):
         cache = filled(method)
         operation(cache)
         assert cache.get_seq_length() == 30, case
-        torch.testing.assert_close(go_on(cache, NEW[rows]), go_on(filled(method), NEW)[rows], **CLOSE)
+        torch.testing.assert_close(go_on(cache, NEW[rows]), go_on(filled(method), NEW)[rows], **close(method))
 
 
 @pytest.mark.parametrize("method", KEEPING)
@@ -46,7 +46,7 @@ def test_cropped_tokens_never_came(method):
     cache = filled(method)
     cache.crop(-5)
     assert cache.get_seq_length() == 25
-    torch.testing.assert_close(go_on(cache, NEW), go_on(filled(method, tokens=25), NEW), **CLOSE)
+    torch.testing.assert_close(go_on(cache, NEW), go_on(filled(method, tokens=25), NEW), **close(method))
 
 
 @pytest.mark.parametrize("method", KEEPING)
@@ -62,7 +62,7 @@ def test_a_crop_into_padding(method):
             position = mask.sum(1, keepdim=True) - 1
             logits.append(of(NEW[:, :1], attention_mask=mask, position_ids=position, past_key_values=cache).logits)
         assert [store.lengths for store in cache.stores.values()] == [[3, 21, 21]] * 3
-    torch.testing.assert_close(*logits, **CLOSE)
+    torch.testing.assert_close(*logits, **close(method))
 
 
 @pytest.mark.parametrize("method", ["streaming", "h2o"])
@@ -88,7 +88,7 @@ def test_counts_and_offloading(method):
     for layer in cache.layers:
         layer.offload()
         layer.prefetch()
-    torch.testing.assert_close(go_on(cache, NEW, "gemma3"), expected, **CLOSE)
+    torch.testing.assert_close(go_on(cache, NEW, "gemma3"), expected, **close(method))
 
 
 @pytest.mark.parametrize("method", SMALL)
@@ -97,7 +97,7 @@ def test_a_cache_that_was_reset_is_a_new_one(method):
     cache.reset()
     assert cache.get_seq_length() == cache.resident_bytes() == 0
     step_logits(model(), IDS[:2], cache, 24)  # another batch
-    torch.testing.assert_close(go_on(cache, NEW[:2]), go_on(filled(method, slice(2)), NEW[:2]), **CLOSE)
+    torch.testing.assert_close(go_on(cache, NEW[:2]), go_on(filled(method, slice(2)), NEW[:2]), **close(method))
 
 
 @pytest.mark.parametrize("method", SMALL)
@@ -113,10 +113,10 @@ def test_a_copy_goes_on_by_itself(method, name):
     else:
         assert twin.resident_bytes() == original.resident_bytes()
     go_on(twin, NEW.flip(1), name)
-    torch.testing.assert_close(go_on(original, NEW, name), expected, **CLOSE)
+    torch.testing.assert_close(go_on(original, NEW, name), expected, **close(method))
     third = copy.deepcopy(copy.deepcopy(filled(method, name=name)))
     del original, twin
-    torch.testing.assert_close(go_on(third, NEW, name), expected, **CLOSE)  # still attached
+    torch.testing.assert_close(go_on(third, NEW, name), expected, **close(method))  # still attached
     empty = copy.deepcopy(make_cache(method, name))
     assert empty.get_seq_length() == 0
     step_logits(model(name), IDS, empty, 24)

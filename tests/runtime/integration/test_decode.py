@@ -38,18 +38,13 @@ METHODS = {
     "clusterkv-tail": {"method": "clusterkv", "keep": 12, "tokens_per_cluster": 3, "sinks": 2, "tail": True},
     "clusterkv-tail-head": {"method": "clusterkv", "keep": 9, "tokens_per_cluster": 4, "tail": True, "select": "head"},
 }
-SPECTRAL = {
-    "method": "spectral", "keep": 12, "rank": 0.5, "tokens_per_cluster": 4, "window": 5, "sinks": 2, "recent": 3,
-}  # fmt: skip
-REFINED = {**SPECTRAL, "flat_below": 0, "refine": 0.5}
+SPECTRAL = {"method": "spectral", "keep": 12, "rank": 0.5, "sinks": 2, "recent": 3}
 METHODS |= {
     "spectral": SPECTRAL,
     "spectral-4-bits-head": {**SPECTRAL, "bits": 4, "select": "head", "keep": 0.3},
-    "spectral-no-tail": {**SPECTRAL, "bits": 8, "select": "max", "tail": False, "dense_below": 25},
-    "spectral-two-levels": {**REFINED, "select": "max", "basis": "pca"},
-    "spectral-two-levels-head": {**REFINED, "bits": 4, "select": "head", "sinks": 0, "keep": 5, "refine": 9},
-    "spectral-two-levels-no-tail": {**REFINED, "bits": 4, "keep": 0.2, "tail": False, "window": 3},
-    "spectral-by-length": {**REFINED, "flat_below": 35, "refine": 0.3},
+    "spectral-no-residual": {**SPECTRAL, "bits": 8, "select": "max", "residual": False, "dense_below": 25},
+    "spectral-sampled": {**SPECTRAL, "sample": 16, "keep": 0.3},
+    "spectral-8-bit-rows": {**SPECTRAL, "rows": 8, "sinks": 0, "keep": 5},
 }
 NO_GRAPH = "CUDA graphs need a GPU, the model is on cpu"
 
@@ -100,7 +95,7 @@ def test_layers_that_share(method):
     assert out.cache.bytes_read() == cache.bytes_read() > 0
 
 
-@pytest.mark.parametrize("method", ["full", "loki", "loki-score", "clusterkv", "spectral-by-length"])
+@pytest.mark.parametrize("method", ["full", "loki", "loki-score", "clusterkv", "spectral-sampled"])
 def test_rows_grow_by_buckets(method, monkeypatch):
     monkeypatch.setattr(stepping, "BUCKET", 8)
     inputs = padded(9, 23, 40)
@@ -129,7 +124,7 @@ def test_the_cache_goes_on(method):
     assert cache.resident_bytes() <= out.cache.resident_bytes()  # reserved in buckets
 
 
-@pytest.mark.parametrize("method", ["full", "loki", "clusterkv", "spectral-two-levels"])
+@pytest.mark.parametrize("method", ["full", "loki", "clusterkv", "spectral-8-bit-rows"])
 def test_rows_end_by_themselves(method):
     """As generate() pads them, and stops when all have ended."""
     inputs = padded(9, 23, 40)
@@ -183,12 +178,8 @@ def test_padding_is_that_of_generate():
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"method": "clusterkv", "keep": 6, "sinks": 2, "tokens_per_cluster": 80, "window": 320},
-        REFINED,
-        {**REFINED, "flat_below": 30},
-    ],
-    ids=["clusterkv", "spectral", "spectral by length"],
+    [{"method": "clusterkv", "keep": 6, "sinks": 2, "tokens_per_cluster": 80, "window": 320}, SPECTRAL],
+    ids=["clusterkv", "spectral"],
 )
 def test_small_budgets_do_not_move_buffers(settings, monkeypatch):
     """Buffers are reserved for all clusters that a bucket can bring."""
@@ -207,7 +198,6 @@ def test_small_budgets_do_not_move_buffers(settings, monkeypatch):
         ("llama", {"method": "quest", "select": "head"}, "Quest has no step of fixed shapes"),
         ("llama", {**PCA, "tail": True, "choice": "threshold"}, "a tail beside a threshold has no step"),
         ("llama", {"method": "clusterkv", "offload": "cpu"}, "an offloaded cache copies what the step selects"),
-        ("llama", {**SPECTRAL, "offload": "cpu"}, "an offloaded cache copies what the step selects"),
     ],
 )
 def test_why_there_is_no_graph(name, method, reason):

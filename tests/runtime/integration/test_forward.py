@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compressed import CLOSE, SMALL, artifact, make_cache, model, padded, random_ids, small, step_logits
+from compressed import CLOSE, SMALL, artifact, close, make_cache, model, padded, random_ids, small, step_logits
 from transformers import DynamicCache
 
 from kvcal.artifacts import KvcalError
@@ -43,8 +43,8 @@ def test_a_given_cache_is_the_same_in_and_outside_compress(method):
         other = step_logits(of, IDS, make_cache(method), 16)  # a given cache has the last word
     outside = step_logits(of, IDS, make_cache(method), 16)
     for found in (inside, other, outside):
-        torch.testing.assert_close(found, expected, **CLOSE)
-    torch.testing.assert_close(empty, expected[:, :1], **CLOSE)
+        torch.testing.assert_close(found, expected, **close(method))
+    torch.testing.assert_close(empty, expected[:, :1], **close(method))
 
 
 def test_arguments_by_position():

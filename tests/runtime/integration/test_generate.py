@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from architectures import ARCHITECTURES
-from compressed import CLOSE, SMALL, artifact, greedy, make_cache, model, padded, random_ids, small, traces
+from compressed import CLOSE, SMALL, artifact, close, greedy, make_cache, model, padded, random_ids, small, traces
 from transformers import DynamicCache, GptOssConfig
 from transformers.cache_utils import DynamicLayer
 
@@ -47,7 +47,7 @@ def test_rows_of_a_padded_batch_are_generated_as_if_alone(method, name):
         tokens, logits, _ = greedy(of, inputs, new=12)
         for row, length in enumerate((9, 23, 40)):
             alone, alone_logits, _ = greedy(of, {"input_ids": inputs["input_ids"][row : row + 1, -length:]}, new=12)
-            torch.testing.assert_close(logits[row : row + 1], alone_logits, **CLOSE)
+            torch.testing.assert_close(logits[row : row + 1], alone_logits, **close(method))
             assert torch.equal(tokens[row, -12:], alone[0, -12:])
     if method != "full":  # or nothing would be tested
         _, dense, _ = greedy(of, inputs, new=12)
@@ -62,7 +62,7 @@ def test_a_prompt_prefilled_in_chunks_equals_one_prefilled_at_once(method):
             tokens, logits, _ = greedy(of, inputs)
             chunked, chunked_logits, cache = greedy(of, inputs, prefill_chunk_size=7)
         assert torch.equal(chunked, tokens)
-        torch.testing.assert_close(chunked_logits, logits, **CLOSE)
+        torch.testing.assert_close(chunked_logits, logits, **close(method))
         assert cache.get_seq_length() == 40 + 5
 
 
@@ -98,7 +98,7 @@ def test_beams_of_a_batch_equal_those_of_its_rows_alone(method):
             alone = of.generate(ids, **settings, output_scores=True, return_dict_in_generate=True)
             rows = slice(3 * row, 3 * row + 3)
             assert torch.equal(together.sequences[rows, -8:], alone.sequences[:, -8:])
-            torch.testing.assert_close(together.sequences_scores[rows], alone.sequences_scores, **CLOSE)
+            torch.testing.assert_close(together.sequences_scores[rows], alone.sequences_scores, **close(method))
             # A beam's score is the sum of the log-probabilities that teacher forcing gives its tokens.
             for beam, score in zip(alone.sequences, alone.sequences_scores, strict=True):
                 log_likelihood = forced(of, method, beam[None], length)

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from compressed import CLOSE, KEEPING, SMALL, artifact, greedy, model, padded, random_ids, small, step_logits, traces
+from compressed import CLOSE, SMALL, artifact, greedy, model, padded, random_ids, small, step_logits, traces
+from compressed import KEEPING as ALONE
 from safetensors import safe_open
 from sharing_oracle import GROUPS, SHARING, WHOLE, inventory, several
 
@@ -15,6 +16,8 @@ from kvcal.artifacts import KvcalError, Stage, fingerprint
 from kvcal.runtime import CompressedCache, SharingMap, compress, shared, sharing_of
 from kvcal.runtime.integration.cache import Recipe
 
+KEEPING = [form for form in ALONE if small(form)["method"] != "spectral"]
+"""`spectral` is refused where layers share."""
 LOOKUP = {"prompt_lookup_num_tokens": 3, "use_cache": True}
 MAPS = ["0-1,2", "0-2"]
 WAYS = {

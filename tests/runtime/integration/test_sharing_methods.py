@@ -13,7 +13,6 @@ from kvcal.artifacts import KvcalError, Stage
 from kvcal.calibrate.blocks import TokenBlocks
 from kvcal.calibrate.one_pass import calibrate
 from kvcal.runtime import CompressedCache, SharingMap, compress, shared, sharing_of
-from kvcal.runtime.stores.codes import CodedBasis
 
 GROUPS = SharingMap.parse("0-1,2")
 PREFIX = 24
@@ -112,20 +111,6 @@ def test_each_reading_layer_selects_with_its_own_queries_in_the_refit_basis(trai
     assert (found - others).abs().max() > 1e-3  # what is told apart
 
 
-def test_spectral_codes_the_keys_as_shared(trained, of_shared):
-    """Mean and deviations are those of a calibration of the shared model, not of the calibrated one."""
-    _, cache = decoded(trained, "cla+spectral", **SMALL["spectral"])
-    like = torch.empty(0)
-    for layer in GROUPS.storing:
-        found = cache.stores[layer].basis.parts(like)
-        expected, stale = (
-            CodedBasis.load(of, layer, 16, 4, None, "post", "pca").parts(like) for of in (of_shared, trained)
-        )
-        for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
-        assert (found[2] - stale[2]).abs().max() > 1e-2
-
-
 def test_what_keeps_all_equals_cla(trained, weights):
     expected, cache = decoded(trained, "cla")
     with shared(model(), GROUPS, weights=weights), torch.no_grad():
@@ -135,7 +120,6 @@ def test_what_keeps_all_equals_cla(trained, weights):
         ("cla+loki", {"keep": 1.0, "basis": "pca"}),
         ("cla+clusterkv", {"keep": 1.0, **{k: SMALL["clusterkv"][k] for k in ("tokens_per_cluster", "window")}}),
         ("cla+exact_topk", {"keep": 1.0}),
-        ("cla+spectral", {"keep": 1.0, "basis": "pca", "tokens_per_cluster": 4}),
     ):
         found, of = decoded(trained, method, **settings)
         torch.testing.assert_close(found, expected, **CLOSE)
@@ -161,13 +145,25 @@ def test_untrained_projections_and_other_groups(trained):
 
 
 @pytest.mark.parametrize("settings", [{"uptrained": False}, {"groups": "0,1-2"}])
-@pytest.mark.parametrize("method", ["loki", "spectral"])
-def test_no_basis_of_the_shared_keys_is_refused(trained, method, settings):
+def test_no_basis_of_the_shared_keys_is_refused(trained, settings):
     before = inventory(model())
-    message = rf"{method} needs a basis of the keys as shared in layer 0: make it with `calibrate share ARTIFACT"
-    with pytest.raises(KvcalError, match=message), compress(model(), trained, f"cla+{method}", basis="pca", **settings):
+    message = r"loki needs a basis of the keys as shared in layer 0: make it with `calibrate share ARTIFACT"
+    with pytest.raises(KvcalError, match=message), compress(model(), trained, "cla+loki", basis="pca", **settings):
         pass
     assert inventory(model()) == before and sharing_of(model()) is None
+
+
+@pytest.mark.parametrize("settings", [{}, {"uptrained": False}, {"groups": "0,1-2"}])
+def test_spectral_has_no_codebook_of_shared_keys(trained, of_shared, weights, settings):
+    """Also where the artifact was calibrated in the shared model: its codes are fitted to one layer's queries."""
+    before, other = inventory(model()), r"share theirs: take loki with basis='pca', or a method without a basis$"
+    for found in (trained, artifact()):
+        own = {"groups": str(GROUPS), **settings} if found is not trained else settings
+        with pytest.raises(KvcalError, match=rf"^spectral's codebooks are of each [^\n]* layers \d, \d {other}"):
+            compress(model(), found, "cla+spectral", **own).__enter__()
+        assert inventory(model()) == before and sharing_of(model()) is None
+    with shared(model(), GROUPS, weights=weights), pytest.raises(KvcalError, match=rf"layers 0, 1 {other}"):
+        CompressedCache(model(), of_shared, "spectral")
 
 
 def test_where_no_basis_is_named_shared_keys_are_scored_in_that_of_key_pca(trained, of_shared, weights):
@@ -183,11 +179,10 @@ def test_where_no_basis_is_named_shared_keys_are_scored_in_that_of_key_pca(train
         torch.testing.assert_close(step_logits(model(), IDS, cache, PREFIX), expected, **CLOSE)
         with refused:
             CompressedCache(model(), of_shared, "loki", **unsaid, basis="score")
-    for method in ("cla+loki", "cla+spectral"):
-        with compress(model(), trained, method):
-            assert {of.basis for of in model()(IDS).past_key_values.recipe.methods.values()} == {"pca"}
-        with refused, compress(model(), trained, method, basis="score"):
-            pass
+    with compress(model(), trained, "cla+loki"):
+        assert {of.basis for of in model()(IDS).past_key_values.recipe.methods.values()} == {"pca"}
+    with refused, compress(model(), trained, "cla+loki", basis="score"):
+        pass
     # A map that shares nothing leaves every layer its own keys and its own defaults.
     assert {of.basis for of in decoded(trained, "cla+loki", groups="0,1,2")[1].recipe.methods.values()} == {"score"}
 

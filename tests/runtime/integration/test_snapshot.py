@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compressed import CLOSE, SMALL, artifact, greedy, make_cache, model, padded, random_ids, traces
+from compressed import CLOSE, SMALL, artifact, close, greedy, make_cache, model, padded, random_ids, traces
 
 from kvcal.artifacts import KvcalError
 from kvcal.runtime import CompressedCache, compress
@@ -39,7 +39,7 @@ def test_a_loaded_cache_goes_on_as_the_saved_one(method, name, tmp_path):
     with compress(model(name), artifact(name), "full"):
         found = conversation(loaded, name, tokens)
     assert torch.equal(found[0], expected[0])
-    torch.testing.assert_close(found[1], expected[1], **CLOSE)
+    torch.testing.assert_close(found[1], expected[1], **close(method))
 
 
 def test_methods_by_layer_and_empty_caches_come_back(tmp_path):

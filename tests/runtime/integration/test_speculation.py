@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from compressed import CLOSE, SMALL, artifact, greedy, make_cache, model, random_ids, small, step_logits
+from compressed import CLOSE, SMALL, artifact, close, greedy, make_cache, model, random_ids, small, step_logits
 from transformers import DynamicCache
 
 from kvcal.runtime import compress
@@ -17,11 +17,11 @@ def repeating(period=9, times=3):
     return {"input_ids": random_ids(period).repeat(1, times)}
 
 
-def assert_same(found, found_logits, tokens, logits):
+def assert_same(method, found, found_logits, tokens, logits):
     if OLD:  # where a last guess that comes true may be one token too many
         found, found_logits = found[:, : tokens.shape[1]], found_logits[:, : logits.shape[1]]
     assert torch.equal(found, tokens)
-    torch.testing.assert_close(found_logits, logits, **CLOSE)
+    torch.testing.assert_close(found_logits, logits, **close(method))
 
 
 def calls(of):
@@ -45,7 +45,7 @@ def test_prompt_lookup_equals_greedy_decoding(method, inputs):
         found, found_logits, cache = greedy(of, inputs, new=40, **LOOKUP)
         hook.remove()
     assert len(counts) < 41 and max(counts[1:]) > 1  # it did guess, before or after the prompt's own call
-    assert_same(found, found_logits, tokens, logits)
+    assert_same(method, found, found_logits, tokens, logits)
     # Its last token may be in the cache already, as a guess that came true.
     assert cache.get_seq_length() in (found.shape[1] - 1, found.shape[1])
 
@@ -56,7 +56,7 @@ def test_prompt_lookup_with_a_given_cache_and_a_turn_after_it(method):
     ours, plain = make_cache(method), make_cache(method)
     found, found_logits, _ = greedy(of, inputs, new=40, **LOOKUP, past_key_values=ours)
     tokens, logits, _ = greedy(of, inputs, new=40, past_key_values=plain)
-    assert_same(found, found_logits, tokens, logits)
+    assert_same(method, found, found_logits, tokens, logits)
     if ours.get_seq_length() == tokens.shape[1]:  # the last token was a guess, and is in the cache
         step_logits(of, tokens[:, -1:], plain, 1)
     longer = {"input_ids": torch.cat((tokens, random_ids(9, seed=5)), 1)}
@@ -64,7 +64,7 @@ def test_prompt_lookup_with_a_given_cache_and_a_turn_after_it(method):
         turn = greedy(of, longer, past_key_values=ours)
         expected = greedy(of, longer, past_key_values=plain)
     assert torch.equal(turn[0], expected[0])
-    torch.testing.assert_close(turn[1], expected[1], **CLOSE)
+    torch.testing.assert_close(turn[1], expected[1], **close(method))
 
 
 @pytest.mark.parametrize("method", SMALL)
@@ -75,7 +75,7 @@ def test_prompt_lookup_beyond_a_sliding_window(method):
         with compress(of, artifact("gemma3"), **small(method)):
             tokens, logits, _ = greedy(of, prompt, new=30)
             found, found_logits, _ = greedy(of, prompt, new=30, **LOOKUP)
-        assert_same(found, found_logits, tokens, logits)
+        assert_same(method, found, found_logits, tokens, logits)
 
 
 @pytest.mark.parametrize("method", SMALL)
@@ -89,7 +89,7 @@ def test_assisted_decoding_equals_greedy_decoding(method):
     with compress(of, artifact(), **small(method)):
         tokens, logits, _ = greedy(of, inputs, new=24)
         found, found_logits, _ = greedy(of, inputs, new=24, assistant_model=assistant)
-    assert_same(found, found_logits, tokens, logits)
+    assert_same(method, found, found_logits, tokens, logits)
 
 
 def test_several_logits_of_a_prompt_do_not_make_it_guesses():

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from compressed import CLOSE, SMALL, artifact, greedy, make_cache, model, padded, random_ids, small
+from compressed import CLOSE, SMALL, artifact, close, greedy, make_cache, model, padded, random_ids, small
 
 from kvcal.runtime import compress
+from kvcal.runtime.methods.choosing import SLACK
 
 pytestmark = pytest.mark.filterwarnings("ignore:kvcal. no layer")
 
@@ -46,7 +47,7 @@ def test_a_second_turn_with_padding_in_the_middle_equals_its_rows_alone(method):
             ids = turn["input_ids"][row, visible][None]
             assert torch.equal(ids[:, : start.shape[1]], start)
             _, expected, _ = greedy(of, {"input_ids": ids}, past_key_values=alone)
-            torch.testing.assert_close(logits[row : row + 1], expected, **CLOSE)
+            torch.testing.assert_close(logits[row : row + 1], expected, **close(method))
 
 
 # Without quest's tail, whose pages may hold tokens that are read anyway.
@@ -63,7 +64,10 @@ def test_a_second_turn_keeps_to_the_budget(method):
         for row, length in enumerate(store.lengths):
             budget = math.ceil(math.ceil(SMALL[method]["keep"] * length) / page) * page
             counts = read[row].sum(-1)
-            assert (counts <= budget).all() and (counts > budget - page).all()
+            if "sample" in SMALL[method]:  # a threshold is reached by about so many
+                assert (counts <= SLACK * budget).all() and (counts >= budget / 2).all()
+            else:
+                assert (counts <= budget).all() and (counts > budget - page).all()
             assert not read[row, :, length:].any()
 
 
@@ -83,4 +87,4 @@ def test_chunks_by_hand_equal_one_prompt(method):
             of(ids[:, start:stop], **chunk, past_key_values=parts)
         for cache in (whole, parts):
             found.append(of(new, **last, past_key_values=cache).logits)
-    torch.testing.assert_close(*found, **CLOSE)
+    torch.testing.assert_close(*found, **close(method))

@@ -35,14 +35,14 @@ class Longest(Method):
 
 class LongestPolicy(Policy):
     def encode(self, key: Tensor, value: Tensor) -> Mapping[str, Tensor]:
-        return {"length": key.float().norm(dim=-1, keepdim=True)}
+        return {"key": key, "value": value, "length": key.float().norm(dim=-1, keepdim=True)}
 
     def step(self, query: Tensor, cache: LayerCache, logits: Logits) -> Attended:
         lengths, positions = cache.metadata.seq_lens.view(-1, 1, 1), cache.metadata.positions()
         by = cache.tokens("length").squeeze(-1).masked_fill(positions == lengths - 1, torch.inf)
         found = by.masked_fill(positions >= lengths, -torch.inf).topk(min(KEEP, by.shape[-1]))
         valid = found.values > -torch.inf
-        key, value = (cache.gather(name, found.indices) for name in ("key", "value"))
+        key, value = cache.gather(("key", "value"), found.indices)
         out = attention(query, key, value, logits, valid.unsqueeze(2))
         return Attended(out, Selected(found.indices.unsqueeze(2), valid.unsqueeze(2)))
 

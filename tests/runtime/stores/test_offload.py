@@ -10,13 +10,17 @@ from sequences import Geometry, Row, append, assert_steps, decode, draw, fork, m
 
 from kvcal.runtime.attention import Logits
 from kvcal.runtime.kv.offload import DeviceCache, HostBuffer
+from kvcal.runtime.stores import Store
 from kvcal.runtime.stores.clusterkv import ClusterKVStore
-from kvcal.runtime.stores.sorted_by_cluster import SortedStore
 
 GEOMETRY, LOGITS = Geometry(16, 8, 2, 3), Logits(0.25)
 D, DV, HKV = GEOMETRY.dim, GEOMETRY.value_dim, GEOMETRY.kv_heads
-SETTINGS: dict[str, Any] = {"keep": 20, "tokens_per_cluster": 4, "sinks": 3, "window": 5}
-SPECTRAL = {"method": "spectral", "rank": 1.0, "flat_below": 30}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "clusterkv": {"keep": 20, "tokens_per_cluster": 4, "sinks": 3, "window": 5},
+    "spectral": {"keep": 20, "sinks": 3, "rank": 1.0, "recent": 2},
+}
+SPECTRAL = {"method": "spectral"}
+EIGHT = {"method": "spectral", "rows": 8, "select": "head"}
 
 
 def on_host(tensor: torch.Tensor) -> HostBuffer:
@@ -25,17 +29,16 @@ def on_host(tensor: torch.Tensor) -> HostBuffer:
     return rows
 
 
-def pair(rows: list[Row], cached: int, method: str = "clusterkv", **more: Any) -> tuple[SortedStore, SortedStore]:
+def pair(prompts: list[Row], cached: int, method: str = "clusterkv", **more: Any) -> tuple[Store, Store]:
     """(with offload, without), the prompts taken in."""
     offload = {"offload": "cpu", "cached": cached}
-    stores = [make(method, GEOMETRY, **{**SETTINGS, **more, **which}) for which in (offload, {})]
+    stores = [make(method, GEOMETRY, **{**SETTINGS[method], **more, **which}) for which in (offload, {})]
     for store in stores:
-        assert isinstance(store, SortedStore)
-        prefill(store, rows, LOGITS)
-    return stores[0], stores[1]  # type: ignore[return-value]
+        prefill(store, prompts, LOGITS)
+    return stores[0], stores[1]
 
 
-def assert_same(one: SortedStore, other: SortedStore, rows: list[Row], steps: range) -> None:
+def assert_same(one: Store, other: Store, rows: list[Row], steps: range) -> None:
     for mine, theirs in zip(decode(one, rows, LOGITS, steps), decode(other, rows, LOGITS, steps), strict=True):
         for first, second in zip(mine, theirs, strict=True):
             assert torch.equal(first.output, second.output) and torch.equal(first.read, second.read)
@@ -44,7 +47,7 @@ def assert_same(one: SortedStore, other: SortedStore, rows: list[Row], steps: ra
 
 @pytest.mark.parametrize("cached", [1, 8, 24, 64, 1000])
 @pytest.mark.parametrize(
-    "more", [{}, {"select": "head", "tail": True}, {"keep": 0.4, "dense_below": 30}, SPECTRAL], ids=str
+    "more", [{}, {"select": "head", "tail": True}, {"keep": 0.4, "dense_below": 30}, SPECTRAL, EIGHT], ids=str
 )
 def test_equals_no_offload(cached: int, more: dict[str, Any]) -> None:
     """Ragged rows, windows that close, a step that reads more than is cached, steps that read all."""
@@ -54,7 +57,7 @@ def test_equals_no_offload(cached: int, more: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("cached", [1, 12, 200])
-@pytest.mark.parametrize("more", [{}, SPECTRAL], ids=str)
+@pytest.mark.parametrize("more", [{}, SPECTRAL, EIGHT], ids=str)
 def test_after_rows_went_or_were_taken_back(cached: int, more: dict[str, Any]) -> None:
     """What the device holds may lie elsewhere by then, or be of another row."""
     rows = draw(GEOMETRY, (15, 63, 100), 24)
@@ -70,8 +73,9 @@ def test_after_rows_went_or_were_taken_back(cached: int, more: dict[str, Any]) -
     assert_same(store, plain, kept, range(9, 15))
     turn = [torch.stack([row.tensors()[which][:, :6] for row in kept]) for which in range(3)]
     assert torch.equal(*(each.prefill(*turn, LOGITS) for each in (store, plain)))
-    settings = {"method": "clusterkv", **SETTINGS, **more, "offload": "cpu", "cached": cached}
-    restored = make(settings.pop("method"), GEOMETRY, **settings)
+    method = more.get("method", "clusterkv")
+    own = {name: value for name, value in more.items() if name != "method"}
+    restored = make(method, GEOMETRY, **{**SETTINGS[method], **own, "offload": "cpu", "cached": cached})
     restored.restore({name: tensor.clone() for name, tensor in store.state().items()})
     for step in range(15, 24):
         outputs = [each.attend(append(each, kept, step), LOGITS) for each in (store, plain, restored)]

@@ -15,7 +15,9 @@ START, TURN, END = 25, 12, 41
 """The row has 20 tokens of prompt and 5 decoded ones; then come 12 at once and 4 more."""
 
 
-@pytest.mark.parametrize("name", ["full", "loki-pca", "loki-score", "exact_topk", "quest", "sparq"])
+@pytest.mark.parametrize(
+    "name", ["full", "loki-pca", "loki-score", "exact_topk", "quest", "sparq", "spectral", "spectral-head"]
+)
 def test_turns_are_one_prompt_where_everything_is_kept(name: str) -> None:
     method, settings = VARIANTS[name]
     (row,) = draw(GEOMETRY, [20], END - 20)

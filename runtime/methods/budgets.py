@@ -1,0 +1,23 @@
+"""How many tokens each sequence reads, reckoned on the device as `Budget.of` reckons on the host."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..stores.amounts import Amount, Budget
+
+
+def budgets(budget: Budget, seen: Tensor) -> Tensor:
+    """[B] int32: `budget.of` each of `seen` [B]."""
+    return torch.where(seen < budget.dense_below, seen, share(budget.keep, seen))
+
+
+def share(amount: Amount, total: Tensor) -> Tensor:
+    """[B] int32: `count_of(amount, total)` of each of `total` [B], and 0 of none."""
+    if isinstance(amount, float):
+        # As count_of rounds: 0.55 · 100 is 55.00000000000001 in floating point and means 55.
+        wanted = (total.double() * amount - 1e-9).ceil().to(torch.int32).clamp_min(1)
+    else:
+        wanted = torch.full_like(total, min(amount, torch.iinfo(total.dtype).max))
+    return torch.minimum(wanted, total)
