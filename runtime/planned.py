@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ FORMAT = 1
 NAME = "plan"
 """What stands for the plan where a method is named."""
 _MOST_BYTES = 4 << 20
+_OF_CLUSTERS = {"stage", "basis", "tail", "tokens_per_cluster", "window", "clip", "refine", "flat_below"}
+"""Parameters of `spectral` when it read clusters instead of codebooks."""
 _MAKE = "make it with `calibrate plan ARTIFACT --model MODEL --data DATA`"
 
 
@@ -91,15 +93,27 @@ def methods_of(artifact: Artifact | None, total: int) -> list[Mapping[str, Any]]
     """The plan as an argument `method`: one entry for each of the model's `total` layers.
 
     Raises:
-        ArtifactError: no plan, or one for another number of layers.
+        ArtifactError: no plan, one for another number of layers, or one of `spectral` as it was with clusters.
     """
     layers = read_plan(artifact)["layers"]
+    assert artifact is not None
+    _refuse_clusters(layers, artifact)
     if len(layers) != total:
-        assert artifact is not None
         raise ArtifactError(
             f"{artifact.name}: {FILE} has {len(layers)} layers, this model has {total}: {_MAKE}, or name a method"
         )
     return [{"method": "full"} if entry is None else entry for entry in layers]
+
+
+def _refuse_clusters(layers: Sequence[Mapping[str, Any] | None], artifact: Artifact) -> None:
+    for layer, entry in enumerate(layers):
+        old = _OF_CLUSTERS & entry.keys() if entry and entry["method"] == "spectral" else ()
+        if old:
+            first = "" if "codebook" in artifact.stages else "`calibrate cluster ARTIFACT --metric joint`, then "
+            raise ArtifactError(
+                f"{artifact.name}: {FILE}, layer {layer}: {', '.join(sorted(old))}: made for spectral with clusters, "
+                f"which reads codebooks now: plan anew with {first}`calibrate plan ARTIFACT --model MODEL --data DATA`"
+            )
 
 
 def _is_setting(entry: Any) -> bool:

@@ -12,8 +12,9 @@ from ...artifacts.writing import write_atomically
 from .data_options import data_options, say_left
 from .evaluation_lines import say_calibration_text, say_short_blocks
 from .loading import load_calibrated
-from .output import NewFile, json_option, print_json, progress_bar, say, working
-from .plan_table import print_plan
+from .output import NewFile, json_option, print_json, say, working
+from .plan_table import print_plan, say_warnings
+from .plan_work import make_plan, open_kept
 from .prompt_options import words
 
 BYTES = 0.0625
@@ -23,6 +24,12 @@ def _is_plan(path: Path) -> bool:
     from ...runtime.planned import is_plan
 
     return is_plan(path)
+
+
+def _is_kept(path: Path) -> bool:
+    from ..planning.kept import is_kept
+
+    return is_kept(path)
 
 
 @click.command("plan")
@@ -35,7 +42,8 @@ def _is_plan(path: Path) -> bool:
     "--bytes",
     "budget",
     type=click.FloatRange(0, 1, min_open=True),
-    help="Share of dense attention's bytes to read per step and row.  [default: 0.0625]",
+    help="Share to read, per step and row, of what dense attention reads in the layers with full attention; what "
+    "layers with a sliding window read counts in neither.  [default: 0.0625]",
 )
 @click.option(
     "--quality",
@@ -65,7 +73,7 @@ def _is_plan(path: Path) -> bool:
     type=click.IntRange(1),
     default=8,
     show_default=True,
-    help="Rows decoded together: they share the maps of a basis. At most --check-windows.",
+    help="Rows decoded together: they share codebooks and the maps of a basis. At most --check-windows.",
 )
 @click.option("--output", type=NewFile(_is_plan, "a plan"), help="File of the plan.  [default: plan.json in ARTIFACT]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the questions.")
@@ -92,10 +100,12 @@ def plan_command(
     episodes: int,
     **prompt_options: Any,
 ) -> None:
-    """Spend a budget of bytes where it buys most: settings for every layer, from the attention error of each.
+    """Spend a budget of bytes where it buys most: settings for every layer, and of several such plans, and of settings
+    that are the same everywhere, the one that moves the model's predictions least when it decodes.
 
     Written to ARTIFACT as plan.json, which `compress(model, artifact)` then decodes with, and `--method plan` of
-    `calibrate evaluate`.
+    `calibrate evaluate`. What was measured is kept beside it in plan.measured.json: another --bytes measures nothing
+    again, and an interrupted command goes on.
 
     \b
     Example:
@@ -103,14 +113,16 @@ def plan_command(
     """
     from ...runtime.planned import FILE, has_plan
     from ..data import open_data
-    from ..evaluation.grid import FULL
     from ..evaluation.prompts import make_prompts
-    from ..evaluation.protocol import check_lengths, evaluate
-    from ..evaluation.results import Results
+    from ..evaluation.protocol import check_lengths
     from ..evaluation.tasks.names import parse_tasks
-    from ..planning.plan import check_choice, for_bytes, for_quality, measure_offers, plan_body
-    from ..planning.prompts import QUESTIONS, answerable, split_prompts
-    from ..planning.settings import grid
+    from ..models import max_context
+    from ..planning import floor
+    from ..planning.body import plan_body
+    from ..planning.kept import beside
+    from ..planning.prompts import QUESTIONS
+    from ..planning.settings import check_method, check_needs
+    from ..planning.subject import Subject
 
     if not data_spec:
         raise click.UsageError("give --data: text that the artifact was not calibrated on, e.g. stdlib --split heldout")
@@ -121,15 +133,22 @@ def plan_command(
     asked = parse_tasks(words(tasks))
     if "perplexity" not in asked:
         raise click.UsageError("a plan is measured on text: let perplexity be among --tasks")
-    grid(method, 64, {})  # an unknown method is said before any work
+    check_method(method)
     with working("checking hashes"):
         found = load(artifact)
     path = output or artifact / FILE
     if output is None:
         check_new_file(path, _is_plan, "a plan")
+    check_new_file(beside(path), _is_kept, "what a plan was made from")
+    check_needs(method, found, str(artifact))
     with working("finding the text"):
         data = open_data(data_spec, split, text_column=text_column, seed=prompt_options["seed"])
     loaded = load_calibrated(found, model_spec, device=device, dtype=dtype)
+    prefix, read_dtype = prompt_options["prefix"], loaded.model.dtype
+    if quality is None and found.full_layers:
+        with working("reckoning what is read at least"):
+            least = floor.floor(found, method, prefix, batch_size, read_dtype)
+        floor.check(least, budget, prefix, batch_size, method, max_context(loaded.model.config))
     with working("reading and tokenising the text"):
         prompts = make_prompts(
             data,
@@ -142,33 +161,17 @@ def plan_command(
         )
     say_left(prompts.source)
     check_lengths(prompts, loaded.model)
-    results, decoding = Results({}), {"tokenizer": loaded.tokenizer, "batch_size": batch_size}
-    with working("asking the model itself"):
-        _, checked_on = split_prompts(prompts, windows, QUESTIONS)
-        (full,) = evaluate(loaded.model, None, checked_on, [FULL], results=results, **decoding)
-    prompts, dropped = answerable(full, prompts)
-    for task, score in dropped.items():
-        say(f"{task}: full itself scores {score:.2f}, too little to plan by: left out")
-    measured, checked_on = split_prompts(prompts, windows, QUESTIONS)
-    with progress_bar("measuring") as progress:
-        offers = measure_offers(loaded.model, found, measured, method, batch_size, progress)
-
-    def check(choice: Any) -> dict[str, Any]:
-        with working(f"decoding with {choice.bytes:.4f} of the bytes"):
-            return check_choice(loaded.model, found, checked_on, offers, choice, results, **decoding)
-
-    if quality is None:
-        choice = for_bytes(offers, budget)
-    else:
-        choice = for_quality(offers, quality, check)
+    kept = open_kept(beside(path), found, loaded, prompts, windows=windows, batch_size=batch_size)
+    subject = Subject(loaded.model, found, loaded.tokenizer, batch_size, kept)
+    made = make_plan(subject, prompts, method, windows, budget, quality)
     say_calibration_text(found, prompts.source)
     say_short_blocks(found, prompts, [{"method": method}])
     how = {
         "method": method,
-        "budget": {"quality": quality} if quality is not None else {"bytes": budget},
+        "budget": {"bytes": budget} if quality is None else {"quality": quality},
         "data": prompts.source,
         "model": loaded.source.id,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "dtype": str(read_dtype).removeprefix("torch."),
         "windows": windows,
         "check_windows": check_windows,
         "batch_size": batch_size,
@@ -176,19 +179,14 @@ def plan_command(
         "episodes": episodes,
         **prompt_options,
     }
-    body = plan_body(offers, choice, how, check(choice), dropped)
+    body = plan_body(made, how)
     if output is None and has_plan(found):
         say(f"{path}: replaces the plan that was there")
     write_atomically(path, (json.dumps(body, indent=1) + "\n").encode())
-    if body["warnings"]:
-        more = "give a higher --quality" if quality is not None else "give more --bytes"
-        say(f"this plan ruins what it was checked on: {'; '.join(body['warnings'])}: {more}, or another --method")
+    say_warnings(body)
     if as_json:
         print_json(body)
     else:
         print_plan(body)
-        read = body["measured"]["bytes"]
-        if quality is None and read > budget * 1.02:
-            say(f"the check read {read:.4f} of dense attention's bytes, more than the budget of {budget:g}")
-        if output is None:
-            say(f"{path}: compress(model, artifact) decodes with it")
+    if output is None and not as_json:
+        say(f"{path}: compress(model, artifact) decodes with it")

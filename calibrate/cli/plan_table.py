@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .output import print_lines, print_table
+from .output import print_lines, print_table, say
 
 
 def print_plan(body: dict[str, Any]) -> None:
@@ -15,23 +15,52 @@ def print_plan(body: dict[str, Any]) -> None:
         if setting is None:
             continue
         point = next(point for point in offers[str(layer)] if point["setting"] == setting)
-        settings = " ".join(f"{name} {value}" for name, value in setting.items() if name != "method")
         by_head = " ".join(f"{error:.3f}" for error in point["head_errors"])
         rows.append(
-            [str(layer), setting["method"], settings, f"{point['bytes']:.4f}", f"{point['error']:.3f}", by_head]
+            [
+                str(layer),
+                setting["method"],
+                _described(setting),
+                f"{point['bytes']:.4f}",
+                f"{point['error']:.3f}",
+                by_head,
+            ]
         )
     budget = ", ".join(f"{name} {value:g}" for name, value in body["budget"].items())
     title = f"{body['model']}, batches of {body['batch_size']}: {budget}"
     print_table(title, ["layer", "method", "settings", "bytes", "error", "by KV head"], rows)
+    if body["candidates"]:
+        title = "decoded at this budget; divergence: of next tokens from full's, in nats"
+        print_table(title, ["candidate", "bytes", "divergence"], list(map(_candidate, body["candidates"])))
     predicted, measured = body["predicted"], body["measured"]
     ratio = "beyond measure" if measured["perplexity_ratio"] is None else f"{measured['perplexity_ratio']:.4f}"
     full = body["full"]["scores"]
     scores = "".join(f"; {task} {value:.2f} (full {full[task]:.2f})" for task, value in measured["scores"].items())
     dropped = "".join(f"; {task} {value:.2f}" for task, value in body["dropped"].items())
     print_lines(
-        f"predicted: {predicted['bytes']:.4f} of dense attention's bytes, attention error "
+        f"predicted: {predicted['bytes']:.4f} of dense attention's bytes in these layers, attention error "
         f"{predicted['attention_error']:.3f}",
         f"measured:  {measured['bytes']:.4f}, attention error {measured['attention_error']:.3f}, perplexity "
         f"{ratio} of full's{scores}",
         *([f"left out:  what full itself cannot answer{dropped}"] if dropped else []),
     )
+
+
+def say_warnings(body: dict[str, Any]) -> None:
+    """What a check has found that its owner should know. Args: body: of plan.json."""
+    budget = body["budget"].get("bytes")
+    if body["warnings"]:
+        more = "give a higher --quality" if budget is None else "give more --bytes"
+        say(f"this plan ruins what it was checked on: {'; '.join(body['warnings'])}: {more}, or another --method")
+    read = body["measured"]["bytes"]
+    if budget is not None and read > budget * 1.02:
+        say(f"the check read {read:.4f} of dense attention's bytes, more than the budget of {budget:g}")
+
+
+def _candidate(found: dict[str, Any]) -> list[str]:
+    what = f"by layer, {found['kind']}" if found["setting"] is None else f"uniform: {_described(found['setting'])}"
+    return [what, f"{found['bytes']:.4f}", f"{found['divergence']:.2e}"]
+
+
+def _described(setting: dict[str, Any]) -> str:
+    return " ".join(f"{name} {value}" for name, value in setting.items() if name != "method")

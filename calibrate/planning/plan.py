@@ -1,25 +1,25 @@
-"""`calibrate plan`: measure, deal the bytes, check by decoding."""
+"""`calibrate plan`: measure, weigh the layers, deal the bytes, decode what comes out of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from ...artifacts import Artifact, KvcalError
-from ...runtime.planned import FORMAT
+from ...artifacts import KvcalError
+from ..evaluation.grid import FULL
 from ..evaluation.prompts import Prompts
 from ..evaluation.protocol import evaluate
 from ..evaluation.results import Results
-from .allocate import Choice, choices, hull, within
-from .points import DENSE, Point, Problem, Setting, measure, problems
+from .allocate import Choice, choices
+from .candidates import Candidate, candidates, weighted
+from .divergence import Decoder, Progress
+from .points import DENSE, Point, Problem, measure, problems
 from .prompts import PlanningRows
-from .settings import bases, grid
-
-Progress = Callable[[int, int], None]
-BATCH_SIZE = 8
-MOST_PERPLEXITY, LEAST_SCORE = 1.1, 0.9
-"""Over `full`'s; beyond them a plan is warned of."""
+from .settings import Setting, bases, grid
+from .subject import Subject
+from .weights import weights
 
 
 @dataclass(frozen=True)
@@ -27,78 +27,89 @@ class Offers:
     """What was measured, and all that can be made of it."""
 
     points: Mapping[int, Sequence[Point]]
-    """Of each full-attention layer."""
-    choices: Sequence[Choice]
-    """By rising bytes."""
+    """Of each full-attention layer, in the order of the grid, and dense attention last."""
+    weights: Mapping[int, float]
+    """Of each layer's loss: how much of it reaches the model's predictions."""
     layers: int
     """Of the model."""
+
+    @cached_property
+    def choices(self) -> list[Choice]:
+        """Of weighted losses, by rising bytes."""
+        return choices(weighted(self.points, self.weights))
 
     def layered(self, choice: Choice) -> list[Setting | None]:
         return [choice.points[layer].setting if layer in choice.points else None for layer in range(self.layers)]
 
 
-def measure_offers(
-    model: Any,
-    artifact: Artifact,
-    rows: PlanningRows,
-    method: str,
-    batch_size: int = BATCH_SIZE,
-    progress: Progress | None = None,
-) -> Offers:
-    """Measure every setting of `grid` in every full-attention layer.
+def measure_points(
+    subject: Subject, rows: PlanningRows, method: str, progress: Progress | None = None
+) -> dict[int, list[Point]]:
+    """Of every full-attention layer a point of each setting of `grid`, and dense attention last.
 
     Args:
-        batch_size: rows that will be decoded together, and share the maps of a basis.
+        progress: called with (layers done, all).
 
     Raises:
-        KvcalError: a method without a grid, a model without full attention.
+        KvcalError: a model without full attention.
     """
-    found = problems(model, rows.ids, rows.steps, rows.texts)
-    if not found:
+    layers = subject.artifact.full_layers
+    if not layers:
         raise KvcalError("no layer of this model has full attention: there is nothing to plan")
-    done, total = 0, sum(_count(problem, method) for problem in found)
+    found: dict[int, Problem] = {}
 
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if progress:
-            progress(done, total)
+    def measured(layer: int, settings: Sequence[Setting]) -> list[Point]:
+        kept, missing = subject.kept, subject.kept.missing(layer, settings)
+        if missing:
+            if not found:  # where all is kept, nothing is prefilled
+                found.update({each.layer: each for each in problems(subject.model, rows.ids, rows.steps, rows.texts)})
+            device, batch_size = subject.model.device, subject.batch_size
+            kept.add(layer, measure(found[layer], missing, subject.artifact, device, batch_size))
+            kept.write()
+        return kept.of_layer(layer, settings)
 
-    def points_of(problem: Problem) -> list[Point]:
-        head_dim = problem.key.shape[3]
-
-        def try_(settings: Sequence[Setting]) -> list[Point]:
-            return measure(problem, settings, artifact, model.device, batch_size, step)
-
-        tried = try_(bases(method, head_dim))
+    points: dict[int, list[Point]] = {}
+    for done, layer in enumerate(layers):
         # The basis is chosen once per layer, all else being equal: it costs the same bytes whichever it is.
-        best = min(tried, key=lambda point: point.loss).setting if tried else {}
-        basis: Setting = {name: best[name] for name in ("stage", "basis") if name in best}
-        return [*try_(grid(method, head_dim, basis)), DENSE]
-
-    points = {problem.layer: points_of(problem) for problem in found}
-    layers = int(model.config.get_text_config().num_hidden_layers)
-    return Offers(points, choices(points), layers)
-
-
-def _count(problem: Problem, method: str) -> int:
-    head_dim = problem.key.shape[3]
-    return len(bases(method, head_dim)) + len(grid(method, head_dim, {}))
+        best = min(measured(layer.index, bases(method)), key=lambda point: point.loss, default=None)
+        basis = {name: best.setting[name] for name in ("stage", "basis")} if best else None
+        points[layer.index] = [*measured(layer.index, grid(method, layer.head_dim, basis)), DENSE]
+        if progress:
+            progress(done + 1, len(layers))
+    return points
 
 
-def for_bytes(offers: Offers, budget: float) -> Choice:
-    """The choice that spends at most `budget` of dense attention's bytes.
+def weigh(decoder: Decoder, points: Mapping[int, Sequence[Point]], progress: Progress | None = None) -> Offers:
+    """Weights of the layers, from the decoding of each alone with a cheap setting.
+
+    Args:
+        points: of `measure_points`.
+        progress: called with (layers decoded, all).
+    """
+    layers = int(decoder.subject.model.config.get_text_config().num_hidden_layers)
+    first = next(iter(points.values()))
+    at = sorted(range(len(first)), key=lambda each: first[each].bytes)[len(first) // 4]
+    alone = [[points[layer][at].setting if layer == each else None for each in range(layers)] for layer in points]
+    by_row = dict(zip(points, decoder.by_row(alone, progress), strict=True))
+    moved = dict(zip(points, decoder.divergence(alone), strict=True))
+    return Offers(points, weights(moved, {layer: found[at].loss for layer, found in points.items()}, by_row), layers)
+
+
+def for_bytes(decoder: Decoder, offers: Offers, budget: float, progress: Progress | None = None) -> list[Candidate]:
+    """All candidates of at most `budget` of dense attention's bytes, decoded; the least divergent first.
 
     Raises:
         KvcalError: less than the cheapest settings read.
     """
-    found = within(offers.choices, budget)
-    if found is None:
+    found = candidates(offers.points, offers.weights, budget)
+    if not found:
         raise KvcalError(
             f"--bytes {budget:g}: the cheapest settings read {offers.choices[0].bytes:.4f} of dense attention's bytes "
             "at this length: give at least that, or a longer --prefix"
         )
-    return found
+    settings = [offers.layered(candidate.choice) for candidate in found]
+    decoded = zip(found, decoder.divergence(settings, progress), strict=True)
+    return sorted((candidate.decoded(each) for candidate, each in decoded), key=lambda each: each.divergence)
 
 
 def for_quality(offers: Offers, quality: float, check: Callable[[Choice], Mapping[str, Any]]) -> Choice:
@@ -116,73 +127,25 @@ def for_quality(offers: Offers, quality: float, check: Callable[[Choice], Mappin
     return offers.choices[last]
 
 
-def check_choice(
-    model: Any,
-    artifact: Artifact,
-    prompts: Prompts,
-    offers: Offers,
-    choice: Choice,
-    results: Results,
-    batch_size: int = BATCH_SIZE,
-    tokenizer: Any = None,
-) -> dict[str, Any]:
-    """The row of an evaluation of these settings, decoded for real; under "full" that of full attention.
-
-    Args:
-        results: of earlier checks on these prompts, which are not decoded again.
-    """
-    setting = {"method": [entry or {"method": "full"} for entry in offers.layered(choice)]}
-    full, row = evaluate(
-        model, artifact, prompts, [setting], tokenizer=tokenizer, batch_size=batch_size, results=results
-    )
+def check_choice(subject: Subject, prompts: Prompts, offers: Offers, choice: Choice) -> dict[str, Any]:
+    """The row of an evaluation of these settings, decoded for real; under "full" that of full attention."""
+    layered = [each or FULL for each in offers.layered(choice)]
+    full, row = evaluated(subject, prompts, [FULL, {"method": layered}])
     return {**row, "full": full}
 
 
-def ruinous(checked: Mapping[str, Any]) -> list[str]:
-    """What a check says against a plan, in a line each. Args: checked: of `check_choice`."""
-    found = []
-    ratio = checked["perplexity_ratio"]
-    if ratio is None or ratio > MOST_PERPLEXITY:
-        found.append("perplexity is beyond measure" if ratio is None else f"perplexity is {ratio:.2f} of full's")
-    for task, value in checked["relative"].items():
-        if value is not None and value < LEAST_SCORE:
-            found.append(f"{task} is answered {value:.2f} as well as by full")
+def evaluated(subject: Subject, prompts: Prompts, settings: Sequence[Setting]) -> list[dict[str, Any]]:
+    """Rows of an evaluation; what was decoded before is not decoded again. Args: settings: `full` first."""
+    results = Results({})
+    results.rows = subject.kept.checked
+    found = evaluate(
+        subject.model,
+        subject.artifact,
+        prompts,
+        settings,
+        tokenizer=subject.tokenizer,
+        batch_size=subject.batch_size,
+        results=results,
+    )
+    subject.kept.write()
     return found
-
-
-def plan_body(
-    offers: Offers,
-    choice: Choice,
-    how: Mapping[str, Any],
-    checked: Mapping[str, Any],
-    dropped: Mapping[str, float] | None = None,
-) -> dict[str, Any]:
-    """What plan.json holds. Args: dropped: see `answerable`."""
-    full = checked["full"]
-    return {
-        "format": FORMAT,
-        "layers": offers.layered(choice),
-        **how,
-        "predicted": {"bytes": choice.bytes, "attention_error": choice.error},
-        "measured": {
-            "bytes": checked["bytes_per_step"] / full["bytes_per_step"],
-            "attention_error": _mean(checked["attention_error"]),
-            **{name: checked[name] for name in ("perplexity_ratio", "perplexity_ratio_se")},
-            **{name: checked[name] for name in ("scores", "relative", "relative_se")},
-        },
-        "full": {"perplexity": full["perplexity"], "scores": full["scores"]},
-        "dropped": dict(dropped or {}),
-        "warnings": ruinous(checked),
-        "offers": {
-            str(layer): [
-                {"setting": point.setting, "bytes": point.bytes, "error": point.error, "head_errors": point.head_errors}
-                for point in hull(points)
-            ]
-            for layer, points in offers.points.items()
-        },
-    }
-
-
-def _mean(values: Sequence[float | None]) -> float:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,13 @@ from torch import Tensor
 
 from ...artifacts import Artifact
 from ...runtime.attention import Logits, probabilities, weighted
+from ...runtime.methods.base import Method
 from ...runtime.settings import plan
-from ...runtime.stores import Store
+from ...runtime.stores import METHODS, Store
 from ...runtime.stores.full import FullStore
 from ..capture import LayerTensors, capture
-
-Setting = dict[str, Any]
-"""A method and its parameters: {"method": "spectral", "keep": 0.0625, …}."""
+from .prompts import balanced
+from .settings import Setting
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Point:
     """`error` by row of text."""
 
 
+Decoded = tuple[Tensor, Tensor, Tensor, Tensor]
+"""A decoded token: query, key, value, and the output of dense attention in float32."""
 DENSE = Point({"method": "full"}, 1.0, 0.0, 0.0, ())
 
 
@@ -56,35 +59,52 @@ class Problem:
     texts: int
     """The first rows, which are text; the others end in a question and its answer."""
 
-    @torch.no_grad()
     def measure(self, setting: Setting, artifact: Artifact | None, batch_size: int) -> Point:
-        """
+        """See `measure_alike`."""
+        return self.measure_alike([setting], artifact, batch_size, self.decoded())[0]
+
+    @torch.no_grad()
+    def measure_alike(
+        self, settings: Sequence[Setting], artifact: Artifact | None, batch_size: int, decoded: Sequence[Decoded]
+    ) -> list[Point]:
+        """A point of each setting, all through one store: see `alike`.
+
         Args:
             batch_size: rows that share what is read once per step.
+            decoded: of `decoded`.
 
         Raises:
             KvcalError: for what this layer or artifact does not allow.
         """
-        store = self.store(setting, artifact)
-        prefix = self.prefix
-        read, errors = 0.0, []
-        for query, key, value, _, dense in self.steps():
+        store = self.store(settings[0], artifact)
+        policies = [None] if len(settings) == 1 else [self._method(each).bind(*self._of(artifact)) for each in settings]
+        read, errors = [0.0] * len(settings), [list[Tensor]() for _ in settings]
+        for query, key, value, dense in decoded:
             store.append(key, value)
-            out = store.attend(query, self.logits)
-            shared = store.shared_bytes() if store.bytes_read() else 0
-            read += (store.bytes_read() - shared) / self.key.shape[0] + shared / batch_size
-            errors.append(relative_error(out, dense).squeeze(-1).unflatten(1, (self.key.shape[1], -1)))
-        found = torch.stack(errors, 1).double()  # [B, steps, Hkv, G]
-        parts = [part for part in found.split([self.texts, len(found) - self.texts]) if len(part)]
-        held = sum(range(prefix + 1, self.key.shape[2] + 1)) * self.key.shape[1]
+            for at, policy in enumerate(policies):
+                if policy is not None:
+                    store.policy = policy  # type: ignore[attr-defined]
+                out = store.attend(query, self.logits)
+                shared = store.shared_bytes() if store.bytes_read() else 0
+                read[at] += (store.bytes_read() - shared) / self.key.shape[0] + shared / batch_size
+                errors[at].append(relative_error(out, dense).squeeze(-1).unflatten(1, (self.key.shape[1], -1)))
+        return [
+            self._point(setting, own, torch.stack(found, 1).double())
+            for setting, own, found in zip(settings, read, errors, strict=True)
+        ]
+
+    def _point(self, setting: Setting, read: float, errors: Tensor) -> Point:
+        """Args: read: bytes per row, of all steps; errors: [B, steps, Hkv, G]."""
+        held = sum(range(self.prefix + 1, self.key.shape[2] + 1)) * self.key.shape[1]
         dense_read = held * (self.key.shape[3] + self.value.shape[3]) * self.key.element_size()
+        text = errors[: self.texts] if self.texts else errors
         return Point(
             setting,
             read / dense_read,
-            float(parts[0].mean()),
-            sum(float(part.square().mean()) for part in parts) / len(parts),
-            tuple(parts[0].mean((0, 1, 3)).tolist()),
-            tuple(parts[0].mean((1, 2, 3)).tolist()),
+            float(text.mean()),
+            balanced(errors.square().mean((1, 2, 3)), self.texts),
+            tuple(text.mean((0, 1, 3)).tolist()),
+            tuple(text.mean((1, 2, 3)).tolist()),
         )
 
     @property
@@ -94,12 +114,22 @@ class Problem:
 
     def store(self, setting: Setting, artifact: Artifact | None) -> Store:
         """A method's, after the prefix."""
-        method = plan(setting, {}, [self.layer], self.layer + 1)[self.layer]
-        store = method.build(self.layer, self.key.shape[3], artifact)()
+        store = self._method(setting).build(*self._of(artifact))()
         full = FullStore()
         full.append(self.key[:, :, : self.prefix], self.value[:, :, : self.prefix])
         store.adopt(full)
         return store
+
+    def _method(self, setting: Setting) -> Any:
+        return plan(setting, {}, [self.layer], self.layer + 1)[self.layer]
+
+    def _of(self, artifact: Artifact | None) -> tuple[int, int, Artifact | None]:
+        """What a method is bound to."""
+        return self.layer, self.key.shape[3], artifact
+
+    def decoded(self) -> list[Decoded]:
+        """`steps` without the weights, which take much memory: once for all settings."""
+        return [(query, key, value, dense) for query, key, value, _, dense in self.steps()]
 
     def steps(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
         """Of each decoded token: query, key, value, and the dense attention's weights [B, Hq, 1, tokens] and output, in
@@ -146,12 +176,23 @@ def measure(
     artifact: Artifact | None,
     device: torch.device,
     batch_size: int,
-    step: Callable[[], None] = lambda: None,
 ) -> list[Point]:
-    """A point of each setting, measured on `device`; `step` is called after each."""
+    """A point of each setting, measured on `device`."""
     tensors = {name: getattr(problem, name).to(device) for name in ("query", "key", "value")}
-    there, points = dataclasses.replace(problem, **tensors), []
-    for setting in settings:
-        points.append(there.measure(setting, artifact, batch_size))
-        step()
-    return points
+    there = dataclasses.replace(problem, **tensors)
+    decoded, points = there.decoded(), dict[int, Point]()
+    for group in alike(settings):
+        found = there.measure_alike([settings[at] for at in group], artifact, batch_size, decoded)
+        points |= dict(zip(group, found, strict=True))
+    return [points[at] for at in range(len(settings))]
+
+
+def alike(settings: Sequence[Setting]) -> list[list[int]]:
+    """Indices of settings that can decode through one store: those of policies that differ in `keep` alone, since what
+    is kept of a token does not depend on how many are read."""
+    groups: dict[Any, list[int]] = {}
+    for at, setting in enumerate(settings):
+        shares = issubclass(METHODS[setting["method"]], Method)
+        rest = {name: value for name, value in setting.items() if name != "keep"}
+        groups.setdefault(json.dumps(rest, sort_keys=True) if shares else at, []).append(at)
+    return list(groups.values())

@@ -32,6 +32,12 @@ class PlanningRows:
     """The first rows; the others end in a question and its answer."""
 
 
+def balanced(values: Tensor, texts: int) -> float:
+    """Mean of [B] by row: half from rows of text, half from questions, where there are both."""
+    parts = [part for part in values.split([texts, len(values) - texts]) if len(part)]
+    return sum(float(part.mean()) for part in parts) / len(parts)
+
+
 def split_prompts(prompts: Prompts, windows: int, questions: int) -> tuple[PlanningRows, Prompts]:
     """The first windows, and the first questions of the last task, to measure on; the others to check on.
 

@@ -96,6 +96,20 @@ def test_bad_plans_are_refused_in_one_line(folder, body, message):
     assert "\n" not in str(caught.value)
 
 
+OLD = {"method": "spectral", "rank": 32, "bits": 2, "keep": 0.03, "tokens_per_cluster": 80, "refine": 1.0}
+
+
+def test_a_plan_for_clusters_says_what_to_do(folder):
+    found = planned(folder, {"format": 1, "layers": [None, LAYERS[0], OLD]})
+    with pytest.raises(ArtifactError, match=r"plan.json, layer 2: refine, tokens_per_cluster: made for") as caught:
+        CompressedCache(model(), found)
+    assert str(caught.value).endswith("now: plan anew with `calibrate plan ARTIFACT --model MODEL --data DATA`")
+    without = {name: stage for name, stage in found.stages.items() if name != "codebook"}
+    with pytest.raises(ArtifactError, match=r"with `calibrate cluster ARTIFACT --metric joint`, then `calibrate plan"):
+        CompressedCache(model(), dataclasses.replace(found, stages=without))
+    assert CompressedCache(model(), found, "loki").recipe.methods[0] == Loki()
+
+
 def test_bytes_that_are_no_text(folder):
     (folder / FILE).write_bytes(b"\xff\xfe\x00{")
     with pytest.raises(ArtifactError, match="cannot be read"):

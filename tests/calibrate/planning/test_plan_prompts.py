@@ -10,7 +10,7 @@ import torch
 
 from kvcal.calibrate.evaluation.prompts import Prompts, Windows
 from kvcal.calibrate.evaluation.tasks.sample import Sample, Task
-from kvcal.calibrate.planning.plan import ruinous
+from kvcal.calibrate.planning.body import ruinous
 from kvcal.calibrate.planning.prompts import STEPS, answerable, split_prompts
 
 PREFIX = 30

@@ -6,7 +6,9 @@ import coded
 import pytest
 import torch
 
-from kvcal.calibrate.planning.points import Problem
+from kvcal.calibrate.planning import points
+from kvcal.calibrate.planning.points import Problem, alike, measure
+from kvcal.calibrate.planning.settings import grid
 from kvcal.runtime.attention import Logits
 
 TOKENS, STEPS, SCALING = 40, 3, 0.25
@@ -72,3 +74,31 @@ def test_what_rows_share_is_counted_by_the_batch_size():
     )
     dense = sum(range(TOKENS - STEPS + 1, TOKENS + 1)) / STEPS * 2 * 32 * 4
     assert alone - together == pytest.approx((1 - 1 / 4) * 2 * 16 * 16 * 4 / dense, rel=1e-6)
+
+
+def test_one_store_serves_settings_that_keep_the_same():
+    """Bytes and errors are those of a store of its own for each, and what is kept is made once per code."""
+    of, artifact = problem(), coded.artifact(16, 2)
+    settings = grid("spectral", 16)
+    groups = [[settings[at] for at in group] for group in alike(settings)]
+    assert [{(of["rank"], of["bits"]) for of in group} for group in groups] == [{(16, 2)}, {(16, 4)}]
+    together = measure(of, settings, artifact, torch.device("cpu"), 4)
+    for setting, point in zip(settings, together, strict=True):
+        own = of.measure(setting, artifact, 4)
+        assert point.setting == setting and (point.bytes, point.error) == (own.bytes, own.error)
+        assert point.loss == own.loss and point.head_errors == own.head_errors
+
+
+def test_other_methods_have_a_store_for_each_setting():
+    loki = [{"method": "loki", "keep": keep, "basis": "pca"} for keep in (3, 5)]
+    assert alike(loki) == [[0], [1]]
+    found = measure(problem(), loki, coded.artifact(16, 2), torch.device("cpu"), 4)
+    assert found[0].bytes < found[1].bytes
+
+
+def test_dense_attention_is_computed_once_for_all_settings(monkeypatch):
+    counted = []
+    dense = points.probabilities
+    monkeypatch.setattr(points, "probabilities", lambda *args: counted.append(0) or dense(*args))
+    measure(problem(), grid("spectral", 16), coded.artifact(16, 2), torch.device("cpu"), 4)
+    assert len(counted) == STEPS
