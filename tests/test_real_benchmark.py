@@ -12,7 +12,6 @@ import torch
 
 from kvcal.calibrate.planning.points import Problem
 from kvcal.runtime.attention import Logits
-from kvcal.runtime.stores.spectral import Spectral
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "real"
 LENGTH, HEAD_DIM = 2048, 64
@@ -88,13 +87,6 @@ def test_errors_have_the_standard_error_over_texts(module):
 def _of_row(problem, row):
     tensors = {name: getattr(problem, name)[row : row + 1] for name in ("query", "key", "value")}
     return dataclasses.replace(problem, **tensors, texts=1)
-
-
-def test_spectral_reads_all_of_its_codes_at_every_length(module):
-    """Its equal bytes are reckoned with all of them: from `flat_below` on it would read a quarter."""
-    for length in (2048, 7680, 16384):
-        spectral = dict(module("settings").at_equal_bytes(1 / 8, 256, length)[-1])
-        assert spectral.pop("method") == "spectral" and Spectral(**spectral).flat_below > length + 64
 
 
 @pytest.mark.parametrize(("called", "seq_len"), [("artifact", 8192), ("in_short_blocks", 2048)])

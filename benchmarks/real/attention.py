@@ -27,10 +27,19 @@ Setting = dict[str, Any]
 
 def unseen(loaded: Any, texts: Sequence[str], rows: int, length: int) -> list[Problem]:
     """Of `rows` pieces of unseen text, `length` tokens and STEPS more."""
-    data = open_data(list(texts))
-    blocks = make_blocks(data, loaded.tokenizer, num_tokens=rows * (length + STEPS), seq_len=length + STEPS)
+    return of_rows(loaded, blocks(loaded, texts, rows, length + STEPS))
+
+
+def blocks(loaded: Any, texts: Sequence[str], rows: int, length: int) -> Tensor:
+    """[rows, length] int64 of text."""
+    made = make_blocks(open_data(list(texts)), loaded.tokenizer, num_tokens=rows * length, seq_len=length)
+    return made.ids.long()
+
+
+def of_rows(loaded: Any, rows: Tensor) -> list[Problem]:
+    """Args: rows: [B, T] int64, of which the last STEPS tokens are decoded."""
     found: list[Problem] = []
-    for row in blocks.ids.long():  # one at a time: a pass over all would hold all of their activations
+    for row in rows:  # one at a time: a pass over all would hold all of their activations
         found = _join(found, problems(loaded.model, row[None], STEPS, 1))
     return found
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from settings import spectral_of
+
 Setting = dict[str, Any]
 LEVEL = 1 / 8
 """Of the bytes, where nothing else is said."""
-HEAD_DIM, GROUP = 64, 3
-"""SmolLM2's, and its query heads for each KV head: so many times the rows are read where each chooses for itself."""
+HEAD_DIM, GROUP, LENGTH = 64, 3, 2048
+"""SmolLM2's, and its query heads for each KV head: so many times the rows are read where each chooses for itself; and
+the tokens that are decoded after."""
 
 
 def _loki(rank: int, level: float = LEVEL, **other: Any) -> Setting:
@@ -51,10 +54,15 @@ def _subgen(window: int, clusters: int, values: int, normaliser: str = "clusters
     return {"method": "subgen", **sizes, "normaliser": normaliser}
 
 
-def _spectral(rank: int, bits: int, size: int = 80, **other: Any) -> Setting:
-    codes = (rank * bits / 8 + 2) / (4 * HEAD_DIM)
-    keep = round(LEVEL - codes - 1.5 / 4 / size, 5)
-    return {"method": "spectral", "rank": rank, "bits": bits, "keep": keep, "tokens_per_cluster": size, **other}
+def _spectral(rank: int, bits: int, level: float = LEVEL, **other: Any) -> Setting:
+    (setting,) = spectral_of(rank, bits, level, HEAD_DIM, LENGTH)
+    return {**setting, **other}
+
+
+def _whole_rows(setting: Setting) -> Setting:
+    """The same bytes in rows of 16 bits."""
+    share = (2 * HEAD_DIM + 4) / (4 * HEAD_DIM)
+    return {**setting, "rows": 16, "keep": round(setting["keep"] * share, 5)}
 
 
 CHOICES: Mapping[str, list[Setting]] = {
@@ -102,7 +110,22 @@ CHOICES: Mapping[str, list[Setting]] = {
         _subgen(192, 8, 32),
         _subgen(128, 16, 64, normaliser="values"),
     ],
-    "spectral, codes": [_spectral(16, 4), _spectral(32, 2), _spectral(16, 2), _spectral(32, 4), _spectral(64, 2)],
-    "spectral, tokens per cluster": [_spectral(16, 4, 32), _spectral(16, 4, 160), _spectral(16, 4, tail=False)],
+    "spectral, codes": [_spectral(rank, bits) for rank, bits in ((16, 2), (16, 4), (32, 2), (48, 2), (32, 4), (64, 2))],
+    "spectral, codes at a sixteenth of the bytes": [
+        _spectral(rank, bits, 1 / 16) for rank, bits in ((16, 2), (16, 4), (32, 2))
+    ],
+    "spectral, bits of rows": [
+        *(_spectral(32, 2, level) for level in (1 / 8, 1 / 4)),
+        *(_whole_rows(_spectral(32, 2, level)) for level in (1 / 8, 1 / 4)),
+    ],
+    "spectral, who chooses": [
+        _spectral(32, 2),
+        _spectral(32, 2, select="max"),
+        {**_spectral(32, 2, select="head"), "keep": round(_spectral(32, 2)["keep"] / GROUP, 5)},
+    ],
+    "spectral, sinks and recent tokens": [
+        _spectral(32, 2, sinks=sinks, recent=recent) for sinks, recent in ((0, 16), (1, 16), (4, 16), (1, 4), (1, 64))
+    ],
+    "spectral, what is not read": [_spectral(32, 2), _spectral(32, 2, residual=False)],
 }
 """By what is chosen."""

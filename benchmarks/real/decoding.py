@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from settings import BY_ANSWERS, LEVELS, PAPERS, PUBLISHED, QUESTIONS, WHY_LOKI, at_equal_bytes
+from settings import AIMS, BY_ANSWERS, LEVELS, PAPERS, PUBLISHED, QUESTIONS, WHY_LOKI, at_equal_bytes
+from settings import aims as settings_of_aims
 from subjects import UNSEEN, Bench, uncentred
 
 from kvcal.artifacts import Artifact, weights_sha256
@@ -33,6 +34,9 @@ RULER_TASKS = ("multikey", *(task for task in ruler_package.NAMES if task != "qa
 """What fits into 2048 tokens; qa_2 takes more."""
 SAMPLES = 8
 """Of each of these."""
+AIMED_AT = ("passkey", "niah_single_2")
+AIMED_SAMPLES = {4096: 16, 7680: 8}
+"""Of each of these, by tokens of the context."""
 ANSWERABLE = 0.5
 """RULER's tasks of which the model itself answers fewer say nothing about methods."""
 
@@ -89,6 +93,13 @@ def questions(bench: Bench, only: str | None = None) -> None:
     grid = [setting for setting in QUESTIONS if only in (None, setting["method"])]
     artifact = bench.in_short_blocks("questions", source=bench.questions())
     _decode(bench, "questions", _text_and_passkey(bench), grid, artifact)
+
+
+def aims(bench: Bench, only: str | None = None) -> None:
+    """`spectral` where it is to lose nothing: more windows, and more questions of which the model answers most."""
+    for length in AIMS:
+        prompts = _on_text(bench, length, ("perplexity", *AIMED_AT), AIMED_SAMPLES[length])
+        _decode(bench, f"aims-{length}", prompts, settings_of_aims(length, bench.subject.head_dim), bench.artifact())
 
 
 def ruler(bench: Bench, only: str | None = None) -> None:

@@ -154,6 +154,35 @@ def _error(entry: Mapping[str, Any]) -> str:
     return with_error(entry["error"], entry["error_se"])
 
 
+def thresholds(folder: Path, subject: Subject) -> str:
+    """`spectral`'s choice by a threshold from a strided sample, beside the exact one, at equal bytes. read: tokens,
+    over those of the exact choice; most: the same of one head and step; mass: the share of the dense attention on what
+    is read. The last 16 tokens of 4 texts are decoded: of a text that goes on, of prose that code follows, of a
+    question."""
+    found = read(folder / f"{subject.model}-thresholds.json")
+    rows = [
+        [key, _choice(row), *_with_errors(row, "read"), number(row["most"], ".2f"), *_with_errors(row, "mass", "error")]
+        for key, choices in found.items()
+        for row in choices
+    ]
+    return table(["tokens, bytes, text", "choice", "read", "most", "mass", "error"], rows) if rows else ""
+
+
+def _choice(row: Mapping[str, Any]) -> str:
+    return f"sample of {row['sample']}" if row["choice"] == "sampled" else "exact"
+
+
+def _with_errors(row: Mapping[str, Any], *names: str) -> list[str]:
+    return [with_error(row[name], row[f"{name}_se"]) for name in names]
+
+
+def codewords(folder: Path, subject: Subject) -> str:
+    """`spectral` at equal bytes by the size of its codebook, the tables of larger ones paid for with rows."""
+    found = read(folder / f"{subject.model}-codewords.json")
+    rows = [[key, *_errors_of(entry)] for key, entries in found.items() for entry in entries]
+    return table(["bytes", "method", "read", "error", "without the first layer", "worst layer"], rows) if rows else ""
+
+
 PARTS: Mapping[str, tuple[str, Part]] = {
     "ranks": ("Ranks by layer", ranks),
     "tokens": ("How much text is enough", tokens),
@@ -162,6 +191,8 @@ PARTS: Mapping[str, tuple[str, Part]] = {
     "block-lengths": ("Decoding after more tokens than were calibrated on at once", block_lengths),
     "first-token": ("The first token", first_token),
     "attention": ("Attention errors at equal bytes", attention),
+    "thresholds": ("A choice by threshold", thresholds),
+    "codewords": ("How many codewords", codewords),
     "choices": ("What the defaults are chosen from", choices),
     "methods": ("Decoding at equal bytes", page_decoding.methods),
     "short-blocks": ("The same, calibrated in shorter blocks", page_decoding.short_blocks),
@@ -173,6 +204,7 @@ PARTS: Mapping[str, tuple[str, Part]] = {
     "questions": ("Calibrated on questions", page_decoding.questions),
     "ruler-full": ("RULER, the model itself", page_decoding.ruler_full),
     "ruler": ("RULER, methods", page_decoding.ruler),
+    "aims": ("What spectral keeps of long contexts", page_decoding.aims),
 }
 
 

@@ -100,6 +100,16 @@ def ruler(folder: Path, subject: Subject) -> str:
     return _scores(folder, f"{subject.model}-ruler-[0-9]*.json")
 
 
+def aims(folder: Path, subject: Subject) -> str:
+    """More questions, of which the model answers most. read: as above."""
+    parts = []
+    for length in subject.lengths:
+        rows = read(folder / f"{subject.model}-aims-{length}.json").get("results", [])
+        if rows:
+            parts.append(f"### {length} tokens\n\n{_table(rows, bytes_of(folder, subject, length))}")
+    return "\n\n".join(parts)
+
+
 def _of_part(folder: Path, subject: Subject, part: str) -> str:
     rows = read(folder / f"{subject.model}-{part}.json").get("results", [])
     return _table(rows, _of_this_run(rows)) if rows else ""

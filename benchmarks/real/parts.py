@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from attention import errors, unseen
+from attention import errors, of_rows, unseen
 from choices import CHOICES
-from decoding import by_answers, defaults, forget, methods, papers, questions, ruler, short_blocks, why_loki
+from decoding import aims, by_answers, defaults, forget, methods, papers, questions, ruler, short_blocks, why_loki
 from first_token import first_token, standing_out
-from settings import LEVELS, at_equal_bytes
+from settings import AIMS, LEVELS, at_equal_bytes, spectral_of
 from subjects import UNSEEN, Bench, uncentred
+from thresholds import KINDS, choose, rows_of
 
 from kvcal.calibrate.rank import rank_report
 
@@ -65,8 +66,10 @@ def attention(bench: Bench, only: str | None = None) -> None:
     """Bytes and attention errors of every method at equal bytes, at every length."""
     for length, levels in bench.subject.lengths.items():
         done = Done(bench.path(f"attention-{length}"))
-        for level in levels:
+        for level in dict.fromkeys((*levels, *AIMS.get(length, ()))):
             for setting in at_equal_bytes(LEVELS[level], bench.subject.head_dim, length):
+                if level not in levels and setting["method"] != "spectral":
+                    continue
                 # h2o needs the attention that a prefill of the whole model records.
                 if setting["method"] != "h2o" and only in (None, setting["method"]):
                     key = f"{level} {json.dumps(setting)}"
@@ -93,6 +96,31 @@ def choices(bench: Bench, only: str | None = None) -> None:
         for setting in settings:
             if only in (None, setting["method"]):
                 _errors(bench, done, f"{name}: {json.dumps(setting)}", "both", [setting], bench.in_short_blocks())
+
+
+def thresholds(bench: Bench, only: str | None = None) -> None:
+    """The sampled choice of `spectral` beside the exact one, at every length and budget."""
+    done = Done(bench.path("thresholds"))
+    for length in bench.subject.lengths:
+        for kind in KINDS:
+            keys = {f"{length}, {level}, {kind}": level for level in ("1/16", "1/8")}
+            if all(key in done.found for key in keys):
+                continue
+            found = of_rows(bench.loaded, rows_of(bench.loaded, kind, ROWS, length))
+            for key, level in keys.items():
+                setting = at_equal_bytes(LEVELS[level], bench.subject.head_dim, length)[-1]
+                done.once(key, lambda found=found, setting=setting: choose(found, setting, bench.artifact()))
+
+
+def codewords(bench: Bench, only: str | None = None) -> None:
+    """`spectral` by the size of the codebook."""
+    done = Done(bench.path("codewords"))
+    length = bench.subject.shortest
+    for level in ("1/16", "1/8"):
+        for count in (16, 32, 64, 128, 256):
+            settings = spectral_of(bench.subject.head_dim // 2, 2, LEVELS[level], bench.subject.head_dim, length, count)
+            if settings:
+                _errors(bench, done, f"{level}, {count} codewords", "both", settings, bench.with_codewords(count))
 
 
 def first_tokens(bench: Bench, only: str | None = None) -> None:
@@ -156,6 +184,8 @@ PARTS: Mapping[str, Callable[[Bench, str | None], None]] = {
     "attention": attention,
     "block-lengths": block_lengths,
     "choices": choices,
+    "thresholds": thresholds,
+    "codewords": codewords,
     "first-token": first_tokens,
     "methods": methods,
     "short-blocks": short_blocks,
@@ -165,6 +195,7 @@ PARTS: Mapping[str, Callable[[Bench, str | None], None]] = {
     "by-answers": by_answers,
     "questions": questions,
     "ruler": ruler,
+    "aims": aims,
 }
 OF_METHODS = (
     "attention",
@@ -176,6 +207,7 @@ OF_METHODS = (
     "by-answers",
     "questions",
     "ruler",
+    "aims",
 )
 """What is measured again for one method alone."""
 

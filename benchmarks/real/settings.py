@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvcal.runtime.stores.spectral import Spectral
-
 Setting = dict[str, Any]
-LEVELS = {"1/32": 1 / 32, "1/16": 1 / 16, "1/8": 1 / 8, "1/4": 1 / 4, "1/2": 1 / 2}
+LEVELS = {"1/32": 1 / 32, "1/16": 1 / 16, "1/12": 1 / 12, "1/8": 1 / 8, "1/4": 1 / 4, "1/2": 1 / 2}
 GROUP: Setting = {"select": "group"}
 """One choice for all query heads of a KV head: where each chooses for itself, G times the rows are read."""
 _SUBGEN: Setting = {"method": "subgen", "normaliser": "clusters"}
@@ -19,8 +17,8 @@ _SUBGEN: Setting = {"method": "subgen", "normaliser": "clusters"}
 LARGE_RANK = 0.25
 """Of the head dim: beyond it, rows choose better than dimensions of as many bytes."""
 
-DECODED = 256
-"""Tokens after a prefix, at most. Where they reach its `flat_below`, spectral reads a part of its codes only."""
+CODEWORDS, PAGE, BATCH = 64, 64, 8
+"""Of a codebook of `calibrate pca`; tokens of a page; sequences that share what a step reads once."""
 
 
 def _power_of_two(number: float) -> int:
@@ -62,16 +60,27 @@ def at_equal_bytes(level: float, head_dim: int, length: int) -> list[Setting]:
 
 
 def _spectral(level: float, head_dim: int, length: int) -> list[Setting]:
-    """The finest codes that take half of the bytes at most, all of them read; clusters of 80 stand for what is not."""
-    clusters = (head_dim / 2 + head_dim) / 80 / (4 * head_dim)  # a mean key of 4 bits, a mean value of 8
-    for rank, bits in ((head_dim, 4), (head_dim // 2, 4), (head_dim // 4, 4), (head_dim // 4, 2)):
-        codes = (rank * bits / 8 + 2) / (4 * head_dim)
-        if codes <= level / 2:
-            keep = _share(level - codes - clusters)
-            setting = {"method": "spectral", "rank": rank, "bits": bits, "keep": keep, "tokens_per_cluster": 80}
-            flat = length + DECODED < Spectral.flat_below
-            return [setting if flat else {**setting, "flat_below": 2 * length}]
-    return []
+    """The finest codes that take two fifths of the bytes at most; where none do, half of the dimensions in 2 bits."""
+    for rank, bits in ((head_dim, 4), (head_dim, 2)):
+        if _index(rank, bits, head_dim, length) <= 0.4 * level:
+            return spectral_of(rank, bits, level, head_dim, length)
+    return spectral_of(head_dim // 2, 2, level, head_dim, length)
+
+
+def spectral_of(
+    rank: int, bits: int, level: float, head_dim: int, length: int, codewords: int = CODEWORDS
+) -> list[Setting]:
+    """Rows of 8 bits with what codes leave of the bytes; none where they leave nothing."""
+    keep = (level - _index(rank, bits, head_dim, length, codewords)) * 4 * head_dim / (2 * head_dim + 4)
+    setting = {"method": "spectral", "rank": rank, "bits": bits, "rows": 8, "keep": _share(keep)}
+    return [setting] if keep > 0 else []
+
+
+def _index(rank: int, bits: int, head_dim: int, length: int, codewords: int = CODEWORDS) -> float:
+    """Codeword, code and scale of every token, corrections of pages, and the tables of the codebook."""
+    token = 1 + rank * bits / 8 + 2 + (head_dim + 2) / PAGE
+    tables = 2 * (2 * codewords * head_dim + codewords + 2 * head_dim * rank)
+    return (token + tables / BATCH / length) / (4 * head_dim)
 
 
 PUBLISHED: Setting = {"method": "loki", "rank": 0.25, "keep": 0.25, "basis": "pca", "select": "head"}
@@ -84,7 +93,7 @@ PAPERS: list[Setting] = [
     {"method": "sparq", "rank": 0.25, "keep": 0.25, "select": "head"},
     {"method": "clusterkv", "keep": 1024, "tokens_per_cluster": 80, "window": 320, "sinks": 16},
     {**_SUBGEN, "window": 128, "clusters": 64, "t": 4, "s": 256},
-    {"method": "spectral", "rank": 0.5, "bits": 2, "keep": 0.0625, "tokens_per_cluster": 32},
+    {"method": "spectral", "rank": 0.5, "bits": 2, "keep": 0.0625},
 ]
 """As published, and spectral: each query head chooses for itself where the paper's do."""
 
@@ -111,8 +120,10 @@ BY_ANSWERS: list[Setting] = [
         for level in (1 / 8, 1 / 4)
     ),
     *(
-        {"method": "spectral", "rank": 32, "bits": 2, "keep": keep, "tokens_per_cluster": 80}
-        for keep in (0.01875, 0.08125)
+        setting
+        for level in (1 / 16, 1 / 8)
+        for rank, bits in ((16, 2), (16, 4), (32, 2))
+        for setting in spectral_of(rank, bits, level, 64, 2048)
     ),
     {"method": "streaming", "keep": 0.125, "sinks": 64},
     {"method": "subgen", "window": 128, "clusters": 16, "t": 2, "s": 64, "normaliser": "values"},
@@ -122,3 +133,12 @@ dimensions. ClusterKV, spectral (at 1/16 and 1/8), StreamingLLM and SubGen are c
 
 QUESTIONS: list[Setting] = [PUBLISHED, *BY_ANSWERS[:2], *_spectral(1 / 16, 64, 2048)]
 """Decoded with a calibration on questions, too."""
+
+AIMS: dict[int, tuple[str, ...]] = {4096: ("1/16", "1/12", "1/8"), 7680: ("1/16", "1/12")}
+"""By tokens of the context: the levels of bytes at which `spectral` is asked more questions."""
+
+
+def aims(length: int, head_dim: int) -> list[Setting]:
+    return [
+        setting for level in AIMS[length] for setting in spectral_of(head_dim // 2, 2, LEVELS[level], head_dim, length)
+    ]

@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -76,7 +77,7 @@ SUBJECTS = {
         256,
         {2048: ("1/16", "1/8"), 16384: ("1/16", "1/8")},
         ("both",),
-        parts=("ranks", "bases", "first-token", "attention", "methods", "papers", "why-loki"),
+        parts=("ranks", "bases", "first-token", "attention", "thresholds", "methods", "papers", "why-loki"),
         seq_len=16384,
         short_seq_len=16384,
     ),
@@ -120,6 +121,19 @@ class Bench:
     ) -> Artifact:
         """The same in short blocks."""
         return self.artifact(text, tokens, source, seq_len=self.subject.short_seq_len)
+
+    def with_codewords(self, count: int) -> Artifact:
+        """That of short blocks with another codebook, made where it is not there yet."""
+        made = self.in_short_blocks()
+        assert made.folder is not None
+        folder = made.folder.with_name(f"{made.folder.name}-{count}-codewords")
+        if not folder.exists():
+            partial = folder.with_name(f"{folder.name}.partial")
+            shutil.copytree(made.folder, partial, dirs_exist_ok=True)
+            arguments = ["cluster", str(partial), "--metric", "joint", "--clusters", str(count)]
+            subprocess.run([sys.executable, "-m", "kvcal.calibrate", *arguments], check=True)
+            partial.rename(folder)
+        return load(folder)
 
     def questions(self) -> tuple[str, ...]:
         """A file of the calibration text with facts in it, and questions about them, answered: other words than those
