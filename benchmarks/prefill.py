@@ -1,6 +1,6 @@
 """What a compressed cache costs at a prompt and at the first token after it, as ratios within one run.
 
-python benchmarks/prefill.py MODEL ARTIFACT    # --tokens 7680; CPU seconds, so that other work disturbs little
+python benchmarks/prefill.py MODEL ARTIFACT    # --tokens 7680; CPU seconds of one thread
 
 Prefill over that of transformers' own cache, the first decoded token over the later ones, and these over full
 attention's. Writes benchmarks/results/prefill-cpu.json.
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("artifact")
     parser.add_argument("--tokens", type=int, default=7680)
     options = parser.parse_args()
+    torch.set_num_threads(1)  # CPU seconds of several count their waiting for one another
     loaded, artifact = load_model(options.model, device="cpu", dtype="float32"), load(options.artifact)
     data = open_data("stdlib", "heldout")
     ids = make_blocks(data, loaded.tokenizer, num_tokens=options.tokens, seq_len=options.tokens).ids.long()
