@@ -22,7 +22,7 @@ LAYER_OPERATIONS = 37
 """Of torch, in a layer of the model beside its attention step: norms, rotary embedding, projections, gated MLP."""
 PAGE = 64
 """Tokens of the runtime's pages."""
-OF_ENCODING, OF_SPECTRAL = 95, 121
+OF_ENCODING, OF_SPECTRAL = 98, 118
 """Of torch, about, as a spectral step writes a token and as it attends from it."""
 
 SEGMENT, LUMPS = 8192, 64

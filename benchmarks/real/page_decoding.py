@@ -18,24 +18,12 @@ Row = Mapping[str, Any]
 def methods(folder: Path, subject: Subject) -> str:
     """Perplexity over full's and answers at equal bytes, by length. read: bytes of a 16-bit cache, counted by the
     stores in the part on attention errors, except for h2o, whose tokens have 8 bytes besides."""
-    parts = []
-    for length in subject.lengths:
-        rows = read(folder / f"{subject.model}-methods-{length}.json").get("results", [])
-        if rows:
-            shares = bytes_of(folder, subject, length)
-            ordered = sorted(rows, key=lambda row: shares(row) or row.get("keep", 1.0))
-            parts.append(f"### {length} tokens\n\n{_table(ordered, shares)}")
-    return "\n\n".join(parts)
+    return _by_length(folder, subject, "methods")
 
 
 def short_blocks(folder: Path, subject: Subject) -> str:
-    """Loki and spectral calibrated in blocks of 2048 tokens; above, in blocks of 8192."""
-    parts = []
-    for length in subject.lengths:
-        rows = read(folder / f"{subject.model}-short-blocks-{length}.json").get("results", [])
-        if rows:
-            parts.append(f"### {length} tokens\n\n{_table(rows, bytes_of(folder, subject, length))}")
-    return "\n\n".join(parts)
+    """What uses a calibration, calibrated in blocks of 2048 tokens; above, in blocks of 8192."""
+    return _by_length(folder, subject, "short-blocks")
 
 
 def bytes_of(folder: Path, subject: Subject, length: int) -> Callable[[Row], float | None]:
@@ -102,11 +90,18 @@ def ruler(folder: Path, subject: Subject) -> str:
 
 def aims(folder: Path, subject: Subject) -> str:
     """More questions, of which the model answers most. read: as above."""
+    return _by_length(folder, subject, "aims")
+
+
+def _by_length(folder: Path, subject: Subject, part: str) -> str:
+    """A table for each length, by rising bytes."""
     parts = []
     for length in subject.lengths:
-        rows = read(folder / f"{subject.model}-aims-{length}.json").get("results", [])
+        rows = read(folder / f"{subject.model}-{part}-{length}.json").get("results", [])
         if rows:
-            parts.append(f"### {length} tokens\n\n{_table(rows, bytes_of(folder, subject, length))}")
+            shares = bytes_of(folder, subject, length)
+            ordered = sorted(rows, key=lambda row: shares(row) or row.get("keep", 1.0))
+            parts.append(f"### {length} tokens\n\n{_table(ordered, shares)}")
     return "\n\n".join(parts)
 
 

@@ -55,7 +55,7 @@ def grid(method: str, head_dim: int, basis: Setting | None = None) -> list[Setti
             (_rank(head_dim, share, bits), bits, keep)
             for (share, bits), keep in (*itertools.product(CODES, KEEP), RICHEST)
         )
-        # Rows of 8 bits: at equal bytes they lose less than half as many of 16.
+        # Half as many rows of 16 bits are as many bytes, and lose more (docs/results/real.md, bits of rows).
         return [
             {"method": method, "rank": rank, "bits": bits, "rows": 8, "keep": keep} for rank, bits, keep in of_codes
         ]

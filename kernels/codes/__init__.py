@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["BITS", "decode", "encode", "fields_of", "products", "rotation", "unpack"]
+__all__ = ["BITS", "decode", "encode", "fields_of", "products", "rotation"]
 
 BITS = (2, 4, 8)
 STEP = {2: 0.9957, 4: 0.3352}
@@ -32,7 +32,7 @@ def encode(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     if bits not in BITS:
         raise ValueError(f"bits: received {bits!r}, expected one of {', '.join(map(str, BITS))}")
-    fields = 8 // bits
+    fields = fields_of(bits)
     if values.shape[-1] % fields:
         raise ValueError(f"values: received {values.shape[-1]} dimensions, expected a multiple of {fields}")
     values, half = values.float(), 1 << bits - 1
@@ -63,13 +63,9 @@ def products(query: Tensor, codes: Tensor, scales: Tensor, bits: int) -> Tensor:
     return (dots - OFFSET[bits] * query.sum(-1, keepdim=True)) * scales.float().unsqueeze(-2)
 
 
-def unpack(codes: Tensor, bits: int) -> Tensor:
-    """[..., n] float32 levels. A byte holds dimensions that lie n / fields apart, lowest bits first."""
-    return _stored(codes, bits) - OFFSET[bits]
-
-
 def _stored(codes: Tensor, bits: int) -> Tensor:
-    """[..., n] float32: the whole numbers from 0 that levels are stored as."""
+    """[..., n] float32: the whole numbers from 0 that levels are stored as. A byte holds dimensions that lie n / fields
+    apart, lowest bits first."""
     if bits == 8:
         return codes.float()
     if bits == 4:
