@@ -7,6 +7,7 @@ import math
 import sys
 from pathlib import Path
 
+import coded
 import pytest
 import torch
 
@@ -82,6 +83,21 @@ def test_errors_have_the_standard_error_over_texts(module):
     assert found["by_text"] == pytest.approx(by_text.tolist(), abs=2e-5)
     assert found["error"] == pytest.approx(float(by_text.mean()))
     assert found["error_se"] == pytest.approx(float(by_text.std() / 3**0.5))
+
+
+def test_the_model_of_a_step_meets_the_step(module):
+    """Keys, values and queries like those that the artifact was fitted to; bytes of a head dim of 64."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, tokens, HEAD_DIM) for heads, tokens in ((4, 3), (2, 1603), (2, 1603)))
+    problem = Problem(0, query, 1.5 * key, value, Logits(HEAD_DIM**-0.5), 2)
+    alternatives = module("alternatives")
+    itself, *others = alternatives.alternatives([problem], coded.artifact(HEAD_DIM, 2))
+    found = {row["what"]: row for row in others}
+    # The step rounds its maps to 16 bits, and its budget grows with the three tokens.
+    assert found["as it is"]["error"] == pytest.approx(itself["error"], rel=0.01)
+    assert found["rows of 16 bits"]["tokens"] < found["as it is"]["tokens"] < found["rows of 4 bits"]["tokens"]
+    assert found["nothing for the rest"]["error"] > itself["error"]
+    assert set(found) == set(alternatives.VARIATIONS)
 
 
 def _of_row(problem, row):

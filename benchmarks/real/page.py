@@ -183,6 +183,24 @@ def codewords(folder: Path, subject: Subject) -> str:
     return table(["bytes", "method", "read", "error", "without the first layer", "worst layer"], rows) if rows else ""
 
 
+def alternatives(folder: Path, subject: Subject) -> str:
+    """What `spectral` could do otherwise, at an eighth of the bytes: tokens read at a step, the attention error, and by
+    how much it is smaller than that of the step as it is, paired over texts. Of one model of the step, with the exact
+    choice; the step itself is the first row."""
+    found = read(folder / f"{subject.model}-alternatives.json")
+    rows = [
+        [
+            row["what"],
+            str(row.get("tokens", "")),
+            _error(row),
+            with_error(row["gain"], row["gain_se"]) if "gain" in row else "",
+        ]
+        for measured in found.values()
+        for row in measured
+    ]
+    return table(["", "tokens", "error", "gain"], rows) if rows else ""
+
+
 PARTS: Mapping[str, tuple[str, Part]] = {
     "ranks": ("Ranks by layer", ranks),
     "tokens": ("How much text is enough", tokens),
@@ -193,6 +211,7 @@ PARTS: Mapping[str, tuple[str, Part]] = {
     "attention": ("Attention errors at equal bytes", attention),
     "thresholds": ("A choice by threshold", thresholds),
     "codewords": ("How many codewords", codewords),
+    "alternatives": ("What spectral does not do", alternatives),
     "choices": ("What the defaults are chosen from", choices),
     "methods": ("Decoding at equal bytes", page_decoding.methods),
     "short-blocks": ("The same, calibrated in shorter blocks", page_decoding.short_blocks),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from alternatives import alternatives as alternatives_of
 from attention import errors, of_rows, unseen
 from choices import CHOICES
 from decoding import aims, by_answers, defaults, forget, methods, papers, questions, ruler, short_blocks, why_loki
@@ -123,6 +124,12 @@ def codewords(bench: Bench, only: str | None = None) -> None:
                 _errors(bench, done, f"{level}, {count} codewords", "both", settings, bench.with_codewords(count))
 
 
+def alternatives(bench: Bench, only: str | None = None) -> None:
+    """What `spectral` could do otherwise."""
+    done, length = Done(bench.path("alternatives")), bench.subject.shortest
+    done.once(f"{length}", lambda: alternatives_of(_problems(bench, "both", length), bench.in_short_blocks()))
+
+
 def first_tokens(bench: Bench, only: str | None = None) -> None:
     """What of the loss is the first token, not chosen."""
     done = Done(bench.path("first-token"))
@@ -186,6 +193,7 @@ PARTS: Mapping[str, Callable[[Bench, str | None], None]] = {
     "choices": choices,
     "thresholds": thresholds,
     "codewords": codewords,
+    "alternatives": alternatives,
     "first-token": first_tokens,
     "methods": methods,
     "short-blocks": short_blocks,
