@@ -134,7 +134,7 @@ dimensions. ClusterKV, spectral (at 1/16 and 1/8), StreamingLLM and SubGen are c
 QUESTIONS: list[Setting] = [PUBLISHED, *BY_ANSWERS[:2], *_spectral(1 / 16, 64, 2048)]
 """Decoded with a calibration on questions, too."""
 
-AIMS: dict[int, tuple[str, ...]] = {4096: ("1/16", "1/12", "1/8"), 7680: ("1/16", "1/12")}
+AIMS: dict[int, tuple[str, ...]] = {4096: ("1/16", "1/12"), 7680: ("1/16",)}
 """By tokens of the context: the levels of bytes at which `spectral` is asked more questions."""
 
 
