@@ -85,6 +85,22 @@ def test_errors_have_the_standard_error_over_texts(module):
     assert found["error_se"] == pytest.approx(float(by_text.std() / 3**0.5))
 
 
+def test_a_sampled_choice_is_measured_against_the_exact_one(module):
+    """A sample of more than half of the tokens is all of them, and the choice exact; a smaller one reads half as much
+    again at most."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, tokens, HEAD_DIM) for heads, tokens in ((4, 3), (2, 1003), (2, 1003)))
+    problem = Problem(0, query, key, value, Logits(HEAD_DIM**-0.5), 2)
+    setting = {"method": "spectral", "keep": 0.125}
+    exact, *sampled = module("thresholds").choose([problem], setting, coded.artifact(HEAD_DIM, 2))
+    assert exact["read"] == exact["most"] == pytest.approx(1, abs=0.01) and 0.125 < exact["mass"] < 1
+    for row in sampled[2:]:
+        assert row == {**exact, "choice": "sampled", "sample": row["sample"]}
+    for row in sampled[:2]:
+        assert row["read"] == pytest.approx(1, abs=0.15) and 1 < row["most"] <= 1.5
+        assert row["mass"] == pytest.approx(exact["mass"], abs=0.02)
+
+
 def test_the_model_of_a_step_meets_the_step(module):
     """Keys, values and queries like those that the artifact was fitted to; bytes of a head dim of 64."""
     torch.manual_seed(0)

@@ -1,8 +1,8 @@
 """What `spectral` could do otherwise: other codes, rows, budgets and stand-ins, at the same bytes, on the same keys.
 
 A model of its step in plain torch over all decoded tokens at once, with the exact choice; the first row of the table is
-the step itself, which the model of it has to meet. The noise of estimated logits and the mean values of a sequence are
-taken as if they were known, so a variation that does not pay here does not pay where they have to be estimated.
+the step itself, which the model of it has to meet. The noise of estimated logits is taken as if it were known: what
+does not pay so does not pay where it has to be estimated.
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ class Variation:
     codes: Codes = ((0.5, 2),)
     rotated: bool = True
     rows: int = 8
+    rounded: bool = True
+    """Whether rows are turned by a rotation of bfloat16 numbers."""
     rest: str = "codeword and page"
     """What stands for a token that is not read: "nothing"; the calibrated mean value of its "codeword", corrected by
-    what that leaves of its page ("codeword and page") or not; the "page"'s mean; the codeword's "mean of the
-    sequence"."""
+    what that leaves of its page ("codeword and page") or not; the "page"'s mean; the mean of its codeword's tokens in
+    this sequence ("mean of the sequence"), corrected likewise ("mean of the sequence and page") or not."""
     by_mass: bool = False
     """Whether a KV head and step reads as many tokens as hold a share of the estimated mass, the same share everywhere
     and such that no more is read in all."""
@@ -53,9 +55,10 @@ class Variation:
         index = 1 + sum(share * head_dim * bits / 8 + 2 for share, bits in self.codes)
         if "page" in self.rest:
             index += (head_dim + 2) / PAGE
-        tables = 2 * (2 * CODEWORDS * head_dim + CODEWORDS + 2 * head_dim * coded)
+        shared = 2 * (2 * CODEWORDS * head_dim + CODEWORDS + 2 * head_dim * coded)
+        own = CODEWORDS * (head_dim + 2) if "sequence" in self.rest else 0  # of 8 bits
         row = 4 * head_dim if self.rows == 16 else 2 * (head_dim * self.rows / 8 + 2)
-        return math.ceil((LEVEL * 4 * head_dim - index - tables / BATCH / length) * length / row)
+        return math.ceil((LEVEL * 4 * head_dim - index - (shared / BATCH + own) / length) * length / row)
 
 
 AS_IT_IS = Variation()
@@ -66,11 +69,13 @@ VARIATIONS: dict[str, Variation] = {
     "8 bits in a sixteenth of the dimensions, 2 in the next quarter": Variation(codes=((0.0625, 8), (0.25, 2))),
     "rows of 16 bits": Variation(rows=16),
     "rows of 4 bits": Variation(rows=4),
+    "rows turned by a rotation of 32 bits": Variation(rounded=False),
     "tokens by mass": Variation(by_mass=True),
     "nothing for the rest": Variation(rest="nothing"),
     "codewords alone": Variation(rest="codeword"),
     "pages alone": Variation(rest="page"),
-    "means of the sequence": Variation(rest="mean of the sequence"),
+    "codewords' means of the sequence": Variation(rest="mean of the sequence"),
+    "codewords' means of the sequence, and pages": Variation(rest="mean of the sequence and page"),
     "logits of the rest plus half of their noise": Variation(noise=1.0),
     "logits of the rest less half of their noise": Variation(noise=-1.0),
 }
@@ -185,6 +190,8 @@ class _Layer:
         bits, kept = self.variation.rows, []
         for name, row in (("key", self.key), ("value", self.value)):
             turn = rotation(row.shape[-1]).float()
+            if self.variation.rounded:
+                turn = turn.bfloat16().float()
             code = encode((row - self._codeword(name)) @ turn.mT, bits)
             kept.append(decode(*code, bits) @ turn + self._codeword(name))
         return kept[0], kept[1]
@@ -213,20 +220,16 @@ class _Layer:
 
     def _stand_ins(self, weights: Tensor) -> Tensor:
         """[B, Hkv, G, steps, Dv] of the weights of what is not read."""
-        kind, codeword = self.variation.rest, self._codeword("value")
-        if kind == "mean of the sequence":
-            return weights @ self._means().unsqueeze(2)
-        out = weights @ codeword.unsqueeze(2)
+        kind = self.variation.rest
+        base = self._means() if "sequence" in kind else self._codeword("value")
+        out = weights @ base.unsqueeze(2)
         if "page" not in kind:
             return out
         whole = self.value.shape[2] // PAGE * PAGE
-        left = (self.value - codeword)[:, :, :whole].unflatten(2, (-1, PAGE))
-        if kind == "page":  # a page's mean value less each codeword's
-            mean_of = self.value[:, :, :whole].unflatten(2, (-1, PAGE)).mean(3, keepdim=True)
-            correction = (mean_of - codeword[:, :, :whole].unflatten(2, (-1, PAGE))).flatten(2, 3)
-        else:
-            correction = left.mean(3, keepdim=True).expand_as(left).flatten(2, 3)
-        return out + (weights * self.full)[..., :whole] @ correction.unsqueeze(2)
+        value, base = (of[:, :, :whole].unflatten(2, (-1, PAGE)) for of in (self.value, base))
+        mean_of = value.mean(3, keepdim=True)
+        correction = mean_of - (base if kind == "page" else base.mean(3, keepdim=True))
+        return out + (weights * self.full)[..., :whole] @ correction.expand_as(value).flatten(2, 3).unsqueeze(2)
 
     def _means(self) -> Tensor:
         """[B, Hkv, T, Dv]: of the values of each token's codeword in this sequence."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from settings import AIMS, BY_ANSWERS, LEVELS, PAPERS, PUBLISHED, QUESTIONS, WHY_LOKI, at_equal_bytes
 from settings import aims as settings_of_aims
-from subjects import UNSEEN, Bench, uncentred
+from subjects import UNSEEN, Bench, name_of, uncentred
 
 from kvcal.artifacts import Artifact, weights_sha256
 from kvcal.calibrate import open_data
@@ -150,7 +150,7 @@ def _decode(
     settings = {
         "model": bench.subject.model,
         "weights_sha256": weights_sha256(model),
-        "artifact": artifact and artifact.content_hash,
+        "artifact": artifact and name_of(artifact),
         "tokens_sha256": prompts.tokens_sha256,
         "dtype": "float32",
         "batch_size": 8,

@@ -162,6 +162,13 @@ class Bench:
         return self.results / f"{self.subject.model}-{part}.json"
 
 
+def name_of(artifact: Artifact) -> str:
+    """What it was calibrated on, as its folder is named. Not its hash: made again on another machine, numbers are
+    rounded otherwise, and rows of one table may come from several machines."""
+    assert artifact.folder is not None
+    return artifact.folder.name + ("" if artifact.settings["centred"] else ", uncentred")
+
+
 def uncentred(artifact: Artifact) -> Artifact:
     """As `calibrate pca --uncentred` makes it: key PCA of the second moments."""
     pca, moments = artifact.stages["pca"], artifact.stages["moments"].tensors

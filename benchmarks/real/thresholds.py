@@ -70,7 +70,7 @@ def _layer(problem: Problem, setting: Setting, artifact: Artifact) -> dict[str, 
         store.append(key, value)
         out = store.attend(query, problem.logits)
         read = store.read_mask()
-        by_head = weights.squeeze(2).unflatten(1, (read.shape[1], -1))
+        by_head = weights.squeeze(3)
         tokens.append(read.sum(-1).float())
         mass.append((by_head * read.unsqueeze(2)).sum(-1).mean((1, 2)))
         error.append(relative_error(out, dense).mean((1, 2)))

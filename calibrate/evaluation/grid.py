@@ -99,16 +99,23 @@ def make_grid(methods: Sequence[str], parameters: Mapping[str, Sequence[Value]])
     return grid
 
 
-def check_grid(grid: Iterable[Setting], model: Any, artifact: Artifact | None) -> None:
+def check_grid(grid: Iterable[Setting], model: Any, artifact: Artifact | None) -> set[str]:
     """Build every setting's cache, so that what cannot work is said before a token is run.
+
+    Returns:
+        Keys of the settings that need a prefill which records the attention that tokens receive (h2o).
 
     Raises:
         KvcalError: of the first that cannot.
     """
+    take_mass: set[str] = set()
     for settings in by_sharing(grid):
         with sharing(model, artifact, settings[0]):
             for setting in settings:
-                CompressedCache(model, artifact, **decoding(setting))
+                cache = CompressedCache(model, artifact, **decoding(setting))
+                if any(store.takes_mass for store in cache.stores.values()):
+                    take_mass.add(key_of(setting))
+    return take_mass
 
 
 def by_sharing(grid: Iterable[Setting]) -> list[list[Setting]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...artifacts import Artifact
-from ...runtime import CompressedCache, sharing_of
+from ...runtime import CompressedCache
 from .attention_error import AttentionProbe, History
 from .costs import Costs
 from .decoding import Answer, RaggedCalls, decode_answers, ends_of
@@ -121,16 +121,15 @@ class PrefilledSamples:
 
 @torch.no_grad()
 def prefill(
-    model: Any, prompts: Prompts, batch: Batch, tokenizer: Any, question: str
+    model: Any, prompts: Prompts, batch: Batch, tokenizer: Any, question: str, *, record_mass: bool
 ) -> PrefilledWindows | PrefilledSamples:
     """
     Args:
         tokenizer: of the model; needed for tasks.
         question: one of `QUESTIONS`.
+        record_mass: for settings that start from it: at 4096 tokens it takes more than twice the attention's time.
     """
-    found = sharing_of(model)
-    recorded = found is None or not found.map.shared  # for h2o, which layers that share do not allow
-    cache = CompressedCache(model, None, "full", record_mass=recorded)
+    cache = CompressedCache(model, None, "full", record_mass=record_mass)
     asked = samples_of(prompts, batch)
     if asked is None:
         windows = prompts.windows
@@ -148,7 +147,7 @@ def prefill(
     calls(cache, [sample.context for sample in samples.values()])
     if question == DECODED:
         return PrefilledSamples(model, task, samples, tokenizer, (cache, calls), None)
-    whole = CompressedCache(model, None, "full", record_mass=recorded)
+    whole = CompressedCache(model, None, "full", record_mass=record_mass)
     whole.adopt(cache)
     after = calls.copy()
     logits = after(whole, [sample.question for sample in samples.values()])

@@ -73,7 +73,7 @@ def evaluate(
     if prompts.tasks and tokenizer is None:
         raise KvcalError("tasks are scored as text: give the model's tokenizer")
     check_lengths(prompts, model)
-    check_grid(grid, model, artifact)
+    take_mass = check_grid(grid, model, artifact)
     missing = [setting for setting in grid if results.row(setting) is None]
     everything = batches(prompts, batch_size, even=question == PREFILLED and _has_windows(model))
     todo = [(batch, setting) for batch in everything for setting in missing]
@@ -87,7 +87,8 @@ def evaluate(
         for alike in by_sharing(settings):
             with sharing(model, artifact, alike[0]):
                 done = report.schedule.prefilling()
-                prefilled = prefill(model, prompts, batch, tokenizer, question)
+                recorded = any(key_of(setting) in take_mass for setting in alike)
+                prefilled = prefill(model, prompts, batch, tokenizer, question, record_mass=recorded)
                 done()
                 for setting in alike:
                     world.check()

@@ -132,8 +132,8 @@ class Problem:
         return [(query, key, value, dense) for query, key, value, _, dense in self.steps()]
 
     def steps(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-        """Of each decoded token: query, key, value, and the dense attention's weights [B, Hq, 1, tokens] and output, in
-        float32."""
+        """Of each decoded token: query, key, value, and the dense attention's weights [B, Hkv, G, 1, tokens] and
+        output, in float32."""
         for at in range(self.prefix, self.key.shape[2]):
             now, held = slice(at, at + 1), slice(0, at + 1)
             query = self.query[:, :, at - self.prefix : at - self.prefix + 1]

@@ -29,6 +29,9 @@ class Store(ABC):
     query_aware = False
     """Whether what it forgets after a prompt is meant to be chosen by the question that the prompt ends in."""
 
+    takes_mass = False
+    """Whether it starts from the attention that each token has received, which a prefill has to record for it."""
+
     def __init__(self) -> None:
         self.rows: dict[str, TokenBuffer] = {}
         """Per-token tensors [B, Hkv, tokens, …]."""

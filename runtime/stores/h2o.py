@@ -32,6 +32,7 @@ class H2O(Budget):
 
 
 class H2OStore(EvictingStore):
+    takes_mass = True
     _paused: Tensor | None = None
     """[B] bool, which rows got no token at this step; None: all got one."""
 

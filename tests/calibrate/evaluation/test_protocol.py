@@ -19,6 +19,7 @@ from kvcal.calibrate.evaluation.results_file import parameters
 from kvcal.calibrate.evaluation.tasks import scoring
 from kvcal.calibrate.evaluation.tasks.sample import Sample, Task
 from kvcal.runtime import CompressedCache
+from kvcal.runtime.stores import full as full_store
 
 PREFIX, CONTINUATION, LAYERS = 40, 12, 3
 BATCHES = (
@@ -205,6 +206,15 @@ def test_every_setting_starts_from_the_same_prefill(model, artifact, prompts, gr
     for setting in (grid[2], grid[-1]):
         alone = evaluate(model, artifact, prompts, [setting], tokenizer=Numbers(), batch_size=2)
         assert without_times(alone) == without_times([rows[0], rows[grid.index(setting)]])
+
+
+@pytest.mark.parametrize(("method", "recorded"), [("streaming", False), ("h2o", True)])
+def test_a_prefill_records_attention_for_who_starts_from_it(model, windows, monkeypatch, method, recorded):
+    calls = []
+    mass = full_store.attention_mass
+    monkeypatch.setattr(full_store, "attention_mass", lambda *given: calls.append(1) or mass(*given))
+    evaluate(model, None, Prompts(windows, ()), make_grid([method], {"keep": [0.25]}))
+    assert bool(calls) == recorded
 
 
 def test_the_batch_size_does_not_matter(model, artifact, prompts, grid, rows):
