@@ -37,7 +37,7 @@ class Variation:
     codes: Codes = ((0.5, 2),)
     rotated: bool = True
     rows: int = 8
-    rounded: bool = True
+    rounded: bool = False
     """Whether rows are turned by a rotation of bfloat16 numbers."""
     rest: str = "codeword and page"
     """What stands for a token that is not read: "nothing"; the calibrated mean value of its "codeword", corrected by
@@ -69,7 +69,7 @@ VARIATIONS: dict[str, Variation] = {
     "8 bits in a sixteenth of the dimensions, 2 in the next quarter": Variation(codes=((0.0625, 8), (0.25, 2))),
     "rows of 16 bits": Variation(rows=16),
     "rows of 4 bits": Variation(rows=4),
-    "rows turned by a rotation of 32 bits": Variation(rounded=False),
+    "rows turned by a rotation of 16 bits": Variation(rounded=True),
     "tokens by mass": Variation(by_mass=True),
     "nothing for the rest": Variation(rest="nothing"),
     "codewords alone": Variation(rest="codeword"),

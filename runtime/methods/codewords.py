@@ -12,7 +12,8 @@ from ...kernels.codes import rotation
 
 
 class Codewords:
-    """The tensors of one layer, on every device that asked for them: numbers of bfloat16, which is what steps read."""
+    """The tensors of one layer, on every device that asked for them: tables of bfloat16 numbers, which is what steps
+    read."""
 
     def __init__(self, artifact: Artifact, layer: int, rank: int):
         """Args: rank: dimensions of a code."""
@@ -29,10 +30,12 @@ class Codewords:
             "half": (by_part[0] + by_part[1]) / 2,
             "query_map": (turned @ query_map[:, :rank]).mT,
             "key_map": (turned @ key_map[:, :rank]).mT,
-            "turn_key": rotation(key.shape[-1]),
-            "turn_value": rotation(value.shape[-1]),
         }
         rounded = {name: tensor.bfloat16().float().contiguous() for name, tensor in tensors.items()}
+        # A rotation of rounded numbers is none: rows do not come back as they were. No step has to read it as a table,
+        # since a fast transform does the same.
+        rounded["turn_key"] = rotation(key.shape[-1]).float()
+        rounded["turn_value"] = rotation(value.shape[-1]).float()
         # The nearest codeword c has the least ½|c|² − x·c, keys and values each over their spread.
         rounded["inverse"] = inverse.float()
         self.heads, self.count, self.dims = key.shape

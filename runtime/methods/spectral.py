@@ -228,7 +228,7 @@ class SpectralPolicy(Policy):
         return of.heads * (int(lengths.sum()) * code + int((lengths // PAGE).sum()) * page)
 
     def shared_bytes(self) -> int:
-        # Not the rotations, which are the same in all layers, and which a fast transform makes without a table.
+        # Not the rotations: see `Codewords`.
         return self.codewords.nbytes("key", "value", "half", "query_map", "key_map")
 
 

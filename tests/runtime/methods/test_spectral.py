@@ -154,6 +154,13 @@ def test_however_tokens_came(fitted, form):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_rows_turn_by_a_rotation(fitted):
+    """One of rounded numbers would not turn them back to what they were."""
+    of = Spectral(**SMALL).bind(1, D, fitted).codewords.on(torch.device("cpu"))
+    for name, dims in (("turn_key", D), ("turn_value", DV)):
+        torch.testing.assert_close(of[name] @ of[name].mT, torch.eye(dims), rtol=0, atol=1e-6)
+
+
 def test_bytes_are_those_of_the_formula(fitted):
     n, batch = 150, 3
     for settings, row in (({"bits": 2}, (D + DV) * 4), ({"bits": 4, "rows": 8}, D + DV + 4)):
