@@ -192,8 +192,8 @@ def alternatives(folder: Path, subject: Subject) -> str:
         [
             row["what"],
             str(row.get("tokens", "")),
-            _error(row),
-            with_error(row["gain"], row["gain_se"]) if "gain" in row else "",
+            with_error(row["error"], row["error_se"], ".4f"),
+            with_error(row["gain"], row["gain_se"], ".4f") if "gain" in row else "",
         ]
         for measured in found.values()
         for row in measured
