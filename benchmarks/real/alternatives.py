@@ -143,21 +143,18 @@ class _Layer:
 
     def errors(self, share: float | None) -> Tensor:
         """[B]. Args: share: of the mass that is read, where it is not a number of tokens."""
-        chosen = self._chosen(share)
-        key, value = self._rows()
-        exact = self._logits(self.query @ key.unsqueeze(2).mT)
-        dense = self._logits(self.query @ self.key.unsqueeze(2).mT).softmax(-1) @ self.value.unsqueeze(2)
-        rest = self.estimated
+        chosen, rest = self._chosen(share), self.estimated
+        true = self._logits(self.query @ self.key.unsqueeze(2).mT)
+        dense = true.softmax(-1) @ self.value.unsqueeze(2)
         if self.variation.noise:
-            off = (self._logits(self.query @ self.key.unsqueeze(2).mT) - rest).where(self.held, 0.0)
-            rest = rest + self.variation.noise / 2 * off.square().sum(-1, keepdim=True) / self.held.sum(
-                -1, keepdim=True
-            )
+            off = (true - rest).where(self.held, 0.0).square().sum(-1, keepdim=True)
+            rest = rest + self.variation.noise / 2 * off / self.held.sum(-1, keepdim=True)
         if self.variation.rest == "nothing":
             rest = torch.full_like(rest, -torch.inf)
+        key, value = self._rows()
+        exact = self._logits(self.query @ key.unsqueeze(2).mT)
         weights = torch.where(chosen, exact, rest).softmax(-1)
-        of_rest = weights * ~chosen
-        out = (weights * chosen) @ value.unsqueeze(2) + self._stand_ins(of_rest)
+        out = (weights * chosen) @ value.unsqueeze(2) + self._stand_ins(weights * ~chosen)
         return relative_error(out, dense).mean((1, 2, 3))
 
     @cached_property
