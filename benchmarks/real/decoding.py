@@ -96,7 +96,7 @@ def questions(bench: Bench, only: str | None = None) -> None:
 
 
 def aims(bench: Bench, only: str | None = None) -> None:
-    """`spectral` where it is to lose nothing: more windows, and more questions of which the model answers most."""
+    """`spectral` where it is to lose nothing: more questions, also of a task of which the model answers most."""
     for length in AIMS:
         prompts = _on_text(bench, length, ("perplexity", *AIMED_AT), AIMED_SAMPLES[length])
         _decode(bench, f"aims-{length}", prompts, settings_of_aims(length, bench.subject.head_dim), bench.artifact())
@@ -150,7 +150,7 @@ def _decode(
     settings = {
         "model": bench.subject.model,
         "weights_sha256": weights_sha256(model),
-        "artifact": artifact and name_of(artifact),
+        "calibrated_on": artifact and name_of(artifact),
         "tokens_sha256": prompts.tokens_sha256,
         "dtype": "float32",
         "batch_size": 8,

@@ -184,21 +184,21 @@ def codewords(folder: Path, subject: Subject) -> str:
 
 
 def alternatives(folder: Path, subject: Subject) -> str:
-    """What `spectral` could do otherwise, at an eighth of the bytes: tokens read at a step, the attention error, and by
-    how much it is smaller than that of the step as it is, paired over texts. Of one model of the step, with the exact
-    choice; the step itself is the first row."""
+    """What `spectral` could do otherwise, at an eighth of the bytes, in a simulation of its step with the exact choice:
+    tokens read, the attention error, and by how much it is larger than that of the simulation as it is, paired over
+    texts. The first row is the step itself."""
     found = read(folder / f"{subject.model}-alternatives.json")
     rows = [
         [
             row["what"],
-            str(row.get("tokens", "")),
+            number(row["tokens"], ".0f"),
             with_error(row["error"], row["error_se"], ".4f"),
-            with_error(row["gain"], row["gain_se"], ".4f") if "gain" in row else "",
+            with_error(row["more"], row["more_se"], ".5f") if "more" in row else "",
         ]
         for measured in found.values()
         for row in measured
     ]
-    return table(["", "tokens", "error", "gain"], rows) if rows else ""
+    return table(["", "tokens", "error", "more"], rows) if rows else ""
 
 
 PARTS: Mapping[str, tuple[str, Part]] = {

@@ -6,6 +6,7 @@ beside exact rows (scores' dimensions, boxes, centroids, codes) takes half of th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 Setting = dict[str, Any]
@@ -77,9 +78,18 @@ def spectral_of(
 
 
 def _index(rank: int, bits: int, head_dim: int, length: int, codewords: int = CODEWORDS) -> float:
-    """Codeword, code and scale of every token, corrections of pages, and the tables of the codebook."""
-    token = 1 + rank * bits / 8 + 2 + (head_dim + 2) / PAGE
-    tables = 2 * (2 * codewords * head_dim + codewords + 2 * head_dim * rank)
+    return index_of([(rank, bits)], head_dim, length, codewords)
+
+
+def index_of(
+    codes: Sequence[tuple[int, int]], head_dim: int, length: int, codewords: int = CODEWORDS, pages: bool = True
+) -> float:
+    """Of the bytes: codeword, codes and scales of every token, corrections of pages, and the tables of the codebook.
+
+    Args: codes: groups of dimensions with a scale of their own: how many, and bits of each.
+    """
+    token = 1 + sum(dims * bits / 8 + 2 for dims, bits in codes) + pages * (head_dim + 2) / PAGE
+    tables = 2 * (2 * codewords * head_dim + codewords + 2 * head_dim * sum(dims for dims, _ in codes))
     return (token + tables / BATCH / length) / (4 * head_dim)
 
 
@@ -135,7 +145,7 @@ QUESTIONS: list[Setting] = [PUBLISHED, *BY_ANSWERS[:2], *_spectral(1 / 16, 64, 2
 """Decoded with a calibration on questions, too."""
 
 AIMS: dict[int, tuple[str, ...]] = {4096: ("1/16", "1/12"), 7680: ("1/16",)}
-"""By tokens of the context: the levels of bytes at which `spectral` is asked more questions."""
+"""By tokens of the context: the levels of bytes at which `spectral` is asked more questions, or of more tasks."""
 
 
 def aims(length: int, head_dim: int) -> list[Setting]:

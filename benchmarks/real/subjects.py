@@ -163,8 +163,8 @@ class Bench:
 
 
 def name_of(artifact: Artifact) -> str:
-    """What it was calibrated on, as its folder is named. Not its hash: made again on another machine, numbers are
-    rounded otherwise, and rows of one table may come from several machines."""
+    """What it was calibrated on and how, which its folder is named by. Not its hash: made again on another machine its
+    numbers are rounded otherwise, and rows of one table may come from several machines."""
     assert artifact.folder is not None
     return artifact.folder.name + ("" if artifact.settings["centred"] else ", uncentred")
 

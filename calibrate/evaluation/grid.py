@@ -99,23 +99,22 @@ def make_grid(methods: Sequence[str], parameters: Mapping[str, Sequence[Value]])
     return grid
 
 
-def check_grid(grid: Iterable[Setting], model: Any, artifact: Artifact | None) -> set[str]:
+def check_grid(grid: Iterable[Setting], model: Any, artifact: Artifact | None) -> None:
     """Build every setting's cache, so that what cannot work is said before a token is run.
-
-    Returns:
-        Keys of the settings that need a prefill which records the attention that tokens receive (h2o).
 
     Raises:
         KvcalError: of the first that cannot.
     """
-    take_mass: set[str] = set()
     for settings in by_sharing(grid):
         with sharing(model, artifact, settings[0]):
             for setting in settings:
-                cache = CompressedCache(model, artifact, **decoding(setting))
-                if any(store.takes_mass for store in cache.stores.values()):
-                    take_mass.add(key_of(setting))
-    return take_mass
+                CompressedCache(model, artifact, **decoding(setting))
+
+
+def layers_taking_mass(setting: Setting, model: Any, artifact: Artifact | None) -> set[int]:
+    """The layers in which a setting starts from the attention that each token has received (h2o); inside `sharing`."""
+    cache = CompressedCache(model, artifact, **decoding(setting))
+    return {layer for layer, store in cache.stores.items() if store.takes_mass}
 
 
 def by_sharing(grid: Iterable[Setting]) -> list[list[Setting]]:

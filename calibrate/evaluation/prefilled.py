@@ -121,15 +121,16 @@ class PrefilledSamples:
 
 @torch.no_grad()
 def prefill(
-    model: Any, prompts: Prompts, batch: Batch, tokenizer: Any, question: str, *, record_mass: bool
+    model: Any, prompts: Prompts, batch: Batch, tokenizer: Any, question: str, record_mass: Sequence[bool]
 ) -> PrefilledWindows | PrefilledSamples:
     """
     Args:
         tokenizer: of the model; needed for tasks.
         question: one of `QUESTIONS`.
-        record_mass: for settings that start from it: at 4096 tokens it takes more than twice the attention's time.
+        record_mass: by layer, whether the attention that each token receives is recorded, for settings that start from
+            it. Recording takes longer than attending.
     """
-    cache = CompressedCache(model, None, "full", record_mass=record_mass)
+    cache = CompressedCache(model, None, "full", record_mass=list(record_mass))
     asked = samples_of(prompts, batch)
     if asked is None:
         windows = prompts.windows
@@ -147,7 +148,7 @@ def prefill(
     calls(cache, [sample.context for sample in samples.values()])
     if question == DECODED:
         return PrefilledSamples(model, task, samples, tokenizer, (cache, calls), None)
-    whole = CompressedCache(model, None, "full", record_mass=record_mass)
+    whole = CompressedCache(model, None, "full", record_mass=list(record_mass))
     whole.adopt(cache)
     after = calls.copy()
     logits = after(whole, [sample.question for sample in samples.values()])

@@ -20,7 +20,7 @@ from ...runtime.integration.layer import full_attention_layers
 from ...runtime.wrapped import unwrapped
 from ..distributed import SINGLE, World
 from ..models import max_context
-from .grid import FULL, Setting, by_sharing, check_grid, decoding, key_of, sharing
+from .grid import FULL, Setting, by_sharing, check_grid, decoding, key_of, layers_taking_mass, sharing
 from .measurements import Batch, Measured, batches, most_steps, samples_of
 from .prefilled import DECODED, PREFILLED, QUESTIONS, prefill
 from .progress_report import Progress, ProgressReport
@@ -73,7 +73,7 @@ def evaluate(
     if prompts.tasks and tokenizer is None:
         raise KvcalError("tasks are scored as text: give the model's tokenizer")
     check_lengths(prompts, model)
-    take_mass = check_grid(grid, model, artifact)
+    check_grid(grid, model, artifact)
     missing = [setting for setting in grid if results.row(setting) is None]
     everything = batches(prompts, batch_size, even=question == PREFILLED and _has_windows(model))
     todo = [(batch, setting) for batch in everything for setting in missing]
@@ -81,14 +81,19 @@ def evaluate(
     parts = [_part(prompts, batch, settings, question == DECODED) for batch, settings in work]
     report = ProgressReport(parts, len({batch.task for batch, _ in work}), progress, say)
     layers = int(_text_config(model).num_hidden_layers)
+    taking_mass: dict[str, set[int]] = {}
     results.write()  # a disk that cannot be written to is found now
     report.show()
     for batch, settings in work:
         for alike in by_sharing(settings):
             with sharing(model, artifact, alike[0]):
                 done = report.schedule.prefilling()
-                recorded = any(key_of(setting) in take_mass for setting in alike)
-                prefilled = prefill(model, prompts, batch, tokenizer, question, record_mass=recorded)
+                for setting in alike:
+                    if (key := key_of(setting)) not in taking_mass:
+                        taking_mass[key] = layers_taking_mass(setting, model, artifact)
+                taking = set().union(*(taking_mass[key_of(setting)] for setting in alike))
+                recorded = [layer in taking for layer in range(layers)]
+                prefilled = prefill(model, prompts, batch, tokenizer, question, recorded)
                 done()
                 for setting in alike:
                     world.check()

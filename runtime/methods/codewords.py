@@ -32,8 +32,8 @@ class Codewords:
             "key_map": (turned @ key_map[:, :rank]).mT,
         }
         rounded = {name: tensor.bfloat16().float().contiguous() for name, tensor in tensors.items()}
-        # A rotation of rounded numbers is none: rows do not come back as they were. No step has to read it as a table,
-        # since a fast transform does the same.
+        # Rounded to 16 bits a rotation is not orthonormal, and turning back does not restore a row. Steps need not read
+        # it as a table: a fast transform does the same.
         rounded["turn_key"] = rotation(key.shape[-1]).float()
         rounded["turn_value"] = rotation(value.shape[-1]).float()
         # The nearest codeword c has the least ½|c|² − x·c, keys and values each over their spread.

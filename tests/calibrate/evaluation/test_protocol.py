@@ -208,13 +208,21 @@ def test_every_setting_starts_from_the_same_prefill(model, artifact, prompts, gr
         assert without_times(alone) == without_times([rows[0], rows[grid.index(setting)]])
 
 
-@pytest.mark.parametrize(("method", "recorded"), [("streaming", False), ("h2o", True)])
-def test_a_prefill_records_attention_for_who_starts_from_it(model, windows, monkeypatch, method, recorded):
+@pytest.mark.parametrize(
+    ("method", "recorded"),
+    [("streaming", 0), ("h2o", LAYERS), ({"0": "streaming", "1": "h2o", "2-": "full"}, 1)],
+    ids=["streaming", "h2o", "h2o in one layer"],
+)
+@pytest.mark.parametrize("question", ["decoded", "prefilled"])
+def test_a_prefill_records_attention_in_layers_that_start_from_it(
+    model, prompts, monkeypatch, method, recorded, question
+):
     calls = []
     mass = full_store.attention_mass
     monkeypatch.setattr(full_store, "attention_mass", lambda *given: calls.append(1) or mass(*given))
-    evaluate(model, None, Prompts(windows, ()), make_grid([method], {"keep": [0.25]}))
-    assert bool(calls) == recorded
+    rows = evaluate(model, None, prompts, [{"method": method}], tokenizer=Numbers(), question=question)
+    batches = 2  # of windows and of questions, which are prefilled after their contexts
+    assert len(calls) == recorded * (batches + (question == "prefilled")) and rows[-1]["scores"]
 
 
 def test_the_batch_size_does_not_matter(model, artifact, prompts, grid, rows):

@@ -56,6 +56,16 @@ def test_settings_of_the_sharing_and_of_the_method_after_it(grid):
             make_grid([method], {})
 
 
+def test_h2o_beside_layers_that_share(model, windows):
+    """Attention is recorded for its layers, and not for those that share, where that means nothing."""
+    setting = {"method": "cla+h2o", "groups": "0-1/2/3", "dense_layers": 2, "keep": 1.0}
+    row = evaluate(model, None, Prompts(windows, ()), [setting])[-1]
+    with shared(model, SharingMap.parse("0-1/2/3")):
+        logits = model(windows.ids, use_cache=False).logits[:, PREFIX - 1 : -1].double()
+    nll = F.cross_entropy(logits.flatten(0, 1), windows.continuations.flatten())
+    assert row["perplexity"] == pytest.approx(math.exp(nll), rel=1e-5)
+
+
 def test_models_that_are_alike_are_measured_together(grid):
     groups = by_sharing(grid)
     assert [len(group) for group in groups] == [5, 3, 3, 3, 3]
