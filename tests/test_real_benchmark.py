@@ -200,6 +200,15 @@ def test_one_method_is_forgotten_with_what_was_not_finished(module, tmp_path):
     assert [row["method"] for row in left["results"]] == ["full", "quest"] and list(left["partial"]) == keys[1:]
 
 
+def test_what_is_measured_of_spectral_alone_is_measured_anew(module, monkeypatch, tmp_path):
+    subjects, parts, found = module("subjects"), module("parts"), []
+    path = tmp_path / "smollm2-135m-codewords.json"
+    path.write_text("{}")
+    monkeypatch.setitem(parts.PARTS, "codewords", lambda bench, only: found.append((path.exists(), only)))
+    parts.run(subjects.Bench(subjects.SUBJECTS["smollm2-135m"], tmp_path, tmp_path), ["codewords"], "spectral")
+    assert found == [(False, "spectral")]
+
+
 def test_the_page_states_what_was_measured(module, tmp_path):
     """A ratio with its standard error, bytes as counted or as h2o's formula has them, and nothing that is missing."""
     rows = [

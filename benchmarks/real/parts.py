@@ -218,6 +218,8 @@ OF_METHODS = (
     "aims",
 )
 """What is measured again for one method alone."""
+OF_SPECTRAL = ("thresholds", "codewords", "alternatives")
+"""What is measured of `spectral` only."""
 
 
 def run(bench: Bench, names: Iterable[str], method: str | None = None) -> None:
@@ -228,5 +230,8 @@ def run(bench: Bench, names: Iterable[str], method: str | None = None) -> None:
     for name in names:
         if method is not None:
             for path in bench.results.glob(f"{bench.subject.model}-{name}*.json"):
-                forget(path, method)
+                if name in OF_SPECTRAL:
+                    path.unlink()
+                else:
+                    forget(path, method)
         PARTS[name](bench, method)

@@ -36,9 +36,10 @@ def main() -> None:
     parser.add_argument("--method", help="only this method, measured anew")
     parser.add_argument("--page", action="store_true", help="only write the page again")
     options = parser.parse_args()
-    asked = options.part or (parts.OF_METHODS if options.method else parts.PARTS)
-    if options.method and not set(asked) <= set(parts.OF_METHODS):
-        parser.error(f"--method: parts that measure methods one by one are {', '.join(parts.OF_METHODS)}")
+    of_method = parts.OF_METHODS + (parts.OF_SPECTRAL if options.method == "spectral" else ())
+    asked = options.part or (of_method if options.method else parts.PARTS)
+    if options.method and not set(asked) <= set(of_method):
+        parser.error(f"--method {options.method}: parts that measure it by itself are {', '.join(of_method)}")
     results = FOLDER / "real"
     for folder in (options.work, results):
         folder.mkdir(parents=True, exist_ok=True)
