@@ -224,6 +224,7 @@ PARTS: Mapping[str, tuple[str, Part]] = {
     "ruler-full": ("RULER, the model itself", page_decoding.ruler_full),
     "ruler": ("RULER, methods", page_decoding.ruler),
     "aims": ("What spectral keeps of long contexts", page_decoding.aims),
+    "plans": ("Plans", page_decoding.plans),
 }
 
 

@@ -93,6 +93,34 @@ def aims(folder: Path, subject: Subject) -> str:
     return _by_length(folder, subject, "aims")
 
 
+def plans(folder: Path, subject: Subject) -> str:
+    """What `calibrate plan` makes for a budget, beside its budget dealt by weighted and by plain losses and all
+    settings of its grid that are the same in every layer and read nearly as much. 12 windows that no plan has seen, 32
+    decoded tokens of each. read: as predicted; divergence: of next tokens from the whole cache's, in nats; less: by how
+    much the plan's is smaller, paired; lost: log-likelihood, in nats a token."""
+    parts = []
+    for length, by_budget in read(folder / f"{subject.model}-plans.json").items():
+        for budget, found in by_budget.items():
+            rows = [
+                [
+                    row["what"],
+                    number(row["bytes"], ".4f"),
+                    *(with_error(row[name], row[f"{name}_se"], ".5f") for name in ("divergence", "less", "nll")),
+                ]
+                for row in found["rows"]
+            ]
+            compared = table(["", "read", "divergence", "less", "lost"], rows)
+            parts.append(f"### {budget} of the bytes, {length} tokens\n\n{compared}\n\n{_check(found['checked'])}")
+    return "\n\n".join(parts)
+
+
+def _check(checked: Mapping[str, Any]) -> str:
+    plan, full = checked["plan"], checked["full"]
+    found = [f"perplexity / full {with_error(plan['perplexity_ratio'], plan['perplexity_ratio_se'])}"]
+    found += [f"{task} {plan['scores'][task]:.2f} (full {score:.2f})" for task, score in full["scores"].items()]
+    return f"The plan's own check: {', '.join(found)}."
+
+
 def _by_length(folder: Path, subject: Subject, part: str) -> str:
     """A table for each length, by rising bytes."""
     parts = []

@@ -12,6 +12,7 @@ from attention import errors, of_rows, unseen
 from choices import CHOICES
 from decoding import aims, by_answers, defaults, forget, methods, papers, questions, ruler, short_blocks, why_loki
 from first_token import first_token, standing_out
+from plans import plans as plans_of
 from settings import AIMS, LEVELS, at_equal_bytes, spectral_of
 from subjects import UNSEEN, Bench, uncentred
 from thresholds import KINDS, choose, rows_of
@@ -130,6 +131,11 @@ def alternatives(bench: Bench, only: str | None = None) -> None:
     done.once(f"{length}", lambda: alternatives_of(_problems(bench, "both", length), bench.in_short_blocks()))
 
 
+def plans(bench: Bench, only: str | None = None) -> None:
+    """What `calibrate plan` is worth."""
+    Done(bench.path("plans")).once(f"{bench.subject.shortest}", lambda: plans_of(bench))
+
+
 def first_tokens(bench: Bench, only: str | None = None) -> None:
     """What of the loss is the first token, not chosen."""
     done = Done(bench.path("first-token"))
@@ -204,6 +210,7 @@ PARTS: Mapping[str, Callable[[Bench, str | None], None]] = {
     "questions": questions,
     "ruler": ruler,
     "aims": aims,
+    "plans": plans,
 }
 OF_METHODS = (
     "attention",

@@ -1,0 +1,125 @@
+"""Plans of `calibrate plan` beside the uniform settings that read as much, on windows that they were neither measured
+nor checked on."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from settings import LEVELS
+from subjects import UNSEEN, Bench
+from torch import Tensor
+
+from kvcal.artifacts import Artifact
+from kvcal.calibrate import open_data
+from kvcal.calibrate.evaluation.prompts import make_prompts
+from kvcal.calibrate.evaluation.standard_errors import mean
+from kvcal.calibrate.planning.allocate import Choice, choices, within
+from kvcal.calibrate.planning.candidates import weighted
+from kvcal.calibrate.planning.divergence import Decoder, divergences
+from kvcal.calibrate.planning.kept import Kept, beside
+from kvcal.calibrate.planning.points import DENSE, Point
+from kvcal.calibrate.planning.prompts import PlanningRows
+from kvcal.calibrate.planning.subject import Subject
+
+BUDGETS = ("1/16", "1/8")
+WINDOWS, STEPS = 12, 32
+"""Of unseen text, and tokens that are decoded of each."""
+NEAR = 0.85
+"""Of the budget: uniform settings that read less are not compared with it."""
+Layers = list[dict[str, Any] | None]
+"""The setting of each layer; None: the layer keeps the model's own cache."""
+
+
+def plans(bench: Bench) -> dict[str, Any]:
+    """By budget {"checked": what the plan's own check found, "rows": [plan, others]}; of each of these "what", "bytes",
+    and over windows with "…_se": "divergence", of next tokens from full's in nats; "nll", by how much less likely the
+    text is than with full, in nats a token; "less", by how much the plan diverges less than it."""
+    artifact, path = bench.artifact(), bench.work / f"{bench.subject.model}-plan.json"
+    assert artifact.folder is not None
+    found: dict[str, Any] = {}
+    decoder = following = None
+    for budget in BUDGETS:
+        plan = _made(bench, artifact.folder, path, LEVELS[budget])
+        if decoder is None:
+            decoder, following = _unseen(bench, artifact, plan)
+        by_name = {name: (of, _decoded(decoder, of[1], following)) for name, of in compared(plan, path).items()}
+        diverged = by_name["the plan"][1]["divergence"]
+        rows = []
+        for name, ((read, _), measured) in by_name.items():
+            row: dict[str, Any] = {"what": name, "bytes": read}
+            less = [other - own for other, own in zip(measured["divergence"], diverged, strict=True)]
+            for key, values in {**measured, "less": less}.items():
+                row[key], row[f"{key}_se"] = mean(values)
+            rows.append(row)
+        found[budget] = {"checked": {"full": plan["full"], "plan": plan["measured"]}, "rows": rows}
+    return found
+
+
+def _made(bench: Bench, folder: Path, path: Path, budget: float) -> dict[str, Any]:
+    """That of `calibrate plan`. What it measures is kept beside `path`, which the next budget overwrites."""
+    arguments = ["plan", str(folder), "--model", bench.subject.spec, "--dtype", "float32", "--bytes", str(budget)]
+    arguments += ["--prefix", str(bench.subject.shortest), "--tasks", "perplexity,passkey", "--output", str(path)]
+    for spec in UNSEEN["both"]:
+        arguments += ["--data", spec]
+    print("calibrate", shlex.join(arguments), flush=True)
+    subprocess.run([sys.executable, "-m", "kvcal.calibrate", *arguments], check=True)
+    plan: dict[str, Any] = json.loads(path.read_text())
+    return plan
+
+
+def _unseen(bench: Bench, artifact: Artifact, plan: dict[str, Any]) -> tuple[Decoder, Tensor]:
+    """(what decodes WINDOWS windows after those of the plan; [WINDOWS, STEPS], the tokens that follow)."""
+    seen = plan["windows"] + plan["check_windows"]
+    windows = make_prompts(
+        open_data(list(UNSEEN["both"]), seed=plan["seed"]),
+        bench.loaded.tokenizer,
+        prefix=plan["prefix"],
+        continuation=plan["continuation"],
+        windows=seen + WINDOWS,
+        tasks=["perplexity"],
+    ).windows
+    assert windows is not None
+    ids = windows.ids[seen:, : plan["prefix"] + STEPS + 1]
+    decoder = Decoder(Subject(bench.loaded.model, artifact), PlanningRows(ids[:, :-1], STEPS, WINDOWS))
+    return decoder, ids[:, -STEPS:]
+
+
+def compared(plan: dict[str, Any], path: Path) -> dict[str, tuple[float, Layers]]:
+    """By name, (bytes as the planner predicts them, settings of layers): the plan; its budget dealt by weighted and by
+    plain losses; every uniform setting that reads nearly as much. Without those that the plan is."""
+    kept_at = beside(path)
+    kept, _ = Kept.open(json.loads(kept_at.read_text())["of"], kept_at)
+    points: dict[int, list[Point]] = {layer: [*of.values(), DENSE] for layer, of in kept.points.items()}
+    weights = {int(layer): weight for layer, weight in plan["weights"].items()}
+    budget, layers = plan["budget"]["bytes"], range(len(plan["layers"]))
+
+    def layered(choice: Choice) -> tuple[float, Layers]:
+        settings = [choice.points[layer].setting if layer in choice.points else None for layer in layers]
+        return choice.bytes, settings
+
+    found: dict[str, tuple[float, Layers]] = {"the plan": (plan["predicted"]["bytes"], plan["layers"])}
+    for name, losses in (("weighted", weighted(points, weights)), ("unweighted", points)):
+        dealt = within(choices(losses), budget)
+        assert dealt is not None
+        found[f"by layer, {name} losses"] = layered(dealt)
+    for column in zip(*points.values(), strict=True):
+        choice = Choice(dict(zip(points, column, strict=True)))
+        if NEAR * budget <= choice.bytes <= budget:
+            setting = {name: value for name, value in column[0].setting.items() if name != "method"}
+            found[", ".join(f"{name} {value}" for name, value in setting.items())] = layered(choice)
+    return {name: of for name, of in found.items() if name == "the plan" or of[1] != plan["layers"]}
+
+
+@torch.no_grad()
+def _decoded(decoder: Decoder, layers: Layers, following: Tensor) -> dict[str, list[float]]:
+    """By window."""
+    full, expected = decoder.prefilled()
+    ours = decoder.decode(full, [each or {"method": "full"} for each in layers])
+    nll = [-of.gather(-1, following.unsqueeze(-1)).squeeze(-1).mean(1) for of in (ours, expected)]
+    return {"divergence": divergences(expected, ours).mean(1).tolist(), "nll": (nll[0] - nll[1]).tolist()}
