@@ -73,11 +73,16 @@ def plain(model: Any, sample: Sample, compression: dict[str, Any] | None = None)
     return Numbers().decode(said[:-1] if said[-1] in ends else said)
 
 
+def recorded(model: Any) -> list[bool]:
+    """Attention in every layer, which h2o starts from."""
+    return [True] * model.config.num_hidden_layers
+
+
 def answered(model: Any, artifact: Any, question: str, setting: dict[str, Any], rows: int = len(SAMPLES)) -> list[str]:
     """Predictions by sample, `rows` in a batch."""
     found: dict[int, str] = {}
     for batch in batches(PROMPTS, rows):
-        prefilled = prefill(model, PROMPTS, batch, Numbers(), question)
+        prefilled = prefill(model, PROMPTS, batch, Numbers(), question, recorded(model))
         measured = prefilled.measure(artifact, setting, lambda: None)
         found |= {sample["index"]: sample["prediction"] for sample in measured.samples}
     return [found[index] for index in range(len(SAMPLES))]
@@ -170,7 +175,7 @@ def test_what_h2o_forgets_is_chosen_by_the_queries_of_the_context_alone():
         layer.self_attn.q_proj.weight.mul_(6)
         layer.self_attn.k_proj.weight.mul_(6)
     keep = 12
-    questions = prefill(model, PROMPTS, *batches(PROMPTS, len(SAMPLES)), Numbers(), "prefilled")
+    questions = prefill(model, PROMPTS, *batches(PROMPTS, len(SAMPLES)), Numbers(), "prefilled", recorded(model))
     cache = CompressedCache(model, None, "h2o", keep=keep)
     cache.adopt(questions.contexts[0])
     cache.make_room()
@@ -221,7 +226,7 @@ def test_an_answer_ends_at_a_score_of_one(model):
     sample = Sample(SAMPLES[0].context, SAMPLES[0].question, (said[0],), (1,), None)
     prompts = Prompts(None, (Task("asked", None, (sample,), NEW, "digits"),))
     for question, steps in (("decoded", QUESTIONS[0]), ("prefilled", 1)):
-        measured = prefill(model, prompts, Batch("asked", 0, 1, (0,)), Numbers(), question).measure(
+        measured = prefill(model, prompts, Batch("asked", 0, 1, (0,)), Numbers(), question, recorded(model)).measure(
             None, {"method": "full"}, lambda: None
         )
         (found,) = measured.samples
