@@ -89,7 +89,7 @@ def ruler(folder: Path, subject: Subject) -> str:
 
 
 def aims(folder: Path, subject: Subject) -> str:
-    """Sixteen questions of each task. read: as above."""
+    """Sixteen questions of each task, after 7680 tokens eight. read: as above."""
     return _by_length(folder, subject, "aims")
 
 
