@@ -119,7 +119,7 @@ def test_the_simulation_meets_the_step(module, problem):
     assert by_name["tokens by mass"]["tokens"] <= simulated["tokens"]
 
 
-@pytest.mark.parametrize("base", ["codebook", "sequence", "page"])
+@pytest.mark.parametrize("base", ["codebook", "sequence", "between", "page"])
 @pytest.mark.parametrize("pages", [False, True])
 def test_what_stands_for_tokens_that_are_not_read(module, problem, base, pages):
     """By a loop over tokens."""
@@ -133,9 +133,12 @@ def test_what_stands_for_tokens_that_are_not_read(module, problem, base, pages):
     for text, head in itertools.product(range(2), range(2)):
         value, words = layer.value[text, head], layer.words[text, head]
         bases = codebook[head][words]
-        if base == "sequence":
+        if base in ("sequence", "between"):
+            calibrated = 16 if base == "between" else 0
             for word in words[:prefix].unique():
-                bases[words == word] = value[:prefix][words[:prefix] == word].mean(0)
+                of_word = value[:prefix][words[:prefix] == word]
+                sums = of_word.sum(0) + calibrated * codebook[head][word]
+                bases[words == word] = sums / (len(of_word) + calibrated)
         for step, token in itertools.product(range(3), range(len(words))):
             page = slice(token // 64 * 64, token // 64 * 64 + 64)
             stand_in = bases[token]
@@ -144,6 +147,17 @@ def test_what_stands_for_tokens_that_are_not_read(module, problem, base, pages):
                 stand_in = mean if base == "page" else stand_in + mean - bases[page].mean(0)
             expected[text, head, :, step] += weights[text, head, :, step, token, None] * stand_in
     torch.testing.assert_close(layer.stand_ins(weights), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("select", ["group", "max", "head"])
+def test_who_chooses_reads_as_many_tokens_in_all(module, problem, select):
+    simulation = module("simulation")
+    layer = simulation.Layer(problem, coded.artifact(HEAD_DIM, 2), simulation.Variation(select=select))
+    choosing = 2 if select == "head" else 1
+    assert layer.order.shape[2] == choosing
+    assert layer.measured(None)[1] == pytest.approx(float(layer.count.float().mean()) * choosing)
+    as_it_is = simulation.Layer(problem, coded.artifact(HEAD_DIM, 2), simulation.Variation())
+    assert (layer.count * choosing - as_it_is.count).abs().max() <= choosing
 
 
 def test_variations_read_no_more_bytes(module):

@@ -32,6 +32,10 @@ VARIATIONS: dict[str, Variation] = {
     "pages, no codewords": Variation(base="page"),
     "codewords by their means in the sequence, no pages": Variation(base="sequence", pages=False),
     "codewords by their means in the sequence": Variation(base="sequence"),
+    "between these means and the codebook's, no pages": Variation(base="between", pages=False),
+    "between these means and the codebook's": Variation(base="between"),
+    "chosen by the largest logit of a group": Variation(select="max"),
+    "chosen by each query head for itself": Variation(select="head"),
     "estimates plus half of their square error": Variation(noise=1.0),
     "estimates less half of their square error": Variation(noise=-1.0),
 }

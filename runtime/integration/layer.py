@@ -91,7 +91,8 @@ class CompressedLayer(CacheLayerMixin):
                 f"layer {self.index}: the attention of an earlier call did not reach kvcal: begin a new cache; if it "
                 "happens again, this architecture is not supported"
             )
-        self._begin(key_states)
+        if not self.is_initialized:
+            self._begin(key_states)
         self._new = (key_states, value_states)
         key = key_states.view_as(key_states)
         key.kvcal_layer = self  # type: ignore[attr-defined]

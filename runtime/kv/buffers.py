@@ -33,12 +33,11 @@ def find_places(lengths: Sequence[int], tokens: int, valid: Tensor | None, devic
     if valid is not None and bool(valid.all()):
         valid = None
     if valid is None:
-        after = [length + tokens for length in lengths]
         if len(set(lengths)) == 1:
-            start = lengths[0]
-            limits = None
+            start, limits = lengths[0], None
+            after = [start + tokens] * len(lengths)
             if start:
-                limits = torch.arange(start + 1, start + tokens + 1, device=device).expand(len(after), -1)
+                limits = torch.arange(start + 1, start + tokens + 1, device=device).expand(len(lengths), -1)
             return Places(after, slice(start, start + tokens), limits)
         valid = torch.ones(len(after), tokens, dtype=torch.bool)
     limits = torch.tensor(list(lengths)).unsqueeze(1) + valid.cumsum(1)
