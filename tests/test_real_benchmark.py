@@ -12,7 +12,7 @@ import coded
 import pytest
 import torch
 
-from kvcal.calibrate.planning.points import Problem
+from kvcal.calibrate.planning.points import DENSE, Point, Problem
 from kvcal.runtime.attention import Logits
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "real"
@@ -202,6 +202,38 @@ def test_loki_scores_as_many_dimensions_and_reads_as_many_tokens_as_sparq(module
         loki, score, sparq = ({**each, "method": ""} for each in found[:3])
         assert loki == {**sparq, "basis": "pca"} and score == {**sparq, "basis": "score"}
         assert loki["rank"] / (2 * HEAD_DIM) + loki["keep"] == pytest.approx(share, abs=1e-4)
+
+
+def test_uniform_settings_read_as_much_as_a_plan(module):
+    """Of two layers whose bytes are linear in `keep`: 0.02 + 0.6·keep in the mean, with 32 dimensions 0.05 more."""
+    points = {
+        layer: [
+            *(
+                Point(
+                    {"method": "spectral", "rank": rank, "keep": keep},
+                    0.01 * (layer + 1) + 0.005 + 0.05 * (rank == 32) + (0.4 + 0.4 * layer) * keep,
+                    0.1,
+                    0.1,
+                    (),
+                )
+                for rank in (16, 32, 64)
+                for keep in ((0.5, 1.0) if rank == 64 else (0.0625, 0.125, 0.25))
+            ),
+            DENSE,
+        ]
+        for layer in range(2)
+    }
+    found = {setting["rank"]: setting["keep"] for setting in module("plans").uniform(points, 0.125)}
+    assert found == {16: pytest.approx(0.105 / 0.6, abs=1e-5), 32: pytest.approx(0.055 / 0.6, abs=1e-5)}
+
+
+def test_a_check_says_what_was_not_asked(module):
+    checked = {
+        "full": {"scores": {"passkey@8": 0.5, "multikey@8": 0.25}},
+        "plan": {"perplexity_ratio": 1.0, "perplexity_ratio_se": 0.01, "scores": {"multikey@8": 0.75}},
+    }
+    line = module("page_decoding")._check(checked)
+    assert "passkey@8 not asked (full 0.50), multikey@8 0.75 (full 0.25)" in line
 
 
 def test_one_method_is_forgotten_with_what_was_not_finished(module, tmp_path):

@@ -94,10 +94,10 @@ def aims(folder: Path, subject: Subject) -> str:
 
 
 def plans(folder: Path, subject: Subject) -> str:
-    """What `calibrate plan` makes for a budget, beside its budget dealt by weighted and by plain losses and all
-    settings of its grid that are the same in every layer and read nearly as much. 12 windows that no plan has seen, 32
-    decoded tokens of each. read: as predicted; divergence: of next tokens from the whole cache's, in nats; less: by how
-    much the plan's is smaller, paired; lost: log-likelihood, in nats a token."""
+    """What `calibrate plan` makes for a budget, beside its budget dealt by weighted and by plain losses, and of every
+    code of its grid the setting that reads as much where all layers have it. 12 windows that no plan has seen, 32
+    decoded tokens of each. read: as predicted, of a float32 cache; divergence: of next tokens from the whole cache's,
+    in nats; less: by how much the plan's is smaller, paired; lost: log-likelihood, in nats a token."""
     parts = []
     for length, by_budget in read(folder / f"{subject.model}-plans.json").items():
         for budget, found in by_budget.items():
@@ -117,7 +117,9 @@ def plans(folder: Path, subject: Subject) -> str:
 def _check(checked: Mapping[str, Any]) -> str:
     plan, full = checked["plan"], checked["full"]
     found = [f"perplexity / full {with_error(plan['perplexity_ratio'], plan['perplexity_ratio_se'])}"]
-    found += [f"{task} {plan['scores'][task]:.2f} (full {score:.2f})" for task, score in full["scores"].items()]
+    for task, score in full["scores"].items():
+        own = f"{plan['scores'][task]:.2f}" if task in plan["scores"] else "not asked"
+        found.append(f"{task} {own} (full {score:.2f})")
     return f"The plan's own check: {', '.join(found)}."
 
 

@@ -1,12 +1,14 @@
-"""Plans of `calibrate plan` beside the uniform settings that read as much, on windows that they were neither measured
-nor checked on."""
+"""Plans of `calibrate plan` beside uniform settings that read as much, on windows that they were neither measured nor
+checked on. Bytes are those of a float32 cache."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,6 @@ from kvcal.calibrate.planning.subject import Subject
 BUDGETS = ("1/16", "1/8")
 WINDOWS, STEPS = 12, 32
 """Of unseen text, and tokens that are decoded of each."""
-NEAR = 0.85
-"""Of the budget: uniform settings that read less are not compared with it."""
 Layers = list[dict[str, Any] | None]
 """The setting of each layer; None: the layer keeps the model's own cache."""
 
@@ -92,7 +92,7 @@ def _unseen(bench: Bench, artifact: Artifact, plan: dict[str, Any]) -> tuple[Dec
 
 def compared(plan: dict[str, Any], path: Path) -> dict[str, tuple[float, Layers]]:
     """By name, (bytes as the planner predicts them, settings of layers): the plan; its budget dealt by weighted and by
-    plain losses; every uniform setting that reads nearly as much. Without those that the plan is."""
+    plain losses; of every code the uniform setting that reads as much as the plan. Without those that the plan is."""
     kept_at = beside(path)
     kept, _ = Kept.open(json.loads(kept_at.read_text())["of"], kept_at)
     points: dict[int, list[Point]] = {layer: [*of.values(), DENSE] for layer, of in kept.points.items()}
@@ -108,12 +108,28 @@ def compared(plan: dict[str, Any], path: Path) -> dict[str, tuple[float, Layers]
         dealt = within(choices(losses), budget)
         assert dealt is not None
         found[f"by layer, {name} losses"] = layered(dealt)
-    for column in zip(*points.values(), strict=True):
-        choice = Choice(dict(zip(points, column, strict=True)))
-        if NEAR * budget <= choice.bytes <= budget:
-            setting = {name: value for name, value in column[0].setting.items() if name != "method"}
-            found[", ".join(f"{name} {value}" for name, value in setting.items())] = layered(choice)
+    for setting in uniform(points, found["the plan"][0]):
+        name = ", ".join(f"{name} {value}" for name, value in setting.items() if name != "method")
+        found[name] = found["the plan"][0], [setting if layer in points else None for layer in layers]
     return {name: of for name, of in found.items() if name == "the plan" or of[1] != plan["layers"]}
+
+
+def uniform(points: Mapping[int, Sequence[Point]], read: float) -> list[dict[str, Any]]:
+    """Of every code of the grid the setting that reads `read` where all layers have it: bytes are linear in `keep`,
+    so it lies between the nearest two of the grid. None of codes whose settings all read less, or all more."""
+    by_code: dict[str, list[tuple[float, float, dict[str, Any]]]] = {}
+    for column in zip(*points.values(), strict=True):
+        setting = column[0].setting
+        if "keep" in setting:  # full has none
+            code = json.dumps({name: value for name, value in setting.items() if name != "keep"})
+            choice = Choice(dict(zip(points, column, strict=True)))
+            by_code.setdefault(code, []).append((choice.bytes, setting["keep"], setting))
+    found = []
+    for of_code in by_code.values():
+        for (less, keep, setting), (more, larger, _) in itertools.pairwise(sorted(of_code, key=lambda each: each[:2])):
+            if less <= read < more:
+                found.append({**setting, "keep": round(keep + (larger - keep) * (read - less) / (more - less), 5)})
+    return found
 
 
 @torch.no_grad()
