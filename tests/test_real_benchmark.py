@@ -150,14 +150,26 @@ def test_what_stands_for_tokens_that_are_not_read(module, problem, base, pages):
 
 
 @pytest.mark.parametrize("select", ["group", "max", "head"])
-def test_who_chooses_reads_as_many_tokens_in_all(module, problem, select):
+def test_who_chooses_reads_what_it_estimates_highest(module, problem, select):
+    """By a loop over texts, heads and steps: what is always read, and of the rest the best, a budget in all."""
     simulation = module("simulation")
     layer = simulation.Layer(problem, coded.artifact(HEAD_DIM, 2), simulation.Variation(select=select))
-    choosing = 2 if select == "head" else 1
-    assert layer.order.shape[2] == choosing
-    assert layer.measured(None)[1] == pytest.approx(float(layer.count.float().mean()) * choosing)
-    as_it_is = simulation.Layer(problem, coded.artifact(HEAD_DIM, 2), simulation.Variation())
-    assert (layer.count * choosing - as_it_is.count).abs().max() <= choosing
+    budget = simulation.Variation().keep(HEAD_DIM, problem.prefix) / (2 if select == "head" else 1)
+    chosen = layer._chosen(None).expand(-1, -1, 2, -1, -1)
+    for text, head, step in itertools.product(range(2), range(2), range(3)):
+        held = problem.prefix + step + 1
+        free = torch.arange(simulation.SINKS, held - simulation.RECENT)
+        estimates = layer.estimates[text, head, :, step][:, free].double()
+        by_head = {
+            "group": estimates.softmax(-1).mean(0, keepdim=True).expand(2, -1),
+            "max": estimates.amax(0, keepdim=True).expand(2, -1),
+            "head": estimates,
+        }[select]
+        room = math.ceil(budget * held) - simulation.SINKS - simulation.RECENT
+        for query, scores in enumerate(by_head):
+            expected = {*range(simulation.SINKS), *range(held - simulation.RECENT, held)}
+            expected |= set(free[scores.topk(room).indices].tolist())
+            assert set(chosen[text, head, query, step].nonzero().flatten().tolist()) == expected
 
 
 def test_variations_read_no_more_bytes(module):

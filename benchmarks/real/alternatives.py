@@ -1,4 +1,4 @@
-"""What `spectral` could do otherwise: other codes, rows, budgets and stand-ins, at the same bytes, on the same keys.
+"""What `spectral` could do otherwise: other codes, rows, budgets, ways to choose and stand-ins, at the same bytes.
 
 In a simulation of its step, with the exact choice. The first row of the table is the step itself, and how far the
 simulation is from it.

@@ -94,10 +94,11 @@ def aims(folder: Path, subject: Subject) -> str:
 
 
 def plans(folder: Path, subject: Subject) -> str:
-    """What `calibrate plan` makes for a budget, beside its budget dealt by weighted and by plain losses, and of every
-    code of its grid the setting that reads as much where all layers have it. 12 windows that no plan has seen, 32
-    decoded tokens of each. read: as predicted, of a float32 cache; divergence: of next tokens from the whole cache's,
-    in nats; less: by how much the plan's is smaller, paired; lost: log-likelihood, in nats a token."""
+    """A plan of `calibrate plan`, beside the same budget divided among layers by weighted and by plain losses, and
+    beside each code of its grid in all layers, with `keep` such that it reads as many bytes as the plan. On 12 windows
+    that no plan has seen, 32 decoded tokens each. read: as predicted, of a float32 cache; divergence: of next tokens
+    from the whole cache's, in nats; less: by how much the plan's is smaller, paired; lost: log-likelihood, in nats a
+    token."""
     parts = []
     for length, by_budget in read(folder / f"{subject.model}-plans.json").items():
         for budget, found in by_budget.items():

@@ -92,31 +92,33 @@ def _unseen(bench: Bench, artifact: Artifact, plan: dict[str, Any]) -> tuple[Dec
 
 def compared(plan: dict[str, Any], path: Path) -> dict[str, tuple[float, Layers]]:
     """By name, (bytes as the planner predicts them, settings of layers): the plan; its budget dealt by weighted and by
-    plain losses; of every code the uniform setting that reads as much as the plan. Without those that the plan is."""
+    plain losses; of every code the uniform setting that reads as much as the plan, interpolated. Without those that the
+    plan is."""
     kept_at = beside(path)
     kept, _ = Kept.open(json.loads(kept_at.read_text())["of"], kept_at)
     points: dict[int, list[Point]] = {layer: [*of.values(), DENSE] for layer, of in kept.points.items()}
     weights = {int(layer): weight for layer, weight in plan["weights"].items()}
     budget, layers = plan["budget"]["bytes"], range(len(plan["layers"]))
 
-    def layered(choice: Choice) -> tuple[float, Layers]:
-        settings = [choice.points[layer].setting if layer in choice.points else None for layer in layers]
-        return choice.bytes, settings
+    def layered(of: Mapping[int, dict[str, Any]]) -> Layers:
+        return [of.get(layer) for layer in layers]
 
     found: dict[str, tuple[float, Layers]] = {"the plan": (plan["predicted"]["bytes"], plan["layers"])}
     for name, losses in (("weighted", weighted(points, weights)), ("unweighted", points)):
         dealt = within(choices(losses), budget)
         assert dealt is not None
-        found[f"by layer, {name} losses"] = layered(dealt)
+        settings = {layer: point.setting for layer, point in dealt.points.items()}
+        found[f"by layer, {name} losses"] = dealt.bytes, layered(settings)
     for setting in uniform(points, found["the plan"][0]):
-        name = ", ".join(f"{name} {value}" for name, value in setting.items() if name != "method")
-        found[name] = found["the plan"][0], [setting if layer in points else None for layer in layers]
+        title = ", ".join(f"{parameter} {value}" for parameter, value in setting.items() if parameter != "method")
+        found[title] = found["the plan"][0], layered(dict.fromkeys(points, setting))
     return {name: of for name, of in found.items() if name == "the plan" or of[1] != plan["layers"]}
 
 
 def uniform(points: Mapping[int, Sequence[Point]], read: float) -> list[dict[str, Any]]:
-    """Of every code of the grid the setting that reads `read` where all layers have it: bytes are linear in `keep`,
-    so it lies between the nearest two of the grid. None of codes whose settings all read less, or all more."""
+    """For each code (a setting without `keep`): that code in all layers, with `keep` interpolated between neighbours of
+    the grid so that it reads `read`, as bytes are linear in `keep`. Not codes whose settings all read less, or all
+    more."""
     by_code: dict[str, list[tuple[float, float, dict[str, Any]]]] = {}
     for column in zip(*points.values(), strict=True):
         setting = column[0].setting
@@ -126,9 +128,11 @@ def uniform(points: Mapping[int, Sequence[Point]], read: float) -> list[dict[str
             by_code.setdefault(code, []).append((choice.bytes, setting["keep"], setting))
     found = []
     for of_code in by_code.values():
-        for (less, keep, setting), (more, larger, _) in itertools.pairwise(sorted(of_code, key=lambda each: each[:2])):
-            if less <= read < more:
-                found.append({**setting, "keep": round(keep + (larger - keep) * (read - less) / (more - less), 5)})
+        ordered = sorted(of_code, key=lambda each: each[:2])
+        for (bytes_below, keep_below, setting), (bytes_above, keep_above, _) in itertools.pairwise(ordered):
+            if bytes_below <= read < bytes_above:
+                share = (read - bytes_below) / (bytes_above - bytes_below)
+                found.append({**setting, "keep": round(keep_below + share * (keep_above - keep_below), 5)})
     return found
 
 

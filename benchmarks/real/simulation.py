@@ -24,8 +24,8 @@ from kvcal.runtime.methods.spectral import Spectral
 
 LEVEL = 1 / 8
 """Of the bytes."""
-COUNTED = 16
-"""Tokens as which the codebook's mean value counts beside those of the sequence."""
+CALIBRATED_WEIGHT = 16
+"""Tokens as which the calibrated mean value counts beside those of the sequence, where the base is between the two."""
 SINKS, RECENT = Spectral.sinks, Spectral.recent
 
 
@@ -39,23 +39,33 @@ class Variation:
     rounded: bool = False
     """Whether rows are turned by a matrix of bfloat16 numbers."""
     base: str = "codebook"
-    """What stands for a token that is not read: the mean value of its codeword in the "codebook", in the "sequence"
-    before the decoded tokens, or "between" the two, the mean value of its "page", or "nothing"."""
+    """What stands for a token that is not read. "codebook": the calibrated mean value of its codeword. "sequence": that
+    of the tokens before the decoded ones. "between": the mean of these two, weighted. "page": the mean value of its
+    page. "nothing": it is left out."""
     pages: bool = True
     """Whether the base is corrected by the mean of what it leaves of the values of a full page."""
     select: str = Spectral.select
-    """See `shared`. Where each query head chooses for itself, as many tokens are read in all."""
+    """As in `shared`. With "head" each of the G query heads reads 1/G as many: a KV head reads as many in all."""
     by_mass: bool = False
     """Whether a KV head and step reads as many tokens as hold a share of the estimated mass, the same share everywhere
     and such that no more is read in all."""
     noise: float = 0.0
     """Times half of the mean square error of a query's estimated logits, added to those of what is not read."""
 
+    def __post_init__(self) -> None:
+        assert self.base in ("codebook", "sequence", "between", "page", "nothing"), self.base
+        assert not self.by_mass or self.select == "group", "the mass is that of a group"
+
+    @property
+    def own_means(self) -> bool:
+        """Whether the base is of each sequence."""
+        return self.base in ("sequence", "between")
+
     def keep(self, head_dim: int, length: int) -> float:
         """Tokens that a KV head reads, of those that there are, for what the index leaves of the bytes."""
         codes = [(round(share * head_dim), bits) for share, bits in self.codes]
         left = LEVEL - index_of(codes, head_dim, length, pages=self.pages)
-        if self.base in ("sequence", "between"):  # a table of each sequence, in 8 bits
+        if self.own_means:  # a table of each sequence, in 8 bits
             left -= CODEWORDS * (head_dim + 2) / length / (4 * head_dim)
         row = 4 * head_dim if self.rows == 16 else 2 * (head_dim * self.rows / 8 + 2)
         return left * 4 * head_dim / row
@@ -76,8 +86,9 @@ class Layer:
             artifact.tensor("codebook", problem.layer, f"code.{name}_map").double().mT for name in ("query", "key")
         ]
         position, last = torch.arange(total), torch.arange(self.prefix, total).unsqueeze(1)
-        self.choosing = self.query.shape[2] if variation.select == "head" else 1
-        keep = variation.keep(dims, self.prefix) / self.choosing
+        self.choosers = self.query.shape[2] if variation.select == "head" else 1
+        """Of a KV head: its G query heads where each chooses for itself, else 1."""
+        keep = variation.keep(dims, self.prefix) / self.choosers
         self.count = torch.tensor([math.ceil(keep * (at + 1) - 1e-9) for at in last.flatten().tolist()])
         """[steps]: tokens read by each that chooses."""
         self.held = position <= last
@@ -99,7 +110,7 @@ class Layer:
         exact = self._logits(self.query @ key.unsqueeze(2).mT)
         weights = torch.where(chosen, exact, estimates).softmax(-1)
         out = (weights * chosen) @ value.unsqueeze(2) + self.stand_ins(weights * ~chosen)
-        return relative_error(out, dense).mean((1, 2, 3)), self.choosing * float(chosen.sum(-1).float().mean())
+        return relative_error(out, dense).mean((1, 2, 3)), self.choosers * float(chosen.sum(-1).float().mean())
 
     @cached_property
     def estimates(self) -> Tensor:
@@ -168,7 +179,7 @@ class Layer:
     def stand_ins(self, weights: Tensor) -> Tensor:
         """[B, Hkv, G, steps, Dv] of the weights of what is not read. In a page that is not full the codeword stands for
         a token, also where the base is the page's mean."""
-        base = self._means() if self.variation.base in ("sequence", "between") else self._codeword("value")
+        base = self._means() if self.variation.own_means else self._codeword("value")
         out = weights @ base.unsqueeze(2)
         if not self.variation.pages:
             return out
@@ -179,16 +190,16 @@ class Layer:
         return out + (weights * self.full)[..., :whole] @ correction.expand_as(value).flatten(2, 3).unsqueeze(2)
 
     def _means(self) -> Tensor:
-        """[B, Hkv, T, Dv]: the mean value of each token's codeword in the prefix, of which the codebook's counts as
-        COUNTED tokens where the base is between the two; the codebook's where the prefix has none."""
+        """[B, Hkv, T, Dv]: the mean value of each token's codeword in the prefix, see `Variation.base`; the codebook's
+        where the prefix has no token of it."""
+        weight = CALIBRATED_WEIGHT if self.variation.base == "between" else 0
+        words, value = self.words[:, :, : self.prefix], self.value[:, :, : self.prefix]
+        known = self.tables["value"].expand(value.shape[0], -1, -1, -1)
+        counts = value.new_zeros(known.shape[:3]).scatter_add(2, words, torch.ones_like(words, dtype=value.dtype))
+        sums = torch.zeros_like(known).scatter_add(2, words.unsqueeze(-1).expand_as(value), value)
+        counts = counts.unsqueeze(-1)
+        means = torch.where(counts > 0, (sums + weight * known) / (counts + weight), known)
         index = self.words.unsqueeze(-1).expand_as(self.value)
-        known = self.tables["value"].expand(self.value.shape[0], -1, -1, -1)
-        prefix = slice(0, self.prefix)
-        means = known.scatter_reduce(2, index[:, :, prefix], self.value[:, :, prefix], "mean", include_self=False)
-        if self.variation.base == "between":
-            ones = torch.ones_like(self.value[:, :, prefix])
-            tokens = torch.zeros_like(means).scatter_add(2, index[:, :, prefix], ones)
-            means = (tokens * means + COUNTED * known) / (tokens + COUNTED)
         return means.gather(2, index)
 
 

@@ -39,7 +39,7 @@ def find_places(lengths: Sequence[int], tokens: int, valid: Tensor | None, devic
             if start:
                 limits = torch.arange(start + 1, start + tokens + 1, device=device).expand(len(lengths), -1)
             return Places(after, slice(start, start + tokens), limits)
-        valid = torch.ones(len(after), tokens, dtype=torch.bool)
+        valid = torch.ones(len(lengths), tokens, dtype=torch.bool)
     limits = torch.tensor(list(lengths)).unsqueeze(1) + valid.cumsum(1)
     row, token = valid.nonzero(as_tuple=True)
     slot = limits[row, token] - 1
