@@ -14,8 +14,9 @@ SLOW = """
 import os, runpy, time
 from kvcal.calibrate.pass_loop import PassLoop
 forward = PassLoop._forward
+with open(os.environ["PIDS"] + "-" + os.environ["RANK"], "w") as file:  # once: read while it is written it is empty
+    file.write(str(os.getpid()))
 def slow(self, rows):
-    open(os.environ["PIDS"] + "-" + os.environ["RANK"], "w").write(str(os.getpid()))
     time.sleep(float(os.environ["PAUSE"]))
     forward(self, rows)
 PassLoop._forward = slow
