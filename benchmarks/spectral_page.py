@@ -110,7 +110,7 @@ def lost(levels: Mapping[str, float], planned: Mapping[str, Row], uniform: Seque
                     )
                     mine = f"spectral {kind} {best[key]:.4f} ({best['bytes']:.4f})"
                     lines.append(f"- {name}, {metric}: {theirs}, {mine}")
-    return "\n".join(lines) or "None."
+    return "\n".join(lines) or "None, of the budgets that `spectral` has a setting for."
 
 
 def plan_rows(
@@ -156,7 +156,8 @@ def all_rows(rows: Sequence[Row]) -> list[list[str]]:
 
 def cells(row: Row) -> list[str]:
     recall = [f"{value:.2f}" for value in row["scores"].values()]
-    return [f"{row['bytes']:.4f}", f"{row['perplexity_ratio']:.4f}", *recall, f"{row['error']:.3f}"]
+    perplexity = f"{row['perplexity_ratio']:.4f} ± {row['perplexity_ratio_se']:.4f}"
+    return [f"{row['bytes']:.4f}", perplexity, *recall, f"{row['error']:.3f}"]
 
 
 def describe(row: Row) -> str:
@@ -188,8 +189,8 @@ HEAD = """# spectral at equal bytes
 `python benchmarks/spectral.py`: the demo model in bfloat16, 8 pieces of unseen text of 1024 tokens and 128 decoded
 ones, 32 questions about one fact or one of eight in 1024 tokens (other words than the model was trained on), and the
 artifact of `calibrate pca --model demo --data stdlib --seq-len 2048 --num-tokens 131072`. Plans were measured on other
-windows and questions than these. Perplexities are ratios over the same 1024 predicted tokens: a few
-thousandths mean nothing.
+windows and questions than these. Perplexities are ratios over the same 1024 predicted tokens, ± is the standard error
+over windows.
 
 Bytes are those of batches of 8 rows, which share codebooks and maps. A row by itself also reads the other 7/8 of them
 ("alone" in the table of plans), which vanishes with the length. At 1024 tokens codes, corrections and an eighth of the
@@ -197,7 +198,7 @@ tables are more than 1/32 of dense attention's bytes: there is no plan for that.
 from exactly."""
 LEVELS = """For each budget (bytes read per step over dense attention's; codes, tables, corrections and rows count) the
 plan made for it, and of every other method the best row within it, or 6 % above, by each column on its own: a method's
-three cells may come from three settings.
+three cells may come from three settings. Standard errors are in the table of every row.
 
 """
 PLANNER = """The plan for a budget, by what it came from (losses weighted by layer, unweighted, or the same settings
