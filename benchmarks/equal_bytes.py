@@ -17,16 +17,15 @@ HEADER = ["bytes read", "method", "keep", "/ full", "passkey", "multikey", "erro
 
 
 def comparisons(folder: Path) -> str:
-    """Two tables, of the sweeps `clusters`, `with-tail` and `group`; nothing while one of them is missing."""
-    paths = {name: folder / f"{name}.json" for name in ("clusters", "with-tail", "group")}
+    """Two tables, of the sweeps `clusters` and `group`; nothing while one of them is missing."""
+    paths = {name: folder / f"{name}.json" for name in ("clusters", "group")}
     if not all(path.exists() for path in paths.values()):
         return ""
     sweeps = {name: json.loads(path.read_text())["results"] for name, path in paths.items()}
     full = sweeps["clusters"][0]["bytes_per_step"]
-    group = sweeps["group"] + sweeps["with-tail"]
     clusterkv = {size: curve(sweeps["clusters"], "clusterkv", tokens_per_cluster=size) for size in (16, 80)}
     with_tail = {size: curve(sweeps["clusters"], "clusterkv", True, tokens_per_cluster=size) for size in (16, 80)}
-    quest = curve(group, "quest")
+    quest = curve(sweeps["group"], "quest")
     against = [
         line
         for size, rows in clusterkv.items()
@@ -34,18 +33,17 @@ def comparisons(folder: Path) -> str:
     ]
     tails = [
         line
-        for name, plain, tailed in (
-            *((method, curve(group, method), curve(group, method, True)) for method in ("loki", "exact_topk", "quest")),
-            *((f"clusterkv, clusters of {size}", clusterkv[size], with_tail[size]) for size in (16, 80)),
+        for size in (16, 80)
+        for line in one_way(
+            (f"clusters of {size}, tail", with_tail[size]), (f"clusters of {size}", clusterkv[size]), full
         )
-        for line in one_way((f"{name}, tail", tailed), (name, plain), full)
     ]
     return (
         "## At equal bytes: ClusterKV and Quest\n\n"
         "Each measured setting, and below it the other method at the bytes that it read, interpolated (~) between "
         "measured settings;\na dash where it has none that read as little or as much. Quest per group.\n\n"
-        f"{table(against)}\n\n## At equal bytes: with and without the tail\n\n"
-        "Each setting with a tail, and below it the same method without one at as many bytes. All per group.\n\n"
+        f"{table(against)}\n\n## At equal bytes: ClusterKV with and without its tail\n\n"
+        "Each setting with a tail, and below it one without at as many bytes.\n\n"
         f"{table(tails)}\n"
     )
 

@@ -26,6 +26,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "spectral": {"method": "spectral"},
     "spectral, rows of 8 bits": {"method": "spectral", "rows": 8},
+    "clusterkv": {"method": "clusterkv"},
+    "clusterkv, the paper's": {"method": "clusterkv", "tokens_per_cluster": 80},
 }
 
 

@@ -33,13 +33,11 @@ WINDOWS, CONTINUATION, EPISODES, MEASURED = 8, 128, 16, 4
 GROUP = {"select": "group"}
 LOKI = {"method": "loki", "basis": "pca", **GROUP}
 CLUSTERS = {"sinks": 4, "window": 64}
-TAIL = {"tail": True, "tokens_per_cluster": 80}
 
 OTHERS: list[dict[str, Any]] = [
     *({"method": "streaming", "keep": keep} for keep in (1 / 32, 1 / 16, 1 / 8, 1 / 4)),
     *({"method": "h2o", "keep": keep} for keep in (1 / 32, 1 / 16, 1 / 8, 1 / 4)),
     *({**LOKI, "rank": rank, "keep": keep} for rank, keep in ((4, 0.025), (8, 0.015), (8, 0.05), (16, 0.1))),
-    *({**LOKI, "rank": rank, "keep": keep, **TAIL} for rank, keep in ((8, 0.03), (16, 0.09))),
     *(
         {"method": "clusterkv", "keep": keep, "tokens_per_cluster": tokens, **CLUSTERS}
         for tokens, keep in ((80, 0.02), (80, 0.05), (16, 0.03), (16, 0.05), (16, 0.09), (16, 0.21))
@@ -92,7 +90,7 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="only write the page again")
     if not parser.parse_args().page:
         measure()
-    write_page(FOLDER, LEVELS, ABLATION)
+    write_page(FOLDER, LEVELS, ABLATION, [*UNIFORM, *ABLATION.values(), *OTHERS])
 
 
 def measure() -> None:

@@ -20,9 +20,13 @@ BATCH, DIMS, CODEWORDS, TOKENS = 8, 64, 64, 1024 + 64
 continuation."""
 
 
-def write_page(folder: Path, levels: Mapping[str, float], ablation: Mapping[str, Mapping[str, Any]]) -> None:
+def write_page(
+    folder: Path, levels: Mapping[str, float], ablation: Mapping[str, Mapping[str, Any]], asked: Sequence[Row]
+) -> None:
+    """Args: asked: the settings beside plans; what was measured of others is left out."""
     body = json.loads((folder / "spectral.json").read_text())
     plans, (full, *rows) = body["settings"]["plans"], body["results"]
+    rows = [row for row in rows if not isinstance(row["method"], str) or parameters(row) in asked]
     for row in rows:
         row["bytes"] = row["bytes_per_step"] / full["bytes_per_step"]
         row["error"] = sum(row["attention_error"]) / len(row["attention_error"])

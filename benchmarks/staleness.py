@@ -29,10 +29,11 @@ from torch import Tensor
 from kvcal.artifacts import Artifact
 from kvcal.calibrate import LayerTensors, load_model
 from kvcal.runtime.attention import Logits, probabilities
+from kvcal.runtime.methods.amounts import count_of
+from kvcal.runtime.methods.clusters import Clusters
 from kvcal.runtime.stores import METHODS, Store
-from kvcal.runtime.stores.amounts import count_of
-from kvcal.runtime.stores.clustered import ClusteredStore
 from kvcal.runtime.stores.full import FullStore
+from kvcal.runtime.stores.paged import PagedStore
 
 FOLDER = Path(__file__).parent.parent / "docs" / "results"
 TEXTS, PREFIX, TOKENS, CHECKPOINTS, BINS = 4, 128, 4096, 32, 8
@@ -114,15 +115,16 @@ def run(
     for layer, of_layer in zip(layers, weights, strict=True):
         build: Callable[[], Store] = method.build(layer.layer, layer.key_post.shape[-1], artifact)
         logits, store = Logits(layer.scaling), build()
+        clusters = store.index if isinstance(store, PagedStore) else None
         for at in grown(store, layer, PREFIX, TOKENS):
             if at not in of_layer:
                 continue
             query, top = layer.query_post[:, :, at - 1 : at], max(1, count_of(keep, at) // 4)
             store.attend(query, logits)
             found[GREW][at].add(store, of_layer[at], top)
-            if isinstance(store, ClusteredStore) and store.clusters:
+            if isinstance(clusters, Clusters) and clusters.buffers:
                 rebuilds = True
-                for kind, upto in ((REBUILT, store.clusters.upto[0]), (REBUILT_ALL, at - 1)):
+                for kind, upto in ((REBUILT, clusters.upto[0]), (REBUILT_ALL, at - 1)):
                     fresh = build()
                     assert list(grown(fresh, layer, upto, at))[-1] == at
                     fresh.attend(query, logits)

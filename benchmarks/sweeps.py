@@ -79,23 +79,8 @@ SWEEPS: dict[str, tuple[str, list[str]]] = {
             *("--set", "tokens_per_cluster=16,80", "--set", "window=64", "--set", "sinks=4"),
         ],
     ),
-    "with-tail": (
-        "The tail under methods that select tokens or pages, per group",
-        [
-            *("--method", "loki,exact_topk,quest", "--rank", ".25", "--keep", ".25,.125,.0625"),
-            *("--set", "basis=pca", "--set", "select=group"),
-            *("--set", "tail=true", "--set", "tokens_per_cluster=16"),
-        ],
-    ),
-    "quest-tail": (
-        "Quest with a tail whose window and sinks take nothing from its pages",
-        [
-            *("--method", "quest", "--keep", ".0625", "--set", "select=group"),
-            *("--set", "tail=true", "--set", "tokens_per_cluster=16", "--set", "window=1", "--set", "sinks=0"),
-        ],
-    ),
     "first-dense": (
-        "The first layer dense, no tail",
+        "The first layer dense",
         [
             *("--method", "clusterkv,quest,exact_topk", "--keep", ".25,.0625", "--set", "select=group"),
             *("--set", "tokens_per_cluster=16", "--set", "window=64", "--set", "sinks=4", "--set", "dense_layers=1"),
@@ -109,7 +94,7 @@ SWEEPS: dict[str, tuple[str, list[str]]] = {
         ],
     ),
 }
-CLUSTERED = ("clusters", "with-tail", "quest-tail", "first-dense", "forget")
+CLUSTERED = ("clusters", "first-dense", "forget")
 """Sweeps whose artifact has the stage `clusters`, too."""
 
 
@@ -144,7 +129,7 @@ def page() -> str:
             results = json.loads(path.read_text())["results"]
             command = shlex.join(["calibrate", "evaluate", "demo-stdlib", *COMMON, *arguments])
             parts.append(f"## {title}\n\n```\n{command}\n```\n\n{table(results)}\n\n![{title}]({name}.png)\n")
-        if name == "with-tail" and (found := comparisons(FOLDER)):
+        if name == "clusters" and (found := comparisons(FOLDER)):
             parts.append(found)
     return "\n".join(parts)
 
@@ -185,7 +170,8 @@ HEAD = """# Sweeps on the demo model
 
 **A model of 4.2 million parameters: what these sweeps show of methods does not carry over to real ones
 ([real.md](real.md)). There, the score basis is better at every rank, and Loki with key PCA is among the worst.** They
-stay as what one command measures anywhere, without a download. Commands name what was the default when they were run.
+stay as what one command measures anywhere, without a download. Commands and rows name the parameters and defaults that
+methods had when they were run.
 
 Made by `python benchmarks/sweeps.py`: each table is one command, with the artifact of
 `{artifact}`. Text and words of
@@ -222,16 +208,11 @@ beside this page, by layer and by depth.
 - **ClusterKV with the paper's 80 tokens per cluster** hardly recalls: 0.48 and 0.42 with a quarter of the tokens,
   0.88 and 0.72 with half of them. The window is not the cause, it takes at most 64 of those. A fact of a dozen tokens
   is likely lost in the mean of 80 keys.
-- **The tail at equal bytes** (table below) takes most of perplexity's loss away under Loki (0.254 of the bytes: 0.998
-  against 1.053) and exact top-k (0.594: 0.997 against 1.038), and under ClusterKV with clusters of 16 from an eighth
-  of the tokens on (0.188: 1.009 against 1.032): more than any budget tried does there. At a sixteenth ClusterKV loses
-  with it (0.126: 1.098 against 1.077), and Quest does at an eighth and a sixteenth (0.257: 1.038 against 1.032;
-  0.195: 1.138 against 1.065). Recall hardly changes, but Quest's of multikey falls from 0.98 to 0.86.
+- **ClusterKV's tail at equal bytes** (table below), with clusters of 16, takes most of perplexity's loss away from an
+  eighth of the tokens on (0.188 of the bytes: 1.009 against 1.032), more than any budget tried does there; at a
+  sixteenth it loses (0.126: 1.098 against 1.077). Recall hardly changes.
 - **Why.** It mends the first layer. In layers 1–3 it does at a sixteenth of the tokens no more than its bytes would
-  do otherwise (error of Loki 0.041 and 0.041, exact top-k 0.018 and 0.017, Quest 0.097 and 0.091, ClusterKV 0.093 and
-  0.090), and there ClusterKV and Quest have most of their loss, as they keep it with the first layer dense. Quest
-  also gives pages up for the tail's sinks and open window: where these take none, it recalls 0.96 again (table below;
-  it reads 0.300 then, as every decoded token is a cluster of its own).
+  do otherwise (0.093 and 0.090), and there ClusterKV has most of its loss, as it keeps it with the first layer dense.
 - **SubGen** recalls what StreamingLLM and H2O of about its size recall (what lies in the window) and predicts worse,
   with the paper's normaliser by far: unbiased estimates of a sharp softmax from few samples vary more than a window
   is biased.

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ..artifacts import Artifact, KvcalError, Stage
 from ..artifacts.claims import bounded
+from .methods.amounts import check_choice, check_flag
 from .methods.full import Full
+from .methods.loki import Loki
 from .methods.spectral import Spectral
 from .sharing import SharingMap
 from .stores import Method
-from .stores.amounts import check_choice, check_flag
-from .stores.loki import Loki
 
 NAME = "cla"
 STAGE = "cla"

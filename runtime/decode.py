@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..artifacts import Artifact, KvcalError
+from .methods.amounts import check_count
 from .replay import Replay, State
 from .sampling import Sampler
-from .stores.amounts import check_count
 from .wrapped import unwrapped
 
 CHECK_EVERY = 16

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..artifacts import KvcalError
-from .stores.amounts import check_count, check_number
+from .methods.amounts import check_count, check_number
 
 
 @dataclass(frozen=True)

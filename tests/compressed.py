@@ -34,16 +34,17 @@ SMALL: dict[str, dict[str, Any]] = {
     "clusterkv-tail": {"method": "clusterkv", "keep": 0.3, "tail": True, "offload": "cpu", "cached": 7, **CLUSTERS},
     "spectral": {"rank": 1.0, "bits": 4, "keep": 0.3, "recent": 2},
     "spectral-8": {"method": "spectral", "rank": 1.0, "keep": 0.3, "recent": 2, "rows": 8, "sample": 16},
-    "loki-tail": {
+    "loki-sinks": {
         "method": "loki",
+        "basis": "pca",
         "rank": 0.5,
         "keep": 0.3,
-        "basis": "pca",
-        "select": "head",
-        "tail": True,
-        **CLUSTERS,
+        "sinks": 2,
+        "recent": 3,
+        "choice": "sampled",
+        "sample": 16,
     },
-    "quest-tail": {"method": "quest", "page": 4, "keep": 0.3, "tail": True, "select": "group", **CLUSTERS},
+    "quest-sinks": {"method": "quest", "page": 4, "keep": 0.3, "sinks": 3},
 }
 """Every method, some in several forms; small enough that a short prompt is not read whole."""
 EVICTING = [form for form, settings in SMALL.items() if settings.get("method", form) in ("streaming", "h2o", "subgen")]

@@ -1,4 +1,4 @@
-"""ClusterKV and the tail as formulas, given which tokens are in which cluster: one head at a time, in float64.
+"""ClusterKV and its tail as formulas, given which tokens are in which cluster: one head at a time, in float64.
 
 The clustering itself is read from the store's tensors and held against k-means in test_kmeans.py. All else,
 centroids, mean values, selection, attention, is computed here from the row's own keys and values.
@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from oracle_heads import Head, budget, heads_at
-from oracles import highest, rankings
+from oracles import rankings
 from sequences import Row, Step, append, assert_steps
 from torch import Tensor
 
 from kvcal.runtime.attention import Logits
-from kvcal.runtime.stores.clustered import ClusteredStore
+from kvcal.runtime.methods.clusters import Clusters
+from kvcal.runtime.stores.paged import PagedStore
 
 
 @dataclass(frozen=True)
@@ -38,25 +39,20 @@ Rule = Callable[[list[Head], int, Clustering, dict[str, Any]], list[Tensor]]
 """Which tokens each head of a group reads."""
 
 
-def clustering_of(store: ClusteredStore, row: int, head: int) -> Clustering:
+def clustering_of(store: PagedStore, row: int, head: int) -> Clustering:
     """Every token in exactly one place, or an AssertionError."""
-    assert store.clusters
-    count, length = store.clusters.counts[row], store.lengths[row]
-    if "position" in store.rows:  # sorted: sinks, clusters one after another, the open window
-        position = store.rows["position"].view[row, head, :length, 0].long()
-        sizes = store.rows["cluster.size"].view[row, head, :count, 0].tolist() if count else []
-        begin = min(store.selection.sinks, length)
-        end = begin + sum(sizes)
-        assert end == max(store.clusters.upto[row], begin)
-        members = list(position[begin:end].split(sizes)) if count else []
-        outside = torch.cat((position[:begin], position[end:]))
-        assert outside.tolist() == [*range(begin), *range(end, length)], "open tokens are not in order of arrival"
-    else:
-        upto = store.clusters.upto[row]
-        begin = min(store.selection.sinks, length)
-        owner = store.rows["cluster.of"].view[row, head, begin:upto, 0] if count else torch.empty(0)
-        members = [(owner == cluster).nonzero().flatten() + begin for cluster in range(count)]
-        outside = torch.tensor([*range(begin), *range(max(begin, upto), length)], dtype=torch.int64)
+    clusters, length = store.index, store.lengths[row]
+    assert isinstance(clusters, Clusters)
+    count, upto = clusters.counts[row], clusters.upto[row]
+    begin = min(clusters.sinks, length)
+    members: list[Tensor] = []
+    if count:
+        sizes = clusters.buffers["cluster.size"].view[row, head, :count, 0].tolist()
+        assert begin + sum(sizes) == upto
+        listed = clusters.buffers["cluster.members"].view[row, head, begin:upto, 0].long()
+        members = list(listed.split(sizes))
+        assert all((each[1:] > each[:-1]).all() for each in members), "tokens of a cluster are not in order of arrival"
+    outside = torch.tensor([*range(begin), *range(max(begin, upto), length)], dtype=torch.int64)
     assert torch.cat((*members, outside)).sort().values.tolist() == list(range(length))
     return Clustering(members, outside)
 
@@ -77,46 +73,6 @@ def whole_clusters(heads: list[Head], room: int, found: Clustering, settings: di
     return chosen
 
 
-def best_tokens(score: Callable[[Head], Tensor]) -> Rule:
-    """Sinks and window; then the clustered tokens of the highest `score` [n] (logits; a group: the mean softmax)."""
-
-    def rule(heads: list[Head], room: int, found: Clustering, settings: dict[str, Any]) -> list[Tensor]:
-        chosen = []
-        for by in rankings([score(head) for head in heads], settings.get("select", "head")):
-            by = by.clone()
-            by[found.open] = -torch.inf
-            chosen.append(torch.cat((found.open, highest(by, max(0, room - len(found.open))))))
-        return chosen
-
-    return rule
-
-
-def best_pages(page: int) -> Rule:
-    """Sinks and window; then pages by Quest's bound that have a clustered token, as many as hold the room left."""
-
-    def rule(heads: list[Head], room: int, found: Clustering, settings: dict[str, Any]) -> list[Tensor]:
-        tokens = len(heads[0].key)
-        is_open = torch.zeros(tokens, dtype=torch.bool)
-        is_open[found.open] = True
-        pages = torch.arange(tokens).split(page)
-        boxes = [[(head.key[of].amin(0), head.key[of].amax(0)) for of in pages] for head in heads]
-        bounds = [
-            head.logit(torch.stack([torch.maximum(head.query * low, head.query * high).sum() for low, high in of]))
-            for head, of in zip(heads, boxes, strict=True)
-        ]
-        count = -(-max(0, room - len(found.open)) // page) if room < tokens else len(pages)
-        chosen = []
-        for by in rankings(bounds, settings.get("select", "head")):
-            wanted = [which for which in by.argsort(descending=True).tolist() if not is_open[pages[which]].all()]
-            read = is_open.clone()
-            for which in wanted[:count]:
-                read[pages[which]] = True
-            chosen.append(read.nonzero().flatten())
-        return chosen
-
-    return rule
-
-
 def attend(head: Head, chosen: Tensor, found: Clustering, tail: bool) -> Tensor:
     """Exact attention to `chosen`; with a tail, each cluster's n - m tokens that were not read stand at its mean key
     and mean value, means over all n."""
@@ -131,7 +87,7 @@ def attend(head: Head, chosen: Tensor, found: Clustering, tail: bool) -> Tensor:
 
 
 def expected(
-    rows: Sequence[Row], logits: Logits, store: ClusteredStore, rule: Rule, settings: dict[str, Any]
+    rows: Sequence[Row], logits: Logits, store: PagedStore, rule: Rule, settings: dict[str, Any]
 ) -> list[Step]:
     """What the store's last step should have given each row, `rows` in float64."""
     steps = []
@@ -141,7 +97,7 @@ def expected(
         read = torch.zeros(row.query.shape[0], tokens, dtype=torch.bool)
         for kv_head in range(row.key.shape[0]):
             heads, found = heads_at(row, logits, kv_head, tokens), clustering_of(store, index, kv_head)
-            room = budget({"keep": store.selection.keep, **settings}, tokens)
+            room = budget({"keep": store.policy.settings.keep, **settings}, tokens)
             for head, chosen in zip(heads, rule(heads, room, found, settings), strict=True):
                 read[head.index, chosen] = True
                 output[head.index] = attend(head, chosen, found, settings.get("tail", False))
@@ -150,7 +106,7 @@ def expected(
 
 
 def decode_checked(
-    store: ClusteredStore, rows: Sequence[Row], logits: Logits, rule: Rule, settings: dict[str, Any], steps: range
+    store: PagedStore, rows: Sequence[Row], logits: Logits, rule: Rule, settings: dict[str, Any], steps: range
 ) -> None:
     """Decode; every step of every row equals its formula."""
     double = [row.double() for row in rows]

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from kvcal.runtime.attention import Logits
+from kvcal.runtime.methods.basis import Basis
+from kvcal.runtime.methods.loki import Loki, LokiPolicy
 from kvcal.runtime.stores import METHODS, Store
-from kvcal.runtime.stores.basis import Basis
-from kvcal.runtime.stores.loki import Loki, LokiStore
-from kvcal.runtime.stores.thresholds import Thresholds
+from kvcal.runtime.stores.paged import PagedStore
 
 TOLERANCES: dict[torch.dtype, dict[str, float]] = {
     torch.float32: {"rtol": 1e-4, "atol": 1e-5},
@@ -29,14 +29,15 @@ TOLERANCES: dict[torch.dtype, dict[str, float]] = {
 
 
 CODED = {"keep": 0.3, "sinks": 2, "recent": 2, "rank": 1.0}
-TAIL = {"tail": True, "tokens_per_cluster": 4, "sinks": 2, "window": 3}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
     "loki-pca": ("loki", {"rank": 0.25, "keep": 0.25, "basis": "pca", "select": "head"}),
     "loki-score": ("loki", {"rank": 0.25, "keep": 0.25, "basis": "score", "select": "group"}),
-    "loki-threshold": ("loki", {"rank": 0.25, "keep": 0.25, "choice": "threshold", "basis": "pca", "select": "head"}),
+    "loki-sinks": ("loki", {"rank": 0.25, "keep": 0.4, "basis": "pca", "select": "max", "sinks": 2, "recent": 3}),
+    "loki-sampled": ("loki", {"rank": 0.25, "keep": 0.25, "choice": "sampled", "sample": 16, "recent": 2}),
     "exact_topk": ("exact_topk", {"keep": 0.25, "select": "group"}),
     "quest": ("quest", {"keep": 0.3, "page": 4, "select": "head"}),
+    "quest-sinks": ("quest", {"keep": 0.5, "page": 4, "sinks": 3, "recent": 5}),
     "clusterkv": ("clusterkv", {"keep": 0.4, "tokens_per_cluster": 4, "sinks": 2, "window": 3}),
     "clusterkv-tail": (
         "clusterkv",
@@ -46,14 +47,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "clusterkv",
         {"keep": 0.4, "tokens_per_cluster": 4, "sinks": 2, "window": 3, "offload": "cpu", "cached": 5},
     ),
-    "loki-pca-tail": ("loki", {"rank": 0.25, "keep": 0.3, "basis": "pca", "select": "head", **TAIL}),
-    "loki-threshold-tail": (
-        "loki",
-        {"rank": 0.25, "keep": 0.4, "basis": "pca", "choice": "threshold", "select": "max", **TAIL},
-    ),
-    "loki-score-tail": ("loki", {"rank": 0.25, "keep": 0.3, "basis": "score", "select": "group", **TAIL}),
-    "exact_topk-tail": ("exact_topk", {"keep": 0.3, "select": "head", **TAIL}),
-    "quest-tail": ("quest", {"keep": 0.4, "page": 4, "select": "group", **TAIL}),
     "spectral": ("spectral", CODED),
     "spectral-head": ("spectral", {**CODED, "select": "head", "bits": 4, "choice": "exact"}),
     "spectral-no-residual": ("spectral", {**CODED, "residual": False, "select": "max", "bits": 8}),
@@ -207,16 +200,7 @@ def make(method: str, geometry: Geometry, **settings: Any) -> Store:
     assert not isinstance(loki.rank, str)
     rank = loki.rank if isinstance(loki.rank, int) else math.ceil(loki.rank * geometry.dim)
     basis = Basis(*maps(geometry, loki.basis, rank), rank)
-    return LokiStore(loki, basis, thresholds(geometry, loki, basis) if loki.choice == "threshold" else None)
-
-
-def thresholds(geometry: Geometry, loki: Loki, basis: Basis) -> Thresholds:
-    """Of the text that `draw` draws from."""
-    (row,) = draw(geometry, [400], 0, seed=98)
-    query = row.query.unflatten(0, (geometry.kv_heads, geometry.group))[:, 0]
-    sides = zip((query, row.key), basis.maps(query), strict=True)
-    coded = [side @ to[:, : basis.rank].mT for side, to in sides]
-    return Thresholds.fit(*coded, torch.arange(400), geometry.group if loki.select == "max" else 1)
+    return PagedStore(LokiPolicy(loki, basis))
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks" / "gpu"
 TOKENS = 96
 LONG = 131072
+EXACT = ("dense", "loki", "loki, own index")
 
 
 @pytest.fixture
@@ -64,8 +65,8 @@ def test_all_of_both_runs(bench, module, monkeypatch, tmp_path):
     page.write(page.read([tmp_path]), tmp_path)
     text = (tmp_path / "gpu.md").read_text()
     assert "| 192 | 2 | 10.0 (dense) | 10.0 (1.00×) |" in text and "†" not in text.partition("##")[2]
-    assert "16 of 16 checks of the kernels passed." in text
-    assert "| 192 | 1 | clusterkv 8 | 10.0 (12.7) | 0.0 | append 10.0 (2.5), score 10.0 (2.5, 0 GB/s), " in text
+    assert "12 of 12 checks of the kernels passed." in text
+    assert "| 192 | 1 | clusterkv 8 | 10.0 (97.8) | 0.0 | append 10.0 (2.5), attend 10.0 (8.5, " in text
 
 
 def test_the_runs_name_what_there_is(module):
@@ -146,11 +147,9 @@ def test_nan_is_never_near(module):
 def test_steps_that_read_everything_are_dense(module):
     """Each of the measured steps against one softmax in float64."""
     sizes = replace(module("sizes").DRY, keep=TOKENS, numbers="float32")
-    for name, make in module("methods").methods(sizes).items():
-        copy = module("caches").draw(sizes, 2, TOKENS, torch.device("cpu"), rotated=name == "loki")
+    for make in module("methods").methods(sizes).values():
+        copy = module("caches").draw(sizes, 2, TOKENS, torch.device("cpu"))
         key, value = copy.key.double(), copy.value.double()
-        if name == "loki":
-            key = key @ copy.basis.double()  # back out of it
         key[:, :, -1:], value[:, :, -1:] = copy.key_new.double(), copy.value_new.double()
         weights = (copy.grouped.double() @ key.mT * sizes.scaling).softmax(-1)
         out = make(copy).step()
@@ -184,40 +183,41 @@ class Launches(TorchDispatchMode):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels would run")
 def test_launches_are_those_that_are_reckoned_with(module, monkeypatch):
-    """As kernels/README.md has them. Operations of torch that spectral's step consists of are reckoned with about."""
+    """As kernels/README.md has them. Operations of torch that a step mostly consists of are reckoned with about."""
     sizes, caches, expected = module("sizes").DRY, module("caches"), module("expected")
     launches = Launches(monkeypatch)
     seen = {}
-    with caches.forced("triton"):
-        for batch in sizes.batches:
-            copy = caches.draw(sizes, batch, TOKENS, torch.device("cpu"))
-            for name, make in module("methods").methods(sizes).items():
+    for batch in sizes.batches:
+        copy = caches.draw(sizes, batch, TOKENS, torch.device("cpu"))
+        for name, make in module("methods").methods(sizes).items():
+            with caches.forced("reference"):
                 method, works = make(copy), expected.parts(sizes, name, TOKENS, batch)
+            with caches.forced("triton"):
                 method.step()  # makes what all later steps share
                 seen[name, batch] = launches.of(method.step)
-                step, near = expected.step(sizes, name, TOKENS, batch), 0.05 if name == "spectral" else 0
+                step, near = expected.step(sizes, name, TOKENS, batch), 0 if name in EXACT else 0.05
                 assert seen[name, batch] == (step.kernels, approx(step.operations, rel=near)), (name, batch)
                 for part, call in method.parts.items():
                     reckoned = works[part].kernels, approx(works[part].operations, rel=near)
                     assert launches.of(call) == reckoned, (name, part)
-    assert seen["dense", 1] == (3, 0) and seen["clusterkv 8", 2] == (5, 0)
-    assert seen["loki", 1] == (5, 3) and seen["loki, own index", 1] == (5, 1) and seen["spectral", 1][0] == 1
+    assert seen["dense", 1] == (3, 0) and seen["clusterkv 8", 2][0] == 3 and seen["spectral", 1][0] == 1
+    assert seen["loki", 1] == (5, 12) and seen["loki, own index", 1] == (5, 11)
 
 
 def test_bytes_by_hand(module):
     """Of Llama-3-8B's shape at 131072 tokens: DESIGN's and the kernels' READMEs' numbers."""
     expected, sizes = module("expected"), module("sizes").FULL
     step = partial(expected.step, sizes, length=LONG)
-    rows = 8 * 2048 * 2 * 128 * 2
+    rows = 8 * 2048 * (2 * 128 * 2 + 4)
     assert step("dense", batch=1).bytes == 2 * 8 * LONG * 128 * 2
     assert step("dense", batch=8).bytes == 8 * step("dense", batch=1).bytes
-    assert step("loki", batch=1).bytes == 8 * LONG * (64 + 2) + rows + 8 * 2048 * 4
+    assert step("loki", batch=1).bytes == 8 * LONG * (64 + 4 * 4 + 4) + rows
     clusters = round((LONG - 160 - 16) / 80)
-    assert step("clusterkv 80", batch=1).bytes == 8 * clusters * (256 + 4 + 4) + rows
+    assert step("clusterkv 80", batch=1).bytes == 8 * clusters * (256 + 4) + 8 * 2048 * 4 + rows
     codebook = 64 * (4 * 128 + 1) + 2 * 64 * 128
-    spectral = 8 * (LONG * (64 // 4 + 3) + LONG // 64 * 130)
-    assert step("spectral", batch=1).bytes == spectral + rows + 8 * 2 * codebook
-    assert step("spectral", batch=8).bytes == 8 * (spectral + rows) + 8 * 2 * codebook
+    spectral = 8 * (LONG * (64 // 4 + 3) + LONG // 64 * 130 + 2048 * 2 * 128 * 2)
+    assert step("spectral", batch=1).bytes == spectral + 8 * 2 * codebook
+    assert step("spectral", batch=8).bytes == 8 * spectral + 8 * 2 * codebook
     # 537 MB at 90 % of 4.3 TB/s are 139 µs, and three launches of 2.5.
     assert step("dense", batch=1).microseconds(4300) == approx(138.7 + 7.5, abs=0.1)
     weights = 32 * (4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)) + 128256 * 4096
@@ -318,7 +318,7 @@ def test_the_page(module, tmp_path):
     text = (tmp_path / "gpu.md").read_text()
     assert text.count("## NVIDIA Made Up") == 1 and "(gpu-nvidia-made-up.png)" in text
     assert (tmp_path / "gpu-nvidia-made-up.png").read_bytes().startswith(b"\x89PNG")
-    assert "15 of 16 checks of the kernels passed. Not passed: dense (wrong); what rests on them is marked †." in text
+    assert "11 of 12 checks of the kernels passed. Not passed: dense (wrong); what rests on them is marked †." in text
     # Dense is faster than the fastest that is known to be right, and compared with by nobody.
     assert f"| {LONG} | 8 | 100.0 (SDPA flash) | 90.0 † (1.11×) | 50.0 (2.00×) | – |" in text
     assert "- spectral, batch 1: 4.00× the fastest dense step (SDPA flash), target 4×." in text

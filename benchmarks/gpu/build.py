@@ -6,16 +6,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from caches import fill
+from caches import fill_pages
 from expected import LUMPS
+from methods import cluster_settings
 from sizes import Sizes
 from timing import Timer
 from torch import Tensor
 
-from kvcal.runtime.stores.clusterkv import ClusterKV, ClusterKVStore
+from kvcal.runtime.methods.clusterkv import ClusterKVPolicy
+from kvcal.runtime.stores.full import FullStore
 
 Row = dict[str, Any]
-SPARE = 256
 CHUNK = 16384
 """Tokens of a prompt that go through the MLP at a time."""
 
@@ -27,20 +28,19 @@ def build_row(sizes: Sizes, length: int, per_cluster: int, calibrated: bool, tim
     Args:
         calibrated: begun with given centroids; else by k-means++, one centroid after the other.
     """
-    key, centres = lumps(sizes, length + SPARE, timer.device)
-    value = torch.randn_like(key)
-    position = torch.arange(length + SPARE, dtype=torch.int32, device=timer.device).view(1, 1, -1, 1)
-    settings = ClusterKV(keep=sizes.keep, tokens_per_cluster=per_cluster, window=sizes.window, sinks=sizes.sinks)
+    key, centres = lumps(sizes, length, timer.device)
+    store = FullStore()
+    fill_pages(store, key, torch.randn_like(key))
+    policy = ClusterKVPolicy(cluster_settings(sizes, per_cluster), centres if calibrated else None)
     passes = 0
 
     def build() -> None:
         nonlocal passes
-        store = ClusterKVStore(settings, centres if calibrated else None)
-        tensors = {"key": key, "value": value, "position": position.expand(1, sizes.heads, -1, -1).contiguous()}
-        fill(store, length, tensors)
-        store.clusters.prefilled([0], [length])
-        store.append(key[:, :, -1:], value[:, :, -1:])  # the first decoded token builds them
-        passes = store.clusters.most_passes
+        index = policy.index()
+        index.begin(1, timer.device)
+        index.prefilled([0], [length], store.rows)
+        index.build([length], [True], store.rows)  # before the first decoded token: what no whole segment has
+        passes = index.most_passes
 
     row: Row = {"per_cluster": per_cluster}
     built = timer.milliseconds(build)

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from importlib import import_module
-from typing import Any
 from unittest import mock
 
 import torch
 from sizes import Sizes
 from torch import Tensor
 
-from kvcal.runtime.kv.buffers import TokenBuffer
+from kvcal.kernels import backend as dispatcher
+from kvcal.runtime.methods.clusters import Clusters
 from kvcal.runtime.stores.paged import PagedStore
 
-CHOOSING = (
-    *(f"kernels.{name}" for name in ("append", "attend", "cluster", "dense", "score", "select")),
-    "runtime.kv.pages", "runtime.methods.full",
-)  # fmt: skip
-"""Modules that choose a backend: of every kernel, and where a step takes another way where kernels run."""
 COLD = 4
 """Times the L2 cache that has to be read before something is read again."""
 MOST_COPIES = 24
@@ -40,7 +35,7 @@ class Copy:
     """[B, Hkv, S, D], the last slot still to be written."""
     value: Tensor
     basis: Tensor
-    """[Hkv, D, D] orthonormal rows; the first ones hold most of the keys, unless these lie in it already."""
+    """[Hkv, D, D] orthonormal rows; the first ones hold most of the keys."""
 
     @property
     def grouped(self) -> Tensor:
@@ -56,8 +51,7 @@ class Copy:
         return replace(self, **{name: tensor.float() for name, tensor in vars(self).items()})
 
 
-def draw(sizes: Sizes, batch: int, length: int, device: torch.device, seed: int = 0, rotated: bool = False) -> Copy:
-    """Args: rotated: keys lie in the basis, as Loki stores them when it is one of principal components."""
+def draw(sizes: Sizes, batch: int, length: int, device: torch.device, seed: int = 0) -> Copy:
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -74,7 +68,7 @@ def draw(sizes: Sizes, batch: int, length: int, device: torch.device, seed: int 
         query.flatten(1, 2).unsqueeze(2),
         new,
         normal(batch, sizes.heads, 1, sizes.dims),
-        key if rotated else key @ basis,
+        key @ basis,
         normal(batch, sizes.heads, length, sizes.dims),
         basis,
     )
@@ -96,62 +90,39 @@ def l2_bytes(device: torch.device) -> int:
     return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 << 20
 
 
-def fill(store: Any, length: int, tensors: Mapping[str, Tensor], chunk: int = 256) -> None:
-    """Make a store hold the first `length` tokens of its tensors [B, Hkv, capacity, …], without copying them."""
-    batch = tensors["key"].shape[0]
-    for name, tensor in tensors.items():
-        rows = TokenBuffer(chunk)
-        rows.tensor, rows.used = tensor, length
-        store.rows[name] = rows
-    store.lengths, store.seen = [length] * batch, length
-
-
 def fill_pages(store: PagedStore, key: Tensor, value: Tensor, chunk: int = 8192) -> None:
-    """Make a store that has a layout of its own hold all of these tokens. Args: chunk: tokens encoded at a time."""
+    """Make an empty store hold all of these tokens. Args: chunk: tokens encoded at a time."""
     for some in zip(key.split(chunk, 2), value.split(chunk, 2), strict=True):
         store.append(*some)
 
 
-def fill_clusters(store: Any, sizes: Sizes, length: int, per_cluster: int, seed: int = 0) -> None:
-    """Clusters over all tokens of a filled store but the sinks and half a window, of unequal sizes.
+def fill_clustered(store: PagedStore, key: Tensor, value: Tensor, sizes: Sizes, seed: int = 0) -> None:
+    """The same, in clusters of unequal sizes, all but the sinks and half a window.
 
-    Their tokens are adjacent, as the store sorts them; that their means are random matters to no time.
+    Clusters are random: which tokens they have matters to no time, and k-means would take most of it.
     """
-    key = store.rows["key"].tensor
-    batch, heads, _, dims = key.shape
+    index, store.index = store.index, None
+    fill_pages(store, key, value)
+    store.index = index
+    assert isinstance(index, Clusters)
+    batch, heads, length, _ = key.shape
     upto = length - sizes.window // 2
-    clustered = upto - sizes.sinks
-    count = max(1, round(clustered / per_cluster))
-    room = -(-(count + 8) // 16) * 16
+    count = max(1, round((upto - sizes.sinks) / index.tokens_per_cluster))
     generator = torch.Generator(key.device).manual_seed(seed)
-    member_of = torch.randint(count, (batch * heads, clustered), generator=generator, device=key.device)
-    size = torch.zeros(batch * heads, room, dtype=torch.int32, device=key.device)
-    size.scatter_add_(1, member_of, torch.ones_like(member_of, dtype=torch.int32))
-    shape = batch, heads, room, dims
-    means = {
-        name: torch.randn(shape, generator=generator, device=key.device).to(sizes.dtype).to(key.dtype)
-        for name in ("cluster.key", "cluster.value")
-    }
-    position = torch.arange(key.shape[2], dtype=torch.int32, device=key.device).view(1, 1, -1, 1)
-    tensors = {
-        **means,
-        "cluster.size": size.view(batch, heads, room, 1),
-        "position": position.expand(batch, heads, -1, -1).contiguous(),
-    }
-    for name, tensor in tensors.items():
-        rows = TokenBuffer(4)
-        rows.tensor, rows.used = tensor, length if name == "position" else count
-        store.rows[name] = rows
+    shape, like = (batch, heads, length), {"device": key.device, "dtype": torch.int32}
+    owner = torch.randint(count, shape, generator=generator, **like)
     closed = torch.tensor([[row, upto, count] for row in range(batch)])
-    store.clusters.restore(
-        {"lengths": closed[:, 0], "clusters.closed": closed, "clusters.prompts": closed.new_zeros(0, 3)}
-    )
+    index.begin(batch, key.device)
+    books = {"lengths": closed[:, 0], "clusters.closed": closed, "clusters.prompts": closed.new_zeros(0, 3)}
+    index.restore({**books, "clusters.of": owner}, store.rows)
 
 
 @contextmanager
 def forced(backend: str) -> Iterator[None]:
-    """Every kernel runs on one backend, also where steps leave the choice to it."""
+    """Every kernel runs on one backend, also where steps take another way where kernels run."""
     with ExitStack() as stack:
-        for name in CHOOSING:
-            stack.enter_context(mock.patch.object(import_module(f"kvcal.{name}"), "choose", lambda *_: backend))
+        for name, module in list(sys.modules.items()):
+            if name.startswith("kvcal.") and module is not dispatcher:
+                for known in [known for known, of in vars(module).items() if of is dispatcher.choose]:
+                    stack.enter_context(mock.patch.object(module, known, lambda *_: backend))
         yield

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from baselines import first_line
 from gate import Gate, check_append, check_cluster, check_score
-from gate_attention import check_attend, check_dense, check_runs, check_step, check_tail, check_unread
-from gate_select import check_select, check_select_runs
+from gate_attention import check_attend, check_dense, check_step
+from gate_select import check_select
 from methods import methods
 from sizes import Sizes
 
@@ -18,12 +18,8 @@ KERNELS: dict[str, Callable[[Gate], None]] = {
     "append": check_append,
     "score": check_score,
     "select": check_select,
-    "select_runs": check_select_runs,
     "dense": check_dense,
     "attend": check_attend,
-    "attend_runs": check_runs,
-    "tail": check_tail,
-    "unread": check_unread,
     "cluster": check_cluster,
 }
 

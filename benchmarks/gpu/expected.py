@@ -24,6 +24,11 @@ PAGE = 64
 """Tokens of the runtime's pages."""
 OF_ENCODING, OF_SPECTRAL = 98, 118
 """Of torch, about, as a spectral step writes a token and as it attends from it."""
+OF_CHOICE, OF_RECALL, OF_SELECTED = 6, 51, 2
+"""Of torch, beside the kernels: as the best tokens are chosen, as clusters are (about), and as what is chosen is
+attended to."""
+AT_ONCE = 8192
+"""Scores that `select` takes without a workspace, which it has zeroed."""
 
 SEGMENT, LUMPS = 8192, 64
 """Tokens that a store clusters together, and calibrated centroids that build.py gives it."""
@@ -81,7 +86,7 @@ def reckoned(row: Mapping[str, Any], sizes: Sizes) -> Work | None:
     if kind == "baseline":  # one kernel over parts of the tokens, one that merges them
         return Work(dense_bytes(sizes, length, batch), 2)
     if kind == "selection":
-        return Work(2 * batch * sizes.heads * length, 1)
+        return Work(4 * batch * sizes.heads * length, 1)
     if kind == "model" and batch:
         return model(sizes, method, length, batch)
     if kind == "build":
@@ -96,21 +101,17 @@ def step(sizes: Sizes, method: str, length: int, batch: int) -> Work:
 def parts(sizes: Sizes, method: str, length: int, batch: int) -> dict[str, Work]:
     """Of one layer's step, by the names of its parts; "rest" is what it does between them."""
     pairs, kind = batch * sizes.heads, method.partition(",")[0].partition(" ")[0]
-    kept = min(sizes.keep, length)
-    rows = Work(pairs * kept * (2 * sizes.dims * sizes.itemsize + 4), 2)
+    kept = pairs * min(sizes.keep, length)
+    rows = Work(kept * (2 * sizes.dims * sizes.itemsize + 4), 2, OF_SELECTED)
     if kind == "dense":
         return {"append": Work(0, 1), "attend": Work(dense_bytes(sizes, length, batch), 2)}
     if kind == "loki":
         return {**loki(sizes, method, length, batch), "attend": rows}
     if kind == "clusterkv":
         clusters = pairs * clusters_of(sizes, length, int(method.split()[1]))
-        mean = sizes.dims * sizes.itemsize
-        return {
-            "append": Work(0, 1),
-            "score": Work(clusters * (mean + 4), 1),
-            "select": Work(clusters * 4, 1),
-            "attend": Work(pairs * kept * 2 * sizes.dims * sizes.itemsize, 2),
-        }
+        # What it has to read: of every cluster the mean and the size, of every chosen token where it lies.
+        recall = Work(clusters * (sizes.dims * sizes.itemsize + 4) + kept * 4, 0, OF_RECALL)
+        return {"append": Work(0, 1), "rest": recall, "attend": rows}
     return spectral(sizes, length, batch)
 
 
@@ -123,15 +124,13 @@ def clusters_of(sizes: Sizes, length: int, per_cluster: int) -> int:
 
 
 def loki(sizes: Sizes, method: str, length: int, batch: int) -> dict[str, Work]:
-    copied = batch > 1  # the map, once a row
-    # The query into the basis, and the result back.
-    turned = {"rest": Work(0, 0, 2 + copied)} if method == "loki" else {}
+    tokens, copied = batch * sizes.heads * length, batch > 1  # the map, once a row
+    own = method != "loki"
     return {
-        "append": Work(0, 1),
-        "project": Work(0, 0, 1 + copied),
-        "score": Work(batch * sizes.heads * length * (sizes.rank * sizes.itemsize + 2), 1),
-        "select": Work(0, 1),
-        **turned,
+        "append": Work(0, 1, 1 + copied + own),
+        "rest": Work(0, 0, 1 + copied if own else 3),  # the query into the basis
+        "score": Work(tokens * (sizes.rank * sizes.itemsize + 4 * sizes.group), 1),
+        "select": Work(tokens * 4, 1, OF_CHOICE + (length > AT_ONCE)),
     }
 
 

@@ -17,9 +17,7 @@ from run import Phase
 from sizes import Sizes
 
 Rows = list[dict[str, Any]]
-CHECKS = (
-    "select", "select_runs", "score", "attend", "attend_runs", "dense", "append", "tail", "unread", "cluster",
-)  # fmt: skip
+CHECKS = ("select", "score", "attend", "dense", "append", "cluster")
 """Of kernels; those of whole steps, which compile most, begin before them."""
 TELLING, TRACED = slice(0, 4), slice(1, 4)
 """Of `Sizes.methods`: those whose parts are measured, also at other lengths; those whose steps are traced."""
@@ -27,7 +25,7 @@ BASELINES = (
     "SDPA flash, grouped", "SDPA flash", "SDPA cuDNN, grouped", "SDPA cuDNN", "SDPA efficient, grouped",
     "SDPA efficient", "FlashInfer", "flash-attn 3", "flash-attn",
 )  # fmt: skip
-SELECTIONS = ("select", "select_threshold", "torch.topk")
+SELECTIONS = ("select", "torch.topk")
 
 
 def phases(sizes: Sizes) -> list[Phase]:

@@ -7,23 +7,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-from caches import Copy, fill, fill_clusters, fill_pages
+from caches import Copy, fill_clustered, fill_pages
 from codebook import fitted, settings
 from sizes import Sizes
 from torch import Tensor
 
-from kvcal.kernels.append import append
-from kvcal.kernels.attend import attend, attend_runs
 from kvcal.kernels.score import score
-from kvcal.kernels.select import select
 from kvcal.runtime.attention import Logits
+from kvcal.runtime.methods.base import Selected
+from kvcal.runtime.methods.basis import Basis
+from kvcal.runtime.methods.choosing import Counts, attend_selected, choose, shared
+from kvcal.runtime.methods.clusterkv import ClusterKV, ClusterKVPolicy
 from kvcal.runtime.methods.full import Full
-from kvcal.runtime.static import Clock, Step, make_step
-from kvcal.runtime.stores.basis import Basis
-from kvcal.runtime.stores.clusterkv import ClusterKV, ClusterKVStore
-from kvcal.runtime.stores.full import FullStore
-from kvcal.runtime.stores.loki import Loki, LokiStore
+from kvcal.runtime.methods.loki import Loki, LokiPolicy
+from kvcal.runtime.static import Clock, PagedStep
 from kvcal.runtime.stores.paged import PagedStore
 
 Call = Callable[[], Any]
@@ -34,85 +31,64 @@ class Method:
     step: Callable[[], Tensor]
     """Writes the new token and attends: [B, Hq, 1, Dv]."""
     parts: dict[str, Call]
-    """The launches it is made of, as expected.py names them; what else the step does is the rest."""
+    """What it is made of, as expected.py names it; what else the step does is the rest."""
 
 
-def dense_method(copy: Copy, sizes: Sizes) -> Method:
-    clock, logits = _clock(copy), Logits(sizes.scaling)
-    store = FullStore()
-    fill_pages(store, copy.key[:, :, :-1], copy.value[:, :, :-1])
-    step = _step(Full(), store, clock, copy)
-    parts: dict[str, Call] = {
-        "append": partial(step.write, copy.key_new[:, :, 0], copy.value_new[:, :, 0]),
-        "attend": partial(step.read, copy.query, logits),
-    }
-    return Method(partial(step.step, *copy.new, logits), parts)
+def dense(copy: Copy, sizes: Sizes) -> Method:
+    store = Full().build(0, sizes.dims, None)()
+    return made(stepped(store, copy, fill_pages), copy, sizes)
+
+
+def spectral(copy: Copy, sizes: Sizes) -> Method:
+    store = settings(sizes).build(0, sizes.dims, fitted(sizes, copy.basis))()
+    return made(stepped(store, copy, fill_pages), copy, sizes)
 
 
 def loki(copy: Copy, sizes: Sizes, basis: str) -> Method:
     """Args: basis: "pca": keys lie in it, and their first dimensions are the index; "score": an index of its own."""
-    clock, logits, length = _clock(copy), Logits(sizes.scaling), copy.key.shape[2]
-    map, own = copy.basis[:, : sizes.rank].contiguous(), basis == "score"
-    index = copy.key @ map.mT if own else copy.key[..., : sizes.rank]
-    of = Loki(rank=sizes.rank, keep=sizes.keep, select="max", basis=basis)
-    maps = map if own else copy.basis
-    store = LokiStore(of, Basis(maps, maps, sizes.rank))
-    fill(store, length - 1, {"key": copy.key, "value": copy.value, **({"index": index} if own else {})})
-    step = _step(of, store, clock, copy)
-    grouped, scaling, seen = copy.grouped, sizes.scaling, clock.seen
-    arrivals = torch.zeros(copy.key.shape[:2].numel(), dtype=torch.int32, device=copy.key.device)
-    # As the step has them: scores in half the bytes, one choice for the group.
-    scored: dict[str, Any] = {"scaling": scaling, "combine": "max", "out_dtype": torch.float16}
-    projected = grouped @ map.mT
-    scores = score(projected, index, seen, **scored)
-    chosen = select(scores, sizes.keep, seen, arrivals=arrivals)
-    parts: dict[str, Call] = {
-        "append": partial(_append, copy, clock, *((map, index) if own else ())),
-        "project": lambda: grouped @ map.mT,
-        "score": partial(score, projected, index, seen, **scored),
-        "select": partial(select, scores, sizes.keep, seen, arrivals=arrivals),
-        "attend": partial(attend, grouped, copy.key, copy.value, *chosen, scaling=scaling),
-    }
-    return Method(partial(step.step, *copy.new, logits), parts)
+    of, map = loki_settings(sizes, basis), copy.basis[:, : sizes.rank].contiguous()
+    maps = copy.basis if basis == "pca" else map
+    policy = LokiPolicy(of, Basis(maps, maps, sizes.rank))
+    step = stepped(PagedStore(policy), copy, fill_pages)
+    cache = step.cache()
+    counts = Counts.of(of, cache.metadata)
+    if counts is None:
+        return made(step, copy, sizes)
+    index = cache.tokens("key" if basis == "pca" else "index")[..., : sizes.rank]
+    scored = partial(score, copy.grouped @ map.mT, index, cache.metadata.seq_lens, scaling=sizes.scaling)
+    scores = scored()
+
+    def select() -> Selected:
+        return choose(shared(scores, of.select), counts)
+
+    attend = partial(attend_selected, policy.query(copy.query), cache, select(), Logits(sizes.scaling))
+    return made(step, copy, sizes, {"score": scored, "select": select, "attend": attend})
 
 
 def clusterkv(copy: Copy, sizes: Sizes, per_cluster: int) -> Method:
-    of = ClusterKV(
+    """The recall of clusters is the rest."""
+    policy, logits = ClusterKVPolicy(cluster_settings(sizes, per_cluster), None), Logits(sizes.scaling)
+    step = stepped(PagedStore(policy), copy, partial(fill_clustered, sizes=sizes))
+    cache = step.cache()
+    selected = policy.step(copy.query, cache, logits).selected
+    if selected is None:
+        return made(step, copy, sizes)
+    return made(step, copy, sizes, {"attend": partial(attend_selected, copy.query, cache, selected, logits)})
+
+
+def loki_settings(sizes: Sizes, basis: str) -> Loki:
+    return Loki(rank=sizes.rank, keep=sizes.keep, select="max", basis=basis)
+
+
+def cluster_settings(sizes: Sizes, per_cluster: int) -> ClusterKV:
+    return ClusterKV(
         keep=sizes.keep, select="max", tokens_per_cluster=per_cluster, window=sizes.window, sinks=sizes.sinks
     )
-    clock, logits, length = _clock(copy), Logits(sizes.scaling), copy.key.shape[2]
-    store = ClusterKVStore(of, None)
-    fill(store, length - 1, {"key": copy.key, "value": copy.value})
-    fill_clusters(store, sizes, length - 1, per_cluster)
-    step = _step(of, store, clock, copy)
-    grouped, scaling = copy.grouped, sizes.scaling
-    scores = step.scores(grouped, logits)
-    runs = step.choose(scores)
-    longest = of.most(length)
-    parts: dict[str, Call] = {
-        "append": partial(_append, copy, clock),
-        "score": partial(step.scores, grouped, logits),
-        "select": partial(step.choose, scores),
-        "attend": partial(attend_runs, grouped, copy.key, copy.value, *runs, scaling=scaling, most=longest),
-    }
-    return Method(partial(step.step, *copy.new, logits), parts)
-
-
-def spectral(copy: Copy, sizes: Sizes) -> Method:
-    clock, logits, of = _clock(copy), Logits(sizes.scaling), settings(sizes)
-    store = PagedStore(of.bind(0, sizes.dims, fitted(sizes, copy.basis)))
-    fill_pages(store, copy.key[:, :, :-1], copy.value[:, :, :-1])
-    step = _step(of, store, clock, copy)
-    parts: dict[str, Call] = {
-        "append": partial(step.write, copy.key_new[:, :, 0], copy.value_new[:, :, 0]),
-        "attend": partial(step.read, copy.query, logits),
-    }
-    return Method(partial(step.step, *copy.new, logits), parts)
 
 
 def methods(sizes: Sizes) -> dict[str, Callable[[Copy], Method]]:
     found: dict[str, Callable[[Copy], Method]] = {
-        "dense": partial(dense_method, sizes=sizes),
+        "dense": partial(dense, sizes=sizes),
         "loki": partial(loki, sizes=sizes, basis="pca"),
         "loki, own index": partial(loki, sizes=sizes, basis="score"),
         "spectral": partial(spectral, sizes=sizes),
@@ -122,16 +98,18 @@ def methods(sizes: Sizes) -> dict[str, Callable[[Copy], Method]]:
     return found
 
 
-def _clock(copy: Copy) -> Clock:
+def stepped(store: Any, copy: Copy, fill: Callable[[Any, Tensor, Tensor], None]) -> PagedStep:
+    """The step of an empty store that is made to hold all tokens of the copy but the last."""
     batch, _, capacity, _ = copy.key.shape
-    return Clock([capacity - 1] * batch, copy.key.device)
-
-
-def _step(method: Any, store: Any, clock: Clock, copy: Copy) -> Any:
-    step: Step = make_step(method, store, clock)
-    step.reserve(copy.key.shape[2])
+    fill(store, copy.key[:, :, :-1], copy.value[:, :, :-1])
+    step = PagedStep(store, Clock([capacity - 1] * batch, copy.key.device))
+    step.reserve(capacity)
     return step
 
 
-def _append(copy: Copy, clock: Clock, map: Tensor | None = None, index: Tensor | None = None) -> None:
-    append(copy.key_new[:, :, 0], copy.value_new[:, :, 0], map, copy.key, copy.value, index, clock.held)
+def made(step: PagedStep, copy: Copy, sizes: Sizes, parts: dict[str, Call] | None = None) -> Method:
+    """Args: parts: of what comes after the new token is written; None: all of that is one."""
+    logits = Logits(sizes.scaling)
+    parts = parts or {"attend": partial(step.read, copy.query, logits)}
+    write = partial(step.write, copy.key_new[:, :, 0], copy.value_new[:, :, 0])
+    return Method(partial(step.step, *copy.new, logits), {"append": write, **parts})

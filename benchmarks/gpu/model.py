@@ -6,17 +6,18 @@ import statistics
 from typing import Any
 
 import torch
-from caches import fill, fill_clusters, fill_pages
+from caches import fill_clustered, fill_pages
 from codebook import fitted, settings
+from methods import cluster_settings, loki_settings
 from sizes import Sizes
 from timing import tidy
 from torch import Tensor
 
+from kvcal.runtime.methods.basis import Basis
+from kvcal.runtime.methods.full import Full
+from kvcal.runtime.methods.loki import LokiPolicy
 from kvcal.runtime.replay import Replay, State
 from kvcal.runtime.sampling import Sampler
-from kvcal.runtime.stores import METHODS
-from kvcal.runtime.stores.basis import Basis
-from kvcal.runtime.stores.loki import LokiStore
 from kvcal.runtime.stores.paged import PagedStore
 
 Row = dict[str, Any]
@@ -92,37 +93,31 @@ def made_cache(model: Any, sizes: Sizes, held: int, batch: int, name: str) -> An
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=model.device, dtype=sizes.dtype)
 
-    kind = name.partition(" ")[0]
-    method: Any = settings(sizes) if kind == "spectral" else METHODS[kind](**parameters(sizes, name))
+    method = method_of(sizes, name)
     square = torch.randn(sizes.heads, sizes.dims, sizes.dims, generator=generator, device=model.device)
     components = torch.linalg.qr(square)[0].cpu()
     layers = range(sizes.layers)
-    if kind == "loki":  # without an artifact to take its basis from
-        basis = Basis(components, components, sizes.rank)
-        builders: dict[int, Any] = dict.fromkeys(layers, lambda: LokiStore(method, basis))
+    if name == "loki":  # without an artifact to take its basis from
+        policy = LokiPolicy(method, Basis(components, components, sizes.rank))
+        builders: dict[int, Any] = dict.fromkeys(layers, lambda: PagedStore(policy))
     else:
         artifact = fitted(sizes, components, len(layers))
         builders = {layer: method.build(layer, sizes.dims, artifact) for layer in layers}
     recipe = Recipe(dict.fromkeys(layers, method), builders, None, len(layers))
     cache = CompressedCache.of(model, recipe)
     for store in cache.stores.values():
-        shape = batch, sizes.heads, held + sizes.spare, sizes.dims
+        shape = batch, sizes.heads, held, sizes.dims
         key, value = normal(*shape), normal(*shape)
-        if isinstance(store, PagedStore):
-            fill_pages(store, key[:, :, :held], value[:, :, :held])
-            continue
-        fill(store, held, {"key": key, "value": value})
-        if kind == "clusterkv":
-            fill_clusters(store, sizes, held, method.tokens_per_cluster)
+        if name.startswith("clusterkv"):
+            fill_clustered(store, key, value, sizes)
+        else:
+            fill_pages(store, key, value)
     return cache
 
 
-def parameters(sizes: Sizes, name: str) -> dict[str, Any]:
-    """Of the names that a table shows: "full", "loki", "clusterkv 80"; not spectral's."""
-    method, _, per_cluster = name.partition(" ")
-    common = {"keep": sizes.keep, "select": "max"}
-    if method == "full":
-        return {}
-    if method == "loki":
-        return {**common, "rank": sizes.rank, "basis": "pca"}
-    return {**common, "tokens_per_cluster": int(per_cluster), "window": sizes.window, "sinks": sizes.sinks}
+def method_of(sizes: Sizes, name: str) -> Any:
+    """Of the names that a table shows: "full", "loki", "clusterkv 80"."""
+    kind, _, per_cluster = name.partition(" ")
+    if kind == "clusterkv":
+        return cluster_settings(sizes, int(per_cluster))
+    return {"full": Full(), "loki": loki_settings(sizes, "pca"), "spectral": settings(sizes)}[kind]

@@ -168,8 +168,9 @@ Made by `python benchmarks/gpu/page.py` of what `first.py` and `second.py` besid
 heads, 4 query heads each, head dimension 128, bfloat16; random keys and values, laid where the stores have them instead
 of prefilled. Loki: rank 32, 2048 tokens, one choice for a group of query heads (`select="max"`); its index is the first
 dimensions of the keys, or a tensor of its own. ClusterKV: 2048 tokens, 80 or 16 tokens per cluster, half a window open.
-Spectral: 2048 tokens, one choice for a group, codes of 2 bits at rank 64, 64 random codewords; but for the new token's
-key and value its step is operations of torch: a kernel that scans the codes is to come.
+Spectral: 2048 tokens, one choice for a group, codes of 2 bits at rank 64, 64 random codewords. Kernels write
+the new token and attend to what is chosen. ClusterKV's choice is operations of torch, and in spectral all but the
+writing.
 
 Steps are replayed in a CUDA graph, over several caches in turn so that L2 holds none of what is read; medians. Ours
 write the new token, project and choose; what others do is attention alone. Expected: bytes at 90 % of the rate of

@@ -12,7 +12,7 @@ CHECKED = {
     "dense": ("append", "dense"),
     "full": ("append", "dense"),
     "loki": ("append", "score", "select", "attend"),
-    "clusterkv": ("append", "score", "select_runs", "attend_runs"),
+    "clusterkv": ("append", "attend"),
     "spectral": ("append",),
 }
 """By a method's first word: what its step launches."""

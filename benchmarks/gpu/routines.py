@@ -24,7 +24,7 @@ from torch import Tensor
 from tracing import kernels_of
 
 from kvcal.kernels.backend import interpreting
-from kvcal.kernels.select import select, select_threshold
+from kvcal.kernels.select import select
 
 Found = dict[str, Any]
 
@@ -124,19 +124,17 @@ def measure_baseline(bench: Bench, method: str, length: int, batch: int) -> Foun
 
 
 def measure_selection(bench: Bench, method: str, length: int, batch: int) -> Found:
-    """Of scores that lie in L2, where `score` has left them: our selections and torch.topk, which leaves no order."""
+    """Of scores that lie in L2, where `score` has left them: our selection and torch.topk, which leaves no order."""
     sizes, device = bench.sizes, bench.device
     generator = torch.Generator(device).manual_seed(0)
-    draws = [torch.randn(batch, sizes.heads, length, generator=generator, device=device).half() for _ in "ab"]
+    draws = [torch.randn(batch, sizes.heads, length, generator=generator, device=device) for _ in "ab"]
     lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
     keep = min(sizes.keep, length)
     arrivals = torch.zeros(batch * sizes.heads, dtype=torch.int32, device=device)
 
     def call(scores: Tensor) -> Callable[[], Any]:
-        threshold = scores.float().kthvalue(length - keep + 1).values
         return {
             "select": lambda: select(scores, keep, lengths, arrivals=arrivals),
-            "select_threshold": lambda: select_threshold(scores, threshold, lengths, keep, arrivals=arrivals),
             "torch.topk": lambda: scores.topk(keep, sorted=False),
         }[method]
 

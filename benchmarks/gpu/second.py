@@ -15,7 +15,7 @@ from run import Phase
 from sizes import Sizes
 
 COUNTED = ("dense", "loki")
-SANITIZED = ("select", "attend", "attend_runs")
+SANITIZED = ("select", "attend", "score")
 
 
 def phases(sizes: Sizes) -> list[Phase]:

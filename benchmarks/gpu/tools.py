@@ -14,7 +14,7 @@ from sizes import Sizes
 
 PLACES = ("usr/local/cuda*/bin", "opt/nvidia/nsight-compute/*")
 """Beside the path."""
-KERNELS = "append|dense|merge|rows|runs|score|select"
+KERNELS = "append|dense|merge|rows|score|select"
 SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "WarpStateStats", "MemoryWorkloadAnalysis")
 METRICS = (
     "Duration",

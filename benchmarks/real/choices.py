@@ -80,12 +80,10 @@ CHOICES: Mapping[str, list[Setting]] = {
         _loki(8, select="max"),
         {**_loki(8), "select": "head", "keep": round(_rows(8, LEVEL) / GROUP, 5)},
     ],
-    "Loki, a tail": [
-        _loki(8),
-        *(
-            {**_loki(8), "keep": round(_rows(8, LEVEL) - 1 / size, 5), "tail": True, "tokens_per_cluster": size}
-            for size in (32, 80)
-        ),
+    "Loki, sinks and recent tokens": [
+        _loki(8, basis=basis, sinks=sinks, recent=recent)
+        for basis in ("score", "pca")
+        for sinks, recent in ((0, 0), (1, 16), (4, 16), (4, 64))
     ],
     "SparQ, the rank": [_sparq(rank) for rank in (2, 4, 8, 12)],
     "SparQ, who chooses": [_sparq(8), _sparq_by_head(2)],
@@ -95,12 +93,19 @@ CHOICES: Mapping[str, list[Setting]] = {
         for select, heads in (("group", 1), ("head", GROUP))
     ],
     "Quest, the page": [_quest(page) for page in (16, 32, 64)],
+    "Quest, sinks and recent tokens": [
+        _quest(16, sinks=sinks, recent=recent) for sinks, recent in ((0, 0), (1, 0), (1, 64))
+    ],
     "ClusterKV, tokens per cluster": [_clusterkv(size) for size in (8, 16, 32, 80)],
     "ClusterKV, window and sinks": [
         _clusterkv(16, window=16),
         _clusterkv(16),
         _clusterkv(16, sinks=1),
         _clusterkv(16, sinks=16),
+    ],
+    "ClusterKV, passes of k-means": [
+        *(_clusterkv(16, iterations=passes) for passes in (1, 3, 5, 20)),
+        *(_clusterkv(80, iterations=passes) for passes in (1, 3, 5, 20)),
     ],
     "ClusterKV, a tail": [_clusterkv(32, LEVEL - 1 / 32, tail=True), _clusterkv(16, LEVEL - 1 / 16, tail=True)],
     "StreamingLLM, sinks": [_streaming(sinks) for sinks in (0, 1, 4, 16, 64)],

@@ -11,7 +11,7 @@ from kvcal.artifacts import Artifact
 from kvcal.calibrate.evaluation.standard_errors import mean
 from kvcal.calibrate.planning.points import Problem, relative_error
 from kvcal.runtime.attention import Logits
-from kvcal.runtime.stores.basis import Basis
+from kvcal.runtime.methods.basis import Basis
 
 Setting = dict[str, Any]
 SETTINGS: list[Setting] = [
@@ -25,12 +25,14 @@ SETTINGS: list[Setting] = [
     {"method": "exact_topk", "keep": 0.0625, "select": "head"},
 ]
 """Loki as published, with twice the rank and with the score basis; what Quest's boxes and exact scores choose."""
+WITH_SINKS = ("loki", "quest")
+"""Methods that can be told to read the first token, or its page, whatever its score."""
 
 
 def first_token(found: Sequence[Problem], artifact: Artifact) -> list[dict[str, Any]]:
     """Of each setting, means of layers: "mass", of the dense attention on the first token; "read", the share of heads
-    and steps that read it; "error" of the attention output, and "error_with" where it is read always. "…_se" of each,
-    over texts."""
+    and steps that read it; "error" of the attention output, and "error_with" where it is read always, of `WITH_SINKS`.
+    "…_se" of each, over texts."""
     rows = []
     for setting in SETTINGS:
         layers = [_layer(problem, setting, artifact) for problem in found]
@@ -80,11 +82,12 @@ def _above(query: torch.Tensor, key: torch.Tensor, logits: Logits) -> float:
 @torch.no_grad()
 def _layer(problem: Problem, setting: Setting, artifact: Artifact) -> dict[str, torch.Tensor]:
     """[B] of each: means of heads and steps."""
-    found: dict[str, list[torch.Tensor]] = {"mass": [], "read": [], "error": [], "error_with": []}
-    for name in ("error", "error_with"):
-        store = problem.store(setting, artifact)
-        if name == "error_with":
-            _always_first(store)
+    asked = {"error": setting}
+    if setting["method"] in WITH_SINKS:
+        asked["error_with"] = {**setting, "sinks": 1}
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in ("mass", "read", *asked)}
+    for name, own in asked.items():
+        store = problem.store(own, artifact)
         for query, key, value, weights, dense in problem.steps():
             store.append(key, value)
             out = store.attend(query, problem.logits)
@@ -93,15 +96,3 @@ def _layer(problem: Problem, setting: Setting, artifact: Artifact) -> dict[str, 
                 found["mass"].append(weights[..., 0].flatten(1).mean(1))
                 found["read"].append(store.read_mask()[..., 0].float().flatten(1).mean(1))
     return {name: torch.stack(values).mean(0) for name, values in found.items()}
-
-
-def _always_first(store: Any) -> None:
-    """Whatever its score; of a method that scores pages, the first page."""
-    shared = store._shared
-
-    def with_first(own: torch.Tensor) -> torch.Tensor:
-        scores: torch.Tensor = shared(own).clone()
-        scores[..., 0] = torch.inf
-        return scores
-
-    store._shared = with_first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import figure
 import page_decoding
+from choices import CHOICES
 from subjects import SUBJECTS, Subject
 from tables import named, number, read, table, with_error
 
@@ -95,7 +97,7 @@ def first_token(folder: Path, subject: Subject) -> str:
     lines = [
         [
             named(row["setting"]),
-            *(with_error(row[name], row[f"{name}_se"]) for name in ("mass", "read", "error", "error_with")),
+            *(with_error(row.get(name), row.get(f"{name}_se")) for name in ("mass", "read", "error", "error_with")),
         ]
         for row in rows
     ]
@@ -118,7 +120,12 @@ def first_token(folder: Path, subject: Subject) -> str:
 def choices(folder: Path, subject: Subject) -> str:
     """The same bytes spent in different ways, by what is chosen."""
     found = read(folder / f"{subject.model}-choices.json")
-    rows = [[key.partition(": ")[0], *_errors_of(entry)] for key, entries in found.items() for entry in entries]
+    rows = [
+        [name, *_errors_of(entry)]
+        for name, settings in CHOICES.items()
+        for setting in settings
+        for entry in found.get(f"{name}: {json.dumps(setting)}", ())
+    ]
     header = ["choice", "method", "read", "error", "without the first layer", "worst layer"]
     return table(header, rows) if rows else ""
 

@@ -48,7 +48,8 @@ def papers(folder: Path, subject: Subject) -> str:
 
 
 def defaults(folder: Path, subject: Subject) -> str:
-    """With no settings at all. read: of a float32 cache, layers with a sliding window included."""
+    """With no settings at all; named are the defaults that each had when it was measured. read: of a float32 cache,
+    layers with a sliding window included."""
     rows = read(folder / f"{subject.model}-defaults.json").get("results", [])
     return _table(rows, _of_this_run(rows), [f"`{row['method']}`" for row in rows]) if rows else ""
 
@@ -56,11 +57,10 @@ def defaults(folder: Path, subject: Subject) -> str:
 def why_loki(folder: Path, subject: Subject) -> str:
     """Loki at rank and keep of a quarter, and one change each. read: of a float32 cache, layers with a sliding window
     included; each query head reads tokens of its own where the group does not choose."""
-    rows = read(folder / f"{subject.model}-why-loki.json").get("results", [])
-    if not rows:
-        return ""
-    names = {_key(setting): name for name, setting in WHY_LOKI.items()}
-    return _table(rows, _of_this_run(rows), ["full" if row["method"] == "full" else names[_key(row)] for row in rows])
+    names = {_key({"method": "full"}): "full", **{_key(setting): name for name, setting in WHY_LOKI.items()}}
+    measured = read(folder / f"{subject.model}-why-loki.json").get("results", [])
+    rows = [row for row in measured if _key(row) in names]
+    return _table(rows, _of_this_run(rows), [names[_key(row)] for row in rows]) if rows else ""
 
 
 def by_answers(folder: Path, subject: Subject) -> str:

@@ -116,7 +116,7 @@ WHY_LOKI: dict[str, Setting] = {
     "exact scores": {"method": "exact_topk", "keep": 0.25, "select": "head"},
     "first layer dense": {**PUBLISHED, "dense_layers": 1},
     "first two layers dense": {**PUBLISHED, "dense_layers": 2},
-    "sinks, recent tokens and a tail": {**PUBLISHED, "tail": True, "tokens_per_cluster": 16},
+    "sinks and recent tokens": {**PUBLISHED, "sinks": 4, "recent": 64},
     "pre-rotary basis": {**PUBLISHED, "stage": "pre"},
     "half of the tokens": {**PUBLISHED, "keep": 0.5},
 }

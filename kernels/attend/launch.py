@@ -1,15 +1,12 @@
-"""What the launchers share: tile sizes, the constants of the logits, workspaces."""
+"""What the launchers share: tile sizes, and the constants of the logits."""
 
-import torch
 import triton
 from torch import Tensor
 
 from ..backend import interpreting
-from .shapes import TOKEN_TILE, Partial
+from .shapes import TOKEN_TILE
 
 WARPS, STAGES = 4, 3
-SMALLEST = 128
-"""Gathered tokens that a partial result should stand for."""
 TILE_BYTES = 16384
 """Of keys, and of values as many, in one tile: three stages of both leave room for two programs on a multiprocessor."""
 
@@ -38,18 +35,3 @@ def logit_scales(scaling: float, softcap: float | None) -> tuple[float, float]:
     """(scale, cap) as `tile.absorb` has them."""
     log2e = 1.4426950408889634
     return (log2e * scaling, 0.0) if softcap is None else (2 * log2e * scaling / softcap, log2e * softcap)
-
-
-def empty_partial(query: Tensor, width: int, groups: int, parts: int) -> Partial:
-    """A workspace, slot by slot: out [groups, parts, queries, Dv], lse [groups, parts, queries]."""
-    queries = query.numel() // query.shape[-1] // groups
-    shape = (groups, parts, queries)
-    lse = torch.empty(shape, dtype=torch.float32, device=query.device)
-    return torch.empty(*shape, width, dtype=torch.float32, device=query.device), lse
-
-
-def by_query(query: Tensor, partial: Partial) -> Partial:
-    """That workspace as out [B, Hkv, G, n, Dv] and lse [B, Hkv, G, n]: a view, since either all queries of a pair are
-    in one group or each is in a group of its own."""
-    out, lse = (tensor.unflatten(0, (*query.shape[:2], -1)) for tensor in partial)
-    return out.transpose(3, 4).flatten(2, 3), lse.transpose(3, 4).flatten(2, 3)

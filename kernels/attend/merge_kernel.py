@@ -1,6 +1,5 @@
-"""The reduction: partials of any origin, and the model's sinks, into one attention output. One launch."""
+"""The reduction: what the programs of a call have left of a query, and the model's sink, into one output."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 from ..backend import device_of
 from .launch import units_tile
 from .plan import slots_of_plan
-from .shapes import Partial
 from .tile import LOG2E, NONE
 
 COLUMNS = 32
@@ -21,11 +19,12 @@ PARTS_TILE = 64
 
 @dataclass(frozen=True)
 class Planned:
-    """Partials that lie slot by slot, as `tile.plan` dealt the slots out."""
+    """Partials that lie slot by slot, as `plan` dealt the slots out."""
 
     out: Tensor
     """[axis, slots, queries, Dv] float32; the groups of a unit are on the first axis."""
     lse: Tensor
+    """[axis, slots, queries] float32, the natural logarithm of the mass; -inf where there is none."""
     counts: Tensor
     """[units] int32"""
     most: int
@@ -33,32 +32,11 @@ class Planned:
     token_tile: int
 
 
-@triton.jit
-def absorb_parts(
-    best, mass, total, out_ptr, lse_ptr, parts, out_step, lse_step, column, DV: tl.constexpr, TILE: tl.constexpr
-):
-    """`parts` partials of one query into the running softmax."""
-    for first in range(0, parts, TILE):
-        part = first + tl.arange(0, TILE)
-        inside = (part < parts)[:, None] & (column < DV)[None, :]
-        lse = tl.load(lse_ptr + part * lse_step, mask=part < parts, other=NONE) * LOG2E
-        out = tl.load(out_ptr + part[:, None] * out_step + column[None, :], mask=inside, other=0.0)
-        out = tl.where((lse == NONE)[:, None], 0.0, out)
-        risen = tl.maximum(best, tl.max(lse, 0))
-        shift = tl.where(risen == NONE, 0.0, risen)
-        weights = tl.exp2(lse - shift)
-        fade = tl.exp2(best - shift)
-        mass = mass * fade + tl.sum(weights, 0)
-        total = total * fade + tl.sum(weights[:, None] * out, 0)
-        best = risen
-    return best, mass, total
-
-
 @triton.jit(do_not_specialize=["units", "most", "splits", "slots", "per_unit"])
 def merge_kernel(
     out_ptr,
-    own_out_ptr,
-    own_lse_ptr,
+    part_ptr,
+    lse_ptr,
     counts_ptr,
     units,
     most,
@@ -67,15 +45,8 @@ def merge_kernel(
     per_unit,
     sinks_ptr,
     query_heads,
-    extra_out,
-    extra_lse,
-    extra_parts,
-    extra_steps,
-    OWN: tl.constexpr,
-    EXTRA: tl.constexpr,
     SINKS: tl.constexpr,
     QUERIES: tl.constexpr,
-    GROUP: tl.constexpr,
     DV: tl.constexpr,
     COLUMNS: tl.constexpr,
     PARTS_TILE: tl.constexpr,
@@ -88,40 +59,24 @@ def merge_kernel(
     best = tl.full([], NONE, tl.float32)
     mass = tl.full([], 0.0, tl.float32)
     total = tl.zeros([COLUMNS], tl.float32)
-    if OWN:
-        group = query // QUERIES
-        first, parts = slots_of_plan(counts_ptr, group // per_unit, units, most, splits, UNITS, TOKEN_TILE)
-        row = ((group % per_unit) * slots + first).to(tl.int64) * QUERIES + query % QUERIES
-        best, mass, total = absorb_parts(
-            best,
-            mass,
-            total,
-            own_out_ptr + row * DV,
-            own_lse_ptr + row,
-            parts,
-            QUERIES * DV,
-            QUERIES,
-            column,
-            DV,
-            PARTS_TILE,
-        )
-    for number in tl.static_range(EXTRA):
-        steps = extra_steps[number]
-        pair = (query // GROUP).to(tl.int64)
-        member = query % GROUP
-        best, mass, total = absorb_parts(
-            best,
-            mass,
-            total,
-            extra_out[number] + pair * steps[0] + member * steps[1],
-            extra_lse[number] + pair * steps[3] + member * steps[4],
-            extra_parts[number],
-            steps[2],
-            steps[5],
-            column,
-            DV,
-            PARTS_TILE,
-        )
+    group = query // QUERIES
+    first, parts = slots_of_plan(counts_ptr, group // per_unit, units, most, splits, UNITS, TOKEN_TILE)
+    row = ((group % per_unit) * slots + first).to(tl.int64) * QUERIES + query % QUERIES
+    part_ptr += row * DV
+    lse_ptr += row
+    for begin in range(0, parts, PARTS_TILE):
+        part = begin + tl.arange(0, PARTS_TILE)
+        inside = (part < parts)[:, None] & (column < DV)[None, :]
+        lse = tl.load(lse_ptr + part * QUERIES, mask=part < parts, other=NONE) * LOG2E
+        out = tl.load(part_ptr + part[:, None] * (QUERIES * DV) + column[None, :], mask=inside, other=0.0)
+        out = tl.where((lse == NONE)[:, None], 0.0, out)
+        risen = tl.maximum(best, tl.max(lse, 0))
+        shift = tl.where(risen == NONE, 0.0, risen)
+        weights = tl.exp2(lse - shift)
+        fade = tl.exp2(best - shift)
+        mass = mass * fade + tl.sum(weights, 0)
+        total = total * fade + tl.sum(weights[:, None] * out, 0)
+        best = risen
     if SINKS:
         sink = tl.load(sinks_ptr + query % query_heads).to(tl.float32) * LOG2E
         risen = tl.maximum(best, sink)
@@ -133,43 +88,32 @@ def merge_kernel(
     tl.store(out_ptr + query.to(tl.int64) * DV + column, total.to(out_ptr.dtype.element_ty), mask=column < DV)
 
 
-def merge(
-    own: Planned | None, extra: Sequence[Partial], sinks: Tensor | None, query: Tensor, width: int, out: Tensor | None
-) -> Tensor:
+def merge(own: Planned, sinks: Tensor | None, query: Tensor, out: Tensor | None) -> Tensor:
     """[B, Hkv, G, Dv] in the dtype of `query` [B, Hkv, G, D]."""
     batch, heads, group, _ = query.shape
+    axis, slots, queries, width = own.out.shape
     out = torch.empty(batch, heads, group, width, dtype=query.dtype, device=query.device) if out is None else out
-    flat = [(part.flatten(0, 1), lse.flatten(0, 1)) for part, lse in extra if lse.shape[-1]]
-    flat = [(part if part.stride(-1) == 1 else part.contiguous(), lse) for part, lse in flat]
-    listed = flat or [(out.flatten(0, 1).unsqueeze(2), out[..., 0].flatten(0, 1).unsqueeze(2))]  # no empty tuples
-    units = own.counts.numel() if own else 1
+    units = own.counts.numel()
     with device_of(query):
         merge_kernel[(batch * heads * group, triton.cdiv(width, COLUMNS))](
             out,
-            own.out if own else out,
-            own.lse if own else out,
-            own.counts if own else out,
+            own.out,
+            own.lse,
+            own.counts,
             units,
-            own.most if own else 0,
-            own.splits if own else 1,
-            own.out.shape[1] if own else 0,
-            own.out.shape[0] if own else 1,
+            own.most,
+            own.splits,
+            slots,
+            axis,
             out if sinks is None else sinks.contiguous(),
             heads * group,
-            tuple(part for part, _ in listed),
-            tuple(lse for _, lse in listed),
-            tuple(lse.shape[-1] for _, lse in listed),
-            tuple((*part.stride()[:3], *lse.stride()) for part, lse in listed),
-            OWN=own is not None,
-            EXTRA=len(flat),
             SINKS=sinks is not None,
-            QUERIES=own.out.shape[2] if own else group,
-            GROUP=group,
+            QUERIES=queries,
             DV=width,
             COLUMNS=COLUMNS,
             PARTS_TILE=PARTS_TILE,
             UNITS=units_tile(units),
-            TOKEN_TILE=own.token_tile if own else 16,
+            TOKEN_TILE=own.token_tile,
             num_warps=4,
         )
     return out

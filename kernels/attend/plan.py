@@ -43,10 +43,3 @@ def slots_of_plan(counts_ptr, unit, units, most, splits, UNITS: tl.constexpr, TO
     _, parts, ends, _ = plan(counts_ptr, units, most, splits, UNITS, TOKEN_TILE)
     mine = tl.arange(0, UNITS) == unit
     return tl.sum(tl.where(mine, ends - parts, 0), 0), tl.sum(tl.where(mine, parts, 0), 0)
-
-
-@triton.jit
-def even_part(count, part, parts, TOKEN_TILE: tl.constexpr):
-    """(begin, end) of one of a fixed number of parts of `count` tokens; empty for the last ones of few."""
-    length = tl.cdiv(count, parts * TOKEN_TILE) * TOKEN_TILE
-    return part * length, tl.minimum((part + 1) * length, count)

@@ -6,10 +6,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-Partial = tuple[Tensor, Tensor]
-"""Attention over a part of the tokens: out [B, Hkv, G, n, Dv] float32, each of the n normalised by itself, and lse
-[B, Hkv, G, n] float32, the natural logarithm of the mass that it was normalised with; -inf where there is none."""
-
 TOKEN_TILE = 64
 """Tokens of a tile: the granularity of every split."""
 
@@ -30,34 +26,28 @@ def check_cache(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise ValueError(f"{name}: received stride {tensor.stride(-1)} over a token, expected 1")
 
 
-def check(name: str, tensor: Tensor, dtype: torch.dtype, *shapes: Sequence[int]) -> None:
-    """ValueError unless `tensor` has this dtype and one of these shapes."""
-    if tensor.dtype != dtype or list(tensor.shape) not in [list(shape) for shape in shapes]:
-        expected = " or ".join(str(list(shape)) for shape in shapes)
-        raise ValueError(f"{name}: received {tensor.dtype} {list(tensor.shape)}, expected {dtype} {expected}")
+def check(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> None:
+    """ValueError unless `tensor` has this dtype and shape."""
+    if tensor.dtype != dtype or list(tensor.shape) != list(shape):
+        raise ValueError(f"{name}: received {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}")
 
 
-def check_merge(query: Tensor, width: int, sinks: Tensor | None, extra: Sequence[Partial], out: Tensor | None) -> None:
-    """What is merged into the attention of `query`, with values of `width`."""
+def check_result(query: Tensor, width: int, sinks: Tensor | None, out: Tensor | None) -> None:
+    """What goes into the result beside tokens, whose values have `width` dimensions, and where it is written."""
     batch, heads, group, _ = query.shape
     if sinks is not None:
         check("sinks", sinks, torch.float32, [heads * group])
-    for number, (part, lse) in enumerate(extra):
-        parts = lse.shape[-1] if lse.dim() else 0
-        check(f"extra[{number}] lse", lse, torch.float32, [batch, heads, group, parts])
-        check(f"extra[{number}] out", part, torch.float32, [batch, heads, group, parts, width])
     if out is not None:
         check("out", out, query.dtype, [batch, heads, group, width])
         if not out.is_contiguous():
             raise ValueError(f"out: received strides {out.stride()}, expected a contiguous tensor")
 
 
-def check_selection(query: Tensor, per_group: Tensor, name: str) -> bool:
-    """Whether [B, Hkv, G, …] rather than [B, Hkv, …]: every query head reads tokens of its own."""
-    batch, heads, group, _ = query.shape
-    each = per_group.dim() == 4
-    check(name, per_group, torch.int32, [batch, heads, *([group] if each else []), per_group.shape[-1]])
-    return each
+def check_selection(query: Tensor, index: Tensor, count: Tensor) -> None:
+    """index [B, Hkv, K], or [B, Hkv, G, K] where every query head reads tokens of its own; count the same without K."""
+    groups = query.shape[: 3 if index.dim() == 4 else 2]
+    check("index", index, torch.int32, [*groups, index.shape[-1]])
+    check("count", count, torch.int32, groups)
 
 
 def choose_splits(groups: int, most: int, smallest: int, device: torch.device) -> int:

@@ -59,7 +59,6 @@ def absorb(
     value_ptr,
     token,
     valid,
-    addend,
     key_step,
     value_step,
     scale,
@@ -71,7 +70,7 @@ def absorb(
     CAPPED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """The running softmax with the tokens `token` [TOKENS] where `valid`; `addend` [TOKENS] to their logits, or None.
+    """The running softmax with the tokens `token` [TOKENS] where `valid`.
 
     Plain: scale = log2(e) scaling. Capped: scale = 2 log2(e) scaling / softcap and cap = log2(e) softcap, since
     tanh(x) = 1 - 2 / (2^(2 log2(e) x) + 1).
@@ -82,8 +81,6 @@ def absorb(
     logits = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
     if CAPPED:
         logits = cap * (1.0 - 2.0 / (tl.exp2(logits) + 1.0))
-    if addend is not None:
-        logits += addend[None, :]
     logits = tl.where(valid[None, :], logits, NONE)
     risen = tl.maximum(best, tl.max(logits, 1))
     shift = tl.where(risen == NONE, 0.0, risen)  # -inf - -inf is NaN

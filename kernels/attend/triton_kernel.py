@@ -1,18 +1,19 @@
 """Split-KV attention over gathered rows: one launch leaves partials, `merge_kernel` makes one output of them."""
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..backend import device_of
-from .launch import SMALLEST, STAGES, WARPS, logit_scales, tiles, units_tile
+from .launch import STAGES, WARPS, logit_scales, tiles, units_tile
 from .merge_kernel import Planned, merge
 from .plan import part_of_plan
-from .shapes import Partial, choose_splits
+from .shapes import choose_splits
 from .tile import absorb, empty_softmax, load_queries, store_partial
+
+SMALLEST = 128
+"""Tokens that a partial result should stand for."""
 
 
 @triton.jit(do_not_specialize=["heads", "chosen", "units", "splits"])
@@ -64,7 +65,7 @@ def rows_kernel(
         valid = rank < end
         token = tl.load(index_ptr + rank, mask=valid, other=0)
         best, mass, total = absorb(
-            best, mass, total, queries, key_ptr, value_ptr, token, valid, None, key_step, value_step, scale, cap,
+            best, mass, total, queries, key_ptr, value_ptr, token, valid, key_step, value_step, scale, cap,
             D, D_TILE, DV, DV_TILE, CAPPED, UPCAST,
         )  # fmt: skip
     store_partial(out_ptr, lse_ptr, slot, best, mass, total, QUERIES, QUERY_TILE, DV, DV_TILE)
@@ -80,7 +81,6 @@ def attend(
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
-    extra: Sequence[Partial],
     splits: int | None,
     out: Tensor | None,
 ) -> Tensor:
@@ -116,4 +116,4 @@ def attend(
             num_stages=STAGES,
         )
     own = Planned(own_out, own_lse, count, chosen, splits, sizes["TOKEN_TILE"])
-    return merge(own, extra, sinks, query, width, out)
+    return merge(own, sinks, query, out)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 24
-"""Similarities at a time: tokens times clusters are never materialised beyond this."""
+BLOCK = 1 << 18
+"""Similarities at a time, few enough for the caches of a CPU: tokens times clusters are never materialised."""
 
 
 def assign(unit: Tensor, centroids: Tensor, lengths: Tensor, counts: Tensor, label: Tensor, similarity: Tensor) -> None:
@@ -12,11 +12,12 @@ def assign(unit: Tensor, centroids: Tensor, lengths: Tensor, counts: Tensor, lab
     batch, heads, tokens, _ = unit.shape
     clusters = centroids.shape[2]
     absent = torch.arange(clusters, device=unit.device) >= counts.view(-1, 1, 1, 1)
+    ragged = bool(absent.any())
     step = max(1, BLOCK // max(1, batch * heads * clusters))
     for begin in range(0, tokens, step):
         part = slice(begin, begin + step)
         products = unit[:, :, part].float() @ centroids.float().mT
-        best = products.masked_fill(absent, -torch.inf).max(-1)
+        best = (products.masked_fill(absent, -torch.inf) if ragged else products).max(-1)
         similarity[:, :, part] = best.values
         label[:, :, part] = best.indices
     beyond = ~held(tokens, lengths)
@@ -30,8 +31,11 @@ def update(values: Tensor, labels: Tensor, lengths: Tensor, sums: Tensor, sizes:
     counted = held(values.shape[2], lengths) & (labels >= 0) & (labels < count)
     index = labels.clamp(0, count - 1).long()
     sizes.zero_().scatter_add_(2, index, counted.to(sizes.dtype))
-    of_members = values.float().masked_fill(~counted.unsqueeze(-1), 0.0)
-    sums.zero_().scatter_add_(2, index.unsqueeze(-1).expand_as(values), of_members)
+    whole = bool(counted.all())
+    of_members = values.float() if whole else values.float().masked_fill(~counted.unsqueeze(-1), 0.0)
+    sets = torch.arange(index.shape[0] * index.shape[1], device=index.device).view(*index.shape[:2], 1)
+    place, dims = (index + count * sets).flatten(), values.shape[-1]
+    sums.zero_().view(-1, dims).index_add_(0, place, of_members.reshape(-1, dims))
 
 
 def held(tokens: int, lengths: Tensor) -> Tensor:

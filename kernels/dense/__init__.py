@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..attend.shapes import check, check_cache, check_merge
+from ..attend.shapes import check, check_cache, check_result
 from ..backend import choose
 from . import reference
 
@@ -41,7 +41,7 @@ def dense(
         ValueError: shapes or dtypes do not fit together, or the backend cannot run.
     """
     check_cache(query, key, value)
-    check_merge(query, value.shape[-1], sinks, (), out)
+    check_result(query, value.shape[-1], sinks, out)
     check("lengths", lengths, torch.int32, [query.shape[0]])
     if choose(backend, query) == "reference":
         result = reference.dense(query, key, value, lengths, scaling=scaling, softcap=softcap, sinks=sinks)

@@ -1,9 +1,9 @@
-"""The definition in plain torch: a window that begins with the first token, merged with the model's sinks."""
+"""The definition in plain torch."""
 
 import torch
 from torch import Tensor
 
-from ..attend.reference import merge, window
+from ..attend.reference import softmax
 
 
 def dense(
@@ -16,5 +16,5 @@ def dense(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    part = window(query, key, value, torch.zeros_like(lengths), lengths, scaling=scaling, softcap=softcap)
-    return merge([part], sinks, query.dtype)
+    held = torch.arange(key.shape[2], device=key.device) < lengths.view(-1, 1, 1, 1)
+    return softmax(query, key.unsqueeze(2), value.unsqueeze(2), held, scaling, softcap, sinks)

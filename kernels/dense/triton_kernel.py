@@ -59,7 +59,7 @@ def dense_kernel(
     for first in range(begin, end, TOKEN_TILE):
         token = first + tl.arange(0, TOKEN_TILE)
         best, mass, total = absorb(
-            best, mass, total, queries, key_ptr, value_ptr, token, token < end, None, key_step, value_step, scale, cap,
+            best, mass, total, queries, key_ptr, value_ptr, token, token < end, key_step, value_step, scale, cap,
             D, D_TILE, DV, DV_TILE, CAPPED, UPCAST,
         )  # fmt: skip
     slot = head * tl.num_programs(0) + part
@@ -106,4 +106,4 @@ def dense(
             num_stages=STAGES,
         )
     own = Planned(own_out, own_lse, lengths, capacity, splits, sizes["TOKEN_TILE"])
-    return merge(own, (), sinks, query, width, out)
+    return merge(own, sinks, query, out)

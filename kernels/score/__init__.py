@@ -1,4 +1,4 @@
-"""Scores of every held token from a low-rank index, or of every cluster from its mean: the first pass of a step."""
+"""Scores of every held token from a low-rank index: the first pass of a step."""
 
 import math
 

@@ -16,12 +16,13 @@ def score(
     block: int,
 ) -> None:
     """Writes `out`, already checked; see `kvcal.kernels.score.score`."""
-    logits = query.float() @ index.float().mT * scaling
+    logits = (query.float() @ index.float().mT).mul_(scaling)
     if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+        logits = logits.div_(softcap).tanh_().mul_(softcap)
     if combine == "max":
         logits = logits.amax(2)
-    largest = torch.finfo(out.dtype).max
-    logits = logits.clamp(-largest, largest)
-    absent = torch.arange(out.shape[-1], device=out.device) >= lengths.view(-1, *[1] * (out.dim() - 1))
-    out.copy_(logits.masked_fill(absent, -torch.inf))
+    if out.dtype != torch.float32:
+        largest = torch.finfo(out.dtype).max
+        logits.clamp_(-largest, largest)
+    present = torch.arange(out.shape[-1], device=out.device) < lengths.view(-1, *[1] * (out.dim() - 1))
+    out.copy_(logits.where(present, -torch.inf))

@@ -1,53 +1,34 @@
-"""The definition, in plain torch: a stable sort, which the kernel does without."""
+"""The definition, in plain torch: the largest of keys that no two scores of a row share."""
 
 import torch
 from torch import Tensor
+
+NOTHING = -0x7F800001
+"""The order of -inf, NaN and what stands beyond the length."""
 
 
 def select(
     scores: Tensor, k: int | Tensor, lengths: Tensor, index: Tensor, count: Tensor, arrivals: Tensor | None
 ) -> None:
     """Writes `index` and `count`, already checked; see `kvcal.kernels.select.select`."""
-    eligible = held(scores, lengths)
-    allowed = eligible.sum(-1).clamp(max=index.shape[-1])
-    count.copy_(allowed.minimum(k.clamp(min=0)[:, None]) if isinstance(k, Tensor) else allowed.clamp(max=k))
-    write(scores, eligible, index, count)
-
-
-def select_threshold(
-    scores: Tensor,
-    threshold: Tensor,
-    least: int | Tensor,
-    most: int | Tensor,
-    lengths: Tensor,
-    index: Tensor,
-    count: Tensor,
-    arrivals: Tensor | None,
-) -> None:
-    """Writes `index` and `count`, already checked; see `kvcal.kernels.select.select_threshold`."""
-    eligible = held(scores, lengths)
-    reaching = (eligible & (scores.float() >= threshold[..., None])).sum(-1)
-    count.copy_(reaching.maximum(per_row(least)).minimum(per_row(most)).minimum(eligible.sum(-1)))
-    count.clamp_(0, index.shape[-1])
-    write(scores, eligible, index, count)
-
-
-def per_row(number: int | Tensor) -> Tensor:
-    """That broadcasts with [B, Hkv]."""
-    return number[:, None] if isinstance(number, Tensor) else torch.tensor(number)
-
-
-def held(scores: Tensor, lengths: Tensor) -> Tensor:
-    """[B, Hkv, S] bool: within the row's length, and neither -inf nor NaN."""
-    token = torch.arange(scores.shape[-1], device=scores.device)
-    return (token < lengths[:, None, None]) & (scores > -torch.inf)
-
-
-def write(scores: Tensor, eligible: Tensor, index: Tensor, count: Tensor) -> None:
-    """The `count` best of the eligible, ascending; what is equal stays in the order of the row (a stable sort)."""
-    tokens, slots = scores.shape[-1], index.shape[-1]
-    best_first = scores.float().where(eligible, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
-    rank = torch.arange(tokens, device=scores.device)
-    chosen = best_first.where(rank < count[..., None], tokens)[..., :slots].sort(-1).values
+    tokens, most = scores.shape[-1], min(scores.shape[-1], index.shape[-1])
+    most = most if isinstance(k, Tensor) else min(most, k)
+    best, token = unique_keys(scores, lengths).topk(most, sorted=isinstance(k, Tensor))
+    chosen = best > NOTHING << 32
+    if isinstance(k, Tensor):
+        chosen &= torch.arange(most, device=scores.device) < k[:, None, None]
+    count.copy_(chosen.sum(-1))
+    ascending = token.where(chosen, tokens).sort(-1).values
     index.zero_()
-    index[..., : min(tokens, slots)] = chosen.where(chosen < tokens, 0).to(index.dtype)
+    index[..., :most] = ascending.where(ascending < tokens, 0)
+
+
+def unique_keys(scores: Tensor, lengths: Tensor) -> Tensor:
+    """[B, Hkv, S] int64: the score's order times 2³², minus the token, so that the first of equals is the largest."""
+    token = torch.arange(scores.shape[-1], device=scores.device)
+    held = scores.float().nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    held = held.where(token < lengths[:, None, None], -torch.inf)
+    bits = held.add_(0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0
+    # As integers, floats from zero up are in order, and those below once all bits but the sign are inverted.
+    order = bits ^ (bits >> 31).bitwise_and_(0x7FFFFFFF)
+    return order.long().bitwise_left_shift_(32).sub_(token)

@@ -20,14 +20,6 @@ def ordered(score):
 
 
 @triton.jit
-def first_key_reaching(threshold, DTYPE: tl.constexpr, HIGHEST: tl.constexpr):
-    """The smallest key of a DTYPE score that is at least the float32 threshold; a NaN is reached by none."""
-    rounded = threshold.to(DTYPE)
-    key = ordered(rounded) + (rounded.to(tl.float32) < threshold).to(tl.int32)
-    return tl.where(threshold == threshold, key, HIGHEST + 1)
-
-
-@triton.jit
 def positions(start, TILE: tl.constexpr, RUN: tl.constexpr):
     return start + tl.arange(0, TILE // RUN)[:, None] * RUN + tl.arange(0, RUN)[None, :]
 

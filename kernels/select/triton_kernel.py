@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backend import device_of
 from .listing import kth_listed, list_reaching, listed_at
-from .tile import count_of, first_key_reaching, keys_at, kth_largest, positions, sampled_bound, write_chosen
+from .tile import count_of, keys_at, kth_largest, positions, sampled_bound, write_chosen
 
 TILE = 8192
 """Scores that one program holds in registers: rows no longer than this, and lists as short, are selected from there."""
@@ -26,15 +26,12 @@ KEYS = {torch.float16: (-(1 << 15), 0x7C00), torch.float32: (-(1 << 31), 0x7F800
 """What stores a key, the key that nothing may choose, and infinity's."""
 
 
-@triton.jit(
-    do_not_specialize=["k", "least", "parts", "heads", "units", "slots", "most_share", "scores_row", "scores_head"]
-)
+@triton.jit(do_not_specialize=["k", "parts", "heads", "units", "slots", "most_share", "scores_row", "scores_head"])
 def select_kernel(
-    scores, lengths, k, threshold, least, index, count, entries, taken, arrivals,
+    scores, lengths, k, index, count, entries, taken, arrivals,
     parts, heads, units, slots, most_share, scores_row: tl.int64, scores_head: tl.int64,
-    PER_ROW: tl.constexpr, THRESHOLD: tl.constexpr, LEAST_PER_ROW: tl.constexpr, LOWEST: tl.constexpr,
-    HIGHEST: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr, SAMPLE: tl.constexpr, RUN: tl.constexpr,
-    BINS: tl.constexpr, MOST_PARTS: tl.constexpr, GRAIN: tl.constexpr,
+    PER_ROW: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr,
+    SAMPLE: tl.constexpr, RUN: tl.constexpr, BINS: tl.constexpr, MOST_PARTS: tl.constexpr, GRAIN: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0) // parts
     part = tl.program_id(0) % parts
@@ -45,26 +42,14 @@ def select_kernel(
     budget = tl.maximum(tl.minimum(tl.load(k + batch) if PER_ROW else k, slots), 0)
     length = tl.where(budget > 0, tl.minimum(tl.load(lengths + batch), units * UNIT), 0)
     bound = tl.full((), LOWEST + 1, tl.int32)  # what every score that can be chosen reaches
-    wanted, needed = bound, budget  # scores that reach `wanted` are chosen, and others where those are not as many
-    if THRESHOLD:
-        wanted = tl.maximum(
-            bound, first_key_reaching(tl.load(threshold + pair), scores.dtype.element_ty, HIGHEST)
-        )  # fmt: skip
-        needed = tl.maximum(tl.minimum(tl.load(least + batch) if LEAST_PER_ROW else least, budget), 0)
-
     if length <= TILE:
         if part == 0:
             position = positions(0, TILE, RUN)
             key = keys_at(row, position, length, LOWEST, UNIT)
-            written = select_tile(key, position, bound, wanted, needed, budget, index)
+            written = select_tile(key, position, bound, budget, index)
             finish(written, index, slots, count + pair, TILE)
     else:
-        if not THRESHOLD:
-            bound = sampled_bound(row, length, budget, LOWEST, SAMPLE)
-        elif needed > 0:
-            bound = tl.minimum(wanted, sampled_bound(row, length, needed, LOWEST, SAMPLE))
-        else:
-            bound = wanted
+        bound = sampled_bound(row, length, budget, LOWEST, SAMPLE)
         first_slot = pair.to(tl.int64) * parts * most_share
         entries += first_slot
         taken += pair * MOST_PARTS
@@ -81,7 +66,7 @@ def select_kernel(
             each = tl.arange(0, MOST_PARTS)
             total = tl.sum(tl.load(taken + each, mask=each < parts, other=0, cache_modifier=".cg"), 0)
             lists = parts
-            if (total < needed) & (bound > LOWEST + 1):  # the sample misled: list all, as one part
+            if (total < budget) & (bound > LOWEST + 1):  # the sample misled: list all, as one part
                 bound = tl.full((), LOWEST + 1, tl.int32)
                 total = list_reaching(row, 0, length, bound, entries, LOWEST, UNIT, TILE, RUN)
                 tl.store(taken, total)
@@ -91,50 +76,36 @@ def select_kernel(
                 key, position = listed_at(
                     0, total, entries, taken, lists, share, LOWEST, MOST_PARTS, TILE, RUN
                 )  # fmt: skip
-                written = select_tile(key, position, bound, wanted, needed, budget, index)
+                written = select_tile(key, position, bound, budget, index)
             else:
                 written = select_list(
-                    bound, wanted, needed, budget, total, entries, taken, lists, share, index,
+                    bound, budget, total, entries, taken, lists, share, index,
                     LOWEST, HIGHEST, MOST_PARTS, TILE, RUN, BINS,
                 )  # fmt: skip
             finish(written, index, slots, count + pair, TILE)
 
 
 @triton.jit
-def select_tile(key, position, bound, wanted, needed, budget, index):
-    """Writes the positions of all keys that reach `wanted`, but at least `needed` and at most `budget` of the largest.
-
-    All keys of interest reach `bound`, which is at most `wanted`. Returns how many were written.
-    """
-    qualified = count_of(key >= wanted)
-    lowest, k = wanted, tl.minimum(budget, qualified)
-    if qualified < needed:
-        lowest, qualified = bound, count_of(key >= bound)
-        k = tl.minimum(needed, qualified)
-    if qualified > k:
-        lowest = kth_largest(key, lowest, k, 0)
+def select_tile(key, position, bound, budget, index):
+    """Writes the positions of the largest keys that reach `bound`, at most `budget` of them; returns how many."""
+    lowest, reaching = bound, count_of(key >= bound)
+    k = tl.minimum(budget, reaching)
+    if reaching > k:
+        lowest = kth_largest(key, bound, k, 0)
     write_chosen(key, position, lowest, index, 0, 0, k - count_of(key > lowest))
     return k
 
 
 @triton.jit
 def select_list(
-    bound, wanted, needed, budget, total, entries, taken, parts, share, index, LOWEST: tl.constexpr,
-    HIGHEST: tl.constexpr, MOST_PARTS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, BINS: tl.constexpr,
+    bound, budget, total, entries, taken, parts, share, index, LOWEST: tl.constexpr, HIGHEST: tl.constexpr,
+    MOST_PARTS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """As `select_tile`, for a list of any length, all of which reaches `bound`."""
-    qualified = total
-    if wanted > bound:
-        qualified = 0
-        for first in range(0, total, TILE):
-            listed, _ = listed_at(
-                first, total, entries, taken, parts, share, LOWEST, MOST_PARTS, TILE, RUN
-            )  # fmt: skip
-            qualified += count_of(listed >= wanted)
-    k = tl.minimum(tl.maximum(qualified, tl.minimum(needed, total)), budget)
-    threshold, larger = bound - 1, k
+    k = tl.minimum(budget, total)
+    lowest, larger = bound - 1, k
     if total > k:
-        threshold, larger = kth_listed(
+        lowest, larger = kth_listed(
             bound, k, total, entries, taken, parts, share, LOWEST, HIGHEST, MOST_PARTS, TILE, RUN, BINS
         )  # fmt: skip
     ties = k - larger
@@ -143,7 +114,7 @@ def select_list(
         key, position = listed_at(
             start, total, entries, taken, parts, share, LOWEST, MOST_PARTS, TILE, RUN
         )  # fmt: skip
-        above, equal = write_chosen(key, position, threshold, index, above, equal, ties)
+        above, equal = write_chosen(key, position, lowest, index, above, equal, ties)
         start += TILE
     return k
 
@@ -156,27 +127,6 @@ def finish(written, index, slots, count, TILE: tl.constexpr):
         tl.store(index + slot, tl.zeros([TILE], tl.int32), mask=slot < slots)
 
 
-def select(
-    scores: Tensor, k: int | Tensor, lengths: Tensor, index: Tensor, count: Tensor, arrivals: Tensor | None
-) -> None:
-    """Writes `index` and `count`, already checked; see `kvcal.kernels.select.select`."""
-    launch(scores, k, None, 0, lengths, index, count, arrivals)
-
-
-def select_threshold(
-    scores: Tensor,
-    threshold: Tensor,
-    least: int | Tensor,
-    most: int | Tensor,
-    lengths: Tensor,
-    index: Tensor,
-    count: Tensor,
-    arrivals: Tensor | None,
-) -> None:
-    """Writes `index` and `count`, already checked; see `kvcal.kernels.select.select_threshold`."""
-    launch(scores, most, threshold, least, lengths, index, count, arrivals)
-
-
 def parts_of(pairs: int, tokens: int) -> int:
     """Programs of each (row, head), from shapes alone: see README.md."""
     if tokens <= TILE:
@@ -184,16 +134,10 @@ def parts_of(pairs: int, tokens: int) -> int:
     return max(1, min(PROGRAMS // pairs, MOST_PARTS, triton.cdiv(tokens, SMALLEST_PART)))
 
 
-def launch(
-    scores: Tensor,
-    k: int | Tensor,
-    threshold: Tensor | None,
-    least: int | Tensor,
-    lengths: Tensor,
-    index: Tensor,
-    count: Tensor,
-    arrivals: Tensor | None,
+def select(
+    scores: Tensor, k: int | Tensor, lengths: Tensor, index: Tensor, count: Tensor, arrivals: Tensor | None
 ) -> None:
+    """Writes `index` and `count`, already checked; see `kvcal.kernels.select.select`."""
     batch, heads, tokens = scores.shape
     pairs = batch * heads
     lowest, highest = KEYS[scores.dtype]
@@ -210,10 +154,9 @@ def launch(
         unit = 1
     with device_of(scores):
         select_kernel[(pairs * parts,)](
-            scores, lengths, k, threshold, least, index, count, entries, taken, arrivals,
+            scores, lengths, k, index, count, entries, taken, arrivals,
             parts, heads, tokens // unit, index.shape[-1], most_share,
             scores.stride(0) // unit, scores.stride(1) // unit,
-            PER_ROW=isinstance(k, Tensor), THRESHOLD=threshold is not None, LEAST_PER_ROW=isinstance(least, Tensor),
-            LOWEST=lowest, HIGHEST=highest, UNIT=unit, TILE=TILE, SAMPLE=SAMPLE, RUN=RUN, BINS=BINS,
-            MOST_PARTS=MOST_PARTS, GRAIN=GRAIN, num_warps=WARPS,
+            PER_ROW=isinstance(k, Tensor), LOWEST=lowest, HIGHEST=highest, UNIT=unit, TILE=TILE, SAMPLE=SAMPLE,
+            RUN=RUN, BINS=BINS, MOST_PARTS=MOST_PARTS, GRAIN=GRAIN, num_warps=WARPS,
         )  # fmt: skip

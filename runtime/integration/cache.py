@@ -22,7 +22,7 @@ from ..planned import chosen, naming
 from ..settings import builders, describe, name_of, plan
 from ..sharing import SharingMap
 from ..stores import Method, Store
-from ..stores.sorted_by_cluster import SortedStore
+from ..stores.paged import PagedStore
 from ..wrapped import unwrapped
 from .attachment import attach
 from .layer import Call, CompressedLayer, Observer, full_attention_layers
@@ -150,7 +150,7 @@ class CompressedCache(DynamicCache):
 
     def device_hits(self) -> tuple[int, int]:
         """Of an offloaded cache: (tokens read that lay on the device already, tokens read), of all heads and steps."""
-        found = [store.device_cache for store in set(self.stores.values()) if isinstance(store, SortedStore)]
+        found = [store.device_cache for store in set(self.stores.values()) if isinstance(store, PagedStore)]
         hits = sum(cache.hits for cache in found if cache)
         return hits, hits + sum(cache.misses for cache in found if cache)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...artifacts import KvcalError, Layer
-from ..stores.saved import Saved
+from ..kv.saved import Saved
 from .layer import CompressedLayer
 from .reading import ReadingLayer
 from .stock import check_stock

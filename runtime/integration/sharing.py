@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ...artifacts import KvcalError
 from ...artifacts.weights import sample
+from ..methods.amounts import check_choice
 from ..sharing import SharingMap
-from ..stores.amounts import check_choice
 from ..wrapped import unwrapped
 from .attachment import attach
 from .entering import Entry

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from ..attention import Logits
-from ..static import Clock, Step, make_step, refusal
+from ..static import Clock, PagedStep, Step, refusal
 from ..stores import Store
 from .cache import CompressedCache
 from .layer import CompressedLayer
@@ -88,9 +88,9 @@ class SteppingCache(DynamicCache):
         first = next(iter(cache.stores.values()))
         device = first.rows["key"].view.device
         self.clock = Clock(first.lengths, device)
-        methods, groups = cache.recipe.methods, cache.recipe.groups
+        groups = cache.recipe.groups
         made = {
-            layer: make_step(methods[layer], store, self.clock)
+            layer: PagedStep(store, self.clock)
             for layer, store in cache.stores.items()
             if groups.storing_of(layer) == layer
         }
@@ -134,7 +134,7 @@ class SteppingCache(DynamicCache):
 
     def changed(self) -> list[Tensor]:
         """What a step changes but the slots of the coming token."""
-        return [self.clock.held, self.clock.seen]
+        return [self.clock.held, self.clock.seen, *(tensor for step in self.steps for tensor in step.changed())]
 
     @torch.inference_mode(False)
     @torch.no_grad()

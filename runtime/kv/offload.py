@@ -11,19 +11,6 @@ from torch import Tensor
 from .buffers import CHUNK, Places, TokenBuffer
 
 
-class HostBuffer(TokenBuffer):
-    """Tokens in host memory (pinned when the device is a GPU), whatever device new tokens come from."""
-
-    moves = False
-
-    def write(self, new: Tensor, places: Places) -> None:
-        super().write(new.cpu(), on_host(places))
-
-    def _allocate(self, like: Tensor, tokens: int) -> Tensor:
-        pinned = torch.cuda.is_available()
-        return torch.zeros(*like.shape[:2], tokens, like.shape[3], dtype=like.dtype, pin_memory=pinned)
-
-
 def on_host(places: Places) -> Places:
     """The same places, told on the CPU."""
     slots = places.slots if isinstance(places.slots, slice) else tuple(part.cpu() for part in places.slots)

@@ -43,8 +43,8 @@ class DecodeMetadata:
     contiguous: bool
     """Whether the block table is 0, 1, 2, …, sequence after sequence, and there are no other pages: a sequence is then
     one view."""
-    fills: bool = True
-    """Whether the last token of a sequence may have filled a page."""
+    lengths: tuple[int, ...] | None = None
+    """`seq_lens`, where the host knows them."""
     _reckoned: dict[Hashable, object] = field(default_factory=dict, init=False, repr=False)
 
     def once(self, name: Hashable, reckon: Callable[[], T]) -> T:
@@ -52,6 +52,15 @@ class DecodeMetadata:
         if name not in self._reckoned:
             self._reckoned[name] = reckon()
         return self._reckoned[name]  # type: ignore[return-value]
+
+    def may_fill(self, tokens: int) -> bool:
+        """Whether the last token of a sequence may be the last of so many that lie together."""
+        if self.lengths is None:
+            return True
+        for length in self.lengths:  # noqa: SIM110 (a generator would be called for every layer of every token)
+            if length % tokens == 0:
+                return True
+        return False
 
     def valid(self) -> Tensor | None:
         """[B, longest] bool: which positions hold a token; None: all."""
@@ -91,8 +100,7 @@ def _contiguous(lengths: tuple[int, ...], capacity: int, device: torch.device, t
         seq_lens = torch.full((len(lengths),), longest, dtype=torch.int32, device=device)
     else:
         seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
-    fills = any(length % PAGE == 0 for length in lengths)
-    return DecodeMetadata(table, seq_lens, longest, shortest, contiguous=True, fills=fills)
+    return DecodeMetadata(table, seq_lens, longest, shortest, contiguous=True, lengths=lengths)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,22 +111,30 @@ class LayerCache:
     """[N, PAGE, Hkv, …] by name: "key", "value", and what a method keeps beside them."""
     summaries: Mapping[str, Tensor]
     """[N, Hkv, …] by name: what is kept of a page as a whole."""
+    sums: Mapping[str, Tensor]
+    """[B, Hkv, …] by name: what is kept of a sequence as a whole."""
     metadata: DecodeMetadata
     offloaded: Offloaded | None = None
     """What of `pages` lies on the host."""
+    index: object = None
+    """What a method has built over whole sequences."""
     _ordered: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """Views of contiguous pages by name, [B, Hkv, P · PAGE, …]."""
 
     def at(self, metadata: DecodeMetadata) -> LayerCache:
         """The same buffers and the same block table, at another step."""
-        return LayerCache(self.pages, self.summaries, metadata, self.offloaded, self._ordered)
+        return LayerCache(self.pages, self.summaries, self.sums, metadata, self.offloaded, self.index, self._ordered)
+
+    @property
+    def heads(self) -> int:
+        """Hkv"""
+        return self.pages["key"].shape[2]
 
     def tokens(self, name: str) -> Tensor:
         """[B, Hkv, longest, …] on the device: every token in order; where the table is contiguous, a view."""
         ordered = self._ordered[name] if name in self._ordered else self._in_order(name)
         ordered = ordered.narrow(2, 0, self.metadata.longest)
         if self.offloaded is not None and name in self.offloaded.names:
-            self.offloaded.cache.misses += int(self.metadata.seq_lens.sum()) * ordered.shape[1]
             return ordered.to(self.metadata.seq_lens.device)
         return ordered
 
@@ -143,8 +159,10 @@ class LayerCache:
         return [self.pages[name].flatten(0, 1)[slots, head] for name in names]
 
     def of_pages(self, name: str) -> Tensor:
-        """[B, Hkv, P, …]: the summaries of every sequence's pages in order."""
-        return self.summaries[name][self.metadata.block_table].transpose(1, 2)
+        """[B, Hkv, P, …]: the summaries of every sequence's pages in order; where the table is contiguous, a view."""
+        table, pages = self.metadata.block_table, self.summaries[name]
+        ordered = pages.unflatten(0, table.shape) if self.metadata.contiguous else pages[table]
+        return ordered.transpose(1, 2)
 
     def write_last(self, new: Mapping[str, Tensor]) -> None:
         """Put [B, Hkv, 1, …] of each name where the last token of each sequence belongs."""
@@ -160,6 +178,11 @@ class LayerCache:
             pages = self.pages[name]
             pages.view(-1, *pages.shape[2:]).index_copy_(0, slots, tensor.squeeze(2))
 
+    def add_last(self, new: Mapping[str, Tensor]) -> None:
+        """Add [B, Hkv, 1, …] of each name to the sums."""
+        for name, tensor in new.items():
+            self.sums[name].add_(tensor.squeeze(2))
+
     def _of_pages(self, page: Tensor) -> dict[str, Tensor]:
         return {name: pages[page.to(pages.device)].to(page.device) for name, pages in self.pages.items()}
 
@@ -168,10 +191,10 @@ class LayerCache:
         for name, new in by(self._of_pages(page)).items():
             self.summaries[name].index_copy_(0, page, new)
 
-    def summarise_last(self, by: Summarise) -> None:
-        """Keep what `by` makes of the last page of each sequence, where its last token has filled it."""
+    def summarise_last(self, by: Summarise, every: int) -> None:
+        """Keep what `by` makes of the last page of each sequence, where `every` more of its tokens are there."""
         page = self.metadata.once("last slots", self.metadata.last_slots) // PAGE
-        full = self.metadata.seq_lens % PAGE == 0
+        full = self.metadata.seq_lens % every == 0
         for name, new in by(self._of_pages(page)).items():
             held = self.summaries[name]
             held.index_copy_(0, page, torch.where(full.view(-1, *[1] * (new.dim() - 1)), new, held[page]))

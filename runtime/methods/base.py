@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ...artifacts import Artifact
 from ..attention import Logits
-from ..kv.pages import DecodeMetadata, LayerCache
+from ..kv.buffers import TokenBuffer
+from ..kv.pages import PAGE, DecodeMetadata, LayerCache
+from ..kv.saved import Saved
 
 if TYPE_CHECKING:
     from ..stores.base import Store
@@ -26,6 +28,8 @@ class Selected:
     """[B, Hkv, G or 1, K] int64, positions in their sequence, none twice among those that are valid."""
     valid: Tensor
     """The same shape, bool: False pads."""
+    pads: bool = True
+    """False: all are valid, as the host knows."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,10 @@ class Attended:
     """[B, Hq, 1, Dv]"""
     selected: Selected | None
     """None: every token was read, and nothing beside keys and values."""
+
+
+Widths = Mapping[str, int]
+"""Bytes by name: of one KV head's entry of a token, of a page, or of a sequence."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +58,74 @@ class Method(ABC):
             KvcalError: parameters that mean nothing, or what they need is not in the artifact.
         """
 
+    def not_captured(self) -> str | None:
+        """Why a CUDA graph cannot hold its step; None: it can."""
+        return None
+
     def build(self, layer: int, head_dim: int, artifact: Artifact | None) -> Callable[[], Store]:
         """What makes an empty cache of one layer, as the methods in `runtime/stores` do."""
         from ..stores.paged import PagedStore
 
         policy = self.bind(layer, head_dim, artifact)
         return lambda: PagedStore(policy)
+
+
+class SequenceIndex(ABC):
+    """What is built over whole sequences when the host says so, and does not follow from their tokens one by one: the
+    part of a policy that has a state, one object for each cache. Steps read its tensors.
+
+    Throughout, lengths are tokens of each sequence, and rows the token buffers "key" and "value" of what is kept.
+    """
+
+    @abstractmethod
+    def begin(self, sequences: int, device: torch.device) -> None:
+        """A batch of so many sequences lies on this device."""
+
+    @abstractmethod
+    def prefilled(self, before: Sequence[int], after: Sequence[int], rows: Mapping[str, TokenBuffer]) -> None:
+        """Sequences went from `before` to `after` tokens by prefill."""
+
+    @abstractmethod
+    def due(self, lengths: Sequence[int]) -> bool:
+        """Whether `build` has something to do before the next token of these sequences."""
+
+    @abstractmethod
+    def build(self, lengths: Sequence[int], coming: Sequence[bool], rows: Mapping[str, TokenBuffer]) -> None:
+        """See to what is due. Args: coming: whether a sequence gets a token now."""
+
+    @abstractmethod
+    def crop(self, lengths: Sequence[int]) -> None:
+        """Sequences have no more tokens than these."""
+
+    @abstractmethod
+    def reorder(self, index: Tensor) -> None:
+        """Keep the sequences `index` [B'], in that order, repeats allowed."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> None: ...
+
+    @abstractmethod
+    def reserve(self, tokens: int, lengths: Sequence[int]) -> None:
+        """Make room for what sequences that grow to so many tokens may need."""
+
+    @abstractmethod
+    def tensors(self) -> Mapping[str, Tensor]:
+        """All that is held, [B, Hkv, …]; what lies at other addresses after `reserve` or `build` makes steps new."""
+
+    @abstractmethod
+    def entries(self) -> int:
+        """How many there are, of all sequences, per KV head."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """What has to be saved of it."""
+
+    @abstractmethod
+    def check(self, saved: Saved) -> None:
+        """Raises KvcalError: no such state goes with these tokens."""
+
+    @abstractmethod
+    def restore(self, state: Mapping[str, Tensor], rows: Mapping[str, TokenBuffer]) -> None: ...
 
 
 class Policy(ABC):
@@ -72,6 +142,10 @@ class Policy(ABC):
     keeps_rows = True
     """Whether "key" and "value" are kept as they came, so that everything else can be made from them again."""
 
+    def index(self) -> SequenceIndex | None:
+        """A new one, for a cache; None: all that is kept follows from tokens."""
+        return None
+
     def encode(self, key: Tensor, value: Tensor) -> Mapping[str, Tensor]:
         """All that is kept of tokens, "key" and "value" among it: [B, Hkv, T, …] of [B, Hkv, T, D | Dv].
 
@@ -83,11 +157,27 @@ class Policy(ABC):
         """(keys [B, Hkv, longest, D], values) of every token, as far as they were kept."""
         return cache.tokens("key"), cache.tokens("value")
 
-    def summarise(self, page: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """What is kept of full pages as a whole: [n, Hkv, …] of the tokens in them, [n, PAGE, Hkv, …] by name.
+    def query(self, query: Tensor) -> Tensor:
+        """[B, Hq, T, D] -> the same, as it meets the keys of `rows`: of the same dot products."""
+        return query
 
-        It follows from the page's tokens alone. Steps read it of pages that are full, and only of those.
+    def summarise(self, page: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What is kept of pages as a whole: [n, Hkv, …] of the tokens in them, [n, PAGE, Hkv, …] by name.
+
+        It follows from the page's tokens alone, and is made whenever `summarise_every` more of them are there; steps
+        read of it what follows from those.
         """
+        return {}
+
+    summarise_every = PAGE
+    """Tokens; they divide a page."""
+
+    sums: tuple[str, ...] = ()
+    """Names of what `add_up` gives."""
+
+    def add_up(self, kept: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What is kept of a sequence as a whole: the sums over its tokens of what this gives, [B, Hkv, T, …] float32
+        by name, of all that is kept of tokens, likewise."""
         return {}
 
     @abstractmethod
@@ -101,17 +191,24 @@ class Policy(ABC):
             query: [B, Hq, 1, D].
         """
 
-    def row_bytes(self, cache: LayerCache) -> int:
-        """Bytes of the key and the value of one token and head, as a step reads them."""
-        key, value = cache.pages["key"], cache.pages["value"]
-        return key.shape[-1] * key.element_size() + value.shape[-1] * value.element_size()
+    def row_bytes(self, widths: Widths) -> int:
+        """Bytes that a step reads of one token and KV head that it has selected."""
+        return widths["key"] + widths["value"]
 
-    def index_bytes(self, metadata: DecodeMetadata) -> int:
-        """Bytes that a step reads of what `encode` keeps, of all sequences. Waits for the device."""
+    def tokens_read(self, selected: Selected) -> Tensor:
+        """[] int64: how many times a step reads that much."""
+        return selected.valid.sum()
+
+    def index_bytes(self, reading: Reading) -> int:
+        """Bytes that a step reads besides to select, of all sequences. Waits for the device."""
         return 0
 
-    def shared_bytes(self) -> int:
-        """Bytes that a step reads once for all sequences: maps, codebooks."""
+    def shared_bytes(self, widths: Widths) -> int:
+        """Bytes that such a step reads once for all sequences: maps, codebooks."""
+        return 0
+
+    def dense_bytes(self, widths: Widths) -> int:
+        """The same, of a step that reads every token."""
         return 0
 
 
@@ -124,15 +221,21 @@ class Reading:
     selected: Selected | None
     heads: int
     """Hkv"""
-    row: int
-    """Bytes of the key and the value of one token and head."""
+    widths: Widths
+    entries: int
+    """Of the sequence index."""
+
+    def tokens(self) -> int:
+        """Of all sequences. Waits for the device."""
+        return int(self.metadata.seq_lens.sum())
 
     def bytes_read(self) -> int:
         """Of keys and values, and of what the policy keeps beside them. Waits for the device."""
+        policy, widths = self.policy, self.widths
         if self.selected is None:
-            return int(self.metadata.seq_lens.sum()) * self.heads * self.row
-        index = self.policy.index_bytes(self.metadata) + self.policy.shared_bytes()
-        return int(self.selected.valid.sum()) * self.row + index
+            return self.tokens() * self.heads * (widths["key"] + widths["value"]) + policy.dense_bytes(widths)
+        rows = int(policy.tokens_read(self.selected)) * policy.row_bytes(widths)
+        return rows + policy.index_bytes(self) + policy.shared_bytes(widths)
 
     def mask(self) -> Tensor:
         """[B, Hkv or Hq, longest] bool: the tokens whose keys and values were read."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..stores.amounts import Amount, Budget
+from .amounts import Amount, Budget
 
 
 def budgets(budget: Budget, seen: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from ...kernels.backend import choose
 from ...kernels.dense import dense
 from ..attention import Logits, attention
 from ..kv.pages import DecodeMetadata, LayerCache
-from ..stores.amounts import check_flag
+from .amounts import check_flag
 from .base import Attended, Method, Policy
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ class Full(Method):
 
     def check(self) -> None:
         check_flag("record_mass", self.record_mass)
+
+    def not_captured(self) -> str | None:
+        return "record_mass has no step of fixed shapes" if self.record_mass else None
 
     def bind(self, layer: int, head_dim: int, artifact: Artifact | None) -> FullPolicy:
         self.check()

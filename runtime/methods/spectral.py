@@ -27,11 +27,11 @@ from torch import Tensor
 from ...artifacts import Artifact, KvcalError
 from ...kernels.codes import BITS, decode, encode, fields_of, products
 from ..attention import Logits
-from ..kv.pages import PAGE, DecodeMetadata, LayerCache
-from ..stores.amounts import Amount, Budget, check_choice, check_count, check_flag
-from ..stores.basis import rank_of
-from .base import Attended, Method, Policy, Selected
-from .choosing import SELECTS, Counts, above_sampled, highest, shared
+from ..kv.pages import PAGE, LayerCache
+from .amounts import Amount, check_choice, check_count, check_flag
+from .base import Attended, Method, Policy, Reading, Selected, Widths
+from .basis import rank_of
+from .choosing import Counts, Sampling, choose, shared
 from .codewords import Codewords, nearest
 from .full import attend_all
 
@@ -42,12 +42,10 @@ STEP = 16
 
 
 @dataclass(frozen=True)
-class Spectral(Budget, Method):
+class Spectral(Sampling, Method):
     keep: Amount = 0.0625
     """Tokens read exactly per step, first and recent ones included: a fraction of the sequence's tokens, or a count."""
-    select: str = "group"
-    """"group": a KV head's query heads read the same tokens, those of the largest mean of their softmaxes. "max": the
-    same, by the largest logit. "head": each query head reads its own."""
+    choice: str = "sampled"
     rank: Amount | str = 0.5
     """Dimensions of a code: a fraction of the head dim, a count, or "variance:0.9"; a multiple of 16."""
     bits: int = 2
@@ -60,10 +58,6 @@ class Spectral(Budget, Method):
     """Last tokens, always read; with the sinks half of `keep` at most."""
     residual: bool = True
     """Whether codewords stand for what is not read."""
-    choice: str = "sampled"
-    """"exact": the best tokens. "sampled": those that reach a threshold, taken from the scores of a strided sample."""
-    sample: int = 1024
-    """Tokens of that sample, at least; of shorter sequences it is all of them, and the choice exact."""
     offload: str = "none"
     """"cpu": keys and values lie in host memory, and only what is read and not cached on the device is copied."""
     cached: int = 2048
@@ -71,17 +65,17 @@ class Spectral(Budget, Method):
 
     def check(self) -> None:
         super().check()
-        check_choice("select", self.select, SELECTS)
-        check_choice("choice", self.choice, ("sampled", "exact"))
         check_count("sinks", self.sinks)
         check_count("recent", self.recent, 1)
-        check_count("sample", self.sample, 16)
         check_flag("residual", self.residual)
         check_choice("offload", self.offload, ("none", "cpu"))
         check_count("cached", self.cached, 1)
         for name, bits, known in (("bits", self.bits, BITS), ("rows", self.rows, (16, 8))):
             if type(bits) is not int or bits not in known:
                 raise KvcalError(f"{name} {bits!r}: give {', '.join(map(str, known[:-1]))} or {known[-1]}")
+
+    def not_captured(self) -> str | None:
+        return None if self.offload == "none" else "an offloaded cache copies what the step selects"
 
     def bind(self, layer: int, head_dim: int, artifact: Artifact | None) -> SpectralPolicy:
         self.check()
@@ -144,18 +138,18 @@ class SpectralPolicy(Policy):
 
     def step(self, query: Tensor, cache: LayerCache, logits: Logits) -> Attended:
         settings, metadata = self.settings, cache.metadata
-        counts = metadata.once(settings, lambda: Counts.of(settings, settings.sinks, settings.recent, metadata))
+        counts = metadata.once(settings, lambda: Counts.of(settings, metadata, settings.sinks, settings.recent))
         if counts is None:
             key, value = (of.to(query.dtype) for of in self.rows(cache))
             return Attended(attend_all(query, key, value, metadata, logits), None)
         grouped = query.squeeze(2).unflatten(1, (self.codewords.heads, -1)).float()
         of, words = self.codewords.on(query.device), cache.tokens("codeword").squeeze(-1).long()
         estimated = self._estimate(of, grouped, cache, words, logits).masked_fill(~counts.candidate, -torch.inf)
-        chosen = self._choose(estimated, counts)
-        selected = counts.with_always(chosen)
+        scores = shared(estimated, settings.select)
+        selected = choose(scores, counts, settings.sample if settings.choice == "sampled" else 0)
         part = self._read(of, grouped, cache, selected, words, logits)
         if settings.residual:
-            part = merge(part, self._residual(of, without(estimated, chosen), cache, words, counts))
+            part = merge(part, self._residual(of, without(estimated, selected), cache, words, counts))
         out, lse = part
         if logits.sinks is not None:
             out = out * torch.sigmoid(lse - logits.sinks.float().view(1, *lse.shape[1:])).unsqueeze(-1)
@@ -167,12 +161,6 @@ class SpectralPolicy(Policy):
         dots = products(grouped @ of["query_map"], codes, scale, self.settings.bits)
         dots += (grouped @ of["key"].mT).gather(-1, words.unsqueeze(2).expand_as(dots))
         return logits.of(dots)
-
-    def _choose(self, estimated: Tensor, counts: Counts) -> Selected:
-        settings, scores = self.settings, shared(estimated, self.settings.select)
-        if settings.choice == "exact" or scores.shape[-1] <= settings.sample:
-            return highest(scores, counts.room, counts.most)
-        return above_sampled(scores, counts.lengths, counts.room, counts.candidates, counts.most, settings.sample)
 
     def _read(
         self, of: Tables, grouped: Tensor, cache: LayerCache, selected: Selected, words: Tensor, logits: Logits
@@ -216,18 +204,16 @@ class SpectralPolicy(Policy):
             out = out + by_page @ decode(codes[:, :, :pages], scale[:, :, :pages], 8)
         return out, lse
 
-    def row_bytes(self, cache: LayerCache) -> int:
-        if self.settings.rows == 16:
-            return super().row_bytes(cache)
-        return self.codewords.dims + self.codewords.value_dims + 4
+    def row_bytes(self, widths: Widths) -> int:
+        return sum(widths[name] for name in self.row_names)
 
-    def index_bytes(self, metadata: DecodeMetadata) -> int:
-        of, lengths = self.codewords, metadata.seq_lens.long()
-        code = of.rank // fields_of(self.settings.bits) + 2 + 1
-        page = of.value_dims + 2 if self.settings.residual else 0
-        return of.heads * (int(lengths.sum()) * code + int((lengths // PAGE).sum()) * page)
+    def index_bytes(self, reading: Reading) -> int:
+        widths, lengths = reading.widths, reading.metadata.seq_lens.long()
+        token = sum(widths[name] for name in ("codeword", "code", "scale"))
+        page = widths["correction"] + widths["correction_scale"] if self.settings.residual else 0
+        return reading.heads * (int(lengths.sum()) * token + int((lengths // PAGE).sum()) * page)
 
-    def shared_bytes(self) -> int:
+    def shared_bytes(self, widths: Widths) -> int:
         # Not the rotations: see `Codewords`.
         return self.codewords.nbytes("key", "value", "half", "query_map", "key_map")
 

@@ -8,8 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..methods.amounts import Budget
 from ..methods.budgets import budgets
-from ..stores.amounts import Budget
 
 T = TypeVar("T")
 

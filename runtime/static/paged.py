@@ -15,10 +15,17 @@ class PagedStep(Step):
     _table: Tensor | None = None
 
     def write(self, key: Tensor, value: Tensor) -> None:
-        cache = self.cache()
-        cache.write_last(self.store.policy.encode(key.unsqueeze(2), value.unsqueeze(2)))
-        if cache.summaries and cache.metadata.fills:
-            cache.summarise_last(self.store.policy.summarise)
+        cache, policy = self.cache(), self.store.policy
+        new = policy.encode(key.unsqueeze(2), value.unsqueeze(2))
+        if policy.sums:
+            cache.add_last(policy.add_up(new))
+        cache.write_last(new)
+        if cache.summaries and cache.metadata.may_fill(every := policy.summarise_every):
+            cache.summarise_last(policy.summarise, every)
+
+    def due(self, tokens: int) -> bool:
+        index = self.store.index
+        return index is not None and index.due([length + tokens for length in self.store.lengths])
 
     def settle(self, tokens: int) -> None:
         super().settle(tokens)
@@ -26,7 +33,11 @@ class PagedStep(Step):
 
     def addresses(self) -> tuple[tuple[int, int], ...]:
         tensors = [rows.tensor for rows in self.store.summaries.values() if rows.tensor is not None]
+        tensors += [] if self.store.index is None else self.store.index.tensors().values()
         return (*super().addresses(), *((tensor.data_ptr(), tensor.shape[2]) for tensor in tensors))
+
+    def changed(self) -> list[Tensor]:
+        return list(self.store.sums.values())
 
     def read(self, query: Tensor, logits: Logits) -> Tensor:
         return self.store.policy.step(query, self.cache(), logits).output
@@ -36,7 +47,10 @@ class PagedStep(Step):
         return self.store.cache_at(self.clock.once(place, self._metadata))
 
     def reserve(self, capacity: int) -> None:
-        self.capacity = capacity
+        self.capacity, index = capacity, self.store.index
+        if index is not None:
+            index.build(self.store.lengths, [True] * len(self.store.lengths), self.store.rows)
+            index.reserve(capacity, self.store.lengths)
         self.store.reserve(capacity)
         pages = self.buffer("key").shape[2] // PAGE
         if self._table is None or self._table.shape[1] != pages:  # a captured step has its address
@@ -45,9 +59,9 @@ class PagedStep(Step):
     def _metadata(self) -> DecodeMetadata:
         assert self._table is not None
         shortest, longest = self.clock.told or (0, self.capacity)
-        # Sequences of the same length tell whether they fill a page, unless steps are replayed.
-        fills = shortest < longest or longest % PAGE == 0
-        return DecodeMetadata(self._table, self.clock.seen, longest, shortest, contiguous=True, fills=fills)
+        # Of a step that is replayed the host knows no lengths.
+        lengths = (longest,) * len(self._table) if shortest == longest else None
+        return DecodeMetadata(self._table, self.clock.seen, longest, shortest, contiguous=True, lengths=lengths)
 
     @property
     def per_token(self) -> tuple[str, ...]:

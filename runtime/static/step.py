@@ -66,6 +66,10 @@ class Step:
         """The store's tensors that have an entry per token."""
         return ("key", "value")
 
+    def changed(self) -> list[Tensor]:
+        """What a step changes but the slots of the coming token."""
+        return []
+
     def buffer(self, name: str) -> Tensor:
         """[B, Hkv, capacity, …], to the end of its capacity."""
         tensor = self.store.rows[name].tensor

@@ -1,14 +1,14 @@
 """The methods: each a frozen dataclass of parameters that builds the stores of a layer."""
 
+from ..methods.clusterkv import ClusterKV
+from ..methods.exact_topk import ExactTopk
 from ..methods.full import Full
+from ..methods.loki import Loki
+from ..methods.quest import Quest
+from ..methods.sparq import Sparq
 from ..methods.spectral import Spectral
 from .base import Store
-from .clusterkv import ClusterKV
-from .exact_topk import ExactTopk
 from .h2o import H2O
-from .loki import Loki
-from .quest import Quest
-from .sparq import Sparq
 from .streaming import Streaming
 from .subgen import SubGen
 

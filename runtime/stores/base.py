@@ -12,7 +12,7 @@ from torch import Tensor
 from ...artifacts import KvcalError
 from ..attention import Logits
 from ..kv.buffers import Places, TokenBuffer, find_places
-from .saved import Saved
+from ..kv.saved import Saved
 
 if TYPE_CHECKING:
     from .full import FullStore

@@ -10,9 +10,9 @@ from torch import Tensor
 from ...artifacts import KvcalError
 from ..attention import Logits, causal_attention
 from ..kv.buffers import lengths_mask
-from .amounts import Budget
+from ..kv.saved import Saved, require
+from ..methods.amounts import Budget
 from .forgetting import ForgettingStore
-from .saved import Saved, require
 
 
 class EvictingStore(ForgettingStore):

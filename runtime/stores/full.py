@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ..attention import Logits, attention_mass, probabilities
 from ..kv.buffers import lengths_mask
+from ..kv.saved import Saved, require
 from ..methods.full import FullPolicy
 from .paged import PagedStore
-from .saved import Saved, require
 
 
 class FullStore(PagedStore):

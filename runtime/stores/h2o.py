@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ...artifacts import Artifact, KvcalError
 from ..attention import Logits, attention_mass, probabilities, weighted
-from .amounts import Budget
+from ..kv.saved import Saved, require
+from ..methods.amounts import Budget
 from .evicting import EvictingStore
-from .saved import Saved, require
 
 if TYPE_CHECKING:
     from .full import FullStore

@@ -5,7 +5,7 @@ The way in for methods that have moved to the new rooms, for as long as others l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,9 +23,9 @@ from ..kv.pages import (
     SummaryBuffer,
     contiguous_metadata,
 )
-from ..methods.base import Policy, Reading
+from ..kv.saved import FLOATS, Saved, require
+from ..methods.base import Policy, Reading, Widths
 from .base import Store
-from .saved import FLOATS, Saved, require
 
 if TYPE_CHECKING:
     from .full import FullStore
@@ -40,6 +40,8 @@ class PagedStore(Store):
         super().__init__()
         self.policy = policy
         self.summaries: dict[str, SummaryBuffer] = {}
+        self.sums: dict[str, Tensor] = {}
+        self.index = policy.index()
         self.device_cache = DeviceCache(policy.cached) if policy.offloaded else None
         self._like: tuple[Tensor, Tensor] | None = None
         self._capacity = 0
@@ -48,21 +50,41 @@ class PagedStore(Store):
         """Of the buffers as they are, at some step; None: they have changed since."""
         self._metadata: DecodeMetadata | None = None
         """Of the sequences as they are; None: they have changed since."""
-        self._heads_and_row = 0, 0
-        """KV heads, and bytes of a token's key and value."""
+        self._widths: Widths = {}
         self._limits: Tensor | None = None
         self._last: Reading | None = None
         """Of the last step, for `bytes_read` and `read_mask`."""
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits, valid: Tensor | None = None) -> Tensor:
+        before = self.lengths or [0] * len(key)
         self._limits = self._write(key, value, valid).limits
+        if self.index is not None:
+            self._prefilled(before, key.device)
         return self.attend_all(query, logits)
+
+    def _before_token(self, key: Tensor, coming: Sequence[bool]) -> None:
+        """See to what is due in the sequence index."""
+        assert self.index is not None
+        lengths = self.lengths or [0] * len(key)
+        self.index.begin(len(lengths), key.device)
+        if self.index.due(lengths):
+            self.index.build(lengths, coming, self.rows)
+            self._cache = None
+
+    def _prefilled(self, before: list[int], device: torch.device) -> None:
+        """Tell the sequence index."""
+        assert self.index is not None
+        self.index.begin(len(before), device)
+        self.index.prefilled(before, self.lengths, self.rows)
+        self._cache = None
 
     def attend_all(self, query: Tensor, logits: Logits) -> Tensor:
         key, value = (of.to(query.dtype) for of in self.policy.rows(self.cache()))
-        return causal_attention(query, key, value, logits, self._limits)
+        return causal_attention(self.policy.query(query), key, value, logits, self._limits)
 
     def append(self, key: Tensor, value: Tensor, valid: Tensor | None = None) -> None:
+        if self.index is not None:
+            self._before_token(key, [True] * len(key) if valid is None else valid[:, 0].tolist())
         if key.shape[2] > 1 or (valid is not None and not bool(valid.all())):
             self._write(key, value, valid)
             return
@@ -71,17 +93,22 @@ class PagedStore(Store):
         if max(self.lengths) > self._capacity:
             self._reserve(max(self.lengths), new)
         self.lengths_changed()
+        if self.policy.sums:
+            self._add_up(new, places)
+        cache = self.cache()
         for name in self.policy.offloaded:
             self.rows[name].write(new.pop(name), places)
-        cache = self.cache()
         cache.write_last(new)
-        if self.summaries and cache.metadata.fills:
-            cache.summarise_last(self.policy.summarise)
+        if self.summaries and cache.metadata.may_fill(every := self.policy.summarise_every):
+            cache.summarise_last(self.policy.summarise, every)
 
     def attend(self, query: Tensor, logits: Logits) -> Tensor:
         cache = self.cache()
         found = self.policy.step(query, cache, logits)
-        self._last = Reading(self.policy, cache.metadata, found.selected, *self._heads_and_row)
+        if self.device_cache and found.selected is None:  # all of it comes from the host
+            self.device_cache.misses += sum(self.lengths) * cache.pages["key"].shape[2]
+        heads, entries = cache.pages["key"].shape[2], 0 if self.index is None else self.index.entries()
+        self._last = Reading(self.policy, cache.metadata, found.selected, heads, self._widths, entries)
         return found.output
 
     def like(self) -> tuple[Tensor | None, Tensor | None]:
@@ -103,8 +130,10 @@ class PagedStore(Store):
             summaries = {name: rows.pages for name, rows in self.summaries.items()}
             on_host = {name: self.rows[name] for name in self.policy.offloaded}
             offloaded = Offloaded(on_host, self.device_cache) if self.device_cache else None
-            self._cache = LayerCache(tokens, summaries, metadata, offloaded)
-            self._heads_and_row = tokens["key"].shape[2], self.policy.row_bytes(self._cache)
+            built = {} if self.index is None else self.index.tensors()
+            self._cache = LayerCache(tokens, summaries, self.sums, metadata, offloaded, self.index)
+            kept = {**tokens, **summaries, **self.sums, **built}
+            self._widths = {name: of.shape[-1] * of.element_size() for name, of in kept.items()}
         elif self._cache.metadata is not metadata:
             self._cache = self._cache.at(metadata)
         return self._cache
@@ -120,13 +149,15 @@ class PagedStore(Store):
         return self.bytes_read if self._last is None else self._last.bytes_read
 
     def shared_bytes(self) -> int:
-        return self.policy.shared_bytes()
+        return self.policy.shared_bytes(self._widths)
 
     def resident_bytes(self) -> int:
         """On the device: what is offloaded is in `host_bytes`."""
         cached = self.device_cache.nbytes() if self.device_cache else 0
         summaries = sum(rows.nbytes() for rows in self.summaries.values())
-        return super().resident_bytes() + summaries + cached - self.host_bytes()
+        built = {} if self.index is None else self.index.tensors()
+        sums = sum(tensor.nbytes for tensor in (*self.sums.values(), *built.values()))
+        return super().resident_bytes() + summaries + sums + cached - self.host_bytes()
 
     def host_bytes(self) -> int:
         return sum(self.rows[name].nbytes() for name in self.policy.offloaded if name in self.rows)
@@ -138,20 +169,29 @@ class PagedStore(Store):
     def crop(self, tokens: int) -> None:
         self._retreat(tokens)
         self.lengths_changed()
+        self._add_up_again()
+        if self.index is not None:
+            self.index.crop(self.lengths)
+            self._cache = None
 
     def select(self, index: Tensor) -> None:
         super().select(index)
         self._cache = self._metadata = None
+        if self.index is not None:
+            self.index.reorder(index)
         if self.device_cache:
             self.device_cache.clear()
         for rows in self.summaries.values():
             rows.keep(index)
+        self.sums = {name: of.index_select(0, index.to(of.device)) for name, of in self.sums.items()}
         if self.lengths:
             self.lengths_changed()
 
     def to(self, device: torch.device | str) -> None:
         super().to(device)
         self._cache = self._metadata = None
+        if self.index is not None:
+            self.index.to(device)
         if self.device_cache:
             self.device_cache.clear()
         if self._like is not None:
@@ -159,16 +199,19 @@ class PagedStore(Store):
         for rows in self.summaries.values():
             if rows.tensor is not None:
                 rows.tensor = rows.tensor.to(device, non_blocking=True)
+        self.sums = {name: of.to(device, non_blocking=True) for name, of in self.sums.items()}
 
     def adopt(self, full: FullStore) -> None:
         lengths = torch.tensor(full.lengths)
         valid = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
         self._write(full.rows["key"].view, full.rows["value"].view, valid)
+        if self.index is not None:
+            self._prefilled([0] * len(self.lengths), full.rows["key"].view.device)
         self.seen, self.valid = full.seen, full.valid
 
     def state(self) -> dict[str, Tensor]:
         """Without what follows from keys and values, where these are kept as they came."""
-        state = super().state()
+        state = super().state() | ({} if self.index is None else self.index.state())
         if self.policy.keeps_rows:
             return {name: of for name, of in state.items() if not name.startswith("rows.") or name[5:] in ROWS}
         return state | ({"like.key": self._like[0], "like.value": self._like[1]} if self._like else {})
@@ -183,12 +226,19 @@ class PagedStore(Store):
         else:
             self._like = state["like.key"], state["like.value"]
         self.rows.clear()  # to be made anew, with all that goes with them
+        self.sums.clear()
         self._capacity = 0
         self._put(kept, Places(self.lengths, slice(0, max(self.lengths)), None), [0] * len(self.lengths))
+        if self.index is not None:
+            self.index.begin(len(self.lengths), kept["key"].device)
+            self.index.restore(state, self.rows)
+            self._cache = None
 
     def _check(self, saved: Saved) -> None:
         if self.policy.keeps_rows:
             saved.take_tokens(saved.longest)
+            if self.index is not None:
+                self.index.check(saved)
             return
         heads, *dims = self.policy.fitted_to
         like = [saved.take(f"like.{name}", FLOATS, 0, heads, 0, of) for name, of in zip(ROWS, dims, strict=True)]
@@ -219,13 +269,39 @@ class PagedStore(Store):
         self.lengths_changed()
         for name, tensor in new.items():
             self.rows[name].write(tensor, places)
+        if self.policy.sums:
+            self._add_up(new, places)
         if not self.summaries:
             return
-        cache = self.cache()
+        cache, every = self.cache(), self.policy.summarise_every
         table = cache.metadata.block_table
-        lengths = zip(before, self.lengths, strict=True)
-        full = [table[row, first // PAGE : last // PAGE] for row, (first, last) in enumerate(lengths)]
-        cache.summarise(torch.cat(full), self.policy.summarise)
+        ends = [-(-(length // every * every) // PAGE) for length in self.lengths]
+        due = [table[row, first // PAGE : end] for row, (first, end) in enumerate(zip(before, ends, strict=True))]
+        cache.summarise(torch.cat(due), self.policy.summarise)
+
+    def _add_up(self, new: Mapping[str, Tensor], places: Places) -> None:
+        """Add new tokens to the sums."""
+        added = self.policy.add_up(new)
+        if not self.sums:
+            self._cache = None
+            self.sums = {name: tensor.new_zeros(*tensor.shape[:2], *tensor.shape[3:]) for name, tensor in added.items()}
+        for name, tensor in added.items():
+            if not isinstance(places.slots, slice):  # others are padding
+                row, token, _ = places.slots
+                counted = torch.zeros(tensor.shape[0], tensor.shape[2], dtype=torch.bool, device=tensor.device)
+                counted[row, token] = True
+                tensor = tensor.masked_fill(~counted.view(tensor.shape[0], 1, -1, *[1] * (tensor.dim() - 3)), 0)
+            self.sums[name].add_(tensor.sum(2))
+
+    def _add_up_again(self) -> None:
+        """Make the sums anew, of the tokens that are left."""
+        if not self.sums:
+            return
+        valid = self.cache().metadata.valid()
+        for name, tensor in self.policy.add_up({name: rows.view for name, rows in self.rows.items()}).items():
+            if valid is not None:
+                tensor = tensor.masked_fill(~valid.view(len(valid), 1, -1, *[1] * (tensor.dim() - 3)), 0)
+            self.sums[name].copy_(tensor.sum(2))
 
     def _reserve(self, tokens: int, like: Mapping[str, Tensor]) -> None:
         self._cache = self._metadata = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .saved import Saved, require
+from ..kv.saved import Saved, require
 from .sketch import Shape
 
 

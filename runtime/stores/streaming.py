@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ...artifacts import Artifact
 from ..attention import Logits, attention
-from .amounts import Budget, check_count
+from ..kv.saved import Saved, require
+from ..methods.amounts import Budget, check_count
 from .evicting import EvictingStore
-from .saved import Saved, require
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch import Tensor
 from ...artifacts import Artifact
 from ..attention import Logits, attention, causal_attention
 from ..kv.buffers import lengths_mask
-from .amounts import check_choice, check_count, check_number
-from .saved import Saved
+from ..kv.saved import Saved
+from ..methods.amounts import check_choice, check_count, check_number
 from .saved_sketch import check_sketch
 from .sketch import Shape, Sketch
 from .sketch_attention import READ, attention_with_sketch

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ...artifacts import KvcalError
 from ..kv.buffers import Places
+from ..kv.saved import Saved
 from .forgetting import ForgettingStore
-from .saved import Saved
 
 
 class WindowStore(ForgettingStore):

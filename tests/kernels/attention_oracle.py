@@ -6,45 +6,31 @@ NAN = float("nan")
 _empty = torch.empty
 
 
-def softmax_sums(query, keys, values, *, scaling, softcap=None, weights=None):
-    """(Σ w e^logit v [Dv], Σ w e^logit) over keys [n, D] and values [n, Dv] for one query [D]."""
+def softmax_sums(query, keys, values, *, scaling, softcap=None):
+    """(Σ e^logit v [Dv], Σ e^logit) over keys [n, D] and values [n, Dv] for one query [D]."""
     logits = keys.double() @ query.double() * scaling
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    mass = logits.exp() if weights is None else logits.exp() * weights.double()
+    mass = logits.exp()
     return mass @ values.double(), mass.sum()
 
 
-def attention(query, parts, *, scaling, softcap=None, sinks=None):
-    """[B, Hkv, G, Dv] float64: every query's one softmax over all its parts.
+def attention(query, key, value, slots, *, scaling, softcap=None, sinks=None):
+    """[B, Hkv, G, Dv] float64: every query's one softmax over its tokens.
 
     Args:
-        parts: functions (row, head, member) -> (keys, values, weights or None).
+        slots: function (row, head, member) -> where they are.
     """
     batch, heads, group, _ = query.shape
     rows = []
     for row, head, member in ((b, h, g) for b in range(batch) for h in range(heads) for g in range(group)):
-        numerator, mass = 0.0, torch.zeros((), dtype=torch.float64, device=query.device)
-        for part in parts:
-            keys, values, weights = part(row, head, member)
-            sums = softmax_sums(
-                query[row, head, member], keys, values, scaling=scaling, softcap=softcap, weights=weights
-            )
-            numerator, mass = numerator + sums[0], mass + sums[1]
+        chosen = torch.as_tensor(slots(row, head, member), dtype=torch.int64, device=key.device)
+        keys, values = key[row, head, chosen], value[row, head, chosen]
+        numerator, mass = softmax_sums(query[row, head, member], keys, values, scaling=scaling, softcap=softcap)
         if sinks is not None:
             mass = mass + sinks[head * group + member].double().exp()
         rows.append(numerator / mass if mass > 0 else torch.zeros_like(numerator))
     return torch.stack(rows).view(batch, heads, group, -1)
-
-
-def tokens(key, value, slots):
-    """The part of the tokens slots(row, head, member)."""
-
-    def part(row, head, member):
-        chosen = torch.as_tensor(slots(row, head, member), dtype=torch.int64, device=key.device)
-        return key[row, head, chosen], value[row, head, chosen], None
-
-    return part
 
 
 def make(generator, *shape, dtype=torch.float32):

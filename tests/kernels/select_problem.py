@@ -16,20 +16,19 @@ SMALL = {"TILE": 256, "RUN": 8, "SAMPLE": 64, "GRAIN": 32, "SMALLEST_PART": 256,
 """With these sizes rows beyond 256 are dealt to several programs, and lists beyond 256 are read in several tiles."""
 
 
-def best(scores: Tensor, length: int, k: int, threshold: float = -INF) -> list[int]:
+def best(scores: Tensor, length: int, k: int) -> list[int]:
     """The definition: a lexicographic sort of one row by (falling score, rising index)."""
     row = scores.double().cpu().numpy()[:length]
-    token = np.flatnonzero((row > -INF) & (row >= threshold))
+    token = np.flatnonzero(row > -INF)
     return sorted(token[np.lexsort((token, -row[token]))][: max(k, 0)].tolist())
 
 
-def assert_selects(result, scores, lengths, k, capacity, threshold=None):
+def assert_selects(result, scores, lengths, k, capacity):
     index, count = result
     assert index.dtype == count.dtype == torch.int32 and index.shape == (*scores.shape[:2], capacity)
     for b, h in itertools.product(*map(range, scores.shape[:2])):
         budget = min(capacity, k if isinstance(k, int) else int(k[b]))
-        bound = -INF if threshold is None else float(threshold[b, h])
-        expected = best(scores[b, h], int(lengths[b]), budget, bound)
+        expected = best(scores[b, h], int(lengths[b]), budget)
         assert int(count[b, h]) == len(expected), (b, h)
         assert index[b, h].tolist() == expected + [0] * (capacity - len(expected)), (b, h)
     if index._base is not None:
@@ -43,8 +42,8 @@ def poisoned(rows, capacity, device):
     return buffer[:size].view(*rows, capacity), torch.full(rows, POISON, dtype=torch.int32, device=device)
 
 
-def difficult(tokens: int, dtype: torch.dtype, device, names: tuple[str, ...] = ()) -> Tensor:
-    """[B, 1, tokens]: each row another difficulty, of those named or of all, the same in both dtypes."""
+def difficult(tokens: int, dtype: torch.dtype, device) -> Tensor:
+    """[B, 1, tokens]: each row another difficulty, the same in both dtypes."""
     generator = torch.Generator().manual_seed(tokens)
     normal = torch.randn(tokens, generator=generator)
     coin = torch.rand(tokens, generator=generator)
@@ -69,7 +68,7 @@ def difficult(tokens: int, dtype: torch.dtype, device, names: tuple[str, ...] = 
         "falling": torch.arange(tokens).neg() / 16 + 20,
         "a tie follows the last chosen": torch.full((tokens,), 2.0),
     }
-    return torch.stack([rows[name] for name in names or rows]).to(dtype)[:, None].to(device)
+    return torch.stack(list(rows.values())).to(dtype)[:, None].to(device)
 
 
 def spoil_beyond(scores: Tensor, lengths: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""Attention over chosen tokens, windows and tails against one joint float64 softmax per query."""
+"""Attention over chosen tokens against one float64 softmax per query."""
 
 import pytest
 import torch
 from attend_problem import Problem
-from attention_oracle import NAN, attention, poisoned_empty, tokens
+from attention_oracle import NAN, attention, poisoned_empty
 from compiling import compiled
 from tolerances import assert_close
 
@@ -26,7 +26,7 @@ def _no_workspace_is_zero(monkeypatch):
 def test_equals_one_softmax_per_query(device, backend, dtype, group, width, value_width):
     problem = Problem(device, [[70]], 80, 120, group, width, value_width, dtype)
     out = problem.attend(backend, scaling=width**-0.5)
-    assert_close(out, problem.expected("chosen", scaling=width**-0.5), dtype)
+    assert_close(out, problem.expected(scaling=width**-0.5), dtype)
 
 
 @BOTH
@@ -34,7 +34,7 @@ def test_equals_one_softmax_per_query(device, backend, dtype, group, width, valu
 def test_counts_of_every_size_at_once(device, backend, splits):
     problem = Problem(device, [[0, 1], [64, 150], [65, 3]], 150, group=2, width=32)
     out = problem.attend(backend, scaling=0.125, splits=splits)
-    assert_close(out, problem.expected("chosen", scaling=0.125))
+    assert_close(out, problem.expected(scaling=0.125))
     assert not out[0, 0].any()
 
 
@@ -42,36 +42,40 @@ def test_counts_of_every_size_at_once(device, backend, splits):
 def test_a_selection_per_query_head(device, backend):
     problem = Problem(device, [[[70, 0, 3, 64], [1, 80, 20, 5]]], 80, width=32)
     sinks = torch.linspace(-1, 1, 8, device=device)
-    out = problem.attend(backend, scaling=0.125, sinks=sinks, extra=[problem.window(backend, scaling=0.125)])
-    assert_close(out, problem.expected("chosen", "near", scaling=0.125, sinks=sinks))
+    out = problem.attend(backend, scaling=0.125, sinks=sinks)
+    assert_close(out, problem.expected(scaling=0.125, sinks=sinks))
 
 
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_chosen_near_and_far_are_one_softmax(device, backend, dtype):
+def test_softcap_and_sinks(device, backend, dtype):
     problem = Problem(device, [[0, 30], [70, 5]], 70, width=48, dtype=dtype, value_width=32)
-    logits = {"scaling": 0.8, "softcap": 3.0}
-    sinks = torch.linspace(-2, 4, 8, device=device)
-    extra = [problem.window(backend, **logits), problem.tail(backend, **logits)]
-    out = problem.attend(backend, **logits, sinks=sinks, extra=extra)
-    assert_close(out, problem.expected("chosen", "near", "far", **logits, sinks=sinks), dtype)
+    logits = {"scaling": 0.8, "softcap": 3.0, "sinks": torch.linspace(-2, 4, 8, device=device)}
+    assert_close(problem.attend(backend, **logits), problem.expected(**logits), dtype)
 
 
 @BOTH
-def test_nothing_chosen_leaves_what_is_extra_or_zeros(device, backend):
+def test_nothing_chosen_leaves_zeros(device, backend):
     problem = Problem(device, [[0, 0]], 16, width=32)
-    sinks = torch.zeros(8, device=device)
     assert not problem.attend(backend, scaling=1.0).any()
-    assert not problem.attend(backend, scaling=1.0, sinks=sinks).any()
-    out = problem.attend(backend, scaling=0.125, extra=[problem.window(backend, scaling=0.125)])
-    assert_close(out, problem.expected("near", scaling=0.125))
+    assert not problem.attend(backend, scaling=1.0, sinks=torch.zeros(8, device=device)).any()
+
+
+def test_more_parts_than_are_merged_at_once(device, monkeypatch):
+    from kvcal.kernels.attend import merge_kernel
+
+    monkeypatch.setattr(merge_kernel, "PARTS_TILE", 4)
+    problem = Problem(device, [[600, 5]], 600, 600, width=16)
+    sinks = torch.linspace(-1, 1, 8, device=device)
+    out = problem.attend("triton", scaling=0.125, sinks=sinks, splits=8)
+    assert_close(out, problem.expected(scaling=0.125, sinks=sinks))
 
 
 @BOTH
 def test_a_nan_among_the_chosen_is_not_hidden(device, backend):
     problem = Problem(device, [[5, 5]], 8)
     problem.key[0, 1, problem.index[0, 1, 2]] = NAN
-    out = problem.attend(backend, scaling=0.125, extra=[problem.window(backend, scaling=0.125)])
+    out = problem.attend(backend, scaling=0.125)
     assert out[0, 1].isnan().all() and not out[0, 0].isnan().any()
 
 
@@ -81,8 +85,8 @@ def test_a_nan_among_the_chosen_is_not_hidden(device, backend):
         ({"index": torch.zeros(1, 2, 16, dtype=torch.int64)}, "index: received torch.int64"),
         ({"index": torch.zeros(1, 2, 3, 16, dtype=torch.int32)}, r"index: received .*, expected .* \[1, 2, 4, 16\]"),
         ({"count": torch.zeros(1, 2, 4, dtype=torch.int32)}, r"count: received .*, expected torch.int32 \[1, 2\]"),
-        ({"extra": [(torch.zeros(1, 2, 4, 1, 32), torch.zeros(1, 2, 4, 1))]}, r"extra\[0\] out: received"),
-        ({"extra": [(torch.zeros(1, 2, 4, 1, 64), torch.zeros(1, 2, 4))]}, r"extra\[0\] lse: received"),
+        ({"sinks": torch.zeros(2, 4)}, r"sinks: received .* \[2, 4\], expected torch.float32 \[8\]"),
+        ({"out": torch.zeros(1, 2, 4, 32)}, r"out: received .*, expected torch.float32 \[1, 2, 4, 64\]"),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):
@@ -95,19 +99,12 @@ def test_what_does_not_fit_is_named(change, message):
 def test_selections_of_any_size_share_one_program_that_does_not_spill():
     launches = compiled("""
 import torch
-from kvcal.kernels.attend import attend, attend_runs, tail, unread, window
-for capacity, chosen, clusters in ((4096, 2048, 1640), (5008, 77, 96)):
+from kvcal.kernels.attend import attend
+for capacity, chosen in ((4096, 2048), (5008, 77)):
     cache = torch.zeros(1, 8, capacity, 128, dtype=torch.bfloat16)
-    index, row = torch.zeros(1, 8, chosen, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    operands, count = (cache[:, :, :4], cache, cache, index), index[..., 0].contiguous()
-    attend(*operands, count, scaling=0.1, backend="triton")
-    attend_runs(*operands, index, scaling=0.1, splits=4, backend="triton")
-    sizes = torch.zeros(1, 8, clusters, dtype=torch.int32)
-    left = unread(index, count, torch.zeros(1, 8, capacity, dtype=torch.int32), sizes, row, row, backend="triton")
-    means = cache[:, :, :clusters].contiguous()
-    extra = [tail(cache[:, :, :4], means, means, left, scaling=0.1, splits=4, backend="triton")]
-    extra += [window(*operands[:3], row, row, scaling=0.1, splits=4, backend="triton")]
-    attend_runs(*operands, index, count, scaling=0.1, extra=extra, splits=4, backend="triton")
+    index = torch.zeros(1, 8, chosen, dtype=torch.int32)
+    count = index[..., 0].contiguous()
+    attend(cache[:, :, :4], cache, cache, index, count, scaling=0.1, backend="triton")
 """)
     half = len(launches) // 2
     assert [launch["hash"] for launch in launches[:half]] == [launch["hash"] for launch in launches[half:]]
@@ -120,7 +117,7 @@ def test_long_rows(device, batch, capacity):
     counts = torch.linspace(1, 2048, batch * 2).long().view(batch, 2).tolist()
     problem = Problem(device, counts, 2048, capacity, width=128, dtype=torch.bfloat16)
     out = problem.attend("triton", scaling=0.1)
-    assert_close(out, problem.expected("chosen", scaling=0.1), torch.bfloat16)
+    assert_close(out, problem.expected(scaling=0.1), torch.bfloat16)
 
 
 @on_a_gpu
@@ -132,7 +129,7 @@ def test_offsets_of_more_than_32_bits(device):
     index = torch.tensor([[slots]], dtype=torch.int32, device=device)
     query = torch.randn(1, 1, 4, 128, dtype=torch.bfloat16, device=device)
     out = attend(query, cache, cache, index, torch.full_like(index[..., 0], 4), scaling=0.1)
-    assert_close(out, attention(query, [tokens(cache, cache, lambda *_: slots)], scaling=0.1), torch.bfloat16)
+    assert_close(out, attention(query, cache, cache, lambda *_: slots, scaling=0.1), torch.bfloat16)
 
 
 @on_a_gpu
@@ -141,16 +138,14 @@ def test_a_captured_step_follows_counts_and_contents(device):
     out = torch.empty_like(problem.query)
 
     def step():
-        extra = [problem.window("triton", scaling=0.125), problem.tail("triton", scaling=0.125)]
-        problem.attend("triton", scaling=0.125, extra=extra, out=out)
+        problem.attend("triton", scaling=0.125, out=out)
 
     step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    for counts, end in (([[0, 150]], 5), ([[64, 1]], 10)):
+    for counts in ([[0, 150]], [[64, 1]]):
         problem.count.copy_(torch.tensor(counts, dtype=torch.int32))
-        problem.end.fill_(end)
         problem.query.normal_()
         graph.replay()
-        assert_close(out, problem.expected("chosen", "near", "far", scaling=0.125))
+        assert_close(out, problem.expected(scaling=0.125))

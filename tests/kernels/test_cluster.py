@@ -8,7 +8,7 @@ from tolerances import assert_close
 
 import kvcal.kernels.cluster as cluster
 from kvcal.kernels.cluster import assign, update
-from kvcal.runtime.stores.kmeans import spherical_kmeans
+from kvcal.runtime.methods.kmeans import spherical_kmeans
 
 BOTH = pytest.mark.parametrize("backend", ["triton", "reference"])
 CASES = pytest.mark.parametrize(

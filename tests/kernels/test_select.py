@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from compiling import compiled
 from select_problem import BOTH, DTYPES, assert_selects, difficult, poisoned, spoil_beyond
 
 from kvcal.kernels.select import select
 from kvcal.kernels.select import triton_kernel as kernel
-
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # the interpreter's, of thresholds
 
 
 @BOTH
@@ -106,6 +105,22 @@ def test_what_does_not_fit_is_named():
         select(scores, lengths[:1], lengths, capacity_out=2)
     with pytest.raises(ValueError, match=r"out index: received torch.int32 \[2, 1, 4\]"):
         select(scores, 3, lengths, out=poisoned((2, 1), 4, "cpu"))
+
+
+def test_compiles_for_hopper_without_spilling_and_once_for_all_sizes():
+    pytest.importorskip("triton")
+    launches = compiled("""
+import torch
+from kvcal.kernels.select import select
+def launch(dtype, tokens, k, capacity):
+    scores, lengths = torch.zeros(2, 8, tokens, dtype=dtype), torch.zeros(2, dtype=torch.int32)
+    select(scores, k or lengths, lengths, capacity_out=capacity, backend="triton")
+launch(torch.float16, 16384, 64, 64)
+launch(torch.float16, 4096, 100, 128)
+launch(torch.float32, 16384, None, 64)
+""")
+    assert not any(launch["stack"] for launch in launches), launches
+    assert launches[0]["hash"] == launches[1]["hash"]
 
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="long rows need a GPU")

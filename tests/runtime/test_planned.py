@@ -12,9 +12,9 @@ from compressed import artifact, greedy, model, padded
 from kvcal.artifacts import ArtifactError, KvcalError, save
 from kvcal.runtime import CompressedCache, compress, decode, load
 from kvcal.runtime.methods.full import Full
+from kvcal.runtime.methods.loki import Loki
+from kvcal.runtime.methods.quest import Quest
 from kvcal.runtime.planned import FILE, chosen, has_plan, read_plan
-from kvcal.runtime.stores.loki import Loki
-from kvcal.runtime.stores.quest import Quest
 
 LAYERS = [
     {"method": "loki", "rank": 0.5, "keep": 0.25},

@@ -9,31 +9,34 @@ import pytest
 import samples
 
 from kvcal.artifacts import KvcalError
+from kvcal.runtime.methods.exact_topk import ExactTopk
 from kvcal.runtime.methods.full import Full
+from kvcal.runtime.methods.loki import Loki
+from kvcal.runtime.methods.quest import Quest
 from kvcal.runtime.settings import builders, describe, plan
 from kvcal.runtime.stores import METHODS
-from kvcal.runtime.stores.exact_topk import ExactTopk
 from kvcal.runtime.stores.h2o import H2O
-from kvcal.runtime.stores.loki import Loki
-from kvcal.runtime.stores.quest import Quest
 from kvcal.runtime.stores.streaming import Streaming
 
 LAYERS = range(4)
 KEEPING = ("loki", "exact_topk", "quest", "sparq", "streaming", "h2o")
 
 
-TAIL = {"tail": False, "tokens_per_cluster": 80, "window": 64, "sinks": 4}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "full": {},
     "loki": {
-        "rank": 0.25, "keep": 0.25, "basis": "score", "stage": "post", "select": "group", "choice": "exact", **TAIL,
+        "rank": 0.25, "keep": 0.25, "basis": "score", "stage": "post", "select": "group", "choice": "exact",
+        "sample": 1024, "sinks": 0, "recent": 0,
     },
-    "exact_topk": {"keep": 0.25, "select": "group", **TAIL},
-    "quest": {"keep": 0.25, "page": 16, "select": "group", **TAIL},
+    "exact_topk": {"keep": 0.25, "select": "group"},
+    "quest": {"keep": 0.25, "page": 16, "select": "group", "sinks": 0, "recent": 0},
     "sparq": {"rank": 0.25, "keep": 0.25, "select": "group"},
     "streaming": {"keep": 0.25, "sinks": 4},
     "h2o": {"keep": 0.25},
-    "clusterkv": {"keep": 1024, "select": "group", "tokens_per_cluster": 16, "window": 320, "sinks": 16, "tail": False},
+    "clusterkv": {
+        "keep": 1024, "select": "group", "tokens_per_cluster": 16, "window": 320, "sinks": 16, "tail": False,
+        "segment": 8192, "iterations": 3, "offload": "none", "cached": 2048,
+    },
     "spectral": {
         "keep": 0.0625, "select": "group", "rank": 0.5, "bits": 2, "rows": 16, "sinks": 1, "recent": 16,
         "residual": True, "choice": "sampled", "sample": 1024, "offload": "none", "cached": 2048,
@@ -211,10 +214,10 @@ def test_builders_make_empty_stores_of_their_own() -> None:
     made = builders(
         plan("loki", {"basis": "pca", "rank": [8, 4, 2, 1]}, LAYERS, 4), [8] * 4, samples.artifact(layers=4, head_dim=8)
     )
-    assert [made[layer]().basis.rank for layer in LAYERS] == [8, 4, 2, 1]
+    assert [made[layer]().policy.basis.rank for layer in LAYERS] == [8, 4, 2, 1]
     first, second = made[0](), made[0]()
     assert first is not second and first.lengths == [] and first.resident_bytes() == 0
-    assert first.basis is second.basis  # the artifact's tensors are shared
+    assert first.policy is second.policy  # the artifact's tensors are shared
 
 
 def test_describe_joins_neighbours() -> None:

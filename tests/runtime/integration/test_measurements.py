@@ -35,8 +35,8 @@ def read_by_hand(method, tokens):
         # what is held, with an int32 position; h2o with a float of attention too
         "streaming": key_heads * budget * (2 * vector + 4),
         "h2o": key_heads * budget * (2 * vector + 4 + 4),
-        # every centroid with its int32 size, then a budget of 0.3, which the heads of a group share
-        "clusterkv": key_heads * (CLUSTERS * (vector + 4) + math.ceil(0.3 * tokens) * 2 * vector),
+        # every centroid with its int32 size, then a budget of 0.3, which the heads of a group share, and where it lies
+        "clusterkv": key_heads * (CLUSTERS * (vector + 4) + math.ceil(0.3 * tokens) * (2 * vector + 4)),
         # the same budget; of each token codeword, code of 4 bits and scale; codewords, their lengths and maps in
         # 16 bits. No page is full, whose correction would be read.
         "spectral": key_heads * (tokens * (1 + D // 2 + 2) + math.ceil(0.3 * tokens) * 2 * vector)

@@ -19,7 +19,7 @@ SETTINGS = {
     ),
     "unknown parameter": (
         {"budget": 3},
-        "loki has no parameter 'budget': there are .*keep, rank, select, .*stage, .*, and dense_layers",
+        "loki has no parameter 'budget': there are basis, .*keep, rank, .*select, .*stage, and dense_layers",
     ),
     "rank above D": ({"rank": 17}, "loki, layer 0: rank 17 is above the head dim 16: give at most 16"),
     "rank of another method": ({"method": "sparq", "rank": 17}, "sparq, layer 0: rank 17 is above the head dim 16"),

@@ -129,9 +129,9 @@ def test_what_keeps_all_equals_cla(trained, weights):
 
 def test_clusters_of_other_keys_are_not_begun_with(trained):
     _, cache = decoded(trained, "cla+clusterkv", **SMALL["clusterkv"])
-    assert [store.clusters.start for store in cache.stores.values()] == [None] * 3
+    assert [store.index.start for store in cache.stores.values()] == [None] * 3
     _, cache = decoded(trained, "clusterkv", **SMALL["clusterkv"])
-    assert all(store.clusters.start is not None for store in cache.stores.values())
+    assert all(store.index.start is not None for store in cache.stores.values())
 
 
 def test_untrained_projections_and_other_groups(trained):

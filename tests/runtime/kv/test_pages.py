@@ -42,7 +42,7 @@ def scattered() -> LayerCache:
             for name, of in rows().items():
                 pages[name][table[at, token // PAGE], token % PAGE] = of[at][:, token]
     seq_lens = torch.tensor(LENGTHS, dtype=torch.int32)
-    return LayerCache(pages, {}, DecodeMetadata(table, seq_lens, max(LENGTHS), min(LENGTHS), contiguous=False))
+    return LayerCache(pages, {}, {}, DecodeMetadata(table, seq_lens, max(LENGTHS), min(LENGTHS), contiguous=False))
 
 
 def in_order() -> LayerCache:
@@ -55,7 +55,7 @@ def in_order() -> LayerCache:
             buffers[name].tensor[at, :, : tokens.shape[1]] = tokens
     capacity = buffers["key"].tensor.shape[2]
     metadata = contiguous_metadata(LENGTHS, capacity, torch.device("cpu"))
-    return LayerCache({name: buffer.pages for name, buffer in buffers.items()}, {}, metadata)
+    return LayerCache({name: buffer.pages for name, buffer in buffers.items()}, {}, {}, metadata)
 
 
 CACHES = pytest.mark.parametrize("cache", [scattered(), in_order()], ids=["scattered", "in order"])
@@ -83,7 +83,7 @@ def test_gathered_tokens_are_those_at_their_positions(cache):
 @CACHES
 def test_writing_touches_the_last_slot_of_each_sequence_and_nothing_else(cache):
     pages = {name: tensor.clone() for name, tensor in cache.pages.items()}
-    twin = LayerCache(pages, {}, cache.metadata)
+    twin = LayerCache(pages, {}, {}, cache.metadata)
     new = {name: drawn(len(LENGTHS), HEADS, 1, dims, seed=40 + dims) for name, dims in DIMS.items()}
     twin.write_last(new)
     for name in DIMS:
@@ -97,13 +97,13 @@ def test_writing_touches_the_last_slot_of_each_sequence_and_nothing_else(cache):
 def test_full_attention_through_scattered_pages():
     """What lies beyond a sequence's tokens may be anything that is finite."""
     cache, logits = scattered(), Logits(D**-0.5, softcap=5.0, sinks=drawn(HEADS * GROUP, seed=9))
-    cache = LayerCache({name: pages.nan_to_num(nan=1e4) for name, pages in cache.pages.items()}, {}, cache.metadata)
+    cache = LayerCache({name: pages.nan_to_num(nan=1e4) for name, pages in cache.pages.items()}, {}, {}, cache.metadata)
     query = drawn(len(LENGTHS), HEADS * GROUP, 1, D, seed=8)
     found = FullPolicy().step(query, cache, logits)
     for at, (key, value) in enumerate(zip(*rows().values(), strict=True)):
         alone = attention(query[at : at + 1].double(), key[None].double(), value[None].double(), logits)
         torch.testing.assert_close(found.output[at : at + 1].double(), alone, rtol=1e-5, atol=1e-6)
-    reading = Reading(FullPolicy(), cache.metadata, found.selected, HEADS, FullPolicy().row_bytes(cache))
+    reading = Reading(FullPolicy(), cache.metadata, found.selected, HEADS, {"key": 4 * D, "value": 4 * DV}, 0)
     assert reading.bytes_read() == sum(LENGTHS) * HEADS * (D + DV) * 4
     assert reading.mask().sum((1, 2)).tolist() == [HEADS * length for length in LENGTHS]
 

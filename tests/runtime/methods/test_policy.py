@@ -13,10 +13,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from kvcal.artifacts import Artifact
 from kvcal.runtime.attention import Logits, attention
-from kvcal.runtime.kv.pages import DecodeMetadata, LayerCache
-from kvcal.runtime.methods.base import Attended, Method, Policy, Selected
+from kvcal.runtime.kv.pages import LayerCache
+from kvcal.runtime.methods.base import Attended, Method, Policy, Reading, Selected
 from kvcal.runtime.methods.full import Full
-from kvcal.runtime.static import Clock, make_step
+from kvcal.runtime.static import Clock, PagedStep
 from kvcal.runtime.stores import METHODS
 
 GEOMETRY = Geometry(16, 8, 2, 3)
@@ -46,8 +46,8 @@ class LongestPolicy(Policy):
         out = attention(query, key, value, logits, valid.unsqueeze(2))
         return Attended(out, Selected(found.indices.unsqueeze(2), valid.unsqueeze(2)))
 
-    def index_bytes(self, metadata: DecodeMetadata) -> int:
-        return 4 * GEOMETRY.kv_heads * int(metadata.seq_lens.sum())
+    def index_bytes(self, reading: Reading) -> int:
+        return 4 * GEOMETRY.kv_heads * reading.tokens()
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +118,7 @@ def test_steps_of_fixed_shapes_are_the_same(told):
     eager, rows = filled()
     stepped, _ = filled()
     clock = Clock(stepped.lengths, torch.device("cpu"))
-    step = make_step(Longest(), stepped, clock)
+    step = PagedStep(stepped, clock)
     step.reserve(300)
     for number in range(6):
         query, key, value = (

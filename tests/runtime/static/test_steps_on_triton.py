@@ -1,5 +1,5 @@
 """The steps that a CUDA graph replays: on Triton's kernels against the kernels' references, and these against the
-stores."""
+steps that run eagerly, whose shapes follow from the true lengths."""
 
 import coded
 import pytest
@@ -7,14 +7,16 @@ import torch
 from tolerances import assert_close
 
 from kvcal.runtime.attention import Logits
+from kvcal.runtime.methods.basis import Basis
+from kvcal.runtime.methods.clusterkv import ClusterKV
+from kvcal.runtime.methods.exact_topk import ExactTopk
 from kvcal.runtime.methods.full import Full
+from kvcal.runtime.methods.loki import Loki, LokiPolicy
+from kvcal.runtime.methods.quest import Quest
+from kvcal.runtime.methods.sparq import Sparq
 from kvcal.runtime.methods.spectral import Spectral
-from kvcal.runtime.static import Clock, make_step
-from kvcal.runtime.stores.basis import Basis
-from kvcal.runtime.stores.clusterkv import ClusterKV, ClusterKVStore
-from kvcal.runtime.stores.full import FullStore
-from kvcal.runtime.stores.loki import Loki, LokiStore
-from kvcal.runtime.stores.thresholds import Thresholds
+from kvcal.runtime.static import Clock, PagedStep
+from kvcal.runtime.stores.paged import PagedStore
 
 KERNELS = ("append", "attend", "dense", "score", "select")
 HEADS, GROUP, DIMS, RANK = 2, 4, 32, 16
@@ -29,13 +31,17 @@ METHODS = {
     "loki-max": Loki(rank=RANK, keep=12, select="max", dense_below=20, basis="pca"),
     "loki-index": Loki(rank=RANK, keep=12, select="max", basis="score"),
     "loki-index-group": Loki(rank=RANK, keep=12, select="group", basis="score"),
-    "loki-threshold": Loki(rank=RANK, keep=12, choice="threshold", dense_below=20, basis="pca", select="head"),
-    "loki-max-threshold": Loki(rank=RANK, keep=0.25, choice="threshold", select="max", basis="pca"),
+    "loki-sinks": Loki(rank=RANK, keep=12, select="max", basis="score", sinks=2, recent=3),
+    "loki-sampled": Loki(rank=RANK, keep=0.5, basis="pca", choice="sampled", sample=16),
+    "exact_topk": ExactTopk(keep=12, select="head"),
+    "exact_topk-group": ExactTopk(keep=0.4, dense_below=20),
+    "quest": Quest(keep=20, page=4, select="head"),
+    "quest-group": Quest(keep=0.5, page=8, sinks=3, recent=5),
+    "sparq": Sparq(keep=12, rank=RANK, select="head"),
+    "sparq-group": Sparq(keep=0.4, dense_below=20),
     "clusterkv": ClusterKV(**CLUSTERS),
     "clusterkv-head": ClusterKV(**CLUSTERS, select="head"),
     "clusterkv-max": ClusterKV(**CLUSTERS, select="max"),
-    "loki-tail": Loki(rank=RANK, keep=14, tail=True, tokens_per_cluster=5, window=7, basis="pca", select="head"),
-    "loki-index-tail": Loki(rank=RANK, keep=14, tail=True, tokens_per_cluster=5, select="max", basis="score"),
     "clusterkv-tail": ClusterKV(**CLUSTERS, tail=True, select="max"),
     "clusterkv-head-tail": ClusterKV(**CLUSTERS, tail=True, select="head"),
     "spectral": Spectral(**CODED, select="max"),
@@ -54,8 +60,8 @@ def on(monkeypatch, device):
     def choose(backend):
         for kernel in KERNELS:
             monkeypatch.setattr(f"kvcal.kernels.{kernel}.choose", lambda *_: backend)
-        for caller in ("methods.full", "kv.pages"):
-            monkeypatch.setattr(f"kvcal.runtime.{caller}.choose", lambda *_: backend)
+        for caller in ("methods.full.choose", "kv.pages.choose", "methods.choosing.backend", "methods.loki.backend"):
+            monkeypatch.setattr(f"kvcal.runtime.{caller}", lambda *_: backend)
 
     return choose
 
@@ -83,41 +89,36 @@ class Text:
         return torch.randn(shape, generator=self.generator).to(self.device, dtype)
 
 
-def fitted(method):
-    """Thresholds of queries and keys such as `Text` draws, in any basis of orthonormal rows."""
-    sample = torch.randn(2, HEADS, 500, RANK, generator=torch.Generator().manual_seed(6))
-    return Thresholds.fit(*sample, torch.arange(500), GROUP if method.select == "max" else 1)
-
-
 def make_store(method, basis):
     if isinstance(method, Loki):
         part = basis[:, :RANK].contiguous()
         made = Basis(basis, basis, RANK) if method.basis == "pca" else Basis(part, part, RANK)
-        return LokiStore(method, made, fitted(method) if method.choice == "threshold" else None)
-    if isinstance(method, Spectral):
-        return method.build(0, DIMS, coded.artifact(DIMS, HEADS))()
-    return ClusterKVStore(method, None) if isinstance(method, ClusterKV) else FullStore()
+        return PagedStore(LokiPolicy(method, made))
+    return method.build(0, DIMS, coded.artifact(DIMS, HEADS) if isinstance(method, Spectral) else None)()
 
 
 def stepped(method, text, logits):
-    """[STEPPED, B, Hq, Dv] and what the store holds after that; positions are not the step's to write."""
+    """[STEPPED, B, Hq, Dv] and what the store holds after that."""
     store = make_store(method, text.basis.to(text.dtype))
     store.prefill(*text.prompt, logits, text.valid)
     clock = Clock(store.lengths, text.device)
-    step = make_step(method, store, clock)
+    step = PagedStep(store, clock)
     step.reserve(max(LENGTHS) + STEPPED + 1)
     out = []
     for query, key, value in text.decoded:
         out.append(step.step(query, key, value, logits).squeeze(2))
         clock.tick()
-    return torch.stack(out), {name: step.buffer(name) for name in step.per_token if name != "position"}
+    return torch.stack(out), {name: step.buffer(name) for name in step.per_token}
 
 
 @pytest.mark.parametrize(
     ("method", "capped"),
     [
         *((method, False) for method in METHODS),
-        *((method, True) for method in ("full", "loki-max", "clusterkv", "spectral", "spectral-8-bit-rows")),
+        *(
+            (method, True)
+            for method in ("full", "loki-max", "quest", "sparq", "clusterkv-tail", "spectral", "spectral-8-bit-rows")
+        ),
     ],
 )
 def test_equals_the_reference(method, capped, on, device):
@@ -150,7 +151,7 @@ def test_equals_the_store(method, on, device):
         assert_close(step, store.attend(query, logits).squeeze(2).double())
 
 
-@pytest.mark.parametrize("method", ["full", "loki-tail", "clusterkv", "spectral"])
+@pytest.mark.parametrize("method", ["full", "loki-sinks", "quest", "clusterkv", "spectral"])
 def test_a_step_can_be_taken_again(method, on, device):
     """As a graph's is, which is run to warm up and then, from the same state, in earnest."""
     text, logits = Text(torch.float32, device), Logits(DIMS**-0.5)
@@ -158,28 +159,12 @@ def test_a_step_can_be_taken_again(method, on, device):
     store = make_store(METHODS[method], text.basis)
     store.prefill(*text.prompt, logits, text.valid)
     clock = Clock(store.lengths, device)
-    step = make_step(METHODS[method], store, clock)
+    step = PagedStep(store, clock)
     step.reserve(max(LENGTHS) + STEPPED + 1)
     for query, key, value in text.decoded:
         first = step.step(query, key, value, logits)
         assert torch.equal(step.step(query, key, value, logits), first)
         clock.tick()
-
-
-def test_only_layers_whose_windows_close_together_share_what_is_open(on, device):
-    """A graph captured while two windows begin alike must not read one for the other once they differ."""
-    text, logits = Text(torch.float32, device), Logits(DIMS**-0.5)
-    on("reference")
-    steps = []
-    for window in (12, 12, 7):
-        store = make_store(ClusterKV(**{**CLUSTERS, "window": window}), text.basis)
-        store.prefill(*text.prompt, logits, text.valid)
-        clock = steps[0].clock if steps else Clock(store.lengths, device)
-        steps.append(make_step(METHODS["clusterkv"], store, clock))
-        steps[-1].reserve(max(LENGTHS) + 2)
-    first, alike, other = (step.open() for step in steps)
-    assert first is alike and first is not other
-    assert torch.equal(torch.stack(first.runs), torch.stack(other.runs))
 
 
 @pytest.mark.parametrize("method", ["full", "loki-max", "clusterkv-max", "spectral", "spectral-8-bit-rows"])

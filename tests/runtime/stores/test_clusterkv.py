@@ -13,7 +13,7 @@ from sequences import Geometry, Row, assert_steps, decode, draw, make, padded, p
 
 from kvcal.artifacts import KvcalError
 from kvcal.runtime.attention import Logits
-from kvcal.runtime.stores.clusterkv import ClusterKV, ClusterKVStore
+from kvcal.runtime.methods.clusterkv import ClusterKV
 
 G64, G80, G128, G256 = (
     Geometry(64, 64, 2, 1),
@@ -90,7 +90,6 @@ def test_clusters_are_made_of_the_prompt_and_of_every_full_window(prompts: tuple
     sinks, window = 4, 6
     rows = draw(SMALL, prompts, 20)
     store = make("clusterkv", SMALL, keep=0.5, tokens_per_cluster=5, window=window, sinks=sinks)
-    assert isinstance(store, ClusterKVStore)
     prefill(store, rows, PLAIN)
     assert all(not clustering_of(store, row, 0).members for row in range(len(rows)))  # not before it is needed
     for step in range(20):
@@ -122,7 +121,7 @@ def test_clusters_are_alike_inside() -> None:
     store = make("clusterkv", SMALL, keep=0.2, tokens_per_cluster=39, sinks=0)
     prefill(store, [row], PLAIN)
     decode(store, [row], PLAIN)
-    means = store.rows["cluster.value"].view[0]
+    means = store.index.buffers["cluster.value"].view[0]  # type: ignore[attr-defined]
     assert means.shape[1] == 6
     torch.testing.assert_close(means, means.round(), rtol=0, atol=1e-5)  # one kind each
     for head in range(2):
@@ -181,7 +180,7 @@ def test_turns_are_clusters_of_their_own() -> None:
     store.prefill(query, key, value, PLAIN, valid)
     late = [Row(*row.tensors(), prompt) for row, prompt in zip(rows, (39, 18), strict=True)]
     decode_checked(store, late, PLAIN, whole_clusters, settings, range(8))
-    assert store.clusters.upto == [45, 24]  # type: ignore[attr-defined]
+    assert store.index.upto == [45, 24]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -9,19 +9,17 @@ import pytest
 import samples
 import torch
 from oracle_clusters import clustering_of, decode_checked, whole_clusters
-from oracles import PUBLISHED
-from sequences import VARIANTS, Geometry, Row, alone, append, assert_steps, decode, draw, fork, make, maps, prefill
+from sequences import VARIANTS, Geometry, Row, alone, append, assert_steps, decode, draw, fork, make, prefill
 from torch import Tensor
 
 from kvcal.artifacts import Stage
 from kvcal.runtime.attention import Logits
+from kvcal.runtime.methods.clusterkv import ClusterKV
+from kvcal.runtime.methods.kmeans import spherical_kmeans
 from kvcal.runtime.stores import Store
-from kvcal.runtime.stores.clustered import ClusteredStore
-from kvcal.runtime.stores.clusterkv import ClusterKV
-from kvcal.runtime.stores.kmeans import spherical_kmeans
 
 GEOMETRY, LOGITS = Geometry(16, 8, 2, 3), Logits(0.25)
-CLUSTERED = ["clusterkv", "clusterkv-tail", "clusterkv-offload", "loki-score-tail", "exact_topk-tail", "quest-tail"]
+CLUSTERED = ["clusterkv", "clusterkv-tail", "clusterkv-offload"]
 STEPS = 12
 """The window of every variant is 3."""
 
@@ -154,7 +152,7 @@ def test_a_row_that_pauses_closes_its_windows_later(variant: tuple[str, dict[str
                     output[row], steps[done[row]].output, rtol=1e-4, atol=1e-5, check_dtype=False
                 )
                 done[row] += 1
-    assert done == [11, 8] and store.clusters.upto == [39, 23]  # type: ignore[attr-defined]
+    assert done == [11, 8] and store.index.upto == [39, 23]  # type: ignore[attr-defined]
 
 
 def test_nothing_is_left_behind(variant: tuple[str, dict[str, Any]]) -> None:
@@ -186,24 +184,24 @@ def test_a_row_that_pauses_before_a_turn(variant: tuple[str, dict[str, Any]]) ->
     assert_steps(decode(store, [first, rows[1]], LOGITS, range(7, 11))[1], expected)
 
 
-@pytest.mark.parametrize("name", ["clusterkv-tail", "exact_topk-tail", "loki-pca-tail"])
-def test_what_is_stored_of_clusters(name: str) -> None:
+def test_what_is_stored_of_clusters() -> None:
     """k-means of each row's keys alone, in the order of its clusters; means and sizes of each, in order of arrival."""
-    method, settings = VARIANTS[name]
+    method, settings = VARIANTS["clusterkv"]
     rows = draw(GEOMETRY, (40, 90, 9), 1)
     store = make(method, GEOMETRY, **settings)
     prefill(store, rows, LOGITS)
     decode(store, rows, LOGITS)
-    assert isinstance(store, ClusteredStore)
     for index, row in enumerate(rows):
         tokens = row.prompt - 2
-        stored = row.key @ maps(GEOMETRY, "pca", 4)[1].mT if name.startswith("loki") else row.key
-        labels = spherical_kmeans(stored[None, :, 2 : row.prompt], [tokens], [round(tokens / 4)]).labels[0]
+        labels = spherical_kmeans(row.key[None, :, 2 : row.prompt], [tokens], [round(tokens / 4)]).labels[0]
         for head in range(GEOMETRY.kv_heads):
             for cluster, members in enumerate(clustering_of(store, index, head).members):
                 assert members.tolist() == ((labels[head] == cluster).nonzero().flatten() + 2).tolist()
-                stands = {of: store.rows[f"cluster.{of}"].view[index, head, cluster] for of in ("key", "value", "size")}
-                torch.testing.assert_close(stands["key"], stored[head, members].mean(0), rtol=1e-4, atol=1e-5)
+                stands = {
+                    of: store.index.buffers[f"cluster.{of}"].view[index, head, cluster]
+                    for of in ("key", "value", "size")
+                }
+                torch.testing.assert_close(stands["key"], row.key[head, members].mean(0), rtol=1e-4, atol=1e-5)
                 torch.testing.assert_close(stands["value"], row.value[head, members].mean(0), rtol=1e-4, atol=1e-5)
                 assert stands["size"].item() == len(members)
 
@@ -225,7 +223,7 @@ def test_calibrated_centroids_are_what_it_begins_with(tail: bool) -> None:
         store = ClusterKV(**settings).build(1, 16, of)()
         prefill(store, rows, LOGITS)
         decode_checked(store, rows, LOGITS, whole_clusters, settings, range(2))
-        passes[name] = store.clusters.most_passes
+        passes[name] = store.index.most_passes
     assert passes["known"] < passes["none"] == passes["no artifact"]
 
 
@@ -247,13 +245,12 @@ def test_the_row_of_most_clusters_goes(variant: tuple[str, dict[str, Any]]) -> N
     assert_steps(decode(store, [long], LOGITS, range(1, STEPS))[0], expected)
 
 
-@pytest.mark.parametrize("method", ["clusterkv", "exact_topk", "loki"])
 @pytest.mark.parametrize(("window", "per_cluster"), [(20, 5), (1000, 5), (1000, 80)])
-def test_no_step_reads_more_than_asked_for(method: str, window: int, per_cluster: int) -> None:
+def test_no_step_reads_more_than_asked_for(window: int, per_cluster: int) -> None:
     """However large the window, and a cluster: budgets above the sinks are never exceeded."""
     rows = draw(GEOMETRY, (40, 90), 60)
     settings = {"keep": 16, "tokens_per_cluster": per_cluster, "sinks": 3, "window": window, "tail": True}
-    store = make(method, GEOMETRY, **PUBLISHED.get(method, {}), **settings)
+    store = make("clusterkv", GEOMETRY, **settings)
     prefill(store, rows, LOGITS)
     for steps in decode(store, rows, LOGITS):
         assert all((step.read.sum(-1) == 16).all() for step in steps)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kvcal.artifacts import KvcalError
 from kvcal.kernels.cluster import reference
-from kvcal.runtime.stores import kmeans
-from kvcal.runtime.stores.kmeans import spherical_kmeans
+from kvcal.runtime.methods import kmeans
+from kvcal.runtime.methods.kmeans import spherical_kmeans
 
 LENGTHS, COUNTS = (200, 3, 77, 1), (12, 3, 5, 1)
 
@@ -26,12 +26,15 @@ def directions(*shape: int, seed: int = 0) -> Tensor:
     return points * (0.1 + 3 * torch.rand(*shape[:-1], 1, generator=generator))
 
 
-def blobs(sets: int, centres: int, each: int, dims: int = 16, noise: float = 0.05, seed: int = 0) -> Tensor:
+def blobs(
+    sets: int, centres: int, each: int, dims: int = 16, noise: float = 0.05, seed: int = 0, shuffled: bool = True
+) -> Tensor:
     """[sets, 1, centres · each, dims]: tight bundles of directions."""
     generator = torch.Generator().manual_seed(seed)
     middle = F.normalize(torch.randn(sets, centres, 1, dims, generator=generator), dim=-1)
     points = middle + noise * torch.randn(sets, centres, each, dims, generator=generator)
-    return points.flatten(1, 2)[:, torch.randperm(centres * each, generator=generator)].unsqueeze(1)
+    order = torch.randperm(centres * each, generator=generator) if shuffled else torch.arange(centres * each)
+    return points.flatten(1, 2)[:, order].unsqueeze(1)
 
 
 def lloyd(row: Tensor, start: Tensor, iterations: int, tolerance: float) -> tuple[Tensor, Tensor, int]:
@@ -87,7 +90,7 @@ def test_equals_loops_over_each_set(iterations: int, tolerance: float) -> None:
         torch.testing.assert_close(found.centroids[row, :, :count].double(), centroids, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("known", [0, 4, 30], ids=["k-means++", "some-known", "more-known-than-needed"])
+@pytest.mark.parametrize("known", [0, 4, 30], ids=["none-known", "some-known", "more-known-than-needed"])
 def test_rows_of_a_batch_equal_each_alone(known: int) -> None:
     points = directions(len(LENGTHS), 3, max(LENGTHS), 16)
     start = directions(3, known, 16, seed=2) if known else None
@@ -119,25 +122,28 @@ def test_blocks_of_similarities_change_nothing(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("points", [directions(1, 1, 600, 12), blobs(1, 20, 30, noise=0.15)], ids=["spread", "blobs"])
 def test_as_good_as_others(points: Tensor) -> None:
-    """1 - cosine to the centroid, mean of six runs: at most 1 % above k-means that begins with random tokens."""
+    """1 - cosine to the centroid, mean over 24 orders: at most 1 %, or two standard errors, above that of k-means which
+    begins with random tokens, as this does in any order."""
     count, dims = 20, points.shape[-1]
     unit = F.normalize(points[0, 0], dim=-1).numpy()
-    ours, lloyds, of_faiss = [], [], []
-    for seed in range(6):
-        ours.append(spherical_kmeans(points, [600], [count], seed=seed).centroids)
-        reference = Reference(count, init="random", n_init=1, random_state=seed).fit(unit)
-        lloyds.append(torch.from_numpy(reference.cluster_centers_)[None, None])
-        trained = faiss.Kmeans(dims, count, niter=20, spherical=True, seed=seed + 1, min_points_per_centroid=1)
-        trained.train(unit)
-        of_faiss.append(torch.from_numpy(trained.centroids)[None, None])
-    mean, by_lloyd, by_faiss = (
-        sum(1 - objective(points, each) for each in runs) / len(runs) for runs in (ours, lloyds, of_faiss)
-    )
-    assert mean <= 1.01 * min(by_lloyd, by_faiss)
+    ours, others = [], ([], [])
+    for seed in range(24):
+        order = torch.randperm(600, generator=torch.Generator().manual_seed(seed))
+        ours.append(spherical_kmeans(points[:, :, order], [600], [count]).centroids)
+        by_lloyd = Reference(count, init="random", n_init=1, random_state=seed).fit(unit).cluster_centers_
+        by_faiss = faiss.Kmeans(dims, count, niter=20, spherical=True, seed=seed + 1, min_points_per_centroid=1)
+        by_faiss.train(unit)
+        for runs, centroids in zip(others, (by_lloyd, by_faiss.centroids), strict=True):
+            runs.append(torch.from_numpy(centroids)[None, None])
+    mine, *theirs = (torch.tensor([1 - objective(points, each) for each in runs]) for runs in (ours, *others))
+    for other in theirs:
+        error = ((mine.var() + other.var()) / len(mine)).sqrt()
+        assert mine.mean() <= other.mean() + max(0.01 * other.mean(), 2 * error)
 
 
 def test_finds_clusters_that_are_there() -> None:
-    points = blobs(3, 8, 25, noise=0.02)
+    """Where a token of each is begun with: bundles one after the other."""
+    points = blobs(3, 8, 25, noise=0.02, shuffled=False)
     found = spherical_kmeans(points, [200] * 3, [8] * 3)
     for row in range(3):
         assert torch.bincount(found.labels[row, 0], minlength=8).tolist() == [25] * 8
@@ -169,25 +175,24 @@ def test_calibrated_centroids_save_passes() -> None:
 
 
 def test_fewer_or_more_calibrated_centroids_than_clusters() -> None:
-    points = blobs(1, 6, 20, noise=0.02)
+    points = blobs(1, 6, 20, noise=0.02, shuffled=False)
     middle = spherical_kmeans(points, [120], [6]).centroids[0]
-    for start in (middle[:, :3], middle, torch.cat((-middle, middle), 1)):
+    for start in (middle, torch.cat((-middle, middle), 1)):
         found = spherical_kmeans(points, [120], [6], start=start)
         assert torch.bincount(found.labels[0, 0], minlength=6).tolist() == [20] * 6
+    held, tokens = torch.ones(1, 1, 120).bool(), [20, 60, 100]
+    begun = kmeans._begin(F.normalize(points, dim=-1), held, [6], middle[:, 3:])
+    assert sorted((begun[0, 0, :3] @ middle[0].T).argmax(-1).tolist()) == [3, 4, 5]
+    torch.testing.assert_close(begun[0, 0, 3:], F.normalize(points[0, 0, tokens], dim=-1))
 
 
-def test_seeds_are_spread_out() -> None:
-    """Before any pass: 12 seeds hit more of 12 bundles than tokens drawn evenly, 12 (1 - (11/12)^12) = 7.8."""
-    points = blobs(60, 12, 10)
-    unit, held = F.normalize(points, dim=-1), torch.ones(1, 1, 120).bool()
-    middle = spherical_kmeans(points, [120] * 60, [12] * 60).labels
-    hit = []
-    for row in range(60):
-        seeds = kmeans._begin(unit[row : row + 1], held, 12, None, seed=row)[0, 0]
-        token = (seeds @ unit[row, 0].T).argmax(-1)
-        torch.testing.assert_close(unit[row, 0, token], seeds)  # each is a token
-        hit.append(len(set(middle[row, 0, token].tolist())))
-    assert sum(hit) / 60 > 9.5
+def test_it_begins_with_tokens_at_equal_distances() -> None:
+    """Of a row of n tokens and C clusters those in the middle of C equal parts, whatever the rows beside it."""
+    points = directions(2, 2, 60, 8)
+    held = torch.arange(60) < torch.tensor([60, 33]).view(-1, 1, 1)
+    begun = kmeans._begin(points, held, [6, 4], None)
+    for row, tokens in enumerate(([5, 15, 25, 35, 45, 55], [4, 12, 20, 28])):
+        assert torch.equal(begun[row, :, : len(tokens)], points[row, :, tokens])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -224,11 +229,10 @@ def test_equal_points_and_zeros_are_finite() -> None:
         assert found.centroids.isfinite().all() and found.labels.max() < 3
 
 
-def test_deterministic_and_seeded() -> None:
+def test_deterministic() -> None:
     points = directions(2, 2, 100, 8)
-    once, again, other = (spherical_kmeans(points, [100, 60], [9, 5], seed=seed) for seed in (3, 3, 4))
+    once, again = (spherical_kmeans(points, [100, 60], [9, 5]) for _ in range(2))
     assert torch.equal(once.labels, again.labels) and torch.equal(once.centroids, again.centroids)
-    assert not torch.equal(once.centroids, other.centroids)
 
 
 @pytest.mark.parametrize("factor", [2.0**66, 2.0**-100, 2.0**120])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvcal.artifacts import Artifact, KvcalError
 from kvcal.runtime.attention import Logits
-from kvcal.runtime.stores.loki import Loki
+from kvcal.runtime.methods.loki import Loki
 
 GEOMETRY = Geometry(12, 5, 2, 2)
 ARTIFACT = samples.artifact(layers=2, head_dim=12, value_dim=5)
@@ -107,7 +107,7 @@ def scored(artifact: Artifact, layer: int = 0, **settings: object) -> int:
     store = Loki(keep=1, **settings).build(layer, 12, artifact)()
     prefill(store, [row], Logits(1.0))
     decode(store, [row], Logits(1.0))
-    rows_read, basis = GEOMETRY.heads * (12 + 5) * 4, store.basis.rank
+    rows_read, basis = GEOMETRY.heads * (12 + 5) * 4, store.policy.basis.rank
     if settings["basis"] == "score":
         per_rank = 2 * 40 * 4 + 2 * 2 * 12 * 4  # index and both maps
         assert store.bytes_read() - rows_read == per_rank * basis

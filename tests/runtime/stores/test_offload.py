@@ -9,9 +9,10 @@ import torch
 from sequences import Geometry, Row, append, assert_steps, decode, draw, fork, make, prefill
 
 from kvcal.runtime.attention import Logits
-from kvcal.runtime.kv.offload import DeviceCache, HostBuffer
+from kvcal.runtime.kv.offload import DeviceCache
+from kvcal.runtime.kv.pages import HostPages
 from kvcal.runtime.stores import Store
-from kvcal.runtime.stores.clusterkv import ClusterKVStore
+from kvcal.runtime.stores.paged import PagedStore
 
 GEOMETRY, LOGITS = Geometry(16, 8, 2, 3), Logits(0.25)
 D, DV, HKV = GEOMETRY.dim, GEOMETRY.value_dim, GEOMETRY.kv_heads
@@ -23,8 +24,8 @@ SPECTRAL = {"method": "spectral"}
 EIGHT = {"method": "spectral", "rows": 8, "select": "head"}
 
 
-def on_host(tensor: torch.Tensor) -> HostBuffer:
-    rows = HostBuffer()
+def on_host(tensor: torch.Tensor) -> HostPages:
+    rows = HostPages()
     rows.replace(tensor)
     return rows
 
@@ -151,7 +152,7 @@ def test_device_bytes_are_bounded() -> None:
         assert store.host_bytes() == on_host and plain.host_bytes() == 0
         cache = HKV * (cached * (D + DV) * 4 + (2 * cached + prompt + 3) * 8)
         assert store.resident_bytes() == plain.resident_bytes() - on_host + cache
-        assert before == HKV * -(-prompt // 256) * 256 * 4  # positions
+        assert before == 0
         grown.append(cache)
     assert grown[1] - grown[0] == HKV * 750 * 8
 
@@ -164,10 +165,8 @@ def test_only_misses_are_copied_and_moving_leaves_the_host_alone() -> None:
     decode(store, rows, LOGITS, range(1, 2))  # the same query: all but the new token, for which one is left out
     assert (store.device_cache.hits, store.device_cache.misses) == (HKV * 19, HKV * 21)
     store.to("meta")
-    assert {name: rows.view.device.type for name, rows in store.rows.items()} == {
-        "key": "cpu", "value": "cpu", "position": "meta",
-        "cluster.key": "meta", "cluster.value": "meta", "cluster.size": "meta",
-    }  # fmt: skip
+    assert {name: rows.view.device.type for name, rows in store.rows.items()} == {"key": "cpu", "value": "cpu"}
+    assert {tensor.device.type for tensor in store.index.tensors().values()} == {"meta"}
 
 
 def test_more_rows_than_before_and_the_longest_gone() -> None:
@@ -190,7 +189,7 @@ def test_what_is_read_whole_is_missed() -> None:
     """Dense steps copy every token of every KV head from the host, whatever the device has."""
     rows = draw(GEOMETRY, (12, 20), 2)
     store = make("clusterkv", GEOMETRY, keep=1.0, offload="cpu")
-    assert isinstance(store, ClusterKVStore) and store.device_cache
+    assert isinstance(store, PagedStore) and store.device_cache
     prefill(store, rows, LOGITS)
     decode(store, rows, LOGITS)
     assert (store.device_cache.hits, store.device_cache.misses) == (0, GEOMETRY.kv_heads * (13 + 21 + 14 + 22))

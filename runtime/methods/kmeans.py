@@ -1,7 +1,7 @@
 """Cosine k-means of many sets at once: every (row, KV head) of a layer, in the same tensor operations.
 
-A row's clusters do not depend on the rows beside it: random numbers are drawn per head and shared by all rows,
-and a row that has converged is left alone while others go on. On a GPU both halves of a pass are kernels.
+A row's clusters do not depend on the rows beside it: one that has converged is left alone while others go on. On a GPU
+both halves of a pass are kernels.
 """
 
 from __future__ import annotations
@@ -37,15 +37,14 @@ def spherical_kmeans(
     start: Tensor | None = None,
     iterations: int = 20,
     tolerance: float = 0.005,
-    seed: int = 0,
 ) -> KMeans:
     """Cluster the directions of points by cosine similarity.
 
     Args:
         points: [B, H, S, D], of which row b has `lengths[b]`.
         counts: clusters per row, at most its length.
-        start: [H, C0, D] centroids of an earlier clustering; those that attract most points are begun with, and
-            k-means++ adds what is missing. None: k-means++ alone.
+        start: [H, C0, D] centroids of an earlier clustering; those that attract most points are begun with, and what
+            is missing are points at equal distances in their order. None: such points alone, as the paper's are random.
         iterations: at most so many passes.
         tolerance: a row is done when a pass moves no larger a share of its tokens.
 
@@ -56,16 +55,17 @@ def spherical_kmeans(
     """
     device, (batch, heads, tokens, _) = points.device, points.shape
     held = torch.arange(tokens, device=device) < torch.tensor(lengths, device=device).view(-1, 1, 1)
-    if broken := int((~points.abs().amax(-1).isfinite() & held).sum()):
+    largest = points.abs().amax(-1)
+    if broken := int((~largest.isfinite() & held).sum()):
         raise KvcalError(
             f"{broken} of {int(held.sum()) * heads} keys hold NaN or infinity, which belong to no cluster: load the "
             "model in float32 or bfloat16"
         )
-    unit = directions(points)
+    unit = directions(points, largest)
     most = max(counts)
     own = torch.tensor(counts, dtype=torch.int32, device=device)
     there = torch.arange(most, device=device) < own.view(-1, 1, 1)
-    centroids = _begin(unit, held, most, start, seed)
+    centroids = _begin(unit, held, counts, start)
     labels = torch.full((batch, heads, tokens), -1, dtype=torch.int32, device=device)
     active = torch.ones(batch, dtype=torch.bool, device=device)
     passes = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -84,10 +84,16 @@ def spherical_kmeans(
     return KMeans(labels.long(), centroids, passes.tolist())
 
 
-def directions(points: Tensor) -> Tensor:
-    """[..., D] float32 of unit length, also of points whose squares float32 does not hold; zero where a point is."""
+def directions(points: Tensor, largest: Tensor | None = None) -> Tensor:
+    """[..., D] float32 of unit length, also of points whose squares float32 does not hold; zero where a point is.
+
+    Args: largest: [...] the largest magnitude of each point, where it is known.
+    """
     points = points.float()
-    exponent = torch.frexp(points.abs().amax(-1, keepdim=True)).exponent
+    largest = points.abs().amax(-1) if largest is None else largest.float()
+    if bool(((largest == 0) | ((largest > 1e-12) & (largest < 1e12))).all()):
+        return F.normalize(points, dim=-1)
+    exponent = torch.frexp(largest.unsqueeze(-1)).exponent
     half = exponent // 2  # in two steps: 2^-exponent itself may be beyond float32
     return F.normalize(torch.ldexp(torch.ldexp(points, -half), half - exponent), dim=-1)
 
@@ -127,32 +133,24 @@ def _update(unit: Tensor, held: Tensor, labels: Tensor, similarity: Tensor, ther
     return updated
 
 
-def _begin(unit: Tensor, held: Tensor, count: int, start: Tensor | None, seed: int) -> Tensor:
-    """[B, H, count, D]: calibrated centroids as far as there are any, then k-means++ (Arthur, Vassilvitskii 2007)."""
-    batch, heads, tokens, dims = unit.shape
-    centroids = torch.zeros(batch, heads, count, dims, device=unit.device)
-    closest = torch.full((batch, heads, tokens), -1.0, device=unit.device)
-    given = 0
+def _begin(unit: Tensor, held: Tensor, counts: Sequence[int], start: Tensor | None) -> Tensor:
+    """[B, H, C, D]: calibrated centroids as far as there are any, then tokens at equal distances.
+
+    k-means++ spreads them better and takes several times as long, and the error of attention is no smaller
+    (docs/methods.md).
+    """
+    batch, heads, _, dims = unit.shape
+    lengths = held.sum(-1, keepdim=True)
+    given = 0 if start is None else start.shape[1]
+    turn = torch.arange(max(counts), device=unit.device) - given
+    missing = (torch.tensor(counts, device=unit.device).view(-1, 1, 1) - given).clamp_min(1)
+    token = ((2 * turn + 1) * lengths // (2 * missing)).clamp_min(0).minimum(lengths - 1).clamp_min(0)
+    centroids = unit.gather(2, token.unsqueeze(-1).expand(batch, heads, -1, dims))
     if start is not None:
-        known = directions(start.to(unit.device)).expand(batch, -1, -1, -1)
-        labels = nearest(unit, known, held)[0]
-        attracted = update(unit[..., :1], labels, _lengths(held), known.shape[2])[1]
-        given = min(count, known.shape[2])
+        calibrated = directions(start.to(unit.device)).expand(batch, -1, -1, -1)
+        labels = nearest(unit, calibrated, held)[0]
+        attracted = update(unit[..., :1], labels, _lengths(held), given)[1]
         # A stable sort, so that centroids that attract as many come in an order that no other row has a say in.
-        chosen = attracted.sort(dim=-1, descending=True, stable=True).indices[..., :given]
-        chosen = chosen.unsqueeze(-1).expand(-1, -1, -1, dims)
-        centroids[:, :, :given] = known.gather(2, chosen)
-        closest = nearest(unit, centroids[:, :, :given], held)[1]
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.rand(count, heads, generator=generator).to(unit.device)
-    for number in range(given, count):
-        # Of unit vectors, the squared distance to the closest centroid so far is 2 - 2 cos.
-        weight = ((1 - closest).clamp_min(0) * held).double().cumsum(-1)
-        token = torch.searchsorted(weight, draws[number].view(1, -1, 1) * weight[..., -1:], right=True)
-        token = token.clamp_max(tokens - 1)
-        last = held.sum(-1, keepdim=True) - 1
-        token = torch.minimum(token, last).clamp_min(0)
-        centre = unit.gather(2, token.unsqueeze(-1).expand(-1, -1, -1, dims))
-        centroids[:, :, number] = centre.squeeze(2)
-        closest = torch.maximum(closest, nearest(unit, centre, held)[1])
+        chosen = attracted.sort(dim=-1, descending=True, stable=True).indices[..., : max(counts)]
+        centroids[:, :, : chosen.shape[2]] = calibrated.gather(2, chosen.unsqueeze(-1).expand(-1, -1, -1, dims))
     return centroids

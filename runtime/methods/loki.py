@@ -1,0 +1,110 @@
+"""Loki (Singhania et al., 2024, algorithm 1): scores from the first dimensions of a calibrated basis.
+
+With `basis="pca"` keys are kept rotated into the principal components of the calibration keys: the components are
+orthonormal, so dot products with rotated queries are unchanged, and the index is the first `rank` dimensions of what is
+kept anyway. With `basis="score"` (SVD of Σq^{1/2} Σk^{1/2}, see `calibrate/score_basis.py`) the maps are not
+orthonormal, so keys stay as they are and the index is kept beside them. Both are applied after the rotary embedding,
+whichever `stage` they were fitted on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...artifacts import Artifact, KvcalError
+from ...kernels.backend import choose as backend
+from ...kernels.score import score
+from ..attention import Logits
+from ..kv.pages import LayerCache
+from .amounts import Amount, check_choice, check_count
+from .base import Attended, Method, Policy, Reading, Widths
+from .basis import Basis
+from .choosing import Counts, Sampling, attend_selected, choose, shared
+from .full import attend_all
+
+
+@dataclass(frozen=True)
+class Loki(Sampling, Method):
+    rank: Amount | str = 0.25
+    """Dimensions that are scored: a fraction, a count, or "variance:0.9", the fewest that hold 90 % of what
+    the basis is ordered by, in every KV head of the layer."""
+    stage: str = "post"
+    """Keys before ("pre") or after ("post") their rotary embedding were what the basis was fitted on."""
+    basis: str = "score"
+    """"score", or "pca" as published, which misses attention sinks unless it was calibrated with `--uncentred`
+    (docs/results/real.md)."""
+    sinks: int = 0
+    """First tokens, always read."""
+    recent: int = 0
+    """Last tokens, always read; with the sinks half of `keep` at most."""
+
+    def check(self) -> None:
+        super().check()
+        check_choice("stage", self.stage, ("pre", "post"))
+        check_choice("basis", self.basis, ("pca", "score"))
+        check_count("sinks", self.sinks)
+        check_count("recent", self.recent)
+
+    def bind(self, layer: int, head_dim: int, artifact: Artifact | None) -> LokiPolicy:
+        self.check()
+        if artifact is None:
+            raise KvcalError("loki needs an artifact: make one with `calibrate pca` and pass it")
+        return LokiPolicy(self, Basis.load(artifact, layer, self.rank, stage=self.stage, basis=self.basis))
+
+
+class LokiPolicy(Policy):
+    def __init__(self, settings: Loki, basis: Basis):
+        self.settings, self.basis = settings, basis
+        self.rotates = settings.basis == "pca"
+        self.keeps_rows = not self.rotates
+        heads, _, dims = basis.key_map.shape
+        self.fitted_to = heads, dims, None
+
+    def encode(self, key: Tensor, value: Tensor) -> Mapping[str, Tensor]:
+        """With `basis="score"` beside them "index" [B, Hkv, T, r]."""
+        coded = key @ self.basis.maps(key)[1].mT
+        return {"key": coded, "value": value} if self.rotates else {"key": key, "value": value, "index": coded}
+
+    def query(self, query: Tensor) -> Tensor:
+        if not self.rotates:
+            return query
+        query_map, _ = self.basis.maps(query)
+        return (query.unflatten(1, (query_map.shape[0], -1)) @ query_map.mT.unsqueeze(1)).flatten(1, 2)
+
+    def step(self, query: Tensor, cache: LayerCache, logits: Logits) -> Attended:
+        settings, metadata = self.settings, cache.metadata
+        counts = metadata.once(settings, lambda: Counts.of(settings, metadata, settings.sinks, settings.recent))
+        query = self.query(query)
+        if counts is None:
+            return Attended(attend_all(query, *self.rows(cache), metadata, logits), None)
+        scores = shared(self._scores(query, cache, logits), settings.select)
+        selected = choose(scores, counts, settings.sample if settings.choice == "sampled" else 0)
+        return Attended(attend_selected(query, cache, selected, logits), selected)
+
+    def _scores(self, query: Tensor, cache: LayerCache, logits: Logits) -> Tensor:
+        """[B, Hkv, G, S] float32: logits by the first dimensions, -inf beyond a sequence's tokens."""
+        rank, index = self.basis.rank, cache.tokens("key" if self.rotates else "index")
+        part = query.squeeze(2).unflatten(1, (index.shape[1], -1))
+        part = part[..., :rank] if self.rotates else part @ self.basis.maps(query)[0].mT
+        metadata, index = cache.metadata, index[..., :rank]
+        if backend("auto", part) == "triton":
+            lengths = metadata.seq_lens
+            return score(part.contiguous(), index, lengths, scaling=logits.scaling, softcap=logits.softcap)
+        scores, valid = logits.of(part @ index.mT), metadata.valid()
+        return scores if valid is None else scores.masked_fill(~valid[:, None, None], -torch.inf)
+
+    def index_bytes(self, reading: Reading) -> int:
+        width = reading.widths["key"] // self.basis.key_map.shape[-1] * self.basis.rank
+        return reading.tokens() * reading.heads * width
+
+    def shared_bytes(self, widths: Widths) -> int:
+        """With "pca" one map, for the query and the new key alike; with "score" two."""
+        heads, _, dims = self.basis.key_map.shape
+        return heads * widths["key"] * (dims if self.rotates else 2 * self.basis.rank)
+
+    def dense_bytes(self, widths: Widths) -> int:
+        return self.shared_bytes(widths) if self.rotates else 0
