@@ -28,6 +28,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "spectral, rows of 8 bits": {"method": "spectral", "rows": 8},
     "clusterkv": {"method": "clusterkv"},
     "clusterkv, the paper's": {"method": "clusterkv", "tokens_per_cluster": 80},
+    "clusterkv, 3 passes": {"method": "clusterkv", "iterations": 3},
+    "clusterkv, the paper's, 3 passes": {"method": "clusterkv", "tokens_per_cluster": 80, "iterations": 3},
 }
 
 
@@ -50,6 +52,7 @@ def main() -> None:
         name: {
             "prefill / stock": of["prefill"] / stock["prefill"],
             "first / later tokens": of["first"] / of["later"],
+            "wait for the first / prefill": (of["first"] - of["later"]) / of["prefill"],
             "later tokens / full": of["later"] / full["later"],
         }
         for name, of in found.items()

@@ -35,7 +35,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "h2o": {"keep": 0.25},
     "clusterkv": {
         "keep": 1024, "select": "group", "tokens_per_cluster": 16, "window": 320, "sinks": 16, "tail": False,
-        "segment": 8192, "iterations": 3, "offload": "none", "cached": 2048,
+        "segment": 8192, "iterations": 20, "offload": "none", "cached": 2048,
     },
     "spectral": {
         "keep": 0.0625, "select": "group", "rank": 0.5, "bits": 2, "rows": 16, "sinks": 1, "recent": 16,
