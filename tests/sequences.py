@@ -62,8 +62,6 @@ EVICTING = [name for name, (method, _) in VARIANTS.items() if method in ("stream
 KEEPING = [name for name in VARIANTS if name not in EVICTING]
 CLUSTERED = [name for name, (_, settings) in VARIANTS.items() if "tokens_per_cluster" in settings]
 """Those whose tokens are in clusters."""
-PAGED = [name for name, (method, _) in VARIANTS.items() if method == "spectral"]
-"""Those whose pages have something of their own."""
 
 
 @dataclass(frozen=True)

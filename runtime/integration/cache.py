@@ -233,6 +233,8 @@ class CompressedCache(DynamicCache):
         for index, layer in enumerate(self.layers):
             if isinstance(layer, CompressedLayer):
                 twin.layers[index].restore({name: tensor.clone() for name, tensor in _state(layer).items()})
+                if layer.is_initialized and not isinstance(layer, ReadingLayer):
+                    twin.layers[index].to(layer.device)
             else:
                 twin.layers[index] = copy.deepcopy(layer, memo)
         return twin

@@ -186,6 +186,11 @@ class CompressedLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.store.select(torch.arange(len(self.store.lengths)).repeat_interleave(repeats))
 
+    def to(self, device: torch.device) -> None:
+        """Attend on this device from now on."""
+        self.store.to(device)
+        self.device = device
+
     def offload(self) -> None:
         self.store.to("cpu")
 

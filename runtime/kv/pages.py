@@ -183,19 +183,20 @@ class LayerCache:
         for name, tensor in new.items():
             self.sums[name].add_(tensor.squeeze(2))
 
-    def _of_pages(self, page: Tensor) -> dict[str, Tensor]:
-        return {name: pages[page.to(pages.device)].to(page.device) for name, pages in self.pages.items()}
+    def _of_pages(self, page: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """[n, PAGE, Hkv, …] of each name, on the device of the pages' numbers [n] int64."""
+        return {name: self.pages[name][page.to(self.pages[name].device)].to(page.device) for name in names}
 
-    def summarise(self, page: Tensor, by: Summarise) -> None:
-        """Keep what `by` makes of full pages, [n] int64."""
-        for name, new in by(self._of_pages(page)).items():
+    def summarise(self, page: Tensor, names: Sequence[str], by: Summarise) -> None:
+        """Keep what `by` makes of these names' tokens in pages [n] int64."""
+        for name, new in by(self._of_pages(page, names)).items():
             self.summaries[name].index_copy_(0, page, new)
 
-    def summarise_last(self, by: Summarise, every: int) -> None:
-        """Keep what `by` makes of the last page of each sequence, where `every` more of its tokens are there."""
+    def summarise_last(self, names: Sequence[str], by: Summarise, every: int) -> None:
+        """Keep what `by` makes of these names' tokens in each sequence's last page, where `every` more are there."""
         page = self.metadata.once("last slots", self.metadata.last_slots) // PAGE
         full = self.metadata.seq_lens % every == 0
-        for name, new in by(self._of_pages(page)).items():
+        for name, new in by(self._of_pages(page, names)).items():
             held = self.summaries[name]
             held.index_copy_(0, page, torch.where(full.view(-1, *[1] * (new.dim() - 1)), new, held[page]))
 

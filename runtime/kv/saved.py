@@ -99,9 +99,3 @@ def require(name: str, holds: Tensor, expected: str) -> None:
     if not bool(holds.all()):
         index = (~holds).nonzero()[0].tolist()
         raise KvcalError(f"{name}{index}: expected {expected}")
-
-
-def require_close(name: str, found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
-    """The same numbers but for what rounding in `dtype` does to the largest of them."""
-    allowed = (1e-4 + 8 * torch.finfo(dtype).eps) * wanted.abs().amax() if wanted.numel() else 0
-    require(name, (found.double() - wanted).abs() <= allowed, "what the keys and values of its tokens give")

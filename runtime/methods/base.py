@@ -79,7 +79,7 @@ class SequenceIndex(ABC):
 
     @abstractmethod
     def begin(self, sequences: int, device: torch.device) -> None:
-        """A batch of so many sequences lies on this device."""
+        """Get ready for a batch of so many sequences on this device."""
 
     @abstractmethod
     def prefilled(self, before: Sequence[int], after: Sequence[int], rows: Mapping[str, TokenBuffer]) -> None:
@@ -164,11 +164,13 @@ class Policy(ABC):
     def summarise(self, page: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """What is kept of pages as a whole: [n, Hkv, …] of the tokens in them, [n, PAGE, Hkv, …] by name.
 
-        It follows from the page's tokens alone, and is made whenever `summarise_every` more of them are there; steps
-        read of it what follows from those.
+        It follows from the page's tokens alone, of the names in `summarised`. It is made again whenever
+        `summarise_every` more of them are there, and steps read only what does not depend on those still to come.
         """
         return {}
 
+    summarised: tuple[str, ...] = ("key", "value")
+    """Names of what is kept of tokens that `summarise` takes."""
     summarise_every = PAGE
     """Tokens; they divide a page."""
 

@@ -61,7 +61,7 @@ class Counts:
     most: int
     """`wanted` is nowhere larger."""
     even: bool
-    """Whether it is `most` everywhere, and all sequences are equally long."""
+    """Whether `wanted` is `most` everywhere, and all sequences are equally long."""
     candidate: Tensor
     """[B, 1, 1, S] bool: what the choice is among."""
     candidates: Tensor
@@ -95,7 +95,10 @@ class Counts:
         most = budget.of(metadata.longest) if even else budget.most(metadata.longest)
         if sinks or recent:
             always = (position < lengths.unsqueeze(1))[:, None, None] & ~candidate
-            wanted, most = wanted.maximum(lengths - (begin - first)), max(most, min(metadata.longest, sinks + 1))
+            wanted, most = (
+                wanted.maximum(lengths - (begin - first)),
+                max(most, min(metadata.longest, sinks + bool(recent))),
+            )
         candidates = begin - first
         full = torch.arange(metadata.longest // PAGE, device=lengths.device) < (lengths // PAGE).unsqueeze(1)
         room = wanted - (lengths - candidates)
@@ -154,8 +157,8 @@ def above_sampled(scores: Tensor, counts: Counts, sample: int) -> Selected:
     """About as many of the best candidates as there is room for: those that reach the score which leaves as large a
     share of a strided sample.
 
-    No sort of all scores, and nothing but the sample has to be known before a token is read or not. Of more than
-    `SLACK` times as many the first are read.
+    No sort of all scores, and nothing but the sample has to be known before a token is read or not. Where more than
+    `SLACK` times as many reach it, the first of them are read.
 
     Args:
         scores: [B, Hkv, G or 1, S], -inf of all that is no candidate.
@@ -184,7 +187,12 @@ def above_sampled(scores: Tensor, counts: Counts, sample: int) -> Selected:
 
 
 def attend_selected(query: Tensor, cache: LayerCache, selected: Selected, logits: Logits) -> Tensor:
-    """[B, Hq, 1, Dv]: exact attention to the selected tokens. Args: query: [B, Hq, 1, D]."""
+    """[B, Hq, 1, Dv]: exact attention to the selected tokens.
+
+    Args:
+        query: [B, Hq, 1, D].
+        selected: of which valid entries come first.
+    """
     index, valid = selected.index, selected.valid
     if backend("auto", query) == "triton" and cache.metadata.contiguous and cache.offloaded is None:
         key, value = cache.tokens("key"), cache.tokens("value")

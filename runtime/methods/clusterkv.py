@@ -86,7 +86,7 @@ class Open:
     room: Tensor
     """Tokens that clusters may take."""
     most: int
-    """Tokens that are read of no sequence are more."""
+    """No more tokens are read of any sequence."""
 
 
 class ClusterKVPolicy(Policy):

@@ -196,7 +196,9 @@ class Clusters(SequenceIndex):
             self._prompts = [list(self._prompts[row]) for row in index.tolist()]
         for buffer in self.buffers.values():
             buffer.keep(index)
-        self._on_device = None
+        if self._on_device is not None:
+            upto, counts = (tensor.index_select(0, index.to(tensor.device)) for tensor in self._on_device)
+            self._on_device = upto, counts
         self._shorten()
 
     def _shorten(self) -> None:
@@ -212,14 +214,16 @@ class Clusters(SequenceIndex):
         for buffer in self.buffers.values():
             if buffer.tensor is not None:
                 buffer.tensor = buffer.tensor.to(device, non_blocking=True)
-        self._on_device = None
+        if self._on_device is not None:
+            self._on_device = self._on_device[0].to(device), self._on_device[1].to(device)
 
     def reserve(self, tokens: int, lengths: Sequence[int]) -> None:
         if not self.buffers:
             return
-        # No window that closes makes more clusters than this: windows only grow with the sequence.
+        # Windows that close make no more clusters than this, as long as they do not shrink.
         shortest = min(lengths)
-        more = -(-(tokens - shortest) // min(self.window_of(shortest), self.tokens_per_cluster)) + 1
+        window = self.window_of(shortest)
+        more = (-(-(tokens - shortest) // window) + 1) * self.number(min(window, self.segment))
         clusters = -(-(max(self.counts) + more) // ALIGNED) * ALIGNED
         for name, buffer in self.buffers.items():
             buffer.reserve(tokens if name == MEMBERS else clusters, buffer.view)
@@ -260,29 +264,29 @@ class Clusters(SequenceIndex):
         closings: list[list[tuple[int, int]]] = [[] for _ in range(sequences)]
         for row, upto, count in state["clusters.closed"].tolist():
             closings[row].append((upto, count))
-        for turn in range(max(map(len, closings), default=0)):
-            self._restore_turn([of[turn] if turn < len(of) else None for of in closings], state["clusters.of"], rows)
+        if "clusters.of" in state:
+            self._restore_clusters(
+                [closed[-1] if closed else (0, 0) for closed in closings], state["clusters.of"], rows
+            )
+        self._closed = closings
         self._tell_device()
 
-    def _restore_turn(
-        self, closings: Sequence[tuple[int, int] | None], of: Tensor, rows: Mapping[str, TokenBuffer]
+    def _restore_clusters(
+        self, last: Sequence[tuple[int, int]], clusters: Tensor, rows: Mapping[str, TokenBuffer]
     ) -> None:
-        """One clustering of each sequence that had so many."""
-        slots, counts = [], []
-        for upto, count, closing in zip(self.upto, self.counts, closings, strict=True):
-            end, total = closing or (upto, count)
-            slots.append(range(max(upto, min(self.sinks, end)), end))
-            counts.append(total - count)
+        """All at once: clusters that were made later have higher numbers.
+
+        Args:
+            last: of each sequence, its last clustering.
+            clusters: of every token, as of `state`.
+        """
+        slots = [range(min(self.sinks, upto), upto) for upto, _ in last]
         index, held = slot_index(slots, self._device(rows))
         keys, values = (take(rows[name].view, slots, index) for name in ("key", "value"))
-        before = torch.tensor(self.counts, device=index.device).view(-1, 1, 1)
-        labels = take(of.unsqueeze(-1), slots, index).squeeze(-1).to(index.device) - before
-        labels = labels.masked_fill(~held, max(counts))
+        labels = take(clusters.unsqueeze(-1), slots, index).squeeze(-1).to(index.device)
+        counts = [count for _, count in last]
         self._keep_means(keys, values, labels.masked_fill(~held, 0), held, counts)
-        self._keep_members(slots, labels)
-        for closed, closing in zip(self._closed, closings, strict=True):
-            if closing:
-                closed.append(closing)
+        self._keep_members(slots, labels.masked_fill(~held, max(counts)))
 
     def check(self, saved: Saved) -> None:
         from .saved_clusters import check_clusters

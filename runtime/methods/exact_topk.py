@@ -30,7 +30,7 @@ class ExactTopkPolicy(Policy):
 
     def step(self, query: Tensor, cache: LayerCache, logits: Logits) -> Attended:
         settings, metadata = self.settings, cache.metadata
-        counts = metadata.once(settings, lambda: Counts.of(settings, metadata))
+        counts = metadata.once((settings, type(settings.keep)), lambda: Counts.of(settings, metadata))
         if counts is None:
             return Attended(attend_all(query, *self.rows(cache), metadata, logits), None)
         key = cache.tokens("key")

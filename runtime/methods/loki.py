@@ -77,7 +77,9 @@ class LokiPolicy(Policy):
 
     def step(self, query: Tensor, cache: LayerCache, logits: Logits) -> Attended:
         settings, metadata = self.settings, cache.metadata
-        counts = metadata.once(settings, lambda: Counts.of(settings, metadata, settings.sinks, settings.recent))
+        counts = metadata.once(
+            (settings, type(settings.keep)), lambda: Counts.of(settings, metadata, settings.sinks, settings.recent)
+        )
         query = self.query(query)
         if counts is None:
             return Attended(attend_all(query, *self.rows(cache), metadata, logits), None)

@@ -63,7 +63,7 @@ class Pages:
 class QuestPolicy(Policy):
     def __init__(self, settings: Quest):
         self.settings, self.page = settings, settings.page
-        self.summarise_every = settings.page
+        self.summarised, self.summarise_every = ("key",), settings.page
 
     def summarise(self, page: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """ "low" and "high" [n, Hkv, PAGE / page · D]: the box of the keys of each page of ours."""
@@ -81,14 +81,14 @@ class QuestPolicy(Policy):
         index = (chosen.index.unsqueeze(-1) * self.page + offset).flatten(-2)
         lengths = metadata.seq_lens.long().view(-1, 1, 1, 1)
         valid = (index < lengths) & chosen.valid.repeat_interleave(self.page, -1)
-        selected = Selected(index.minimum(lengths - 1), valid)
+        selected = Selected(index.masked_fill(~valid, 0), valid)
         return Attended(attend_selected(query, cache, selected, logits), selected)
 
     def _pages(self, cache: LayerCache) -> Pages:
         settings, metadata, page = self.settings, cache.metadata, self.page
         lengths = metadata.seq_lens.long()
         even = metadata.shortest == metadata.longest
-        last = (lengths - 1) // page
+        last = (lengths - 1).clamp_min(0) // page
         at = torch.arange(-(-metadata.longest // page), device=lengths.device)
         first = -(-settings.sinks // page)
         recent = ((lengths - settings.recent).clamp_min(0) // page).minimum(last)
@@ -118,7 +118,7 @@ class QuestPolicy(Policy):
         """Both corners [B, Hkv, 1, D] float32 of the page of the last token, which is growing."""
         length = cache.metadata.seq_lens.long().unsqueeze(1)
         index = pages.last.flatten(1) * self.page + torch.arange(self.page, device=length.device)
-        index = index.minimum(length - 1).unsqueeze(1).expand(-1, cache.heads, -1)
+        index = index.minimum((length - 1).clamp_min(0)).unsqueeze(1).expand(-1, cache.heads, -1)
         (key,) = cache.gather(("key",), index)
         return key.amin(2, keepdim=True).float(), key.amax(2, keepdim=True).float()
 

@@ -45,7 +45,7 @@ class SparqPolicy(Policy):
 
     def step(self, query: Tensor, cache: LayerCache, logits: Logits) -> Attended:
         settings, metadata = self.settings, cache.metadata
-        counts = metadata.once((settings, RECENT), lambda: Counts.of(settings, metadata, recent=RECENT))
+        counts = metadata.once((settings, type(settings.keep)), lambda: Counts.of(settings, metadata, recent=RECENT))
         if counts is None:
             return Attended(attend_all(query, *self.rows(cache), metadata, logits), None)
         scores = self._scores(query, cache, logits)

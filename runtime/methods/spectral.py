@@ -92,6 +92,7 @@ class SpectralPolicy(Policy):
         self.keeps_rows = settings.rows == 16
         self.most = {"codeword": codewords.count - 1}
         self.fitted_to = codewords.heads, codewords.dims, codewords.value_dims
+        self.summarised = ("value", "codeword") if self.keeps_rows else ("value", "value_scale")
         self.row_names = ("key", "value") if self.keeps_rows else ("key", "key_scale", "value", "value_scale")
         if settings.offload == "cpu":
             self.offloaded, self.cached = self.row_names, settings.cached
@@ -138,7 +139,9 @@ class SpectralPolicy(Policy):
 
     def step(self, query: Tensor, cache: LayerCache, logits: Logits) -> Attended:
         settings, metadata = self.settings, cache.metadata
-        counts = metadata.once(settings, lambda: Counts.of(settings, metadata, settings.sinks, settings.recent))
+        counts = metadata.once(
+            (settings, type(settings.keep)), lambda: Counts.of(settings, metadata, settings.sinks, settings.recent)
+        )
         if counts is None:
             key, value = (of.to(query.dtype) for of in self.rows(cache))
             return Attended(attend_all(query, key, value, metadata, logits), None)

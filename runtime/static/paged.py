@@ -21,7 +21,7 @@ class PagedStep(Step):
             cache.add_last(policy.add_up(new))
         cache.write_last(new)
         if cache.summaries and cache.metadata.may_fill(every := policy.summarise_every):
-            cache.summarise_last(policy.summarise, every)
+            cache.summarise_last(policy.summarised, policy.summarise, every)
 
     def due(self, tokens: int) -> bool:
         index = self.store.index

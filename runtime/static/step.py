@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -80,9 +78,3 @@ class Step:
         """(address, capacity) of everything that a step reads or writes: a graph captured with others is void."""
         tensors = [rows.tensor for rows in self.store.rows.values() if rows.tensor is not None]
         return tuple((tensor.data_ptr(), tensor.shape[2]) for tensor in tensors)
-
-
-def kernel_logits(logits: Logits) -> dict[str, Any]:
-    """As the kernels take them."""
-    sinks = None if logits.sinks is None else logits.sinks.float()
-    return {"scaling": logits.scaling, "softcap": logits.softcap, "sinks": sinks}

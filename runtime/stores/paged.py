@@ -1,7 +1,5 @@
-"""A policy of `runtime/methods` as a store: one layer's sequences by page, with their lengths on the host.
-
-The way in for methods that have moved to the new rooms, for as long as others live in these.
-"""
+"""An adapter: a policy of `runtime/methods` behind the interface of a store, with one layer's sequences by page and
+their lengths on the host."""
 
 from __future__ import annotations
 
@@ -100,7 +98,7 @@ class PagedStore(Store):
             self.rows[name].write(new.pop(name), places)
         cache.write_last(new)
         if self.summaries and cache.metadata.may_fill(every := self.policy.summarise_every):
-            cache.summarise_last(self.policy.summarise, every)
+            cache.summarise_last(self.policy.summarised, self.policy.summarise, every)
 
     def attend(self, query: Tensor, logits: Logits) -> Tensor:
         cache = self.cache()
@@ -229,10 +227,13 @@ class PagedStore(Store):
         self.sums.clear()
         self._capacity = 0
         self._put(kept, Places(self.lengths, slice(0, max(self.lengths)), None), [0] * len(self.lengths))
+        self._add_up_again()
         if self.index is not None:
             self.index.begin(len(self.lengths), kept["key"].device)
             self.index.restore(state, self.rows)
             self._cache = None
+        if self.policy.offloaded:  # attention is computed where the state came from
+            self.to(state["rows.key"].device)
 
     def _check(self, saved: Saved) -> None:
         if self.policy.keeps_rows:
@@ -264,7 +265,7 @@ class PagedStore(Store):
 
     def _put(self, new: Mapping[str, Tensor], places: Places, before: list[int]) -> None:
         """Write tokens where they belong, and see to the pages that they fill, of sequences of `before` tokens."""
-        if max(self.lengths) > self._capacity:
+        if max(self.lengths) > self._capacity or not self.rows:
             self._reserve(max(self.lengths), new)
         self.lengths_changed()
         for name, tensor in new.items():
@@ -277,7 +278,7 @@ class PagedStore(Store):
         table = cache.metadata.block_table
         ends = [-(-(length // every * every) // PAGE) for length in self.lengths]
         due = [table[row, first // PAGE : end] for row, (first, end) in enumerate(zip(before, ends, strict=True))]
-        cache.summarise(torch.cat(due), self.policy.summarise)
+        cache.summarise(torch.cat(due), self.policy.summarised, self.policy.summarise)
 
     def _add_up(self, new: Mapping[str, Tensor], places: Places) -> None:
         """Add new tokens to the sums."""

@@ -65,6 +65,20 @@ def test_a_loaded_cache_can_be_moved_and_copied_rows(tmp_path):
     assert [store.lengths for store in loaded.stores.values()] == [[23 + 5]] * 3
 
 
+@pytest.mark.parametrize("cropped", [12, 11, 13, 20])
+def test_clusters_of_a_prompt_that_was_cropped(tmp_path, cropped):
+    """To the end of a segment that was clustered at once, and around it."""
+    cache, ids = make_cache("clusterkv", segment=8), random_ids(36)
+    with torch.no_grad():
+        model()(ids[:, :30], past_key_values=cache)
+        cache.crop(-cropped)
+        cache.save(tmp_path)
+        loaded = CompressedCache.load(tmp_path, model(), artifact())
+        for at in range(30 - cropped, 30 - cropped + 5):
+            one, other = (model()(ids[:, at : at + 1], past_key_values=each).logits for each in (cache, loaded))
+            torch.testing.assert_close(one, other, **CLOSE)
+
+
 @pytest.fixture
 def saved(tmp_path):
     cache = make_cache("loki", keep=0.5)
