@@ -41,8 +41,6 @@ SMALL: dict[str, dict[str, Any]] = {
         "keep": 0.3,
         "sinks": 2,
         "recent": 3,
-        "choice": "sampled",
-        "sample": 16,
     },
     "quest-sinks": {"method": "quest", "page": 4, "keep": 0.3, "sinks": 3},
 }

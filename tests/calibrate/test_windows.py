@@ -136,7 +136,7 @@ def test_reservoir_and_clusters_hold_layers_with_full_attention_alone(folder, ge
 @pytest.mark.parametrize(
     "settings",
     [
-        {"method": "loki", "choice": "threshold", "keep": 1.0, "select": "head", "basis": "pca"},
+        {"method": "loki", "choice": "sampled", "keep": 1.0, "select": "head", "basis": "pca"},
         {"method": "clusterkv", "keep": 1.0, "tokens_per_cluster": 4, "window": 4, "sinks": 1},
         {"method": "spectral", "keep": 1.0},
     ],
