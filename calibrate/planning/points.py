@@ -192,7 +192,8 @@ def alike(settings: Sequence[Setting]) -> list[list[int]]:
     is kept of a token does not depend on how many are read."""
     groups: dict[Any, list[int]] = {}
     for at, setting in enumerate(settings):
-        shares = issubclass(METHODS[setting["method"]], Method)
+        method = METHODS[setting["method"]]
+        shares = issubclass(method, Method) and not method.keep_shapes_cache
         rest = {name: value for name, value in setting.items() if name != "keep"}
         groups.setdefault(json.dumps(rest, sort_keys=True) if shares else at, []).append(at)
     return list(groups.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +49,9 @@ Widths = Mapping[str, int]
 @dataclass(frozen=True)
 class Method(ABC):
     """The user's parameters."""
+
+    keep_shapes_cache: ClassVar[bool] = False
+    """Whether what a cache holds depends on how many tokens a step reads."""
 
     @abstractmethod
     def bind(self, layer: int, head_dim: int, artifact: Artifact | None) -> Policy:

@@ -33,6 +33,8 @@ from .full import attend_all
 
 @dataclass(frozen=True)
 class ClusterKV(Selection, Method):
+    keep_shapes_cache = True
+    """Windows close when they take half of what is read."""
     keep: Amount = 1024
     """Tokens read per step, the sinks and the open window included: a count, or a fraction of the sequence's tokens."""
     tail: bool = False

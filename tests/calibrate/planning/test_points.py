@@ -90,9 +90,11 @@ def test_one_store_serves_settings_that_keep_the_same():
 
 
 def test_other_methods_have_a_store_for_each_setting():
-    loki = [{"method": "loki", "keep": keep, "basis": "pca"} for keep in (3, 5)]
-    assert alike(loki) == [[0], [1]]
-    found = measure(problem(), loki, coded.artifact(16, 2), torch.device("cpu"), 4)
+    """Of clusters, whose windows `keep` bounds; and where it does not, one store for all."""
+    clusters = [{"method": "clusterkv", "keep": keep, "tokens_per_cluster": 3, "sinks": 1} for keep in (3, 5)]
+    assert alike(clusters) == [[0], [1]]
+    assert alike([{"method": "loki", "keep": keep} for keep in (3, 5)]) == [[0, 1]]
+    found = measure(problem(), clusters, coded.artifact(16, 2), torch.device("cpu"), 4)
     assert found[0].bytes < found[1].bytes
 
 
