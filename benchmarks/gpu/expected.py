@@ -22,7 +22,7 @@ LAYER_OPERATIONS = 37
 """Of torch, in a layer of the model beside its attention step: norms, rotary embedding, projections, gated MLP."""
 PAGE = 64
 """Tokens of the runtime's pages."""
-OF_ENCODING, OF_SPECTRAL = 98, 118
+OF_ENCODING, OF_SPECTRAL = 93, 118
 """Of torch, about, as a spectral step writes a token and as it attends from it."""
 OF_CHOICE, OF_RECALL, OF_SELECTED = 6, 51, 2
 """Of torch, beside the kernels: as the best tokens are chosen, as clusters are (about), and as what is chosen is
