@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from ..attention import Logits
-from ..static import Clock, PagedStep, Step, refusal
+from ..static import Clock, PagedStep, refusal
 from ..stores import Store
+from ..stores.paged import PagedStore
 from .cache import CompressedCache
 from .layer import CompressedLayer
 from .support import takes_positions
@@ -27,7 +28,7 @@ class SteppingLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, step: Step, seen: int, writes: bool):
+    def __init__(self, step: PagedStep, seen: int, writes: bool):
         """Args: writes: False for a layer that reads what another has written."""
         super().__init__()
         self.step, self.seen, self.writes = step, seen, writes
@@ -92,7 +93,7 @@ class SteppingCache(DynamicCache):
         made = {
             layer: PagedStep(store, self.clock)
             for layer, store in cache.stores.items()
-            if groups.storing_of(layer) == layer
+            if groups.storing_of(layer) == layer and isinstance(store, PagedStore)  # others have a refusal
         }
         self.steps = list(made.values())
         self.unsettled = 0

@@ -37,11 +37,6 @@ class Saved:
     value: Tensor
     """[B, Hkv, tokens, Dv]"""
 
-    @property
-    def held(self) -> Tensor:
-        """[B, 1, longest, 1] bool: which slots of keys and values are a row's own."""
-        return (torch.arange(self.longest) < torch.tensor(self.lengths).unsqueeze(1)).view(self.rows, 1, -1, 1)
-
     def take_tokens(self, tokens: int | None) -> None:
         """Keys and values of so many tokens per row (None: any)."""
         self.key = self.take("rows.key", FLOATS, self.rows, None, tokens, None)

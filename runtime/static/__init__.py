@@ -6,9 +6,8 @@ from ..methods.base import Method as PolicyMethod
 from ..stores import Method
 from .clock import Clock
 from .paged import PagedStep
-from .step import Step
 
-__all__ = ["Clock", "PagedStep", "Step", "refusal"]
+__all__ = ["Clock", "PagedStep", "refusal"]
 
 
 def refusal(method: Method) -> str | None:

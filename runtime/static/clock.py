@@ -6,10 +6,6 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
 import torch
-from torch import Tensor
-
-from ..methods.amounts import Budget
-from ..methods.budgets import budgets
 
 T = TypeVar("T")
 
@@ -36,7 +32,3 @@ class Clock:
         if name not in self._reckoned:
             self._reckoned[name] = reckon()
         return self._reckoned[name]  # type: ignore[return-value]
-
-    def budgets(self, budget: Budget) -> Tensor:
-        """[B] int32: how many of its tokens each row reads."""
-        return self.once(("budget", budget.keep, budget.dense_below), lambda: budgets(budget, self.seen))
