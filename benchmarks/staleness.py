@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,11 @@ from torch import Tensor
 from kvcal.artifacts import Artifact
 from kvcal.calibrate import LayerTensors, load_model
 from kvcal.runtime.attention import Logits, probabilities
+from kvcal.runtime.methods import METHODS
 from kvcal.runtime.methods.amounts import count_of
 from kvcal.runtime.methods.clusters import Clusters
-from kvcal.runtime.stores import METHODS, Store
-from kvcal.runtime.stores.full import FullStore
-from kvcal.runtime.stores.paged import PagedStore
+from kvcal.runtime.settings import new_store
+from kvcal.runtime.store import Store
 
 FOLDER = Path(__file__).parent.parent / "docs" / "results"
 TEXTS, PREFIX, TOKENS, CHECKPOINTS, BINS = 4, 128, 4096, 32, 8
@@ -97,9 +98,7 @@ def dense(layer: LayerTensors) -> dict[int, Tensor]:
 
 def grown(store: Store, layer: LayerTensors, begin: int, end: int) -> Iterator[int]:
     """Give the store the first `begin` tokens as a prompt, then one at a time; yields the tokens so far."""
-    full = FullStore()
-    full.append(layer.key_post[:, :, :begin], layer.value[:, :, :begin])
-    store.adopt(full)
+    store.take(layer.key_post[:, :, :begin], layer.value[:, :, :begin])
     for at in range(begin, end):
         store.append(layer.key_post[:, :, at : at + 1], layer.value[:, :, at : at + 1])
         yield at + 1
@@ -113,9 +112,9 @@ def run(
     read = 0.0
     rebuilds = False
     for layer, of_layer in zip(layers, weights, strict=True):
-        build: Callable[[], Store] = method.build(layer.layer, layer.key_post.shape[-1], artifact)
+        build = partial(new_store, method.bind(layer.layer, layer.key_post.shape[-1], artifact))
         logits, store = Logits(layer.scaling), build()
-        clusters = store.index if isinstance(store, PagedStore) else None
+        clusters = store.index
         for at in grown(store, layer, PREFIX, TOKENS):
             if at not in of_layer:
                 continue

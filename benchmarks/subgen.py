@@ -29,8 +29,8 @@ from kvcal.calibrate.data import open_data
 from kvcal.calibrate.models import load_model
 from kvcal.calibrate.plots import png, two_panels
 from kvcal.runtime import load
-from kvcal.runtime.stores.full import FullStore
-from kvcal.runtime.stores.subgen import SubGen
+from kvcal.runtime.methods.subgen import SubGen
+from kvcal.runtime.settings import new_store
 
 FOLDER = Path(__file__).parent.parent / "docs" / "results"
 BLOCK, BLOCKS, MEASURED = 4096, 16, 4
@@ -168,11 +168,10 @@ def held(key: Tensor, value: Tensor, delta: float | None) -> tuple[int, int]:
     settings = (
         error.DEFAULT if delta is None else dataclasses.replace(error.DEFAULT, delta=delta, clusters=key.shape[2])
     )
-    full, store = FullStore(), settings.build(0, key.shape[3], None)()
-    full.append(key[:, :, :-1], value[:, :, :-1])
-    store.adopt(full)
+    store = new_store(settings.bind(0, key.shape[3], None))
+    store.take(key[:, :, :-1], value[:, :, :-1])
     store.append(key[:, :, -1:], value[:, :, -1:])
-    return store.resident_bytes(), int(store.totals["active"].sum())
+    return store.resident_bytes(), int(error.sketch_of(store)["active"].sum())
 
 
 def figure(memory: Mapping[str, Any]) -> bytes:

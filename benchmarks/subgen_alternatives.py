@@ -12,10 +12,11 @@ from subgen_error import SEEDS, STEPS, Captured, by_layer, decode
 from torch import Tensor
 
 from kvcal.artifacts import Artifact
-from kvcal.runtime.stores.h2o import H2O
-from kvcal.runtime.stores.sketch_attention import attention_with_sketch
-from kvcal.runtime.stores.streaming import Streaming
-from kvcal.runtime.stores.subgen import SubGen
+from kvcal.runtime.methods.h2o import H2O
+from kvcal.runtime.methods.streaming import Streaming
+from kvcal.runtime.methods.subgen import SubGen
+from kvcal.runtime.methods.subgen.attention import attention_with_sketch
+from kvcal.runtime.settings import new_store
 
 WAYS = ("subgen", "greedy k-center", "one cluster", "values for both", "uniform tokens", "streaming", "h2o")
 
@@ -48,14 +49,14 @@ def run(way: str, one: Captured, settings: SubGen, artifact: Artifact) -> Tensor
     per_token = 2 * one.key.shape[3] * one.key.element_size()
     held = (settings.sinks + settings.window + outside(settings)) * per_token
     if way == "subgen":
-        return decode(one, settings.build(one.layer, one.key.shape[3], artifact)())
+        return decode(one, new_store(settings.bind(one.layer, one.key.shape[3], artifact)))
     if way == "values for both":
         settings = dataclasses.replace(settings, s=outside(settings), normaliser="values")
-        return decode(one, settings.build(one.layer, one.key.shape[3], artifact)())
+        return decode(one, new_store(settings.bind(one.layer, one.key.shape[3], artifact)))
     if way == "streaming":  # an int32 position beside each token
-        return decode(one, Streaming(keep=held // (per_token + 4)).build(one.layer, 0, None)())
+        return decode(one, new_store(Streaming(keep=held // (per_token + 4)).bind(one.layer, 0, None)))
     if way == "h2o":  # and the attention received
-        return decode(one, H2O(keep=held // (per_token + 8)).build(one.layer, 0, None)())
+        return decode(one, new_store(H2O(keep=held // (per_token + 8)).bind(one.layer, 0, None)))
     if way == "greedy k-center":
         return sketched(one, settings, greedy)
     if way == "one cluster":

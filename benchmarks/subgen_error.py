@@ -16,9 +16,10 @@ from torch import Tensor
 from kvcal.artifacts import Artifact
 from kvcal.runtime.attention import Logits, causal_attention
 from kvcal.runtime.methods.full import Full
-from kvcal.runtime.stores import Store
-from kvcal.runtime.stores.full import FullStore
-from kvcal.runtime.stores.subgen import SubGen, SubGenStore
+from kvcal.runtime.methods.subgen import SubGen
+from kvcal.runtime.methods.subgen.sketch import Sketch
+from kvcal.runtime.settings import new_store
+from kvcal.runtime.store import Store
 
 STEPS = 32
 """Decoded tokens whose outputs are compared, at the end of each block."""
@@ -55,9 +56,9 @@ class Captured:
         return cls(layer, query, key, value, Logits(scaling), dense)
 
     @functools.cached_property
-    def prefilled(self) -> FullStore:
+    def prefilled(self) -> Store:
         """All but the last `STEPS` tokens."""
-        store = Full(record_mass=True).build(self.layer, self.key.shape[3], None)()
+        store = new_store(Full(record_mass=True).bind(self.layer, self.key.shape[3], None))
         prompt = slice(None, self.key.shape[2] - STEPS)
         store.prefill(self.query[:, :, prompt], self.key[:, :, prompt], self.value[:, :, prompt], self.logits)
         return store
@@ -77,12 +78,17 @@ class Captured:
 
 
 def decode(captured: Captured, store: Store) -> Tensor:
-    store.adopt(captured.prefilled)
+    store.take(*captured.prefilled.as_they_came())
     outputs = []
     for query, key, value in captured.steps():
         store.append(key, value)
         outputs.append(store.attend(query, captured.logits))
     return torch.cat(outputs, 2)
+
+
+def sketch_of(store: Store) -> dict[str, Tensor]:
+    assert isinstance(store.index, Sketch)
+    return store.index.parts
 
 
 def measured(captured: Sequence[Captured], artifact: Artifact | None, settings: SubGen) -> dict[str, Any]:
@@ -92,10 +98,10 @@ def measured(captured: Sequence[Captured], artifact: Artifact | None, settings: 
     for one in captured:
         for seed in SEEDS:
             method = dataclasses.replace(settings, seed=seed)
-            store = method.build(one.layer, one.key.shape[3], artifact)()
+            store = new_store(method.bind(one.layer, one.key.shape[3], artifact))
             errors.setdefault(one.layer, []).append(one.error(decode(one, store)))
         held.append(store.resident_bytes() / one.full_bytes)
-        clusters += store.totals["active"].flatten().tolist()
+        clusters += sketch_of(store)["active"].flatten().tolist()
     return {**by_layer(errors), "resident": mean(held), "open_clusters": mean(clusters)}
 
 
@@ -119,8 +125,7 @@ def against_the_bound(captured: Sequence[Captured], artifact: Artifact | None) -
     """
     ratios, layers = [], []
     for one in captured:
-        store = DEFAULT.build(one.layer, one.key.shape[3], artifact)()
-        assert isinstance(store, SubGenStore)
+        store = new_store(DEFAULT.bind(one.layer, one.key.shape[3], artifact))
         error = (decode(one, store) - one.dense).norm(dim=-1)  # [1, Hq, STEPS]
         group = one.query.shape[1] // one.key.shape[1]
         query = one.query[:, :, -STEPS:].unflatten(1, (-1, group))
@@ -131,7 +136,7 @@ def against_the_bound(captured: Sequence[Captured], artifact: Artifact | None) -
         ratio = error / (math.sqrt(one.value.shape[3] / DEFAULT.s) * weights * spectral).flatten(1, 2)
         ratios.append(ratio.flatten())
         norms = one.query.unflatten(1, (-1, group)).norm(dim=-1).amax((0, 2, 3)) * one.logits.scaling
-        delta = store.totals["delta"][0]
+        delta = sketch_of(store)["delta"][0]
         layers.append({"layer": one.layer, "delta": delta.tolist(), "delta_r": (delta * norms).tolist()})
     every = torch.cat(ratios)
     quantiles = {f"p{round(100 * q)}": float(every.quantile(q)) for q in (0.5, 0.9, 0.99)}
@@ -146,8 +151,8 @@ def cost(captured: Sequence[Captured], artifact: Artifact | None) -> dict[str, f
         prompt = slice(None, one.key.shape[2] - STEPS)
         tensors = [of[:, :, prompt] for of in (one.query, one.key, one.value)]
         spent["dense_prefill"] += timer.seconds(lambda: causal_attention(*tensors, one.logits))  # noqa: B023
-        store = DEFAULT.build(one.layer, one.key.shape[3], artifact)()
-        store.adopt(one.prefilled)
+        store = new_store(DEFAULT.bind(one.layer, one.key.shape[3], artifact))
+        store.take(*one.prefilled.as_they_came())
         (_, key, value), *others = one.steps()
         spent["into_the_sketch"] += timer.seconds(lambda: store.append(key, value))  # noqa: B023
 

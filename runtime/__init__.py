@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 from ..artifacts import Artifact, ArtifactError, KvcalError, MismatchError
 from .decode import Decoded, decode
 from .loading import check_model, load
+from .methods import METHODS
 from .sampling import Sampler
 from .sharing import SharingMap
-from .stores import METHODS, Store
+from .store import Store
 
 if TYPE_CHECKING:
     from .integration.cache import CompressedCache

@@ -13,18 +13,15 @@ from torch import Tensor
 from ..artifacts import Artifact, KvcalError, Stage
 from ..artifacts.claims import bounded
 from .methods.amounts import check_choice, check_flag
-from .methods.full import Full
-from .methods.loki import Loki
-from .methods.spectral import Spectral
+from .methods.base import Method
+from .methods.basis import UPTRAIN
 from .sharing import SharingMap
-from .stores import Method
 
 NAME = "cla"
 STAGE = "cla"
 WEIGHTS = "weights."
 """What names of trained parameters begin with in the stage."""
 SHARE = "make it with `calibrate share ARTIFACT --model MODEL`"
-UPTRAIN = "`calibrate share ARTIFACT --model M --data D --steps N --uptrain`"
 
 
 @dataclass(frozen=True)
@@ -127,26 +124,13 @@ def check_methods(groups: SharingMap, methods: Mapping[int, Method], bases: Mapp
                 f"layers {group[0]} and {other[0]} share one cache: give them the same method and settings (with "
                 "dense_layers, whole groups)"
             )
-        if isinstance(method, Spectral):
-            raise KvcalError(
-                f"spectral's codebooks are of each layer's own keys and values, and layers "
-                f"{', '.join(map(str, group))} share theirs: take loki with basis='pca', or a method without a basis"
-            )
-        if isinstance(method, Loki) and method.basis == "score":
-            raise KvcalError(
-                f"basis 'score' is fitted to the queries of one layer, and layers {', '.join(map(str, group))} all "
-                "read this cache: take basis='pca'"
-            )
-        if isinstance(method, Full) and method.record_mass:
-            raise KvcalError("record_mass is what one layer's queries gave, for h2o, which cannot share: leave it out")
+        if why := method.not_shared():
+            raise KvcalError(f"layers {', '.join(map(str, group))} share keys and values, and {why}")
     for layer, method in methods.items():
         reads = groups.storing_of(layer) != layer
         if reads or bases is None:
             continue
-        if isinstance(method, Spectral):
-            raise KvcalError("spectral has no codebooks of keys that uptraining changed: take loki with basis='pca'")
-        if isinstance(method, Loki) and f"layers.{layer}.key_{method.stage}.components" not in bases:
-            raise KvcalError(f"loki needs a basis of the keys as shared in layer {layer}: make it with {UPTRAIN}")
+        method.check_changed_keys(layer, bases)
 
 
 def with_bases(artifact: Artifact, bases: Mapping[str, Tensor]) -> Artifact:

@@ -171,7 +171,8 @@ def _replayed(model: Any, stepping: Any, state: State, graph: bool) -> tuple[int
     replay = Replay(step, [*state.small(), *stepping.changed()], state, graph)
     stepping.captured = replay.why_not is None
     done = 1
-    while not _finished(state, done):
+    every = CHECK_EVERY if stepping.can_go_back else 1
+    while not _finished(state, done, every):
         replay(stepping.prepare())
         stepping.unsettled += 1
         done += 1
@@ -182,7 +183,7 @@ def _replayed(model: Any, stepping: Any, state: State, graph: bool) -> tuple[int
 def _one_by_one(model: Any, cache: Any, state: State, mask: Tensor, positions: bool) -> int:
     """Tokens sampled, by plain calls with the compressed cache. Args: positions: the model takes position ids."""
     done = 1
-    while not _finished(state, done, every=1):  # not all caches can give back what came after the end
+    while not _finished(state, done, every=1):
         mask = torch.cat((mask, mask.new_ones(mask.shape[0], 1)), 1)
         given = {"position_ids": state.position} if positions else {}
         out = model(input_ids=state.ids, attention_mask=mask, past_key_values=cache, use_cache=True, **given)
@@ -192,7 +193,7 @@ def _one_by_one(model: Any, cache: Any, state: State, mask: Tensor, positions: b
     return done
 
 
-def _finished(state: State, done: int, every: int = CHECK_EVERY) -> bool:
+def _finished(state: State, done: int, every: int) -> bool:
     """Waits for the device every few steps only."""
     if done >= state.tokens.shape[1]:
         return True

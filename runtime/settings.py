@@ -11,10 +11,15 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ..artifacts import Artifact, KvcalError
-from .stores import METHODS, Method, Store
+from .forgetting import ForgettingStore
+from .methods import METHODS, Method
+from .methods.base import Policy
+from .methods.evicting import EvictingPolicy
+from .store import Store
 
 DEFAULT_METHOD = "loki"
 
@@ -54,8 +59,8 @@ def plan(
                 raise _unknown(key, name, known)
         if layer < dense_layers:
             name, shared, own = "full", {}, {}
-        elif keys_are_shared and "basis" in known:
-            shared.setdefault("basis", "pca")
+        elif keys_are_shared:
+            shared = {**METHODS[name].shared_defaults, **shared}
         chosen[layer] = METHODS[name](**{**shared, **own})
     for name in values:
         if name not in used:
@@ -75,10 +80,15 @@ def builders(
     made: dict[int, Callable[[], Store]] = {}
     for layer, method in chosen.items():
         try:
-            made[layer] = method.build(layer, head_dims[layer], artifact)
+            made[layer] = partial(new_store, method.bind(layer, head_dims[layer], artifact))
         except KvcalError as error:
             raise type(error)(f"{name_of(method)}, layer {layer}: {error}") from None
     return made
+
+
+def new_store(policy: Policy) -> Store:
+    """An empty one."""
+    return ForgettingStore(policy) if isinstance(policy, EvictingPolicy) else Store(policy)
 
 
 def by_layer(name: str, value: Any, layers: Sequence[int], total: int) -> dict[int, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvcal.runtime.attention import Logits
 from kvcal.runtime.methods.clusters import Clusters
-from kvcal.runtime.stores.paged import PagedStore
+from kvcal.runtime.store import Store
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ Rule = Callable[[list[Head], int, Clustering, dict[str, Any]], list[Tensor]]
 """Which tokens each head of a group reads."""
 
 
-def clustering_of(store: PagedStore, row: int, head: int) -> Clustering:
+def clustering_of(store: Store, row: int, head: int) -> Clustering:
     """Every token in exactly one place, or an AssertionError."""
     clusters, length = store.index, store.lengths[row]
     assert isinstance(clusters, Clusters)
@@ -86,9 +86,7 @@ def attend(head: Head, chosen: Tensor, found: Clustering, tail: bool) -> Tensor:
     return head.softmax(exact) @ values
 
 
-def expected(
-    rows: Sequence[Row], logits: Logits, store: PagedStore, rule: Rule, settings: dict[str, Any]
-) -> list[Step]:
+def expected(rows: Sequence[Row], logits: Logits, store: Store, rule: Rule, settings: dict[str, Any]) -> list[Step]:
     """What the store's last step should have given each row, `rows` in float64."""
     steps = []
     for index, row in enumerate(rows):
@@ -106,7 +104,7 @@ def expected(
 
 
 def decode_checked(
-    store: PagedStore, rows: Sequence[Row], logits: Logits, rule: Rule, settings: dict[str, Any], steps: range
+    store: Store, rows: Sequence[Row], logits: Logits, rule: Rule, settings: dict[str, Any], steps: range
 ) -> None:
     """Decode; every step of every row equals its formula."""
     double = [row.double() for row in rows]

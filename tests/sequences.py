@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from kvcal.runtime.attention import Logits
+from kvcal.runtime.methods import METHODS
+from kvcal.runtime.methods.base import Policy
 from kvcal.runtime.methods.basis import Basis
 from kvcal.runtime.methods.loki import Loki, LokiPolicy
-from kvcal.runtime.stores import METHODS, Store
-from kvcal.runtime.stores.paged import PagedStore
+from kvcal.runtime.settings import new_store
+from kvcal.runtime.store import Store
 
 TOLERANCES: dict[torch.dtype, dict[str, float]] = {
     torch.float32: {"rtol": 1e-4, "atol": 1e-5},
@@ -162,22 +164,24 @@ def prefill(store: Store, rows: Sequence[Row], logits: Logits, chunks: Sequence[
     return [output[index, :, width - row.prompt :] for index, row in enumerate(rows)]
 
 
-def append(store: Store, rows: Sequence[Row], step: int) -> Tensor:
+def append(store: Store, rows: Sequence[Row], step: int, revocable: bool = False) -> Tensor:
     """Take in decoded token `step` of every row; its queries [B, Hq, 1, D]."""
     query, key, value = (
         torch.stack([row.tensors()[which][:, row.prompt + step : row.prompt + step + 1] for row in rows])
         for which in range(3)
     )
-    store.append(key, value)
+    store.append(key, value, revocable=revocable)
     return query
 
 
-def decode(store: Store, rows: Sequence[Row], logits: Logits, steps: range | None = None) -> list[list[Step]]:
+def decode(
+    store: Store, rows: Sequence[Row], logits: Logits, steps: range | None = None, revocable: bool = False
+) -> list[list[Step]]:
     """[row][step] of the tokens after the prompts."""
     steps = range(rows[0].key.shape[1] - rows[0].prompt) if steps is None else steps
     taken: list[list[Step]] = [[] for _ in rows]
     for step in steps:
-        output = store.attend(append(store, rows, step), logits)
+        output = store.attend(append(store, rows, step, revocable), logits)
         mask = store.read_mask()
         mask = mask.repeat_interleave(output.shape[1] // mask.shape[1], 1)
         for index, row in enumerate(rows):
@@ -191,20 +195,20 @@ def make(method: str, geometry: Geometry, **settings: Any) -> Store:
     """An empty store; loki on random maps that are orthonormal for "pca" and not for "score", spectral on random
     moments."""
     if method == "spectral":
-        return _spectral(geometry, tuple(sorted(settings.items())))()
+        return new_store(_spectral(geometry, tuple(sorted(settings.items()))))
     if method != "loki":
-        return METHODS[method](**settings).build(0, geometry.dim, None)()
+        return new_store(METHODS[method](**settings).bind(0, geometry.dim, None))
     loki = Loki(**settings)
     assert not isinstance(loki.rank, str)
     rank = loki.rank if isinstance(loki.rank, int) else math.ceil(loki.rank * geometry.dim)
     basis = Basis(*maps(geometry, loki.basis, rank), rank)
-    return PagedStore(LokiPolicy(loki, basis))
+    return Store(LokiPolicy(loki, basis))
 
 
 @functools.cache
-def _spectral(geometry: Geometry, settings: tuple[tuple[str, Any], ...]) -> Callable[[], Store]:
+def _spectral(geometry: Geometry, settings: tuple[tuple[str, Any], ...]) -> Policy:
     artifact = coded.artifact(geometry.dim, geometry.kv_heads, geometry.value_dim)
-    return METHODS["spectral"](**dict(settings)).build(0, geometry.dim, artifact)
+    return METHODS["spectral"](**dict(settings)).bind(0, geometry.dim, artifact)
 
 
 def maps(geometry: Geometry, basis: str, rank: int) -> tuple[Tensor, Tensor]:

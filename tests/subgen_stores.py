@@ -7,7 +7,9 @@ from typing import Any
 from sequences import Geometry, Row, Step, decode, prefill
 
 from kvcal.runtime.attention import Logits
-from kvcal.runtime.stores.subgen import SubGen, SubGenStore
+from kvcal.runtime.methods.subgen import SubGen
+from kvcal.runtime.settings import new_store
+from kvcal.runtime.store import Store
 
 GEOMETRY = Geometry(16, 8, 2, 3)
 LOGITS = Logits(GEOMETRY.scaling)
@@ -17,8 +19,8 @@ CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 """float32 against float64 where numerators cancel."""
 
 
-def make(**settings: Any) -> SubGenStore:
-    return SubGen(**{**SMALL, **settings}).build(0, GEOMETRY.dim, None)()
+def make(**settings: Any) -> Store:
+    return new_store(SubGen(**{**SMALL, **settings}).bind(0, GEOMETRY.dim, None))
 
 
 def alone(row: Row, logits: Logits = LOGITS, **settings: Any) -> list[Step]:

@@ -14,7 +14,8 @@ from timing import Timer
 from torch import Tensor
 
 from kvcal.runtime.methods.clusterkv import ClusterKVPolicy
-from kvcal.runtime.stores.full import FullStore
+from kvcal.runtime.methods.full import FullPolicy
+from kvcal.runtime.settings import new_store
 
 Row = dict[str, Any]
 CHUNK = 16384
@@ -29,7 +30,7 @@ def build_row(sizes: Sizes, length: int, per_cluster: int, calibrated: bool, tim
         calibrated: begun with given centroids; else by k-means++, one centroid after the other.
     """
     key, centres = lumps(sizes, length, timer.device)
-    store = FullStore()
+    store = new_store(FullPolicy())
     fill_pages(store, key, torch.randn_like(key))
     policy = ClusterKVPolicy(cluster_settings(sizes, per_cluster), centres if calibrated else None)
     passes = 0

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvcal.kernels import backend as dispatcher
 from kvcal.runtime.methods.clusters import Clusters
-from kvcal.runtime.stores.paged import PagedStore
+from kvcal.runtime.store import Store
 
 COLD = 4
 """Times the L2 cache that has to be read before something is read again."""
@@ -90,13 +90,13 @@ def l2_bytes(device: torch.device) -> int:
     return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 << 20
 
 
-def fill_pages(store: PagedStore, key: Tensor, value: Tensor, chunk: int = 8192) -> None:
+def fill_pages(store: Store, key: Tensor, value: Tensor, chunk: int = 8192) -> None:
     """Make an empty store hold all of these tokens. Args: chunk: tokens encoded at a time."""
     for some in zip(key.split(chunk, 2), value.split(chunk, 2), strict=True):
-        store.append(*some)
+        store.take(*some)
 
 
-def fill_clustered(store: PagedStore, key: Tensor, value: Tensor, sizes: Sizes, seed: int = 0) -> None:
+def fill_clustered(store: Store, key: Tensor, value: Tensor, sizes: Sizes, seed: int = 0) -> None:
     """The same, in clusters of unequal sizes, all but the sinks and half a window.
 
     Clusters are random: which tokens they have matters to no time, and k-means would take most of it.

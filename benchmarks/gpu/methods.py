@@ -14,14 +14,15 @@ from torch import Tensor
 
 from kvcal.kernels.score import score
 from kvcal.runtime.attention import Logits
+from kvcal.runtime.fixed_step import Clock, FixedStep
 from kvcal.runtime.methods.base import Selected
 from kvcal.runtime.methods.basis import Basis
 from kvcal.runtime.methods.choosing import Counts, attend_selected, choose, shared
 from kvcal.runtime.methods.clusterkv import ClusterKV, ClusterKVPolicy
 from kvcal.runtime.methods.full import Full
 from kvcal.runtime.methods.loki import Loki, LokiPolicy
-from kvcal.runtime.static import Clock, PagedStep
-from kvcal.runtime.stores.paged import PagedStore
+from kvcal.runtime.settings import new_store
+from kvcal.runtime.store import Store
 
 Call = Callable[[], Any]
 
@@ -35,12 +36,12 @@ class Method:
 
 
 def dense(copy: Copy, sizes: Sizes) -> Method:
-    store = Full().build(0, sizes.dims, None)()
+    store = new_store(Full().bind(0, sizes.dims, None))
     return made(stepped(store, copy, fill_pages), copy, sizes)
 
 
 def spectral(copy: Copy, sizes: Sizes) -> Method:
-    store = settings(sizes).build(0, sizes.dims, fitted(sizes, copy.basis))()
+    store = new_store(settings(sizes).bind(0, sizes.dims, fitted(sizes, copy.basis)))
     return made(stepped(store, copy, fill_pages), copy, sizes)
 
 
@@ -49,7 +50,7 @@ def loki(copy: Copy, sizes: Sizes, basis: str) -> Method:
     of, map = loki_settings(sizes, basis), copy.basis[:, : sizes.rank].contiguous()
     maps = copy.basis if basis == "pca" else map
     policy = LokiPolicy(of, Basis(maps, maps, sizes.rank))
-    step = stepped(PagedStore(policy), copy, fill_pages)
+    step = stepped(Store(policy), copy, fill_pages)
     cache = step.cache()
     counts = Counts.of(of, cache.metadata)
     if counts is None:
@@ -68,7 +69,7 @@ def loki(copy: Copy, sizes: Sizes, basis: str) -> Method:
 def clusterkv(copy: Copy, sizes: Sizes, per_cluster: int) -> Method:
     """The recall of clusters is the rest."""
     policy, logits = ClusterKVPolicy(cluster_settings(sizes, per_cluster), None), Logits(sizes.scaling)
-    step = stepped(PagedStore(policy), copy, partial(fill_clustered, sizes=sizes))
+    step = stepped(Store(policy), copy, partial(fill_clustered, sizes=sizes))
     cache = step.cache()
     selected = policy.step(copy.query, cache, logits).selected
     if selected is None:
@@ -98,18 +99,18 @@ def methods(sizes: Sizes) -> dict[str, Callable[[Copy], Method]]:
     return found
 
 
-def stepped(store: Any, copy: Copy, fill: Callable[[Any, Tensor, Tensor], None]) -> PagedStep:
+def stepped(store: Any, copy: Copy, fill: Callable[[Any, Tensor, Tensor], None]) -> FixedStep:
     """The step of an empty store that is made to hold all tokens of the copy but the last."""
     batch, _, capacity, _ = copy.key.shape
     fill(store, copy.key[:, :, :-1], copy.value[:, :, :-1])
-    step = PagedStep(store, Clock([capacity - 1] * batch, copy.key.device))
+    step = FixedStep(store, Clock([capacity - 1] * batch, copy.key.device))
     step.reserve(capacity)
     return step
 
 
-def made(step: PagedStep, copy: Copy, sizes: Sizes, parts: dict[str, Call] | None = None) -> Method:
+def made(step: FixedStep, copy: Copy, sizes: Sizes, parts: dict[str, Call] | None = None) -> Method:
     """Args: parts: of what comes after the new token is written; None: all of that is one."""
     logits = Logits(sizes.scaling)
     parts = parts or {"attend": partial(step.read, copy.query, logits)}
-    write = partial(step.write, copy.key_new[:, :, 0], copy.value_new[:, :, 0])
+    write = partial(step.write, copy.key_new, copy.value_new)
     return Method(partial(step.step, *copy.new, logits), {"append": write, **parts})

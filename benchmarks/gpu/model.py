@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from kvcal.runtime.methods.full import Full
 from kvcal.runtime.methods.loki import LokiPolicy
 from kvcal.runtime.replay import Replay, State
 from kvcal.runtime.sampling import Sampler
-from kvcal.runtime.stores.paged import PagedStore
+from kvcal.runtime.settings import new_store
+from kvcal.runtime.store import Store
 
 Row = dict[str, Any]
 WARM = 4
@@ -99,10 +101,10 @@ def made_cache(model: Any, sizes: Sizes, held: int, batch: int, name: str) -> An
     layers = range(sizes.layers)
     if name == "loki":  # without an artifact to take its basis from
         policy = LokiPolicy(method, Basis(components, components, sizes.rank))
-        builders: dict[int, Any] = dict.fromkeys(layers, lambda: PagedStore(policy))
+        builders: dict[int, Any] = dict.fromkeys(layers, lambda: Store(policy))
     else:
         artifact = fitted(sizes, components, len(layers))
-        builders = {layer: method.build(layer, sizes.dims, artifact) for layer in layers}
+        builders = {layer: partial(new_store, method.bind(layer, sizes.dims, artifact)) for layer in layers}
     recipe = Recipe(dict.fromkeys(layers, method), builders, None, len(layers))
     cache = CompressedCache.of(model, recipe)
     for store in cache.stores.values():

@@ -23,7 +23,7 @@ from kvcal.calibrate.evaluation.protocol import evaluate
 from kvcal.calibrate.evaluation.results import Results
 from kvcal.calibrate.evaluation.tasks import ruler_package
 from kvcal.calibrate.models import max_context
-from kvcal.runtime.stores import METHODS
+from kvcal.runtime.methods import METHODS
 
 Setting = dict[str, Any]
 CONTINUATION = 64

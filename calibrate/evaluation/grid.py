@@ -114,7 +114,7 @@ def check_grid(grid: Iterable[Setting], model: Any, artifact: Artifact | None) -
 def layers_taking_mass(setting: Setting, model: Any, artifact: Artifact | None) -> set[int]:
     """The layers in which a setting starts from the attention that each token has received (h2o); inside `sharing`."""
     cache = CompressedCache(model, artifact, **decoding(setting))
-    return {layer for layer, store in cache.stores.items() if store.takes_mass}
+    return {layer for layer, store in cache.stores.items() if store.policy.accumulates}
 
 
 def by_sharing(grid: Iterable[Setting]) -> list[list[Setting]]:

@@ -93,7 +93,7 @@ class PrefilledSamples:
         if self.asked is None:
             cache.adopt(self.contexts[0])
             rows = self.contexts[1].copy()
-        elif all(store.keeps_all_tokens or store.query_aware for store in cache.stores.values()):
+        elif all(method.keeps_all_tokens or method.query_aware for method in cache.recipe.methods.values()):
             cache.adopt(self.asked[0])
             rows, logits = self.asked[1].copy(), self.asked[2]
         else:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ...artifacts import Artifact
 from ...runtime.attention import Logits, probabilities, weighted
+from ...runtime.methods import METHODS
 from ...runtime.methods.base import Method
-from ...runtime.settings import plan
-from ...runtime.stores import METHODS, Store
-from ...runtime.stores.full import FullStore
+from ...runtime.settings import new_store, plan
+from ...runtime.store import Store
 from ..capture import LayerTensors, capture
 from .prompts import balanced
 from .settings import Setting
@@ -83,7 +83,7 @@ class Problem:
             store.append(key, value)
             for at, policy in enumerate(policies):
                 if policy is not None:
-                    store.policy = policy  # type: ignore[attr-defined]
+                    store.policy = policy
                 out = store.attend(query, self.logits)
                 shared = store.shared_bytes() if store.bytes_read() else 0
                 read[at] += (store.bytes_read() - shared) / self.key.shape[0] + shared / batch_size
@@ -114,10 +114,8 @@ class Problem:
 
     def store(self, setting: Setting, artifact: Artifact | None) -> Store:
         """A method's, after the prefix."""
-        store = self._method(setting).build(*self._of(artifact))()
-        full = FullStore()
-        full.append(self.key[:, :, : self.prefix], self.value[:, :, : self.prefix])
-        store.adopt(full)
+        store = new_store(self._method(setting).bind(*self._of(artifact)))
+        store.take(self.key[:, :, : self.prefix], self.value[:, :, : self.prefix])
         return store
 
     def _method(self, setting: Setting) -> Any:

@@ -17,12 +17,11 @@ from transformers.cache_utils import DynamicCache
 from ...artifacts import Artifact, KvcalError
 from ..cla import check_methods, with_bases
 from ..loading import check_model
-from ..methods.full import Full
+from ..methods import KEEPING, Method
 from ..planned import chosen, naming
 from ..settings import builders, describe, name_of, plan
 from ..sharing import SharingMap
-from ..stores import Method, Store
-from ..stores.paged import PagedStore
+from ..store import Store
 from ..wrapped import unwrapped
 from .attachment import attach
 from .layer import Call, CompressedLayer, Observer, full_attention_layers
@@ -78,11 +77,10 @@ class Recipe:
         with naming(artifact if from_plan else None):
             made = builders(storing, head_dims, fitted)
         for group in groups.shared:
-            if not made[group[0]]().keeps_all_tokens:
+            if not methods[group[0]].keeps_all_tokens:
                 raise KvcalError(
                     f"layers {', '.join(map(str, group))} share keys and values, and {name_of(methods[group[0]])} "
-                    "forgets tokens that the others still want: take a method that keeps every token (full, loki, "
-                    "exact_topk, quest, sparq, clusterkv, spectral)"
+                    f"forgets tokens that the others still want: take a method that keeps every token ({KEEPING})"
                 )
         return cls(methods, made, artifact, total, groups, sharing.identity if sharing else None)
 
@@ -150,23 +148,27 @@ class CompressedCache(DynamicCache):
 
     def device_hits(self) -> tuple[int, int]:
         """Of an offloaded cache: (tokens read that lay on the device already, tokens read), of all heads and steps."""
-        found = [store.device_cache for store in set(self.stores.values()) if isinstance(store, PagedStore)]
+        found = [store.buffers.device_cache for store in set(self.stores.values())]
         hits = sum(cache.hits for cache in found if cache)
         return hits, hits + sum(cache.misses for cache in found if cache)
 
     def adopt(self, full: CompressedCache) -> None:
-        """Start from the tokens of a `full` cache of the same model, so that several caches share one prefill.
+        """Start from the tokens of another cache of the same model, so that several caches share one prefill.
 
         Raises:
-            KvcalError: this cache is not empty, the other is not `full`, or it lacks what a method needs (h2o:
-                `record_mass=True`).
+            KvcalError: this cache is not empty, the other does not keep all keys and values as they came (as `full`
+                does), or lacks what a method needs (h2o: `record_mass=True`).
         """
         if full.call.model() is not self.call.model():
             raise KvcalError("adopt: that is a cache of another model")
         if full.recipe.sharing != self.recipe.sharing:
             raise KvcalError("adopt: in that cache other layers share keys and values than in this one")
-        if self.get_seq_length() or any(not isinstance(method, Full) for method in full.recipe.methods.values()):
-            raise KvcalError("adopt: an empty cache can take over a cache of method full, nothing else")
+        if self.get_seq_length():
+            raise KvcalError("adopt: this cache holds tokens already: begin with an empty one")
+        if not all(method.keeps_all_tokens for method in full.recipe.methods.values()) or not all(
+            store.policy.keeps_rows for store in full.stores.values()
+        ):
+            raise KvcalError("adopt: that cache does not keep keys and values as they came: give one of method full")
         if not full.get_seq_length():
             return
         self.call.length = full.call.length

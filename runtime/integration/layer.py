@@ -13,7 +13,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from ...artifacts import KvcalError
 from ..attention import Logits
-from ..stores import Store
+from ..store import Store
 from .masks import Padding
 from .rotation import Rotation
 
@@ -108,7 +108,8 @@ class CompressedLayer(CacheLayerMixin):
         store, tokens = self.store, key.shape[2]
         valid = None if mask is None else self._call.padding.of(mask, store, query)
         drafts = min(self._call.drafts or 0, tokens)
-        store.tentative(self._call.recording or drafts > 0)
+        if revocable := self._call.recording or drafts > 0:
+            store.settle()
         prompt = tokens - drafts
         if prompt == 1 and store.seen:
             prompt = 0  # the usual step
@@ -119,14 +120,18 @@ class CompressedLayer(CacheLayerMixin):
             parts.append(store.prefill(query[:, :, new], key[:, :, new], value[:, :, new], logits, part(valid, new)))
         for token in range(prompt, tokens):
             at = slice(token, token + 1)
-            store.append(key[:, :, at], value[:, :, at], None if valid is None else part(valid, at))
-            parts.append(self._step(store, query[:, :, at], key[:, :, at], value[:, :, at], logits))
+            own = None if valid is None else part(valid, at)
+            store.append(key[:, :, at], value[:, :, at], own, revocable)
+            parts.append(self._step(store, query[:, :, at], key[:, :, at], value[:, :, at], logits, own))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
-    def _step(self, store: Store, query: Tensor, key: Tensor, value: Tensor, logits: Logits) -> Tensor:
+    def _step(
+        self, store: Store, query: Tensor, key: Tensor, value: Tensor, logits: Logits, valid: Tensor | None
+    ) -> Tensor:
         """The attention of one decoded token, which the store has taken in already."""
-        out = store.attend(query, logits)
-        self.reading = store.reading()
+        out = store.attend(query, logits, valid)
+        assert store.last is not None
+        self.reading = store.last.bytes_read
         if self._call.observer is not None:
             self._call.observer(self.index, store, query, key, value, logits, out)
         return out
@@ -134,15 +139,15 @@ class CompressedLayer(CacheLayerMixin):
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from the `state()` of a store of the same method."""
         self.store.restore(state)
-        key, _ = self.store.like()
-        if self.store.seen and key is not None:
-            self._begin(key)
+        if self.store.seen and self.store.like is not None:
+            self._begin(self.store.like[0])
 
     @torch.inference_mode(False)
     def adopt(self, full: CompressedLayer) -> None:
         """Start from the tokens of a layer of method `full`."""
-        self.store.adopt(full.store)  # type: ignore[arg-type]
-        self._begin(full.store.rows["key"].view)
+        key, value, valid, received = full.store.as_they_came()
+        self.store.take(key, value, valid, received)
+        self._begin(key)
 
     def _begin(self, key: Tensor) -> None:
         self.is_initialized = True
@@ -175,16 +180,16 @@ class CompressedLayer(CacheLayerMixin):
 
     @torch.inference_mode(False)
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.store.select(beam_idx)
+        self.store.reorder(beam_idx)
 
     @torch.inference_mode(False)
     def batch_select_indices(self, indices: Tensor) -> None:
         rows = torch.arange(len(self.store.lengths))
-        self.store.select(rows[indices.cpu()])
+        self.store.reorder(rows[indices.cpu()])
 
     @torch.inference_mode(False)
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.store.select(torch.arange(len(self.store.lengths)).repeat_interleave(repeats))
+        self.store.reorder(torch.arange(len(self.store.lengths)).repeat_interleave(repeats))
 
     def to(self, device: torch.device) -> None:
         """Attend on this device from now on."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...artifacts import KvcalError
-from ..stores import Store
+from ..store import Store
 
 
 def needed_only(build: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:

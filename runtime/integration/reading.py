@@ -8,7 +8,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ...artifacts import KvcalError
 from ..attention import Logits
-from ..stores import Store
+from ..store import Store
 from .layer import Call, CompressedLayer, Taken, nothing_read, part
 
 
@@ -33,7 +33,7 @@ class ReadingLayer(CompressedLayer):
         assert self._new is not None
         (key, value), self._new = self._new, None
         store, tokens, taken = self.store, key.shape[2], self._storing.taken
-        if taken is None or taken.tokens != tokens or not store.keeps_all_tokens:
+        if taken is None or taken.tokens != tokens:
             raise KvcalError(
                 f"layer {self.index} reads the cache of layer {self._storing.index}, which has not taken in these "
                 f"{tokens} tokens: begin a new cache"
@@ -42,12 +42,16 @@ class ReadingLayer(CompressedLayer):
         again = tokens - taken.prompt if tokens > 1 else 0
         if again:
             store.crop(again)
-        parts = [store.attend_all(query[:, :, : taken.prompt], logits)] if taken.prompt else []
+        parts = []
+        if taken.prompt:
+            new = slice(None, taken.prompt)
+            parts.append(store.attend_all(query[:, :, new], logits, part(taken.valid, new)))
         for token in range(taken.prompt, tokens):
             at = slice(token, token + 1)
+            own = part(taken.valid, at)
             if again:
-                store.append(key[:, :, at], value[:, :, at], part(taken.valid, at))
-            parts.append(self._step(store, query[:, :, at], key[:, :, at], value[:, :, at], logits))
+                store.append(key[:, :, at], value[:, :, at], own)
+            parts.append(self._step(store, query[:, :, at], key[:, :, at], value[:, :, at], logits, own))
         self.taken = taken
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 

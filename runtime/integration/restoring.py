@@ -74,7 +74,7 @@ def check_fits(layer: Any, index: int, key: Tensor, value: Tensor) -> None:
     if isinstance(layer, CompressedLayer):
         if isinstance(layer, ReadingLayer):
             return
-        held = layer.store.like()
+        held = layer.store.like or (None, None)
     else:
         held = getattr(layer, "keys", None), getattr(layer, "values", None)
         if held[0] is not None and held[0].dim() == 4 and len(held[0]) != len(key):

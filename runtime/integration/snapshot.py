@@ -19,11 +19,11 @@ from ...artifacts.plain_files import read_plain
 from ...artifacts.syncing import make_folder
 from ...artifacts.weights import model_state, sample, update_digest
 from ...artifacts.writing import write_atomically
+from ..methods import METHODS, Method
 from ..sharing import SharingMap
-from ..stores import METHODS, Method
 
 FILE = "cache.safetensors"
-_VERSION = 3
+_VERSION = 4
 _MOST_HEADER = 16 << 20
 """Bytes."""
 

@@ -10,9 +10,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from ..attention import Logits
-from ..static import Clock, PagedStep, refusal
-from ..stores import Store
-from ..stores.paged import PagedStore
+from ..fixed_step import Clock, FixedStep
+from ..store import Store
 from .cache import CompressedCache
 from .layer import CompressedLayer
 from .support import takes_positions
@@ -28,7 +27,7 @@ class SteppingLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, step: PagedStep, seen: int, writes: bool):
+    def __init__(self, step: FixedStep, seen: int, writes: bool):
         """Args: writes: False for a layer that reads what another has written."""
         super().__init__()
         self.step, self.seen, self.writes = step, seen, writes
@@ -52,7 +51,7 @@ class SteppingLayer(CacheLayerMixin):
         assert self._new is not None
         (key, value), self._new = self._new, None
         if self.writes:
-            self.step.write(key[:, :, 0], value[:, :, 0])
+            self.step.write(key, value)
         out = self.step.read(query, logits)
         self.last = query, logits
         return out
@@ -69,15 +68,6 @@ class SteppingLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.14
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
-def read_by(store: Store, query: Tensor, logits: Logits) -> int:
-    """Bytes that a step of this query reads. It is taken again: few ask, and the last step that was run may be one that
-    came after the end of all rows and was taken back."""
-    store.attend(query, logits)
-    return store.bytes_read()
-
-
 class SteppingCache(DynamicCache):
     """Works on the stores of `cache`, which is up to date again after `settle`."""
 
@@ -91,11 +81,13 @@ class SteppingCache(DynamicCache):
         self.clock = Clock(first.lengths, device)
         groups = cache.recipe.groups
         made = {
-            layer: PagedStep(store, self.clock)
+            layer: FixedStep(store, self.clock)
             for layer, store in cache.stores.items()
-            if groups.storing_of(layer) == layer and isinstance(store, PagedStore)  # others have a refusal
+            if groups.storing_of(layer) == layer
         }
         self.steps = list(made.values())
+        self.can_go_back = all(method.keeps_all_tokens for method in cache.recipe.methods.values())
+        """Whether what came after the end of all rows can be taken back."""
         self.unsettled = 0
         """Tokens per row since the stores were told."""
         self.captured = True
@@ -110,7 +102,7 @@ class SteppingCache(DynamicCache):
         if any(not isinstance(layer, CompressedLayer) for layer in cache.layers):
             return "the model has layers that keep transformers' own cache (sliding windows), which grows by copies"
         for method in cache.recipe.methods.values():
-            if why := refusal(method):
+            if why := method.not_captured():
                 return why
         devices = {str(store.rows["key"].view.device) for store in cache.stores.values()}
         return f"its layers lie on several devices ({', '.join(sorted(devices))})" if len(devices) > 1 else None
@@ -127,15 +119,15 @@ class SteppingCache(DynamicCache):
         length = max(lengths) + self.unsettled
         self.clock.told = None if self.captured else (min(lengths) + self.unsettled + 1, length + 1)
         full = length >= self.steps[0].capacity
-        if full or any(step.due(self.unsettled) for step in self.steps):
+        if full or any(step.store.due(self.unsettled) for step in self.steps):
             self.settle()
             for step in self.steps:
                 step.reserve(-(-(length + 1) // BUCKET) * BUCKET if full else step.capacity)
-        return tuple(address for step in self.steps for address in step.addresses())
+        return tuple(address for step in self.steps for address in step.store.addresses())
 
     def changed(self) -> list[Tensor]:
         """What a step changes but the slots of the coming token."""
-        return [self.clock.held, self.clock.seen, *(tensor for step in self.steps for tensor in step.changed())]
+        return [self.clock.seen, *(tensor for step in self.steps for tensor in step.store.changed())]
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -143,7 +135,7 @@ class SteppingCache(DynamicCache):
         """Tell the stores of the tokens since the last time."""
         if self.unsettled:
             for step in self.steps:
-                step.settle(self.unsettled)
+                step.store.count(self.unsettled)
         self.unsettled = 0
 
     @torch.inference_mode(False)
@@ -153,7 +145,8 @@ class SteppingCache(DynamicCache):
         self.settle()
         for compressed, layer in zip(self.cache.layers, self.layers, strict=True):
             if layer.last is not None:
-                compressed.reading = partial(read_by, compressed.store, *layer.last)
+                # Few ask, and the last step that was run may have come after the end of all rows and be taken back.
+                compressed.reading = partial(_read_by, compressed.store, *layer.last)
 
     def check_whole(self) -> None:
         """Steps are whole by construction."""
@@ -163,3 +156,9 @@ class SteppingCache(DynamicCache):
 
     def check_sharing(self, model: Any) -> None:
         self.cache.check_sharing(model)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _read_by(store: Store, query: Tensor, logits: Logits) -> int:
+    return store.read_by(query, logits)

@@ -24,26 +24,34 @@ class Places:
     """Length of each row once they are written."""
     slots: slice | tuple[Tensor, Tensor, Tensor]
     """The same slots for all rows; or (row, token, slot) of every token that counts."""
-    limits: Tensor | None
-    """[B, T] int64: how many tokens of its row each new one may see, itself included; None: T == S, no padding."""
 
 
 def find_places(lengths: Sequence[int], tokens: int, valid: Tensor | None, device: torch.device) -> Places:
     """Args: valid: [B, T] bool on the CPU, False at padding; None = no padding."""
-    if valid is not None and bool(valid.all()):
-        valid = None
-    if valid is None:
+    if valid is None or bool(valid.all()):
         if len(set(lengths)) == 1:
-            start, limits = lengths[0], None
-            after = [start + tokens] * len(lengths)
-            if start:
-                limits = torch.arange(start + 1, start + tokens + 1, device=device).expand(len(lengths), -1)
-            return Places(after, slice(start, start + tokens), limits)
+            start = lengths[0]
+            return Places([start + tokens] * len(lengths), slice(start, start + tokens))
         valid = torch.ones(len(lengths), tokens, dtype=torch.bool)
-    limits = torch.tensor(list(lengths)).unsqueeze(1) + valid.cumsum(1)
+    after = torch.tensor(list(lengths)).unsqueeze(1) + valid.cumsum(1)
     row, token = valid.nonzero(as_tuple=True)
-    slot = limits[row, token] - 1
-    return Places(limits[:, -1].tolist(), (row.to(device), token.to(device), slot.to(device)), limits.to(device))
+    slot = after[row, token] - 1
+    return Places(after[:, -1].tolist(), (row.to(device), token.to(device), slot.to(device)))
+
+
+def visible(held: Sequence[int], tokens: int, valid: Tensor | None, device: torch.device) -> Tensor | None:
+    """[B, T] int64: how many of the tokens that its row holds each of the last T may see, itself included; None: those
+    T are all, and there is no padding among them.
+
+    Args:
+        valid: [B, T] bool on the CPU, False at padding; None = no padding.
+    """
+    if valid is None or bool(valid.all()):
+        if set(held) == {tokens}:
+            return None
+        valid = torch.ones(1, tokens, dtype=torch.bool)
+    number = valid.cumsum(1)
+    return (torch.tensor(list(held)).unsqueeze(1) - number[:, -1:] + number).to(device)
 
 
 class TokenBuffer:
@@ -52,9 +60,10 @@ class TokenBuffer:
     moves = True
     """Whether they lie where attention is computed, and go elsewhere with it."""
 
-    def __init__(self, chunk: int = CHUNK):
+    def __init__(self, chunk: int = CHUNK, fill: int = 0):
+        """Args: fill: what stands where nothing was written."""
         self.tensor: Tensor | None = None
-        self.chunk = chunk
+        self.chunk, self.fill = chunk, fill
         self.used = 0
 
     def write(self, new: Tensor, places: Places) -> None:
@@ -70,7 +79,7 @@ class TokenBuffer:
         self.used = used
 
     def reserve(self, tokens: int, like: Tensor) -> None:
-        """Make room for `tokens` tokens of the shape and dtype of `like`; what was never written is zero."""
+        """Make room for `tokens` tokens of the shape and dtype of `like`; what was never written is `fill`."""
         capacity = 0 if self.tensor is None else self.tensor.shape[2]
         if self.tensor is not None and tokens <= capacity:
             return
@@ -80,7 +89,7 @@ class TokenBuffer:
         self.tensor = grown
 
     def _allocate(self, like: Tensor, tokens: int) -> Tensor:
-        return like.new_zeros(*like.shape[:2], tokens, like.shape[3])
+        return like.new_full((*like.shape[:2], tokens, like.shape[3]), self.fill)
 
     @property
     def view(self) -> Tensor:
@@ -103,12 +112,3 @@ class TokenBuffer:
 
     def nbytes(self) -> int:
         return 0 if self.tensor is None else self.tensor.nbytes
-
-
-def lengths_mask(lengths: Sequence[int], device: torch.device) -> Tensor | None:
-    """[B, 1, 1, S] which tokens each row has; None when all have the same number."""
-    longest = max(lengths)
-    if min(lengths) == longest:
-        return None
-    held = torch.tensor(list(lengths), device=device)
-    return torch.arange(longest, device=device) < held.view(-1, 1, 1, 1)

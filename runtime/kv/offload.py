@@ -14,7 +14,7 @@ from .buffers import CHUNK, Places, TokenBuffer
 def on_host(places: Places) -> Places:
     """The same places, told on the CPU."""
     slots = places.slots if isinstance(places.slots, slice) else tuple(part.cpu() for part in places.slots)
-    return Places(places.after, slots, None)  # type: ignore[arg-type]
+    return Places(places.after, slots)  # type: ignore[arg-type]
 
 
 class DeviceCache:

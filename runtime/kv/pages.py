@@ -22,6 +22,11 @@ from .offload import Offloaded, on_host
 
 PAGE = 64
 """Tokens of a page."""
+POSITION = "position"
+"""By this name: of which token a slot holds keys and values, [B, Hkv, slots, 1] int32, -1 where it is free; only where
+fewer tokens are held than came."""
+RECEIVED = "received"
+"""By this name: what each token has received of all attention so far, [B, Hkv, tokens, 1] float32."""
 Summarise = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 """From the tokens of n pages, [n, PAGE, Hkv, …] by name, to what is kept of each as a whole, [n, Hkv, …]."""
 T = TypeVar("T")
@@ -45,6 +50,8 @@ class DecodeMetadata:
     one view."""
     lengths: tuple[int, ...] | None = None
     """`seq_lens`, where the host knows them."""
+    whole: DecodeMetadata | None = None
+    """Where fewer tokens are held than came, all of the others tell of what is held, and this of what came."""
     _reckoned: dict[Hashable, object] = field(default_factory=dict, init=False, repr=False)
 
     def once(self, name: Hashable, reckon: Callable[[], T]) -> T:
@@ -87,20 +94,29 @@ def contiguous_table(sequences: int, pages: int, device: torch.device) -> Tensor
     return torch.arange(sequences * pages, device=device).view(sequences, pages)
 
 
-def contiguous_metadata(lengths: tuple[int, ...], capacity: int, device: torch.device) -> DecodeMetadata:
-    """Of sequences of these lengths in buffers of `capacity` tokens each: one object for all layers of a step."""
-    return _contiguous(lengths, capacity, device, threading.get_ident())
+def contiguous_metadata(
+    lengths: tuple[int, ...], capacity: int, device: torch.device, came: tuple[int, ...] | None = None
+) -> DecodeMetadata:
+    """Of sequences of these lengths in buffers of `capacity` tokens each: one object for all layers of a step.
+
+    Args:
+        came: tokens of each sequence, where fewer are held.
+    """
+    return _contiguous(lengths, capacity, device, came, threading.get_ident())
 
 
-@lru_cache(maxsize=4)
-def _contiguous(lengths: tuple[int, ...], capacity: int, device: torch.device, thread: int) -> DecodeMetadata:
+@lru_cache(maxsize=8)
+def _contiguous(
+    lengths: tuple[int, ...], capacity: int, device: torch.device, came: tuple[int, ...] | None, thread: int
+) -> DecodeMetadata:
     """Args: thread: another may work on another stream, which would not wait for what this one reckons."""
+    whole = None if came is None else _contiguous(came, PAGE, device, None, thread)
     table, longest, shortest = contiguous_table(len(lengths), capacity // PAGE, device), max(lengths), min(lengths)
     if longest == shortest:  # without a copy from the host, which would wait for the device
         seq_lens = torch.full((len(lengths),), longest, dtype=torch.int32, device=device)
     else:
         seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
-    return DecodeMetadata(table, seq_lens, longest, shortest, contiguous=True, lengths=lengths)
+    return DecodeMetadata(table, seq_lens, longest, shortest, contiguous=True, lengths=lengths, whole=whole)
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,6 +194,16 @@ class LayerCache:
             pages = self.pages[name]
             pages.view(-1, *pages.shape[2:]).index_copy_(0, slots, tensor.squeeze(2))
 
+    def write_at(self, new: Mapping[str, Tensor], slot: Tensor) -> None:
+        """Put [B, Hkv, 1, …] of each name into slots [B, Hkv] int64 of contiguous pages."""
+        for name, tensor in new.items():
+            index = slot[:, :, None, None].expand(-1, -1, 1, tensor.shape[3])
+            self._in_order(name).scatter_(2, index, tensor)
+
+    def receive(self, attention: Tensor) -> None:
+        """Add [B, Hkv, n] float32 to what the first n tokens have received of all attention so far."""
+        self.tokens(RECEIVED)[:, :, : attention.shape[2]].add_(attention.unsqueeze(-1))
+
     def add_last(self, new: Mapping[str, Tensor]) -> None:
         """Add [B, Hkv, 1, …] of each name to the sums."""
         for name, tensor in new.items():
@@ -207,13 +233,15 @@ class PagedBuffer(TokenBuffer):
     In memory heads come first, so that the tokens of one head of a sequence lie next to one another.
     """
 
+    page = PAGE
+
     @property
     def pages(self) -> Tensor:
         """[N, PAGE, Hkv, …], a view."""
         assert self.tensor is not None
         by_head = self.tensor.transpose(0, 1)
         heads, batch, capacity = by_head.shape[:3]
-        by_page = by_head.view(heads, batch * capacity // PAGE, PAGE, *by_head.shape[3:])
+        by_page = by_head.view(heads, batch * capacity // self.page, self.page, *by_head.shape[3:])
         return by_page.permute(1, 2, 0, *range(3, by_page.dim()))
 
     def keep(self, index: Tensor) -> None:
@@ -223,7 +251,16 @@ class PagedBuffer(TokenBuffer):
 
     def _allocate(self, like: Tensor, tokens: int) -> Tensor:
         batch, heads = like.shape[:2]
-        return like.new_zeros(heads, batch, tokens, *like.shape[3:]).transpose(0, 1)
+        return like.new_full((heads, batch, tokens, *like.shape[3:]), self.fill).transpose(0, 1)
+
+
+class SlotBuffer(PagedBuffer):
+    """The same by fewer tokens: what is held is little, and what it does not hold should be free."""
+
+    page = 16
+
+    def __init__(self, fill: int = 0):
+        super().__init__(self.page, fill)
 
 
 class HostPages(PagedBuffer):

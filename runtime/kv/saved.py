@@ -36,6 +36,8 @@ class Saved:
     """[B, Hkv, tokens, D], once `take_tokens` has found it."""
     value: Tensor
     """[B, Hkv, tokens, Dv]"""
+    held: list[int]
+    """Tokens of each row that are held, where not all are."""
 
     def take_tokens(self, tokens: int | None) -> None:
         """Keys and values of so many tokens per row (None: any)."""
@@ -43,6 +45,11 @@ class Saved:
         self.value = self.take("rows.value", FLOATS, *self.key.shape[:3], None)
         if not (self.key.shape[1] and self.key.shape[3] and self.value.shape[3]):
             raise KvcalError(f"rows.key has shape {list(self.key.shape)}, expected heads and dimensions")
+
+    def take_received(self) -> None:
+        """What each token has received of all attention."""
+        received = self.take("rows.received", torch.float32, *self.key.shape[:3], 1)
+        require("received", received >= 0, "no negative attention")
 
     def has(self, name: str) -> bool:
         return name in self._tensors

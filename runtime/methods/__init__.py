@@ -1,1 +1,31 @@
-"""Methods: each is read in one file. What the user sets, what is kept beside keys and values, how a step attends."""
+"""The methods, each read in one file or folder: what the user sets, what is kept beside keys and values, how a step
+attends."""
+
+from .base import Method
+from .clusterkv import ClusterKV
+from .exact_topk import ExactTopk
+from .full import Full
+from .h2o import H2O
+from .loki import Loki
+from .quest import Quest
+from .sparq import Sparq
+from .spectral import Spectral
+from .streaming import Streaming
+from .subgen import SubGen
+
+METHODS: dict[str, type[Method]] = {
+    "full": Full,
+    "spectral": Spectral,
+    "loki": Loki,
+    "exact_topk": ExactTopk,
+    "clusterkv": ClusterKV,
+    "quest": Quest,
+    "sparq": Sparq,
+    "streaming": Streaming,
+    "h2o": H2O,
+    "subgen": SubGen,
+}
+KEEPING = ", ".join(name for name, method in METHODS.items() if method.keeps_all_tokens)
+"""Names of the methods that keep every token."""
+
+__all__ = ["KEEPING", "METHODS", "Method"]

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ...artifacts import Artifact
-from ..attention import Logits
+from ..attention import Logits, causal_attention
 from ..kv.buffers import TokenBuffer
 from ..kv.pages import PAGE, DecodeMetadata, LayerCache
 from ..kv.saved import Saved
-
-if TYPE_CHECKING:
-    from ..stores.base import Store
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,10 @@ class Attended:
     output: Tensor
     """[B, Hq, 1, Dv]"""
     selected: Selected | None
-    """None: every token was read, and nothing beside keys and values."""
+    """None: every token that is held was read."""
+    received: Tensor | None = None
+    """[B, Hkv, longest] float32: the attention that each token has received, added over a KV head's query heads; None:
+    nobody asked."""
 
 
 Widths = Mapping[str, int]
@@ -52,6 +52,12 @@ class Method(ABC):
 
     keep_shapes_cache: ClassVar[bool] = False
     """Whether what a cache holds depends on how many tokens a step reads."""
+    keeps_all_tokens: ClassVar[bool] = True
+    """Whether every token stays, so that any later query can read it."""
+    query_aware: ClassVar[bool] = False
+    """Whether what it forgets after a prompt is meant to be chosen by the question that the prompt ends in."""
+    shared_defaults: ClassVar[Mapping[str, object]] = {}
+    """Parameters that are other by default where layers share keys and values."""
 
     @abstractmethod
     def bind(self, layer: int, head_dim: int, artifact: Artifact | None) -> Policy:
@@ -65,12 +71,19 @@ class Method(ABC):
         """Why a CUDA graph cannot hold its step; None: it can."""
         return None
 
-    def build(self, layer: int, head_dim: int, artifact: Artifact | None) -> Callable[[], Store]:
-        """What makes an empty cache of one layer, as the methods in `runtime/stores` do."""
-        from ..stores.paged import PagedStore
+    def not_shared(self) -> str | None:
+        """Why layers with queries of their own cannot read one cache of it, and what to take; None: they can."""
+        return None
 
-        policy = self.bind(layer, head_dim, artifact)
-        return lambda: PagedStore(policy)
+    def check_changed_keys(self, layer: int, bases: Mapping[str, Tensor]) -> None:  # noqa: B027 (most need nothing)
+        """The keys of this layer are others than those that the artifact was fitted to.
+
+        Args:
+            bases: of these keys, named as in the stage `pca`.
+
+        Raises:
+            KvcalError: it needs something of these keys that is not there.
+        """
 
 
 class SequenceIndex(ABC):
@@ -80,24 +93,24 @@ class SequenceIndex(ABC):
     Throughout, lengths are tokens of each sequence, and rows the token buffers "key" and "value" of what is kept.
     """
 
-    @abstractmethod
-    def begin(self, sequences: int, device: torch.device) -> None:
+    def begin(self, sequences: int, device: torch.device) -> None:  # noqa: B027
         """Get ready for a batch of so many sequences on this device."""
 
-    @abstractmethod
-    def prefilled(self, before: Sequence[int], after: Sequence[int], rows: Mapping[str, TokenBuffer]) -> None:
+    def prefilled(  # noqa: B027
+        self, before: Sequence[int], after: Sequence[int], rows: Mapping[str, TokenBuffer]
+    ) -> None:
         """Sequences went from `before` to `after` tokens by prefill."""
 
-    @abstractmethod
     def due(self, lengths: Sequence[int]) -> bool:
         """Whether `build` has something to do before the next token of these sequences."""
+        return False
 
-    @abstractmethod
-    def build(self, lengths: Sequence[int], coming: Sequence[bool], rows: Mapping[str, TokenBuffer]) -> None:
+    def build(  # noqa: B027
+        self, lengths: Sequence[int], coming: Sequence[bool], rows: Mapping[str, TokenBuffer]
+    ) -> None:
         """See to what is due. Args: coming: whether a sequence gets a token now."""
 
-    @abstractmethod
-    def crop(self, lengths: Sequence[int]) -> None:
+    def crop(self, lengths: Sequence[int]) -> None:  # noqa: B027
         """Sequences have no more tokens than these."""
 
     @abstractmethod
@@ -107,8 +120,7 @@ class SequenceIndex(ABC):
     @abstractmethod
     def to(self, device: torch.device | str) -> None: ...
 
-    @abstractmethod
-    def reserve(self, tokens: int, lengths: Sequence[int]) -> None:
+    def reserve(self, tokens: int, lengths: Sequence[int]) -> None:  # noqa: B027
         """Make room for what sequences that grow to so many tokens may need."""
 
     @abstractmethod
@@ -133,6 +145,9 @@ class SequenceIndex(ABC):
 
 class Policy(ABC):
     """A method in one layer: fitted tensors and settings, no state. One object for all caches of a model."""
+
+    accumulates = False
+    """Whether a cache adds up what each token receives of all attention (`RECEIVED`)."""
 
     offloaded: tuple[str, ...] = ()
     """Names of what is kept on the host, read through `LayerCache.gather` together."""
@@ -163,6 +178,24 @@ class Policy(ABC):
     def query(self, query: Tensor) -> Tensor:
         """[B, Hq, T, D] -> the same, as it meets the keys of `rows`: of the same dot products."""
         return query
+
+    def attend_all(self, query: Tensor, cache: LayerCache, logits: Logits, limits: Tensor | None) -> Tensor:
+        """[B, Hq, T, Dv]: dense attention of the T tokens that came last, queries [B, Hq, T, D].
+
+        Args:
+            limits: [B, T] int64, of how many tokens each sees; None: all are there, plainly causal.
+        """
+        key, value = (of.to(query.dtype) for of in self.rows(cache))
+        return causal_attention(self.query(query), key, value, logits, limits)
+
+    def write(self, cache: LayerCache, new: Mapping[str, Tensor]) -> None:
+        """Put all that is kept of each sequence's last token, [B, Hkv, 1, …] by name, where it belongs. Like `step`, it
+        waits for nothing."""
+        if self.sums:
+            cache.add_last(self.add_up(new))
+        cache.write_last(new)
+        if cache.summaries and cache.metadata.may_fill(self.summarise_every):
+            cache.summarise_last(self.summarised, self.summarise, self.summarise_every)
 
     def summarise(self, page: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """What is kept of pages as a whole: [n, Hkv, …] of the tokens in them, [n, PAGE, Hkv, …] by name.
@@ -212,9 +245,9 @@ class Policy(ABC):
         """Bytes that such a step reads once for all sequences: maps, codebooks."""
         return 0
 
-    def dense_bytes(self, widths: Widths) -> int:
-        """The same, of a step that reads every token."""
-        return 0
+    def dense_bytes(self, reading: Reading) -> int:
+        """All that a step reads which reads every token that is held. Waits for the device."""
+        return reading.tokens() * reading.heads * (reading.widths["key"] + reading.widths["value"])
 
 
 @dataclass(frozen=True)
@@ -229,22 +262,29 @@ class Reading:
     widths: Widths
     entries: int
     """Of the sequence index."""
+    position: Tensor | None = None
+    """[B, Hkv, slots] int32: the position of the token in each slot, -1 where there is none; None: it is the slot."""
 
     def tokens(self) -> int:
-        """Of all sequences. Waits for the device."""
+        """That are held, of all sequences. Waits for the device."""
         return int(self.metadata.seq_lens.sum())
 
     def bytes_read(self) -> int:
         """Of keys and values, and of what the policy keeps beside them. Waits for the device."""
         policy, widths = self.policy, self.widths
         if self.selected is None:
-            return self.tokens() * self.heads * (widths["key"] + widths["value"]) + policy.dense_bytes(widths)
+            return policy.dense_bytes(self)
         rows = int(policy.tokens_read(self.selected)) * policy.row_bytes(widths)
         return rows + policy.index_bytes(self) + policy.shared_bytes(widths)
 
     def mask(self) -> Tensor:
         """[B, Hkv or Hq, longest] bool: the tokens whose keys and values were read."""
         metadata = self.metadata
+        if self.position is not None:
+            assert metadata.whole is not None
+            held = self.position >= 0
+            times = held.new_zeros(*held.shape[:2], metadata.whole.longest, dtype=torch.int32)
+            return times.scatter_add_(2, self.position.clamp_min(0).long(), held.to(torch.int32)) > 0
         if self.selected is None:
             valid = metadata.positions() < metadata.seq_lens.unsqueeze(1)
             return valid.unsqueeze(1).expand(-1, self.heads, -1)

@@ -8,6 +8,9 @@ from torch import Tensor
 from ...artifacts import Artifact, KvcalError
 from .amounts import Amount, check_amount, count_of
 
+UPTRAIN = "`calibrate share ARTIFACT --model M --data D --steps N --uptrain`"
+"""Makes the bases of keys that layers share."""
+
 
 class Basis:
     """Two maps [Hkv, r, D] whose products with queries and keys give the scores; one object for all caches."""

@@ -155,7 +155,7 @@ class Clusters(SequenceIndex):
         index, held = slot_index(slots, labels.device)
         members = index + labels.argsort(dim=-1, stable=True) - torch.arange(labels.shape[-1], device=labels.device)
         row, _, token = held.nonzero(as_tuple=True)
-        places = Places([part.stop for part in slots], (row, token, index[row, 0, token]), None)
+        places = Places([part.stop for part in slots], (row, token, index[row, 0, token]))
         self._buffer(MEMBERS).write(members.unsqueeze(-1).to(torch.int32), places)
 
     def _buffer(self, name: str) -> TokenBuffer:

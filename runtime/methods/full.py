@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ...artifacts import Artifact
 from ...kernels.backend import choose
 from ...kernels.dense import dense
-from ..attention import Logits, attention
+from ..attention import Logits, attention, probabilities
 from ..kv.pages import DecodeMetadata, LayerCache
 from .amounts import check_flag
 from .base import Attended, Method, Policy
-
-if TYPE_CHECKING:
-    from ..stores.full import FullStore
 
 
 @dataclass(frozen=True)
@@ -30,23 +25,26 @@ class Full(Method):
     def check(self) -> None:
         check_flag("record_mass", self.record_mass)
 
-    def not_captured(self) -> str | None:
-        return "record_mass has no step of fixed shapes" if self.record_mass else None
+    def not_shared(self) -> str | None:
+        if not self.record_mass:
+            return None
+        return "record_mass is what one layer's queries gave, for h2o, which cannot share: leave it out"
 
     def bind(self, layer: int, head_dim: int, artifact: Artifact | None) -> FullPolicy:
         self.check()
-        return FullPolicy()
-
-    def build(self, layer: int, head_dim: int, artifact: Artifact | None) -> Callable[[], FullStore]:
-        from ..stores.full import FullStore
-
-        self.check()
-        return lambda: FullStore(self.record_mass)
+        return FullPolicy(self.record_mass)
 
 
 class FullPolicy(Policy):
+    def __init__(self, record_mass: bool = False):
+        self.accumulates = record_mass
+
     def step(self, query: Tensor, cache: LayerCache, logits: Logits) -> Attended:
-        return Attended(attend_all(query, *self.rows(cache), cache.metadata, logits), None)
+        key, value = self.rows(cache)
+        out = attend_all(query, key, value, cache.metadata, logits)
+        if not self.accumulates:
+            return Attended(out, None)
+        return Attended(out, None, weights(query, key, cache.metadata, logits).sum((2, 3)))
 
 
 def attend_all(query: Tensor, key: Tensor, value: Tensor, metadata: DecodeMetadata, logits: Logits) -> Tensor:
@@ -58,3 +56,9 @@ def attend_all(query: Tensor, key: Tensor, value: Tensor, metadata: DecodeMetada
         return out.flatten(1, 2).unsqueeze(2)
     valid = metadata.valid()
     return attention(query, key, value, logits, None if valid is None else valid[:, None, None])
+
+
+def weights(query: Tensor, key: Tensor, metadata: DecodeMetadata, logits: Logits) -> Tensor:
+    """[B, Hkv, G, 1, longest] float32: what each token receives of the attention of its sequence's last one."""
+    valid = metadata.valid()
+    return probabilities(query, key, logits, None if valid is None else valid[:, None, None])

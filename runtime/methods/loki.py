@@ -22,13 +22,14 @@ from ..attention import Logits
 from ..kv.pages import LayerCache
 from .amounts import Amount, check_choice, check_count
 from .base import Attended, Method, Policy, Reading, Widths
-from .basis import Basis
+from .basis import UPTRAIN, Basis
 from .choosing import Counts, Sampling, attend_selected, choose, shared
 from .full import attend_all
 
 
 @dataclass(frozen=True)
 class Loki(Sampling, Method):
+    shared_defaults = {"basis": "pca"}  # noqa: RUF012 (the type is the base's)
     rank: Amount | str = 0.25
     """Dimensions that are scored: a fraction, a count, or "variance:0.9", the fewest that hold 90 % of what
     the basis is ordered by, in every KV head of the layer."""
@@ -48,6 +49,15 @@ class Loki(Sampling, Method):
         check_choice("basis", self.basis, ("pca", "score"))
         check_count("sinks", self.sinks)
         check_count("recent", self.recent)
+
+    def not_shared(self) -> str | None:
+        if self.basis == "pca":
+            return None
+        return "basis 'score' is fitted to the queries of one layer: take basis='pca'"
+
+    def check_changed_keys(self, layer: int, bases: Mapping[str, Tensor]) -> None:
+        if f"layers.{layer}.key_{self.stage}.components" not in bases:
+            raise KvcalError(f"loki needs a basis of the keys as shared in layer {layer}: make it with {UPTRAIN}")
 
     def bind(self, layer: int, head_dim: int, artifact: Artifact | None) -> LokiPolicy:
         self.check()
@@ -108,5 +118,5 @@ class LokiPolicy(Policy):
         heads, _, dims = self.basis.key_map.shape
         return heads * widths["key"] * (dims if self.rotates else 2 * self.basis.rank)
 
-    def dense_bytes(self, widths: Widths) -> int:
-        return self.shared_bytes(widths) if self.rotates else 0
+    def dense_bytes(self, reading: Reading) -> int:
+        return super().dense_bytes(reading) + (self.shared_bytes(reading.widths) if self.rotates else 0)

@@ -77,6 +77,15 @@ class Spectral(Sampling, Method):
     def not_captured(self) -> str | None:
         return None if self.offload == "none" else "an offloaded cache copies what the step selects"
 
+    def not_shared(self) -> str | None:
+        return (
+            "spectral's codebooks are of one layer's own keys and values: take loki with basis='pca', or a method "
+            "without a basis"
+        )
+
+    def check_changed_keys(self, layer: int, bases: Mapping[str, Tensor]) -> None:
+        raise KvcalError("spectral has no codebooks of keys that uptraining changed: take loki with basis='pca'")
+
     def bind(self, layer: int, head_dim: int, artifact: Artifact | None) -> SpectralPolicy:
         self.check()
         if artifact is None:

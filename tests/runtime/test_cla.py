@@ -9,7 +9,7 @@ import torch
 from kvcal.artifacts import KvcalError, Stage
 from kvcal.runtime import SharingMap
 from kvcal.runtime.cla import Cla, check_methods, resolve, split_method, stage_map, with_bases
-from kvcal.runtime.stores import METHODS
+from kvcal.runtime.methods import METHODS
 
 WEIGHT, BASIS = torch.ones(2, 2), torch.eye(4).expand(2, 4, 4)
 TRAINED = {"weights.a.k_proj.weight": WEIGHT, "layers.0.key_post.components": BASIS, "layers.0.to_1.cost": WEIGHT}

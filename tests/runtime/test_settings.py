@@ -9,14 +9,14 @@ import pytest
 import samples
 
 from kvcal.artifacts import KvcalError
+from kvcal.runtime.methods import METHODS
 from kvcal.runtime.methods.exact_topk import ExactTopk
 from kvcal.runtime.methods.full import Full
+from kvcal.runtime.methods.h2o import H2O
 from kvcal.runtime.methods.loki import Loki
 from kvcal.runtime.methods.quest import Quest
+from kvcal.runtime.methods.streaming import Streaming
 from kvcal.runtime.settings import builders, describe, plan
-from kvcal.runtime.stores import METHODS
-from kvcal.runtime.stores.h2o import H2O
-from kvcal.runtime.stores.streaming import Streaming
 
 LAYERS = range(4)
 KEEPING = ("loki", "exact_topk", "quest", "sparq", "streaming", "h2o")

@@ -11,7 +11,7 @@ from cli_runs import invoke, refused, run
 
 from kvcal.artifacts import Stage, load, save
 from kvcal.calibrate.planning import divergence, plan, settings
-from kvcal.runtime.stores import METHODS
+from kvcal.runtime.methods import METHODS
 
 QUICK = ("--prefix", 64, "--windows", 1, "--check-windows", 2, "--continuation", 20)
 TEXT_ONLY = ("--tasks", "perplexity")

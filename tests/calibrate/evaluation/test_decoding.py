@@ -18,7 +18,7 @@ from kvcal.calibrate.evaluation.results import Results
 from kvcal.calibrate.evaluation.side_by_side import continue_prompt
 from kvcal.calibrate.evaluation.tasks.sample import Sample, Task
 from kvcal.runtime import CompressedCache, compress
-from kvcal.runtime.stores.h2o import H2OStore
+from kvcal.runtime.methods.h2o import H2OStore
 
 CONTEXTS, QUESTIONS, NEW = (40, 23, 40, 31, 6), (3, 9, 1, 6, 3), 6
 TINY = {"window": 4, "sinks": 2}

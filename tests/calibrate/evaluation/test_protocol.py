@@ -19,7 +19,7 @@ from kvcal.calibrate.evaluation.results_file import parameters
 from kvcal.calibrate.evaluation.tasks import scoring
 from kvcal.calibrate.evaluation.tasks.sample import Sample, Task
 from kvcal.runtime import CompressedCache
-from kvcal.runtime.stores import full as full_store
+from kvcal.runtime import store as stores
 
 PREFIX, CONTINUATION, LAYERS = 40, 12, 3
 BATCHES = (
@@ -218,8 +218,8 @@ def test_a_prefill_records_attention_in_layers_that_start_from_it(
     model, prompts, monkeypatch, method, recorded, question
 ):
     calls = []
-    mass = full_store.attention_mass
-    monkeypatch.setattr(full_store, "attention_mass", lambda *given: calls.append(1) or mass(*given))
+    mass = stores.attention_mass
+    monkeypatch.setattr(stores, "attention_mass", lambda *given: calls.append(1) or mass(*given))
     rows = evaluate(model, None, prompts, [{"method": method}], tokenizer=Numbers(), question=question)
     batches = 2  # of windows and of questions, which are prefilled after their contexts
     assert len(calls) == recorded * (batches + (question == "prefilled")) and rows[-1]["scores"]

@@ -25,7 +25,7 @@ def twin_of(of, config):
 def kind(of):
     with torch.no_grad():
         past = of(IDS).past_key_values
-    return type(past.stores[0]).__name__ if isinstance(past, CompressedCache) else None
+    return type(past.stores[0].policy).__name__ if isinstance(past, CompressedCache) else None
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -38,7 +38,7 @@ def test_two_models_with_one_config_enter_and_leave_in_any_order(attention, firs
     contexts[0].__enter__()
     assert torch.equal(two(IDS).logits, expected)  # whose config names ours
     contexts[1].__enter__()
-    assert (kind(one), kind(two)) == ("StreamingStore", "FullStore")
+    assert (kind(one), kind(two)) == ("ByAge", "FullPolicy")
     contexts.pop(first_out).__exit__(None, None, None)
     stays, left = (one, two) if first_out else (two, one)
     assert kind(stays) is not None and kind(left) is None
@@ -88,11 +88,11 @@ def test_what_is_copied_inside_is_a_plain_model_inside_and_after(name):
         made.load_state_dict(of.state_dict())
         assert kind(made) is None
         torch.testing.assert_close(made(IDS).logits, expected)
-        assert kind(of) == "StreamingStore"
+        assert kind(of) == "ByAge"
     del of
     torch.testing.assert_close(made(IDS).logits, expected)
     with compress(made, None, "full"):
-        assert kind(made) == "FullStore"
+        assert kind(made) == "FullPolicy"
     gc.collect()
     torch.testing.assert_close(made(IDS).logits, expected)
     assert made.config._attn_implementation in ("sdpa", "eager")
@@ -112,7 +112,7 @@ def test_an_implementation_that_is_chosen_inside_stays_and_ends_compression():
     assert of.config._attn_implementation == "sdpa"
     torch.testing.assert_close(of(IDS).logits, expected)
     with compress(of, None, "full"):  # although a cache is there still
-        assert kind(of) == "FullStore"
+        assert kind(of) == "FullPolicy"
         assert cache.get_seq_length() == IDS.shape[1]
     del cache
     gc.collect()

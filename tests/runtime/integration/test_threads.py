@@ -23,7 +23,7 @@ def kind(of):
         past = of(IDS).past_key_values
     if not isinstance(past, CompressedCache):
         return None
-    return {type(store).__name__ for store in past.stores.values()}.pop()
+    return {type(store.policy).__name__ for store in past.stores.values()}.pop()
 
 
 def in_thread(call):
@@ -92,10 +92,10 @@ def test_of_two_threads_that_enter_one_is_refused(methods, monkeypatch):
         pass
     go.set()
     thread.join()
-    assert found == ["FullStore"]
+    assert found == ["FullPolicy"]
     assert traces(of) == before
     with compress(of, None, "streaming", keep=8):
-        assert kind(of) == "StreamingStore"
+        assert kind(of) == "ByAge"
 
 
 def test_threads_that_race_get_what_they_asked_for_or_are_refused():
@@ -118,7 +118,7 @@ def test_threads_that_race_get_what_they_asked_for_or_are_refused():
                 out = of(IDS)
                 found.append(type(out.past_key_values) is not CompressedCache and torch.equal(out.logits, expected))
 
-    threads = [threading.Thread(target=enter, args=each) for each in (("full", "FullStore"), ("h2o", "H2OStore"))]
+    threads = [threading.Thread(target=enter, args=each) for each in (("full", "FullPolicy"), ("h2o", "H2OPolicy"))]
     calling = threading.Thread(target=call)
     for thread in (*threads, calling):
         thread.start()
@@ -141,7 +141,7 @@ def test_calls_of_another_thread_are_plain_and_a_given_cache_is_not():
             assert in_thread(lambda: kind(of)) is None
         tokens = in_thread(lambda: of.generate(IDS, max_new_tokens=3, do_sample=False))
         given = in_thread(lambda: step_logits(of, IDS, CompressedCache(of, artifact(), **small("loki")), 20))
-        assert kind(of) == "StreamingStore"
+        assert kind(of) == "ByAge"
     assert torch.equal(tokens, of.generate(IDS, max_new_tokens=3, do_sample=False))
     torch.testing.assert_close(given, expected, **CLOSE)
 
@@ -201,7 +201,7 @@ def test_a_plain_call_goes_on_as_it_began_while_others_enter_and_leave(attention
     with compress(of, None, "full"):
         assert torch.equal(end(), expected)
         end = begun(layer, call)
-        assert kind(of) == "FullStore"
+        assert kind(of) == "FullPolicy"
     assert torch.equal(end(), expected)
     assert traces(of) == before
 
@@ -232,9 +232,9 @@ def test_tasks_of_one_thread():
 
     with pytest.warns(UserWarning, match=OUTSIDE):
         asyncio.run(both())
-    assert found == {"own": "StreamingStore", "child": "StreamingStore", "to_thread": "StreamingStore", "other": None}
+    assert found == {"own": "ByAge", "child": "ByAge", "to_thread": "ByAge", "other": None}
     with compress(of, None, "full"):  # tasks inherit what their caller is in
-        assert asyncio.run(call()) == "FullStore"
+        assert asyncio.run(call()) == "FullPolicy"
     gc.collect()
     assert traces(of) == before
 

@@ -13,11 +13,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from kvcal.artifacts import Artifact
 from kvcal.runtime.attention import Logits, attention
+from kvcal.runtime.fixed_step import Clock, FixedStep
 from kvcal.runtime.kv.pages import LayerCache
+from kvcal.runtime.methods import METHODS
 from kvcal.runtime.methods.base import Attended, Method, Policy, Reading, Selected
 from kvcal.runtime.methods.full import Full
-from kvcal.runtime.static import Clock, PagedStep
-from kvcal.runtime.stores import METHODS
+from kvcal.runtime.settings import new_store
 
 GEOMETRY = Geometry(16, 8, 2, 3)
 LOGITS = Logits(GEOMETRY.scaling)
@@ -56,7 +57,7 @@ def known(monkeypatch):
 
 
 def store():
-    return Longest().build(0, GEOMETRY.dim, None)()
+    return new_store(Longest().bind(0, GEOMETRY.dim, None))
 
 
 def filled(*cuts):
@@ -102,7 +103,7 @@ def test_what_is_kept_beside_goes_with_its_token():
     made, rows = filled()
     decode(made, rows, LOGITS, range(3))
     made.crop(2)
-    made.select(torch.tensor([1, 3, 1]))
+    made.reorder(torch.tensor([1, 3, 1]))
     state = made.state()
     assert "rows.length" not in state
     again = store()
@@ -118,7 +119,7 @@ def test_steps_of_fixed_shapes_are_the_same(told):
     eager, rows = filled()
     stepped, _ = filled()
     clock = Clock(stepped.lengths, torch.device("cpu"))
-    step = PagedStep(stepped, clock)
+    step = FixedStep(stepped, clock)
     step.reserve(300)
     for number in range(6):
         query, key, value = (
@@ -130,7 +131,7 @@ def test_steps_of_fixed_shapes_are_the_same(told):
         clock.told = (min(seen), max(seen)) if told else None
         torch.testing.assert_close(step.step(query, key, value, LOGITS), eager.attend(query, LOGITS))
         clock.tick()
-    step.settle(6)
+    stepped.count(6)
     assert stepped.lengths == eager.lengths
     assert torch.equal(stepped.rows["length"].view, eager.rows["length"].view)
 
@@ -138,13 +139,13 @@ def test_steps_of_fixed_shapes_are_the_same(told):
 @pytest.mark.parametrize("method", [Longest(), Full()], ids=["longest", "full"])
 def test_no_tensor_outlives_its_use(method):
     """What was read is told without the buffers that it was read from: they may have been exchanged since."""
-    made, rows = method.build(0, GEOMETRY.dim, None)(), draw(GEOMETRY, PROMPTS, 2)
+    made, rows = new_store(method.bind(0, GEOMETRY.dim, None)), draw(GEOMETRY, PROMPTS, 2)
     prefill(made, rows, LOGITS)
     decode(made, rows, LOGITS)
-    reading = made.reading()
+    reading = made.last.bytes_read
     before = [StorageWeakRef(each.tensor.untyped_storage()) for each in made.rows.values()]
     read, held = reading(), made.rows["key"].pages[0]
-    made.select(torch.tensor([1, 0, 1, 1]))
+    made.reorder(torch.tensor([1, 0, 1, 1]))
     assert not before[0].expired(), "a view of it is held here"
     del held
     assert all(each.expired() for each in before)

@@ -62,7 +62,7 @@ def test_a_step_is_taken_again_after_the_batch_has_changed(change):
     query = torch.stack([row.query[:, row.prompt : row.prompt + 1] for row in rows])
     before = store.attend(query, LOGITS)
     if change == "reordered":
-        store.select(torch.tensor([1, 0]))
+        store.reorder(torch.tensor([1, 0]))
         before, query = before.flip(0), query.flip(0)
     else:
         store.to("cpu")

@@ -14,7 +14,7 @@ from torch import Tensor
 from kvcal.calibrate.codebook_stage import codebook
 from kvcal.runtime.attention import Logits, attention
 from kvcal.runtime.methods.spectral import Spectral
-from kvcal.runtime.stores.paged import PagedStore
+from kvcal.runtime.store import Store
 
 HEADS, GROUP, D, DV = 2, 2, 16, 12
 LENGTHS = (150, 70, 3, 64)
@@ -53,7 +53,7 @@ def rows(lengths=LENGTHS, seed: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
     ]  # fmt: skip
 
 
-def prefilled(store: PagedStore, sequences: list[tuple[Tensor, Tensor, Tensor]], logits: Logits) -> None:
+def prefilled(store: Store, sequences: list[tuple[Tensor, Tensor, Tensor]], logits: Logits) -> None:
     """All tokens but the last of each sequence, padded on the left."""
     longest = max(query.shape[1] for query, _, _ in sequences) - 1
     padded = [of.new_zeros(len(sequences), of.shape[0], longest, of.shape[2]) for of in sequences[0]]
@@ -66,7 +66,7 @@ def prefilled(store: PagedStore, sequences: list[tuple[Tensor, Tensor, Tensor]],
     store.prefill(*padded, logits, None if bool(valid.all()) else valid)
 
 
-def stepped(store: PagedStore, sequences: list[tuple[Tensor, Tensor, Tensor]], logits: Logits) -> Tensor:
+def stepped(store: Store, sequences: list[tuple[Tensor, Tensor, Tensor]], logits: Logits) -> Tensor:
     """[B, Hq, Dv] of the last tokens."""
     query, key, value = (torch.stack([row[of][:, -1:] for row in sequences]) for of in range(3))
     store.append(key, value)
@@ -77,7 +77,7 @@ def stepped(store: PagedStore, sequences: list[tuple[Tensor, Tensor, Tensor]], l
 @pytest.mark.parametrize("form", FORMS)
 def test_a_step_is_the_formula(fitted, form, logits):
     policy = Spectral(**{**SMALL, **FORMS[form]}).bind(1, D, fitted)
-    store, sequences = PagedStore(policy), rows()
+    store, sequences = Store(policy), rows()
     prefilled(store, sequences, logits)
     out, mask = stepped(store, sequences, logits), store.read_mask()
     mask = mask.repeat_interleave(HEADS * GROUP // mask.shape[1], 1)
@@ -96,7 +96,7 @@ def test_other_dtypes(fitted, form, dtype):
     outs = []
     sequences = [tuple(of.bfloat16().half().float() for of in row) for row in rows()]
     for of_dtype in (torch.float32, dtype):
-        store, given = PagedStore(policy), [tuple(of.to(of_dtype) for of in row) for row in sequences]
+        store, given = Store(policy), [tuple(of.to(of_dtype) for of in row) for row in sequences]
         prefilled(store, given, LOGITS)
         outs.append((stepped(store, given, LOGITS), store.read_mask(), store.bytes_read()))
     (expected, read, _), (out, same, count) = outs
@@ -107,7 +107,7 @@ def test_other_dtypes(fitted, form, dtype):
 @pytest.mark.parametrize("rows_of", [16, 8])
 def test_all_tokens_are_full_attention(fitted, rows_of):
     policy = Spectral(**{**SMALL, "keep": 1.0, "rows": rows_of}).bind(0, D, fitted)
-    store, sequences = PagedStore(policy), rows()
+    store, sequences = Store(policy), rows()
     prefilled(store, sequences, LOGITS)
     out = stepped(store, sequences, LOGITS)
     for at, (query, key, value) in enumerate(sequences):
@@ -125,20 +125,20 @@ def test_however_tokens_came(fitted, form):
     policy = Spectral(**{**SMALL, **FORMS[form]}).bind(0, D, fitted)
     [(query, key, value)] = rows((150,))
 
-    def fed(*cuts: int) -> PagedStore:
-        store = PagedStore(policy)
+    def fed(*cuts: int) -> Store:
+        store = Store(policy)
         for first, last in zip((0, *cuts), (*cuts, 149), strict=True):
             part = (of[None, :, first:last] for of in (query, key, value))
             store.prefill(*part, LOGITS)
         return store
 
-    def last(store: PagedStore, sequence: int = 0) -> Tensor:
+    def last(store: Store, sequence: int = 0) -> Tensor:
         times = len(store.lengths)
         store.append(*(of[None, :, -1:].expand(times, -1, -1, -1) for of in (key, value)))
         return store.attend(query[None, :, -1:].expand(times, -1, -1, -1), LOGITS)[sequence]
 
     expected = last(fed())
-    one_by_one = PagedStore(policy)
+    one_by_one = Store(policy)
     one_by_one.prefill(*(of[None, :, :5] for of in (query, key, value)), LOGITS)
     for token in range(5, 149):
         one_by_one.append(*(of[None, :, token : token + 1] for of in (key, value)))
@@ -146,9 +146,9 @@ def test_however_tokens_came(fitted, form):
     back.crop(40)
     back.prefill(*(of[None, :, 109:149] for of in (query, key, value)), LOGITS)
     beams = fed()
-    beams.select(torch.tensor([0, 0, 0]))
-    beams.select(torch.tensor([2, 1]))
-    saved = PagedStore(policy)
+    beams.reorder(torch.tensor([0, 0, 0]))
+    beams.reorder(torch.tensor([2, 1]))
+    saved = Store(policy)
     saved.restore(fed().state())
     for found in (last(fed(64)), last(fed(1, 100, 128)), last(one_by_one), last(back), last(beams, 1), last(saved)):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -165,7 +165,7 @@ def test_bytes_are_those_of_the_formula(fitted):
     n, batch = 150, 3
     for settings, row in (({"bits": 2}, (D + DV) * 4), ({"bits": 4, "rows": 8}, D + DV + 4)):
         policy = Spectral(**{**SMALL, **settings}).bind(0, D, fitted)
-        store, sequences = PagedStore(policy), rows((n,) * batch)
+        store, sequences = Store(policy), rows((n,) * batch)
         prefilled(store, sequences, LOGITS)
         stepped(store, sequences, LOGITS)
         codes = n * (16 * settings["bits"] // 8 + 2 + 1) + n // 64 * (DV + 2)
@@ -178,7 +178,7 @@ def test_what_no_token_wrote_is_never_read(fitted):
     policy = Spectral(**SMALL).bind(0, D, fitted)
     sequences, outs = rows((150, 40)), []
     for poison in (0.0, 1e30):
-        store = PagedStore(policy)
+        store = Store(policy)
         prefilled(store, sequences, LOGITS)
         for name, buffer in store.rows.items():
             held = torch.arange(buffer.tensor.shape[2]) < torch.tensor(store.lengths).unsqueeze(1)
@@ -191,9 +191,7 @@ def test_what_no_token_wrote_is_never_read(fitted):
 def test_a_sampled_choice_reads_about_its_budget_and_never_more_than_half_as_much_again(fitted):
     settings = Spectral(keep=0.1, rank=16, select="max", choice="sampled", sample=64)
     [(query, key, value)] = rows((1500,))
-    exact, sampled = (
-        PagedStore(replace(settings, choice=choice).bind(0, D, fitted)) for choice in ("exact", "sampled")
-    )
+    exact, sampled = (Store(replace(settings, choice=choice).bind(0, D, fitted)) for choice in ("exact", "sampled"))
     for store in (exact, sampled):
         prefilled(store, [(query, key, value)], LOGITS)
     outs = [stepped(store, [(query, key, value)], LOGITS) for store in (exact, sampled)]
@@ -201,6 +199,6 @@ def test_a_sampled_choice_reads_about_its_budget_and_never_more_than_half_as_muc
     assert best.tolist() == [150] * HEADS
     assert all(75 <= count <= 217 for count in some.tolist()), "17 always, 133 chosen; at most 199 of a sample's"
     assert float((outs[0] - outs[1]).norm() / outs[0].norm()) < 0.3
-    every = PagedStore(replace(settings, sample=1500).bind(0, D, fitted))
+    every = Store(replace(settings, sample=1500).bind(0, D, fitted))
     prefilled(every, [(query, key, value)], LOGITS)
     torch.testing.assert_close(stepped(every, [(query, key, value)], LOGITS), outs[0], rtol=1e-5, atol=1e-6)

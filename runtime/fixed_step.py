@@ -1,0 +1,92 @@
+"""The step of a policy at fixed shapes and addresses, which a CUDA graph can replay: what runs eagerly, over buffers
+that stand still and with lengths that the device counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .attention import Logits
+from .kv.pages import PAGE, DecodeMetadata, LayerCache, contiguous_table
+from .store import Store
+
+T = TypeVar("T")
+
+
+class Clock:
+    """How many tokens each sequence has, on the device: one for all layers. The host counts steps by itself."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device):
+        self.seen = torch.tensor(list(lengths), dtype=torch.int32, device=device) + 1
+        """[B] tokens, the coming one included."""
+        self.told: tuple[int, int] | None = None
+        """The fewest and the most of `seen`, where the host is there at every step; None: it is not."""
+        self._reckoned: dict[Hashable, object] = {}
+
+    def tick(self) -> None:
+        self.seen.add_(1)
+        self._reckoned.clear()
+
+    def once(self, name: Hashable, reckon: Callable[[], T]) -> T:
+        """What `reckon` gives, which is the same in all layers of a step."""
+        if name not in self._reckoned:
+            self._reckoned[name] = reckon()
+        return self._reckoned[name]  # type: ignore[return-value]
+
+
+class FixedStep:
+    """Every sequence gets one token per step; nothing that it does waits for the device or depends on values there.
+
+    The store's lengths on the host stand still meanwhile, until it is told to `count`.
+    """
+
+    def __init__(self, store: Store, clock: Clock):
+        self.store, self.clock = store, clock
+        self.capacity = 0
+        """Tokens that a sequence may grow to."""
+        self._table: Tensor | None = None
+
+    def step(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits) -> Tensor:
+        """[B, Hq, 1, D], [B, Hkv, 1, D], [B, Hkv, 1, Dv] -> [B, Hq, 1, Dv]."""
+        self.write(key, value)
+        return self.read(query, logits)
+
+    def write(self, key: Tensor, value: Tensor) -> None:
+        """The new tokens [B, Hkv, 1, D | Dv], each to the end of its sequence."""
+        self.store.policy.write(self.cache(), self.store.encoded(key, value))
+
+    def read(self, query: Tensor, logits: Logits) -> Tensor:
+        """[B, Hq, 1, D] -> [B, Hq, 1, Dv], after `write`: all that a layer does that reads another's store."""
+        cache = self.cache()
+        found = self.store.policy.step(query, cache, logits)
+        if found.received is not None and self.store.accumulates:
+            cache.receive(found.received)
+        return found.output
+
+    def cache(self) -> LayerCache:
+        place = ("metadata", self.capacity, None if self._table is None else self._table.shape)
+        return self.store.cache_at(self.store.slots(self.clock.once(place, self._metadata)))
+
+    def _metadata(self) -> DecodeMetadata:
+        assert self._table is not None
+        shortest, longest = self.clock.told or (0, self.capacity)
+        # Of a step that is replayed the host knows no lengths.
+        lengths = (longest,) * len(self._table) if shortest == longest else None
+        return DecodeMetadata(self._table, self.clock.seen, longest, shortest, contiguous=True, lengths=lengths)
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for sequences of `capacity` tokens, and see to what is due. Addresses may change."""
+        self.capacity = capacity
+        self.store.reserve(capacity)
+        pages = self.buffer("key").shape[2] // PAGE
+        if self._table is None or self._table.shape[1] != pages:  # a captured step has its address
+            self._table = contiguous_table(len(self.clock.seen), pages, self.clock.seen.device)
+
+    def buffer(self, name: str) -> Tensor:
+        """[B, Hkv, capacity, …], to the end of its capacity."""
+        tensor = self.store.rows[name].tensor
+        assert tensor is not None
+        return tensor

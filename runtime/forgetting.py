@@ -1,0 +1,223 @@
+"""A layer's cache that holds a budget of tokens and evicts the others: the slots of those that are held."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..artifacts import KvcalError
+from .kv.layer import LayerBuffers
+from .kv.pages import POSITION, DecodeMetadata, LayerCache, SlotBuffer, contiguous_metadata
+from .kv.saved import Saved, require
+from .methods import KEEPING
+from .methods.base import Attended, Reading
+from .methods.evicting import EvictingPolicy
+from .store import Store, gather
+
+
+class ForgettingStore(Store):
+    """The first `held` slots of a sequence are taken, in no order."""
+
+    policy: EvictingPolicy
+
+    def __init__(self, policy: EvictingPolicy) -> None:
+        super().__init__(policy)
+        self._held: list[int] = []
+        self._before: list[dict[str, Tensor]] = []
+        """The state before each revocable token."""
+
+    @property
+    def held(self) -> list[int]:
+        return self._held
+
+    # Tokens come
+
+    def append(self, key: Tensor, value: Tensor, valid: Tensor | None = None, revocable: bool = False) -> None:
+        if not revocable:
+            self.settle()
+        else:
+            self._before.append({name: tensor.clone() for name, tensor in self.state().items()})
+        coming = [True] * len(key) if valid is None else valid[:, 0].tolist()
+        new = self.encoded(key, value)
+        if self.rows and any(coming) and (not all(coming) or self._loses_more_than(1)):
+            self._make_room(coming)
+        if not self.rows or not all(coming):
+            self._write(new, valid)
+            return
+        budget, held = self.policy.budget, self.held
+        self._advance(len(key), 1)
+        self._held = [min(count + 1, budget.of(length)) for count, length in zip(held, self.lengths, strict=True)]
+        if max(self.held) > self.buffers.capacity:
+            self.buffers.reserve(max(self.held), {**new, POSITION: self.rows[POSITION].view})
+        self._lengths_changed()
+        self.policy.write(self.cache(), new)
+        if self.index is not None:  # it may have grown
+            self.buffers.changed()
+
+    def _take(self, new: Mapping[str, Tensor], valid: Tensor | None) -> None:
+        self.settle()
+        super()._take(new, valid)
+
+    def _write(self, new: Mapping[str, Tensor], valid: Tensor | None) -> None:
+        batch, heads, tokens = new["key"].shape[:3]
+        first = torch.tensor(self.lengths or [0] * batch).unsqueeze(1)
+        number = torch.arange(tokens).unsqueeze(0) if valid is None else valid.cumsum(1) - 1
+        position = (first + number).to(new["key"].device, torch.int32)[:, None, :, None].expand(batch, heads, -1, -1)
+        places = self._places(new["key"], valid)
+        self._held = places.after
+        self._put({**new, POSITION: position}, places, self.lengths)
+
+    # Tokens go
+
+    def make_room(self) -> None:
+        if self.lengths and self._loses_more_than(0):
+            self._make_room([True] * len(self.lengths))
+
+    def _loses_more_than(self, count: int, after: int = 0) -> bool:
+        """Whether one more token makes a sequence lose more than so many. Args: after: tokens from now on."""
+        budget = self.policy.budget
+        held = [budget.of(length + after) for length in self.lengths] if after else self.held
+        return any(
+            held + 1 - budget.of(length + after + 1) > count for held, length in zip(held, self.lengths, strict=True)
+        )
+
+    def _make_room(self, coming: Sequence[bool]) -> None:
+        """Hold what leaves room for one token of each sequence that gets one: only the tokens of most worth, in buffers
+        of that size. A sequence that gets none loses none."""
+        lengths, budget = [length + 1 for length in self.lengths], self.policy.budget
+        rows = zip(lengths, self.held, coming, strict=True)
+        kept = [budget.of(length) if comes else held + 1 for length, held, comes in rows]
+        held = [min(now, most - 1) for now, most in zip(self.held, kept, strict=True)]
+        position = self.rows[POSITION].view.squeeze(-1)
+        of_each = [torch.tensor(of, device=position.device).view(-1, 1, 1) for of in (lengths, kept, held)]
+        worth = self.policy.worth(self.cache(), of_each[0], of_each[1]).masked_fill(position < 0, -torch.inf)
+        slot = worth.topk(max(1, *held)).indices
+        stays = (torch.arange(slot.shape[2], device=slot.device) < of_each[2]).expand_as(slot)
+        if self.index is not None:
+            self._evict(slot, stays)
+        for name, buffer in self.rows.items():
+            staying = gather(buffer.view, slot)
+            buffer.replace(staying.masked_fill(~stays.unsqueeze(-1), -1) if name == POSITION else staying)
+        self._held = held
+        self.buffers.reserve(max(held), {})
+        self._lengths_changed()
+
+    def _evict(self, slot: Tensor, stays: Tensor) -> None:
+        """Tell the policy of all tokens but those in slots [B, Hkv, K] that stay [B, Hkv, K] bool."""
+        position = self.rows[POSITION].view.squeeze(-1)
+        times = torch.zeros_like(position).scatter_add_(2, slot, stays.to(position.dtype))
+        gone = (times == 0) & (position >= 0)
+        order = position.masked_fill(~gone, torch.iinfo(position.dtype).max).argsort(-1)
+        order = order[:, :, : int(gone.sum(-1).max())]
+        self.policy.evicted(self.cache(), order, gone.gather(2, order))
+
+    def crop(self, tokens: int) -> None:
+        if tokens == 0:
+            return
+        if tokens <= len(self._before):
+            self.restore(self._before[-tokens])
+            del self._before[-tokens:]
+            return
+        if self.held != self.lengths or self.accumulates:
+            raise KvcalError(
+                f"{self.policy.name} cannot take back the last {tokens} tokens, which changed what it holds: crop "
+                f"works for methods that keep all tokens ({KEEPING}), and for guesses of assisted decoding"
+            )
+        self._retreat(tokens)
+        self._held = list(self.lengths)
+        self._lengths_changed()
+        position = self.rows[POSITION]
+        assert position.tensor is not None
+        past = position.tensor >= torch.tensor(self.lengths, device=position.tensor.device).view(-1, 1, 1, 1)
+        position.tensor.masked_fill_(past, -1)
+
+    def settle(self) -> None:
+        self._before.clear()
+
+    def reorder(self, index: Tensor) -> None:
+        self._before.clear()
+        if self.lengths:
+            self._held = [self._held[row] for row in index.tolist()]
+        super().reorder(index)
+
+    # What a step sees
+
+    def _reading(self, cache: LayerCache, found: Attended) -> Reading:
+        return dataclasses.replace(super()._reading(cache, found), position=self.rows[POSITION].view.squeeze(-1))
+
+    def cache(self) -> LayerCache:
+        if self._metadata is None:
+            held, came, device = tuple(self.held), tuple(self.lengths), self.rows["key"].view.device
+            self._metadata = contiguous_metadata(held, self.buffers.capacity, device, came)
+        return super().cache()
+
+    def _buffers(self) -> LayerBuffers:
+        return LayerBuffers(self.policy, lambda name: SlotBuffer(fill=-1 if name == POSITION else 0))
+
+    # Steps of fixed shapes
+
+    def slots(self, tokens: DecodeMetadata) -> DecodeMetadata:
+        return self.policy.slots(tokens)
+
+    def due(self, tokens: int) -> bool:
+        return self._loses_more_than(1, after=tokens)
+
+    def reserve(self, tokens: int) -> None:
+        if self._loses_more_than(1):
+            self._make_room([True] * len(self.lengths))
+        super().reserve(self.policy.budget.most(tokens))
+
+    def count(self, tokens: int) -> None:
+        self._held = [self.policy.budget.of(length + tokens) for length in self.lengths]
+        super().count(tokens)
+
+    def changed(self) -> list[Tensor]:
+        """A token comes in place of another."""
+        return self.buffers.tensors()
+
+    # Saved caches
+
+    def state(self) -> dict[str, Tensor]:
+        """Tokens in order of position; free slots are zero, of position -1."""
+        state = {**super().state(), "held": torch.tensor(self.held, dtype=torch.int64)}
+        if not self.lengths:
+            return state
+        position = self.rows[POSITION].view.squeeze(-1)
+        free = position < 0
+        order = position.masked_fill(free, torch.iinfo(torch.int32).max).argsort(-1)
+        for name, rows in self.rows.items():
+            ordered = gather(rows.view, order)
+            state[f"rows.{name}"] = ordered.masked_fill(
+                free.gather(2, order).unsqueeze(-1), -1 if name == POSITION else 0
+            )
+        return state
+
+    def _is_saved(self, name: str) -> bool:
+        return True
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self._held = state["held"].tolist()
+        super().restore(state)
+
+    def _check(self, saved: Saved) -> None:
+        saved.take_tokens(None)
+        slots = saved.key.shape[2]
+        saved.held = held = saved.counts("held", saved.lengths)
+        if slots < max(held) or slots > max(1, *held):
+            raise KvcalError(f"rows.key: {slots} slots, the row that holds most has {max(held)} tokens")
+        # Rows lose tokens only when they get one, and then hold what their budget allows.
+        enough = [min(length, max(1, self.policy.budget.of(length))) for length in saved.lengths]
+        require("held", torch.tensor(held) >= torch.tensor(enough), "at least the budget of the row")
+        position = saved.take("rows.position", torch.int32, *saved.key.shape[:3], 1).squeeze(-1)
+        free = (torch.arange(slots) >= torch.tensor(held).unsqueeze(1)).unsqueeze(1)
+        last = torch.tensor(saved.lengths).view(-1, 1, 1) - 1
+        require("position", torch.where(free, position == -1, (position >= 0) & (position <= last)), "-1 where free")
+        require("position", (position[..., 1:] > position[..., :-1]) | free[..., 1:], "in order")
+        newest = position.amax(-1, keepdim=True) if slots else last
+        require("position", newest == last, "the row's last token among those held")
+        self.policy.check_held(saved, position, held)
+        if self.index is not None:
+            self.index.check(saved)

@@ -1,0 +1,184 @@
+"""The buffers of one layer's cache: what is kept of tokens, of pages and of sequences, with one block table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .buffers import Places, TokenBuffer
+from .offload import DeviceCache, Offloaded
+from .pages import PAGE, DecodeMetadata, HostPages, LayerCache, PagedBuffer, SummaryBuffer
+
+
+class Layout(Protocol):
+    """What is kept beside keys and values, and what lies on the host; see `methods.base.Policy`."""
+
+    offloaded: tuple[str, ...]
+    cached: int
+    summarised: tuple[str, ...]
+    summarise_every: int
+    sums: tuple[str, ...]
+
+    def summarise(self, page: Mapping[str, Tensor]) -> Mapping[str, Tensor]: ...
+
+    def add_up(self, kept: Mapping[str, Tensor]) -> Mapping[str, Tensor]: ...
+
+
+class LayerBuffers:
+    """They grow with the tokens that are written."""
+
+    def __init__(self, layout: Layout, make: Callable[[str], TokenBuffer] | None = None):
+        """Args: make: an empty buffer for what is kept of tokens by a name; None: of pages."""
+        self.layout, self._make = layout, make or self._paged
+        self.rows: dict[str, TokenBuffer] = {}
+        """What is kept of each token, [B, Hkv, tokens, …]."""
+        self.summaries: dict[str, SummaryBuffer] = {}
+        """Of each page, [B, Hkv, pages, …]."""
+        self.sums: dict[str, Tensor] = {}
+        """Of each sequence, [B, Hkv, …]."""
+        self.device_cache = DeviceCache(layout.cached) if layout.offloaded else None
+        self.capacity = 0
+        """Tokens of a sequence that there is room for."""
+        self.widths: Mapping[str, int] = {}
+        """Bytes by name: of one KV head's entry of a token, of a page, or of a sequence."""
+        self._cache: LayerCache | None = None
+        """Of the buffers as they are, at some step; None: they have changed since."""
+
+    def _paged(self, name: str) -> TokenBuffer:
+        return HostPages() if name in self.layout.offloaded else PagedBuffer()
+
+    # What a step sees
+
+    def at(self, metadata: DecodeMetadata, index: object, built: Callable[[], Mapping[str, Tensor]]) -> LayerCache:
+        """Args: index: what was built over whole sequences; built: tells its tensors."""
+        if self._cache is None:
+            tokens = {name: rows.pages for name, rows in self.rows.items()}  # type: ignore[attr-defined]
+            summaries = {name: rows.pages for name, rows in self.summaries.items()}
+            on_host = {name: self.rows[name] for name in self.layout.offloaded}
+            offloaded = Offloaded(on_host, self.device_cache) if self.device_cache else None
+            self._cache = LayerCache(tokens, summaries, self.sums, metadata, offloaded, index)
+            kept = {**tokens, **summaries, **self.sums, **built()}
+            self.widths = {name: of.shape[-1] * of.element_size() for name, of in kept.items()}
+        elif self._cache.metadata is not metadata:
+            self._cache = self._cache.at(metadata)
+        return self._cache
+
+    def changed(self) -> None:
+        """Buffers, or what was built, lie elsewhere than before."""
+        self._cache = None
+
+    # Tokens come
+
+    def reserve(self, tokens: int, like: Mapping[str, Tensor]) -> None:
+        """Make room for sequences of so many tokens. Args: like: tokens [B, Hkv, T, …] by name."""
+        self.changed()
+        for name, tensor in like.items():
+            if name not in self.rows:
+                self.rows[name] = self._make(name)
+            self.rows[name].reserve(tokens, tensor)
+        key = self.rows["key"].tensor
+        assert key is not None
+        self.capacity = key.shape[2]
+        none = {name: rows.pages[:0] for name, rows in self.rows.items()}  # type: ignore[attr-defined]
+        for name, tensor in self.layout.summarise(none).items():
+            one = tensor.new_zeros(len(key), tensor.shape[1], 1, *tensor.shape[2:])
+            self.summaries.setdefault(name, SummaryBuffer()).reserve(self.capacity // PAGE, one)
+
+    def put(self, new: Mapping[str, Tensor], places: Places) -> None:
+        """Write tokens where they belong, and add them to the sums."""
+        for name, tensor in new.items():
+            self.rows[name].write(tensor, places)
+        if self.layout.sums:
+            self._add_up(new, places)
+
+    def _add_up(self, new: Mapping[str, Tensor], places: Places) -> None:
+        added = self.layout.add_up(new)
+        if not self.sums:
+            self.changed()
+            self.sums = {name: tensor.new_zeros(*tensor.shape[:2], *tensor.shape[3:]) for name, tensor in added.items()}
+        for name, tensor in added.items():
+            if not isinstance(places.slots, slice):  # others are padding
+                row, token, _ = places.slots
+                counted = torch.zeros(tensor.shape[0], tensor.shape[2], dtype=torch.bool, device=tensor.device)
+                counted[row, token] = True
+                tensor = tensor.masked_fill(~counted.view(tensor.shape[0], 1, -1, *[1] * (tensor.dim() - 3)), 0)
+            self.sums[name].add_(tensor.sum(2))
+
+    def summarise(self, cache: LayerCache, before: Sequence[int], after: Sequence[int]) -> None:
+        """See to the pages that sequences have filled which went from `before` to `after` tokens."""
+        if not self.summaries:
+            return
+        every, table = self.layout.summarise_every, cache.metadata.block_table
+        ends = [-(-(length // every * every) // PAGE) for length in after]
+        due = [table[row, first // PAGE : end] for row, (first, end) in enumerate(zip(before, ends, strict=True))]
+        cache.summarise(torch.cat(due), self.layout.summarised, self.layout.summarise)
+
+    # Tokens go
+
+    def lengths_changed(self, held: Sequence[int]) -> None:
+        """Sequences hold so many tokens now."""
+        if self.device_cache:  # what comes in place of tokens that are gone has their slots
+            self.device_cache.drop([range(length, self.rows["key"].used) for length in held])
+        for rows in self.rows.values():
+            rows.used = max(held)
+        for rows in self.summaries.values():
+            rows.used = -(-max(held) // PAGE)
+
+    def add_up_again(self, valid: Tensor | None) -> None:
+        """Make the sums anew, of the tokens that are left. Args: valid: [B, tokens] bool; None: all are there."""
+        if not self.sums:
+            return
+        for name, tensor in self.layout.add_up({name: rows.view for name, rows in self.rows.items()}).items():
+            if valid is not None:
+                tensor = tensor.masked_fill(~valid.view(len(valid), 1, -1, *[1] * (tensor.dim() - 3)), 0)
+            self.sums[name].copy_(tensor.sum(2))
+
+    def drop(self, name: str) -> None:
+        """No longer keep what is kept of tokens by this name."""
+        del self.rows[name]
+        self.changed()
+
+    def clear(self) -> None:
+        """Hold nothing."""
+        self.rows.clear()
+        self.summaries.clear()
+        self.sums.clear()
+        self.capacity = 0
+        self.changed()
+
+    def keep(self, index: Tensor) -> None:
+        """Keep the sequences `index` [B'], in that order, repeats allowed."""
+        for rows in (*self.rows.values(), *self.summaries.values()):
+            rows.keep(index)
+        self.sums = {name: of.index_select(0, index.to(of.device)) for name, of in self.sums.items()}
+        self._elsewhere()
+
+    def to(self, device: torch.device | str) -> None:
+        for rows in (*self.rows.values(), *self.summaries.values()):
+            if rows.tensor is not None and rows.moves:
+                rows.tensor = rows.tensor.to(device, non_blocking=True)
+        self.sums = {name: of.to(device, non_blocking=True) for name, of in self.sums.items()}
+        self._elsewhere()
+
+    def _elsewhere(self) -> None:
+        if self.device_cache:
+            self.device_cache.clear()
+        self.changed()
+
+    # What is held
+
+    def tensors(self) -> list[Tensor]:
+        """Of tokens and of pages, [B, Hkv, capacity, …]."""
+        buffers = (*self.rows.values(), *self.summaries.values())
+        return [buffer.tensor for buffer in buffers if buffer.tensor is not None]
+
+    def device_bytes(self) -> int:
+        """The slack of growing buffers included; what is offloaded is in `host_bytes`."""
+        cached = self.device_cache.nbytes() if self.device_cache else 0
+        return sum(of.nbytes for of in (*self.tensors(), *self.sums.values())) + cached - self.host_bytes()
+
+    def host_bytes(self) -> int:
+        return sum(self.rows[name].nbytes() for name in self.layout.offloaded if name in self.rows)

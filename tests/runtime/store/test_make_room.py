@@ -1,0 +1,81 @@
+"""What is forgotten before several tokens come at once is what a single one would have pushed out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvcal.runtime.attention import Logits
+from kvcal.runtime.methods import METHODS
+from kvcal.runtime.settings import new_store
+from kvcal.runtime.store import Store
+
+HKV, G, D, TOKENS, COMING = 2, 2, 8, (24, 17), 5
+LOGITS = Logits(0.3)
+FORGETTING: list[dict[str, Any]] = [
+    {"method": "streaming", "keep": 9, "sinks": 2},
+    {"method": "h2o", "keep": 9},
+    {"method": "h2o", "keep": 0.4},
+    {"method": "subgen", "window": 6, "sinks": 2, "clusters": 3, "t": 2, "s": 4, "normaliser": "clusters"},
+]
+
+
+def drawn(heads: int, tokens: int, seed: int) -> Tensor:
+    return torch.randn(len(TOKENS), heads, tokens, D, generator=torch.Generator().manual_seed(seed))
+
+
+def prefilled(setting: dict[str, Any]) -> Store:
+    """Two rows, the second padded on the left."""
+    method = METHODS[setting["method"]](**{name: value for name, value in setting.items() if name != "method"})
+    store = new_store(method.bind(0, D, None))
+    valid = torch.arange(TOKENS[0]) >= TOKENS[0] - torch.tensor(TOKENS).unsqueeze(1)
+    store.prefill(drawn(HKV * G, TOKENS[0], 0), drawn(HKV, TOKENS[0], 1), drawn(HKV, TOKENS[0], 2), LOGITS, valid)
+    return store
+
+
+def step(store: Store) -> Tensor:
+    store.append(drawn(HKV, 1, 3), drawn(HKV, 1, 4))
+    return store.attend(drawn(HKV * G, 1, 5), LOGITS)
+
+
+@pytest.mark.parametrize("setting", FORGETTING, ids=str)
+def test_a_step_after_it_is_the_step_that_it_would_have_been(setting):
+    plain, room = prefilled(setting), prefilled(setting)
+    room.make_room()
+    held = next(iter(room.rows.values())).used
+    assert held < TOKENS[1]  # it has forgotten, in both rows
+    room.make_room()  # twice is once
+    assert torch.equal(step(plain), step(room))
+    first, second = plain.state(), room.state()
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_several_tokens_then_see_what_is_held_and_one_another():
+    """`streaming`: two sinks and the six most recent of nine, and of the coming ones those up to their own."""
+    store = prefilled(FORGETTING[0])
+    store.make_room()
+    query, key, value = (drawn(heads, COMING, seed) for heads, seed in ((HKV * G, 3), (HKV, 4), (HKV, 5)))
+    out = store.prefill(query, key, value, LOGITS)
+    for row, tokens in enumerate(TOKENS):
+        padding = TOKENS[0] - tokens
+        kept = [padding + at for at in (0, 1, *range(tokens - 6, tokens))]
+        for head in range(HKV * G):
+            keys, values = (
+                torch.cat((drawn(HKV, TOKENS[0], seed)[row, head // G, kept], new[row, head // G])).double()
+                for seed, new in ((1, key), (2, value))
+            )
+            for at in range(COMING):
+                seen = slice(len(kept) + at + 1)
+                weights = (keys[seen] @ query[row, head, at].double() * LOGITS.scaling).softmax(0)
+                torch.testing.assert_close(out[row, head, at].double(), weights @ values[seen], rtol=1e-4, atol=1e-5)
+
+
+def test_methods_that_keep_all_keep_all():
+    for name, method in METHODS.items():
+        assert method.keeps_all_tokens == (name not in ("streaming", "h2o", "subgen"))
+    store = prefilled({"method": "quest"})
+    store.make_room()
+    assert store.rows["key"].used == TOKENS[0]
