@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ..artifacts import KvcalError
+from .kv.last_queries import LastQueries
 from .kv.layer import LayerBuffers
 from .kv.pages import POSITION, DecodeMetadata, LayerCache, SlotBuffer, contiguous_metadata
 from .kv.saved import Saved, require
 from .methods import KEEPING
 from .methods.base import Attended, Reading
-from .methods.evicting import EvictingPolicy
+from .methods.evicting import Evicted, EvictingPolicy
 from .store import Store, gather
 
 
@@ -26,6 +27,10 @@ class ForgettingStore(Store):
     def __init__(self, policy: EvictingPolicy) -> None:
         super().__init__(policy)
         self._held: list[int] = []
+        self._came: list[bool] = []
+        """Whether tokens of each sequence have come by prefill since its last decoded one."""
+        self._evicted: Evicted | None = None
+        """When the host last saw to steps of fixed shapes."""
         self._before: list[dict[str, Tensor]] = []
         """The state before each revocable token."""
 
@@ -44,12 +49,14 @@ class ForgettingStore(Store):
         new = self.encoded(key, value)
         if self.rows and any(coming) and (not all(coming) or self._loses_more_than(1)):
             self._make_room(coming)
+        if not any(came and not comes for came, comes in zip(self._came, coming, strict=False)):
+            self.observed = None  # it was of a prompt that has been seen to
         if not self.rows or not all(coming):
             self._write(new, valid)
             return
-        budget, held = self.policy.budget, self.held
+        self._held = [min(held + 1, most) for held, most in zip(self.held, self._most_held(coming), strict=True)]
+        self._came = [False] * len(key)
         self._advance(len(key), 1)
-        self._held = [min(count + 1, budget.of(length)) for count, length in zip(held, self.lengths, strict=True)]
         if max(self.held) > self.buffers.capacity:
             self.buffers.reserve(max(self.held), {**new, POSITION: self.rows[POSITION].view})
         self._lengths_changed()
@@ -60,6 +67,8 @@ class ForgettingStore(Store):
     def _take(self, new: Mapping[str, Tensor], valid: Tensor | None) -> None:
         self.settle()
         super()._take(new, valid)
+        gets = [True] * len(self.lengths) if valid is None else valid.any(1).tolist()
+        self._came = [came or got for came, got in zip(self._came or gets, gets, strict=True)]
 
     def _write(self, new: Mapping[str, Tensor], valid: Tensor | None) -> None:
         batch, heads, tokens = new["key"].shape[:3]
@@ -67,7 +76,7 @@ class ForgettingStore(Store):
         number = torch.arange(tokens).unsqueeze(0) if valid is None else valid.cumsum(1) - 1
         position = (first + number).to(new["key"].device, torch.int32)[:, None, :, None].expand(batch, heads, -1, -1)
         places = self._places(new["key"], valid)
-        self._held = places.after
+        self._held, self._came = places.after, self._came or [False] * batch
         self._put({**new, POSITION: position}, places, self.lengths)
 
     # Tokens go
@@ -76,25 +85,44 @@ class ForgettingStore(Store):
         if self.lengths and self._loses_more_than(0):
             self._make_room([True] * len(self.lengths))
 
+    def _most_held(self, coming: Sequence[bool], after: int = 0) -> list[int]:
+        """How many tokens each sequence may hold once those that are `coming` have one more. A sequence that gets none
+        loses none. Args: after: tokens from now on, decoded before that."""
+        most = []
+        for length, held, came, comes in zip(self.lengths, self._held_after(after), self._came, coming, strict=True):
+            evicted = length + after - held
+            allowed = self.policy.most_held(length + after + 1, evicted, came and not after)
+            most.append(allowed if comes else held + 1)
+        return most
+
+    def _held_after(self, tokens: int) -> list[int]:
+        """How many tokens each sequence holds when so many more have been decoded."""
+        if not tokens:
+            return self.held
+        of_each = zip(self.lengths, self.held, strict=True)
+        return [self.policy.most_held(length + tokens, length - held, False) for length, held in of_each]
+
     def _loses_more_than(self, count: int, after: int = 0) -> bool:
-        """Whether one more token makes a sequence lose more than so many. Args: after: tokens from now on."""
-        budget = self.policy.budget
-        held = [budget.of(length + after) for length in self.lengths] if after else self.held
-        return any(
-            held + 1 - budget.of(length + after + 1) > count for held, length in zip(held, self.lengths, strict=True)
-        )
+        """Whether one more token makes a sequence lose more than so many. Args: after: as of `_most_held`."""
+        most = self._most_held([True] * len(self.lengths), after)
+        return any(held + 1 - allowed > count for held, allowed in zip(self._held_after(after), most, strict=True))
 
     def _make_room(self, coming: Sequence[bool]) -> None:
         """Hold what leaves room for one token of each sequence that gets one: only the tokens of most worth, in buffers
-        of that size. A sequence that gets none loses none."""
-        lengths, budget = [length + 1 for length in self.lengths], self.policy.budget
-        rows = zip(lengths, self.held, coming, strict=True)
-        kept = [budget.of(length) if comes else held + 1 for length, held, comes in rows]
+        of that size."""
+        lengths, kept = [length + 1 for length in self.lengths], self._most_held(coming)
         held = [min(now, most - 1) for now, most in zip(self.held, kept, strict=True)]
+        self._came = [came and not comes for came, comes in zip(self._came, coming, strict=True)]
+        if held == self.held:
+            return
         position = self.rows[POSITION].view.squeeze(-1)
         of_each = [torch.tensor(of, device=position.device).view(-1, 1, 1) for of in (lengths, kept, held)]
-        worth = self.policy.worth(self.cache(), of_each[0], of_each[1]).masked_fill(position < 0, -torch.inf)
-        slot = worth.topk(max(1, *held)).indices
+        worth = self.policy.worth(self.cache(), of_each[0], of_each[1], self.observed)
+        worth = worth.masked_fill(position < 0, -torch.inf)
+        # Of equal worth, as pooling makes it, the earlier ones stay, wherever they lie.
+        order = position.argsort(-1)
+        ranked = worth.gather(2, order).argsort(dim=-1, descending=True, stable=True)
+        slot = order.gather(2, ranked[:, :, : max(1, *held)])
         stays = (torch.arange(slot.shape[2], device=slot.device) < of_each[2]).expand_as(slot)
         if self.index is not None:
             self._evict(slot, stays)
@@ -121,7 +149,7 @@ class ForgettingStore(Store):
             self.restore(self._before[-tokens])
             del self._before[-tokens:]
             return
-        if self.held != self.lengths or self.accumulates:
+        if self.held != self.lengths or self.accumulates or self.observes:
             raise KvcalError(
                 f"{self.policy.name} cannot take back the last {tokens} tokens, which changed what it holds: crop "
                 f"works for methods that keep all tokens ({KEEPING}), and for guesses of assisted decoding"
@@ -141,6 +169,7 @@ class ForgettingStore(Store):
         self._before.clear()
         if self.lengths:
             self._held = [self._held[row] for row in index.tolist()]
+            self._came = [self._came[row] for row in index.tolist()]
         super().reorder(index)
 
     # What a step sees
@@ -160,7 +189,8 @@ class ForgettingStore(Store):
     # Steps of fixed shapes
 
     def slots(self, tokens: DecodeMetadata) -> DecodeMetadata:
-        return self.policy.slots(tokens)
+        assert self._evicted is not None
+        return self.policy.slots(tokens, self._evicted)
 
     def due(self, tokens: int) -> bool:
         return self._loses_more_than(1, after=tokens)
@@ -168,10 +198,18 @@ class ForgettingStore(Store):
     def reserve(self, tokens: int) -> None:
         if self._loses_more_than(1):
             self._make_room([True] * len(self.lengths))
-        super().reserve(self.policy.budget.most(tokens))
+        evicted = tuple(length - held for length, held in zip(self.lengths, self.held, strict=True))
+        on_device = torch.tensor(evicted, dtype=torch.int32, device=self.rows["key"].view.device)
+        if (
+            self._evicted is not None and self._evicted.device.shape == on_device.shape
+        ):  # a captured step has its address
+            on_device = self._evicted.device.copy_(on_device)
+        self._evicted = Evicted(evicted, on_device)
+        super().reserve(self.policy.most_slots(tokens, self._evicted))
 
     def count(self, tokens: int) -> None:
-        self._held = [self.policy.budget.of(length + tokens) for length in self.lengths]
+        self._held = self._held_after(tokens)
+        self._came = [False] * len(self.held)
         super().count(tokens)
 
     def changed(self) -> list[Tensor]:
@@ -182,7 +220,8 @@ class ForgettingStore(Store):
 
     def state(self) -> dict[str, Tensor]:
         """Tokens in order of position; free slots are zero, of position -1."""
-        state = {**super().state(), "held": torch.tensor(self.held, dtype=torch.int64)}
+        books = {"held": torch.tensor(self.held, dtype=torch.int64), "came": torch.tensor(self._came, dtype=torch.bool)}
+        state = {**super().state(), **books}
         if not self.lengths:
             return state
         position = self.rows[POSITION].view.squeeze(-1)
@@ -199,7 +238,7 @@ class ForgettingStore(Store):
         return True
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        self._held = state["held"].tolist()
+        self._held, self._came = state["held"].tolist(), state["came"].tolist()
         super().restore(state)
 
     def _check(self, saved: Saved) -> None:
@@ -208,8 +247,9 @@ class ForgettingStore(Store):
         saved.held = held = saved.counts("held", saved.lengths)
         if slots < max(held) or slots > max(1, *held):
             raise KvcalError(f"rows.key: {slots} slots, the row that holds most has {max(held)} tokens")
+        require("came", saved.take("came", torch.bool, saved.rows).view(torch.uint8) <= 1, "zeros and ones")
         # Rows lose tokens only when they get one, and then hold what their budget allows.
-        enough = [min(length, max(1, self.policy.budget.of(length))) for length in saved.lengths]
+        enough = [min(length, max(1, self.policy.least_held(length))) for length in saved.lengths]
         require("held", torch.tensor(held) >= torch.tensor(enough), "at least the budget of the row")
         position = saved.take("rows.position", torch.int32, *saved.key.shape[:3], 1).squeeze(-1)
         free = (torch.arange(slots) >= torch.tensor(held).unsqueeze(1)).unsqueeze(1)
@@ -219,5 +259,7 @@ class ForgettingStore(Store):
         newest = position.amax(-1, keepdim=True) if slots else last
         require("position", newest == last, "the row's last token among those held")
         self.policy.check_held(saved, position, held)
+        if self.observes:
+            LastQueries.check(saved, self.observes)
         if self.index is not None:
             self.index.check(saved)

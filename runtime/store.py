@@ -11,6 +11,7 @@ from torch import Tensor
 from ..artifacts import KvcalError
 from .attention import Logits, attention_mass
 from .kv.buffers import Places, find_places, visible
+from .kv.last_queries import LastQueries
 from .kv.layer import LayerBuffers
 from .kv.pages import RECEIVED, DecodeMetadata, LayerCache, contiguous_metadata
 from .kv.saved import FLOATS, Saved, require
@@ -35,6 +36,9 @@ class Store(Sequences):
         self.index = policy.index()
         self.last: Reading | None = None
         """What the last step read."""
+        self.observes = policy.observes
+        self.observed: LastQueries | None = None
+        """The last `observes` queries of the prompt."""
         self.accumulates = policy.accumulates
         """Whether `rows` has what each token has received of all attention so far."""
         self.like: tuple[Tensor, Tensor] | None = None
@@ -58,6 +62,9 @@ class Store(Sequences):
         Args:
             valid: [B, T] bool on the CPU, False at padding; None = no padding.
         """
+        if self.observes:
+            position = self._positions(len(query), query.shape[2], valid).to(query.device)
+            self._observe(LastQueries.of(query, position, logits, self.observes))
         self._take(self.encoded(key, value), valid)
         if self.accumulates:
             limits = self._visible(query, valid)
@@ -66,17 +73,32 @@ class Store(Sequences):
             self.cache().receive(attention_mass(query, self.rows["key"].view, logits, limits))
         return self.attend_all(query, logits, valid)
 
-    def take(self, key: Tensor, value: Tensor, valid: Tensor | None = None, received: Tensor | None = None) -> None:
+    def take(
+        self,
+        key: Tensor,
+        value: Tensor,
+        valid: Tensor | None = None,
+        received: Tensor | None = None,
+        observed: LastQueries | None = None,
+    ) -> None:
         """Take in T tokens whose attention is computed elsewhere.
 
         Args:
             valid: [B, T] bool on the CPU, False at padding; None = no padding.
             received: [B, Hkv, T] float32, what each has received of all attention so far. None: that is not known.
+            observed: the last queries of them. None: they are not known.
 
         Raises:
-            KvcalError: this store adds it up, and it is not known.
+            KvcalError: this store needs something of these, and it is not known.
         """
         new = self.encoded(key, value)
+        if self.observes:
+            if observed is None or observed.count < self.observes:
+                raise KvcalError(
+                    f"snapkv starts from the last {self.observes} queries of a prompt, and of these tokens they are "
+                    f"not known: prefill with method full and record_queries={self.observes}, and crop nothing"
+                )
+            self._observe(observed.last(self.observes))
         if self.accumulates:
             if received is None:
                 raise KvcalError(
@@ -85,6 +107,9 @@ class Store(Sequences):
                 )
             new[RECEIVED] = received.unsqueeze(-1)
         self._take(new, valid)
+
+    def _observe(self, last: LastQueries) -> None:
+        self.observed = last if self.observed is None else self.observed.then(last)
 
     def _take(self, new: Mapping[str, Tensor], valid: Tensor | None) -> None:
         key = new["key"]
@@ -196,15 +221,16 @@ class Store(Sequences):
         """Of `bytes_read`, what is read once for all sequences: maps of a basis."""
         return self.policy.shared_bytes(self.buffers.widths)
 
-    def as_they_came(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def as_they_came(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, LastQueries | None]:
         """What `take` makes the same cache of, in a store that keeps keys and values as they came: keys
-        [B, Hkv, seen, D], values, `valid`, and what each token has received of attention, where that is known."""
+        [B, Hkv, seen, D], values, `valid`, and what each token has received of attention and the last queries, where
+        these are known."""
         received = self.rows[RECEIVED].view if self.accumulates else None
         kept = self.rows["key"].view, self.rows["value"].view, received
         if self.valid is not None:
             slot = (self.valid.cumsum(1) - 1).clamp_min(0).to(kept[0].device)
             kept = tuple(None if of is None else gather(of, slot.unsqueeze(1)) for of in kept)  # type: ignore[assignment]
-        return kept[0], kept[1], self.valid, None if kept[2] is None else kept[2].squeeze(-1)
+        return kept[0], kept[1], self.valid, None if kept[2] is None else kept[2].squeeze(-1), self.observed
 
     # What a step sees
 
@@ -260,6 +286,7 @@ class Store(Sequences):
         if self.accumulates:  # what the cropped queries gave cannot be told from the sums
             self.accumulates = False
             self.buffers.drop(RECEIVED)
+        self.observes, self.observed = 0, None  # those before the cropped ones are gone
         self._lengths_changed()
         self.buffers.add_up_again(self.cache().metadata.valid())
         if self.index is not None:
@@ -279,12 +306,16 @@ class Store(Sequences):
             return
         self._keep(index)
         self.buffers.keep(index)
+        if self.observed is not None:
+            self.observed = self.observed.keep(index)
         if self.index is not None:
             self.index.reorder(index)
         self._lengths_changed()
 
     def to(self, device: torch.device | str) -> None:
         self.buffers.to(device)
+        if self.observed is not None:
+            self.observed = self.observed.to(device)
         if self.index is not None:
             self.index.to(device)
         if self.like is not None:
@@ -300,7 +331,7 @@ class Store(Sequences):
         state |= {} if self.index is None else self.index.state()
         if not self.policy.keeps_rows and self.like is not None:
             state |= {"like.key": self.like[0], "like.value": self.like[1]}
-        return state | self._counts()
+        return state | self._counts() | ({} if self.observed is None else self.observed.state())
 
     def _is_saved(self, name: str) -> bool:
         return name in (*ROWS, RECEIVED) or not self.policy.keeps_rows
@@ -320,6 +351,8 @@ class Store(Sequences):
                 self.index.check(saved)
             if self.accumulates and saved.has(f"rows.{RECEIVED}"):
                 saved.take_received()
+            if self.observes:
+                LastQueries.check(saved, self.observes)
             return
         heads, *dims = self.policy.fitted_to
         like = [saved.take(f"like.{name}", FLOATS, 0, heads, 0, of) for name, of in zip(ROWS, dims, strict=True)]
@@ -333,6 +366,7 @@ class Store(Sequences):
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `state` that was checked."""
         self._count_again(state["lengths"], state["valid"])
+        self.observed = LastQueries.restore(state)
         self.buffers.clear()
         if not self.seen:
             return

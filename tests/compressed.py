@@ -11,41 +11,21 @@ from typing import Any
 
 import torch
 from architectures import build
+from methods import by_form
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from kvcal import artifacts
 from kvcal.artifacts import Artifact
 from kvcal.calibrate.blocks import TokenBlocks
 from kvcal.calibrate.one_pass import calibrate
-from kvcal.runtime import CompressedCache
+from kvcal.runtime import METHODS, CompressedCache
 
-CLUSTERS = {"tokens_per_cluster": 4, "sinks": 2, "window": 4}
 SMALL: dict[str, dict[str, Any]] = {
-    "full": {},
-    "loki": {"rank": 0.5, "keep": 0.25, "basis": "pca", "select": "head"},
-    "exact_topk": {"keep": 0.25, "select": "head"},
-    "quest": {"keep": 0.25, "page": 4, "select": "head"},
-    "sparq": {"rank": 0.5, "keep": 0.25, "select": "head"},
-    "streaming": {"keep": 0.25, "sinks": 2},
-    "h2o": {"keep": 0.25},
-    "subgen": {"window": 6, "sinks": 2, "clusters": 5, "t": 2, "s": 7, "normaliser": "clusters"},
-    "subgen-values": {"method": "subgen", "window": 6, "sinks": 2, "s": 7, "normaliser": "values"},
-    "clusterkv": {"keep": 0.3, **CLUSTERS},
-    "clusterkv-tail": {"method": "clusterkv", "keep": 0.3, "tail": True, "offload": "cpu", "cached": 7, **CLUSTERS},
-    "spectral": {"rank": 1.0, "bits": 4, "keep": 0.3, "recent": 2},
-    "spectral-8": {"method": "spectral", "rank": 1.0, "keep": 0.3, "recent": 2, "rows": 8, "sample": 16},
-    "loki-sinks": {
-        "method": "loki",
-        "basis": "pca",
-        "rank": 0.5,
-        "keep": 0.3,
-        "sinks": 2,
-        "recent": 3,
-    },
-    "quest-sinks": {"method": "quest", "page": 4, "keep": 0.3, "sinks": 3},
+    form: settings if form == method else {"method": method, **settings}
+    for form, (method, settings) in by_form("small").items()
 }
 """Every method, some in several forms; small enough that a short prompt is not read whole."""
-EVICTING = [form for form, settings in SMALL.items() if settings.get("method", form) in ("streaming", "h2o", "subgen")]
+EVICTING = [form for form, settings in SMALL.items() if not METHODS[settings.get("method", form)].keeps_all_tokens]
 KEEPING = [form for form in SMALL if form not in EVICTING]
 NEW = 6
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -112,7 +92,7 @@ def greedy(of: Any, inputs: dict[str, torch.Tensor], new: int = NEW, **settings:
 
 
 def small(form: str) -> dict[str, Any]:
-    """The method and all settings of a form of `SMALL`."""
+    """The method and all settings of a form."""
     return {"method": form, **SMALL[form]}
 
 

@@ -8,23 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from oracle_heads import Head, amount, budget, heads_at
-from oracles_evicting import h2o, streaming
 from sequences import Row, Step
 from torch import Tensor
 
 from kvcal.runtime.attention import Logits
-
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "loki": {"rank": 0.25, "basis": "pca", "select": "head"},
-    "exact_topk": {"select": "head"},
-    "quest": {"select": "head"},
-    "sparq": {"rank": 0.25, "select": "head"},
-}
-"""What is done here where settings do not say it: as published, while the methods' defaults were measured."""
 
 
 def rankings(scores: list[Tensor], select: str) -> list[Tensor]:
@@ -152,14 +142,3 @@ def sparq(row: Row, logits: Logits, **settings: object) -> list[Step]:
         return results
 
     return memoryless(rule, row, logits, settings)
-
-
-ORACLES: dict[str, Callable[..., list[Step]]] = {
-    "full": full,
-    "loki": loki,
-    "exact_topk": exact_topk,
-    "quest": quest,
-    "sparq": sparq,
-    "streaming": streaming,
-    "h2o": h2o,
-}

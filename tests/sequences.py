@@ -30,42 +30,6 @@ TOLERANCES: dict[torch.dtype, dict[str, float]] = {
 }
 
 
-CODED = {"keep": 0.3, "sinks": 2, "recent": 2, "rank": 1.0}
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "full": ("full", {}),
-    "loki-pca": ("loki", {"rank": 0.25, "keep": 0.25, "basis": "pca", "select": "head"}),
-    "loki-score": ("loki", {"rank": 0.25, "keep": 0.25, "basis": "score", "select": "group"}),
-    "loki-sinks": ("loki", {"rank": 0.25, "keep": 0.4, "basis": "pca", "select": "max", "sinks": 2, "recent": 3}),
-    "loki-sampled": ("loki", {"rank": 0.25, "keep": 0.25, "choice": "sampled", "sample": 16, "recent": 2}),
-    "exact_topk": ("exact_topk", {"keep": 0.25, "select": "group"}),
-    "quest": ("quest", {"keep": 0.3, "page": 4, "select": "head"}),
-    "quest-sinks": ("quest", {"keep": 0.5, "page": 4, "sinks": 3, "recent": 5}),
-    "clusterkv": ("clusterkv", {"keep": 0.4, "tokens_per_cluster": 4, "sinks": 2, "window": 3}),
-    "clusterkv-tail": (
-        "clusterkv",
-        {"keep": 0.4, "tokens_per_cluster": 4, "sinks": 2, "window": 3, "tail": True, "select": "head"},
-    ),
-    "clusterkv-offload": (
-        "clusterkv",
-        {"keep": 0.4, "tokens_per_cluster": 4, "sinks": 2, "window": 3, "offload": "cpu", "cached": 5},
-    ),
-    "spectral": ("spectral", CODED),
-    "spectral-head": ("spectral", {**CODED, "select": "head", "bits": 4, "choice": "exact"}),
-    "spectral-no-residual": ("spectral", {**CODED, "residual": False, "select": "max", "bits": 8}),
-    "spectral-8-bit-rows": ("spectral", {**CODED, "rows": 8, "sample": 16}),
-    "sparq": ("sparq", {"rank": 0.25, "keep": 0.25, "select": "head"}),
-    "streaming": ("streaming", {"keep": 0.25, "sinks": 2}),
-    "h2o": ("h2o", {"keep": 0.25}),
-    "subgen": ("subgen", {"window": 6, "sinks": 2, "clusters": 5, "t": 2, "s": 7, "normaliser": "clusters"}),
-    "subgen-values": ("subgen", {"window": 6, "sinks": 2, "s": 7, "normaliser": "values"}),
-}
-"""Every method, and every kind of store, with budgets that short rows feel."""
-EVICTING = [name for name, (method, _) in VARIANTS.items() if method in ("streaming", "h2o", "subgen")]
-KEEPING = [name for name in VARIANTS if name not in EVICTING]
-CLUSTERED = [name for name, (_, settings) in VARIANTS.items() if "tokens_per_cluster" in settings]
-"""Those whose tokens are in clusters."""
-
-
 @dataclass(frozen=True)
 class Geometry:
     dim: int

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from decoding import CONTINUATION
 from settings import WHY_LOKI
 from subjects import Subject
 from tables import named, number, read, table, with_error
@@ -17,7 +18,8 @@ Row = Mapping[str, Any]
 
 def methods(folder: Path, subject: Subject) -> str:
     """Perplexity over full's and answers at equal bytes, by length. read: bytes of a 16-bit cache, counted by the
-    stores in the part on attention errors, except for h2o, whose tokens have 8 bytes besides."""
+    stores in the part on attention errors, except for h2o, whose tokens have 8 bytes besides, and snapkv, which also
+    reads what was decoded."""
     return _by_length(folder, subject, "methods")
 
 
@@ -36,6 +38,9 @@ def bytes_of(folder: Path, subject: Subject, length: int) -> Callable[[Row], flo
             return 1.0
         if row["method"] == "h2o":
             return float(row["keep"]) * (1 + 8 / (4 * subject.head_dim))
+        if row["method"] == "snapkv":
+            decoded = CONTINUATION / 2
+            return (float(row["keep"]) * length + decoded) / (length + decoded)
         return measured.get(_key(row))
 
     return share

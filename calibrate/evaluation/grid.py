@@ -111,10 +111,15 @@ def check_grid(grid: Iterable[Setting], model: Any, artifact: Artifact | None) -
                 CompressedCache(model, artifact, **decoding(setting))
 
 
-def layers_taking_mass(setting: Setting, model: Any, artifact: Artifact | None) -> set[int]:
-    """The layers in which a setting starts from the attention that each token has received (h2o); inside `sharing`."""
-    cache = CompressedCache(model, artifact, **decoding(setting))
-    return {layer for layer, store in cache.stores.items() if store.policy.accumulates}
+def recorded(settings: Iterable[Setting], model: Any, artifact: Artifact | None, layers: int) -> dict[str, list[Any]]:
+    """Settings of `full`, by layer, that record all that these settings start from beside keys and values: the
+    attention that each token receives (h2o), and the last queries (snapkv). Inside `sharing`."""
+    mass, queries = [False] * layers, [0] * layers
+    for setting in settings:
+        for layer, store in CompressedCache(model, artifact, **decoding(setting)).stores.items():
+            mass[layer] = mass[layer] or store.accumulates
+            queries[layer] = max(queries[layer], store.observes)
+    return {"record_mass": mass, "record_queries": queries}
 
 
 def by_sharing(grid: Iterable[Setting]) -> list[list[Setting]]:

@@ -121,16 +121,15 @@ class PrefilledSamples:
 
 @torch.no_grad()
 def prefill(
-    model: Any, prompts: Prompts, batch: Batch, tokenizer: Any, question: str, record_mass: Sequence[bool]
+    model: Any, prompts: Prompts, batch: Batch, tokenizer: Any, question: str, recorded: Mapping[str, Any]
 ) -> PrefilledWindows | PrefilledSamples:
     """
     Args:
         tokenizer: of the model; needed for tasks.
         question: one of `QUESTIONS`.
-        record_mass: by layer, whether the attention that each token receives is recorded, for settings that start from
-            it. Recording takes longer than attending.
+        recorded: settings of `full`, see `grid.recorded`. To record attention takes longer than attending.
     """
-    cache = CompressedCache(model, None, "full", record_mass=list(record_mass))
+    cache = CompressedCache(model, None, "full", **recorded)
     asked = samples_of(prompts, batch)
     if asked is None:
         windows = prompts.windows
@@ -148,7 +147,7 @@ def prefill(
     calls(cache, [sample.context for sample in samples.values()])
     if question == DECODED:
         return PrefilledSamples(model, task, samples, tokenizer, (cache, calls), None)
-    whole = CompressedCache(model, None, "full", record_mass=list(record_mass))
+    whole = CompressedCache(model, None, "full", **recorded)
     whole.adopt(cache)
     after = calls.copy()
     logits = after(whole, [sample.question for sample in samples.values()])

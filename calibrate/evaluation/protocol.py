@@ -20,7 +20,7 @@ from ...runtime.integration.layer import full_attention_layers
 from ...runtime.wrapped import unwrapped
 from ..distributed import SINGLE, World
 from ..models import max_context
-from .grid import FULL, Setting, by_sharing, check_grid, decoding, key_of, layers_taking_mass, sharing
+from .grid import FULL, Setting, by_sharing, check_grid, decoding, key_of, recorded, sharing
 from .measurements import Batch, Measured, batches, most_steps, samples_of
 from .prefilled import DECODED, PREFILLED, QUESTIONS, prefill
 from .progress_report import Progress, ProgressReport
@@ -81,19 +81,16 @@ def evaluate(
     parts = [_part(prompts, batch, settings, question == DECODED) for batch, settings in work]
     report = ProgressReport(parts, len({batch.task for batch, _ in work}), progress, say)
     layers = int(_text_config(model).num_hidden_layers)
-    taking_mass: dict[str, set[int]] = {}
+    known: dict[str, dict[str, list[Any]]] = {}
     results.write()  # a disk that cannot be written to is found now
     report.show()
     for batch, settings in work:
         for alike in by_sharing(settings):
             with sharing(model, artifact, alike[0]):
                 done = report.schedule.prefilling()
-                for setting in alike:
-                    if (key := key_of(setting)) not in taking_mass:
-                        taking_mass[key] = layers_taking_mass(setting, model, artifact)
-                taking = set().union(*(taking_mass[key_of(setting)] for setting in alike))
-                recorded = [layer in taking for layer in range(layers)]
-                prefilled = prefill(model, prompts, batch, tokenizer, question, recorded)
+                if (key := repr(list(map(key_of, alike)))) not in known:
+                    known[key] = recorded(alike, model, artifact, layers)
+                prefilled = prefill(model, prompts, batch, tokenizer, question, known[key])
                 done()
                 for setting in alike:
                     world.check()

@@ -145,9 +145,9 @@ class CompressedLayer(CacheLayerMixin):
     @torch.inference_mode(False)
     def adopt(self, full: CompressedLayer) -> None:
         """Start from the tokens of a layer of method `full`."""
-        key, value, valid, received = full.store.as_they_came()
-        self.store.take(key, value, valid, received)
-        self._begin(key)
+        came = full.store.as_they_came()
+        self.store.take(*came)
+        self._begin(came[0])
 
     def _begin(self, key: Tensor) -> None:
         self.is_initialized = True

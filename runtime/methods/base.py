@@ -148,6 +148,8 @@ class Policy(ABC):
 
     accumulates = False
     """Whether a cache adds up what each token receives of all attention (`RECEIVED`)."""
+    observes = 0
+    """How many of a prompt's last queries a cache keeps until the first decoded token."""
 
     offloaded: tuple[str, ...] = ()
     """Names of what is kept on the host, read through `LayerCache.gather` together."""

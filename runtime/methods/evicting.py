@@ -8,17 +8,28 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..attention import Logits
+from ..kv.last_queries import LastQueries
 from ..kv.pages import POSITION, DecodeMetadata, LayerCache
 from ..kv.saved import Saved, require
 from .amounts import Budget
 from .base import Attended, Policy, Reading
 from .budgets import budgets
 from .full import attend_all
+
+
+@dataclass(frozen=True)
+class Evicted:
+    """How many tokens each sequence has lost."""
+
+    host: tuple[int, ...]
+    device: Tensor
+    """[B] int32"""
 
 
 class EvictingPolicy(Policy):
@@ -32,13 +43,14 @@ class EvictingPolicy(Policy):
         self.budget = budget
 
     @abstractmethod
-    def worth(self, cache: LayerCache, lengths: Tensor, kept: Tensor) -> Tensor:
+    def worth(self, cache: LayerCache, lengths: Tensor, kept: Tensor, last: LastQueries | None = None) -> Tensor:
         """[B, Hkv, slots] float: what a token is worth once its sequence has one more. The least goes first, infinity
         never.
 
         Args:
             lengths: [B, 1, 1], tokens of each sequence, the new one included.
             kept: the same, of them those that are held then.
+            last: queries of the prompt, where the policy observes them.
         """
 
     @abstractmethod
@@ -46,20 +58,41 @@ class EvictingPolicy(Policy):
         """Raises KvcalError unless a cache may hold the tokens at these positions [B, Hkv, slots], the first `held` of
         each sequence, in order."""
 
+    def most_held(self, length: int, evicted: int, came: bool) -> int:
+        """How many tokens a sequence may hold that has `length`.
+
+        Args:
+            evicted: tokens that it has lost before.
+            came: whether tokens have come by prefill since its last decoded one.
+        """
+        return self.budget.of(length)
+
+    def least_held(self, length: int) -> int:
+        """How many tokens a sequence of `length` holds at least."""
+        return self.budget.of(length)
+
     def step(self, query: Tensor, cache: LayerCache, logits: Logits) -> Attended:
         return Attended(attend_all(query, *self.rows(cache), cache.metadata, logits), None)
 
-    def slots(self, tokens: DecodeMetadata) -> DecodeMetadata:
-        """Metadata of what is held of sequences that `tokens` tells of, where each has what its budget allows."""
+    def slots(self, tokens: DecodeMetadata, evicted: Evicted) -> DecodeMetadata:
+        """Metadata of what is held of sequences that `tokens` tells of, where each has what its budget allows.
+
+        Args:
+            evicted: when the host last saw to it.
+        """
 
         def reckon() -> DecodeMetadata:
-            longest, shortest = self.budget.most(tokens.longest), 0
+            longest, shortest = self.most_slots(tokens.longest, evicted), 0
             if tokens.shortest == tokens.longest:
                 longest = shortest = self.budget.of(tokens.longest)
             seq_lens = budgets(self.budget, tokens.seq_lens)
             return DecodeMetadata(tokens.block_table, seq_lens, longest, shortest, contiguous=True, whole=tokens)
 
         return tokens.once((self.budget, type(self.budget.keep)), reckon)
+
+    def most_slots(self, tokens: int, evicted: Evicted) -> int:
+        """That any sequence takes on its way to so many tokens. Args: as of `slots`."""
+        return self.budget.most(tokens)
 
     def write(self, cache: LayerCache, new: Mapping[str, Tensor]) -> None:
         metadata, key = cache.metadata, new["key"]
@@ -100,7 +133,7 @@ class ByAge(EvictingPolicy):
         super().__init__(budget)
         self.sinks = sinks
 
-    def worth(self, cache: LayerCache, lengths: Tensor, kept: Tensor) -> Tensor:
+    def worth(self, cache: LayerCache, lengths: Tensor, kept: Tensor, last: LastQueries | None = None) -> Tensor:
         position = cache.tokens(POSITION).squeeze(-1).float()
         # One place of the budget is the new token's.
         return position.masked_fill(position < (kept - 1).clamp_max(self.sinks), torch.inf)

@@ -11,7 +11,7 @@ from ...kernels.backend import choose
 from ...kernels.dense import dense
 from ..attention import Logits, attention, probabilities
 from ..kv.pages import DecodeMetadata, LayerCache
-from .amounts import check_flag
+from .amounts import check_count, check_flag
 from .base import Attended, Method, Policy
 
 
@@ -22,22 +22,28 @@ class Full(Method):
     record_mass: bool = False
     """Also accumulate attention per key, so that `h2o` can adopt what this cache prefilled."""
 
+    record_queries: int = 0
+    """Also keep so many of a prompt's last queries, so that `snapkv` can adopt what this cache prefilled."""
+
     def check(self) -> None:
         check_flag("record_mass", self.record_mass)
+        check_count("record_queries", self.record_queries)
 
     def not_shared(self) -> str | None:
-        if not self.record_mass:
+        if not self.record_mass and not self.record_queries:
             return None
-        return "record_mass is what one layer's queries gave, for h2o, which cannot share: leave it out"
+        return (
+            "record_mass and record_queries are of one layer's queries, for methods that cannot share: leave them out"
+        )
 
     def bind(self, layer: int, head_dim: int, artifact: Artifact | None) -> FullPolicy:
         self.check()
-        return FullPolicy(self.record_mass)
+        return FullPolicy(self.record_mass, self.record_queries)
 
 
 class FullPolicy(Policy):
-    def __init__(self, record_mass: bool = False):
-        self.accumulates = record_mass
+    def __init__(self, record_mass: bool = False, record_queries: int = 0):
+        self.accumulates, self.observes = record_mass, record_queries
 
     def step(self, query: Tensor, cache: LayerCache, logits: Logits) -> Attended:
         key, value = self.rows(cache)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...artifacts import Artifact
 from ..attention import Logits, weighted
+from ..kv.last_queries import LastQueries
 from ..kv.pages import POSITION, RECEIVED, LayerCache
 from ..kv.saved import Saved, require
 from .amounts import Budget
@@ -36,7 +37,7 @@ class H2OPolicy(EvictingPolicy):
     name = "h2o"
     accumulates = True
 
-    def worth(self, cache: LayerCache, lengths: Tensor, kept: Tensor) -> Tensor:
+    def worth(self, cache: LayerCache, lengths: Tensor, kept: Tensor, last: LastQueries | None = None) -> Tensor:
         recent = cache.tokens(POSITION).squeeze(-1) >= lengths - kept // 2
         return cache.tokens(RECEIVED).squeeze(-1).masked_fill(recent, torch.inf)
 

@@ -73,9 +73,9 @@ def plain(model: Any, sample: Sample, compression: dict[str, Any] | None = None)
     return Numbers().decode(said[:-1] if said[-1] in ends else said)
 
 
-def recorded(model: Any) -> list[bool]:
+def recorded(model: Any) -> dict[str, list[bool]]:
     """Attention in every layer, which h2o starts from."""
-    return [True] * model.config.num_hidden_layers
+    return {"record_mass": [True] * model.config.num_hidden_layers}
 
 
 def answered(model: Any, artifact: Any, question: str, setting: dict[str, Any], rows: int = len(SAMPLES)) -> list[str]:

@@ -6,47 +6,16 @@ import pytest
 import torch
 from architectures import build
 from compressed import artifact, model, padded, random_ids
+from methods import by_form
 
 from kvcal.artifacts import KvcalError
 from kvcal.runtime import CompressedCache, Sampler, compress, decode, shared_for
 from kvcal.runtime.integration import stepping
 
 STEPS = 30
+METHODS = {name: {"method": method, **settings} for name, (method, settings) in by_form("decoded").items()}
 PCA = {"method": "loki", "basis": "pca", "select": "head"}
-METHODS = {
-    "full": {"method": "full"},
-    "loki": {**PCA, "rank": 0.5, "keep": 0.5},
-    "loki-max": {**PCA, "rank": 0.25, "keep": 0.25, "select": "max"},
-    "loki-group": {**PCA, "rank": 8, "keep": 12, "select": "group", "dense_below": 25},
-    "loki-score": {"method": "loki", "rank": 0.5, "keep": 0.3, "basis": "score", "select": "head"},
-    "loki-score-group": {"method": "loki", "rank": 0.125, "keep": 0.25, "basis": "score", "select": "group"},
-    "loki-sinks": {**PCA, "rank": 0.5, "keep": 0.3, "sinks": 1, "recent": 3, "dense_below": 12},
-    "loki-sampled": {"method": "loki", "keep": 0.4, "choice": "sampled", "sample": 16},
-    "exact_topk": {"method": "exact_topk", "keep": 0.3, "select": "head"},
-    "exact_topk-group": {"method": "exact_topk", "keep": 9, "dense_below": 25},
-    "quest": {"method": "quest", "keep": 0.4, "page": 4, "select": "head"},
-    "quest-sinks": {"method": "quest", "keep": 0.5, "page": 8, "sinks": 3, "recent": 9},
-    "sparq": {"method": "sparq", "rank": 0.5, "keep": 0.3, "select": "head"},
-    "sparq-group": {"method": "sparq", "rank": 4, "keep": 9, "dense_below": 25},
-    "clusterkv": {"method": "clusterkv", "keep": 20, "tokens_per_cluster": 4, "window": 5, "sinks": 2},
-    "clusterkv-head": {"method": "clusterkv", "keep": 0.6, "tokens_per_cluster": 3, "window": 4, "select": "head"},
-    "clusterkv-max": {"method": "clusterkv", "keep": 9, "tokens_per_cluster": 3, "sinks": 0, "select": "max"},
-    "clusterkv-tail": {"method": "clusterkv", "keep": 12, "tokens_per_cluster": 3, "sinks": 2, "tail": True},
-    "clusterkv-tail-head": {"method": "clusterkv", "keep": 9, "tokens_per_cluster": 4, "tail": True, "select": "head"},
-}
-SPECTRAL = {"method": "spectral", "keep": 12, "rank": 0.5, "sinks": 2, "recent": 3}
-METHODS |= {
-    "streaming": {"method": "streaming", "keep": 0.4, "sinks": 2},
-    "streaming-count": {"method": "streaming", "keep": 12, "dense_below": 30},
-    "h2o": {"method": "h2o", "keep": 0.3},
-    "h2o-count": {"method": "h2o", "keep": 11, "dense_below": 45},
-    "full-mass": {"method": "full", "record_mass": True},
-    "spectral": SPECTRAL,
-    "spectral-4-bits-head": {**SPECTRAL, "bits": 4, "select": "head", "keep": 0.3},
-    "spectral-no-residual": {**SPECTRAL, "bits": 8, "select": "max", "residual": False, "dense_below": 25},
-    "spectral-sampled": {**SPECTRAL, "sample": 16, "keep": 0.3},
-    "spectral-8-bit-rows": {**SPECTRAL, "rows": 8, "sinks": 0, "keep": 5},
-}
+SPECTRAL = METHODS["spectral"]
 NO_GRAPH = "CUDA graphs need a GPU, the model is on cpu"
 
 

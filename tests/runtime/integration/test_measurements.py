@@ -1,62 +1,31 @@
 """Bytes counted by hand, the observer, and caches that start from another's prefill."""
 
-import math
-
 import pytest
 import torch
-from compressed import CLOSE, SMALL, greedy, make_cache, model, padded, random_ids, step_logits
+from compressed import CLOSE, SMALL, greedy, make_cache, model, padded, random_ids, small, step_logits
+from hand_counts import Shape
+from methods import CASES
 
 from kvcal.artifacts import KvcalError
-from kvcal.runtime import METHODS, CompressedCache
+from kvcal.runtime import CompressedCache
 from kvcal.runtime.attention import probabilities
 
 IDS = torch.cat((random_ids(40), random_ids(40, seed=1)))
-D, FLOAT, CHUNK = 16, 4, 256  # head dim, bytes, the tokens by which buffers grow
+D, FLOAT = 16, 4  # head dim, bytes
 HEADS, KV_HEADS, ROWS, WINDOW = 4, 2, 2, 8
-CLUSTERS = 7 + 1 + 1  # of 4 tokens: 28 of the prompt's 30 and twice 4 of the 10 decoded ones
-CODEWORDS, PAGE = 8, 64
 
 
-def read_by_hand(method, tokens):
-    """Bytes that one layer reads at a step with a budget of a quarter, of keys and values at D floats a token."""
-    budget = math.ceil(0.25 * tokens)
-    key_heads, vector = ROWS * KV_HEADS, D * FLOAT
-    chosen = ROWS * HEADS * budget * 2 * vector  # each query head its own keys and values
-    return {
-        "full": key_heads * tokens * 2 * vector,
-        # the first half of each rotated key, the chosen, one rotation per KV head
-        "loki": key_heads * tokens * vector // 2 + chosen + KV_HEADS * D * D * FLOAT,
-        # every key, then values only
-        "exact_topk": key_heads * tokens * vector + chosen // 2,
-        # two corners per page of 4 tokens, whole pages
-        "quest": key_heads * math.ceil(tokens / 4) * 2 * vector + ROWS * HEADS * math.ceil(budget / 4) * 4 * 2 * vector,
-        # half of the channels, by query head; the mean value
-        "sparq": ROWS * HEADS * tokens * vector // 2 + chosen + key_heads * vector,
-        # what is held, with an int32 position; h2o with a float of attention too
-        "streaming": key_heads * budget * (2 * vector + 4),
-        "h2o": key_heads * budget * (2 * vector + 4 + 4),
-        # every centroid with its int32 size, then a budget of 0.3, which the heads of a group share, and where it lies
-        "clusterkv": key_heads * (CLUSTERS * (vector + 4) + math.ceil(0.3 * tokens) * (2 * vector + 4)),
-        # the same budget; of each token codeword, code of 4 bits and scale; codewords, their lengths and maps in
-        # 16 bits. No page is full, whose correction would be read.
-        "spectral": key_heads * (tokens * (1 + D // 2 + 2) + math.ceil(0.3 * tokens) * 2 * vector)
-        + KV_HEADS * 2 * (CODEWORDS * (2 * D + 1) + 2 * D * D),
-    }[method]
-
-
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "subgen"])  # counted in test_subgen
-def test_bytes_with_sliding_layers_equal_hand_counts(method):
-    cache = make_cache(method, "gemma3")  # one full layer between two that slide
+@pytest.mark.parametrize("form", [form for form in SMALL if form not in ("subgen", "clusterkv-tail", "spectral-8")])
+def test_bytes_with_sliding_layers_equal_hand_counts(form):
+    """Not of SubGen's clusters, nor of what lies on the host, nor of a sampled choice."""
+    cache = make_cache(form, "gemma3")  # one full layer between two that slide
     step_logits(model("gemma3"), IDS, cache, 30)
     sliding = 2 * ROWS * KV_HEADS * (WINDOW - 1) * 2 * D * FLOAT
-    assert cache.bytes_read() == read_by_hand(method, 40) + sliding
-    per_token = 2 * D * FLOAT + {"streaming": 4, "h2o": 8, "clusterkv": 4, "spectral": 1 + D // 2 + 2}.get(method, 0)
-    corners, means = CHUNK // 4 * 2 * D * FLOAT, CHUNK // 4 * (2 * D * FLOAT + 4)
-    corrections = CHUNK // PAGE * (D + 2)  # of a page: 8 bits a dimension, and a scale
-    extra = {"quest": corners, "sparq": D * FLOAT, "clusterkv": means, "spectral": corrections}.get(method, 0)
-    capacity = 16 if method in ("streaming", "h2o") else CHUNK  # a quarter of 40 tokens, in slots by 16
-    assert cache.resident_bytes() == ROWS * KV_HEADS * (capacity * per_token + extra) + sliding
-    assert make_cache(method, "gemma3").resident_bytes() == 0
+    method, shape = small(form)["method"], Shape(40, 30, D, D, KV_HEADS, HEADS // KV_HEADS, FLOAT)
+    found = CASES[method].bytes(shape, **SMALL[form])
+    assert cache.bytes_read() == ROWS * found.read + found.shared + sliding
+    assert cache.resident_bytes() == ROWS * found.held + sliding
+    assert make_cache(form, "gemma3").resident_bytes() == 0
 
 
 @pytest.mark.parametrize("method", SMALL)
@@ -88,7 +57,7 @@ def test_the_observer_sees_every_step_of_every_compressed_layer(method):
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_a_cache_that_adopts_a_prefill_equals_one_that_made_it(method, name):
     of, inputs = model(name), padded(9, 30)
-    shared = CompressedCache(of, None, "full", record_mass=True)
+    shared = CompressedCache(of, None, "full", record_mass=True, record_queries=3)
     own, heir = make_cache(method, name), make_cache(method, name)
     other = make_cache("full", name)
     new = padded(1, 1, seed=8)["input_ids"]
@@ -119,9 +88,9 @@ def test_only_a_full_cache_can_be_adopted_and_only_by_an_empty_one():
     step_logits(model(), IDS, full, 40)
     step_logits(model(), IDS, loki, 40)
     for heir, source, message in (
-        (make_cache("loki"), loki, "an empty cache can take over a cache of method full"),
-        (loki, full, "an empty cache can take over"),
-        (make_cache("h2o"), full, "recorded attention: prefill with full, record_mass=True"),
+        (make_cache("loki"), loki, "does not keep keys and values as they came: give one of method full"),
+        (loki, full, "this cache holds tokens already: begin with an empty one"),
+        (make_cache("h2o"), full, "h2o starts from the attention that tokens have received"),
         (make_cache("full"), make_cache("full", "qwen2"), "of another model"),
     ):
         with pytest.raises(KvcalError, match=message):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sequences import VARIANTS, Geometry, Row, alone, assert_steps, decode, draw, make, prefill
+from methods import FORMS
+from sequences import Geometry, Row, alone, assert_steps, decode, draw, make, prefill
 from torch import Tensor
 
 from kvcal.artifacts import KvcalError
@@ -23,15 +24,15 @@ def received(store: Store) -> Tensor:
 
 
 def dense(rows: list[Row], cuts: tuple[int, ...] = (), record_mass: bool = True) -> Store:
-    store = new_store(FullPolicy(record_mass))
+    store = new_store(FullPolicy(record_mass, 8))
     prefill(store, rows, LOGITS, cuts)
     return store
 
 
 @pytest.mark.parametrize("cuts", [(), (3, 22)], ids=["once", "chunks"])
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", FORMS)
 def test_adopt_is_prefill(name: str, cuts: tuple[int, ...]) -> None:
-    method, settings = VARIANTS[name]
+    method, settings = FORMS[name]
     rows = draw(GEOMETRY, (9, 40, 1, 33), 5)
     store, direct = make(method, GEOMETRY, **settings), make(method, GEOMETRY, **settings)
     store.take(*dense(rows, cuts).as_they_came())
@@ -42,10 +43,10 @@ def test_adopt_is_prefill(name: str, cuts: tuple[int, ...]) -> None:
         assert_steps(one, other)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", FORMS)
 def test_two_may_adopt_one(name: str) -> None:
     """The dense cache is left as it was, so that a grid of settings shares one prefill."""
-    method, settings = VARIANTS[name]
+    method, settings = FORMS[name]
     rows = draw(GEOMETRY, (9, 40), 5)
     shared = dense(rows)
     before = {key: tensor.clone() for key, tensor in shared.state().items()}
@@ -60,7 +61,7 @@ def test_two_may_adopt_one(name: str) -> None:
 def test_decoded_tokens_are_adopted_as_prompt() -> None:
     rows = draw(GEOMETRY, (9, 40), 6)
     longer = [Row(*row.tensors(), prompt=row.prompt + 2) for row in rows]
-    for name, (method, settings) in VARIANTS.items():
+    for name, (method, settings) in FORMS.items():
         shared = dense(rows)
         decode(shared, rows, LOGITS, range(2))
         store = make(method, GEOMETRY, **settings)
@@ -71,7 +72,7 @@ def test_decoded_tokens_are_adopted_as_prompt() -> None:
 
 def test_selected_rows_are_adopted() -> None:
     rows = draw(GEOMETRY, (9, 40, 20), 5)
-    for method, settings in VARIANTS.values():
+    for method, settings in FORMS.values():
         shared = dense(rows)
         shared.reorder(torch.tensor([2, 0]))
         store = make(method, GEOMETRY, **settings)

@@ -7,7 +7,8 @@ import random
 
 import pytest
 import torch
-from sequences import EVICTING, TOLERANCES, VARIANTS, Geometry, make
+from methods import EVICTING, FORMS
+from sequences import TOLERANCES, Geometry, make
 from torch import Tensor
 
 from kvcal.runtime.attention import Logits
@@ -26,7 +27,7 @@ class Rows:
     def __init__(self, name: str, seed: int):
         self.random = random.Random(f"{name} {seed}")
         self.generator = torch.Generator().manual_seed(self.random.randrange(2**31))
-        method, settings = VARIANTS[name]
+        method, settings = FORMS[name]
         varied = {
             "window": [1, 2, 3, 5],
             "sinks": [0, 1, 4],
@@ -90,7 +91,7 @@ class Rows:
         return output
 
 
-CASES = [(name, seed) for name in VARIANTS if name != "full" for seed in range(6)]
+CASES = [(name, seed) for name in FORMS if name != "full" for seed in range(6)]
 
 
 @pytest.mark.parametrize(("name", "seed"), CASES)

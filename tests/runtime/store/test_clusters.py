@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import samples
 import torch
+from methods import FORMS
 from oracle_clusters import clustering_of, decode_checked, whole_clusters
-from sequences import VARIANTS, Geometry, Row, alone, append, assert_steps, decode, draw, fork, make, prefill
+from sequences import Geometry, Row, alone, append, assert_steps, decode, draw, fork, make, prefill
 from torch import Tensor
 
 from kvcal.artifacts import Stage
@@ -27,7 +28,7 @@ STEPS = 12
 
 @pytest.fixture(params=CLUSTERED)
 def variant(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
-    method, settings = VARIANTS[request.param]
+    method, settings = FORMS[request.param]
     return method, {**settings, "window": 3, "sinks": 2}
 
 
@@ -186,7 +187,7 @@ def test_a_row_that_pauses_before_a_turn(variant: tuple[str, dict[str, Any]]) ->
 
 def test_what_is_stored_of_clusters() -> None:
     """k-means of each row's keys alone, in the order of its clusters; means and sizes of each, in order of arrival."""
-    method, settings = VARIANTS["clusterkv"]
+    method, settings = FORMS["clusterkv"]
     rows = draw(GEOMETRY, (40, 90, 9), 1)
     store = make(method, GEOMETRY, **settings)
     prefill(store, rows, LOGITS)

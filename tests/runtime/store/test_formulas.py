@@ -6,53 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import ORACLES, PUBLISHED, causal
+from methods import CASES, G64, G80, ORACLES, PUBLISHED
+from oracles import causal
 from sequences import TOLERANCES, Geometry, assert_steps, decode, draw, make, maps, prefill
 
 from kvcal.runtime.attention import Logits
 
-G64, G80, G128, G256 = (
-    Geometry(64, 64, 2, 1),
-    Geometry(80, 48, 2, 4),
-    Geometry(128, 128, 1, 7),
-    Geometry(256, 256, 1, 4),
-)
-SHORT, LONG = (1, 63, 100), (1, 63, 100, 2000)
-
-CASES: list[tuple[str, Geometry, tuple[int, ...], int, str, dict[str, Any]]] = [
-    ("full", G80, SHORT, 2, "sinks", {}),
-    ("full", G64, LONG, 2, "plain", {}),
-    ("loki", G64, LONG, 3, "plain", {"rank": 0.25, "keep": 0.25}),
-    ("loki", G80, SHORT, 3, "plain", {"rank": 20, "keep": 24, "select": "group"}),
-    ("loki", G128, SHORT, 3, "softcap", {"rank": 0.5, "keep": 0.1, "basis": "score", "select": "group"}),
-    ("loki", G256, SHORT, 3, "sinks", {"rank": 0.125, "keep": 0.25, "basis": "score"}),
-    ("loki", G80, SHORT, 3, "sinks", {"rank": 0.25, "keep": 0.25, "dense_below": 80}),
-    ("exact_topk", G64, LONG, 3, "plain", {"keep": 0.25}),
-    ("exact_topk", G80, SHORT, 3, "sinks", {"keep": 0.1, "select": "group"}),
-    ("exact_topk", G80, SHORT, 3, "sinks", {"keep": 0.1, "select": "max"}),
-    ("loki", G128, SHORT, 3, "softcap", {"rank": 0.5, "keep": 0.1, "select": "max"}),
-    ("quest", G80, SHORT, 18, "plain", {"keep": 0.3, "select": "max"}),
-    ("exact_topk", G128, SHORT, 3, "softcap", {"keep": 16}),
-    ("exact_topk", G256, SHORT, 3, "plain", {"keep": 0.5, "select": "group", "dense_below": 66}),
-    ("quest", G64, LONG, 18, "plain", {"keep": 0.25}),
-    ("quest", G80, SHORT, 18, "sinks", {"keep": 0.3, "select": "group"}),
-    ("quest", G128, SHORT, 6, "softcap", {"keep": 20, "page": 8, "select": "group"}),
-    ("quest", G256, SHORT, 3, "plain", {"keep": 1, "page": 4, "dense_below": 64}),
-    ("sparq", G64, LONG, 3, "plain", {"rank": 0.25, "keep": 0.25}),
-    ("sparq", G80, SHORT, 3, "sinks", {"rank": 0.5, "keep": 0.25}),
-    ("sparq", G128, SHORT, 3, "softcap", {"rank": 16, "keep": 0.25, "select": "group"}),
-    ("sparq", G256, SHORT, 3, "sinks", {"rank": 0.25, "keep": 10, "select": "group", "dense_below": 80}),
-    ("streaming", G64, LONG, 12, "plain", {"keep": 0.25}),
-    ("streaming", G80, SHORT, 12, "sinks", {"keep": 0.1, "sinks": 2}),
-    ("streaming", G128, SHORT, 12, "softcap", {"keep": 3, "sinks": 4}),
-    ("streaming", G256, SHORT, 12, "plain", {"keep": 0.5, "sinks": 0, "dense_below": 70}),
-    ("h2o", G64, LONG, 12, "plain", {"keep": 0.25}),
-    ("h2o", G80, SHORT, 12, "sinks", {"keep": 0.1}),
-    ("h2o", G128, SHORT, 12, "softcap", {"keep": 9}),
-    ("h2o", G256, SHORT, 12, "plain", {"keep": 0.5, "dense_below": 70}),
-    ("h2o", G80, SHORT, 6, "plain", {"keep": 1}),
-    ("streaming", G80, SHORT, 6, "plain", {"keep": 1}),
-]
+FORMULAS = [(method, *formula) for method, case in CASES.items() for formula in case.formulas]
 
 
 def logits_of(kind: str, geometry: Geometry) -> Logits:
@@ -66,11 +26,11 @@ def name(value: Any) -> str:
     return ",".join(f"{key}={entry}" for key, entry in value.items()) if isinstance(value, dict) else str(value)
 
 
-@pytest.mark.parametrize(("method", "geometry", "prompts", "steps", "kind", "settings"), CASES, ids=name)
+@pytest.mark.parametrize(("method", "geometry", "prompts", "steps", "kind", "settings"), FORMULAS, ids=name)
 def test_padded_batch(
     method: str, geometry: Geometry, prompts: tuple[int, ...], steps: int, kind: str, settings: dict[str, Any]
 ) -> None:
-    settings = {**PUBLISHED.get(method, {}), **settings}
+    settings = {**PUBLISHED[method], **settings}
     rows, logits = draw(geometry, prompts, steps), logits_of(kind, geometry)
     store = make(method, geometry, **settings)
     prefill(store, rows, logits)
@@ -87,7 +47,7 @@ def test_padded_batch(
 def test_row_alone(method: str, prompt: int, dtype: torch.dtype) -> None:
     geometry, logits = Geometry(64, 32, 1, 2), Logits(0.125)
     (row,) = draw(geometry, [prompt], 3, seed=prompt, dtype=dtype)
-    settings = PUBLISHED.get(method, {})
+    settings = PUBLISHED[method]
     store = make(method, geometry, **settings)
     prefill(store, [row], logits)
     (got,) = decode(store, [row], logits)
@@ -98,7 +58,7 @@ def test_row_alone(method: str, prompt: int, dtype: torch.dtype) -> None:
 def test_half_precision_where_nothing_is_approximated(method: str) -> None:
     """Sharp attention, where logits rounded to bfloat16 would show."""
     (row,), logits = draw(G64, [200], 4, dtype=torch.bfloat16), Logits(3 / 8)
-    store = make(method, G64, **PUBLISHED.get(method, {}))
+    store = make(method, G64, **PUBLISHED[method])
     prefill(store, [row], logits)
     assert_steps(decode(store, [row], logits)[0], ORACLES[method](row, logits), torch.bfloat16)
 

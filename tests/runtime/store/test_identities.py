@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from methods import FORMS
 from oracles import full
-from sequences import TOLERANCES, VARIANTS, Geometry, alone, append, assert_steps, decode, draw, fork, make, prefill
+from sequences import TOLERANCES, Geometry, alone, append, assert_steps, decode, draw, fork, make, prefill
 
 from kvcal.runtime.attention import Logits
 
@@ -16,16 +17,16 @@ LOGITS = Logits(GEOMETRY.scaling)
 PROMPTS = (9, 40, 1, 33)
 
 
-@pytest.fixture(params=VARIANTS)
+@pytest.fixture(params=FORMS)
 def variant(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
-    return VARIANTS[request.param]
+    return FORMS[request.param]
 
 
 @pytest.mark.parametrize("whole", [{"keep": 1.0}, {"keep": 10**6}, {"keep": 46}, {"dense_below": 1000}], ids=str)
 @pytest.mark.parametrize("sinks", [None, torch.linspace(-1, 2, 6)], ids=["plain", "sinks"])
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in ("full", "spectral-8-bit-rows")])
+@pytest.mark.parametrize("name", [name for name in FORMS if name not in ("full", "spectral-8-bit-rows")])
 def test_whole_budget_is_full(name: str, whole: dict[str, Any], sinks: torch.Tensor | None) -> None:
-    method, settings = VARIANTS[name]
+    method, settings = FORMS[name]
     if method == "subgen" and "keep" in whole:
         whole = {"window": 46}
     logits, rows = Logits(GEOMETRY.scaling, sinks=sinks), draw(GEOMETRY, PROMPTS, 6)
@@ -126,7 +127,7 @@ def test_state_goes_on_elsewhere(variant: tuple[str, dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("name", ["full", "loki-score", "quest", "sparq", "spectral", "h2o"])
 def test_decoding_grows_across_chunks(name: str) -> None:
-    method, settings = VARIANTS[name]
+    method, settings = FORMS[name]
     small = Geometry(4, 4, 1, 1)
     (row,) = draw(small, [250], 530)
     store = make(method, small, **settings)

@@ -4,21 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sequences import (
-    EVICTING,
-    KEEPING,
-    VARIANTS,
-    Geometry,
-    Row,
-    alone,
-    append,
-    assert_steps,
-    decode,
-    draw,
-    fork,
-    make,
-    prefill,
-)
+from methods import EVICTING, FORMS, KEEPING
+from sequences import Geometry, Row, alone, append, assert_steps, decode, draw, fork, make, prefill
 
 from kvcal.artifacts import KvcalError
 from kvcal.runtime.attention import Logits
@@ -30,7 +17,7 @@ LOGITS = Logits(GEOMETRY.scaling)
 @pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("name", KEEPING)
 def test_crop_decoded_tokens(name: str, count: int) -> None:
-    method, settings = VARIANTS[name]
+    method, settings = FORMS[name]
     rows = draw(GEOMETRY, (9, 40, 1, 33), 10)
     store = make(method, GEOMETRY, **settings)
     prefill(store, rows, LOGITS)
@@ -46,7 +33,7 @@ def test_crop_decoded_tokens(name: str, count: int) -> None:
 @pytest.mark.parametrize("name", KEEPING)
 def test_crop_leaves_the_state_of_a_shorter_row(name: str) -> None:
     """Into the prompt; boxes, means and indices too."""
-    method, settings = VARIANTS[name]
+    method, settings = FORMS[name]
     (row,) = draw(GEOMETRY, [40], 5)
     store, never = make(method, GEOMETRY, **settings), make(method, GEOMETRY, **settings)
     prefill(store, [row], LOGITS)
@@ -62,7 +49,7 @@ def test_crop_leaves_the_state_of_a_shorter_row(name: str) -> None:
 @pytest.mark.parametrize("name", KEEPING)
 def test_crop_padded_prompts(name: str) -> None:
     """Padding lies at the left, so what is cropped are tokens of each row, until a row has none left."""
-    method, settings = VARIANTS[name]
+    method, settings = FORMS[name]
     rows = draw(GEOMETRY, (9, 40), 5)
     store = make(method, GEOMETRY, **settings)
     prefill(store, rows, LOGITS)
@@ -77,7 +64,7 @@ def test_crop_padded_prompts(name: str) -> None:
 
 @pytest.mark.parametrize("name", KEEPING)
 def test_crop_everything(name: str) -> None:
-    method, settings = VARIANTS[name]
+    method, settings = FORMS[name]
     first, second = draw(GEOMETRY, [30, 20], 3)
     store = make(method, GEOMETRY, **settings)
     prefill(store, [first], LOGITS)
@@ -92,7 +79,7 @@ def test_crop_everything(name: str) -> None:
 @pytest.mark.parametrize("name", EVICTING)
 def test_guesses_come_back_out(name: str, accepted: int, settled: int) -> None:
     """Three guesses, of which `accepted` stay, after `settled` usual steps: evictions are undone too."""
-    method, settings = VARIANTS[name]
+    method, settings = FORMS[name]
     rows = draw(GEOMETRY, (9, 40, 1, 33), 10)
     store = make(method, GEOMETRY, **settings)
     prefill(store, rows, LOGITS)
@@ -109,7 +96,7 @@ def test_guesses_come_back_out(name: str, accepted: int, settled: int) -> None:
 
 @pytest.mark.parametrize("name", EVICTING)
 def test_what_was_evicted_cannot_come_back(name: str) -> None:
-    method, settings = VARIANTS[name]
+    method, settings = FORMS[name]
     (row,) = draw(GEOMETRY, [40], 6)
     store = make(method, GEOMETRY, **settings)
     prefill(store, [row], LOGITS)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from methods import CLUSTERED, FORMS
 from oracle_heads import heads_at
-from sequences import CLUSTERED, TOLERANCES, VARIANTS, Geometry, Row, alone, assert_steps, decode, draw, make, prefill
+from sequences import TOLERANCES, Geometry, Row, alone, assert_steps, decode, draw, make, prefill
 
 from kvcal.runtime.attention import Logits
 
@@ -19,7 +20,7 @@ START, TURN, END = 25, 12, 41
     "name", ["full", "loki-pca", "loki-score", "exact_topk", "quest", "sparq", "spectral", "spectral-head"]
 )
 def test_turns_are_one_prompt_where_everything_is_kept(name: str) -> None:
-    method, settings = VARIANTS[name]
+    method, settings = FORMS[name]
     (row,) = draw(GEOMETRY, [20], END - 20)
     store = make(method, GEOMETRY, **settings)
     prefill(store, [row], LOGITS)
@@ -34,7 +35,7 @@ def test_turns_are_one_prompt_where_everything_is_kept(name: str) -> None:
 @pytest.mark.parametrize("name", CLUSTERED)
 def test_a_turn_is_dense_whatever_was_clustered(name: str) -> None:
     """Three windows of decoded tokens were; rows lie in another order then."""
-    method, settings = VARIANTS[name]
+    method, settings = FORMS[name]
     rows = draw(GEOMETRY, (20, 9, 1), END - 20)
     store = make(method, GEOMETRY, **settings)
     prefill(store, rows, LOGITS)
