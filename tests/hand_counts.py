@@ -134,6 +134,12 @@ def h2o(of: Shape, **settings: Any) -> Bytes:
     return Bytes(of.kv_heads * k * (of.row + 8), _slots(of, k, 8))
 
 
+def snapkv(of: Shape, **settings: Any) -> Bytes:
+    """Of the prompt what the budget allows, and all decoded tokens, with an int32 position that no step reads."""
+    count = budget(settings, of.prompt) + of.tokens - of.prompt
+    return Bytes(of.kv_heads * count * of.row, _slots(of, count, 4))
+
+
 def subgen(of: Shape, **settings: Any) -> Bytes | None:
     """Exact tokens with an int32 position each, sampled ones, and Σ‖v‖² of 8 bytes. Clusters follow from the keys: of
     these see test_subgen_sketch."""

@@ -242,6 +242,26 @@ CASES: dict[str, Case] = {
             (G80, SHORT, 6, "plain", {"keep": 1}),
         ],
     ),
+    "snapkv": Case(
+        forms={
+            "snapkv": {"keep": 0.4, "window": 4, "kernel": 3},
+            "snapkv-max": {"keep": 9, "window": 2, "kernel": 5, "pooling": "max", "dense_below": 12},
+        },
+        small={"snapkv": {"keep": 0.25, "window": 3}},
+        decoded={
+            "snapkv": {"keep": 0.4, "window": 5},
+            "snapkv-count": {"keep": 18, "window": 4, "kernel": 3, "dense_below": 12},
+        },
+        bytes=hand_counts.snapkv,
+        counted=[(700, {"keep": 70})],
+        oracle=oracles_evicting.snapkv,
+        formulas=[
+            (G64, LONG, 5, "plain", {"keep": 0.25}),
+            (G80, SHORT, 5, "sinks", {"keep": 30, "window": 8, "kernel": 7, "pooling": "max"}),
+            (G128, SHORT, 5, "softcap", {"keep": 0.3, "window": 4, "kernel": 3}),
+            (G256, SHORT, 5, "plain", {"keep": 5, "window": 16, "kernel": 1, "dense_below": 70}),
+        ],
+    ),
     "subgen": Case(
         forms={
             "subgen": {**SUBGEN, "clusters": 5, "t": 2, "normaliser": "clusters"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from oracle_heads import budget, heads_at
@@ -76,3 +77,37 @@ def h2o(row: Row, logits: Logits, **settings: object) -> list[Step]:
         return at >= tokens - k // 2
 
     return evicting(protect, lambda at, mass: mass[at], row, logits, settings)
+
+
+def snapkv(row: Row, logits: Logits, **settings: Any) -> list[Step]:
+    """Of the prompt the last `window` tokens, and those that its last queries attend to most, pooled over neighbours;
+    and every token that is decoded."""
+    row, window = row.double(), settings.get("window", 32)
+    reach, average = settings.get("kernel", 5) // 2, settings.get("pooling", "avg") == "avg"
+    k = budget(settings, row.prompt)
+    first = max(0, row.prompt - window)
+    steps = [
+        Step(
+            torch.empty(row.query.shape[0], row.value.shape[-1], dtype=torch.float64),
+            torch.zeros(row.query.shape[0], tokens, dtype=torch.bool),
+        )
+        for tokens in range(row.prompt + 1, row.key.shape[1] + 1)
+    ]
+    for kv_head in range(row.key.shape[0]):
+        received = [0.0] * row.prompt
+        for tokens in range(first + 1, row.prompt + 1):
+            for head in heads_at(row, logits, kv_head, tokens):
+                for at, weight in enumerate(head.weights(torch.arange(tokens)).tolist()):
+                    received[at] += weight
+        worth = []
+        for at in range(first):
+            near = [received[other] for other in range(max(0, at - reach), min(first, at + reach + 1))]
+            worth.append(sum(near) / (2 * reach + 1) if average else max(near))
+        recent = list(range(max(0, row.prompt - min(window, k)), row.prompt))
+        best = sorted(range(first), key=lambda at: -worth[at])[: k - len(recent)]
+        held = list(range(row.prompt)) if k >= row.prompt else sorted(best) + recent
+        for step, tokens in zip(steps, range(row.prompt + 1, row.key.shape[1] + 1), strict=True):
+            held.append(tokens - 1)
+            for head in heads_at(row, logits, kv_head, tokens):
+                step.output[head.index], step.read[head.index, held] = head.attend(torch.tensor(held)), True
+    return steps

@@ -8,6 +8,7 @@ from .full import Full
 from .h2o import H2O
 from .loki import Loki
 from .quest import Quest
+from .snapkv import SnapKV
 from .sparq import Sparq
 from .spectral import Spectral
 from .streaming import Streaming
@@ -23,6 +24,7 @@ METHODS: dict[str, type[Method]] = {
     "sparq": Sparq,
     "streaming": Streaming,
     "h2o": H2O,
+    "snapkv": SnapKV,
     "subgen": SubGen,
 }
 KEEPING = ", ".join(name for name, method in METHODS.items() if method.keeps_all_tokens)
