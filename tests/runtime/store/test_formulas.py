@@ -54,7 +54,7 @@ def test_row_alone(method: str, prompt: int, dtype: torch.dtype) -> None:
     assert_steps(got, ORACLES[method](row, logits, **with_maps(method, geometry, settings)), dtype)
 
 
-@pytest.mark.parametrize("method", ["full", "exact_topk", "streaming", "h2o"])
+@pytest.mark.parametrize("method", ["full", "exact_topk", "streaming", "h2o", "snapkv"])
 def test_half_precision_where_nothing_is_approximated(method: str) -> None:
     """Sharp attention, where logits rounded to bfloat16 would show."""
     (row,), logits = draw(G64, [200], 4, dtype=torch.bfloat16), Logits(3 / 8)

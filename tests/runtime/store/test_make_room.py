@@ -19,6 +19,7 @@ FORGETTING: list[dict[str, Any]] = [
     {"method": "streaming", "keep": 9, "sinks": 2},
     {"method": "h2o", "keep": 9},
     {"method": "h2o", "keep": 0.4},
+    {"method": "snapkv", "keep": 9, "window": 3},
     {"method": "subgen", "window": 6, "sinks": 2, "clusters": 3, "t": 2, "s": 4, "normaliser": "clusters"},
 ]
 
@@ -75,7 +76,7 @@ def test_several_tokens_then_see_what_is_held_and_one_another():
 
 def test_methods_that_keep_all_keep_all():
     for name, method in METHODS.items():
-        assert method.keeps_all_tokens == (name not in ("streaming", "h2o", "subgen"))
+        assert method.keeps_all_tokens == (name not in ("streaming", "h2o", "snapkv", "subgen"))
     store = prefilled({"method": "quest"})
     store.make_room()
     assert store.rows["key"].used == TOKENS[0]

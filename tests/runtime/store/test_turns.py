@@ -75,3 +75,28 @@ def test_a_turn_sees_what_was_not_evicted_and_itself(method: str) -> None:
                 assert len(read) == keep and recent <= set(read.tolist())
                 evicted = ~last.read[head.index]
                 assert not evicted[read[read < START]].any(), "came back"
+
+
+def test_a_turn_of_snapkv_is_chosen_among_anew() -> None:
+    """By its own last queries, of all that is held: the prompt's tokens that the first choice left, and all others."""
+    (row,) = draw(GEOMETRY, [20], END - 20)
+    settings = {"keep": 10, "window": 3, "kernel": 1}
+    store = make("snapkv", GEOMETRY, **settings)
+    prefill(store, [row], LOGITS)
+    last = decode(store, [row], LOGITS, range(5))[0][-1]
+    store.prefill(*(tensor[None, :, START : START + TURN] for tensor in row.tensors()), LOGITS)
+    resumed = Row(*row.tensors(), prompt=START + TURN)
+    (step,) = decode(store, [resumed], LOGITS, range(1))[0]
+    for kv_head in range(GEOMETRY.kv_heads):
+        first = GEOMETRY.group * kv_head
+        held = [*last.read[first].nonzero().flatten().tolist(), *range(START, START + TURN)]
+        received = dict.fromkeys(held, 0.0)
+        for tokens in range(START + TURN - 2, START + TURN + 1):
+            seen = [at for at in held if at < tokens]
+            for head in heads_at(row.double(), LOGITS, kv_head, tokens):
+                for at, weight in zip(seen, head.weights(torch.tensor(seen)).tolist(), strict=True):
+                    received[at] += weight
+        before = held[:-3]
+        best = sorted(before, key=lambda at: -received[at])[:7]
+        read = set(step.read[first].nonzero().flatten().tolist())
+        assert read == {*best, *held[-3:], START + TURN}
