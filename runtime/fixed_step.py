@@ -87,6 +87,6 @@ class FixedStep:
 
     def buffer(self, name: str) -> Tensor:
         """[B, Hkv, capacity, …], to the end of its capacity."""
-        tensor = self.store.rows[name].tensor
+        tensor = self.store.tokens[name].tensor
         assert tensor is not None
         return tensor

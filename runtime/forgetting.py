@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..artifacts import KvcalError
+from .attention import Logits
 from .kv.last_queries import LastQueries
 from .kv.layer import LayerBuffers
 from .kv.pages import POSITION, DecodeMetadata, LayerCache, SlotBuffer, contiguous_metadata
@@ -28,7 +29,8 @@ class ForgettingStore(Store):
         super().__init__(policy)
         self._held: list[int] = []
         self._came: list[bool] = []
-        """Whether tokens of each sequence have come by prefill since its last decoded one."""
+        """Whether tokens of each sequence have come by prefill since its last decoded one. Saved are the queries that
+        observe a prompt."""
         self._evicted: Evicted | None = None
         """When the host last saw to steps of fixed shapes."""
         self._before: list[dict[str, Tensor]] = []
@@ -47,22 +49,27 @@ class ForgettingStore(Store):
             self._before.append({name: tensor.clone() for name, tensor in self.state().items()})
         coming = [True] * len(key) if valid is None else valid[:, 0].tolist()
         new = self.encoded(key, value)
-        if self.rows and any(coming) and (not all(coming) or self._loses_more_than(1)):
+        if self.tokens and any(coming) and (not all(coming) or self._due()):
             self._make_room(coming)
-        if not any(came and not comes for came, comes in zip(self._came, coming, strict=False)):
-            self.observed = None  # it was of a prompt that has been seen to
-        if not self.rows or not all(coming):
+        self._forget_queries(coming)
+        if not self.tokens or not all(coming):
             self._write(new, valid)
             return
         self._held = [min(held + 1, most) for held, most in zip(self.held, self._most_held(coming), strict=True)]
         self._came = [False] * len(key)
         self._advance(len(key), 1)
         if max(self.held) > self.buffers.capacity:
-            self.buffers.reserve(max(self.held), {**new, POSITION: self.rows[POSITION].view})
+            self.buffers.reserve(max(self.held), {**new, POSITION: self.tokens[POSITION].view})
         self._lengths_changed()
         self.policy.write(self.cache(), new)
         if self.index is not None:  # it may have grown
             self.buffers.changed()
+
+    def _forget_queries(self, coming: Sequence[bool]) -> None:
+        """Of prompts that have been seen to."""
+        if self.observed is not None:
+            waits = [not comes and came for comes, came in zip(coming, self._came, strict=True)]
+            self.observed = self.observed.where(waits) if any(waits) else None
 
     def _take(self, new: Mapping[str, Tensor], valid: Tensor | None) -> None:
         self.settle()
@@ -102,6 +109,10 @@ class ForgettingStore(Store):
         of_each = zip(self.lengths, self.held, strict=True)
         return [self.policy.most_held(length + tokens, length - held, False) for length, held in of_each]
 
+    def _due(self, after: int = 0) -> bool:
+        """Whether tokens have to go before the next one comes, which cannot just take the place of one."""
+        return self._loses_more_than(1 if self.policy.replaces else 0, after)
+
     def _loses_more_than(self, count: int, after: int = 0) -> bool:
         """Whether one more token makes a sequence lose more than so many. Args: after: as of `_most_held`."""
         most = self._most_held([True] * len(self.lengths), after)
@@ -115,7 +126,7 @@ class ForgettingStore(Store):
         self._came = [came and not comes for came, comes in zip(self._came, coming, strict=True)]
         if held == self.held:
             return
-        position = self.rows[POSITION].view.squeeze(-1)
+        position = self.tokens[POSITION].view.squeeze(-1)
         of_each = [torch.tensor(of, device=position.device).view(-1, 1, 1) for of in (lengths, kept, held)]
         worth = self.policy.worth(self.cache(), of_each[0], of_each[1], self.observed)
         worth = worth.masked_fill(position < 0, -torch.inf)
@@ -126,7 +137,7 @@ class ForgettingStore(Store):
         stays = (torch.arange(slot.shape[2], device=slot.device) < of_each[2]).expand_as(slot)
         if self.index is not None:
             self._evict(slot, stays)
-        for name, buffer in self.rows.items():
+        for name, buffer in self.tokens.items():
             staying = gather(buffer.view, slot)
             buffer.replace(staying.masked_fill(~stays.unsqueeze(-1), -1) if name == POSITION else staying)
         self._held = held
@@ -135,7 +146,7 @@ class ForgettingStore(Store):
 
     def _evict(self, slot: Tensor, stays: Tensor) -> None:
         """Tell the policy of all tokens but those in slots [B, Hkv, K] that stay [B, Hkv, K] bool."""
-        position = self.rows[POSITION].view.squeeze(-1)
+        position = self.tokens[POSITION].view.squeeze(-1)
         times = torch.zeros_like(position).scatter_add_(2, slot, stays.to(position.dtype))
         gone = (times == 0) & (position >= 0)
         order = position.masked_fill(~gone, torch.iinfo(position.dtype).max).argsort(-1)
@@ -157,7 +168,7 @@ class ForgettingStore(Store):
         self._retreat(tokens)
         self._held = list(self.lengths)
         self._lengths_changed()
-        position = self.rows[POSITION]
+        position = self.tokens[POSITION]
         assert position.tensor is not None
         past = position.tensor >= torch.tensor(self.lengths, device=position.tensor.device).view(-1, 1, 1, 1)
         position.tensor.masked_fill_(past, -1)
@@ -174,12 +185,15 @@ class ForgettingStore(Store):
 
     # What a step sees
 
+    def _observe_step(self, query: Tensor, logits: Logits, valid: Tensor | None) -> None:
+        """Prompts are observed, not what is decoded."""
+
     def _reading(self, cache: LayerCache, found: Attended) -> Reading:
-        return dataclasses.replace(super()._reading(cache, found), position=self.rows[POSITION].view.squeeze(-1))
+        return dataclasses.replace(super()._reading(cache, found), position=self.tokens[POSITION].view.squeeze(-1))
 
     def cache(self) -> LayerCache:
         if self._metadata is None:
-            held, came, device = tuple(self.held), tuple(self.lengths), self.rows["key"].view.device
+            held, came, device = tuple(self.held), tuple(self.lengths), self.tokens["key"].view.device
             self._metadata = contiguous_metadata(held, self.buffers.capacity, device, came)
         return super().cache()
 
@@ -193,13 +207,13 @@ class ForgettingStore(Store):
         return self.policy.slots(tokens, self._evicted)
 
     def due(self, tokens: int) -> bool:
-        return self._loses_more_than(1, after=tokens)
+        return self._due(tokens)
 
     def reserve(self, tokens: int) -> None:
-        if self._loses_more_than(1):
+        if self._due():
             self._make_room([True] * len(self.lengths))
         evicted = tuple(length - held for length, held in zip(self.lengths, self.held, strict=True))
-        on_device = torch.tensor(evicted, dtype=torch.int32, device=self.rows["key"].view.device)
+        on_device = torch.tensor(evicted, dtype=torch.int32, device=self.tokens["key"].view.device)
         if (
             self._evicted is not None and self._evicted.device.shape == on_device.shape
         ):  # a captured step has its address
@@ -220,16 +234,15 @@ class ForgettingStore(Store):
 
     def state(self) -> dict[str, Tensor]:
         """Tokens in order of position; free slots are zero, of position -1."""
-        books = {"held": torch.tensor(self.held, dtype=torch.int64), "came": torch.tensor(self._came, dtype=torch.bool)}
-        state = {**super().state(), **books}
+        state = {**super().state(), "held": torch.tensor(self.held, dtype=torch.int64)}
         if not self.lengths:
             return state
-        position = self.rows[POSITION].view.squeeze(-1)
+        position = self.tokens[POSITION].view.squeeze(-1)
         free = position < 0
         order = position.masked_fill(free, torch.iinfo(torch.int32).max).argsort(-1)
-        for name, rows in self.rows.items():
-            ordered = gather(rows.view, order)
-            state[f"rows.{name}"] = ordered.masked_fill(
+        for name, buffer in self.tokens.items():
+            ordered = gather(buffer.view, order)
+            state[f"tokens.{name}"] = ordered.masked_fill(
                 free.gather(2, order).unsqueeze(-1), -1 if name == POSITION else 0
             )
         return state
@@ -238,20 +251,21 @@ class ForgettingStore(Store):
         return True
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        self._held, self._came = state["held"].tolist(), state["came"].tolist()
+        self._held = state["held"].tolist()
         super().restore(state)
+        came = None if self.observed is None else (self.observed.position >= 0).any(1)
+        self._came = [False] * len(self._held) if came is None else came.tolist()
 
     def _check(self, saved: Saved) -> None:
         saved.take_tokens(None)
         slots = saved.key.shape[2]
         saved.held = held = saved.counts("held", saved.lengths)
         if slots < max(held) or slots > max(1, *held):
-            raise KvcalError(f"rows.key: {slots} slots, the row that holds most has {max(held)} tokens")
-        require("came", saved.take("came", torch.bool, saved.rows).view(torch.uint8) <= 1, "zeros and ones")
+            raise KvcalError(f"tokens.key: {slots} slots, the row that holds most has {max(held)} tokens")
         # Rows lose tokens only when they get one, and then hold what their budget allows.
         enough = [min(length, max(1, self.policy.least_held(length))) for length in saved.lengths]
         require("held", torch.tensor(held) >= torch.tensor(enough), "at least the budget of the row")
-        position = saved.take("rows.position", torch.int32, *saved.key.shape[:3], 1).squeeze(-1)
+        position = saved.take("tokens.position", torch.int32, *saved.key.shape[:3], 1).squeeze(-1)
         free = (torch.arange(slots) >= torch.tensor(held).unsqueeze(1)).unsqueeze(1)
         last = torch.tensor(saved.lengths).view(-1, 1, 1) - 1
         require("position", torch.where(free, position == -1, (position >= 0) & (position <= last)), "-1 where free")

@@ -31,7 +31,7 @@ class Store(Sequences):
         super().__init__()
         self.policy = policy
         self.buffers = self._buffers()
-        self.rows = self.buffers.rows
+        self.tokens = self.buffers.tokens
         """What is kept of each token, [B, Hkv, tokens, …] by name."""
         self.index = policy.index()
         self.last: Reading | None = None
@@ -40,7 +40,7 @@ class Store(Sequences):
         self.observed: LastQueries | None = None
         """The last `observes` queries of the prompt."""
         self.accumulates = policy.accumulates
-        """Whether `rows` has what each token has received of all attention so far."""
+        """Whether `tokens` has what each token has received of all attention so far."""
         self.like: tuple[Tensor, Tensor] | None = None
         """Tensors of the heads, dimensions and dtype of the keys and values that came; None before the first."""
         self._metadata: DecodeMetadata | None = None
@@ -70,7 +70,7 @@ class Store(Sequences):
             limits = self._visible(query, valid)
             if limits is not None and valid is not None:  # what queries at padding attend to does not count
                 limits = limits.masked_fill(~valid.to(limits.device), 0)
-            self.cache().receive(attention_mass(query, self.rows["key"].view, logits, limits))
+            self.cache().receive(attention_mass(query, self.tokens["key"].view, logits, limits))
         return self.attend_all(query, logits, valid)
 
     def take(
@@ -117,7 +117,7 @@ class Store(Sequences):
         self._write(new, valid)
         if self.index is not None:
             self.index.begin(len(before), key.device)
-            self.index.prefilled(before, self.lengths, self.rows)
+            self.index.prefilled(before, self.lengths, self.tokens)
             self.buffers.changed()
 
     def append(self, key: Tensor, value: Tensor, valid: Tensor | None = None, revocable: bool = False) -> None:
@@ -132,7 +132,7 @@ class Store(Sequences):
         if self.index is not None:
             self._before_token(coming, key.device)
         new = self.encoded(key, value)
-        if not self.rows or not all(coming):
+        if not self.tokens or not all(coming):
             self._write(new, valid)
             return
         before = self.lengths
@@ -142,7 +142,7 @@ class Store(Sequences):
         self._metadata = None
         self.buffers.lengths_changed(self.lengths)
         for name in self.policy.offloaded:
-            self.rows[name].write(new.pop(name), find_places(before, 1, None, key.device))
+            self.tokens[name].write(new.pop(name), find_places(before, 1, None, key.device))
         self.policy.write(self.cache(), new)
 
     def encoded(self, key: Tensor, value: Tensor) -> dict[str, Tensor]:
@@ -166,12 +166,21 @@ class Store(Sequences):
         self.last = self._reading(cache, found)
         if self.buffers.device_cache and found.selected is None:  # all of it comes from the host
             self.buffers.device_cache.misses += sum(self.lengths) * cache.heads
+        if self.observes:
+            self._observe_step(query, logits, valid)
         if found.received is not None and self.accumulates:
             received = found.received
             if valid is not None:
                 received = received.masked_fill(~valid.to(received.device).unsqueeze(-1), 0)
             cache.receive(received)
         return found.output
+
+    def _observe_step(self, query: Tensor, logits: Logits, valid: Tensor | None) -> None:
+        """Whoever takes these tokens over takes them as a prompt."""
+        position = torch.tensor(self.lengths, device=query.device).unsqueeze(1) - 1
+        if valid is not None:
+            position = position.masked_fill(~valid.to(query.device), -1)
+        self._observe(LastQueries.of(query, position, logits, self.observes))
 
     def read_by(self, query: Tensor, logits: Logits) -> int:
         """Bytes that a step of this query would read; what is held stays as it is. Waits for the device."""
@@ -225,8 +234,8 @@ class Store(Sequences):
         """What `take` makes the same cache of, in a store that keeps keys and values as they came: keys
         [B, Hkv, seen, D], values, `valid`, and what each token has received of attention and the last queries, where
         these are known."""
-        received = self.rows[RECEIVED].view if self.accumulates else None
-        kept = self.rows["key"].view, self.rows["value"].view, received
+        received = self.tokens[RECEIVED].view if self.accumulates else None
+        kept = self.tokens["key"].view, self.tokens["value"].view, received
         if self.valid is not None:
             slot = (self.valid.cumsum(1) - 1).clamp_min(0).to(kept[0].device)
             kept = tuple(None if of is None else gather(of, slot.unsqueeze(1)) for of in kept)  # type: ignore[assignment]
@@ -258,9 +267,9 @@ class Store(Sequences):
     def reserve(self, tokens: int) -> None:
         """See to what is due, and make room for sequences of so many tokens. Addresses may change."""
         if self.index is not None:
-            self.index.build(self.lengths, [True] * len(self.lengths), self.rows)
+            self.index.build(self.lengths, [True] * len(self.lengths), self.tokens)
             self.index.reserve(tokens, self.lengths)
-        self.buffers.reserve(tokens, {name: rows.view for name, rows in self.rows.items()})
+        self.buffers.reserve(tokens, {name: buffer.view for name, buffer in self.tokens.items()})
         self._metadata = None
 
     def count(self, tokens: int) -> None:
@@ -270,7 +279,7 @@ class Store(Sequences):
 
     def changed(self) -> list[Tensor]:
         """What a step changes but the slots of the coming token."""
-        received = [self.rows[RECEIVED].view] if self.accumulates else []
+        received = [self.tokens[RECEIVED].view] if self.accumulates else []
         return [*self.buffers.sums.values(), *received]
 
     def addresses(self) -> tuple[tuple[int, int], ...]:
@@ -327,14 +336,14 @@ class Store(Sequences):
     def state(self) -> dict[str, Tensor]:
         """All that has to be written to go on later, `restore` takes it: without what follows from keys and values,
         where these are kept as they came."""
-        state = {f"rows.{name}": rows.view for name, rows in self.rows.items() if self._is_saved(name)}
+        state = {f"tokens.{name}": buffer.view for name, buffer in self.tokens.items() if self._is_saved(name)}
         state |= {} if self.index is None else self.index.state()
-        if not self.policy.keeps_rows and self.like is not None:
+        if not self.policy.keeps_keys_values and self.like is not None:
             state |= {"like.key": self.like[0], "like.value": self.like[1]}
         return state | self._counts() | ({} if self.observed is None else self.observed.state())
 
     def _is_saved(self, name: str) -> bool:
-        return name in (*ROWS, RECEIVED) or not self.policy.keeps_rows
+        return name in (*ROWS, RECEIVED) or not self.policy.keeps_keys_values
 
     def check(self, saved: Saved) -> None:
         """Raises KvcalError: no store of this method and these settings has such a `state`."""
@@ -345,11 +354,11 @@ class Store(Sequences):
             saved.check_empty(self.state())
 
     def _check(self, saved: Saved) -> None:
-        if self.policy.keeps_rows:
+        if self.policy.keeps_keys_values:
             saved.take_tokens(saved.longest)
             if self.index is not None:
                 self.index.check(saved)
-            if self.accumulates and saved.has(f"rows.{RECEIVED}"):
+            if self.accumulates and saved.has(f"tokens.{RECEIVED}"):
                 saved.take_received()
             if self.observes:
                 LastQueries.check(saved, self.observes)
@@ -358,10 +367,10 @@ class Store(Sequences):
         like = [saved.take(f"like.{name}", FLOATS, 0, heads, 0, of) for name, of in zip(ROWS, dims, strict=True)]
         for name, none in self.policy.encode(*like).items():
             shape = saved.rows, none.shape[1], saved.longest, none.shape[3]
-            found = saved.take(f"rows.{name}", none.dtype, *shape)
+            found = saved.take(f"tokens.{name}", none.dtype, *shape)
             if name in self.policy.most:
                 most = self.policy.most[name]
-                require(f"rows.{name}", found <= most, f"0 to {most}")
+                require(f"tokens.{name}", found <= most, f"0 to {most}")
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `state` that was checked."""
@@ -370,19 +379,19 @@ class Store(Sequences):
         self.buffers.clear()
         if not self.seen:
             return
-        kept = {name[5:]: of for name, of in state.items() if name.startswith("rows.")}
+        kept = {name[7:]: of for name, of in state.items() if name.startswith("tokens.")}
         self.accumulates = self.policy.accumulates and RECEIVED in kept
-        if self.policy.keeps_rows:
+        if self.policy.keeps_keys_values:
             kept |= self.policy.encode(kept["key"], kept["value"])
         self.like = state.get("like.key", kept["key"][:0, :, :0]), state.get("like.value", kept["value"][:0, :, :0])
         self._put(kept, Places(self.held, slice(0, max(self.held))), [0] * len(self.lengths))
         self.buffers.add_up_again(self.cache().metadata.valid())
         if self.index is not None:
             self.index.begin(len(self.lengths), kept["key"].device)
-            self.index.restore(state, self.rows)
+            self.index.restore(state, self.tokens)
             self.buffers.changed()
         if self.policy.offloaded:  # attention is computed where the state came from
-            self.to(state["rows.key"].device)
+            self.to(state["tokens.key"].device)
 
     # How tokens are written
 
@@ -405,12 +414,12 @@ class Store(Sequences):
         lengths = self.lengths or [0] * len(coming)
         self.index.begin(len(lengths), device)
         if self.index.due(lengths):
-            self.index.build(lengths, coming, self.rows)
+            self.index.build(lengths, coming, self.tokens)
             self.buffers.changed()
 
     def _put(self, new: Mapping[str, Tensor], places: Places, before: Sequence[int]) -> None:
         """Write tokens where they belong, and see to the pages that they fill, of sequences of `before` tokens."""
-        if max(self.held) > self.buffers.capacity or not self.rows:
+        if max(self.held) > self.buffers.capacity or not self.tokens:
             self.buffers.reserve(max(self.held), new)
         self._lengths_changed()
         self.buffers.put(new, places)

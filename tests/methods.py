@@ -260,6 +260,7 @@ CASES: dict[str, Case] = {
             (G80, SHORT, 5, "sinks", {"keep": 30, "window": 8, "kernel": 7, "pooling": "max"}),
             (G128, SHORT, 5, "softcap", {"keep": 0.3, "window": 4, "kernel": 3}),
             (G256, SHORT, 5, "plain", {"keep": 5, "window": 16, "kernel": 1, "dense_below": 70}),
+            (G80, SHORT, 5, "plain", {"keep": 99, "window": 4}),
         ],
     ),
     "subgen": Case(

@@ -39,8 +39,8 @@ def build_row(sizes: Sizes, length: int, per_cluster: int, calibrated: bool, tim
         nonlocal passes
         index = policy.index()
         index.begin(1, timer.device)
-        index.prefilled([0], [length], store.rows)
-        index.build([length], [True], store.rows)  # before the first decoded token: what no whole segment has
+        index.prefilled([0], [length], store.tokens)
+        index.build([length], [True], store.tokens)  # before the first decoded token: what no whole segment has
         passes = index.most_passes
 
     row: Row = {"per_cluster": per_cluster}

@@ -114,7 +114,7 @@ def fill_clustered(store: Store, key: Tensor, value: Tensor, sizes: Sizes, seed:
     closed = torch.tensor([[row, upto, count] for row in range(batch)])
     index.begin(batch, key.device)
     books = {"lengths": closed[:, 0], "clusters.closed": closed, "clusters.prompts": closed.new_zeros(0, 3)}
-    index.restore({**books, "clusters.of": owner}, store.rows)
+    index.restore({**books, "clusters.of": owner}, store.tokens)
 
 
 @contextmanager

@@ -138,7 +138,7 @@ def prefill(
         out = model(windows.prefixes[rows].to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
         continuations = windows.continuations[rows].to(model.device)
         histories = {
-            layer: History(store.rows["key"].view, store.rows["value"].view, continuations.shape[1])
+            layer: History(store.tokens["key"].view, store.tokens["value"].view, continuations.shape[1])
             for layer, store in cache.stores.items()
         }
         return PrefilledWindows(model, cache, out.logits[:, -1], continuations, histories)

@@ -166,7 +166,7 @@ class CompressedCache(DynamicCache):
         if self.get_seq_length():
             raise KvcalError("adopt: this cache holds tokens already: begin with an empty one")
         if not all(method.keeps_all_tokens for method in full.recipe.methods.values()) or not all(
-            store.policy.keeps_rows for store in full.stores.values()
+            store.policy.keeps_keys_values for store in full.stores.values()
         ):
             raise KvcalError("adopt: that cache does not keep keys and values as they came: give one of method full")
         if not full.get_seq_length():

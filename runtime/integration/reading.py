@@ -65,7 +65,7 @@ class ReadingLayer(CompressedLayer):
 
     def restore(self, state: dict[str, Tensor]) -> None:
         if self.store.seen:
-            self._begin(self.store.rows["key"].view)
+            self._begin(self.store.tokens["key"].view)
 
     def adopt(self, full: CompressedLayer) -> None:
         self.restore({})

@@ -59,7 +59,10 @@ def check_layers(layers: Sequence[Any], states: Sequence[Mapping[str, Tensor]], 
 
 
 def _check_shape(layer: Layer, state: Mapping[str, Tensor]) -> None:
-    keys, values = (state.get(f"rows.{name}", state.get(f"{name}s")) for name in ("key", "value"))
+    queries = state.get("last.query")
+    if queries is not None and queries.shape[1] != layer.query_heads:
+        raise KvcalError(f"last.query has shape {list(queries.shape)}, expected {layer.query_heads} heads")
+    keys, values = (state.get(f"tokens.{name}", state.get(f"{name}s")) for name in ("key", "value"))
     for name, found, dims in (("keys", keys, layer.head_dim), ("values", values, layer.value_dim)):
         if found is not None and (found.shape[1], found.shape[3]) != (layer.kv_heads, dims):
             raise KvcalError(f"{name} have shape {list(found.shape)}, expected {layer.kv_heads} heads of {dims}")

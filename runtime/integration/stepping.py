@@ -77,7 +77,7 @@ class SteppingCache(DynamicCache):
         super().__init__(config=cache.call.model().config)  # type: ignore[union-attr]
         self.cache, self.call = cache, cache.call
         first = next(iter(cache.stores.values()))
-        device = first.rows["key"].view.device
+        device = first.tokens["key"].view.device
         self.clock = Clock(first.lengths, device)
         groups = cache.recipe.groups
         made = {
@@ -104,7 +104,7 @@ class SteppingCache(DynamicCache):
         for method in cache.recipe.methods.values():
             if why := method.not_captured():
                 return why
-        devices = {str(store.rows["key"].view.device) for store in cache.stores.values()}
+        devices = {str(store.tokens["key"].view.device) for store in cache.stores.values()}
         return f"its layers lie on several devices ({', '.join(sorted(devices))})" if len(devices) > 1 else None
 
     @torch.inference_mode(False)  # the stores outlive the caller's mode, and are written in place

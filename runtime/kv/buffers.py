@@ -1,4 +1,4 @@
-"""Where tokens lie: rows of unequal length, left-aligned, in buffers that grow by whole chunks.
+"""Where tokens lie: sequences of unequal length, left-aligned, in buffers that grow by whole chunks.
 
 Padding is dropped on the way in. So a row of a padded batch is stored exactly as if it were alone, and
 nothing downstream (pages, budgets, evictions) has to know about padding.
@@ -23,7 +23,7 @@ class Places:
     after: list[int]
     """Length of each row once they are written."""
     slots: slice | tuple[Tensor, Tensor, Tensor]
-    """The same slots for all rows; or (row, token, slot) of every token that counts."""
+    """The same slots for all sequences; or (sequence, token, slot) of every token that counts."""
 
 
 def find_places(lengths: Sequence[int], tokens: int, valid: Tensor | None, device: torch.device) -> Places:
@@ -106,7 +106,7 @@ class TokenBuffer:
         self.used = tensor.shape[2]
 
     def keep(self, index: Tensor) -> None:
-        """Keep the rows `index` [B'] of the batch, in that order."""
+        """Keep the sequences `index` [B'] of the batch, in that order."""
         if self.tensor is not None:
             self.tensor = self.tensor.index_select(0, index.to(self.tensor.device))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +59,11 @@ class LastQueries:
         seen = (position.unsqueeze(2) <= own) & (position.unsqueeze(2) >= 0)
         return probabilities(self.query, key, self.logits, seen).sum((2, 3))
 
+    def where(self, kept: Sequence[bool]) -> LastQueries:
+        """Of the sequences that are `kept`; of the others none."""
+        gone = ~torch.tensor(list(kept), device=self.position.device).unsqueeze(1)
+        return LastQueries(self.query, self.position.masked_fill(gone, -1), self.logits)
+
     def keep(self, index: Tensor) -> LastQueries:
         """Of the sequences `index` [B'], in that order."""
         index = index.to(self.query.device)
@@ -91,8 +96,9 @@ class LastQueries:
             require("last.query", torch.tensor(False), f"a multiple of {saved.key.shape[1]} heads")
         position = saved.take("last.position", torch.int64, saved.rows, count)
         lengths = torch.tensor(saved.lengths).unsqueeze(1)
-        require("last.position", (position >= -1) & (position < lengths), "positions of the row, or -1")
-        require("last.position", (position[:, 1:] > position[:, :-1]) | (position[:, :-1] < 0), "in order")
+        last = position == lengths - count + torch.arange(count)
+        require("last.position", (position == -1) | (last & (position >= 0)), "the last ones of the row, or -1")
+        require("last.position", (position[:, 1:] >= 0) | (position[:, :-1] < 0), "none after the first")
         numbers = saved.take("last.scaling_softcap", torch.float64, 2)
         require("last.scaling_softcap", (numbers >= 0) & (numbers[:1] > 0), "positive numbers, 0 for no softcap")
         if saved.has("last.sinks"):

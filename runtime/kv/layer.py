@@ -33,7 +33,7 @@ class LayerBuffers:
     def __init__(self, layout: Layout, make: Callable[[str], TokenBuffer] | None = None):
         """Args: make: an empty buffer for what is kept of tokens by a name; None: of pages."""
         self.layout, self._make = layout, make or self._paged
-        self.rows: dict[str, TokenBuffer] = {}
+        self.tokens: dict[str, TokenBuffer] = {}
         """What is kept of each token, [B, Hkv, tokens, …]."""
         self.summaries: dict[str, SummaryBuffer] = {}
         """Of each page, [B, Hkv, pages, …]."""
@@ -55,9 +55,9 @@ class LayerBuffers:
     def at(self, metadata: DecodeMetadata, index: object, built: Callable[[], Mapping[str, Tensor]]) -> LayerCache:
         """Args: index: what was built over whole sequences; built: tells its tensors."""
         if self._cache is None:
-            tokens = {name: rows.pages for name, rows in self.rows.items()}  # type: ignore[attr-defined]
-            summaries = {name: rows.pages for name, rows in self.summaries.items()}
-            on_host = {name: self.rows[name] for name in self.layout.offloaded}
+            tokens = {name: buffer.pages for name, buffer in self.tokens.items()}  # type: ignore[attr-defined]
+            summaries = {name: buffer.pages for name, buffer in self.summaries.items()}
+            on_host = {name: self.tokens[name] for name in self.layout.offloaded}
             offloaded = Offloaded(on_host, self.device_cache) if self.device_cache else None
             self._cache = LayerCache(tokens, summaries, self.sums, metadata, offloaded, index)
             kept = {**tokens, **summaries, **self.sums, **built()}
@@ -76,13 +76,13 @@ class LayerBuffers:
         """Make room for sequences of so many tokens. Args: like: tokens [B, Hkv, T, …] by name."""
         self.changed()
         for name, tensor in like.items():
-            if name not in self.rows:
-                self.rows[name] = self._make(name)
-            self.rows[name].reserve(tokens, tensor)
-        key = self.rows["key"].tensor
+            if name not in self.tokens:
+                self.tokens[name] = self._make(name)
+            self.tokens[name].reserve(tokens, tensor)
+        key = self.tokens["key"].tensor
         assert key is not None
         self.capacity = key.shape[2]
-        none = {name: rows.pages[:0] for name, rows in self.rows.items()}  # type: ignore[attr-defined]
+        none = {name: buffer.pages[:0] for name, buffer in self.tokens.items()}  # type: ignore[attr-defined]
         for name, tensor in self.layout.summarise(none).items():
             one = tensor.new_zeros(len(key), tensor.shape[1], 1, *tensor.shape[2:])
             self.summaries.setdefault(name, SummaryBuffer()).reserve(self.capacity // PAGE, one)
@@ -90,7 +90,7 @@ class LayerBuffers:
     def put(self, new: Mapping[str, Tensor], places: Places) -> None:
         """Write tokens where they belong, and add them to the sums."""
         for name, tensor in new.items():
-            self.rows[name].write(tensor, places)
+            self.tokens[name].write(tensor, places)
         if self.layout.sums:
             self._add_up(new, places)
 
@@ -121,29 +121,29 @@ class LayerBuffers:
     def lengths_changed(self, held: Sequence[int]) -> None:
         """Sequences hold so many tokens now."""
         if self.device_cache:  # what comes in place of tokens that are gone has their slots
-            self.device_cache.drop([range(length, self.rows["key"].used) for length in held])
-        for rows in self.rows.values():
-            rows.used = max(held)
-        for rows in self.summaries.values():
-            rows.used = -(-max(held) // PAGE)
+            self.device_cache.drop([range(length, self.tokens["key"].used) for length in held])
+        for buffer in self.tokens.values():
+            buffer.used = max(held)
+        for summary in self.summaries.values():
+            summary.used = -(-max(held) // PAGE)
 
     def add_up_again(self, valid: Tensor | None) -> None:
         """Make the sums anew, of the tokens that are left. Args: valid: [B, tokens] bool; None: all are there."""
         if not self.sums:
             return
-        for name, tensor in self.layout.add_up({name: rows.view for name, rows in self.rows.items()}).items():
+        for name, tensor in self.layout.add_up({name: buffer.view for name, buffer in self.tokens.items()}).items():
             if valid is not None:
                 tensor = tensor.masked_fill(~valid.view(len(valid), 1, -1, *[1] * (tensor.dim() - 3)), 0)
             self.sums[name].copy_(tensor.sum(2))
 
     def drop(self, name: str) -> None:
         """No longer keep what is kept of tokens by this name."""
-        del self.rows[name]
+        del self.tokens[name]
         self.changed()
 
     def clear(self) -> None:
         """Hold nothing."""
-        self.rows.clear()
+        self.tokens.clear()
         self.summaries.clear()
         self.sums.clear()
         self.capacity = 0
@@ -151,15 +151,15 @@ class LayerBuffers:
 
     def keep(self, index: Tensor) -> None:
         """Keep the sequences `index` [B'], in that order, repeats allowed."""
-        for rows in (*self.rows.values(), *self.summaries.values()):
-            rows.keep(index)
+        for buffer in (*self.tokens.values(), *self.summaries.values()):
+            buffer.keep(index)
         self.sums = {name: of.index_select(0, index.to(of.device)) for name, of in self.sums.items()}
         self._elsewhere()
 
     def to(self, device: torch.device | str) -> None:
-        for rows in (*self.rows.values(), *self.summaries.values()):
-            if rows.tensor is not None and rows.moves:
-                rows.tensor = rows.tensor.to(device, non_blocking=True)
+        for buffer in (*self.tokens.values(), *self.summaries.values()):
+            if buffer.tensor is not None and buffer.moves:
+                buffer.tensor = buffer.tensor.to(device, non_blocking=True)
         self.sums = {name: of.to(device, non_blocking=True) for name, of in self.sums.items()}
         self._elsewhere()
 
@@ -172,7 +172,7 @@ class LayerBuffers:
 
     def tensors(self) -> list[Tensor]:
         """Of tokens and of pages, [B, Hkv, capacity, …]."""
-        buffers = (*self.rows.values(), *self.summaries.values())
+        buffers = (*self.tokens.values(), *self.summaries.values())
         return [buffer.tensor for buffer in buffers if buffer.tensor is not None]
 
     def device_bytes(self) -> int:
@@ -181,4 +181,4 @@ class LayerBuffers:
         return sum(of.nbytes for of in (*self.tensors(), *self.sums.values())) + cached - self.host_bytes()
 
     def host_bytes(self) -> int:
-        return sum(self.rows[name].nbytes() for name in self.layout.offloaded if name in self.rows)
+        return sum(self.tokens[name].nbytes() for name in self.layout.offloaded if name in self.tokens)

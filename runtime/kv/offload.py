@@ -37,7 +37,7 @@ class DeviceCache:
             [B, Hkv, G or 1, k, D] for each of `host`.
         """
         self._step += 1
-        tokens = max(rows.used for rows in host.values())
+        tokens = max(buffer.used for buffer in host.values())
         self._prepare(host, index, tokens)
         needed = torch.zeros(*index.shape[:2], tokens, dtype=torch.int32, device=index.device)
         flat = index.flatten(2)
@@ -79,8 +79,8 @@ class DeviceCache:
         batch, heads, device = index.shape[0], index.shape[1], index.device
         if not self._held:
             room = min(self.capacity, -(-tokens // CHUNK) * CHUNK)
-            for name, rows in host.items():
-                view = rows.view
+            for name, buffer in host.items():
+                view = buffer.view
                 self._held[name] = view.new_zeros(batch, heads, room, view.shape[3], device=device)
             self._slot_of = torch.full((batch, heads, tokens), -1, dtype=torch.int64, device=device)
             self._token_in = torch.full((batch, heads, room), -1, dtype=torch.int64, device=device)
@@ -112,8 +112,8 @@ class DeviceCache:
         self._slot_of[row, head, token] = slot
         self._token_in[row, head, slot] = token
         self._last_used[row, head, slot] = self._step
-        for name, rows in host.items():
-            view = rows.view
+        for name, buffer in host.items():
+            view = buffer.view
             found = view[row.to(view.device), head.to(view.device), token.to(view.device)]
             self._held[name][row, head, slot] = found.to(self._held[name].device, non_blocking=True)
 

@@ -41,14 +41,14 @@ class Saved:
 
     def take_tokens(self, tokens: int | None) -> None:
         """Keys and values of so many tokens per row (None: any)."""
-        self.key = self.take("rows.key", FLOATS, self.rows, None, tokens, None)
-        self.value = self.take("rows.value", FLOATS, *self.key.shape[:3], None)
+        self.key = self.take("tokens.key", FLOATS, self.rows, None, tokens, None)
+        self.value = self.take("tokens.value", FLOATS, *self.key.shape[:3], None)
         if not (self.key.shape[1] and self.key.shape[3] and self.value.shape[3]):
-            raise KvcalError(f"rows.key has shape {list(self.key.shape)}, expected heads and dimensions")
+            raise KvcalError(f"tokens.key has shape {list(self.key.shape)}, expected heads and dimensions")
 
     def take_received(self) -> None:
         """What each token has received of all attention."""
-        received = self.take("rows.received", torch.float32, *self.key.shape[:3], 1)
+        received = self.take("tokens.received", torch.float32, *self.key.shape[:3], 1)
         require("received", received >= 0, "no negative attention")
 
     def has(self, name: str) -> bool:

@@ -90,14 +90,14 @@ class SequenceIndex(ABC):
     """What is built over whole sequences when the host says so, and does not follow from their tokens one by one: the
     part of a policy that has a state, one object for each cache. Steps read its tensors.
 
-    Throughout, lengths are tokens of each sequence, and rows the token buffers "key" and "value" of what is kept.
+    Throughout, lengths are tokens of each sequence, and buffers the token buffers "key" and "value" of what is kept.
     """
 
     def begin(self, sequences: int, device: torch.device) -> None:  # noqa: B027
         """Get ready for a batch of so many sequences on this device."""
 
     def prefilled(  # noqa: B027
-        self, before: Sequence[int], after: Sequence[int], rows: Mapping[str, TokenBuffer]
+        self, before: Sequence[int], after: Sequence[int], buffers: Mapping[str, TokenBuffer]
     ) -> None:
         """Sequences went from `before` to `after` tokens by prefill."""
 
@@ -106,7 +106,7 @@ class SequenceIndex(ABC):
         return False
 
     def build(  # noqa: B027
-        self, lengths: Sequence[int], coming: Sequence[bool], rows: Mapping[str, TokenBuffer]
+        self, lengths: Sequence[int], coming: Sequence[bool], buffers: Mapping[str, TokenBuffer]
     ) -> None:
         """See to what is due. Args: coming: whether a sequence gets a token now."""
 
@@ -140,7 +140,7 @@ class SequenceIndex(ABC):
         """Raises KvcalError: no such state goes with these tokens."""
 
     @abstractmethod
-    def restore(self, state: Mapping[str, Tensor], rows: Mapping[str, TokenBuffer]) -> None: ...
+    def restore(self, state: Mapping[str, Tensor], buffers: Mapping[str, TokenBuffer]) -> None: ...
 
 
 class Policy(ABC):
@@ -159,7 +159,7 @@ class Policy(ABC):
     """KV heads, dimensions of keys and of values that the policy was fitted to; None: any."""
     most: Mapping[str, int] = {}
     """The largest number that what is kept by this name may be, where others would be read out of bounds."""
-    keeps_rows = True
+    keeps_keys_values = True
     """Whether "key" and "value" are kept as they came, so that everything else can be made from them again."""
 
     def index(self) -> SequenceIndex | None:
@@ -173,12 +173,12 @@ class Policy(ABC):
         """
         return {"key": key, "value": value}
 
-    def rows(self, cache: LayerCache) -> tuple[Tensor, Tensor]:
+    def keys_values(self, cache: LayerCache) -> tuple[Tensor, Tensor]:
         """(keys [B, Hkv, longest, D], values) of every token, as far as they were kept."""
         return cache.tokens("key"), cache.tokens("value")
 
     def query(self, query: Tensor) -> Tensor:
-        """[B, Hq, T, D] -> the same, as it meets the keys of `rows`: of the same dot products."""
+        """[B, Hq, T, D] -> the same, as it meets the keys of `keys_values`: of the same dot products."""
         return query
 
     def attend_all(self, query: Tensor, cache: LayerCache, logits: Logits, limits: Tensor | None) -> Tensor:
@@ -187,7 +187,7 @@ class Policy(ABC):
         Args:
             limits: [B, T] int64, of how many tokens each sees; None: all are there, plainly causal.
         """
-        key, value = (of.to(query.dtype) for of in self.rows(cache))
+        key, value = (of.to(query.dtype) for of in self.keys_values(cache))
         return causal_attention(self.query(query), key, value, logits, limits)
 
     def write(self, cache: LayerCache, new: Mapping[str, Tensor]) -> None:
@@ -231,7 +231,7 @@ class Policy(ABC):
             query: [B, Hq, 1, D].
         """
 
-    def row_bytes(self, widths: Widths) -> int:
+    def token_bytes(self, widths: Widths) -> int:
         """Bytes that a step reads of one token and KV head that it has selected."""
         return widths["key"] + widths["value"]
 
@@ -276,8 +276,8 @@ class Reading:
         policy, widths = self.policy, self.widths
         if self.selected is None:
             return policy.dense_bytes(self)
-        rows = int(policy.tokens_read(self.selected)) * policy.row_bytes(widths)
-        return rows + policy.index_bytes(self) + policy.shared_bytes(widths)
+        chosen = int(policy.tokens_read(self.selected)) * policy.token_bytes(widths)
+        return chosen + policy.index_bytes(self) + policy.shared_bytes(widths)
 
     def mask(self) -> Tensor:
         """[B, Hkv or Hq, longest] bool: the tokens whose keys and values were read."""

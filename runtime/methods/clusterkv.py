@@ -108,7 +108,7 @@ class ClusterKVPolicy(Policy):
         settings, metadata, clusters = self.settings, cache.metadata, cache.index
         assert isinstance(clusters, Clusters)
         if settings.of(metadata.longest) == metadata.longest or not clusters.buffers:
-            return Attended(attend_all(query, *self.rows(cache), metadata, logits), None)
+            return Attended(attend_all(query, *self.keys_values(cache), metadata, logits), None)
         tensors, (_, counts) = clusters.tensors(), clusters.on_device()
         grouped = query.squeeze(2).unflatten(1, (tensors[KEY].shape[1], -1))
         scores = logits.of(grouped.float() @ tensors[KEY].float().mT)

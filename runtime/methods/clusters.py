@@ -77,7 +77,7 @@ class Clusters(SequenceIndex):
 
     # When
 
-    def prefilled(self, before: Sequence[int], after: Sequence[int], rows: Mapping[str, TokenBuffer]) -> None:
+    def prefilled(self, before: Sequence[int], after: Sequence[int], buffers: Mapping[str, TokenBuffer]) -> None:
         """Clusters whole segments at once; what is left of the prompt before the next token, whatever its number."""
         self._open_books(len(after))
         for prompts, begin, end in zip(self._prompts, before, after, strict=True):
@@ -87,13 +87,13 @@ class Clusters(SequenceIndex):
                 prompts.append((begin, end))
         first = [max(upto, min(self.sinks, end)) for upto, end in zip(self.upto, after, strict=True)]
         whole = [(end - begin) // self.segment * self.segment for begin, end in zip(first, after, strict=True)]
-        self._cluster([range(begin, begin + part) for begin, part in zip(first, whole, strict=True)], rows)
+        self._cluster([range(begin, begin + part) for begin, part in zip(first, whole, strict=True)], buffers)
 
     def due(self, lengths: Sequence[int]) -> bool:
         return any(self._due(lengths, [True] * len(lengths)))
 
-    def build(self, lengths: Sequence[int], coming: Sequence[bool], rows: Mapping[str, TokenBuffer]) -> None:
-        self._cluster(self._due(lengths, coming), rows)
+    def build(self, lengths: Sequence[int], coming: Sequence[bool], buffers: Mapping[str, TokenBuffer]) -> None:
+        self._cluster(self._due(lengths, coming), buffers)
 
     def _due(self, lengths: Sequence[int], coming: Sequence[bool]) -> list[range]:
         """The slots of each sequence that have to be clustered before its next token comes."""
@@ -106,26 +106,26 @@ class Clusters(SequenceIndex):
             slots.append(range(first, length if due and coming[row] else first))
         return slots
 
-    def _open_books(self, rows: int) -> None:
-        self._closed = self._closed or [[] for _ in range(rows)]
-        self._prompts = self._prompts or [[] for _ in range(rows)]
+    def _open_books(self, sequences: int) -> None:
+        self._closed = self._closed or [[] for _ in range(sequences)]
+        self._prompts = self._prompts or [[] for _ in range(sequences)]
 
     # How
 
-    def _cluster(self, slots: list[range], rows: Mapping[str, TokenBuffer]) -> None:
+    def _cluster(self, slots: list[range], buffers: Mapping[str, TokenBuffer]) -> None:
         """Cluster these slots of each sequence, a segment at a time."""
         if not any(slots):
             return
         while any(slots):
-            self._cluster_segment([part[: self.segment] for part in slots], rows)
+            self._cluster_segment([part[: self.segment] for part in slots], buffers)
             slots = [part[self.segment :] for part in slots]
         self._tell_device()
 
-    def _cluster_segment(self, slots: Sequence[range], rows: Mapping[str, TokenBuffer]) -> None:
-        device = self._device(rows)
+    def _cluster_segment(self, slots: Sequence[range], buffers: Mapping[str, TokenBuffer]) -> None:
+        device = self._device(buffers)
         before, lengths = self.counts, [len(part) for part in slots]
         index, held = slot_index(slots, device)
-        keys, values = (take(rows[name].view, slots, index) for name in ("key", "value"))
+        keys, values = (take(buffers[name].view, slots, index) for name in ("key", "value"))
         counts = [self.number(length) for length in lengths]
         found = spherical_kmeans(keys, lengths, counts, start=self.start, iterations=self.iterations)
         self.most_passes = max(self.most_passes, *found.iterations)
@@ -163,7 +163,7 @@ class Clusters(SequenceIndex):
         chunk = CHUNK if name == MEMBERS else -(-CHUNK // self.tokens_per_cluster)
         return self.buffers.setdefault(name, TokenBuffer(chunk))
 
-    def _device(self, rows: Mapping[str, TokenBuffer]) -> torch.device:
+    def _device(self, buffers: Mapping[str, TokenBuffer]) -> torch.device:
         assert self._on_device is not None
         return self._on_device[0].device
 
@@ -256,7 +256,7 @@ class Clusters(SequenceIndex):
                 owners[row, head, members[row, head, upto - len(of) : upto]] = of
         return owners
 
-    def restore(self, state: Mapping[str, Tensor], rows: Mapping[str, TokenBuffer]) -> None:
+    def restore(self, state: Mapping[str, Tensor], buffers: Mapping[str, TokenBuffer]) -> None:
         sequences = len(state["lengths"])
         self._closed, self._prompts = [[] for _ in range(sequences)], [[] for _ in range(sequences)]
         for row, begin, end in state["clusters.prompts"].tolist():
@@ -266,13 +266,13 @@ class Clusters(SequenceIndex):
             closings[row].append((upto, count))
         if "clusters.of" in state:
             self._restore_clusters(
-                [closed[-1] if closed else (0, 0) for closed in closings], state["clusters.of"], rows
+                [closed[-1] if closed else (0, 0) for closed in closings], state["clusters.of"], buffers
             )
         self._closed = closings
         self._tell_device()
 
     def _restore_clusters(
-        self, last: Sequence[tuple[int, int]], clusters: Tensor, rows: Mapping[str, TokenBuffer]
+        self, last: Sequence[tuple[int, int]], clusters: Tensor, buffers: Mapping[str, TokenBuffer]
     ) -> None:
         """All at once: clusters that were made later have higher numbers.
 
@@ -281,8 +281,8 @@ class Clusters(SequenceIndex):
             clusters: of every token, as of `state`.
         """
         slots = [range(min(self.sinks, upto), upto) for upto, _ in last]
-        index, held = slot_index(slots, self._device(rows))
-        keys, values = (take(rows[name].view, slots, index) for name in ("key", "value"))
+        index, held = slot_index(slots, self._device(buffers))
+        keys, values = (take(buffers[name].view, slots, index) for name in ("key", "value"))
         labels = take(clusters.unsqueeze(-1), slots, index).squeeze(-1).to(index.device)
         counts = [count for _, count in last]
         self._keep_means(keys, values, labels.masked_fill(~held, 0), held, counts)
@@ -304,12 +304,12 @@ def slot_index(slots: Sequence[range], device: torch.device) -> tuple[Tensor, Te
     return torch.where(held, begin + offset, 0), held
 
 
-def take(rows: Tensor, slots: Sequence[range], index: Tensor) -> Tensor:
-    """[B, H, S, D] at the slots of each sequence -> [B, H, L, D], on the index's device wherever the rows lie.
+def take(tokens: Tensor, slots: Sequence[range], index: Tensor) -> Tensor:
+    """[B, H, S, D] at the slots of each sequence -> [B, H, L, D], on the index's device wherever these lie.
 
     Args: index: [B, 1, L], as of `slot_index`.
     """
     if len(set(slots)) == 1:
-        return rows[:, :, slots[0].start : slots[0].stop].to(index.device)
-    wanted = index.to(rows.device).expand(-1, rows.shape[1], -1)
-    return rows.gather(2, wanted.unsqueeze(-1).expand(-1, -1, -1, rows.shape[3])).to(index.device)
+        return tokens[:, :, slots[0].start : slots[0].stop].to(index.device)
+    wanted = index.to(tokens.device).expand(-1, tokens.shape[1], -1)
+    return tokens.gather(2, wanted.unsqueeze(-1).expand(-1, -1, -1, tokens.shape[3])).to(index.device)

@@ -38,6 +38,8 @@ class EvictingPolicy(Policy):
 
     name: str
     """The method's, for messages."""
+    replaces = True
+    """Whether a new token takes another's slot where the budget is full."""
 
     def __init__(self, budget: Budget):
         self.budget = budget
@@ -72,7 +74,7 @@ class EvictingPolicy(Policy):
         return self.budget.of(length)
 
     def step(self, query: Tensor, cache: LayerCache, logits: Logits) -> Attended:
-        return Attended(attend_all(query, *self.rows(cache), cache.metadata, logits), None)
+        return Attended(attend_all(query, *self.keys_values(cache), cache.metadata, logits), None)
 
     def slots(self, tokens: DecodeMetadata, evicted: Evicted) -> DecodeMetadata:
         """Metadata of what is held of sequences that `tokens` tells of, where each has what its budget allows.

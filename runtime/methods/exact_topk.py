@@ -32,7 +32,7 @@ class ExactTopkPolicy(Policy):
         settings, metadata = self.settings, cache.metadata
         counts = metadata.once((settings, type(settings.keep)), lambda: Counts.of(settings, metadata))
         if counts is None:
-            return Attended(attend_all(query, *self.rows(cache), metadata, logits), None)
+            return Attended(attend_all(query, *self.keys_values(cache), metadata, logits), None)
         key = cache.tokens("key")
         grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))
         # In float32, as fused attention adds up: these are the weights, not only a ranking.
@@ -47,7 +47,7 @@ class ExactTopkPolicy(Policy):
         out = (logits.softmax(weights).unsqueeze(3) @ value).squeeze(3)
         return Attended(out.flatten(1, 2).unsqueeze(2).to(query.dtype), selected)
 
-    def row_bytes(self, widths: Widths) -> int:
+    def token_bytes(self, widths: Widths) -> int:
         """Of a selected token: its key was read to score it."""
         return widths["value"]
 

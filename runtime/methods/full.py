@@ -36,6 +36,9 @@ class Full(Method):
             "record_mass and record_queries are of one layer's queries, for methods that cannot share: leave them out"
         )
 
+    def not_captured(self) -> str | None:
+        return "record_queries keeps the query of every step" if self.record_queries else None
+
     def bind(self, layer: int, head_dim: int, artifact: Artifact | None) -> FullPolicy:
         self.check()
         return FullPolicy(self.record_mass, self.record_queries)
@@ -46,7 +49,7 @@ class FullPolicy(Policy):
         self.accumulates, self.observes = record_mass, record_queries
 
     def step(self, query: Tensor, cache: LayerCache, logits: Logits) -> Attended:
-        key, value = self.rows(cache)
+        key, value = self.keys_values(cache)
         out = attend_all(query, key, value, cache.metadata, logits)
         if not self.accumulates:
             return Attended(out, None)

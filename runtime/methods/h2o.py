@@ -42,7 +42,7 @@ class H2OPolicy(EvictingPolicy):
         return cache.tokens(RECEIVED).squeeze(-1).masked_fill(recent, torch.inf)
 
     def step(self, query: Tensor, cache: LayerCache, logits: Logits) -> Attended:
-        key, value = self.rows(cache)
+        key, value = self.keys_values(cache)
         shares = weights(query, key, cache.metadata, logits)
         return Attended(weighted(shares, value).to(query.dtype), None, shares.sum((2, 3)))
 

@@ -70,7 +70,7 @@ class LokiPolicy(Policy):
     def __init__(self, settings: Loki, basis: Basis):
         self.settings, self.basis = settings, basis
         self.rotates = settings.basis == "pca"
-        self.keeps_rows = not self.rotates
+        self.keeps_keys_values = not self.rotates
         heads, _, dims = basis.key_map.shape
         self.fitted_to = heads, dims, None
 
@@ -92,7 +92,7 @@ class LokiPolicy(Policy):
         )
         query = self.query(query)
         if counts is None:
-            return Attended(attend_all(query, *self.rows(cache), metadata, logits), None)
+            return Attended(attend_all(query, *self.keys_values(cache), metadata, logits), None)
         scores = shared(self._scores(query, cache, logits), settings.select)
         selected = choose(scores, counts, settings.sample if settings.choice == "sampled" else 0)
         return Attended(attend_selected(query, cache, selected, logits), selected)

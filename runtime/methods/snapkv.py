@@ -53,6 +53,7 @@ class SnapKV(Budget, Method):
 
 class SnapKVPolicy(EvictingPolicy):
     name = "snapkv"
+    replaces = False
 
     def __init__(self, settings: SnapKV):
         super().__init__(settings)

@@ -47,7 +47,7 @@ class SparqPolicy(Policy):
         settings, metadata = self.settings, cache.metadata
         counts = metadata.once((settings, type(settings.keep)), lambda: Counts.of(settings, metadata, recent=RECENT))
         if counts is None:
-            return Attended(attend_all(query, *self.rows(cache), metadata, logits), None)
+            return Attended(attend_all(query, *self.keys_values(cache), metadata, logits), None)
         scores = self._scores(query, cache, logits)
         selected = choose(shared(scores, settings.select), counts)
         exact = attend_selected(query, cache, selected, logits)

@@ -98,13 +98,13 @@ class Spectral(Sampling, Method):
 class SpectralPolicy(Policy):
     def __init__(self, settings: Spectral, codewords: Codewords):
         self.settings, self.codewords = settings, codewords
-        self.keeps_rows = settings.rows == 16
+        self.keeps_keys_values = settings.rows == 16
         self.most = {"codeword": codewords.count - 1}
         self.fitted_to = codewords.heads, codewords.dims, codewords.value_dims
-        self.summarised = ("value", "codeword") if self.keeps_rows else ("value", "value_scale")
-        self.row_names = ("key", "value") if self.keeps_rows else ("key", "key_scale", "value", "value_scale")
+        self.summarised = ("value", "codeword") if self.keeps_keys_values else ("value", "value_scale")
+        self.token_names = ("key", "value") if self.keeps_keys_values else ("key", "key_scale", "value", "value_scale")
         if settings.offload == "cpu":
-            self.offloaded, self.cached = self.row_names, settings.cached
+            self.offloaded, self.cached = self.token_names, settings.cached
 
     def encode(self, key: Tensor, value: Tensor) -> Mapping[str, Tensor]:
         """Beside "key" and "value" "codeword", "code" (both uint8) and "scale" (float16). Keys and values of 8 bits are
@@ -134,11 +134,11 @@ class SpectralPolicy(Policy):
         code, scale = encode(left, 8)
         return {"correction": code, "correction_scale": scale.unsqueeze(-1)}
 
-    def rows(self, cache: LayerCache) -> tuple[Tensor, Tensor]:
+    def keys_values(self, cache: LayerCache) -> tuple[Tensor, Tensor]:
         if self.settings.rows == 16:
-            return super().rows(cache)
+            return super().keys_values(cache)
         words = cache.tokens("codeword").squeeze(-1).long()
-        key, key_scale, value, value_scale = (cache.tokens(name) for name in self.row_names)
+        key, key_scale, value, value_scale = (cache.tokens(name) for name in self.token_names)
         return self._decoded("key", key, key_scale, words), self._decoded("value", value, value_scale, words)
 
     def _decoded(self, name: str, code: Tensor, scale: Tensor, words: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class SpectralPolicy(Policy):
             (settings, type(settings.keep)), lambda: Counts.of(settings, metadata, settings.sinks, settings.recent)
         )
         if counts is None:
-            key, value = (of.to(query.dtype) for of in self.rows(cache))
+            key, value = (of.to(query.dtype) for of in self.keys_values(cache))
             return Attended(attend_all(query, key, value, metadata, logits), None)
         grouped = query.squeeze(2).unflatten(1, (self.codewords.heads, -1)).float()
         of, words = self.codewords.on(query.device), cache.tokens("codeword").squeeze(-1).long()
@@ -181,7 +181,7 @@ class SpectralPolicy(Policy):
         turn, which are fewer."""
         index = selected.index
         flat, apart = index.flatten(2), index.shape[2:]
-        rows = cache.gather(self.row_names, flat, selected.valid.flatten(2))
+        rows = cache.gather(self.token_names, flat, selected.valid.flatten(2))
         if self.settings.rows == 16:
             key, value = rows[0].float().unflatten(2, apart), rows[1].float().unflatten(2, apart)
             dots = (grouped.unsqueeze(3) @ key.mT).squeeze(3)
@@ -216,8 +216,8 @@ class SpectralPolicy(Policy):
             out = out + by_page @ decode(codes[:, :, :pages], scale[:, :, :pages], 8)
         return out, lse
 
-    def row_bytes(self, widths: Widths) -> int:
-        return sum(widths[name] for name in self.row_names)
+    def token_bytes(self, widths: Widths) -> int:
+        return sum(widths[name] for name in self.token_names)
 
     def index_bytes(self, reading: Reading) -> int:
         widths, lengths = reading.widths, reading.metadata.seq_lens.long()

@@ -97,13 +97,13 @@ class SubGenPolicy(ByAge):
         if not sketch.parts:
             return super().step(query, cache, logits)
         limits = cache.metadata.seq_lens.long().unsqueeze(1)
-        return Attended(attention_with_sketch(query, *self.rows(cache), sketch.parts, logits, limits), None)
+        return Attended(attention_with_sketch(query, *self.keys_values(cache), sketch.parts, logits, limits), None)
 
     def attend_all(self, query: Tensor, cache: LayerCache, logits: Logits, limits: Tensor | None) -> Tensor:
         sketch = _sketch(cache)
         if not sketch.parts or limits is None:
             return super().attend_all(query, cache, logits, limits)
-        return attention_with_sketch(query, *self.rows(cache), sketch.parts, logits, limits)
+        return attention_with_sketch(query, *self.keys_values(cache), sketch.parts, logits, limits)
 
     def evicted(self, cache: LayerCache, slot: Tensor, gone: Tensor) -> None:
         """Into the sketch, a block at a time. All KV heads lose the same tokens."""
@@ -135,5 +135,5 @@ def _sketch(cache: LayerCache) -> Sketch:
 
 def _of(cache: LayerCache, name: str, slot: Tensor) -> Tensor:
     """[B, Hkv, m, …] of slots [B, Hkv, m]."""
-    rows = cache.tokens(name)
-    return rows.gather(2, slot.unsqueeze(-1).expand(-1, -1, -1, rows.shape[3]))
+    tokens = cache.tokens(name)
+    return tokens.gather(2, slot.unsqueeze(-1).expand(-1, -1, -1, tokens.shape[3]))

@@ -236,7 +236,7 @@ class Sketch(SequenceIndex):
     def state(self) -> dict[str, Tensor]:
         return self.tensors()
 
-    def restore(self, state: Mapping[str, Tensor], rows: Mapping[str, TokenBuffer]) -> None:
+    def restore(self, state: Mapping[str, Tensor], buffers: Mapping[str, TokenBuffer]) -> None:
         self.parts = {name.removeprefix(PREFIX): of for name, of in state.items() if name.startswith(PREFIX)}
 
     def check(self, saved: Saved) -> None:

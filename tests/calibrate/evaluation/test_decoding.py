@@ -191,7 +191,7 @@ def test_what_h2o_forgets_is_chosen_by_the_queries_of_the_context_alone():
         for layer, store in cache.stores.items():
             weights = attentions[layer][0].double().unflatten(0, (KV_HEADS, -1)).sum(1)  # [Hkv, queries, keys]
             for head in range(KV_HEADS):
-                held = store.rows["position"].view[row, head, : store.held[row], 0].tolist()
+                held = store.tokens["position"].view[row, head, : store.held[row], 0].tolist()
                 chosen = {
                     queries: heavy(weights[head, :queries, :context].sum(0), context, keep)
                     for queries in (context, whole.shape[1])

@@ -106,5 +106,5 @@ def test_a_cache_has_no_gradients_and_says_so_when_they_are_asked_for():
     with pytest.raises(KvcalError, match="use_cache=False"):
         logits.sum().backward()
     of.zero_grad()
-    assert all(not rows.tensor.requires_grad for store in cache.stores.values() for rows in store.rows.values())
+    assert all(not rows.tensor.requires_grad for store in cache.stores.values() for rows in store.tokens.values())
     torch.testing.assert_close(logits, step_logits(of, IDS[:, :17], make_cache("loki"), 16)[:, -1:], **CLOSE)

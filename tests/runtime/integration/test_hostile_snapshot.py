@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import build
-from compressed import CLOSE, CLUSTERS, SMALL, artifact, make_cache, model, padded, random_ids, small
+from compressed import CLOSE, SMALL, artifact, make_cache, model, padded, random_ids, small
+from methods import ON_MODELS
 from mutations import mutations
 from safetensors.torch import load, save
 
@@ -32,11 +33,20 @@ FORMS = {
     "loki by score": {**SMALL["loki"], "method": "loki", "basis": "score"},
 }
 ROWS = 3
-UNTOLD = {("totals.count", "reve"), ("totals.count", "roll")}
-"""Clusters of a sketch that have changed sizes: their members are gone, and nothing else tells of them."""
+UNTOLD = {("sketch.count", "reve"), ("sketch.count", "roll"), ("last.position", "entr")}
+"""Clusters of a sketch that have changed sizes: their members are gone, and nothing else tells of them. One query fewer
+that observes a prompt: it may have been shorter."""
 ASSIGNED = "clusters.of"
 """Tokens in other clusters that there are: only k-means tells that it made others."""
-CODED = ("rows.key", "rows.value", "rows.codeword", "rows.code", "rows.scale", "rows.key_scale", "rows.value_scale")
+CODED = (
+    "tokens.key",
+    "tokens.value",
+    "tokens.codeword",
+    "tokens.code",
+    "tokens.scale",
+    "tokens.key_scale",
+    "tokens.value_scale",
+)
 """Keys and values of 8 bits, and what went with them: other ones are other keys and values."""
 
 
@@ -106,7 +116,7 @@ def test_one_wrong_tensor_is_refused_or_changes_nothing(form, one_layer):
                 assert same or (not told and found.isfinite().all()), (name, what)
     assert refused > 80
     with pytest.raises(KvcalError, match=r"layer 0: rows\.other is not of this method"):
-        check_layers(cache.layers, [{**state, "rows.other": state["rows.key"]}])
+        check_layers(cache.layers, [{**state, "rows.other": state["tokens.key"]}])
 
 
 @functools.cache
@@ -195,7 +205,7 @@ def test_clusters_that_these_settings_do_not_make(tmp_path, settings, message):
     cache.save(tmp_path)
     content = (tmp_path / snapshot.FILE).read_bytes()
     forged(tmp_path, content, lambda header, tensors: [of.update(settings) for of in header["methods"].values()])
-    assert CLUSTERS.keys() >= settings.keys()
+    assert ON_MODELS.keys() >= settings.keys()
     with pytest.raises(KvcalError, match=f"layer 0: {message}"):
         CompressedCache.load(tmp_path, model(), artifact())
 
@@ -259,7 +269,7 @@ def test_sizes_that_no_memory_holds(tmp_path):
     content = written("full")
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
-    entry = header["layers.0.rows.key"]
+    entry = header["layers.0.tokens.key"]
     shape, (begin, _) = entry["shape"], entry["data_offsets"]
     entry |= {"shape": [*shape[:2], 1 << 40, shape[3]], "data_offsets": [begin, begin + (1 << 47)]}
     stated = json.dumps(header).encode()
@@ -312,7 +322,7 @@ def test_a_file_that_changes_after_it_was_read(tmp_path):
 def test_a_cache_without_tokens_has_no_others_either(tmp_path):
     CompressedCache(model(), artifact(), "loki").save(tmp_path)
     content = (tmp_path / snapshot.FILE).read_bytes()
-    for name, tensor in (("valid", torch.ones(0, 5).bool()), ("rows.key", torch.ones(0, 2, 3, 16))):
+    for name, tensor in (("valid", torch.ones(0, 5).bool()), ("tokens.key", torch.ones(0, 2, 3, 16))):
         forged(
             tmp_path, content, lambda header, tensors, name=name, of=tensor: tensors.update({f"layers.0.{name}": of})
         )
@@ -324,7 +334,7 @@ def test_a_cache_without_tokens_has_no_others_either(tmp_path):
     ("change", "message"),
     [
         (
-            lambda tensors: tensors.update({"layers.1.rows.key": tensors["layers.0.rows.key"].clone()}),
+            lambda tensors: tensors.update({"layers.1.tokens.key": tensors["layers.0.tokens.key"].clone()}),
             "layer 1: reads the cache of another layer",
         ),
         (

@@ -39,7 +39,7 @@ def test_the_observer_sees_every_step_of_every_compressed_layer(method):
         read = store.read_mask()
         assert read.shape[-1] == max(store.lengths) and read.any(-1).all()
         if method == "full":
-            keys, values = (store.rows[name].view for name in ("key", "value"))
+            keys, values = (store.tokens[name].view for name in ("key", "value"))
             visible = torch.arange(keys.shape[2]) < torch.tensor(store.lengths).view(-1, 1, 1, 1)
             weights = probabilities(query, keys, logits, visible)
             torch.testing.assert_close(output, (weights @ values.unsqueeze(2)).flatten(1, 2), **CLOSE)

@@ -148,7 +148,7 @@ def test_operations_act_once_per_group(form, groups, tmp_path):
     expected = step_logits(model(), new, ours, 1)
     for twin in twins:
         torch.testing.assert_close(step_logits(model(), new, twin, 1), expected, **CLOSE)
-    assert sum("rows.key" in name for name in saved_names(tmp_path)) == len(SharingMap.parse(groups).groups)
+    assert sum("tokens.key" in name for name in saved_names(tmp_path)) == len(SharingMap.parse(groups).groups)
     ours.reset()
     assert ours.get_seq_length() == ours.resident_bytes() == ours.bytes_read() == 0 and not ours.is_initialized
     fresh, _ = caches(form)

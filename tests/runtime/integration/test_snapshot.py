@@ -146,9 +146,12 @@ DAMAGES = {
     "a layer too many": lambda path: edited(path, lambda header, ours: ours["methods"].update({"7": {}})),
     "methods that are no mapping": lambda path: edited(path, lambda header, ours: ours.update(methods=3)),
     "a model that is no mapping": lambda path: edited(path, lambda header, ours: ours.update(model=3)),
-    **{f"a bit of {name}": lambda path, name=name: flip(path, name) for name in ("rows.key", "rows.value", "lengths")},
+    **{
+        f"a bit of {name}": lambda path, name=name: flip(path, name)
+        for name in ("tokens.key", "tokens.value", "lengths")
+    },
     "a tensor missing": lambda path: edited(path, lambda header, ours: rename(header, "layers.1.lengths", "x")),
-    "keys missing": lambda path: edited(path, lambda header, ours: rename(header, "layers.1.rows.key", "x")),
+    "keys missing": lambda path: edited(path, lambda header, ours: rename(header, "layers.1.tokens.key", "x")),
 }
 
 

@@ -133,7 +133,7 @@ def test_steps_of_fixed_shapes_are_the_same(told):
         clock.tick()
     stepped.count(6)
     assert stepped.lengths == eager.lengths
-    assert torch.equal(stepped.rows["length"].view, eager.rows["length"].view)
+    assert torch.equal(stepped.tokens["length"].view, eager.tokens["length"].view)
 
 
 @pytest.mark.parametrize("method", [Longest(), Full()], ids=["longest", "full"])
@@ -143,8 +143,8 @@ def test_no_tensor_outlives_its_use(method):
     prefill(made, rows, LOGITS)
     decode(made, rows, LOGITS)
     reading = made.last.bytes_read
-    before = [StorageWeakRef(each.tensor.untyped_storage()) for each in made.rows.values()]
-    read, held = reading(), made.rows["key"].pages[0]
+    before = [StorageWeakRef(each.tensor.untyped_storage()) for each in made.tokens.values()]
+    read, held = reading(), made.tokens["key"].pages[0]
     made.reorder(torch.tensor([1, 0, 1, 1]))
     assert not before[0].expired(), "a view of it is held here"
     del held

@@ -180,7 +180,7 @@ def test_what_no_token_wrote_is_never_read(fitted):
     for poison in (0.0, 1e30):
         store = Store(policy)
         prefilled(store, sequences, LOGITS)
-        for name, buffer in store.rows.items():
+        for name, buffer in store.tokens.items():
             held = torch.arange(buffer.tensor.shape[2]) < torch.tensor(store.lengths).unsqueeze(1)
             junk = poison if buffer.tensor.is_floating_point() and name != "scale" else 5
             buffer.tensor.masked_fill_(~held[:, None, :, None], junk)

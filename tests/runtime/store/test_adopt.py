@@ -20,7 +20,7 @@ LOGITS = Logits(GEOMETRY.scaling)
 
 def received(store: Store) -> Tensor:
     """[B, Hkv, tokens]"""
-    return store.rows["received"].view.squeeze(-1)
+    return store.tokens["received"].view.squeeze(-1)
 
 
 def dense(rows: list[Row], cuts: tuple[int, ...] = (), record_mass: bool = True) -> Store:

@@ -81,7 +81,7 @@ def test_equal_rows_add_up(name: str) -> None:
     assert three.resident_bytes() == 3 * one.resident_bytes()
     shared = 0  # read once per step
     if method == "loki":
-        maps = one.policy.basis.maps(one.rows["key"].view)
+        maps = one.policy.basis.maps(one.tokens["key"].view)
         shared = sum(each.nbytes for each in {id(each): each for each in maps}.values())
     elif method == "spectral":
         shared = one.shared_bytes()

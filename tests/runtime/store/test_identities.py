@@ -135,11 +135,11 @@ def test_decoding_grows_across_chunks(name: str) -> None:
     for step in range(500):
         append(store, [row], step)
     if method != "h2o":
-        torch.testing.assert_close(store.rows["key"].view[0], row.key[:, :750])
-        torch.testing.assert_close(store.rows["value"].view[0], row.value[:, :750])
+        torch.testing.assert_close(store.tokens["key"].view[0], row.key[:, :750])
+        torch.testing.assert_close(store.tokens["value"].view[0], row.value[:, :750])
         late = type(row)(*row.tensors(), prompt=750)
         assert_steps(decode(store, [row], LOGITS, range(500, 530))[0], alone(method, small, late, LOGITS, **settings))
     else:
-        held = store.rows["position"].view[0, :, :, 0].long()
+        held = store.tokens["position"].view[0, :, :, 0].long()
         assert held.shape[1] == 188  # ceil(750 / 4)
-        torch.testing.assert_close(store.rows["key"].view[0, 0], row.key[0, held[0]])
+        torch.testing.assert_close(store.tokens["key"].view[0, 0], row.key[0, held[0]])

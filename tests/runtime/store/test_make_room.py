@@ -46,7 +46,7 @@ def step(store: Store) -> Tensor:
 def test_a_step_after_it_is_the_step_that_it_would_have_been(setting):
     plain, room = prefilled(setting), prefilled(setting)
     room.make_room()
-    held = next(iter(room.rows.values())).used
+    held = next(iter(room.tokens.values())).used
     assert held < TOKENS[1]  # it has forgotten, in both rows
     room.make_room()  # twice is once
     assert torch.equal(step(plain), step(room))
@@ -79,4 +79,4 @@ def test_methods_that_keep_all_keep_all():
         assert method.keeps_all_tokens == (name not in ("streaming", "h2o", "snapkv", "subgen"))
     store = prefilled({"method": "quest"})
     store.make_room()
-    assert store.rows["key"].used == TOKENS[0]
+    assert store.tokens["key"].used == TOKENS[0]

@@ -173,7 +173,7 @@ def test_only_misses_are_copied_and_moving_leaves_the_host_alone() -> None:
     decode(store, rows, LOGITS, range(1, 2))  # the same query: all but the new token, for which one is left out
     assert hits(store) == (HKV * 19, HKV * 21)
     store.to("meta")
-    assert {name: rows.view.device.type for name, rows in store.rows.items()} == {"key": "cpu", "value": "cpu"}
+    assert {name: rows.view.device.type for name, rows in store.tokens.items()} == {"key": "cpu", "value": "cpu"}
     assert {tensor.device.type for tensor in store.index.tensors().values()} == {"meta"}
 
 

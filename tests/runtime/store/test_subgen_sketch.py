@@ -214,7 +214,7 @@ def test_memory_grows_with_clusters_and_not_with_tokens() -> None:
         key, value = lumps(count, 2, 16, spread=0.3)
         store = after(settings, key, value)
         assert (store.index.parts["active"] == 32).all() and (store.index.parts["count"].sum(-1) == count - 36).all()
-        tensors = [*store.index.parts.values(), *(rows.tensor for rows in store.rows.values())]
+        tensors = [*store.index.parts.values(), *(rows.tensor for rows in store.tokens.values())]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         assert sum(storages.values()) == store.resident_bytes()
         held.append(store.resident_bytes())
