@@ -39,7 +39,11 @@ def try_lock(handle: int) -> bool | None:
 
 @contextmanager
 def locked(folder: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """One writer at a time; waits for the one before. Raises OSError. Args: waiting: called when it has to."""
+    """One writer at a time; waits for the one before. Raises OSError.
+
+    Args:
+        waiting: called when it has to.
+    """
     handle = os.open(folder, FOLDER)
     try:
         if try_lock(handle) is False:

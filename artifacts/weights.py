@@ -134,7 +134,11 @@ def _evaluated(made: nn.Module) -> Tensor:
 
 
 def _parts(name: str, value: Any, saved: bool = False) -> Iterator[tuple[str, Tensor | str]]:
-    """The plain tensors and numbers that a value consists of. Args: saved: its module's state has its attributes."""
+    """The plain tensors and numbers that a value consists of.
+
+    Args:
+        saved: its module's state has its attributes.
+    """
     if isinstance(value, Tensor):
         yield from _tensors(name, value, saved)
     elif isinstance(value, Mapping):

@@ -23,7 +23,10 @@ class Part:
 
 
 def page(parts: Sequence[Part]) -> str:
-    """Args: parts: uptrained on text; uptrained further on text with questions."""
+    """
+    Args:
+        parts: uptrained on text; uptrained further on text with questions.
+    """
     return "\n".join([HEAD, *(section(part, title) for part, title in zip(parts, TITLES, strict=True))])
 
 

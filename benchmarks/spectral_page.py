@@ -23,7 +23,10 @@ continuation."""
 def write_page(
     folder: Path, levels: Mapping[str, float], ablation: Mapping[str, Mapping[str, Any]], asked: Sequence[Row]
 ) -> None:
-    """Args: asked: the settings beside plans; what was measured of others is left out."""
+    """
+    Args:
+        asked: the settings beside plans; what was measured of others is left out.
+    """
     body = json.loads((folder / "spectral.json").read_text())
     plans, (full, *rows) = body["settings"]["plans"], body["results"]
     rows = [row for row in rows if not isinstance(row["method"], str) or parameters(row) in asked]

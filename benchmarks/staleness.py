@@ -73,7 +73,10 @@ class Found:
     mass: float = 0.0
 
     def add(self, store: Store, weights: Tensor, top: int) -> None:
-        """Args: weights: [B, Hq, S] of dense attention."""
+        """
+        Args:
+            weights: [B, Hq, S] of dense attention.
+        """
         read = store.read_mask()
         read = read.repeat_interleave(weights.shape[1] // read.shape[1], 1)
         self.recall += float(read.gather(-1, weights.topk(top).indices).float().mean())

@@ -60,7 +60,11 @@ class Chat:
         return text
 
     def render(self, tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """What the template writes for these messages in place of the chat's. Args: options: the template's."""
+        """What the template writes for these messages in place of the chat's.
+
+        Args:
+            options: the template's.
+        """
         template = tokenizer.get_chat_template(None, self.tools)
         if _DATED in template:
             template = _always_the_same_day() + template

@@ -40,7 +40,10 @@ class Checkpoint:
 
     @classmethod
     def beside(cls, output: Path, run: str, kind: str = "blocks", rank: int = 0, size: int = 1) -> Checkpoint:
-        """Args: kind: what the processes of a run share out, "blocks" or "heads"."""
+        """
+        Args:
+            kind: what the processes of a run share out, "blocks" or "heads".
+        """
         output = output.absolute()  # "." has no name of its own
         return cls(output.with_name(f"{output.name}.partial"), run, kind, rank, size)
 

@@ -79,7 +79,11 @@ def fit_codebook(
 
 
 def _codebook(centroids: Tensor, spread: Tensor, key_dims: int) -> Codebook:
-    """Without sizes. Args: centroids: [Hkv, C, D + Dv]."""
+    """Without sizes.
+
+    Args:
+        centroids: [Hkv, C, D + Dv].
+    """
     key, value = (part.contiguous() for part in centroids.split([key_dims, centroids.shape[-1] - key_dims], -1))
     return Codebook(key, value, spread, torch.zeros(centroids.shape[:2], dtype=torch.int64))
 

@@ -25,7 +25,11 @@ def each_document(documents: Iterable[Any], kinds: tuple[type, ...] = (str,)) ->
 
 
 def check_characters(text: str, label: str = "text") -> None:
-    """Raises KvcalError for half a character (a lone surrogate), which no tokenizer takes. Args: label: where."""
+    """Raises KvcalError for half a character (a lone surrogate), which no tokenizer takes.
+
+    Args:
+        label: where.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

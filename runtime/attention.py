@@ -89,7 +89,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, logits: Logits, 
 def attention_mass(query: Tensor, key: Tensor, logits: Logits, limits: Tensor | None = None) -> Tensor:
     """[B, H, S] float32: what each key receives of the softmax of all T queries, summed over the group's heads.
 
-    Args: as of `causal_attention`.
+    Args:
+        limits: as of `causal_attention`.
     """
     mass = torch.zeros(key.shape[:3], dtype=torch.float32, device=key.device)
     for block, end, visible in _blocks(query, key, limits):

@@ -88,7 +88,10 @@ def decode(
 def _decode(
     model: Any, input_ids: Tensor, mask: Tensor, position: Tensor, state: State, graph: bool, recipe: Any
 ) -> Decoded:
-    """Args: recipe: (artifact, method, settings) of the cache."""
+    """
+    Args:
+        recipe: (artifact, method, settings) of the cache.
+    """
     from .integration.cache import CompressedCache
     from .integration.stepping import SteppingCache
     from .integration.support import takes_positions
@@ -181,7 +184,11 @@ def _replayed(model: Any, stepping: Any, state: State, graph: bool) -> tuple[int
 
 
 def _one_by_one(model: Any, cache: Any, state: State, mask: Tensor, positions: bool) -> int:
-    """Tokens sampled, by plain calls with the compressed cache. Args: positions: the model takes position ids."""
+    """Tokens sampled, by plain calls with the compressed cache.
+
+    Args:
+        positions: the model takes position ids.
+    """
     done = 1
     while not _finished(state, done, every=1):
         mask = torch.cat((mask, mask.new_ones(mask.shape[0], 1)), 1)

@@ -94,7 +94,11 @@ class ForgettingStore(Store):
 
     def _most_held(self, coming: Sequence[bool], after: int = 0) -> list[int]:
         """How many tokens each sequence may hold once those that are `coming` have one more. A sequence that gets none
-        loses none. Args: after: tokens from now on, decoded before that."""
+        loses none.
+
+        Args:
+            after: tokens from now on, decoded before that.
+        """
         most = []
         for length, held, came, comes in zip(self.lengths, self._held_after(after), self._came, coming, strict=True):
             evicted = length + after - held
@@ -114,7 +118,11 @@ class ForgettingStore(Store):
         return self._loses_more_than(1 if self.policy.replaces else 0, after)
 
     def _loses_more_than(self, count: int, after: int = 0) -> bool:
-        """Whether one more token makes a sequence lose more than so many. Args: after: as of `_most_held`."""
+        """Whether one more token makes a sequence lose more than so many.
+
+        Args:
+            after: as of `_most_held`.
+        """
         most = self._most_held([True] * len(self.lengths), after)
         return any(held + 1 - allowed > count for held, allowed in zip(self._held_after(after), most, strict=True))
 

@@ -15,7 +15,11 @@ class State:
     """What a step reads and writes beside the cache, at fixed addresses."""
 
     def __init__(self, position: Tensor, most: int, sampler: Sampler, ends: Tensor | None, padding: int, seed: int):
-        """Args: position: [B, 1] of the token that is sampled first; ends: [n] ids that end a row."""
+        """
+        Args:
+            position: [B, 1] of the token that is sampled first.
+            ends: [n] ids that end a row.
+        """
         device, rows = position.device, position.shape[0]
         self.sampler, self.ends, self.padding = sampler, ends, padding
         self.generator = torch.Generator(device).manual_seed(seed)
@@ -46,7 +50,10 @@ class Replay:
     """Runs `step`, or a graph of it that is captured again whenever addresses have changed."""
 
     def __init__(self, step: Callable[[], None], changed: list[Tensor], state: State, wanted: bool):
-        """Args: changed: what a step changes; it is as before after warming up."""
+        """
+        Args:
+            changed: what a step changes; it is as before after warming up.
+        """
         self._step, self._changed, self._state = step, changed, state
         self.why_not: str | None = None
         if not wanted:
@@ -58,7 +65,10 @@ class Replay:
         self.captures = 0
 
     def __call__(self, addresses: object) -> None:
-        """Args: addresses: of all that a step touches; a graph is of use while they are what they were."""
+        """
+        Args:
+            addresses: of all that a step touches; a graph is of use while they are what they were.
+        """
         if self.why_not is None and (self._graph is None or addresses != self._addresses):
             self._capture()
             self._addresses = addresses

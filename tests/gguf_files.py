@@ -79,7 +79,11 @@ def write(
     metadata: Mapping[str, Any] = {},
     tensors: Mapping[str, np.ndarray | None] = {},
 ) -> Path:
-    """A GGUF file of a tiny model. Args: metadata, tensors: instead of what the model has; None: without it."""
+    """A GGUF file of a tiny model.
+
+    Args:
+        metadata, tensors: instead of what the model has; None: without it.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     known = architecture if architecture in ("llama", "qwen2", "qwen3", "gemma3") else "llama"
     for key, value in (metadata_of(model.config, architecture) | dict(metadata)).items():

@@ -77,7 +77,8 @@ def exact_topk(row: Row, logits: Logits, **settings: object) -> list[Step]:
 def loki(row: Row, logits: Logits, query_map: Tensor, key_map: Tensor, **settings: object) -> list[Step]:
     """Algorithm 1: rank by the products of the first r coordinates, then exact attention to the k highest.
 
-    Args: query_map, key_map: [Hkv, r, D].
+    Args:
+        query_map, key_map: [Hkv, r, D].
     """
     group = row.query.shape[0] // row.key.shape[0]
 

@@ -27,7 +27,10 @@ Call = Callable[[], Tensor]
 
 
 def sdpa(copy: Copy, backend: SDPBackend, grouped: bool) -> Call:
-    """Args: grouped: the queries of a KV head as rows of one product, so that no backend has to know of groups."""
+    """
+    Args:
+        grouped: the queries of a KV head as rows of one product, so that no backend has to know of groups.
+    """
     query = (copy.grouped if grouped else copy.query).contiguous()
 
     def call() -> Tensor:
@@ -50,7 +53,10 @@ def flex(copy: Copy) -> Call:
 
 
 def flash_attn(copy: Copy, module: str) -> Call:
-    """Args: module: of version 2 or of version 3, whose functions are called alike."""
+    """
+    Args:
+        module: of version 2 or of version 3, whose functions are called alike.
+    """
     attend = import_module(module).flash_attn_with_kvcache
     query, key, value = (tensor.transpose(1, 2) for tensor in (copy.query, copy.key, copy.value))
     lengths = torch.full((key.shape[0],), key.shape[1], dtype=torch.int32, device=key.device)

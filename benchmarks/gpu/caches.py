@@ -91,7 +91,11 @@ def l2_bytes(device: torch.device) -> int:
 
 
 def fill_pages(store: Store, key: Tensor, value: Tensor, chunk: int = 8192) -> None:
-    """Make an empty store hold all of these tokens. Args: chunk: tokens encoded at a time."""
+    """Make an empty store hold all of these tokens.
+
+    Args:
+        chunk: tokens encoded at a time.
+    """
     for some in zip(key.split(chunk, 2), value.split(chunk, 2), strict=True):
         store.take(*some)
 

@@ -20,7 +20,10 @@ def settings(sizes: Sizes) -> Spectral:
 
 
 def fitted(sizes: Sizes, basis: Tensor, layers: int = 1) -> Artifact:
-    """Args: basis: [Hkv, D, D] orthonormal rows, the same of all layers."""
+    """
+    Args:
+        basis: [Hkv, D, D] orthonormal rows, the same of all layers.
+    """
     generator = torch.Generator().manual_seed(4)
     rows = basis.float().cpu()
     key, value = (0.1 * torch.randn(sizes.heads, CODEWORDS, sizes.dims, generator=generator) for _ in "kv")

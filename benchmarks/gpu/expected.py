@@ -51,7 +51,11 @@ class Work:
         return Work(self.bytes * times, self.kernels * times, self.operations * times)
 
     def microseconds(self, rate: float, operation: float = OPERATION_US) -> float:
-        """Args: rate: of reading, in GB/s; operation: µs of each."""
+        """
+        Args:
+            rate: of reading, in GB/s.
+            operation: µs of each.
+        """
         return LAUNCH_US * self.kernels + operation * self.operations + self.bytes / (1000 * REACHED * rate)
 
 

@@ -39,7 +39,11 @@ class Problem:
         self.held = self.slot < self.lengths.view(-1, 1, 1, 1)
 
     def hide(self, visible: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values without what no query sees. Args: visible: [B, Hkv, G or 1, S]."""
+        """Keys and values without what no query sees.
+
+        Args:
+            visible: [B, Hkv, G or 1, S].
+        """
         unseen = ~visible.any(2).unsqueeze(-1)
         return self.key.masked_fill(unseen, torch.nan), self.value.masked_fill(unseen, torch.nan)
 

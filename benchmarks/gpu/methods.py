@@ -46,7 +46,10 @@ def spectral(copy: Copy, sizes: Sizes) -> Method:
 
 
 def loki(copy: Copy, sizes: Sizes, basis: str) -> Method:
-    """Args: basis: "pca": keys lie in it, and their first dimensions are the index; "score": an index of its own."""
+    """
+    Args:
+        basis: "pca": keys lie in it, and their first dimensions are the index; "score": an index of its own.
+    """
     of, map = loki_settings(sizes, basis), copy.basis[:, : sizes.rank].contiguous()
     maps = copy.basis if basis == "pca" else map
     policy = LokiPolicy(of, Basis(maps, maps, sizes.rank))
@@ -109,7 +112,10 @@ def stepped(store: Any, copy: Copy, fill: Callable[[Any, Tensor, Tensor], None])
 
 
 def made(step: FixedStep, copy: Copy, sizes: Sizes, parts: dict[str, Call] | None = None) -> Method:
-    """Args: parts: of what comes after the new token is written; None: all of that is one."""
+    """
+    Args:
+        parts: of what comes after the new token is written; None: all of that is one.
+    """
     logits = Logits(sizes.scaling)
     parts = parts or {"attend": partial(step.read, copy.query, logits)}
     write = partial(step.write, copy.key_new, copy.value_new)

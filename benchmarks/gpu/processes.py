@@ -25,7 +25,10 @@ GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else
 
 class Worker:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], say: Callable[[str], object]):
-        """Args: say: gets what it prints beside its answers."""
+        """
+        Args:
+            say: gets what it prints beside its answers.
+        """
         self.said: deque[str] = deque(maxlen=KEPT)
         self.alive = True
         self._say = say
@@ -46,7 +49,8 @@ class Worker:
     def ask(self, row: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
         """The answer, or {"failed"}: after that, and where the answer says "restart", it is not `alive`.
 
-        Args: row: None: it was given as an argument.
+        Args:
+            row: None: it was given as an argument.
         """
         if row is not None:
             assert self._process.stdin is not None

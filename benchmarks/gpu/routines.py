@@ -56,7 +56,11 @@ class Bench:
         return build_model(self.sizes, self.device)
 
     def drop(self, model: bool = False) -> None:
-        """Give back what other rows needed. Args: model: that, too."""
+        """Give back what other rows needed.
+
+        Args:
+            model: that, too.
+        """
         self._shape, self._held = None, []
         if model:
             vars(self).pop("model", None)
@@ -86,7 +90,10 @@ def machine(bench: Bench) -> Found:
 
 
 def check(bench: Bench, check: str, small: bool = False) -> Found:
-    """Args: small: at the shapes of `--dry`."""
+    """
+    Args:
+        small: at the shapes of `--dry`.
+    """
     return checked(Gate(DRY if small else bench.sizes, bench.device, bench.backend), check)
 
 
@@ -156,7 +163,10 @@ def run_eagerly(bench: Bench, method: str, length: int, batch: int) -> Found:
 
 
 def measure_model(bench: Bench, method: str, length: int, batch: int | None) -> Found:
-    """Args: batch: None: as many rows as fit."""
+    """
+    Args:
+        batch: None: as many rows as fit.
+    """
     bench.drop()
     model = bench.model
     rows = fitting(bench.sizes, length, bench.device) if batch is None else batch

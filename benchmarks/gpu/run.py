@@ -56,7 +56,10 @@ class Run:
     def __init__(
         self, name: str, out: Path, dry: bool, seconds: float, worker: Sequence[str], about: Mapping[str, Any]
     ):
-        """Args: worker: the command that answers rows."""
+        """
+        Args:
+            worker: the command that answers rows.
+        """
         self.out, self.dry, self.sizes = out, dry, DRY if dry else FULL
         self._worker, self._lock = worker, Lock()
         self._begun, self._seconds = time.monotonic(), seconds
@@ -93,7 +96,11 @@ class Run:
                     raise
 
     def _lane(self, phase: Phase, rows: Iterator[Mapping[str, Any]], until: float) -> None:
-        """Measure rows one after the other. Args: until: seconds of the run that have to be left."""
+        """Measure rows one after the other.
+
+        Args:
+            until: seconds of the run that have to be left.
+        """
         worker: Worker | None = None
         while (row := self._next(rows)) is not None:
             left = self.left - until
@@ -138,7 +145,11 @@ class Run:
     def _start(
         self, before: Sequence[str], environment: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
     ) -> Worker:
-        """Args: before: what the command stands behind; rows: those that it is started for."""
+        """
+        Args:
+            before: what the command stands behind.
+            rows: those that it is started for.
+        """
         given = ["dry" if self.dry else "full", *map(json.dumps, rows)]
         worker = Worker(
             [*before, *self._worker, *given], ENVIRONMENT | environment, lambda line: self.say(f"    {line}")

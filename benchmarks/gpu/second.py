@@ -46,7 +46,10 @@ def phases(sizes: Sizes) -> list[Phase]:
 
 
 def model(length: int, batch: int | None, methods: tuple[str, ...]) -> Rows:
-    """Args: batch: None: as many rows as fit."""
+    """
+    Args:
+        batch: None: as many rows as fit.
+    """
     return [{"kind": "model", "method": method, "length": length, "batch": batch} for method in methods]
 
 

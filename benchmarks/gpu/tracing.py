@@ -21,7 +21,8 @@ Span = tuple[float, float, str]
 def kernels_of(steps: Sequence[Callable[[], Any]], device: torch.device) -> dict[str, Any]:
     """{"us" of a step, "launches" of a step, "kernels": by name: "n" of a step, "us", "gap" before it; medians}.
 
-    Args: steps: the same over different caches. On a CPU its operations stand for kernels.
+    Args:
+        steps: the same over different caches. On a CPU its operations stand for kernels.
     """
     calls = [step for step in steps for _ in range(ROUNDS)]
     if device.type == "cuda":

@@ -53,7 +53,10 @@ def use(bench: Bench) -> None:
 
 
 def main(given: list[str]) -> None:
-    """Args: given: "dry" or "full", then rows; without any they come from the input."""
+    """
+    Args:
+        given: "dry" or "full", then rows; without any they come from the input.
+    """
     device = torch.device("cpu") if given[0] == "dry" else torch.device("cuda", 0)
     bench = Bench(DRY if given[0] == "dry" else FULL, device)
     gc.freeze()  # a capture collects garbage first: not what was imported

@@ -37,7 +37,10 @@ def blocks(loaded: Any, texts: Sequence[str], rows: int, length: int) -> Tensor:
 
 
 def of_rows(loaded: Any, rows: Tensor) -> list[Problem]:
-    """Args: rows: [B, T] int64, of which the last STEPS tokens are decoded."""
+    """
+    Args:
+        rows: [B, T] int64, of which the last STEPS tokens are decoded.
+    """
     found: list[Problem] = []
     for row in rows:  # one at a time: a pass over all would hold all of their activations
         found = _join(found, problems(loaded.model, row[None], STEPS, 1))

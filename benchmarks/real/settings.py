@@ -87,7 +87,8 @@ def index_of(
 ) -> float:
     """Of the bytes: codeword, codes and scales of every token, corrections of pages, and the tables of the codebook.
 
-    Args: codes: groups of dimensions with a scale of their own: how many, and bits of each.
+    Args:
+        codes: groups of dimensions with a scale of their own: how many, and bits of each.
     """
     token = 1 + sum(dims * bits / 8 + 2 for dims, bits in codes) + pages * (head_dim + 2) / PAGE
     tables = 2 * (2 * codewords * head_dim + codewords + 2 * head_dim * sum(dims for dims, _ in codes))

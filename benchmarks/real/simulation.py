@@ -97,7 +97,11 @@ class Layer:
         """[steps, T]: whether a token's page is full."""
 
     def measured(self, share: float | None) -> tuple[Tensor, float]:
-        """([B] errors, tokens read at a step). Args: share: of the mass, where not a number of tokens is read."""
+        """([B] errors, tokens read at a step).
+
+        Args:
+            share: of the mass, where not a number of tokens is read.
+        """
         chosen, estimates = self._chosen(share), self.estimates
         true = self._logits(self.query @ self.key.unsqueeze(2).mT)
         dense = true.softmax(-1) @ self.value.unsqueeze(2)

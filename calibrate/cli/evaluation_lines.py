@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 
 def low_score_lines(full: Mapping[str, Any]) -> list[str]:
-    """About the tasks that the model itself cannot answer, if there are any. Args: full: its row."""
+    """About the tasks that the model itself cannot answer, if there are any.
+
+    Args:
+        full: its row.
+    """
     from ..evaluation.rows import LOW, low_scores
 
     low = low_scores(full)
@@ -42,7 +46,11 @@ def say_short_blocks(artifact: Artifact, prompts: Prompts, grid: Sequence[dict[s
 
 
 def say_calibration_text(artifact: Artifact, source: Mapping[str, Any]) -> None:
-    """One line where the text is what the artifact was calibrated on. Args: source: what was read."""
+    """One line where the text is what the artifact was calibrated on.
+
+    Args:
+        source: what was read.
+    """
     from ..evaluation.seen_text import overlap
 
     if seen := overlap(artifact.data, source):

@@ -8,7 +8,11 @@ from .output import print_lines, print_table, say
 
 
 def print_plan(body: dict[str, Any]) -> None:
-    """A line for each layer; then what was predicted and what a check has measured. Args: body: of plan.json."""
+    """A line for each layer; then what was predicted and what a check has measured.
+
+    Args:
+        body: of plan.json.
+    """
     offers = body["offers"]
     rows = []
     for layer, setting in enumerate(body["layers"]):
@@ -47,7 +51,11 @@ def print_plan(body: dict[str, Any]) -> None:
 
 
 def say_warnings(body: dict[str, Any]) -> None:
-    """What a check has found that its owner should know. Args: body: of plan.json."""
+    """What a check has found that its owner should know.
+
+    Args:
+        body: of plan.json.
+    """
     budget = body["budget"].get("bytes")
     if body["warnings"]:
         more = "give a higher --quality" if budget is None else "give more --bytes"

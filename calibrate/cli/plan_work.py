@@ -42,7 +42,11 @@ def open_kept(path: Path, artifact: Artifact, loaded: Any, prompts: Prompts, **h
 def make_plan(
     subject: Subject, prompts: Prompts, method: str, windows: int, budget: float, quality: float | None
 ) -> Made:
-    """Args: windows: of the prompts those to measure on; quality: None: what the budget buys."""
+    """
+    Args:
+        windows: of the prompts those to measure on.
+        quality: None: what the budget buys.
+    """
     from ..evaluation.grid import FULL
     from ..planning.body import Made
     from ..planning.divergence import Decoder

@@ -137,7 +137,10 @@ class PromptOptions:
 
 
 def _task_names(tasks: str | None, only_prompts: bool) -> list[str]:
-    """Args: only_prompts: nothing is measured but --prompts, where nothing is named."""
+    """
+    Args:
+        only_prompts: nothing is measured but --prompts, where nothing is named.
+    """
     from ..evaluation.tasks.names import ON_TEXT, parse_tasks
 
     if tasks is None:

@@ -16,7 +16,11 @@ class History:
     """All keys and values of one layer: those of the prefix, then those of decoded tokens, which can be rewound."""
 
     def __init__(self, key: Tensor, value: Tensor, steps: int):
-        """Args: key [B, Hkv, P, D] and value [B, Hkv, P, Dv] of the prefix; steps: room for decoded tokens."""
+        """
+        Args:
+            key, value: [B, Hkv, P, D | Dv] of the prefix.
+            steps: room for decoded tokens.
+        """
         self._prefix = self._held = key.shape[2]
         self._key = torch.cat((key, key.new_zeros(*key.shape[:2], steps, key.shape[3])), 2)
         self._value = torch.cat((value, value.new_zeros(*value.shape[:2], steps, value.shape[3])), 2)
@@ -40,7 +44,10 @@ class AttentionProbe:
     """
 
     def __init__(self, histories: Mapping[int, History]):
-        """Args: histories: by layer, rewound here; rows without padding."""
+        """
+        Args:
+            histories: by layer, rewound here; rows without padding.
+        """
         self.seconds = 0.0
         """Spent in the probe so far, and not to be counted as decoding."""
         self._histories = histories

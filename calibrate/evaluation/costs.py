@@ -21,7 +21,11 @@ class Costs:
         self._ms: list[float] = []
 
     def of_a_step(self, probe: AttentionProbe | None = None) -> _Timed:
-        """Around the model's call. Args: probe: whose seconds are not the step's."""
+        """Around the model's call.
+
+        Args:
+            probe: whose seconds are not the step's.
+        """
         return _Timed(self, probe)
 
     def add(self, seconds: float) -> None:

@@ -26,7 +26,10 @@ def beside(results: Path) -> Path:
 
 
 def lines_of(setting: Mapping[str, Any], measured: Mapping[str, Any]) -> list[Line]:
-    """Args: measured: raw numbers by `Batch.key`, as JSON has them."""
+    """
+    Args:
+        measured: raw numbers by `Batch.key`, as JSON has them.
+    """
     found = []
     for batch, raw in measured.items():
         task = batch.rpartition(" ")[0]

@@ -83,7 +83,12 @@ def low_scores(full: Mapping[str, Any]) -> dict[str, float]:
 def mean_score(
     row: Mapping[str, Any], kind: str = "scores", tasks: Sequence[str] | None = None
 ) -> standard_errors.Estimate:
-    """Over tasks and lengths. Args: kind: "scores" or "relative"; tasks: all that were run."""
+    """Over tasks and lengths.
+
+    Args:
+        kind: "scores" or "relative".
+        tasks: all that were run.
+    """
     found, errors = row.get(kind) or {}, row.get(f"{kind}_se") or {}
     names = [task for task in found if tasks is None or task in tasks]
     return standard_errors.mean_of([(found[task], errors.get(task)) for task in names if found[task] is not None])

@@ -176,7 +176,11 @@ def _join(pieces: Sequence[Path], file: Path) -> None:
 
 
 def _check_room(folder: Path, needed: int) -> None:
-    """Said before the work. Args: needed: bytes, as float32."""
+    """Said before the work.
+
+    Args:
+        needed: bytes, as float32.
+    """
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise KvcalError(

@@ -57,7 +57,11 @@ class GgufHeader:
 
 
 def read_header(path: Path, name: str) -> GgufHeader:
-    """Raises KvcalError: cut off, damaged, or with counts of no model. Args: name: for people."""
+    """Raises KvcalError: cut off, damaged, or with counts of no model.
+
+    Args:
+        name: for people.
+    """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return _Reader(content, len(content)).header()

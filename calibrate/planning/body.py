@@ -45,7 +45,10 @@ class Made:
 
 
 def plan_body(made: Made, how: Mapping[str, Any]) -> dict[str, Any]:
-    """Args: how: what was asked for."""
+    """
+    Args:
+        how: what was asked for.
+    """
     offers, choice, checked = made.offers, made.choice, made.checked
     full = checked["full"]
     return {
@@ -86,7 +89,11 @@ def share_read(read: float, full: float, dense: float) -> float:
 
 
 def ruinous(checked: Mapping[str, Any]) -> list[str]:
-    """What a check says against a plan, in a line each. Args: checked: of `check_choice`."""
+    """What a check says against a plan, in a line each.
+
+    Args:
+        checked: of `check_choice`.
+    """
     found = []
     ratio = checked["perplexity_ratio"]
     if ratio is None or ratio > MOST_PERPLEXITY:

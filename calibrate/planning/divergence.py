@@ -61,7 +61,12 @@ class Decoder:
 
     @torch.no_grad()
     def decode(self, full: Any, method: Any) -> Tensor:
-        """[B, steps, vocabulary] log-probabilities. Args: full: of `prefilled`; method: as caches take it."""
+        """[B, steps, vocabulary] log-probabilities.
+
+        Args:
+            full: of `prefilled`.
+            method: as caches take it.
+        """
         model, artifact = self.subject.model, self.subject.artifact
         cache = CompressedCache(model, artifact, method)
         cache.adopt(full)

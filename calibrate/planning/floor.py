@@ -46,7 +46,11 @@ def floor(artifact: Artifact, method: str, tokens: int, batch_size: int, dtype: 
 
 
 def check(floor: Floor, budget: float, prefix: int, batch_size: int, method: str, most: int | None) -> None:
-    """Raise KvcalError for a budget below what the cheapest settings read. Args: most: the model's context."""
+    """Raise KvcalError for a budget below what the cheapest settings read.
+
+    Args:
+        most: the model's context.
+    """
     least = floor.of(prefix)
     if budget >= SLACK * least:
         return

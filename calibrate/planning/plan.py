@@ -135,7 +135,11 @@ def check_choice(subject: Subject, prompts: Prompts, offers: Offers, choice: Cho
 
 
 def evaluated(subject: Subject, prompts: Prompts, settings: Sequence[Setting]) -> list[dict[str, Any]]:
-    """Rows of an evaluation; what was decoded before is not decoded again. Args: settings: `full` first."""
+    """Rows of an evaluation; what was decoded before is not decoded again.
+
+    Args:
+        settings: `full` first.
+    """
     results = Results({})
     results.rows = subject.kept.checked
     found = evaluate(

@@ -94,7 +94,11 @@ class Problem:
         ]
 
     def _point(self, setting: Setting, read: float, errors: Tensor) -> Point:
-        """Args: read: bytes per row, of all steps; errors: [B, steps, Hkv, G]."""
+        """
+        Args:
+            read: bytes per row, of all steps.
+            errors: [B, steps, Hkv, G].
+        """
         held = sum(range(self.prefix + 1, self.key.shape[2] + 1)) * self.key.shape[1]
         dense_read = held * (self.key.shape[3] + self.value.shape[3]) * self.key.element_size()
         text = errors[: self.texts] if self.texts else errors

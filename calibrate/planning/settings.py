@@ -28,8 +28,11 @@ def check_method(method: str) -> None:
 
 
 def check_needs(method: str, artifact: Artifact, place: str) -> None:
-    """Raise KvcalError where an artifact lacks what a method decodes with. Args: place: its folder, as commands take
-    it."""
+    """Raise KvcalError where an artifact lacks what a method decodes with.
+
+    Args:
+        place: its folder, as commands take it.
+    """
     if method == "spectral" and "codebook" not in artifact.stages:
         raise KvcalError(
             f"{artifact.name}: has no codebook, which spectral decodes with: make it with `calibrate cluster {place} "

@@ -35,14 +35,20 @@ class Source:
     """
 
     def __init__(self, rows: Tensor):
-        """Args: rows: [H, N, D], tokens in ascending order; the halves are the first and the second of the text."""
+        """
+        Args:
+            rows: [H, N, D], tokens in ascending order; the halves are the first and the second of the text.
+        """
         self._flat = _flat(rows)
         half = len(self._flat) // 2
         first, second = slice(0, half), slice(half, None)
         self._folds = [(fit, rest, _Decomposition(self._flat[fit])) for fit, rest in ((first, second), (second, first))]
 
     def predict(self, target: Tensor) -> Likeness:
-        """Args: target: [H', N, D'], the same tokens in another layer."""
+        """
+        Args:
+            target: [H', N, D'], the same tokens in another layer.
+        """
         flat = _flat(target)
         predicted = torch.empty_like(flat)
         for fit, rest, decomposition in self._folds:

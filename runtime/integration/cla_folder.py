@@ -32,7 +32,11 @@ def save_cla(model: Any, folder: str | os.PathLike[str]) -> Path:
 
 
 def write_cla(model: Any, folder: Path, origin: Mapping[str, Any]) -> None:
-    """The files of `save_cla` into an empty folder. Args: origin: for people, see `ClaFile`."""
+    """The files of `save_cla` into an empty folder.
+
+    Args:
+        origin: for people, see `ClaFile`.
+    """
     sharing = sharing_of(model)
     if sharing is None:
         raise KvcalError(f"{kind(model)}: its layers share nothing: save it with model.save_pretrained(DIR)")

@@ -28,7 +28,10 @@ class SteppingLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, step: FixedStep, seen: int, writes: bool):
-        """Args: writes: False for a layer that reads what another has written."""
+        """
+        Args:
+            writes: False for a layer that reads what another has written.
+        """
         super().__init__()
         self.step, self.seen, self.writes = step, seen, writes
         self.is_initialized = True

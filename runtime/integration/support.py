@@ -176,7 +176,11 @@ def _by_layer(model: Any, calls: list[_Call], layers: int) -> list[_Call]:
 
 
 def _refusal(call: _Call, cached: int | None) -> str | None:
-    """What a compressed cache would get wrong in a call; None: nothing. Args: cached: its layer in the cache."""
+    """What a compressed cache would get wrong in a call; None: nothing.
+
+    Args:
+        cached: its layer in the cache.
+    """
     query, key, value, mask = call.query, call.key, call.value, call.mask
     if cached is not None and {getattr(each, "kvcal_seen", None) for each in (key, value)} != {cached}:
         return "attends to other keys and values than it puts into its cache"

@@ -27,7 +27,10 @@ class Places:
 
 
 def find_places(lengths: Sequence[int], tokens: int, valid: Tensor | None, device: torch.device) -> Places:
-    """Args: valid: [B, T] bool on the CPU, False at padding; None = no padding."""
+    """
+    Args:
+        valid: [B, T] bool on the CPU, False at padding; None = no padding.
+    """
     if valid is None or bool(valid.all()):
         if len(set(lengths)) == 1:
             start = lengths[0]
@@ -61,7 +64,10 @@ class TokenBuffer:
     """Whether they lie where attention is computed, and go elsewhere with it."""
 
     def __init__(self, chunk: int = CHUNK, fill: int = 0):
-        """Args: fill: what stands where nothing was written."""
+        """
+        Args:
+            fill: what stands where nothing was written.
+        """
         self.tensor: Tensor | None = None
         self.chunk, self.fill = chunk, fill
         self.used = 0

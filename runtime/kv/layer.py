@@ -31,7 +31,10 @@ class LayerBuffers:
     """They grow with the tokens that are written."""
 
     def __init__(self, layout: Layout, make: Callable[[str], TokenBuffer] | None = None):
-        """Args: make: an empty buffer for what is kept of tokens by a name; None: of pages."""
+        """
+        Args:
+            make: an empty buffer for what is kept of tokens by a name; None: of pages.
+        """
         self.layout, self._make = layout, make or self._paged
         self.tokens: dict[str, TokenBuffer] = {}
         """What is kept of each token, [B, Hkv, tokens, …]."""
@@ -53,7 +56,11 @@ class LayerBuffers:
     # What a step sees
 
     def at(self, metadata: DecodeMetadata, index: object, built: Callable[[], Mapping[str, Tensor]]) -> LayerCache:
-        """Args: index: what was built over whole sequences; built: tells its tensors."""
+        """
+        Args:
+            index: what was built over whole sequences.
+            built: tells its tensors.
+        """
         if self._cache is None:
             tokens = {name: buffer.pages for name, buffer in self.tokens.items()}  # type: ignore[attr-defined]
             summaries = {name: buffer.pages for name, buffer in self.summaries.items()}
@@ -73,7 +80,11 @@ class LayerBuffers:
     # Tokens come
 
     def reserve(self, tokens: int, like: Mapping[str, Tensor]) -> None:
-        """Make room for sequences of so many tokens. Args: like: tokens [B, Hkv, T, …] by name."""
+        """Make room for sequences of so many tokens.
+
+        Args:
+            like: tokens [B, Hkv, T, …] by name.
+        """
         self.changed()
         for name, tensor in like.items():
             if name not in self.tokens:
@@ -128,7 +139,11 @@ class LayerBuffers:
             summary.used = -(-max(held) // PAGE)
 
     def add_up_again(self, valid: Tensor | None) -> None:
-        """Make the sums anew, of the tokens that are left. Args: valid: [B, tokens] bool; None: all are there."""
+        """Make the sums anew, of the tokens that are left.
+
+        Args:
+            valid: [B, tokens] bool; None: all are there.
+        """
         if not self.sums:
             return
         for name, tensor in self.layout.add_up({name: buffer.view for name, buffer in self.tokens.items()}).items():

@@ -21,7 +21,10 @@ class DeviceCache:
     """Tokens of a layer on the device, per (row, KV head); the ones read longest ago make room."""
 
     def __init__(self, capacity: int):
-        """Args: capacity: tokens; exceeded only when one step reads more. No room is made for more than there are."""
+        """
+        Args:
+            capacity: tokens; exceeded only when one step reads more. No room is made for more than there are.
+        """
         self.capacity = capacity
         self.hits = self.misses = 0
         """Tokens that a step needed and found here, or had to have copied from the host."""

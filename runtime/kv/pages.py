@@ -109,7 +109,10 @@ def contiguous_metadata(
 def _contiguous(
     lengths: tuple[int, ...], capacity: int, device: torch.device, came: tuple[int, ...] | None, thread: int
 ) -> DecodeMetadata:
-    """Args: thread: another may work on another stream, which would not wait for what this one reckons."""
+    """
+    Args:
+        thread: another may work on another stream, which would not wait for what this one reckons.
+    """
     whole = None if came is None else _contiguous(came, PAGE, device, None, thread)
     table, longest, shortest = contiguous_table(len(lengths), capacity // PAGE, device), max(lengths), min(lengths)
     if longest == shortest:  # without a copy from the host, which would wait for the device
@@ -165,7 +168,8 @@ class LayerCache:
     def gather(self, names: Sequence[str], index: Tensor, valid: Tensor | None = None) -> list[Tensor]:
         """[B, Hkv, K, …] of each name: the tokens at positions `index` [B, Hkv, K] int64 of their sequences.
 
-        Args: valid: bool like the index, False at what only pads; None: none does.
+        Args:
+            valid: bool like the index, False at what only pads; None: none does.
         """
         if self.offloaded is not None and names[0] in self.offloaded.names:
             return self.offloaded.gather(names, index, valid)

@@ -108,7 +108,11 @@ class SequenceIndex(ABC):
     def build(  # noqa: B027
         self, lengths: Sequence[int], coming: Sequence[bool], buffers: Mapping[str, TokenBuffer]
     ) -> None:
-        """See to what is due. Args: coming: whether a sequence gets a token now."""
+        """See to what is due.
+
+        Args:
+            coming: whether a sequence gets a token now.
+        """
 
     def crop(self, lengths: Sequence[int]) -> None:  # noqa: B027
         """Sequences have no more tokens than these."""

@@ -93,7 +93,10 @@ class Open:
 
 class ClusterKVPolicy(Policy):
     def __init__(self, settings: ClusterKV, start: Tensor | None):
-        """Args: start: [Hkv, C, D] centroids that clusterings begin with."""
+        """
+        Args:
+            start: [Hkv, C, D] centroids that clusterings begin with.
+        """
         self.settings, self.start = settings, start
         if settings.offload == "cpu":
             self.offloaded, self.cached = ("key", "value"), settings.cached
@@ -174,8 +177,9 @@ class ClusterKVPolicy(Policy):
     ) -> Tensor:
         """[B, Hkv, G, Dv] float32: softmax over the selected tokens and what stands for the others.
 
-        Args: rest: [B, Hkv, G, C], logits of the clusters' mean keys, times the tokens that they stand for. means:
-            [B, Hkv, C, Dv], of values.
+        Args:
+            rest: [B, Hkv, G, C], logits of the clusters' mean keys, times the tokens that they stand for.
+            means: [B, Hkv, C, Dv], of values.
         """
         index = selected.index
         rows = cache.gather(("key", "value"), index.flatten(2), selected.valid.flatten(2))

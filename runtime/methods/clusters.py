@@ -140,7 +140,11 @@ class Clusters(SequenceIndex):
         return min(tokens, max(1, round(tokens / self.tokens_per_cluster))) if tokens else 0
 
     def _keep_means(self, keys: Tensor, values: Tensor, labels: Tensor, held: Tensor, counts: Sequence[int]) -> None:
-        """Args: labels: [B, Hkv, L], from 0 on in each sequence; counts: new clusters of each."""
+        """
+        Args:
+            labels: [B, Hkv, L], from 0 on in each sequence.
+            counts: new clusters of each.
+        """
         most = max(counts)
         sizes = sums_by_label(torch.ones_like(keys[..., :1]), labels, held, most)
         kept = torch.arange(most) < torch.tensor(counts).unsqueeze(1)
@@ -151,7 +155,10 @@ class Clusters(SequenceIndex):
         self._buffer(SIZE).write(sizes.to(torch.int32), places)
 
     def _keep_members(self, slots: Sequence[range], labels: Tensor) -> None:
-        """Args: labels: [B, Hkv, L], the largest beyond the slots of a sequence."""
+        """
+        Args:
+            labels: [B, Hkv, L], the largest beyond the slots of a sequence.
+        """
         index, held = slot_index(slots, labels.device)
         members = index + labels.argsort(dim=-1, stable=True) - torch.arange(labels.shape[-1], device=labels.device)
         row, _, token = held.nonzero(as_tuple=True)
@@ -307,7 +314,8 @@ def slot_index(slots: Sequence[range], device: torch.device) -> tuple[Tensor, Te
 def take(tokens: Tensor, slots: Sequence[range], index: Tensor) -> Tensor:
     """[B, H, S, D] at the slots of each sequence -> [B, H, L, D], on the index's device wherever these lie.
 
-    Args: index: [B, 1, L], as of `slot_index`.
+    Args:
+        index: [B, 1, L], as of `slot_index`.
     """
     if len(set(slots)) == 1:
         return tokens[:, :, slots[0].start : slots[0].stop].to(index.device)

@@ -16,7 +16,10 @@ class Codewords:
     read."""
 
     def __init__(self, artifact: Artifact, layer: int, rank: int):
-        """Args: rank: dimensions of a code."""
+        """
+        Args:
+            rank: dimensions of a code.
+        """
         key, value, spread, query_map, key_map = (
             artifact.tensor("codebook", layer, name).double()
             for name in ("key", "value", "spread", "code.query_map", "code.key_map")
@@ -61,6 +64,10 @@ class Codewords:
 
 
 def nearest(of: Mapping[str, Tensor], key: Tensor, value: Tensor) -> Tensor:
-    """[B, Hkv, T] int64: the codeword of each token of [B, Hkv, T, D] and [B, Hkv, T, Dv]. Args: of: `Codewords.on`."""
+    """[B, Hkv, T] int64: the codeword of each token of [B, Hkv, T, D] and [B, Hkv, T, Dv].
+
+    Args:
+        of: `Codewords.on`.
+    """
     by_key, by_value = key.float() * of["inverse"][:, 0], value.float() * of["inverse"][:, 1]
     return (of["half"] - by_key @ of["key"].mT - by_value @ of["value"].mT).argmin(-1)

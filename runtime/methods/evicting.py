@@ -93,7 +93,11 @@ class EvictingPolicy(Policy):
         return tokens.once((self.budget, type(self.budget.keep)), reckon)
 
     def most_slots(self, tokens: int, evicted: Evicted) -> int:
-        """That any sequence takes on its way to so many tokens. Args: as of `slots`."""
+        """That any sequence takes on its way to so many tokens.
+
+        Args:
+            evicted: as of `slots`.
+        """
         return self.budget.most(tokens)
 
     def write(self, cache: LayerCache, new: Mapping[str, Tensor]) -> None:

@@ -87,7 +87,8 @@ def spherical_kmeans(
 def directions(points: Tensor, largest: Tensor | None = None) -> Tensor:
     """[..., D] float32 of unit length, also of points whose squares float32 does not hold; zero where a point is.
 
-    Args: largest: [...] the largest magnitude of each point, where it is known.
+    Args:
+        largest: [...] the largest magnitude of each point, where it is known.
     """
     points = points.float()
     largest = points.abs().amax(-1) if largest is None else largest.float()

@@ -63,7 +63,8 @@ def _entries(saved: Saved, name: str) -> list[Entries]:
 def _closings(clusters: Clusters, prompts: Entries, length: int, coming: bool) -> Entries:
     """What `Clusters` makes of a sequence of so many tokens, of which these came as prompts.
 
-    Args: coming: whether it has seen to the next token already.
+    Args:
+        coming: whether it has seen to the next token already.
     """
     found: Entries = []
     upto = count = came = slot = 0

@@ -35,7 +35,10 @@ class Sparq(Selection, Method):
 
 class SparqPolicy(Policy):
     def __init__(self, settings: Sparq, channels: int, dims: int):
-        """Args: channels: r, of `dims`."""
+        """
+        Args:
+            channels: r, of `dims`.
+        """
         self.settings, self.channels, self.dims = settings, channels, dims
 
     sums = ("value_sum",)

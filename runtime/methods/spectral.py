@@ -205,8 +205,11 @@ class SpectralPolicy(Policy):
     def _residual(
         self, of: Tables, rest: Tensor, cache: LayerCache, words: Tensor, counts: Counts
     ) -> tuple[Tensor, Tensor]:
-        """Attention to unselected tokens by their codewords' values, corrected by page, see `merge`. Args: rest:
-        [B, Hkv, G, S] estimated logits of these tokens, -inf of all others."""
+        """Attention to unselected tokens by their codewords' values, corrected by page, see `merge`.
+
+        Args:
+            rest: [B, Hkv, G, S] estimated logits of these tokens, -inf of all others.
+        """
         weights, lse = normalised(rest)
         out = self._by_codeword(of, weights, words.unsqueeze(2).expand_as(weights))
         pages = rest.shape[-1] // PAGE

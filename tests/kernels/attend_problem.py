@@ -10,7 +10,10 @@ class Problem:
     """Caches of which only the selected tokens are anything but NaN."""
 
     def __init__(self, device, counts, chosen, capacity=200, group=4, width=64, value_width=None, dtype=torch.float32):
-        """Args: counts: [B, Hkv] or [B, Hkv, G] selected tokens, of at most `chosen`."""
+        """
+        Args:
+            counts: [B, Hkv] or [B, Hkv, G] selected tokens, of at most `chosen`.
+        """
         generator = torch.Generator().manual_seed(1)
         self.count = torch.tensor(counts, dtype=torch.int32)
         batch, heads = self.count.shape[:2]
@@ -32,6 +35,9 @@ class Problem:
         return attention(self.query, self.key, self.value, self.slots, **logits)
 
     def slots(self, *where):
-        """Args: where: (row, head, query head)."""
+        """
+        Args:
+            where: (row, head, query head).
+        """
         own = where[: self.count.dim()]
         return self.index[own][: self.count[own]]

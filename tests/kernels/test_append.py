@@ -15,7 +15,10 @@ class Cache:
     """Tensors of every store filled with what must remain: NaN."""
 
     def __init__(self, dtype, rank, head_dim=64, value_dim=64, batch=3, heads=2, device="cpu"):
-        """Args: rank: None: there is no index."""
+        """
+        Args:
+            rank: None: there is no index.
+        """
 
         def nan(width):
             return torch.full((batch, heads, CAPACITY, width), torch.nan, dtype=dtype, device=device)
@@ -40,7 +43,11 @@ class Cache:
                 assert tensor.transpose(1, 2)[kept].isnan().all()
 
     def assert_holds(self, row, slot, key, value, projected):
-        """Args: key: [Hkv, D] and value as stored; projected: [Hkv, r] float64."""
+        """
+        Args:
+            key: [Hkv, D] and value as stored.
+            projected: [Hkv, r] float64.
+        """
         assert torch.equal(self.key[row, :, slot], key) and torch.equal(self.value[row, :, slot], value)
         assert_close(self.index[row, :, slot], projected)
 

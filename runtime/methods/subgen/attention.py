@@ -53,7 +53,8 @@ def attention_with_sketch(
 def normaliser(sketch: Mapping[str, Tensor], weights: Tensor) -> Tensor:
     """Σ_i (n_i / t) Σ_j w_ij, [B, H, G, T, 1]: estimates Σ e^l over all tokens of the sketch.
 
-    Args: weights: [B, H, G, T, C·t], e^l of each cluster's samples.
+    Args:
+        weights: [B, H, G, T, C·t], e^l of each cluster's samples.
     """
     share = sketch["count"].to(weights.dtype) / sketch["sample"].shape[3]
     per_sample = share.repeat_interleave(sketch["sample"].shape[3], -1)
@@ -63,7 +64,10 @@ def normaliser(sketch: Mapping[str, Tensor], weights: Tensor) -> Tensor:
 def normaliser_of_values(sketch: Mapping[str, Tensor], weights: Tensor) -> Tensor:
     """Σ_j μ / (s ‖v_j‖²) w_j, [B, H, G, T, 1]: the same, from the tokens that the numerator is estimated with.
 
-    Tokens whose value is 0 are never sampled, and missing. Args: weights: [B, H, G, T, s], of each sampled token.
+    Tokens whose value is 0 are never sampled, and missing.
+
+    Args:
+        weights: [B, H, G, T, s], of each sampled token.
     """
     norm, share = _stands_for(sketch, weights.dtype)
     return _times(weights, share / norm)
@@ -72,7 +76,8 @@ def normaliser_of_values(sketch: Mapping[str, Tensor], weights: Tensor) -> Tenso
 def numerator(sketch: Mapping[str, Tensor], weights: Tensor) -> Tensor:
     """Σ_j μ / (s ‖v_j‖²) w_j v_j, [B, H, G, T, Dv]: estimates Σ e^l v over all tokens of the sketch.
 
-    Args: weights: [B, H, G, T, s], e^l of each sampled token.
+    Args:
+        weights: [B, H, G, T, s], e^l of each sampled token.
     """
     norm, share = _stands_for(sketch, weights.dtype)
     return _times(weights, sketch["value"].to(weights.dtype) / norm * share)

@@ -57,7 +57,10 @@ class Sketch(SequenceIndex):
     """
 
     def __init__(self, shape: Shape, delta: Tensor | float | None = None):
-        """Args: delta: [Hkv] to begin with, or one for all heads; None: 0."""
+        """
+        Args:
+            delta: [Hkv] to begin with, or one for all heads; None: 0.
+        """
         self.shape, self.delta = shape, delta
         self.parts: dict[str, Tensor] = {}
         """The tensors above, by name."""
@@ -164,7 +167,8 @@ class Sketch(SequenceIndex):
     def _sample_members(self, key: Tensor, labels: Tensor, now: Tensor, draws: Tensor) -> None:
         """The n-th member of a cluster replaces each of its samples with probability 1/n.
 
-        Args: draws: [B or 1, H, m, t].
+        Args:
+            draws: [B or 1, H, m, t].
         """
         count, sample = self.parts["count"], self.parts["sample"]
         clusters, slots = sample.shape[2:4]
@@ -184,7 +188,8 @@ class Sketch(SequenceIndex):
     def _sample_values(self, key: Tensor, value: Tensor, there: Tensor, draws: Tensor) -> None:
         """A token replaces each sample with probability ‖v‖² / Σ‖v‖², itself included.
 
-        Args: draws: [B or 1, H, m, s].
+        Args:
+            draws: [B or 1, H, m, s].
         """
         weight = value.double().square().sum(-1) * there
         total = torch.cat((self.parts["mass"].unsqueeze(-1), weight), -1).cumsum(-1)
