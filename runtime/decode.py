@@ -171,7 +171,7 @@ def _replayed(model: Any, stepping: Any, state: State, graph: bool) -> tuple[int
         stepping.clock.tick()
         state.take(out.logits[:, -1])
 
-    replay = Replay(step, [*state.small(), *stepping.changed()], state, graph)
+    replay = Replay(step, stepping.changed, state, graph, stepping.clock.reset)
     stepping.captured = replay.why_not is None
     done = 1
     every = CHECK_EVERY if stepping.can_go_back else 1

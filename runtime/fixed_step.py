@@ -20,18 +20,22 @@ class Clock:
     """How many tokens each sequence has, on the device: one for all layers. The host counts steps by itself."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device):
-        self.seen = torch.tensor(list(lengths), dtype=torch.int32, device=device) + 1
+        self.lengths = torch.tensor(list(lengths), dtype=torch.int32, device=device) + 1
         """[B] tokens, the coming one included."""
         self.told: tuple[int, int] | None = None
-        """The fewest and the most of `seen`, where the host is there at every step; None: it is not."""
+        """The fewest and the most of `lengths`; None while steps may be replays of a graph."""
         self._reckoned: dict[Hashable, object] = {}
 
     def tick(self) -> None:
-        self.seen.add_(1)
+        self.lengths.add_(1)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was reckoned for this step."""
         self._reckoned.clear()
 
     def once(self, name: Hashable, reckon: Callable[[], T]) -> T:
-        """What `reckon` gives, which is the same in all layers of a step."""
+        """What `reckon` gives, once for all layers of a step."""
         if name not in self._reckoned:
             self._reckoned[name] = reckon()
         return self._reckoned[name]  # type: ignore[return-value]
@@ -75,7 +79,7 @@ class FixedStep:
         shortest, longest = self.clock.told or (0, self.capacity)
         # Of a step that is replayed the host knows no lengths.
         lengths = (longest,) * len(self._table) if shortest == longest else None
-        return DecodeMetadata(self._table, self.clock.seen, longest, shortest, contiguous=True, lengths=lengths)
+        return DecodeMetadata(self._table, self.clock.lengths, longest, shortest, contiguous=True, lengths=lengths)
 
     def reserve(self, capacity: int) -> None:
         """Make room for sequences of `capacity` tokens, and see to what is due. Addresses may change."""
@@ -83,7 +87,7 @@ class FixedStep:
         self.store.reserve(capacity)
         pages = self.buffer("key").shape[2] // PAGE
         if self._table is None or self._table.shape[1] != pages:  # a captured step has its address
-            self._table = contiguous_table(len(self.clock.seen), pages, self.clock.seen.device)
+            self._table = contiguous_table(len(self.clock.lengths), pages, self.clock.lengths.device)
 
     def buffer(self, name: str) -> Tensor:
         """[B, Hkv, capacity, …], to the end of its capacity."""

@@ -32,7 +32,7 @@ class ForgettingStore(Store):
         """Whether tokens of each sequence have come by prefill since its last decoded one. Saved are the queries that
         observe a prompt."""
         self._evicted: Evicted | None = None
-        """When the host last saw to steps of fixed shapes."""
+        """Of each sequence, at the last `reserve`."""
         self._before: list[dict[str, Tensor]] = []
         """The state before each revocable token."""
 
@@ -63,10 +63,11 @@ class ForgettingStore(Store):
         self._lengths_changed()
         self.policy.write(self.cache(), new)
         if self.index is not None:  # it may have grown
-            self.buffers.changed()
+            self.buffers.moved()
 
     def _forget_queries(self, coming: Sequence[bool]) -> None:
-        """Of prompts that have been seen to."""
+        """Drop the queries of prompts that were just chosen from; those of sequences that wait for their first decoded
+        token stay."""
         if self.observed is not None:
             waits = [not comes and came for comes, came in zip(coming, self._came, strict=True)]
             self.observed = self.observed.where(waits) if any(waits) else None
@@ -93,8 +94,9 @@ class ForgettingStore(Store):
             self._make_room([True] * len(self.lengths))
 
     def _most_held(self, coming: Sequence[bool], after: int = 0) -> list[int]:
-        """How many tokens each sequence may hold once those that are `coming` have one more. A sequence that gets none
-        loses none.
+        """Tokens that each sequence may hold once those that are `coming` have one more.
+
+        A sequence that gets none keeps all.
 
         Args:
             after: tokens from now on, decoded before that.
@@ -114,7 +116,7 @@ class ForgettingStore(Store):
         return [self.policy.most_held(length + tokens, length - held, False) for length, held in of_each]
 
     def _due(self, after: int = 0) -> bool:
-        """Whether tokens have to go before the next one comes, which cannot just take the place of one."""
+        """Whether the host has to evict before the next token, because to overwrite one slot is not enough."""
         return self._loses_more_than(1 if self.policy.replaces else 0, after)
 
     def _loses_more_than(self, count: int, after: int = 0) -> bool:
@@ -173,6 +175,7 @@ class ForgettingStore(Store):
                 f"{self.policy.name} cannot take back the last {tokens} tokens, which changed what it holds: crop "
                 f"works for methods that keep all tokens ({KEEPING}), and for guesses of assisted decoding"
             )
+        self._before.clear()
         self._retreat(tokens)
         self._held = list(self.lengths)
         self._lengths_changed()
@@ -191,13 +194,19 @@ class ForgettingStore(Store):
             self._came = [self._came[row] for row in index.tolist()]
         super().reorder(index)
 
+    def resident_bytes(self) -> int:
+        """With the states before guesses."""
+        return super().resident_bytes() + sum(of.nbytes for state in self._before for of in state.values())
+
     # What a step sees
 
     def _observe_step(self, query: Tensor, logits: Logits, valid: Tensor | None) -> None:
         """Prompts are observed, not what is decoded."""
 
     def _reading(self, cache: LayerCache, found: Attended) -> Reading:
-        return dataclasses.replace(super()._reading(cache, found), position=self.tokens[POSITION].view.squeeze(-1))
+        """With a copy of the positions: other tokens come in place of these."""
+        position = self.tokens[POSITION].view.squeeze(-1).clone()
+        return dataclasses.replace(super()._reading(cache, found), position=position)
 
     def cache(self) -> LayerCache:
         if self._metadata is None:
@@ -221,12 +230,11 @@ class ForgettingStore(Store):
         if self._due():
             self._make_room([True] * len(self.lengths))
         evicted = tuple(length - held for length, held in zip(self.lengths, self.held, strict=True))
-        on_device = torch.tensor(evicted, dtype=torch.int32, device=self.tokens["key"].view.device)
-        if (
-            self._evicted is not None and self._evicted.device.shape == on_device.shape
-        ):  # a captured step has its address
-            on_device = self._evicted.device.copy_(on_device)
-        self._evicted = Evicted(evicted, on_device)
+        device = torch.tensor(evicted, dtype=torch.int32, device=self.tokens["key"].view.device)
+        known = None if self._evicted is None else self._evicted.device
+        if known is not None and (known.shape, known.device) == (device.shape, device.device):
+            device = known.copy_(device)  # a captured step has its address
+        self._evicted = Evicted(evicted, device)
         super().reserve(self.policy.most_slots(tokens, self._evicted))
 
     def count(self, tokens: int) -> None:
@@ -234,9 +242,9 @@ class ForgettingStore(Store):
         self._came = [False] * len(self.held)
         super().count(tokens)
 
-    def changed(self) -> list[Tensor]:
-        """A token comes in place of another."""
-        return self.buffers.tensors()
+    def changed_by_step(self) -> list[Tensor]:
+        """Also the slots of tokens that others take the place of."""
+        return self.buffers.tensors() if self.policy.replaces else super().changed_by_step()
 
     # Saved caches
 
@@ -261,6 +269,7 @@ class ForgettingStore(Store):
     def restore(self, state: Mapping[str, Tensor]) -> None:
         self._held = state["held"].tolist()
         super().restore(state)
+        self.observes = self.policy.observes
         came = None if self.observed is None else (self.observed.position >= 0).any(1)
         self._came = [False] * len(self._held) if came is None else came.tolist()
 
@@ -271,7 +280,7 @@ class ForgettingStore(Store):
         if slots < max(held) or slots > max(1, *held):
             raise KvcalError(f"tokens.key: {slots} slots, the row that holds most has {max(held)} tokens")
         # Rows lose tokens only when they get one, and then hold what their budget allows.
-        enough = [min(length, max(1, self.policy.least_held(length))) for length in saved.lengths]
+        enough = [min(length, self.policy.least_held(length)) for length in saved.lengths]
         require("held", torch.tensor(held) >= torch.tensor(enough), "at least the budget of the row")
         position = saved.take("tokens.position", torch.int32, *saved.key.shape[:3], 1).squeeze(-1)
         free = (torch.arange(slots) >= torch.tensor(held).unsqueeze(1)).unsqueeze(1)
@@ -279,7 +288,8 @@ class ForgettingStore(Store):
         require("position", torch.where(free, position == -1, (position >= 0) & (position <= last)), "-1 where free")
         require("position", (position[..., 1:] > position[..., :-1]) | free[..., 1:], "in order")
         newest = position.amax(-1, keepdim=True) if slots else last
-        require("position", newest == last, "the row's last token among those held")
+        none = (torch.tensor(held) == 0).view(-1, 1, 1)
+        require("position", (newest == last) | none, "the row's last token among those held")
         self.policy.check_held(saved, position, held)
         if self.observes:
             LastQueries.check(saved, self.observes)

@@ -49,12 +49,22 @@ class State:
 class Replay:
     """Runs `step`, or a graph of it that is captured again whenever addresses have changed."""
 
-    def __init__(self, step: Callable[[], None], changed: list[Tensor], state: State, wanted: bool):
+    def __init__(
+        self,
+        step: Callable[[], None],
+        changed: Callable[[], list[Tensor]],
+        state: State,
+        wanted: bool,
+        reset: Callable[[], None] = lambda: None,
+    ):
         """
         Args:
-            changed: what a step changes; it is as before after warming up.
+            changed: tells the tensors that a step changes beside those of the state, as they are now; they are as
+                before after warming up.
+            reset: called before each run of a step that is warmed up, captured or run after a capture that failed.
         """
-        self._step, self._changed, self._state = step, changed, state
+        self._step, self._tell, self._state, self._reset = step, changed, state, reset
+        self._changed: list[Tensor] = []
         self.why_not: str | None = None
         if not wanted:
             self.why_not = "graph=False"
@@ -80,6 +90,7 @@ class Replay:
 
     def _capture(self) -> None:
         self._graph = None
+        self._changed = [*self._state.small(), *self._tell()]
         before = [tensor.clone() for tensor in self._changed]
         random = self._state.generator.get_state()
         with torch.cuda.device(self._state.ids.device):
@@ -87,12 +98,14 @@ class Replay:
             stream.wait_stream(current)
             try:
                 with torch.cuda.stream(stream):  # compiles kernels and fills workspaces
+                    self._reset()
                     self._step()
                 current.wait_stream(stream)
                 self._restore(before, random)
                 graph = torch.cuda.CUDAGraph()
                 graph.register_generator_state(self._state.generator)
                 with torch.cuda.graph(graph, stream=stream):
+                    self._reset()
                     self._step()
                 self._graph = graph
                 self.captures += 1
@@ -102,6 +115,7 @@ class Replay:
                 # So does a generator that was registered with it.
                 self._state.generator = torch.Generator(self._state.ids.device)
                 self._restore(before, random)
+                self._reset()  # what was reckoned in the capture was never computed
                 cause = error.__context__ or error
                 self.why_not = f"the step cannot be captured: {(str(cause) or repr(cause)).splitlines()[0]}"
 

@@ -3,7 +3,7 @@ and how many tokens each sequence has."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -91,22 +91,31 @@ class Store(Sequences):
         Raises:
             KvcalError: this store needs something of these, and it is not known.
         """
+        self._check_known(key, valid, received, observed)
         new = self.encoded(key, value)
-        if self.observes:
-            if observed is None or observed.count < self.observes:
-                raise KvcalError(
-                    f"snapkv starts from the last {self.observes} queries of a prompt, and of these tokens they are "
-                    f"not known: prefill with method full and record_queries={self.observes}, and crop nothing"
-                )
-            self._observe(observed.last(self.observes))
-        if self.accumulates:
-            if received is None:
-                raise KvcalError(
-                    "h2o starts from the attention that tokens have received, and of these it is not known: prefill "
-                    "with method full and record_mass=True, all at once or step by step, and crop nothing"
-                )
+        if received is not None and self.accumulates:
             new[RECEIVED] = received.unsqueeze(-1)
+        if observed is not None and self.observes:
+            self._observe(observed.last(self.observes))
         self._take(new, valid)
+
+    def _check_known(
+        self, key: Tensor, valid: Tensor | None, received: Tensor | None, observed: LastQueries | None
+    ) -> None:
+        """Raises KvcalError: `take` lacks what this store needs."""
+        if self.accumulates and received is None:
+            raise KvcalError(
+                "what tokens have received of attention, which h2o starts from, is not known of these: prefill with "
+                "method full and record_mass=True, and crop nothing"
+            )
+        new = [key.shape[2]] * len(key) if valid is None else valid.sum(1).tolist()
+        lengths = [before + count for before, count in zip(self.lengths or [0] * len(key), new, strict=True)]
+        known = observed is not None and observed.count >= self.observes and observed.whole(lengths)
+        if self.observes and not known:
+            raise KvcalError(
+                f"the last {self.observes} queries of a prompt, which snapkv starts from, are not known of these "
+                f"tokens: prefill with method full and record_queries={self.observes}, and crop nothing"
+            )
 
     def _observe(self, last: LastQueries) -> None:
         self.observed = last if self.observed is None else self.observed.then(last)
@@ -118,7 +127,7 @@ class Store(Sequences):
         if self.index is not None:
             self.index.begin(len(before), key.device)
             self.index.prefilled(before, self.lengths, self.tokens)
-            self.buffers.changed()
+            self.buffers.moved()
 
     def append(self, key: Tensor, value: Tensor, valid: Tensor | None = None, revocable: bool = False) -> None:
         """Take in one decoded token per sequence.
@@ -177,7 +186,7 @@ class Store(Sequences):
 
     def _observe_step(self, query: Tensor, logits: Logits, valid: Tensor | None) -> None:
         """Whoever takes these tokens over takes them as a prompt."""
-        position = torch.tensor(self.lengths, device=query.device).unsqueeze(1) - 1
+        position = self.cache().metadata.seq_lens.long().unsqueeze(1) - 1
         if valid is not None:
             position = position.masked_fill(~valid.to(query.device), -1)
         self._observe(LastQueries.of(query, position, logits, self.observes))
@@ -196,8 +205,10 @@ class Store(Sequences):
         return self.policy.attend_all(query, self.cache(), logits, self._visible(query, valid))
 
     def _reading(self, cache: LayerCache, found: Attended) -> Reading:
-        heads, entries = cache.pages["key"].shape[2], 0 if self.index is None else self.index.entries()
-        return Reading(self.policy, cache.metadata, found.selected, heads, self.buffers.widths, entries)
+        entries = 0 if self.index is None else self.index.entries()
+        return Reading(
+            self.policy, cache.metadata, found.selected, cache.pages["key"].shape[2], self.buffers.widths, entries
+        )
 
     def _visible(self, query: Tensor, valid: Tensor | None) -> Tensor | None:
         """[B, T] int64: how many tokens of its sequence each of the T that came last may see; None: plainly causal."""
@@ -217,7 +228,8 @@ class Store(Sequences):
 
     def resident_bytes(self) -> int:
         """Bytes held on the device, the slack of growing buffers included; what is offloaded is in `host_bytes`."""
-        return self.buffers.device_bytes() + sum(of.nbytes for of in self._built().values())
+        queries = {} if self.observed is None else self.observed.state()
+        return self.buffers.device_bytes() + sum(of.nbytes for of in (*self._built().values(), *queries.values()))
 
     def host_bytes(self) -> int:
         return self.buffers.host_bytes()
@@ -277,8 +289,8 @@ class Store(Sequences):
         self._advance(len(self.lengths), tokens)
         self._lengths_changed()
 
-    def changed(self) -> list[Tensor]:
-        """What a step changes but the slots of the coming token."""
+    def changed_by_step(self) -> list[Tensor]:
+        """Tensors that a step changes besides the new token's slot; a graph's warm-up run is undone in them."""
         received = [self.tokens[RECEIVED].view] if self.accumulates else []
         return [*self.buffers.sums.values(), *received]
 
@@ -300,7 +312,7 @@ class Store(Sequences):
         self.buffers.add_up_again(self.cache().metadata.valid())
         if self.index is not None:
             self.index.crop(self.lengths)
-            self.buffers.changed()
+            self.buffers.moved()
 
     def settle(self) -> None:
         """The tokens that came as `revocable` stay."""
@@ -376,6 +388,7 @@ class Store(Sequences):
         """Go on from a `state` that was checked."""
         self._count_again(state["lengths"], state["valid"])
         self.observed = LastQueries.restore(state)
+        self.observes = self.policy.observes if self.observed is not None or not state["valid"].shape[1] else 0
         self.buffers.clear()
         if not self.seen:
             return
@@ -389,7 +402,7 @@ class Store(Sequences):
         if self.index is not None:
             self.index.begin(len(self.lengths), kept["key"].device)
             self.index.restore(state, self.tokens)
-            self.buffers.changed()
+            self.buffers.moved()
         if self.policy.offloaded:  # attention is computed where the state came from
             self.to(state["tokens.key"].device)
 
@@ -407,15 +420,14 @@ class Store(Sequences):
         self._advance(batch, tokens, valid)
         return find_places(held, tokens, valid, key.device)
 
-    def _before_token(self, coming: Iterable[bool], device: torch.device) -> None:
+    def _before_token(self, coming: Sequence[bool], device: torch.device) -> None:
         """See to what is due in the sequence index."""
         assert self.index is not None
-        coming = list(coming)
         lengths = self.lengths or [0] * len(coming)
         self.index.begin(len(lengths), device)
         if self.index.due(lengths):
             self.index.build(lengths, coming, self.tokens)
-            self.buffers.changed()
+            self.buffers.moved()
 
     def _put(self, new: Mapping[str, Tensor], places: Places, before: Sequence[int]) -> None:
         """Write tokens where they belong, and see to the pages that they fill, of sequences of `before` tokens."""

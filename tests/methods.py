@@ -44,7 +44,9 @@ class Case:
     formulas: list[Formula] = field(default_factory=list)
 
 
-PCA = {"basis": "pca", "select": "head"}
+ONLY_CHOSEN = {"sinks": 0, "recent": 0}
+PCA = {"basis": "pca", "select": "head", **ONLY_CHOSEN}
+"""As published."""
 CLUSTERS = {"keep": 0.4, "tokens_per_cluster": 4, "sinks": 2, "window": 3}
 ON_MODELS = {"keep": 0.3, "tokens_per_cluster": 4, "sinks": 2, "window": 4}
 CODED = {"keep": 0.3, "sinks": 2, "recent": 2, "rank": 1.0}
@@ -64,7 +66,7 @@ CASES: dict[str, Case] = {
     "loki": Case(
         forms={
             "loki-pca": {**PCA, "rank": 0.25, "keep": 0.25},
-            "loki-score": {"rank": 0.25, "keep": 0.25, "basis": "score", "select": "group"},
+            "loki-score": {"rank": 0.25, "keep": 0.25, "basis": "score", "select": "group", **ONLY_CHOSEN},
             "loki-sinks": {"rank": 0.25, "keep": 0.4, "basis": "pca", "select": "max", "sinks": 2, "recent": 3},
             "loki-sampled": {"rank": 0.25, "keep": 0.25, "choice": "sampled", "sample": 16, "recent": 2},
         },
@@ -119,15 +121,15 @@ CASES: dict[str, Case] = {
     ),
     "quest": Case(
         forms={
-            "quest": {"keep": 0.3, "page": 4, "select": "head"},
+            "quest": {"keep": 0.3, "page": 4, "select": "head", "sinks": 0},
             "quest-sinks": {"keep": 0.5, "page": 4, "sinks": 3, "recent": 5},
         },
         small={
-            "quest": {"keep": 0.25, "page": 4, "select": "head"},
+            "quest": {"keep": 0.25, "page": 4, "select": "head", "sinks": 0},
             "quest-sinks": {"page": 4, "keep": 0.3, "sinks": 3},
         },
         decoded={
-            "quest": {"keep": 0.4, "page": 4, "select": "head"},
+            "quest": {"keep": 0.4, "page": 4, "select": "head", "sinks": 0},
             "quest-sinks": {"keep": 0.5, "page": 8, "sinks": 3, "recent": 9},
         },
         bytes=hand_counts.quest,
@@ -135,7 +137,7 @@ CASES: dict[str, Case] = {
             (299, {"keep": 0.25, "select": select, "page": page}) for select in ("head", "group") for page in (16, 4)
         ],
         oracle=oracles.quest,
-        published={"select": "head"},
+        published={"select": "head", **ONLY_CHOSEN},
         formulas=[
             (G80, SHORT, 18, "plain", {"keep": 0.3, "select": "max"}),
             (G64, LONG, 18, "plain", {"keep": 0.25}),

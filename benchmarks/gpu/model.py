@@ -67,7 +67,7 @@ def step_time(model: Any, sizes: Sizes, length: int, batch: int, name: str) -> R
         stepping.clock.tick()
         state.take(out.logits[:, -1])
 
-    replay = Replay(step, [*state.small(), *stepping.changed()], state, True)
+    replay = Replay(step, stepping.changed, state, True, stepping.clock.reset)
     gpu = model.device.type == "cuda"
     events = []
     for _ in range(sizes.spare - 1):

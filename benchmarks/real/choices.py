@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from settings import spectral_of
+from settings import ONLY_CHOSEN, spectral_of
 
 Setting = dict[str, Any]
 LEVEL = 1 / 8
@@ -19,7 +19,8 @@ the tokens that are decoded after."""
 
 
 def _loki(rank: int, level: float = LEVEL, **other: Any) -> Setting:
-    return {"method": "loki", "rank": rank, "keep": _rows(rank, level), "basis": "score", "select": "group", **other}
+    setting = {"method": "loki", "rank": rank, "keep": _rows(rank, level), "basis": "score", "select": "group"}
+    return {**setting, **ONLY_CHOSEN, **other}
 
 
 def _sparq(rank: int, **other: Any) -> Setting:
@@ -37,7 +38,8 @@ def _rows(rank: int, level: float) -> float:
 
 
 def _quest(page: int, **other: Any) -> Setting:
-    return {"method": "quest", "page": page, "keep": round(LEVEL - 1 / page, 5), "select": "group", **other}
+    keep = round(LEVEL - 1 / page, 5)
+    return {"method": "quest", "page": page, "keep": keep, "select": "group", "sinks": 0, **other}
 
 
 def _clusterkv(size: int, keep: float | None = None, **other: Any) -> Setting:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from settings import ONLY_CHOSEN
 
 from kvcal.artifacts import Artifact
 from kvcal.calibrate.evaluation.standard_errors import mean
@@ -15,12 +16,12 @@ from kvcal.runtime.methods.basis import Basis
 
 Setting = dict[str, Any]
 SETTINGS: list[Setting] = [
-    {"method": "loki", "rank": 0.25, "keep": 0.25, "basis": "pca", "select": "head"},
-    {"method": "loki", "rank": 0.5, "keep": 0.25, "basis": "pca", "select": "head"},
-    {"method": "loki", "rank": 0.25, "keep": 0.25, "basis": "score", "select": "head"},
-    {"method": "loki", "rank": 0.125, "keep": 0.0625, "basis": "score", "select": "head"},
-    {"method": "quest", "page": 16, "keep": 0.25, "select": "head"},
-    {"method": "quest", "page": 16, "keep": 0.0625, "select": "head"},
+    {"method": "loki", "rank": 0.25, "keep": 0.25, "basis": "pca", "select": "head", **ONLY_CHOSEN},
+    {"method": "loki", "rank": 0.5, "keep": 0.25, "basis": "pca", "select": "head", **ONLY_CHOSEN},
+    {"method": "loki", "rank": 0.25, "keep": 0.25, "basis": "score", "select": "head", **ONLY_CHOSEN},
+    {"method": "loki", "rank": 0.125, "keep": 0.0625, "basis": "score", "select": "head", **ONLY_CHOSEN},
+    {"method": "quest", "page": 16, "keep": 0.25, "select": "head", "sinks": 0},
+    {"method": "quest", "page": 16, "keep": 0.0625, "select": "head", "sinks": 0},
     {"method": "exact_topk", "keep": 0.25, "select": "head"},
     {"method": "exact_topk", "keep": 0.0625, "select": "head"},
 ]

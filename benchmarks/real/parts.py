@@ -13,7 +13,7 @@ from choices import CHOICES
 from decoding import aims, by_answers, defaults, forget, methods, papers, questions, ruler, short_blocks, why_loki
 from first_token import first_token, standing_out
 from plans import plans as plans_of
-from settings import AIMS, LEVELS, at_equal_bytes, spectral_of
+from settings import AIMS, GROUP, LEVELS, ONLY_CHOSEN, at_equal_bytes, spectral_of
 from subjects import UNSEEN, Bench, uncentred
 from thresholds import KINDS, choose, rows_of
 
@@ -147,7 +147,8 @@ def first_tokens(bench: Bench, only: str | None = None) -> None:
 
 
 def _loki(rank: int, basis: str, stage: str = "post") -> dict[str, Any]:
-    return {"method": "loki", "rank": rank, "keep": KEEP, "basis": basis, "stage": stage, "select": "group"}
+    setting = {"method": "loki", "rank": rank, "keep": KEEP, "basis": basis, "stage": stage}
+    return {**setting, **GROUP, **ONLY_CHOSEN}
 
 
 def _errors(

@@ -13,6 +13,8 @@ Setting = dict[str, Any]
 LEVELS = {"1/32": 1 / 32, "1/16": 1 / 16, "1/12": 1 / 12, "1/8": 1 / 8, "1/4": 1 / 4, "1/2": 1 / 2}
 GROUP: Setting = {"select": "group"}
 """One choice for all query heads of a KV head: where each chooses for itself, G times the rows are read."""
+ONLY_CHOSEN: Setting = {"sinks": 0, "recent": 0}
+"""Loki as published: no token is read whatever its score."""
 _SUBGEN: Setting = {"method": "subgen", "normaliser": "clusters"}
 """As published."""
 LARGE_RANK = 0.25
@@ -38,10 +40,10 @@ def at_equal_bytes(level: float, head_dim: int, length: int) -> list[Setting]:
     small = max(16, _power_of_two(1 / level))
     held = round(level * length)
     return [
-        {"method": "loki", "rank": dims, "keep": _share(rows), "basis": "pca", **GROUP},
-        {"method": "loki", "rank": dims, "keep": _share(rows), "basis": "score", **GROUP},
+        {"method": "loki", "rank": dims, "keep": _share(rows), "basis": "pca", **GROUP, **ONLY_CHOSEN},
+        {"method": "loki", "rank": dims, "keep": _share(rows), "basis": "score", **GROUP, "sinks": 1, "recent": 16},
         {"method": "sparq", "rank": dims, "keep": _share(rows), **GROUP},
-        {"method": "quest", "page": page, "keep": _share(level - 1 / page), **GROUP},
+        {"method": "quest", "page": page, "keep": _share(level - 1 / page), **GROUP, "sinks": 1},
         *(
             {
                 "method": "clusterkv",
@@ -95,14 +97,16 @@ def index_of(
     return (token + tables / BATCH / length) / (4 * head_dim)
 
 
-PUBLISHED: Setting = {"method": "loki", "rank": 0.25, "keep": 0.25, "basis": "pca", "select": "head"}
+PUBLISHED: Setting = {
+    "method": "loki", "rank": 0.25, "keep": 0.25, "basis": "pca", "select": "head", **ONLY_CHOSEN
+}  # fmt: skip
 PAPERS: list[Setting] = [
     PUBLISHED,
     {"method": "exact_topk", "keep": 0.25, "select": "head"},
     {"method": "h2o", "keep": 0.25},
     {"method": "snapkv", "keep": 1024, "window": 32, "kernel": 5, "pooling": "avg"},
     {"method": "streaming", "keep": 0.25},
-    {"method": "quest", "page": 16, "keep": 0.25, "select": "head"},
+    {"method": "quest", "page": 16, "keep": 0.25, "select": "head", "sinks": 0},
     {"method": "sparq", "rank": 0.25, "keep": 0.25, "select": "head"},
     {"method": "clusterkv", "keep": 1024, "tokens_per_cluster": 80, "window": 320, "sinks": 16},
     {**_SUBGEN, "window": 128, "clusters": 64, "t": 4, "s": 256},
@@ -126,7 +130,10 @@ WHY_LOKI: dict[str, Setting] = {
 
 
 BY_ANSWERS: list[Setting] = [
-    *({"method": "loki", "rank": rank, "keep": 0.25, "basis": "score", **GROUP} for rank in (0.125, 0.25, 0.5)),
+    *(
+        {"method": "loki", "rank": rank, "keep": 0.25, "basis": "score", **GROUP, **ONLY_CHOSEN}
+        for rank in (0.125, 0.25, 0.5)
+    ),
     *({"method": "sparq", "rank": rank, "keep": 0.25, **GROUP} for rank in (0.125, 0.25)),
     *(
         {"method": "clusterkv", "tokens_per_cluster": 32, "keep": _share(level - 1 / 64), "window": 64, "sinks": 4}

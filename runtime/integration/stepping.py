@@ -130,7 +130,7 @@ class SteppingCache(DynamicCache):
 
     def changed(self) -> list[Tensor]:
         """What a step changes but the slots of the coming token."""
-        return [self.clock.seen, *(tensor for step in self.steps for tensor in step.store.changed())]
+        return [self.clock.lengths, *(tensor for step in self.steps for tensor in step.store.changed_by_step())]
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,7 +33,15 @@ class LastQueries:
             position = torch.cat((position.new_full((len(position), missing), -1), position), 1)
         order = position.argsort(dim=1, stable=True)[:, -count:]
         index = order[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-        return cls(query.gather(2, index), position.gather(1, order), logits)
+        position = position.gather(1, order)
+        # What stands at padding may be anything.
+        return cls(query.gather(2, index).masked_fill((position < 0)[:, None, :, None], 0), position, logits)
+
+    def whole(self, lengths: Sequence[int]) -> bool:
+        """Whether they are all of the last ones that sequences of these lengths have. Waits for the device."""
+        wanted = torch.tensor(list(lengths), device=self.position.device).clamp_max(self.count)
+        newest = torch.tensor(list(lengths), device=self.position.device) - 1
+        return bool(((self.position >= 0).sum(1) == wanted).all() and (self.position.amax(1) == newest).all())
 
     @property
     def count(self) -> int:
@@ -70,7 +79,9 @@ class LastQueries:
         return LastQueries(self.query[index], self.position[index], self.logits)
 
     def to(self, device: torch.device | str) -> LastQueries:
-        return LastQueries(self.query.to(device), self.position.to(device), self.logits)
+        sinks = self.logits.sinks
+        logits = dataclasses.replace(self.logits, sinks=None if sinks is None else sinks.to(device))
+        return LastQueries(self.query.to(device), self.position.to(device), logits)
 
     def state(self) -> dict[str, Tensor]:
         logits = self.logits

@@ -73,7 +73,7 @@ class LayerBuffers:
             self._cache = self._cache.at(metadata)
         return self._cache
 
-    def changed(self) -> None:
+    def moved(self) -> None:
         """Buffers, or what was built, lie elsewhere than before."""
         self._cache = None
 
@@ -85,7 +85,7 @@ class LayerBuffers:
         Args:
             like: tokens [B, Hkv, T, …] by name.
         """
-        self.changed()
+        self.moved()
         for name, tensor in like.items():
             if name not in self.tokens:
                 self.tokens[name] = self._make(name)
@@ -108,7 +108,7 @@ class LayerBuffers:
     def _add_up(self, new: Mapping[str, Tensor], places: Places) -> None:
         added = self.layout.add_up(new)
         if not self.sums:
-            self.changed()
+            self.moved()
             self.sums = {name: tensor.new_zeros(*tensor.shape[:2], *tensor.shape[3:]) for name, tensor in added.items()}
         for name, tensor in added.items():
             if not isinstance(places.slots, slice):  # others are padding
@@ -154,7 +154,7 @@ class LayerBuffers:
     def drop(self, name: str) -> None:
         """No longer keep what is kept of tokens by this name."""
         del self.tokens[name]
-        self.changed()
+        self.moved()
 
     def clear(self) -> None:
         """Hold nothing."""
@@ -162,7 +162,7 @@ class LayerBuffers:
         self.summaries.clear()
         self.sums.clear()
         self.capacity = 0
-        self.changed()
+        self.moved()
 
     def keep(self, index: Tensor) -> None:
         """Keep the sequences `index` [B'], in that order, repeats allowed."""
@@ -181,7 +181,7 @@ class LayerBuffers:
     def _elsewhere(self) -> None:
         if self.device_cache:
             self.device_cache.clear()
-        self.changed()
+        self.moved()
 
     # What is held
 

@@ -51,7 +51,8 @@ class DecodeMetadata:
     lengths: tuple[int, ...] | None = None
     """`seq_lens`, where the host knows them."""
     whole: DecodeMetadata | None = None
-    """Where fewer tokens are held than came, all of the others tell of what is held, and this of what came."""
+    """Where tokens were evicted the other fields describe the slots that are held, and this tells the lengths with all
+    tokens so far (its block table means nothing)."""
     _reckoned: dict[Hashable, object] = field(default_factory=dict, init=False, repr=False)
 
     def once(self, name: Hashable, reckon: Callable[[], T]) -> T:

@@ -195,8 +195,10 @@ class Policy(ABC):
         return causal_attention(self.query(query), key, value, logits, limits)
 
     def write(self, cache: LayerCache, new: Mapping[str, Tensor]) -> None:
-        """Put all that is kept of each sequence's last token, [B, Hkv, 1, …] by name, where it belongs. Like `step`, it
-        waits for nothing."""
+        """Put all that is kept of each sequence's last token, [B, Hkv, 1, …] by name, where it belongs.
+
+        Where the method is captured, nothing waits for the device.
+        """
         if self.sums:
             cache.add_last(self.add_up(new))
         cache.write_last(new)
@@ -228,8 +230,8 @@ class Policy(ABC):
     def step(self, query: Tensor, cache: LayerCache, logits: Logits) -> Attended:
         """Attend from the last token of every sequence, which the cache holds already.
 
-        Nothing waits for the device, and shapes follow from the host's numbers in `cache.metadata`: what runs eagerly
-        is what a CUDA graph captures.
+        Where the method is captured, nothing waits for the device, and shapes follow from the host's numbers in
+        `cache.metadata`: what runs eagerly is what a CUDA graph captures.
 
         Args:
             query: [B, Hq, 1, D].

@@ -46,12 +46,13 @@ class EvictingPolicy(Policy):
 
     @abstractmethod
     def worth(self, cache: LayerCache, lengths: Tensor, kept: Tensor, last: LastQueries | None = None) -> Tensor:
-        """[B, Hkv, slots] float: what a token is worth once its sequence has one more. The least goes first, infinity
-        never.
+        """[B, Hkv, slots] float: what the token in a slot is worth once its sequence has one more.
+
+        The lowest is evicted first, +inf never.
 
         Args:
             lengths: [B, 1, 1], tokens of each sequence, the new one included.
-            kept: the same, of them those that are held then.
+            kept: [B, 1, 1], tokens that are held then, the new one included.
             last: queries of the prompt, where the policy observes them.
         """
 
@@ -70,8 +71,9 @@ class EvictingPolicy(Policy):
         return self.budget.of(length)
 
     def least_held(self, length: int) -> int:
-        """How many tokens a sequence of `length` holds at least."""
-        return self.budget.of(length)
+        """How many tokens a sequence of `length` holds at least: one less than its budget where there was made room
+        for the next."""
+        return self.budget.of(length + 1) - 1
 
     def step(self, query: Tensor, cache: LayerCache, logits: Logits) -> Attended:
         return Attended(attend_all(query, *self.keys_values(cache), cache.metadata, logits), None)
@@ -90,6 +92,7 @@ class EvictingPolicy(Policy):
             seq_lens = budgets(self.budget, tokens.seq_lens)
             return DecodeMetadata(tokens.block_table, seq_lens, longest, shortest, contiguous=True, whole=tokens)
 
+        # A count of 1 equals a fraction of 1.0.
         return tokens.once((self.budget, type(self.budget.keep)), reckon)
 
     def most_slots(self, tokens: int, evicted: Evicted) -> int:

@@ -50,7 +50,7 @@ class H2OPolicy(EvictingPolicy):
         """The recent half of the budget; of the others only their attention knows."""
         saved.take_received()
         for row, (length, count) in enumerate(zip(saved.lengths, held, strict=True)):
-            recent = min(count, self.budget.of(length) // 2)
+            recent = max(0, min(count, self.budget.of(length + 1) // 2 - 1))
             wanted = torch.arange(length - recent, length)
             require("position", position[row, :, count - recent : count] == wanted, "the most recent tokens")
 

@@ -38,9 +38,9 @@ class Loki(Sampling, Method):
     basis: str = "score"
     """"score", or "pca" as published, which misses attention sinks unless it was calibrated with `--uncentred`
     (docs/results/real.md)."""
-    sinks: int = 0
+    sinks: int = 1
     """First tokens, always read."""
-    recent: int = 0
+    recent: int = 16
     """Last tokens, always read; with the sinks half of `keep` at most."""
 
     def check(self) -> None:

@@ -24,7 +24,7 @@ class Quest(Selection, Method):
 
     page: int = 16
     """Tokens per page; they divide the 64 that lie together in memory."""
-    sinks: int = 0
+    sinks: int = 1
     """First tokens whose pages are always read."""
     recent: int = 0
     """Last tokens whose pages are."""

@@ -8,7 +8,7 @@ among again, by its last queries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,13 +24,13 @@ from .base import Method, Policy, Reading
 from .evicting import Evicted, EvictingPolicy
 
 MORE = float(1 << 22)
-"""Than any token receives. The window's tokens are worth that and more, the later the more: a small budget has no room
-for all of them."""
+"""Larger than any attention received: the window's tokens outrank all others, later ones first, since a small budget
+has no room for all of them."""
 
 
 @dataclass(frozen=True)
 class SnapKV(Budget, Method):
-    """`keep` is of the prompt's tokens."""
+    """`keep` is of the tokens so far, when the first one after a prompt is decoded."""
 
     keeps_all_tokens = False
     query_aware = True
@@ -95,14 +95,10 @@ class SnapKVPolicy(EvictingPolicy):
     def most_slots(self, tokens: int, evicted: Evicted) -> int:
         return tokens - min(evicted.host)
 
-    def write(self, cache: LayerCache, new: Mapping[str, Tensor]) -> None:
+    def _slot(self, cache: LayerCache) -> tuple[Tensor, Tensor]:
         """After all that are held."""
-        metadata = cache.metadata
-        assert metadata.whole is not None
-        heads = new["key"].shape[1]
-        slot = (metadata.seq_lens.long() - 1).unsqueeze(1).expand(-1, heads)
-        position = (metadata.whole.seq_lens - 1).view(-1, 1, 1, 1).expand(-1, heads, 1, 1)
-        cache.write_at({**new, POSITION: position}, slot)
+        slot = (cache.metadata.seq_lens.long() - 1).unsqueeze(1).expand(-1, cache.heads)
+        return slot, torch.zeros_like(slot, dtype=torch.bool).unsqueeze(2)
 
     def check_held(self, saved: Saved, position: Tensor, held: Sequence[int]) -> None:
         """Any: what a prompt asked for is not known any more."""

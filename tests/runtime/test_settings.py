@@ -26,10 +26,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "full": {},
     "loki": {
         "rank": 0.25, "keep": 0.25, "basis": "score", "stage": "post", "select": "group", "choice": "exact",
-        "sample": 1024, "sinks": 0, "recent": 0,
+        "sample": 1024, "sinks": 1, "recent": 16,
     },
     "exact_topk": {"keep": 0.25, "select": "group"},
-    "quest": {"keep": 0.25, "page": 16, "select": "group", "sinks": 0, "recent": 0},
+    "quest": {"keep": 0.25, "page": 16, "select": "group", "sinks": 1, "recent": 0},
     "sparq": {"rank": 0.25, "keep": 0.25, "select": "group"},
     "streaming": {"keep": 0.25, "sinks": 4},
     "h2o": {"keep": 0.25},

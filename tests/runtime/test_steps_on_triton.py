@@ -12,10 +12,13 @@ from kvcal.runtime.methods.basis import Basis
 from kvcal.runtime.methods.clusterkv import ClusterKV
 from kvcal.runtime.methods.exact_topk import ExactTopk
 from kvcal.runtime.methods.full import Full
+from kvcal.runtime.methods.h2o import H2O
 from kvcal.runtime.methods.loki import Loki, LokiPolicy
 from kvcal.runtime.methods.quest import Quest
+from kvcal.runtime.methods.snapkv import SnapKV
 from kvcal.runtime.methods.sparq import Sparq
 from kvcal.runtime.methods.spectral import Spectral
+from kvcal.runtime.methods.streaming import Streaming
 from kvcal.runtime.settings import new_store
 from kvcal.runtime.store import Store
 
@@ -50,6 +53,9 @@ METHODS = {
     "spectral-head-no-residual": Spectral(**CODED, bits=8, select="head", residual=False),
     "spectral-8-bit-rows": Spectral(**CODED, rows=8, dense_below=20),
     "spectral-sampled": Spectral(**CODED, sample=16),
+    "streaming": Streaming(keep=12),
+    "h2o": H2O(keep=0.4),
+    "snapkv": SnapKV(keep=0.4, window=4),
 }
 STEPPED = 2
 
@@ -109,7 +115,7 @@ def stepped(method, text, logits):
     for query, key, value in text.decoded:
         out.append(step.step(query, key, value, logits).squeeze(2))
         clock.tick()
-    return torch.stack(out), {name: step.buffer(name) for name in step.per_token}
+    return torch.stack(out), {name: step.buffer(name) for name in store.tokens}
 
 
 @pytest.mark.parametrize(
@@ -152,7 +158,9 @@ def test_equals_the_store(method, on, device):
         assert_close(step, store.attend(query, logits).squeeze(2).double())
 
 
-@pytest.mark.parametrize("method", ["full", "loki-sinks", "quest", "clusterkv", "spectral"])
+@pytest.mark.parametrize(
+    "method", ["full", "loki-sinks", "quest", "clusterkv", "spectral", "streaming", "h2o", "snapkv"]
+)
 def test_a_step_can_be_taken_again(method, on, device):
     """As a graph's is, which is run to warm up and then, from the same state, in earnest."""
     text, logits = Text(torch.float32, device), Logits(DIMS**-0.5)
@@ -163,9 +171,21 @@ def test_a_step_can_be_taken_again(method, on, device):
     step = FixedStep(store, clock)
     step.reserve(max(LENGTHS) + STEPPED + 1)
     for query, key, value in text.decoded:
+        before = [tensor.clone() for tensor in store.changed_by_step()]
         first = step.step(query, key, value, logits)
+        for tensor, was in zip(store.changed_by_step(), before, strict=True):
+            tensor.copy_(was)
         assert torch.equal(step.step(query, key, value, logits), first)
         clock.tick()
+    store.count(STEPPED)
+    eager = make_store(METHODS[method], text.basis)
+    eager.prefill(*text.prompt, logits, text.valid)
+    for _, key, value in text.decoded:
+        eager.append(key, value)
+    assert store.lengths == eager.lengths and store.held == eager.held
+    mine, expected = store.state(), eager.state()
+    positions = [name for name in ("tokens.position", "tokens.key") if name in expected and method != "h2o"]
+    assert all(torch.equal(mine[name], expected[name]) for name in positions)
 
 
 @pytest.mark.parametrize("method", ["full", "loki-max", "clusterkv-max", "spectral", "spectral-8-bit-rows"])

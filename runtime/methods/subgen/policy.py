@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ....artifacts import Artifact
@@ -21,6 +22,7 @@ from .attention import attention_with_sketch
 from .sketch import Shape, Sketch
 
 MOST_LAYERS = 1 << 16
+"""So many layers of two seeds draw different numbers."""
 MOST_SAMPLES = 1 << 16
 """Of each kind, per KV head: room for all of them is made at once."""
 
@@ -101,8 +103,10 @@ class SubGenPolicy(ByAge):
 
     def attend_all(self, query: Tensor, cache: LayerCache, logits: Logits, limits: Tensor | None) -> Tensor:
         sketch = _sketch(cache)
-        if not sketch.parts or limits is None:
+        if not sketch.parts:
             return super().attend_all(query, cache, logits, limits)
+        if limits is None:
+            limits = torch.arange(1, query.shape[2] + 1, device=query.device).expand(len(query), -1)
         return attention_with_sketch(query, *self.keys_values(cache), sketch.parts, logits, limits)
 
     def evicted(self, cache: LayerCache, slot: Tensor, gone: Tensor) -> None:

@@ -90,7 +90,7 @@ def test_only_a_full_cache_can_be_adopted_and_only_by_an_empty_one():
     for heir, source, message in (
         (make_cache("loki"), loki, "does not keep keys and values as they came: give one of method full"),
         (loki, full, "this cache holds tokens already: begin with an empty one"),
-        (make_cache("h2o"), full, "h2o starts from the attention that tokens have received"),
+        (make_cache("h2o"), full, "which h2o starts from, is not known of these"),
         (make_cache("full"), make_cache("full", "qwen2"), "of another model"),
     ):
         with pytest.raises(KvcalError, match=message):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from methods import FORMS
-from sequences import Geometry, Row, alone, assert_steps, decode, draw, make, prefill
+from sequences import Geometry, Row, alone, append, assert_steps, decode, draw, make, prefill
 from torch import Tensor
 
 from kvcal.artifacts import KvcalError
 from kvcal.runtime.attention import Logits
+from kvcal.runtime.kv.saved import Saved
 from kvcal.runtime.methods.full import FullPolicy
 from kvcal.runtime.settings import new_store
 from kvcal.runtime.store import Store
@@ -91,7 +92,7 @@ def test_h2o_needs_what_every_token_received() -> None:
     decode(cropped, rows, LOGITS, range(2))
     cropped.crop(2)
     decode(cropped, rows, LOGITS, range(2))
-    with pytest.raises(KvcalError, match="h2o starts from the attention"):
+    with pytest.raises(KvcalError, match="which h2o starts from, is not known"):
         make("h2o", GEOMETRY).take(*cropped.as_they_came())
 
 
@@ -102,3 +103,38 @@ def test_recorded_mass_is_that_of_one_prefill() -> None:
     torch.testing.assert_close(received(stepwise), received(once), rtol=1e-4, atol=1e-5)
     # Each of 304 queries gives 1, and the three query heads of a group are added up.
     torch.testing.assert_close(received(once).sum(-1), torch.full((1, 2), 304.0 * 3), rtol=1e-5, atol=0)
+
+
+def test_snapkv_needs_the_last_queries() -> None:
+    """Of a cache that was cropped they are not known, nor of one that was saved after that."""
+    (row,) = draw(GEOMETRY, [40], 3)
+    cropped = dense([row])
+    cropped.crop(2)
+    again = new_store(FullPolicy(True, 8))
+    again.restore(cropped.state())
+    for source in (new_store(FullPolicy(True)), cropped, again):
+        if not source.seen:
+            prefill(source, [row], LOGITS)
+        decode(source, [row], LOGITS, range(1))
+        with pytest.raises(KvcalError, match="which snapkv starts from, are not known"):
+            make("snapkv", GEOMETRY, window=4).take(*source.as_they_came())
+
+
+def test_what_a_step_has_read_is_told_after_the_next_token_too() -> None:
+    (row,) = draw(GEOMETRY, [40], 3)
+    store = make("h2o", GEOMETRY, keep=12)
+    prefill(store, [row], LOGITS)
+    (step,) = decode(store, [row], LOGITS, range(1))[0]
+    last = store.last
+    append(store, [row], 1)
+    assert torch.equal(last.mask()[0].repeat_interleave(GEOMETRY.group, 0), step.read)
+
+
+def test_padding_of_any_number_is_no_query() -> None:
+    """A prompt shorter than the window, on the left of which anything stands."""
+    rows = draw(GEOMETRY, (3, 12), 3)
+    store = make("snapkv", GEOMETRY, window=8)
+    prefill(store, rows, LOGITS)
+    state = store.state()
+    assert state["last.query"].isfinite().all()
+    store.check(Saved(state))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcal.runtime.attention import Logits
+from kvcal.runtime.kv.saved import Saved
 from kvcal.runtime.methods import METHODS
 from kvcal.runtime.settings import new_store
 from kvcal.runtime.store import Store
@@ -19,6 +20,7 @@ FORGETTING: list[dict[str, Any]] = [
     {"method": "streaming", "keep": 9, "sinks": 2},
     {"method": "h2o", "keep": 9},
     {"method": "h2o", "keep": 0.4},
+    {"method": "streaming", "keep": 1},
     {"method": "snapkv", "keep": 9, "window": 3},
     {"method": "subgen", "window": 6, "sinks": 2, "clusters": 3, "t": 2, "s": 4, "normaliser": "clusters"},
 ]
@@ -80,3 +82,14 @@ def test_methods_that_keep_all_keep_all():
     store = prefilled({"method": "quest"})
     store.make_room()
     assert store.tokens["key"].used == TOKENS[0]
+
+
+@pytest.mark.parametrize("setting", FORGETTING, ids=str)
+def test_it_can_be_saved_after_it(setting):
+    room = prefilled(setting)
+    room.make_room()
+    state = {name: tensor.clone() for name, tensor in room.state().items()}
+    room.check(Saved(state))
+    again = prefilled(setting)
+    again.restore(state)
+    torch.testing.assert_close(step(room), step(again))  # slots lie in another order

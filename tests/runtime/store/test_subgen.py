@@ -196,3 +196,16 @@ def test_second_prompt(cuts: tuple[int, ...]) -> None:
         torch.testing.assert_close(output[0, :, at].double(), expected.output, **CLOSE)
     later = Row(*row.tensors(), prompt=56)
     assert_oracle(decode(store, [later], LOGITS)[0], later)
+
+
+def test_a_prompt_after_everything_exact_has_left() -> None:
+    """It sees the sketch, and its own tokens."""
+    (row,) = draw(GEOMETRY, [40], 12)
+    store = make(window=1, sinks=0)
+    prefill(store, [row], LOGITS)
+    store.make_room()
+    assert store.held == [0]
+    output = store.prefill(*(tensor[None, :, 40:52] for tensor in row.tensors()), LOGITS)
+    for at in (0, 11):
+        expected = oracle(row, LOGITS, 41 + at, sinks=0, window=at + 1)
+        torch.testing.assert_close(output[0, :, at].double(), expected.output, **CLOSE)

@@ -120,3 +120,14 @@ def test_streaming_takes_back_what_it_has_not_evicted() -> None:
     assert_steps(
         decode(store, [shorter], LOGITS, range(6))[0], alone("streaming", GEOMETRY, shorter, LOGITS, keep=0.25)[:6]
     )
+
+
+def test_guesses_are_gone_with_what_came_before_them() -> None:
+    (row,) = draw(GEOMETRY, [24], 6)
+    store = make("streaming", GEOMETRY, keep=100)
+    prefill(store, [row], LOGITS)
+    decode(store, [row], LOGITS, range(2), revocable=True)
+    store.crop(5)
+    assert store.lengths == [21]
+    store.crop(1)
+    assert store.lengths == [20]
