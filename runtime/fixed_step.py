@@ -72,7 +72,7 @@ class FixedStep:
 
     def cache(self) -> LayerCache:
         place = ("metadata", self.capacity, None if self._table is None else self._table.shape)
-        return self.store.cache_at(self.store.slots(self.clock.once(place, self._metadata)))
+        return self.store.cache_at(self.store.held_metadata(self.clock.once(place, self._metadata)))
 
     def _metadata(self) -> DecodeMetadata:
         assert self._table is not None

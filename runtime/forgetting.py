@@ -28,7 +28,7 @@ class ForgettingStore(Store):
     def __init__(self, policy: EvictingPolicy) -> None:
         super().__init__(policy)
         self._held: list[int] = []
-        self._came: list[bool] = []
+        self._prompt_waits: list[bool] = []
         """Whether tokens of each sequence have come by prefill since its last decoded one. Saved are the queries that
         observe a prompt."""
         self._evicted: Evicted | None = None
@@ -56,7 +56,7 @@ class ForgettingStore(Store):
             self._write(new, valid)
             return
         self._held = [min(held + 1, most) for held, most in zip(self.held, self._most_held(coming), strict=True)]
-        self._came = [False] * len(key)
+        self._prompt_waits = [False] * len(key)
         self._advance(len(key), 1)
         if max(self.held) > self.buffers.capacity:
             self.buffers.reserve(max(self.held), {**new, POSITION: self.tokens[POSITION].view})
@@ -69,14 +69,14 @@ class ForgettingStore(Store):
         """Drop the queries of prompts that were just chosen from; those of sequences that wait for their first decoded
         token stay."""
         if self.observed is not None:
-            waits = [not comes and came for comes, came in zip(coming, self._came, strict=True)]
-            self.observed = self.observed.where(waits) if any(waits) else None
+            waiting = [not comes and waits for comes, waits in zip(coming, self._prompt_waits, strict=True)]
+            self.observed = self.observed.where(waiting) if any(waiting) else None
 
     def _take(self, new: Mapping[str, Tensor], valid: Tensor | None) -> None:
         self.settle()
         super()._take(new, valid)
         gets = [True] * len(self.lengths) if valid is None else valid.any(1).tolist()
-        self._came = [came or got for came, got in zip(self._came or gets, gets, strict=True)]
+        self._prompt_waits = [waits or got for waits, got in zip(self._prompt_waits or gets, gets, strict=True)]
 
     def _write(self, new: Mapping[str, Tensor], valid: Tensor | None) -> None:
         batch, heads, tokens = new["key"].shape[:3]
@@ -84,7 +84,7 @@ class ForgettingStore(Store):
         number = torch.arange(tokens).unsqueeze(0) if valid is None else valid.cumsum(1) - 1
         position = (first + number).to(new["key"].device, torch.int32)[:, None, :, None].expand(batch, heads, -1, -1)
         places = self._places(new["key"], valid)
-        self._held, self._came = places.after, self._came or [False] * batch
+        self._held, self._prompt_waits = places.after, self._prompt_waits or [False] * batch
         self._put({**new, POSITION: position}, places, self.lengths)
 
     # Tokens go
@@ -102,9 +102,11 @@ class ForgettingStore(Store):
             after: tokens from now on, decoded before that.
         """
         most = []
-        for length, held, came, comes in zip(self.lengths, self._held_after(after), self._came, coming, strict=True):
+        for length, held, waits, comes in zip(
+            self.lengths, self._held_after(after), self._prompt_waits, coming, strict=True
+        ):
             evicted = length + after - held
-            allowed = self.policy.most_held(length + after + 1, evicted, came and not after)
+            allowed = self.policy.most_held(length + after + 1, evicted, waits and not after)
             most.append(allowed if comes else held + 1)
         return most
 
@@ -133,7 +135,7 @@ class ForgettingStore(Store):
         of that size."""
         lengths, kept = [length + 1 for length in self.lengths], self._most_held(coming)
         held = [min(now, most - 1) for now, most in zip(self.held, kept, strict=True)]
-        self._came = [came and not comes for came, comes in zip(self._came, coming, strict=True)]
+        self._prompt_waits = [waits and not comes for waits, comes in zip(self._prompt_waits, coming, strict=True)]
         if held == self.held:
             return
         position = self.tokens[POSITION].view.squeeze(-1)
@@ -161,7 +163,7 @@ class ForgettingStore(Store):
         gone = (times == 0) & (position >= 0)
         order = position.masked_fill(~gone, torch.iinfo(position.dtype).max).argsort(-1)
         order = order[:, :, : int(gone.sum(-1).max())]
-        self.policy.evicted(self.cache(), order, gone.gather(2, order))
+        self.policy.on_evict(self.cache(), order, gone.gather(2, order))
 
     def crop(self, tokens: int) -> None:
         if tokens == 0:
@@ -191,7 +193,7 @@ class ForgettingStore(Store):
         self._before.clear()
         if self.lengths:
             self._held = [self._held[row] for row in index.tolist()]
-            self._came = [self._came[row] for row in index.tolist()]
+            self._prompt_waits = [self._prompt_waits[row] for row in index.tolist()]
         super().reorder(index)
 
     def resident_bytes(self) -> int:
@@ -210,8 +212,8 @@ class ForgettingStore(Store):
 
     def cache(self) -> LayerCache:
         if self._metadata is None:
-            held, came, device = tuple(self.held), tuple(self.lengths), self.tokens["key"].view.device
-            self._metadata = contiguous_metadata(held, self.buffers.capacity, device, came)
+            held, lengths, device = tuple(self.held), tuple(self.lengths), self.tokens["key"].view.device
+            self._metadata = contiguous_metadata(held, self.buffers.capacity, device, lengths)
         return super().cache()
 
     def _buffers(self) -> LayerBuffers:
@@ -219,9 +221,9 @@ class ForgettingStore(Store):
 
     # Steps of fixed shapes
 
-    def slots(self, tokens: DecodeMetadata) -> DecodeMetadata:
+    def held_metadata(self, metadata: DecodeMetadata) -> DecodeMetadata:
         assert self._evicted is not None
-        return self.policy.slots(tokens, self._evicted)
+        return self.policy.held_metadata(metadata, self._evicted)
 
     def due(self, tokens: int) -> bool:
         return self._due(tokens)
@@ -239,7 +241,7 @@ class ForgettingStore(Store):
 
     def count(self, tokens: int) -> None:
         self._held = self._held_after(tokens)
-        self._came = [False] * len(self.held)
+        self._prompt_waits = [False] * len(self.held)
         super().count(tokens)
 
     def changed_by_step(self) -> list[Tensor]:
@@ -270,8 +272,8 @@ class ForgettingStore(Store):
         self._held = state["held"].tolist()
         super().restore(state)
         self.observes = self.policy.observes
-        came = None if self.observed is None else (self.observed.position >= 0).any(1)
-        self._came = [False] * len(self._held) if came is None else came.tolist()
+        waiting = None if self.observed is None else (self.observed.position >= 0).any(1)
+        self._prompt_waits = [False] * len(self._held) if waiting is None else waiting.tolist()
 
     def _check(self, saved: Saved) -> None:
         saved.take_tokens(None)

@@ -268,9 +268,9 @@ class Store(Sequences):
 
     # Steps of fixed shapes, see `fixed_step`
 
-    def slots(self, tokens: DecodeMetadata) -> DecodeMetadata:
-        """Metadata of what is held, of sequences of which `tokens` tells: with shapes and addresses that stay."""
-        return tokens
+    def held_metadata(self, metadata: DecodeMetadata) -> DecodeMetadata:
+        """Of what is held of sequences that `metadata` describes, with shapes and addresses that stay."""
+        return metadata
 
     def due(self, tokens: int) -> bool:
         """Whether the host has something to see to before the next token, `tokens` after those that were counted."""

@@ -96,25 +96,25 @@ def contiguous_table(sequences: int, pages: int, device: torch.device) -> Tensor
 
 
 def contiguous_metadata(
-    lengths: tuple[int, ...], capacity: int, device: torch.device, came: tuple[int, ...] | None = None
+    lengths: tuple[int, ...], capacity: int, device: torch.device, all_lengths: tuple[int, ...] | None = None
 ) -> DecodeMetadata:
     """Of sequences of these lengths in buffers of `capacity` tokens each: one object for all layers of a step.
 
     Args:
-        came: tokens of each sequence, where fewer are held.
+        all_lengths: tokens of each sequence, where fewer are held.
     """
-    return _contiguous(lengths, capacity, device, came, threading.get_ident())
+    return _contiguous(lengths, capacity, device, all_lengths, threading.get_ident())
 
 
 @lru_cache(maxsize=8)
 def _contiguous(
-    lengths: tuple[int, ...], capacity: int, device: torch.device, came: tuple[int, ...] | None, thread: int
+    lengths: tuple[int, ...], capacity: int, device: torch.device, all_lengths: tuple[int, ...] | None, thread: int
 ) -> DecodeMetadata:
     """
     Args:
         thread: another may work on another stream, which would not wait for what this one reckons.
     """
-    whole = None if came is None else _contiguous(came, PAGE, device, None, thread)
+    whole = None if all_lengths is None else _contiguous(all_lengths, PAGE, device, None, thread)
     table, longest, shortest = contiguous_table(len(lengths), capacity // PAGE, device), max(lengths), min(lengths)
     if longest == shortest:  # without a copy from the host, which would wait for the device
         seq_lens = torch.full((len(lengths),), longest, dtype=torch.int32, device=device)

@@ -61,12 +61,12 @@ class EvictingPolicy(Policy):
         """Raises KvcalError unless a cache may hold the tokens at these positions [B, Hkv, slots], the first `held` of
         each sequence, in order."""
 
-    def most_held(self, length: int, evicted: int, came: bool) -> int:
+    def most_held(self, length: int, evicted: int, waits: bool) -> int:
         """How many tokens a sequence may hold that has `length`.
 
         Args:
             evicted: tokens that it has lost before.
-            came: whether tokens have come by prefill since its last decoded one.
+            waits: whether tokens have come by prefill since its last decoded one.
         """
         return self.budget.of(length)
 
@@ -78,7 +78,7 @@ class EvictingPolicy(Policy):
     def step(self, query: Tensor, cache: LayerCache, logits: Logits) -> Attended:
         return Attended(attend_all(query, *self.keys_values(cache), cache.metadata, logits), None)
 
-    def slots(self, tokens: DecodeMetadata, evicted: Evicted) -> DecodeMetadata:
+    def held_metadata(self, tokens: DecodeMetadata, evicted: Evicted) -> DecodeMetadata:
         """Metadata of what is held of sequences that `tokens` tells of, where each has what its budget allows.
 
         Args:
@@ -99,7 +99,7 @@ class EvictingPolicy(Policy):
         """That any sequence takes on its way to so many tokens.
 
         Args:
-            evicted: as of `slots`.
+            evicted: as of `held_metadata`.
         """
         return self.budget.most(tokens)
 
@@ -107,7 +107,7 @@ class EvictingPolicy(Policy):
         metadata, key = cache.metadata, new["key"]
         assert metadata.whole is not None
         slot, taken = self._slot(cache)
-        self.evicted(cache, slot.unsqueeze(2), taken)
+        self.on_evict(cache, slot.unsqueeze(2), taken)
         position = (metadata.whole.seq_lens - 1).view(-1, 1, 1, 1).expand(-1, key.shape[1], 1, 1)
         cache.write_at({**new, POSITION: position}, slot)
 
@@ -123,7 +123,7 @@ class EvictingPolicy(Policy):
         slot = worth.argmin(-1)
         return slot, ~free.gather(2, slot.unsqueeze(2))
 
-    def evicted(self, cache: LayerCache, slot: Tensor, gone: Tensor) -> None:
+    def on_evict(self, cache: LayerCache, slot: Tensor, gone: Tensor) -> None:
         """Tokens leave: those in slots [B, Hkv, m] int64, in ascending order of position, as far as `gone` [B, Hkv, m]
         bool says so."""
 

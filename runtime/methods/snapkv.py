@@ -59,9 +59,9 @@ class SnapKVPolicy(EvictingPolicy):
         super().__init__(settings)
         self.settings, self.observes = settings, settings.window
 
-    def most_held(self, length: int, evicted: int, came: bool) -> int:
+    def most_held(self, length: int, evicted: int, waits: bool) -> int:
         """What the budget allows of a prompt, and all decoded tokens."""
-        return self.budget.of(length - 1) + 1 if came else length - evicted
+        return self.budget.of(length - 1) + 1 if waits else length - evicted
 
     def least_held(self, length: int) -> int:
         return 1
@@ -80,7 +80,7 @@ class SnapKVPolicy(EvictingPolicy):
         pool = F.avg_pool1d if self.settings.pooling == "avg" else F.max_pool1d
         return pool(received, self.settings.kernel, stride=1, padding=self.settings.kernel // 2)
 
-    def slots(self, tokens: DecodeMetadata, evicted: Evicted) -> DecodeMetadata:
+    def held_metadata(self, tokens: DecodeMetadata, evicted: Evicted) -> DecodeMetadata:
         """All of each sequence but what it has lost with its prompt."""
         gone = evicted.host
 

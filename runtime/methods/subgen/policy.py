@@ -109,7 +109,7 @@ class SubGenPolicy(ByAge):
             limits = torch.arange(1, query.shape[2] + 1, device=query.device).expand(len(query), -1)
         return attention_with_sketch(query, *self.keys_values(cache), sketch.parts, logits, limits)
 
-    def evicted(self, cache: LayerCache, slot: Tensor, gone: Tensor) -> None:
+    def on_evict(self, cache: LayerCache, slot: Tensor, gone: Tensor) -> None:
         """Into the sketch, a block at a time. All KV heads lose the same tokens."""
         if not bool(gone.any()):
             return

@@ -10,7 +10,11 @@ from kvcal.runtime.attention import Logits
 
 GEOMETRY, LOGITS = Geometry(16, 8, 2, 3), Logits(0.25)
 SELECTING = ("loki", "exact_topk", "quest", "sparq", "clusterkv")
-SETTINGS = {"loki": {"rank": 0.5}, "quest": {"page": 4}, "clusterkv": {"tokens_per_cluster": 4, "sinks": 2}}
+SETTINGS = {
+    "loki": {"rank": 0.5, "sinks": 0, "recent": 0},
+    "quest": {"page": 4, "sinks": 0},
+    "clusterkv": {"tokens_per_cluster": 4, "sinks": 2},
+}
 
 
 def counts(method: str, prompts: tuple[int, ...], **settings) -> list[int]:
