@@ -33,6 +33,8 @@ def _drawn(row: Mapping[str, Any], shares: Callable[[Mapping[str, Any]], float |
     share = shares(row)
     if share is None or row.get("normaliser") == "clusters":  # SubGen as published would only cross both panels
         return None
+    if row.get("sinks") == 0 and row.get("basis") != "pca":  # of Loki and Quest one line each, and Loki's as published
+        return None
     kept = {name: row[name] for name in (*_NAMED, *_MEASURED) if name in row}
     if row["method"] == "clusterkv":  # in every level a setting as published, and one of small clusters
         kept["tokens_per_cluster"] = 80 if row["tokens_per_cluster"] == 80 else "16, 32"

@@ -59,6 +59,9 @@ def at_equal_bytes(level: float, head_dim: int, length: int) -> list[Setting]:
         {"method": "snapkv", "keep": _share(level)},
         {**_SUBGEN, "window": held // 2, "clusters": held // 16, "t": 2, "s": held // 4},
         {"method": "subgen", "window": held // 2, "s": held // 2, "normaliser": "values"},
+        # What sinks and recent tokens are worth.
+        {"method": "loki", "rank": dims, "keep": _share(rows), "basis": "score", **GROUP, **ONLY_CHOSEN},
+        {"method": "quest", "page": page, "keep": _share(level - 1 / page), **GROUP, "sinks": 0},
         *_spectral(level, head_dim, length),
     ]
 
