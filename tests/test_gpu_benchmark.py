@@ -73,7 +73,7 @@ def test_the_runs_name_what_there_is(module):
     """And ask for each before what depends on it."""
     first, second, sizes = module("first"), module("second"), module("sizes").FULL
     assert set(first.CHECKS) == set(module("checks").KERNELS)
-    assert set(sizes.methods) == set(module("methods").methods(sizes))
+    assert set(sizes.methods) == set(module("attention_steps").methods(sizes))
     assert set(first.BASELINES) == set(module("baselines").BASELINES)
     assert set(second.SANITIZED) <= set(first.CHECKS) and set(second.COUNTED) <= set(sizes.methods)
     for run, minutes in ((first, 6), (second, 5)):
@@ -147,7 +147,7 @@ def test_nan_is_never_near(module):
 def test_steps_that_read_everything_are_dense(module):
     """Each of the measured steps against one softmax in float64."""
     sizes = replace(module("sizes").DRY, keep=TOKENS, numbers="float32")
-    for make in module("methods").methods(sizes).values():
+    for make in module("attention_steps").methods(sizes).values():
         copy = module("caches").draw(sizes, 2, TOKENS, torch.device("cpu"))
         key, value = copy.key.double(), copy.value.double()
         key[:, :, -1:], value[:, :, -1:] = copy.key_new.double(), copy.value_new.double()
@@ -189,7 +189,7 @@ def test_launches_are_those_that_are_reckoned_with(module, monkeypatch):
     seen = {}
     for batch in sizes.batches:
         copy = caches.draw(sizes, batch, TOKENS, torch.device("cpu"))
-        for name, make in module("methods").methods(sizes).items():
+        for name, make in module("attention_steps").methods(sizes).items():
             with caches.forced("reference"):
                 method, works = make(copy), expected.parts(sizes, name, TOKENS, batch)
             with caches.forced("triton"):

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from attention_steps import cluster_settings
 from caches import fill_pages
 from expected import LUMPS
-from methods import cluster_settings
 from sizes import Sizes
 from timing import Timer
 from torch import Tensor

@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from attention_steps import methods
 from caches import draw, forced
 from gate import Gate
-from methods import methods
 from timing import captured
 from torch import Tensor
 

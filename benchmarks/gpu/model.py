@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from attention_steps import cluster_settings, loki_settings
 from caches import fill_clustered, fill_pages
 from codebook import fitted, settings
-from methods import cluster_settings, loki_settings
 from sizes import Sizes
 from timing import tidy
 from torch import Tensor

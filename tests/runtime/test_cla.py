@@ -89,8 +89,8 @@ def test_layers_of_a_group_have_one_method():
 def test_what_one_layers_queries_made_is_refused():
     groups = SharingMap(((0, 1), (2,)))
     for method, message in (
-        (METHODS["loki"](basis="score"), "basis 'score' is fitted to the queries of one layer, and layers 0, 1"),
-        (METHODS["spectral"](), "spectral's codebooks are of each layer's own keys and values, and layers 0, 1 share"),
+        (METHODS["loki"](basis="score"), "layers 0, 1 share .* basis 'score' is fitted to the queries of one layer"),
+        (METHODS["spectral"](), "layers 0, 1 share .* spectral's codebooks are of one layer's own keys and values"),
         (METHODS["full"](record_mass=True), "record_mass"),
     ):
         with pytest.raises(KvcalError, match=message):

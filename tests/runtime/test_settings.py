@@ -33,6 +33,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "sparq": {"rank": 0.25, "keep": 0.25, "select": "group"},
     "streaming": {"keep": 0.25, "sinks": 4},
     "h2o": {"keep": 0.25},
+    "snapkv": {"keep": 0.25, "window": 32, "kernel": 5, "pooling": "avg"},
     "clusterkv": {
         "keep": 1024, "select": "group", "tokens_per_cluster": 16, "window": 320, "sinks": 16, "tail": False,
         "segment": 8192, "iterations": 20, "offload": "none", "cached": 2048,
@@ -223,7 +224,7 @@ def test_builders_make_empty_stores_of_their_own() -> None:
 def test_describe_joins_neighbours() -> None:
     chosen = plan({"0-1": "full", "2-": "h2o"}, {"keep": {"0-2": 0.5, "3": 9}}, LAYERS, 4)
     assert describe(chosen) == [
-        {"layers": "0-1", "method": "full", "record_mass": False},
+        {"layers": "0-1", "method": "full", "record_mass": False, "record_queries": 0},
         {"layers": "2-2", "method": "h2o", "keep": 0.5, "dense_below": 0},
         {"layers": "3-3", "method": "h2o", "keep": 9, "dense_below": 0},
     ]

@@ -18,7 +18,7 @@ from kvcal.calibrate.evaluation.results import Results
 from kvcal.calibrate.evaluation.side_by_side import continue_prompt
 from kvcal.calibrate.evaluation.tasks.sample import Sample, Task
 from kvcal.runtime import CompressedCache, compress
-from kvcal.runtime.methods.h2o import H2OStore
+from kvcal.runtime.methods.h2o import H2O
 
 CONTEXTS, QUESTIONS, NEW = (40, 23, 40, 31, 6), (3, 9, 1, 6, 3), 6
 TINY = {"window": 4, "sinks": 2}
@@ -162,7 +162,7 @@ def test_methods_that_forget_have_forgotten_before_a_prefilled_question(model, s
 
 
 def test_a_method_that_says_that_it_is_query_aware_sees_the_question(model, monkeypatch):
-    monkeypatch.setattr(H2OStore, "query_aware", True)
+    monkeypatch.setattr(H2O, "query_aware", True)
     setting = {"method": "h2o", "keep": 0.25}
     expected = [plain(model, sample, {"artifact": None, **setting}) for sample in SAMPLES]
     assert answered(model, None, "prefilled", setting) == expected

@@ -100,7 +100,7 @@ def prompts(windows, task):
 
 @pytest.fixture(scope="module")
 def grid():
-    per_head = {"rank": [0.25], "basis": ["pca"], "select": ["head"]}
+    per_head = {"rank": [0.25], "basis": ["pca"], "select": ["head"], "sinks": [0], "recent": [0]}
     return make_grid(["loki", "exact_topk", "h2o", "streaming"], {**per_head, "keep": [1.0, 0.25]})
 
 
@@ -221,8 +221,8 @@ def test_a_prefill_records_attention_in_layers_that_start_from_it(
     mass = stores.attention_mass
     monkeypatch.setattr(stores, "attention_mass", lambda *given: calls.append(1) or mass(*given))
     rows = evaluate(model, None, prompts, [{"method": method}], tokenizer=Numbers(), question=question)
-    batches = 2  # of windows and of questions, which are prefilled after their contexts
-    assert len(calls) == recorded * (batches + (question == "prefilled")) and rows[-1]["scores"]
+    batches = 2  # of windows and of questions; these are prefilled after their contexts, and through what h2o has left
+    assert len(calls) == recorded * (batches + 2 * (question == "prefilled")) and rows[-1]["scores"]
 
 
 def test_the_batch_size_does_not_matter(model, artifact, prompts, grid, rows):

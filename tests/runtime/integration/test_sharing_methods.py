@@ -16,7 +16,7 @@ from kvcal.runtime import CompressedCache, SharingMap, compress, shared, sharing
 
 GROUPS = SharingMap.parse("0-1,2")
 PREFIX = 24
-PCA = {"rank": 0.5, "keep": 0.25, "basis": "pca", "select": "head"}
+PCA = {"rank": 0.5, "keep": 0.25, "basis": "pca", "select": "head", "sinks": 0, "recent": 0}
 IDS = torch.cat([random_ids(50, seed=row) for row in range(2)])
 
 
@@ -156,13 +156,13 @@ def test_no_basis_of_the_shared_keys_is_refused(trained, settings):
 @pytest.mark.parametrize("settings", [{}, {"uptrained": False}, {"groups": "0,1-2"}])
 def test_spectral_has_no_codebook_of_shared_keys(trained, of_shared, weights, settings):
     """Also where the artifact was calibrated in the shared model: its codes are fitted to one layer's queries."""
-    before, other = inventory(model()), r"share theirs: take loki with basis='pca', or a method without a basis$"
+    before, other = inventory(model()), r"keys and values, and spectral's codebooks are of one [^\n]* without a basis$"
     for found in (trained, artifact()):
         own = {"groups": str(GROUPS), **settings} if found is not trained else settings
-        with pytest.raises(KvcalError, match=rf"^spectral's codebooks are of each [^\n]* layers \d, \d {other}"):
+        with pytest.raises(KvcalError, match=rf"^layers \d, \d share {other}"):
             compress(model(), found, "cla+spectral", **own).__enter__()
         assert inventory(model()) == before and sharing_of(model()) is None
-    with shared(model(), GROUPS, weights=weights), pytest.raises(KvcalError, match=rf"layers 0, 1 {other}"):
+    with shared(model(), GROUPS, weights=weights), pytest.raises(KvcalError, match=rf"layers 0, 1 share {other}"):
         CompressedCache(model(), of_shared, "spectral")
 
 
@@ -172,7 +172,7 @@ def test_where_no_basis_is_named_shared_keys_are_scored_in_that_of_key_pca(train
     found, cache = decoded(trained, "cla+loki", **unsaid)
     assert torch.equal(found, expected) and {of.basis for of in cache.recipe.methods.values()} == {"pca"}
     refused = pytest.raises(
-        KvcalError, match="basis 'score' is fitted to the queries of one layer, and layers 0, 1 all"
+        KvcalError, match="layers 0, 1 share keys and values, and basis 'score' is fitted to the queries of one layer"
     )
     with shared(model(), GROUPS, weights=weights):
         cache = CompressedCache(model(), of_shared, "loki", **unsaid)

@@ -75,7 +75,7 @@ def perplexity(logits, ids):
 @pytest.mark.parametrize("basis", ["pca", "score"])
 def test_teacher_forced_perplexity_equals_a_mask_simulation_with_causal_budgets(model, artifact, basis):
     ids = torch.randint(3, 96, (2, PREFIX + CONTINUATION), generator=torch.Generator().manual_seed(2))
-    cache = CompressedCache(model, artifact, "loki", rank=0.25, keep=0.2, basis=basis, select="head")
+    cache = CompressedCache(model, artifact, "loki", rank=0.25, keep=0.2, basis=basis, select="head", sinks=0, recent=0)
     parts = [model(ids[:, :PREFIX], past_key_values=cache).logits]
     for at in range(PREFIX, ids.shape[1]):
         parts.append(model(ids[:, at : at + 1], past_key_values=cache).logits)

@@ -50,9 +50,9 @@ def test_a_second_turn_with_padding_in_the_middle_equals_its_rows_alone(method):
             torch.testing.assert_close(logits[row : row + 1], expected, **close(method))
 
 
-# Without quest's tail, whose pages may hold tokens that are read anyway.
-@pytest.mark.parametrize("method", [name for name in SMALL if "keep" in SMALL[name] and name != "quest-tail"])
+@pytest.mark.parametrize("method", [name for name in SMALL if "keep" in SMALL[name] and name != "snapkv"])
 def test_a_second_turn_keeps_to_the_budget(method):
+    """SnapKV's is of prompts."""
     of, first = model(), padded(9, 40)
     with compress(of, artifact(), **small(method)):
         tokens, _, cache = greedy(of, first)

@@ -96,7 +96,8 @@ def held(store: Store) -> int:
 def memory(store: Store) -> int:
     """Bytes of the storages behind the tensors that a store holds on to."""
     built = [] if store.index is None else list(store.index.tensors().values())
-    tensors = [*store.buffers.tensors(), *store.buffers.sums.values(), *built]
+    queries = [] if store.observed is None else list(store.observed.state().values())
+    tensors = [*store.buffers.tensors(), *store.buffers.sums.values(), *built, *queries]
     cache = store.buffers.device_cache
     tensors += [] if cache is None else every_tensor(vars(cache))
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}

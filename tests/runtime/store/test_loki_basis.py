@@ -31,7 +31,9 @@ def test_which_tensors(stage: str, basis: str, layer: int) -> None:
         names = [f"layers.{layer}.{stage}.{side}_map" for side in ("query", "key")]
     query_map, key_map = (ARTIFACT.stages[basis].tensors[name][:, :3] for name in names)
     rows, logits = draw(GEOMETRY, (9, 30), 3), Logits(GEOMETRY.scaling)
-    store = new_store(Loki(rank=3, keep=0.25, stage=stage, basis=basis, select="head").bind(layer, 12, ARTIFACT))
+    store = new_store(
+        Loki(rank=3, keep=0.25, stage=stage, basis=basis, select="head", sinks=0, recent=0).bind(layer, 12, ARTIFACT)
+    )
     prefill(store, rows, logits)
     for row, got in zip(rows, decode(store, rows, logits), strict=True):
         assert_steps(got, loki(row, logits, query_map, key_map, keep=0.25))
@@ -105,7 +107,7 @@ def scored(artifact: Artifact, layer: int = 0, **settings: object) -> int:
     """Dimensions that are read of each key at a step, from the bytes."""
     (row,) = draw(GEOMETRY, [39], 1)
     settings = {"basis": "pca", "select": "head", **settings}
-    store = new_store(Loki(keep=1, **settings).bind(layer, 12, artifact))
+    store = new_store(Loki(keep=1, sinks=0, recent=0, **settings).bind(layer, 12, artifact))
     prefill(store, [row], Logits(1.0))
     decode(store, [row], Logits(1.0))
     rows_read, basis = GEOMETRY.heads * (12 + 5) * 4, store.policy.basis.rank

@@ -81,7 +81,7 @@ def clusterkv(copy: Copy, sizes: Sizes, per_cluster: int) -> Method:
 
 
 def loki_settings(sizes: Sizes, basis: str) -> Loki:
-    return Loki(rank=sizes.rank, keep=sizes.keep, select="max", basis=basis)
+    return Loki(rank=sizes.rank, keep=sizes.keep, select="max", basis=basis, sinks=0, recent=0)
 
 
 def cluster_settings(sizes: Sizes, per_cluster: int) -> ClusterKV:
