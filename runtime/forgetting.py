@@ -90,8 +90,10 @@ class ForgettingStore(Store):
     # Tokens go
 
     def make_room(self) -> None:
+        every = [True] * len(self.lengths)
         if self.lengths and self._loses_more_than(0):
-            self._make_room([True] * len(self.lengths))
+            self._make_room(every)
+            self._forget_queries(every)
 
     def _most_held(self, coming: Sequence[bool], after: int = 0) -> list[int]:
         """Tokens that each sequence may hold once those that are `coming` have one more.

@@ -93,3 +93,10 @@ def test_it_can_be_saved_after_it(setting):
     again = prefilled(setting)
     again.restore(state)
     torch.testing.assert_close(step(room), step(again))  # slots lie in another order
+
+
+def test_a_prompt_that_was_chosen_from_observes_nothing_more():
+    room = prefilled({"method": "snapkv", "keep": 9, "window": 3})
+    assert room.observed is not None
+    room.make_room()
+    assert room.observed is None
