@@ -80,10 +80,9 @@ class ForgettingStore(Store):
 
     def _write(self, new: Mapping[str, Tensor], valid: Tensor | None) -> None:
         batch, heads, tokens = new["key"].shape[:3]
-        first = torch.tensor(self.lengths or [0] * batch).unsqueeze(1)
-        number = torch.arange(tokens).unsqueeze(0) if valid is None else valid.cumsum(1) - 1
-        position = (first + number).to(new["key"].device, torch.int32)[:, None, :, None].expand(batch, heads, -1, -1)
         places = self._places(new["key"], valid)
+        position = self._positions(tokens, valid, new["key"].device).to(torch.int32)[:, None, :, None]
+        position = position.expand(-1, heads, -1, -1)
         self._held, self._prompt_waits = places.after, self._prompt_waits or [False] * batch
         self._put({**new, POSITION: position}, places, self.lengths)
 

@@ -18,7 +18,8 @@ from .kv.saved import FLOATS, Saved, require
 from .kv.sequences import Sequences
 from .methods.base import Attended, Policy, Reading
 
-ROWS = ("key", "value")
+EXACT = ("key", "value")
+"""Names of what is kept of tokens as it came."""
 
 
 class Store(Sequences):
@@ -62,10 +63,10 @@ class Store(Sequences):
         Args:
             valid: [B, T] bool on the CPU, False at padding; None = no padding.
         """
-        if self.observes:
-            position = self._positions(len(query), query.shape[2], valid).to(query.device)
-            self._observe(LastQueries.of(query, position, logits, self.observes))
         self._take(self.encoded(key, value), valid)
+        if self.observes:
+            position = self._positions(query.shape[2], valid, query.device)
+            self._observe(LastQueries.of(query, position, logits, self.observes))
         if self.accumulates:
             limits = self._visible(query, valid)
             if limits is not None and valid is not None:  # what queries at padding attend to does not count
@@ -209,6 +210,13 @@ class Store(Sequences):
         return Reading(
             self.policy, cache.metadata, found.selected, cache.pages["key"].shape[2], self.buffers.widths, entries
         )
+
+    def _positions(self, tokens: int, valid: Tensor | None, device: torch.device) -> Tensor:
+        """[B, tokens] int64: the place in its sequence of each of the tokens that came last, -1 at padding."""
+        number = visible(self.lengths, tokens, valid, device)
+        if number is None:
+            return torch.arange(tokens, device=device).expand(len(self.lengths), -1)
+        return number - 1 if valid is None else (number - 1).masked_fill(~valid.to(device), -1)
 
     def _visible(self, query: Tensor, valid: Tensor | None) -> Tensor | None:
         """[B, T] int64: how many tokens of its sequence each of the T that came last may see; None: plainly causal."""
@@ -355,7 +363,7 @@ class Store(Sequences):
         return state | self._counts() | ({} if self.observed is None else self.observed.state())
 
     def _is_saved(self, name: str) -> bool:
-        return name in (*ROWS, RECEIVED) or not self.policy.keeps_keys_values
+        return name in (*EXACT, RECEIVED) or not self.policy.keeps_keys_values
 
     def check(self, saved: Saved) -> None:
         """Raises KvcalError: no store of this method and these settings has such a `state`."""
@@ -376,7 +384,7 @@ class Store(Sequences):
                 LastQueries.check(saved, self.observes)
             return
         heads, *dims = self.policy.fitted_to
-        like = [saved.take(f"like.{name}", FLOATS, 0, heads, 0, of) for name, of in zip(ROWS, dims, strict=True)]
+        like = [saved.take(f"like.{name}", FLOATS, 0, heads, 0, of) for name, of in zip(EXACT, dims, strict=True)]
         for name, none in self.policy.encode(*like).items():
             shape = saved.rows, none.shape[1], saved.longest, none.shape[3]
             found = saved.take(f"tokens.{name}", none.dtype, *shape)

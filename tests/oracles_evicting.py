@@ -13,6 +13,17 @@ from torch import Tensor
 from kvcal.runtime.attention import Logits
 
 
+def empty_steps(row: Row) -> list[Step]:
+    """Of every decoded token, to be filled in by head."""
+    return [
+        Step(
+            torch.empty(row.query.shape[0], row.value.shape[-1], dtype=torch.float64),
+            torch.zeros(row.query.shape[0], tokens, dtype=torch.bool),
+        )
+        for tokens in range(row.prompt + 1, row.key.shape[1] + 1)
+    ]
+
+
 def evicting(
     protect: Callable[[int, int, int, dict], bool],
     worth: Callable[[int, dict[int, float]], float],
@@ -27,13 +38,7 @@ def evicting(
         worth: (position, attention received so far by position).
     """
     row = row.double()
-    steps = [
-        Step(
-            torch.empty(row.query.shape[0], row.value.shape[-1], dtype=torch.float64),
-            torch.zeros(row.query.shape[0], tokens, dtype=torch.bool),
-        )
-        for tokens in range(row.prompt + 1, row.key.shape[1] + 1)
-    ]
+    steps = empty_steps(row)
     for kv_head in range(row.key.shape[0]):
         held = list(range(row.prompt))
         mass = dict(enumerate(prompt_mass(row, logits, kv_head).tolist()))
@@ -86,13 +91,7 @@ def snapkv(row: Row, logits: Logits, **settings: Any) -> list[Step]:
     reach, average = settings.get("kernel", 5) // 2, settings.get("pooling", "avg") == "avg"
     k = budget(settings, row.prompt)
     first = max(0, row.prompt - window)
-    steps = [
-        Step(
-            torch.empty(row.query.shape[0], row.value.shape[-1], dtype=torch.float64),
-            torch.zeros(row.query.shape[0], tokens, dtype=torch.bool),
-        )
-        for tokens in range(row.prompt + 1, row.key.shape[1] + 1)
-    ]
+    steps = empty_steps(row)
     for kv_head in range(row.key.shape[0]):
         received = [0.0] * row.prompt
         for tokens in range(first + 1, row.prompt + 1):

@@ -62,7 +62,8 @@ class LastQueries:
         heads.
 
         Args:
-            key: [B, Hkv, S, D]. position: [B, Hkv, S], of each token in its sequence, -1 where there is none.
+            key: [B, Hkv, S, D].
+            position: [B, Hkv, S], of each token in its sequence, -1 where there is none.
         """
         own = self.position[:, None, :, None]
         seen = (position.unsqueeze(2) <= own) & (position.unsqueeze(2) >= 0)

@@ -19,13 +19,6 @@ class Sequences:
         self.valid: Tensor | None = None
         """[B, seen] bool on the CPU, which positions were no padding; None: all."""
 
-    def _positions(self, batch: int, tokens: int, valid: Tensor | None) -> Tensor:
-        """[B, tokens] int64: of the positions that come next, the place of each in its sequence; -1 at padding."""
-        first = torch.tensor(self.lengths or [0] * batch).unsqueeze(1)
-        if valid is None:
-            return first + torch.arange(tokens)
-        return (first + valid.cumsum(1) - 1).masked_fill(~valid, -1)
-
     def _advance(self, batch: int, tokens: int, valid: Tensor | None = None) -> None:
         """Count so many new positions.
 

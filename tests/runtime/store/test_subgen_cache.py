@@ -6,24 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from sequences import Row, assert_steps, decode, draw, fork, prefill
+from sequences import Row, assert_steps, decode, draw, prefill
 from subgen_stores import GEOMETRY, LOGITS, PROMPTS, SMALL, alone, make
 from torch import Tensor
 
 from kvcal.artifacts import KvcalError
-from kvcal.runtime.methods.full import FullPolicy
 from kvcal.runtime.methods.subgen import SubGen
 from kvcal.runtime.settings import new_store
-
-
-def test_adopt_is_prefill() -> None:
-    rows = draw(GEOMETRY, PROMPTS, 5)
-    full = new_store(FullPolicy())
-    prefill(full, rows, LOGITS)
-    store = make()
-    store.take(*full.as_they_came())
-    for row, got in zip(rows, decode(store, rows, LOGITS), strict=True):
-        assert_steps(got, alone(row))
 
 
 @pytest.mark.parametrize("index", [[2, 0, 3, 1], [1, 1, 0], [0], [2, 0]], ids=str)
@@ -42,22 +31,6 @@ def test_select(index: list[int], straight: bool) -> None:
     every = decode(whole, rows, LOGITS, range(start, 12))
     for at, got in zip(index, taken, strict=True):
         assert_steps(got, every[at])
-
-
-@pytest.mark.parametrize("settled", [0, 4])
-@pytest.mark.parametrize("accepted", [0, 1, 3])
-def test_guesses_come_back_out(accepted: int, settled: int) -> None:
-    rows = draw(GEOMETRY, PROMPTS, 10)
-    store = make()
-    prefill(store, rows, LOGITS)
-    decode(store, rows, LOGITS, range(settled))
-    decode(store, rows, LOGITS, range(settled, settled + 3), revocable=True)
-    store.crop(3 - accepted)
-    store.settle()
-    stay = settled + accepted
-    forks = [fork(row, stay, seed) for seed, row in enumerate(rows)]
-    for row, got in zip(forks, decode(store, forks, LOGITS, range(stay, 10)), strict=True):
-        assert_steps(got, alone(row)[stay:])
 
 
 def test_what_is_gone_cannot_come_back() -> None:

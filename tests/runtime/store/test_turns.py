@@ -8,6 +8,7 @@ from methods import CLUSTERED, FORMS
 from oracle_heads import heads_at
 from sequences import TOLERANCES, Geometry, Row, alone, assert_steps, decode, draw, make, prefill
 
+from kvcal.artifacts import KvcalError
 from kvcal.runtime.attention import Logits
 
 GEOMETRY = Geometry(16, 8, 2, 3)
@@ -100,3 +101,13 @@ def test_a_turn_of_snapkv_is_chosen_among_anew() -> None:
         best = sorted(before, key=lambda at: -received[at])[:7]
         read = set(step.read[first].nonzero().flatten().tolist())
         assert read == {*best, *held[-3:], START + TURN}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_turn_of_another_batch_is_refused(name: str) -> None:
+    method, settings = FORMS[name]
+    rows = draw(GEOMETRY, (20, 9, 1), 1)
+    store = make(method, GEOMETRY, **settings)
+    prefill(store, rows[:2], LOGITS)
+    with pytest.raises(KvcalError, match="the cache holds 2 rows, got a batch of 3: begin a new cache"):
+        prefill(store, rows, LOGITS)
