@@ -84,29 +84,29 @@ class Artifact:
                     f"{self.name}: stage {stage} has nothing of layer {layer}, which has a sliding window: "
                     "methods leave such layers alone"
                 )
-            have = ", ".join(sorted(known.removeprefix(prefix) for known in tensors if known.startswith(prefix)))
+            have = ", ".join(sorted(key.removeprefix(prefix) for key in tensors if key.startswith(prefix)))
             raise ArtifactError(f"{self.name}: no tensor {name!r} in stage {stage} (a layer has: {have})")
         return tensors[prefix + name]
 
     def layers_in(self, stage: str) -> list[Layer]:
-        """The layers that `stage` has tensors of: of some stages those with a sliding window are left out."""
+        """The layers that `stage` has tensors of: some stages leave out those with a sliding window."""
         held = indices_in(self.stages[stage].tensors)
         return [layer for layer in self.layers if layer.index in held]
 
     @property
     def full_layers(self) -> list[Layer]:
-        """Those whose attention sees all tokens: what methods compress. The others keep the model's own cache."""
+        """Layers whose attention sees all tokens, which methods compress; the others keep the model's own cache."""
         return [layer for layer in self.layers if layer.window is None]
 
     def finite(self, stage: str, layer: int, name: str) -> Tensor:
-        """As `tensor`, for those whose values `load` leaves unchecked: the moments and the reservoir's rows.
+        """`tensor`, with a check of the values that `load` leaves unchecked: the moments and the reservoir's rows.
 
         Raises:
-            ArtifactError: NaN, an infinity or a number beyond all measure in it, too.
+            ArtifactError: as `tensor`; or it holds NaN, an infinity or a number beyond all measure.
         """
-        found = self.tensor(stage, layer, name)
-        bounded(f"{self.name}, stage {stage}", f"layers.{layer}.{name}", found, -(MOST**2), MOST**2)
-        return found
+        tensor = self.tensor(stage, layer, name)
+        bounded(f"{self.name}, stage {stage}", f"layers.{layer}.{name}", tensor, -(MOST**2), MOST**2)
+        return tensor
 
     def with_stage(self, name: str, stage: Stage) -> Artifact:
         """A copy that has `stage` under `name`; `save()` it to write it."""
@@ -118,7 +118,7 @@ class Artifact:
 
 
 def indices_in(names: Iterable[str]) -> set[int]:
-    """Of which layers tensors of these names are."""
+    """Indices of the layers that tensors of these names belong to."""
     found = (name.split(".", 2)[1] for name in names if name.startswith("layers."))
     return {int(index) for index in found if index.isdecimal()}
 

@@ -1,4 +1,4 @@
-"""What is said of the values of a tensor, and the one line that tells which of them does not hold."""
+"""Claims about the values of a tensor, and the one-line error that names the first value that breaks one."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .errors import ArtifactError
 MOST = 1e18
 """Largest magnitude of keys, queries, values and maps: float32 holds its square, which attention computes."""
 ROUNDING = 1e-4
-"""Of products of float32 rows, relative to their lengths: sums of 512 products round by 3e-5 at most."""
+"""Allowed error of products of float32 rows, relative to their lengths: sums of 512 products round by 3e-5 at most."""
 MEAN_ROUNDING = 1e-6
-"""Relative: how far rounding may take a mean or a quantile above the largest of what it is of."""
+"""Allowed relative error by which rounding may take a mean or a quantile above the largest of its samples."""
 
 
 def require(where: str, name: str, holds: Tensor, found: Tensor, expected: str, *, by_head: bool = True) -> None:
@@ -23,7 +23,7 @@ def require(where: str, name: str, holds: Tensor, found: Tensor, expected: str, 
     Args:
         where: the file.
         name: of the tensor, with its layer.
-        holds: bool, of the shape of `found`.
+        holds: bool, of the shape of `found`: which entries are as expected.
         by_head: the first dimension is that of KV heads.
     """
     if bool(holds.all()):
@@ -36,7 +36,7 @@ def require(where: str, name: str, holds: Tensor, found: Tensor, expected: str, 
 
 
 def require_that(where: str, name: str, holds: bool, found: object, expected: str) -> None:
-    """The same of a thing that is no tensor."""
+    """`require` for something that is no tensor."""
     if not holds:
         raise ArtifactError(f"{where}: {name} is {str(found)[:80]}, expected {expected}: {_REMEDY}")
 
@@ -46,13 +46,13 @@ def bounded(
 ) -> None:
     """No NaN, no infinity, nothing out of bounds."""
     if found.element_size() == 2:
-        found = found.float()  # to which the bounds would be infinite, and infinity within them
+        found = found.float()  # in float16 the bounds would round to infinity, and admit it
     holds, expected = (found >= least) & (found <= most), f"a number from {least:g} to {most:g}"
     require(where, name, holds, found, expected, by_head=by_head)
 
 
 def descending(where: str, name: str, found: Tensor) -> None:
-    """[Hkv, n] along n, equal neighbours allowed."""
+    """[Hkv, n] descends along n, equal neighbours allowed."""
     falls = torch.ones_like(found, dtype=torch.bool)
     falls[:, 1:] = found[:, 1:] <= found[:, :-1]
     require(where, name, falls, found, "no more than the entry before it")
@@ -73,10 +73,12 @@ def products(
     what: str,
     more: Callable[[], Tensor] | None = None,
 ) -> None:
-    """Of the rows of two tensors [Hkv, D, D], all with all, but for ROUNDING of their lengths; NaN does not hold.
+    """Products of every row of `rows` with every row of `other`, [Hkv, D, D] each, are as expected up to ROUNDING.
+
+    ROUNDING is relative to the product of the rows' lengths; NaN does not hold.
 
     Args:
-        more: that they may be off besides.
+        more: gives how far they may be off besides; called only where ROUNDING does not suffice.
     """
     found = rows @ other.mT
     off = (found - expected).abs()

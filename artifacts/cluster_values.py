@@ -1,4 +1,4 @@
-"""The values of the stages `clusters` and `codebook`, as far as they can be told without what was clustered."""
+"""Checks of the stages `clusters` and `codebook`, as far as they need none of the keys that were clustered."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .claims import MEAN_ROUNDING, MOST, ROUNDING, bounded, descending, require,
 
 METRICS = ("cosine", "l2")
 MOST_ITERATIONS = 20
-"""Of the comparison of warm starts."""
+"""Iterations in the comparison of warm starts, at most."""
 MOST_CODEWORDS = 256
-"""Tokens name theirs in one byte."""
+"""A token names its codeword in one byte."""
 
 
 def check_clusters(where: str, tensors: Mapping[str, Tensor], prefix: str, settings: Mapping[str, Any]) -> None:
@@ -67,7 +67,7 @@ def check_codebook(where: str, tensors: Mapping[str, Tensor], prefix: str, setti
 
 
 def _check_sizes(where: str, prefix: str, found: Mapping[str, Tensor]) -> int:
-    """How many keys were clustered."""
+    """Check the sizes of clusters, and return how many keys were clustered."""
     name, sizes = f"{prefix}sizes", found["sizes"]
     require(where, name, (sizes >= 0) & (sizes < 1 << 40), sizes, "the number of a cluster's keys")
     descending(where, name, sizes)

@@ -22,8 +22,8 @@ class KvcalError(Exception):
 
 
 def one_line(text: object) -> str:
-    """Line ends as spaces, characters that a terminal would act on, that turn the order of others or that nobody can
-    see as escapes. What a stranger wrote is printed through this only."""
+    """The text with line ends as spaces; characters that a terminal would act on, that turn the order of others or that
+    nobody can see become escapes. What a stranger wrote is printed through this only."""
     return _UNUSUAL.sub(_plain, str(text))
 
 

@@ -1,4 +1,4 @@
-"""Artifacts on disk: written as if interrupted, read as if sent by a stranger.
+"""Artifacts on disk: an interrupted write leaves the old or the new one whole, and no file that is read is trusted.
 
 Stage files carry the start of their hash in their name, so replacing a stage never touches a file that the current
 manifest names; renaming the new manifest into place is the commit.
@@ -26,7 +26,7 @@ from .workplace import Workplace
 from .writing import has_content, new_folder
 
 _MOST_READINGS = 100
-"""Of an artifact that is being replaced while it is read."""
+"""Attempts to read an artifact that is replaced by another process meanwhile."""
 
 
 def load(folder: str | os.PathLike[str]) -> Artifact:
@@ -83,8 +83,8 @@ def _with_stages(
 
 def _was_loaded_from(artifact: Artifact, folder: Path) -> bool:
     tensors = [stage.tensors for stage in artifact.stages.values()]
-    if any(isinstance(each, TensorFile) and each.lies_in(folder) for each in tensors):
-        return True  # also where its path meant another folder when it was loaded
+    if any(isinstance(mapping, TensorFile) and mapping.lies_in(folder) for mapping in tensors):
+        return True  # the very files, even if the folder had another path when they were loaded
     try:
         return artifact.folder is not None and folder.samefile(artifact.folder)
     except OSError:
@@ -145,7 +145,7 @@ def _roll_back(folder: Path, work: Workplace, placed: list[str]) -> None:
 
 
 def _after_commit(folder: Path, work: Workplace, beside: Mapping[str, str], named: set[str]) -> None:
-    """The artifact is saved: put the files beside its tensors in place, then remove those of its former state."""
+    """The artifact is saved: put the files beside its tensors in place, then remove stage files of its former state."""
     try:
         for name, temporary in beside.items():
             work.place(temporary, name)

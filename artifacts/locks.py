@@ -17,7 +17,7 @@ from .errors import KvcalError
 from .syncing import FOLDER, in_one_line, make_folder
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF)
-"""What file systems answer that have none; EBADF some network ones for a folder."""
+"""Error numbers of file systems that have no locks; EBADF is what some network ones answer for a folder."""
 
 
 def try_lock(handle: int) -> bool | None:
@@ -39,10 +39,10 @@ def try_lock(handle: int) -> bool | None:
 
 @contextmanager
 def locked(folder: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """One writer at a time; waits for the one before. Raises OSError.
+    """Hold the lock of a folder: one writer at a time, the next one waits. Raises OSError.
 
     Args:
-        waiting: called when it has to.
+        waiting: called before it waits.
     """
     handle = os.open(folder, FOLDER)
     try:
@@ -52,19 +52,19 @@ def locked(folder: Path, waiting: Callable[[], None] | None = None) -> Iterator[
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        with contextlib.suppress(OSError):  # it says nothing about what was written
+        with contextlib.suppress(OSError):  # a failure to close says nothing about what was written
             os.close(handle)
 
 
 class FileLock:
-    """Keeps other processes from long work, by a file that is made, with its folder, when it is not there."""
+    """Keeps other processes from long work, by a lock file that is made, with its folder, when it is not there."""
 
     def __init__(self, path: Path):
         self.path = path
         self._file: int | None = None
 
     def acquire(self) -> None:
-        """Does nothing when it is ours already.
+        """Take the lock, unless this process has it already.
 
         Raises:
             KvcalError: another process has it, or the file cannot be made.
@@ -89,7 +89,7 @@ class FileLock:
             self._file = None
 
     def _is_at_its_path(self, file: int) -> bool:
-        """Not where the one that had the lock has removed the file, and others lock another one."""
+        """False where the former holder has removed the file: others would then lock a new one."""
         try:
             return os.path.samestat(self.path.lstat(), os.fstat(file))
         except FileNotFoundError:

@@ -63,7 +63,7 @@ def read_manifest(folder: Path) -> tuple[Artifact, dict[str, StageFile], dict[st
 
 
 def parse_manifest(folder: Path, content: bytes) -> tuple[Artifact, dict[str, StageFile], dict[str, Mapping[str, Any]]]:
-    """The same of what is, or is going to be, in manifest.json."""
+    """`read_manifest` of content that is, or is going to be, in manifest.json."""
     path = folder / MANIFEST
     body = _parse(path, content)
     if body.get("format") != FORMAT:
@@ -162,7 +162,7 @@ def _parse(path: Path, content: bytes) -> dict[str, Any]:
         raise ArtifactError(f"{path}: larger than the {_MAX_BYTES} bytes of a manifest")
     try:
         body = json.loads(content)
-        # json.loads takes more than JSON: NaN, and half characters that no file or terminal can hold.
+        # json.loads takes more than JSON: NaN, and lone surrogates, which no file or terminal can hold.
         _check_levels(body, _MOST_LEVELS)
         json.dumps(body, allow_nan=False, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Whether something can be written at a place: said before the work, not after it."""
+"""Check, before any work, that a file or folder can be written at a place."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from .errors import KvcalError
 
 _LONGEST_ADDED = ".partial-of-1024"
-"""As long as what is added to a name for what stands beside it while work is going on."""
+"""As long as any ending that is added to a name, for what stands beside it while work is going on."""
 
 
 def check_new_folder(path: Path) -> None:
-    """A folder is going to appear at `path`; one that is there and is not empty is the caller's business.
+    """Check that a folder can appear at `path`; one that is there and is not empty is the caller's business.
 
     Raises:
         KvcalError: it cannot: what is in the way, or what the file system says.
@@ -34,11 +34,11 @@ def check_new_folder(path: Path) -> None:
 
 
 def check_new_file(path: Path, replaceable: Callable[[Path], bool] | None = None, what: str = "") -> None:
-    """A file is going to be written to `path`, in a folder that is there.
+    """Check that a file can be written to `path`, in a folder that is there.
 
     Args:
-        replaceable: whether what the file that is there holds may be replaced; None: it may not.
-        what: such a file, e.g. "a PNG file".
+        replaceable: tells by its content whether a file that is there may be replaced; None: it may not.
+        what: a file that may be replaced, e.g. "a PNG file", for the error.
 
     Raises:
         KvcalError: it cannot, or another file would be lost.
@@ -64,7 +64,7 @@ def check_new_file(path: Path, replaceable: Callable[[Path], bool] | None = None
 
 
 def check_can_write_in(folder: Path, *names: str) -> None:
-    """Files of these names can be made in a folder that is there. Raises KvcalError when they cannot."""
+    """Check that files of these names can be made in a folder that is there. Raises KvcalError when they cannot."""
     probe = folder / f".kvcal-try-{secrets.token_hex(8)}"
     try:
         probe.mkdir()
@@ -101,7 +101,7 @@ def _look(path: Path) -> os.stat_result | None:
 
 
 def _check_creatable(path: Path) -> None:
-    """Through folders that are still to be made, too."""
+    """Check that `path` can be made, with the folders above it that are not there yet."""
     path = path.absolute()
     missing = [f"{path.name}{_LONGEST_ADDED}"]
     for folder in path.parents:

@@ -24,7 +24,7 @@ def open_plain(path: Path) -> int:
     try:
         file = os.open(path, _FLAGS)
     except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EMLINK):  # as a link is told on Linux and macOS, and on BSD
+        if error.errno not in (errno.ELOOP, errno.EMLINK):  # what opening a link gives on Linux and macOS, and on BSD
             raise
         file = _open_blob(path)
     if not stat.S_ISREG(os.fstat(file).st_mode):

@@ -1,6 +1,6 @@
 """Which tensors each stage holds, with their shapes and dtypes.
 
-Dimension symbols are DESIGN's: Hkv, D (key and query head dim), Dv (value head dim) come from the
+Dimension symbols: Hkv (KV heads), D (key and query head dim), Dv (value head dim) come from the
 manifest's layers, L is their number, a number stands for itself; every other symbol is free but must
 have one value within a stage.
 docs/format.md is the prose of this file.
@@ -88,21 +88,21 @@ OPTIONAL_LAYER_TENSORS: dict[str, dict[str, Spec]] = {
     "cla": {name: spec for name, spec in LAYER_TENSORS["pca"].items() if name.startswith(("key_pre.", "key_post."))},
     "codebook": {
         "carry.sizes": ("P", ("I64",)),
-        **{f"carry.{of}_{text}": ("Hkv P", ("F64",)) for of in ("key", "value") for text in ("fitted", "unseen")},
+        **{f"carry.{part}_{text}": ("Hkv P", ("F64",)) for part in ("key", "value") for text in ("fitted", "unseen")},
     },
 }
 """Tensors that a layer has all of or none of: bases of keys that uptraining changed, how well codebooks carry over."""
 STAGE_TENSORS: dict[str, dict[str, Spec]] = {"reservoir": {"token": ("N", ("I64",)), "position": ("N", ("I64",))}}
 """Tensors that a stage has once, not per layer."""
 NAMED_TENSORS = {"cla": re.compile(r"weights\.[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")}
-"""Tensors of any number and shape, in FLOATS: the model's parameters that replace others, by their names."""
+"""Tensors of any number and shape, in FLOATS: trained parameters, by the names of the model's that they replace."""
 
 Header = dict[str, tuple[str, tuple[int, ...]]]
 """name -> (safetensors dtype, shape)."""
 
 
 def layers_left_out(stage: str, names: Iterable[str], layers: Sequence[Layer]) -> set[int]:
-    """Indices of layers with a sliding window of which a stage with tensors of these names has nothing."""
+    """Indices of the layers with a sliding window that a stage leaves out, by the names of its tensors."""
     if stage not in WITHOUT_WINDOWS:
         return set()
     return {layer.index for layer in layers if layer.window is not None} - indices_in(names)
@@ -128,13 +128,13 @@ def check_stage(where: str, stage: str, header: Header, layers: Sequence[Layer])
         if layer.index in left_out:
             continue
         prefix = f"layers.{layer.index}."
-        known = {"Hkv": layer.kv_heads, "D": layer.head_dim, "Dv": layer.value_dim, "L": len(layers)}
+        sizes = {"Hkv": layer.kv_heads, "D": layer.head_dim, "Dv": layer.value_dim, "L": len(layers)}
         specs = dict(LAYER_TENSORS[stage])
         optional = OPTIONAL_LAYER_TENSORS.get(stage, {})
         if any(prefix + name in header for name in optional):
             specs |= optional
         for name, spec in specs.items():
-            expected[prefix + name] = (spec, known)
+            expected[prefix + name] = (spec, sizes)
 
     for name in sorted(expected.keys() - header.keys()):
         raise ArtifactError(f"{where}: tensor {name} is missing: {_REMEDY}")
@@ -146,16 +146,16 @@ def check_stage(where: str, stage: str, header: Header, layers: Sequence[Layer])
                 f"{where}: tensor {name} has dtype {header[name][0]}, expected {' or '.join(FLOATS)}: {_REMEDY}"
             )
     free: dict[str, int] = {}
-    for name, ((symbols, dtypes), known) in expected.items():
+    for name, ((symbols, dtypes), sizes) in expected.items():
         dtype, shape = header[name]
         if dtype not in dtypes:
             raise ArtifactError(f"{where}: tensor {name} has dtype {dtype}, expected {' or '.join(dtypes)}: {_REMEDY}")
         dims = symbols.split()
-        wanted = tuple(int(dim) if dim.isdigit() else known.get(dim, free.get(dim, -1)) for dim in dims)
+        wanted = tuple(int(dim) if dim.isdigit() else sizes.get(dim, free.get(dim, -1)) for dim in dims)
         fits = len(shape) == len(dims) and all(want in (-1, got) for want, got in zip(wanted, shape, strict=True))
         if not fits:
             raise ArtifactError(f"{where}: tensor {name} has shape {list(shape)}, expected [{symbols}]: {_REMEDY}")
-        free |= {dim: size for dim, size in zip(dims, shape, strict=True) if dim not in known}
+        free |= {dim: size for dim, size in zip(dims, shape, strict=True) if dim not in sizes}
 
 
 _REMEDY = f"the file does not follow schema {SCHEMA_VERSION}; fetch or calibrate it again"

@@ -16,7 +16,7 @@ _ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """What signals would do, end the process or raise from a handler, they do when the context ends.
+    """Signals that come in the context take effect when it ends: they end the process or raise from a handler.
 
     Does nothing off the main thread, where Python runs no handlers.
     """
@@ -33,15 +33,15 @@ def signals_held() -> Iterator[None]:
         yield
     finally:
         held.holding = False
-        with ExitStack() as stack:  # all of it, also when a handler that is back already raises
+        with ExitStack() as stack:  # every callback runs, also when a handler that is back already raises
             for missed in dict.fromkeys(held.came):
                 stack.callback(os.kill, os.getpid(), missed)
-            for each in held.previous.items():
-                stack.callback(signal.signal, *each)
+            for number_and_handler in held.previous.items():
+                stack.callback(signal.signal, *number_and_handler)
 
 
 class _Held:
-    """A handler that remembers signals, and that gives way to the one before it when one comes later."""
+    """A handler that remembers signals while it holds; after that, a signal goes to the handler before it."""
 
     def __init__(self) -> None:
         self.holding = True

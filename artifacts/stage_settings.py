@@ -1,4 +1,4 @@
-"""Settings of stages by which readers go, checked as the tensors are."""
+"""Checks of those settings of stages that readers depend on, as there are checks of tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_settings(where: str, stage: str, settings: Mapping[str, Any], layers: 
     """Refuse settings that docs/format.md does not allow: groups and training of the stage `cla`.
 
     Args:
-        layers: of the model.
+        layers: how many the model has.
 
     Raises:
         ArtifactError: names the setting.

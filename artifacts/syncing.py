@@ -15,7 +15,7 @@ from .errors import KvcalError
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 """Flags to open a folder with."""
 _NO_SUCH_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
-"""What file systems answer that cannot sync a folder."""
+"""Error numbers of file systems that cannot sync a folder."""
 
 
 def sync_folder(handle: int) -> None:
@@ -43,7 +43,7 @@ def make_folder(folder: Path) -> None:
     if folder.is_dir():
         return
     make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)  # by another process meanwhile; a file of that name raises
+    folder.mkdir(exist_ok=True)  # another process may have made it; a file of that name raises
     parent = os.open(folder.parent, FOLDER)
     try:
         sync_folder(parent)
@@ -53,7 +53,7 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def in_one_line(place: Path) -> Iterator[None]:
-    """What keeps a file or folder from being written, as a line of ours."""
+    """Turn what keeps a file or folder from being written into a KvcalError of one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:

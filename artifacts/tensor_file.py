@@ -1,7 +1,8 @@
 """A safetensors file whose tensors are read when asked for, and are those that were verified.
 
-Not mapped into memory: there what is written into a file after the check changes tensors in silence, and what is cut
-off ends the process. A small file's content is kept; of a large one the descriptor and a hash of every tensor are.
+The file is not mapped into memory: one that is written to after the check would change tensors in silence, and one
+that is cut off would end the process. Of a small file the content is kept, of a large one the descriptor and a hash of
+every tensor.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .errors import ArtifactError
 from .plain_files import open_plain
 
 SMALL = 64 * 1024 * 1024
-"""Bytes of a file that is kept in memory."""
+"""Bytes up to which the content of a file is kept in memory."""
 _CHUNK = 4 * 1024 * 1024
 _MAX_HEADER = 100_000_000
 DTYPES = {
@@ -38,7 +39,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Of safetensors' dtypes, those that we write."""
+"""Those of safetensors' dtypes that we write."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class _Entry:
     dtype: str
     shape: tuple[int, ...]
     begin: int
-    """Of its bytes in the file."""
+    """Offset of its first byte in the file."""
     end: int
 
 
@@ -102,11 +103,11 @@ class TensorFile(Mapping[str, Tensor]):
         return {name: (entry.dtype, entry.shape) for name, entry in self._entries.items()}
 
     def moved_to(self, folder: Path) -> None:
-        """Its folder was renamed, as errors should say."""
+        """Errors name the file in `folder` from now on: its folder was renamed."""
         self.path = folder / self.file.file
 
     def lies_in(self, folder: Path) -> bool:
-        """Whether this is the file that has its name in `folder`."""
+        """Whether the file of this name in `folder` is this very file."""
         try:
             return os.path.samestat((folder / self.file.file).lstat(), os.fstat(self._descriptor))
         except OSError:
@@ -145,7 +146,7 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 def _header_bytes(begin: bytes, size: int) -> int:
-    """Of a file's first bytes, of which eight state the length of the header."""
+    """Length of the header, which the first eight bytes of a file state."""
     length = int.from_bytes(begin[:8], "little")
     if size < 8 or length > min(size - 8, _MAX_HEADER):
         raise ValueError("its header is longer than the file")
@@ -181,7 +182,7 @@ def _parse_header(head: bytes, size: int) -> dict[str, _Entry]:
 
 
 def _hashes(file: int, head: bytes, entries: Mapping[str, _Entry]) -> tuple[str, dict[str, bytes]]:
-    """(sha256 of the whole file, of every tensor), with the very header that was parsed."""
+    """(sha256 of the whole file, that of every tensor), over the very header that was parsed."""
     whole, digests = hashlib.sha256(head), {}
     for name, entry in entries.items():
         part = hashlib.sha256()

@@ -1,6 +1,6 @@
 """Values that the runtime depends on, which `load` checks beside names, shapes and hashes.
 
-`docs/format.md` promises them. What only the moments and the reservoir can tell, `calibrate verify` checks: they are
+`docs/format.md` promises them. `calibrate verify` checks what only the moments and the reservoir can tell: they are
 most of an artifact, and `load` is to stay quick.
 """
 
@@ -28,7 +28,7 @@ def check_values(where: str, stage: str, tensors: Tensors, settings: Mapping[str
         where: the file, for the error.
         tensors: of the names and shapes that `check_stage` allows.
         settings: of the stage.
-        artifact: what the manifest says of the rest.
+        artifact: as the manifest describes it; its stages are not read.
 
     Raises:
         ArtifactError: the first value that does not hold: tensor, layer, KV head, value and expectation.
@@ -55,14 +55,14 @@ def check_values(where: str, stage: str, tensors: Tensors, settings: Mapping[str
 
 
 def negligible(values: Tensor) -> Tensor:
-    """[Hkv, 1] of singular values [Hkv, D]: what is no more than this is rounding, and its rows are zero."""
+    """[Hkv, 1] bound on singular values [Hkv, D]: up to it they are rounding, and maps have rows of zeros for them."""
     return values[:, :1] * values.shape[-1] * torch.finfo(torch.float64).eps
 
 
 def score_rounding(values: Tensor) -> Tensor:
-    """[Hkv, D, D] how far products of score maps may be off for the rounding of float64 alone.
+    """[Hkv, D, D] how far products of score maps may be off by the rounding of float64 alone.
 
-    That is relative to the largest singular value, and the maps are divided by the roots of their own.
+    That rounding is relative to the largest singular value; maps divide each row by the root of its own value.
     """
     root = values.where(values > negligible(values), torch.inf).rsqrt()
     return 1e-12 * values[:, :1, None] * root.unsqueeze(-1) * root.unsqueeze(-2)

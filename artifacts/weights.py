@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from .errors import KvcalError
 
 _PIECE = 1 << 24
-"""Numbers at a time: an embedding of a large model in float32 is several GB."""
+"""Numbers hashed at a time: an embedding of a large model in float32 is several GB."""
 _ADAPTER = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
 """What PEFT's layers add to their parameters."""
 _WRAPPED = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
@@ -36,8 +36,8 @@ def weights_sha256(model: nn.Module, whole: Whole | None = None) -> str:
     rounds the checkpoint (float32 weights loaded as bf16) is other weights, and another hash; so is a quantised form.
 
     Args:
-        whole: gives the whole of a parameter or buffer, by its name, where the model here holds a part of it or none;
-            None for one that is the same as another.
+        whole: (name, parameter or buffer) -> the whole of it, where the model here holds a part of it or none; None
+            for one that is the same as another.
 
     Raises:
         KvcalError: weights that are not there (meta device), or of a kind that cannot be read.
@@ -47,10 +47,10 @@ def weights_sha256(model: nn.Module, whole: Whole | None = None) -> str:
         if isinstance(value, str):
             digest.update(f"{name} {value}\n".encode())
             continue
-        own = _own_dtype(value)
-        digest.update(f"{name} {list(value.shape)}{f' {own}' if own else ''}\n".encode())
+        dtype = _own_dtype(value)
+        digest.update(f"{name} {list(value.shape)}{f' {dtype}' if dtype else ''}\n".encode())
         for piece in value.flatten().split(_PIECE):
-            update_digest(digest, piece.to("cpu", own or torch.float32))
+            update_digest(digest, piece.to("cpu", dtype or torch.float32))
     return digest.hexdigest()
 
 
@@ -91,12 +91,12 @@ def model_state(model: nn.Module, whole: Whole | None = None) -> Iterator[tuple[
 
 def _entries(model: nn.Module, whole: Whole | None) -> Iterator[tuple[str, Tensor | str]]:
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
-    # Modules that see to what their parameters lack: bitsandbytes' move it about when they are first run.
+    # Modules that save what their parameters lack: bitsandbytes' move it about when they are first run.
     savers = {
         path for path, module in modules.items() if type(module)._save_to_state_dict != nn.Module._save_to_state_dict
     }
-    known = {id(parameter) for parameter in parameters.values()}
-    state = {name: value for name, value in model.state_dict(keep_vars=True).items() if id(value) not in known}
+    listed = {id(parameter) for parameter in parameters.values()}
+    state = {name: value for name, value in model.state_dict(keep_vars=True).items() if id(value) not in listed}
     for name, value in (parameters | _tied_once(model, state)).items():
         if isinstance(value, Tensor) and whole is not None:
             value = whole(name, value)
@@ -117,13 +117,13 @@ def _entries(model: nn.Module, whole: Whole | None) -> Iterator[tuple[str, Tenso
 
 
 def _tied_once(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the second names of tied parameters."""
+    """`state` without the second names of tied parameters."""
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {name: value for name, value in state.items() if name not in every}
 
 
 def _evaluated(made: nn.Module) -> Tensor:
-    """A parametrized weight; spectral norms take a step whenever they are asked in training."""
+    """A parametrized weight, evaluated outside of training, where spectral norms change with every evaluation."""
     training = made.training
     made.train(False)
     try:
@@ -137,7 +137,7 @@ def _parts(name: str, value: Any, saved: bool = False) -> Iterator[tuple[str, Te
     """The plain tensors and numbers that a value consists of.
 
     Args:
-        saved: its module's state has its attributes.
+        saved: its module saves its attributes itself, so that they are left out here.
     """
     if isinstance(value, Tensor):
         yield from _tensors(name, value, saved)
@@ -197,7 +197,8 @@ def _quantised(tensor: Tensor) -> dict[str, Any]:
 
 
 def _readable(value: Any, depth: int = 4) -> Any:
-    """A library's own object as what `_parts` takes: its public attributes; of functions and the like the type."""
+    """A library's own object as something that `_parts` takes: its public attributes; for functions and the like their
+    type alone."""
     if isinstance(value, (Tensor, str, int, float, bool, bytes, Enum, torch.dtype, torch.device, type(None))):
         return value
     if isinstance(value, Mapping):
@@ -214,7 +215,7 @@ def _own(value: Any) -> dict[str, Any]:
 
 
 def _own_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype of numbers that float32 does not hold; None: it does."""
+    """The dtype of a tensor with numbers that float32 does not hold; None where it holds them all."""
     if tensor.dtype == torch.float64:
         pieces = tensor.flatten().split(_PIECE)
         held = all(torch.equal(piece.float().double().nan_to_num(), piece.nan_to_num()) for piece in pieces)

@@ -27,7 +27,8 @@ _WORKPLACE = re.compile(r"\.kvcal-[0-9a-f]{16}")
 class Workplace:
     """A hidden folder in `folder`, on its file system, that is gone when the context ends.
 
-    It is locked while we live. So the next writer knows what a killed one left, also from another container.
+    It is locked while this process lives, so that the next writer, even in another container, knows what a killed one
+    left.
     """
 
     def __init__(self, folder: Path):
@@ -60,24 +61,24 @@ class Workplace:
         return self.folder / self._name
 
     def write(self, content: bytes) -> str:
-        """A new file in the workplace, on the disk; its name."""
+        """Write a new file in the workplace, on the disk when this returns; its name."""
         name, file = self._create()
         try:
-            left = memoryview(content)
-            while left:
-                left = left[os.write(file, left) :]
+            unwritten = memoryview(content)
+            while unwritten:
+                unwritten = unwritten[os.write(file, unwritten) :]
             os.fsync(file)
         finally:
             os.close(file)
         return name
 
     def write_tensors(self, tensors: Mapping[str, Tensor]) -> str:
-        """A new safetensors file in the workplace, on the disk; its name. Same tensors, same bytes."""
+        """Write a new safetensors file in the workplace, likewise; its name. Same tensors, same bytes."""
         name, file = self._create()
         mode = stat.S_IMODE(os.fstat(file).st_mode)
         os.close(file)
-        here = {each: tensor.detach().cpu().contiguous() for each, tensor in tensors.items()}
-        save_file(here, self.path / name)
+        on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(on_cpu, self.path / name)
         file = self._open(name)
         try:
             os.fchmod(file, mode)  # safetensors writes files that only their owner can read
@@ -87,7 +88,7 @@ class Workplace:
         return name
 
     def place_tensors(self, stem: str, tensors: Mapping[str, Tensor]) -> StageFile:
-        """A safetensors file in the folder, of a name that no other content has."""
+        """Write a safetensors file into the folder, under a name that no other content has."""
         name = self.write_tensors(tensors)
         digest, size = self._sha256(name)
         file = StageFile(f"{stem}.{digest[:8]}.safetensors", digest, size)
@@ -95,14 +96,14 @@ class Workplace:
         return file
 
     def place(self, name: str, target: str) -> None:
-        """Give what is called `name` in the workplace the name `target` in the folder, in the place of what has it."""
+        """Move `name` from the workplace to `target` in the folder, replacing what is there."""
         made = os.stat(name, dir_fd=self._work, follow_symlinks=False)
         if (mode := self._mode(target, made)) != stat.S_IMODE(made.st_mode):
             os.chmod(name, mode, dir_fd=self._work)
         try:
             os.rename(name, target, src_dir_fd=self._work, dst_dir_fd=self._folder)
         except OSError:
-            if not self._is(target, made):  # a network file system may report a failure of what it has done
+            if not self._is(target, made):  # a network file system may report that a rename failed which it has done
                 raise
 
     def remove(self, name: str) -> None:
@@ -115,7 +116,7 @@ class Workplace:
         sync_folder(self._folder)
 
     def confirm(self) -> None:
-        """`sync` for what cannot be taken back any more. Raises KvcalError."""
+        """`sync` after a change that cannot be taken back any more. Raises KvcalError."""
         try:
             self.sync()
         except OSError as error:
@@ -148,20 +149,20 @@ class Workplace:
             return False
 
     def _mode(self, target: str, made: os.stat_result) -> int:
-        """Of a file that replaces another: what the other's owner has closed to others stays closed."""
+        """Mode of a file that replaces another: what the owner of that one has closed to others stays closed."""
         mode = stat.S_IMODE(made.st_mode)
         try:
-            there = os.stat(target, dir_fd=self._folder, follow_symlinks=False)
+            replaced = os.stat(target, dir_fd=self._folder, follow_symlinks=False)
         except OSError:  # there is none yet
             return mode
-        both_files = stat.S_ISREG(there.st_mode) and stat.S_ISREG(made.st_mode)
-        return mode & there.st_mode if both_files else mode
+        both_files = stat.S_ISREG(replaced.st_mode) and stat.S_ISREG(made.st_mode)
+        return mode & replaced.st_mode if both_files else mode
 
     def _claim(self, name: str, new: bool = False) -> int | None:
         """A locked descriptor of a workplace; None: it is another's, or gone. Raises OSError.
 
         Args:
-            new: we have just made it, and have it without a lock where there are none.
+            new: this process has just made it, and uses it without a lock where the file system has no locks.
         """
         try:
             work = os.open(name, FOLDER | os.O_NOFOLLOW, dir_fd=self._folder)
@@ -180,7 +181,7 @@ class Workplace:
     def _remove_abandoned(self) -> None:
         for name in os.listdir(self._folder):  # noqa: PTH208 (a descriptor has no path)
             if _WORKPLACE.fullmatch(name):
-                with contextlib.suppress(OSError):  # what cannot be told stays
+                with contextlib.suppress(OSError):  # one that may still be in use stays
                     work = self._claim(name)
                     if work is not None:
                         shutil.rmtree(self.folder / name, ignore_errors=True)

@@ -1,7 +1,7 @@
 """Write files so that an interruption, a full disk or a crash of the machine leaves the old state or the new one.
 
-Everything is made in a workplace: a hidden folder beside its place, of a name that nobody can guess, that only we may
-enter. There it is synced; one rename puts it into its place.
+Everything is made in a workplace: a hidden folder beside its place, of a name that nobody can guess, that only its
+owner may enter. There it is synced; one rename puts it into its place.
 """
 
 from __future__ import annotations

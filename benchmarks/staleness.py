@@ -29,7 +29,7 @@ from torch import Tensor
 
 from kvcal.artifacts import Artifact
 from kvcal.calibrate import LayerTensors, load_model
-from kvcal.runtime.attention import Logits, probabilities
+from kvcal.runtime.attention import SoftmaxSpec, probabilities
 from kvcal.runtime.methods import METHODS
 from kvcal.runtime.methods.amounts import count_of
 from kvcal.runtime.methods.clusters import Clusters
@@ -90,11 +90,9 @@ def checkpoints() -> range:
 
 def dense(layer: LayerTensors) -> dict[int, Tensor]:
     """Tokens so far -> [B, Hq, S] weights of the newest query."""
-    logits = Logits(layer.scaling)
+    spec = SoftmaxSpec(layer.scaling)
     return {
-        at: probabilities(layer.query_post[:, :, at - 1 : at], layer.key_post[:, :, :at], logits)
-        .flatten(1, 2)
-        .squeeze(2)
+        at: probabilities(layer.query_post[:, :, at - 1 : at], layer.key_post[:, :, :at], spec).flatten(1, 2).squeeze(2)
         for at in checkpoints()
     }
 
@@ -116,20 +114,20 @@ def run(
     rebuilds = False
     for layer, of_layer in zip(layers, weights, strict=True):
         build = partial(new_store, method.bind(layer.layer, layer.key_post.shape[-1], artifact))
-        logits, store = Logits(layer.scaling), build()
-        clusters = store.index
+        spec, store = SoftmaxSpec(layer.scaling), build()
+        clusters = store.sequence_index
         for at in grown(store, layer, PREFIX, TOKENS):
             if at not in of_layer:
                 continue
             query, top = layer.query_post[:, :, at - 1 : at], max(1, count_of(keep, at) // 4)
-            store.attend(query, logits)
+            store.attend(query, spec)
             found[GREW][at].add(store, of_layer[at], top)
             if isinstance(clusters, Clusters) and clusters.buffers:
                 rebuilds = True
                 for kind, upto in ((REBUILT, clusters.upto[0]), (REBUILT_ALL, at - 1)):
                     fresh = build()
                     assert list(grown(fresh, layer, upto, at))[-1] == at
-                    fresh.attend(query, logits)
+                    fresh.attend(query, spec)
                     found[kind][at].add(fresh, of_layer[at], top)
         held = layer.key_post.nbytes + layer.value.nbytes
         read += store.bytes_read() / held / len(layers)

@@ -93,7 +93,7 @@ def sketched(captured: Captured, settings: SubGen, cluster: Callable[[Tensor, in
     sketch["value"] = value.gather(2, index)
     return torch.cat(
         [
-            attention_with_sketch(query, *exact, sketch, captured.logits, torch.tensor([[exact[0].shape[2]]]))
+            attention_with_sketch(query, *exact, sketch, captured.spec, torch.tensor([[exact[0].shape[2]]]))
             for query, exact in windows(captured, start, stop)
         ],
         2,
@@ -114,7 +114,7 @@ def uniform(captured: Captured, settings: SubGen) -> Tensor:
     for query, (exact_key, exact_value) in windows(captured, start, stop):
         packed = query.unflatten(1, (key.shape[1], -1)).squeeze(3)
         dots = packed @ torch.cat((exact_key, sampled_key), 2).mT
-        logits = captured.logits.of(dots)
+        logits = captured.spec.logits(dots)
         logits[..., exact_key.shape[2] :] += math.log(stands_for)
         outputs.append((logits.softmax(-1) @ torch.cat((exact_value, sampled_value), 2)).flatten(1, 2).unsqueeze(2))
     return torch.cat(outputs, 2)

@@ -14,7 +14,7 @@ from measure import Timer
 from torch import Tensor
 
 from kvcal.artifacts import Artifact
-from kvcal.runtime.attention import Logits, causal_attention
+from kvcal.runtime.attention import SoftmaxSpec, causal_attention
 from kvcal.runtime.methods.full import Full
 from kvcal.runtime.methods.subgen import SubGen
 from kvcal.runtime.methods.subgen.sketch import Sketch
@@ -44,7 +44,7 @@ class Captured:
     query: Tensor
     key: Tensor
     value: Tensor
-    logits: Logits
+    spec: SoftmaxSpec
     dense: Tensor
     """[1, Hq, STEPS, Dv]"""
 
@@ -52,15 +52,15 @@ class Captured:
     def of(cls, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Captured:
         total = key.shape[2]
         limits = torch.arange(total - STEPS + 1, total + 1).unsqueeze(0)
-        dense = causal_attention(query[:, :, -STEPS:], key, value, Logits(scaling), limits)
-        return cls(layer, query, key, value, Logits(scaling), dense)
+        dense = causal_attention(query[:, :, -STEPS:], key, value, SoftmaxSpec(scaling), limits)
+        return cls(layer, query, key, value, SoftmaxSpec(scaling), dense)
 
     @functools.cached_property
     def prefilled(self) -> Store:
         """All but the last `STEPS` tokens."""
         store = new_store(Full(record_mass=True).bind(self.layer, self.key.shape[3], None))
         prompt = slice(None, self.key.shape[2] - STEPS)
-        store.prefill(self.query[:, :, prompt], self.key[:, :, prompt], self.value[:, :, prompt], self.logits)
+        store.prefill(self.query[:, :, prompt], self.key[:, :, prompt], self.value[:, :, prompt], self.spec)
         return store
 
     def steps(self) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -82,13 +82,13 @@ def decode(captured: Captured, store: Store) -> Tensor:
     outputs = []
     for query, key, value in captured.steps():
         store.append(key, value)
-        outputs.append(store.attend(query, captured.logits))
+        outputs.append(store.attend(query, captured.spec))
     return torch.cat(outputs, 2)
 
 
 def sketch_of(store: Store) -> dict[str, Tensor]:
-    assert isinstance(store.index, Sketch)
-    return store.index.parts
+    assert isinstance(store.sequence_index, Sketch)
+    return store.sequence_index.parts
 
 
 def measured(captured: Sequence[Captured], artifact: Artifact | None, settings: SubGen) -> dict[str, Any]:
@@ -129,13 +129,13 @@ def against_the_bound(captured: Sequence[Captured], artifact: Artifact | None) -
         error = (decode(one, store) - one.dense).norm(dim=-1)  # [1, Hq, STEPS]
         group = one.query.shape[1] // one.key.shape[1]
         query = one.query[:, :, -STEPS:].unflatten(1, (-1, group))
-        dots = (query @ one.key.unsqueeze(2).mT) * one.logits.scaling
+        dots = (query @ one.key.unsqueeze(2).mT) * one.spec.scaling
         seen = torch.arange(one.key.shape[2]) <= torch.arange(one.key.shape[2] - STEPS, one.key.shape[2]).unsqueeze(1)
         weights = dots.masked_fill(~seen, -torch.inf).softmax(-1).norm(dim=-1)
         spectral = torch.linalg.matrix_norm(one.value, ord=2)[:, :, None, None]
         ratio = error / (math.sqrt(one.value.shape[3] / DEFAULT.s) * weights * spectral).flatten(1, 2)
         ratios.append(ratio.flatten())
-        norms = one.query.unflatten(1, (-1, group)).norm(dim=-1).amax((0, 2, 3)) * one.logits.scaling
+        norms = one.query.unflatten(1, (-1, group)).norm(dim=-1).amax((0, 2, 3)) * one.spec.scaling
         delta = sketch_of(store)["delta"][0]
         layers.append({"layer": one.layer, "delta": delta.tolist(), "delta_r": (delta * norms).tolist()})
     every = torch.cat(ratios)
@@ -150,16 +150,16 @@ def cost(captured: Sequence[Captured], artifact: Artifact | None) -> dict[str, f
     for one in captured:
         prompt = slice(None, one.key.shape[2] - STEPS)
         tensors = [of[:, :, prompt] for of in (one.query, one.key, one.value)]
-        spent["dense_prefill"] += timer.seconds(lambda: causal_attention(*tensors, one.logits))  # noqa: B023
+        spent["dense_prefill"] += timer.seconds(lambda: causal_attention(*tensors, one.spec))  # noqa: B023
         store = new_store(DEFAULT.bind(one.layer, one.key.shape[3], artifact))
         store.take(*one.prefilled.as_they_came())
         (_, key, value), *others = one.steps()
         spent["into_the_sketch"] += timer.seconds(lambda: store.append(key, value))  # noqa: B023
 
-        def rest(others: list[Any] = others, store: Store = store, logits: Logits = one.logits) -> None:
+        def rest(others: list[Any] = others, store: Store = store, spec: SoftmaxSpec = one.spec) -> None:
             for query, key, value in others:
                 store.append(key, value)
-                store.attend(query, logits)
+                store.attend(query, spec)
 
         spent["step"] += timer.seconds(rest) / len(others) / len(captured)
     return {**spent, "ratio": spent["into_the_sketch"] / spent["dense_prefill"]}

@@ -8,7 +8,7 @@ _OF_THE_EXTRA = (
     *("accelerate", "click", "datasets", "faiss", "huggingface_hub", "matplotlib", "numpy", "rich", "sklearn"),
     *("threadpoolctl", "transformers", "yaml"),
 )
-"""What it imports by name."""
+"""What the command line imports by name."""
 
 
 def main() -> None:

@@ -62,19 +62,19 @@ def make_blocks(
     """Tokenise documents, join them by EOS and cut them into blocks, each of which starts with BOS.
 
     BOS and EOS only as far as the tokenizer has them, and BOS only if it adds one by itself. Documents
-    are consumed no further than needed; one that is longer than `PIECE_CHARS` is tokenised in pieces, cut behind
-    the last line end of each, without one before its last space, and within a word only where it has neither.
+    are consumed no further than needed. A document longer than `PIECE_CHARS` is tokenised in pieces, each cut behind
+    its last line end, without one before its last space, and within a word only where it has neither.
 
     Args:
-        documents: texts and chats. Of `open_data`'s with several files all give as many tokens, as far as they have
-            them: documents and pieces of longer ones, not longer than a block, in an order drawn from its seed.
+        documents: texts and chats. Where they are `open_data`'s and from several files, all files give equally many
+            tokens, as far as they have them: documents or pieces of at most a block, in an order that its seed draws.
         num_tokens: block positions, BOS and separators included: ceil(num_tokens / seq_len) blocks,
             fewer when the text ends before; the last one is padded.
-        seq_len: positions per block. Bases of rotated keys hold at the positions that they were fitted to only, so
-            give at least as many as will be decoded after (`calibrate pca` takes `models.default_seq_len`).
-        source: kept in the result, with what was read of `open_data`'s text, and the number of block positions under
-            `num_tokens`: the last block may be padded, so their number does not tell it.
-        shorten: where fewer tokens are there or asked for than one block has, the one block is as long as they are.
+        seq_len: positions per block. Bases of rotated keys hold only at the positions that they were fitted to, so
+            give at least the length of the contexts to decode after (`calibrate pca` takes `models.default_seq_len`).
+        source: kept in the result, with what was read of `open_data`'s text, and under `num_tokens` the number of
+            block positions without padding, which the number of blocks does not tell.
+        shorten: where the text has, or `num_tokens` asks for, less than one block, make the one block that short.
 
     Raises:
         KvcalError: less text than one block, or no documents of text.
@@ -85,27 +85,27 @@ def make_blocks(
         raise KvcalError(f"blocks of {seq_len} tokens: give --seq-len 2 or more")
     bos = bos_tokens(tokenizer)
     body_len = seq_len - len(bos)
-    full, rest = divmod(num_tokens, seq_len)
-    wanted = full * body_len + max(0, rest - len(bos))
+    full, last = divmod(num_tokens, seq_len)
+    wanted = full * body_len + max(0, last - len(bos))
     if wanted == 0:
         raise KvcalError(f"{num_tokens} tokens asked for, which BOS takes up: give at least {len(bos) + 1}")
 
-    ids, own, read = read_tokens(documents, tokenizer, wanted, body_len)
+    ids, from_text, read = read_tokens(documents, tokenizer, wanted, body_len)
     source = {**(source or {}), **read}
     name = source.get("id", "given")
-    there = min(len(ids), wanted)
-    if shorten and 2 <= there < body_len:
-        seq_len, body_len = there + len(bos), there
+    available = min(len(ids), wanted)
+    if shorten and 2 <= available < body_len:
+        seq_len, body_len = available + len(bos), available
     if len(ids) < min(wanted, body_len):
-        other = f" or --seq-len {len(ids)}" if len(ids) >= 2 else ""
+        advice = f" or --seq-len {len(ids)}" if len(ids) >= 2 else ""
         raise KvcalError(
-            f"data {name} has only {len(ids)} tokens, fewer than one block of {seq_len}: give more text{other}"
+            f"data {name} has only {len(ids)} tokens, fewer than one block of {seq_len}: give more text{advice}"
         )
-    del ids[wanted:], own[wanted:]
+    del ids[wanted:], from_text[wanted:]
     positions = num_tokens
     if len(ids) < wanted:
-        full, rest = divmod(len(ids), body_len)
-        positions = full * seq_len + (rest + len(bos) if rest else 0)
+        full, last = divmod(len(ids), body_len)
+        positions = full * seq_len + (last + len(bos) if last else 0)
 
     count = -(-positions // seq_len)
     attended = (torch.arange(count * seq_len) < positions).view(count, seq_len)
@@ -115,18 +115,18 @@ def make_blocks(
     blocks[:, : len(bos)] = torch.tensor(bos, dtype=torch.int32)
     blocks[body] = torch.tensor(ids, dtype=torch.int32)
     counted = torch.zeros_like(attended)
-    counted[body] = torch.tensor(own, dtype=torch.bool)
+    counted[body] = torch.tensor(from_text, dtype=torch.bool)
     return TokenBlocks(blocks, counted, attended, {**source, "num_tokens": positions})
 
 
 def read_tokens(
     documents: Iterable[Document], tokenizer: Any, wanted: int, longest: int, texts: list[str] | None = None
 ) -> tuple[list[int], list[bool], dict[str, Any]]:
-    """At least `wanted` tokens if there are as many.
+    """At least `wanted` tokens, or all that there are.
 
     Args:
-        longest: tokens of a passage, where several files are mixed.
-        texts: takes the texts that were read.
+        longest: tokens of a passage at most, where several files are mixed.
+        texts: a list to which the texts that were read are added.
 
     Returns:
         ids; whether they are the text's own, and not separators; the provenance of `open_data`'s text, {} of others.
@@ -144,20 +144,20 @@ def read_tokens(
             texts.append(tokenizer.decode(mixed.ids))
         return mixed.ids, mixed.own, documents.state(mixed.counts)
     ids: list[int] = []
-    own: list[bool] = []
+    from_text: list[bool] = []
     count = 0
     for piece, is_text, begins in token_pieces(documents, tokenizer, texts):
         ids += piece
-        own += [is_text] * len(piece)
+        from_text += [is_text] * len(piece)
         count += begins
         if len(ids) >= wanted:
             break
-    state = documents.state([(count, sum(own[:wanted]))]) if isinstance(documents, TextData) else {}
-    return ids, own, state
+    state = documents.state([(count, sum(from_text[:wanted]))]) if isinstance(documents, TextData) else {}
+    return ids, from_text, state
 
 
 def _part_pieces(documents: Any, tokenizer: Any, longest: int) -> Pieces:
-    # Of thousands of long files a little is wanted of each.
+    # Short pieces, since little is wanted of each of thousands of long files.
     found = token_pieces(not_blank(documents()), tokenizer, most_chars=min(PIECE_CHARS, 8 * longest))
     return ((ids, begins) for ids, is_text, begins in found if is_text)
 
@@ -167,17 +167,17 @@ def token_pieces(
 ) -> Iterator[tuple[list[int], bool, bool]]:
     """(token ids, whether they are the text's own, whether a document begins with them).
 
-    A separator stands before every document but the first, and not where the one before ends with it, as many chats do.
+    A separator stands between two documents, unless the first one ends with it, as many chats do.
     """
     separator, strip = _separator(tokenizer), tokenizer.bos_token if bos_tokens(tokenizer) else ""
     last: list[int] = []
-    rest, begins = "", True
+    carried, begins = "", True
     for document in each_document(documents, (str, Chat)):
         if isinstance(document, Chat):
             # The template writes BOS, too; here it stands at the beginning of blocks.
             document = document.text(tokenizer).removeprefix(strip)
-        pieces = _pieces(rest + document, most_chars or PIECE_CHARS)
-        rest = pieces.pop() if isinstance(document, Unfinished) and pieces else ""
+        pieces = _pieces(carried + document, most_chars or PIECE_CHARS)
+        carried = pieces.pop() if isinstance(document, Unfinished) and pieces else ""
         for text in pieces:
             check_characters(text)
             # verbose=False: no warning that a document is longer than the model's context
@@ -220,5 +220,5 @@ def bos_tokens(tokenizer: Any) -> list[int]:
 
 
 def _pad(tokenizer: Any) -> int:
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((token for token in known if token is not None), 0)
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in candidates if token is not None), 0)

@@ -43,7 +43,7 @@ class LayerTensors:
     scaling: float
     window: int | None
     softcap: float | None = None
-    sinks: Tensor | None = None
+    sink_logits: Tensor | None = None
     """[Hq], of gpt-oss."""
 
 
@@ -106,7 +106,7 @@ def capture(
                 scaling=float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
                 window=kwargs.get("sliding_window"),
                 softcap=kwargs.get("softcap"),
-                sinks=kwargs.get("s_aux"),
+                sink_logits=kwargs.get("s_aux"),
             )
         )
 
@@ -120,7 +120,7 @@ def capture(
 
 
 def check_capture(model: Any) -> None:
-    """Raises KvcalError, by name of the architecture, for a model that cannot be captured: seen in two tokens."""
+    """Runs a model on two tokens. Raises KvcalError, by name of the architecture, where it cannot be captured."""
     with torch.no_grad(), capture(model, lambda seen: None):
         try:
             backbone(model)(input_ids=first_ids(model, 2), use_cache=False)

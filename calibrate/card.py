@@ -83,10 +83,10 @@ def _listed(values: Mapping[str, Any]) -> str:
 
 
 def _filed_under(artifact: Artifact) -> dict[str, Any]:
-    """What the Hub files the artifact under: its links lead to nothing but repositories."""
+    """What the Hub files the artifact under; it links to repositories only."""
     model, source = artifact.model, artifact.data.get("source", {})
     entries: dict[str, Any] = {"library_name": "kvcal", "tags": ["kvcal", "kv-cache", "calibration"]}
-    # A model in a folder may be called as a repository is; only those of the Hub have a commit.
+    # A folder may have the name of a repository; only models of the Hub have a commit.
     if model.revision and "/" in model.id and _HUB_ID.fullmatch(model.id):
         entries["base_model"] = model.id
     data_id = str(source.get("id"))

@@ -23,7 +23,7 @@ ROLES = {
 """What stands under `from` in ShareGPT's form -> role."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _DATED = "strftime_now"
-"""What templates call that write today's date: the same data would be another text tomorrow."""
+"""The function by which templates write today's date: the same data would be another text tomorrow."""
 _DAY = datetime.datetime(2024, 7, 26)
 
 
@@ -46,7 +46,7 @@ class Chat:
             )
         try:
             text = self.render(tokenizer, self.messages)
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # a template may raise anything
             raise KvcalError(
                 f"{self.label}: the model's chat template refuses the chat ({hub.one_line(error)}): leave it out, or "
                 "give --text-column with a column of text"
@@ -76,7 +76,7 @@ class Chat:
     def left_out(self, tokenizer: Any, text: str) -> list[str]:
         """Roles whose messages or tool calls are not in the text.
 
-        By marks in place of the contents: a template may rewrite these (strip thoughts, quote the output of tools).
+        Marks are rendered in place of the contents, which a template may rewrite (strip thoughts, quote tools).
         """
         marks = [f"kvcal{number}mark" if message["content"] else "" for number, message in enumerate(self.messages)]
         marked = [{**message, "content": mark} for message, mark in zip(self.messages, marks, strict=True)]
@@ -128,8 +128,10 @@ def _message(item: Mapping[str, Any], label: str) -> dict[str, Any]:
     else:
         content = item.get("content")
     role = ROLES.get(role.strip().lower(), role)
-    rest = {key: _without_nulls(more) for key, more in item.items() if key not in ("role", "from", "content", "value")}
-    message = {"role": role, "content": _text(content, label), **{k: v for k, v in rest.items() if v is not None}}
+    more = {
+        key: _without_nulls(value) for key, value in item.items() if key not in ("role", "from", "content", "value")
+    }
+    message = {"role": role, "content": _text(content, label), **{k: v for k, v in more.items() if v is not None}}
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(message["tool_calls"], label)
     return message

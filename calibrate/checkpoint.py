@@ -1,4 +1,4 @@
-"""Interrupted passes: their state on disk, and whose it is."""
+"""The state of an interrupted pass on disk, and the run that it belongs to."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Checkpoint:
     """A folder beside the artifact-to-be, where each process of a run keeps its own part.
 
     A state is two files, PART.DONE.HASH.safetensors and PART.DONE.json. The second is the commit: it appears whole, and
-    only after the first and the first's name are on the disk. What came before is deleted only then.
+    only after the first and the first's name are on the disk. Older states are deleted only then.
     """
 
     def __init__(self, folder: Path, run: str, kind: str = "blocks", rank: int = 0, size: int = 1):
@@ -55,7 +55,7 @@ class Checkpoint:
         """Batches done in this part's newest state; 0: there is none.
 
         Raises:
-            KvcalError: the states here are of another number of processes, whose parts are others.
+            KvcalError: the states here are of processes that shared the work in another way.
         """
         commits = self._commits()
         for commit in commits:
@@ -74,12 +74,12 @@ class Checkpoint:
         write_state(self._commit(done), f"{self._part}.{done}", {"run": self.run, **numbers}, tensors)
 
     def drop_older(self, done: int) -> None:
-        """Delete this part's states but that of `done`, which all processes that need it have."""
+        """Delete this part's states but that of `done`, which all processes that need it have saved."""
         # Commits first: no state may name tensors that are gone.
         for kind in ("json", "safetensors"):
             for old in self.folder.glob(f"{self._part}.*.{kind}"):
                 if not old.name.startswith(f"{self._part}.{done}."):
-                    with contextlib.suppress(OSError):  # it is in nobody's way
+                    with contextlib.suppress(OSError):  # a state that stays does no harm
                         old.unlink()
 
     def load(self, done: int, reservoir: int, seed: int) -> StatisticsFitter:

@@ -99,7 +99,7 @@ def _cluster_head(
     curve = clusterability(keys, queries, where=where)
     # The first half of the text stands for calibration, the second for a context met at inference.
     half = keys.shape[1] // 2
-    saved = warm_start(
+    comparison = warm_start(
         keys[:, :half], keys[:, half:], clusters=max(1, clusters // 2), metric=metric, seed=seed, where=where
     )
     fields = ("centroids", "sizes", "radius_mean", "radius_p95", "radius_max", "value_mean", "inertia", "silhouette")
@@ -107,7 +107,7 @@ def _cluster_head(
     tensors |= {f"curve.{name}": getattr(curve, name) for name in CURVE}
     for start in ("calibrated", "plusplus", "random"):
         for what in ("iterations", "inertia"):
-            tensors[f"warm_start.{start}_{what}"] = getattr(saved, f"{start}_{what}")
+            tensors[f"warm_start.{start}_{what}"] = getattr(comparison, f"{start}_{what}")
     return tensors
 
 
@@ -117,7 +117,7 @@ def _join(name: str, heads: list[Tensor]) -> Tensor:
 
 
 def _from(world: World, rank: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a rank found, on every rank."""
+    """The tensors that `rank` found, on every rank."""
     return world.broadcast(None, tensors, rank)[1]
 
 

@@ -2,8 +2,8 @@
 
 A codeword is a key and a value, and a token belongs to the codeword that is nearest to its own key and value. That is
 the coarse quantiser of inverted files (Jégou, Douze and Schmid 2011) for attention, where two tokens are alike when
-their logits and what they contribute are alike. Beside it comes the basis that is best for the scores of a key less its
-codeword's (residual quantisation).
+their logits and what they contribute are alike. With it is fitted the basis that is best for the scores of what a
+codeword leaves of a key (residual quantisation).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Codebook:
     """The codebooks of one layer, codewords in descending order of size."""
 
     key: Tensor
-    """[Hkv, C, D] float32, after the rotary embedding; but for what k-means has left to do, means of its tokens'."""
+    """[Hkv, C, D] float32, after the rotary embedding: mean of its tokens' keys, as far as k-means has converged."""
     value: Tensor
     """[Hkv, C, Dv] float32, likewise."""
     spread: Tensor
@@ -38,7 +38,7 @@ class Codebook:
         return torch.stack([assign(points, codewords, "l2") for points, codewords in pairs])
 
     def beyond(self, key: Tensor, ids: Tensor) -> Tensor:
-        """[Hkv, N, D] float64: keys less those of their codewords, of ids [Hkv, N]."""
+        """[Hkv, N, D] float64: what codewords leave of keys; ids [Hkv, N] are the tokens' codewords."""
         return key.double() - _taken(self.key, ids).double()
 
 
@@ -56,12 +56,12 @@ def fit_codebook(
         KvcalError: fewer tokens than codewords; NaN or infinity.
     """
     key, value = finite(key, "keys", where), finite(value, "values", where)
-    at = f" ({where})" if where else ""
+    place = f" ({where})" if where else ""
     if iterations < 1:
-        raise KvcalError(f"{iterations} iterations{at}: give at least 1")
+        raise KvcalError(f"{iterations} iterations{place}: give at least 1")
     if not 1 <= codewords <= key.shape[1]:
         raise KvcalError(
-            f"{codewords} codewords of {key.shape[1]} sampled tokens{at}: ask for 1 to {key.shape[1]}, or calibrate "
+            f"{codewords} codewords of {key.shape[1]} sampled tokens{place}: ask for 1 to {key.shape[1]}, or calibrate "
             "with a larger --reservoir"
         )
     points = joint(key, value, spread)
@@ -69,7 +69,7 @@ def fit_codebook(
     with one_thread():
         centroids = torch.stack([kmeans(head, codewords, "l2", iterations, seed)[0] for head in points])
         centroids = centroids * _dims(spread, key.shape[-1], value.shape[-1])
-        # Counted with the codewords as they are kept, whose rounding may give a token to another one.
+        # Tokens are counted by the codewords as they are kept: their rounding may give a token to another one.
         unsorted = _codebook(centroids, spread, key.shape[-1])
         ids = unsorted.assign(key, value)
         sizes = torch.stack([torch.bincount(head, minlength=codewords) for head in ids])
@@ -79,7 +79,7 @@ def fit_codebook(
 
 
 def _codebook(centroids: Tensor, spread: Tensor, key_dims: int) -> Codebook:
-    """Without sizes.
+    """A codebook whose sizes are not counted yet.
 
     Args:
         centroids: [Hkv, C, D + Dv].
@@ -94,7 +94,7 @@ def fit_code_basis(codebook: Codebook, queries: Moments, key: Tensor, value: Ten
 
 
 def code_moments(codebook: Codebook, key: Tensor, value: Tensor) -> Moments:
-    """Of what codewords leave of sampled keys."""
+    """Moments of what codewords leave of sampled keys."""
     beyond = codebook.beyond(key, codebook.assign(key, value))
     mean = beyond.mean(1)
     centred = beyond - mean.unsqueeze(1)
@@ -126,7 +126,7 @@ def _dims(spread: Tensor, key_dims: int, value_dims: int) -> Tensor:
 
 
 def _taken(codewords: Tensor, ids: Tensor) -> Tensor:
-    """[Hkv, N, D] of codewords [Hkv, C, D] and ids [Hkv, N]."""
+    """[Hkv, N, D]: the codewords [Hkv, C, D] that ids [Hkv, N] name."""
     return codewords.gather(1, ids.unsqueeze(-1).expand(-1, -1, codewords.shape[-1]))
 
 

@@ -1,4 +1,4 @@
-"""The stage `codebook`, of every layer with full attention, from the reservoir: what `spectral` decodes with."""
+"""The stage `codebook`, with which `spectral` decodes: fitted to the reservoir, for every layer with full attention."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .moments import Moments
 
 CODEWORDS = 64
 TOKENS_PER_CODEWORD = 8
-"""A sample has at least so many of them, or there are fewer codewords."""
+"""Sampled tokens per codeword at least: a small sample has fewer codewords."""
 SIZES = (16, 64, 256)
-"""Of the codebooks by which is reported how well they carry over to other text, the chosen size besides."""
+"""Sizes, beside the chosen one, of the codebooks that show how well codebooks carry over to other text."""
 
 
 def codebook(
@@ -36,8 +36,8 @@ def codebook(
     """Fit a codebook of the sampled keys and values per (layer, KV head), and the basis of keys less their codewords.
 
     Args:
-        codewords: at most 256; by default one per `tokens_per_codeword` sampled tokens, or without that 64, or what the
-            sample allows.
+        codewords: at most 256; by default one per `tokens_per_codeword` sampled tokens; without that 64, or as many as
+            the sample allows.
         report: also fit codebooks of several sizes to half of the sample, to see how well they carry over to the other.
         progress: called with (layers done, layers in all), of this rank's share.
         world: the processes that share the layers.
@@ -71,19 +71,19 @@ def codebook(
         found |= {f"layers.{layer.index}.{name}": tensor for name, tensor in tensors.items()}
     if progress:
         progress(len(mine), len(mine))
-    everyone: dict[str, Tensor] = {}
+    gathered: dict[str, Tensor] = {}
     for rank in range(world.size):
-        everyone |= world.broadcast(None, found, rank)[1]
-    return artifact.with_stage("codebook", Stage(everyone, settings))
+        gathered |= world.broadcast(None, found, rank)[1]
+    return artifact.with_stage("codebook", Stage(gathered, settings))
 
 
 def sampled_tokens(artifact: Artifact) -> int:
-    """0 without a reservoir."""
+    """Tokens in the reservoir; 0 without one."""
     return len(artifact.stages["reservoir"].tensors["token"]) if "reservoir" in artifact.stages else 0
 
 
 def usual_codewords(tokens: int) -> int:
-    """64, or what so many sampled tokens allow."""
+    """Codewords by default: 64, or as many as so many sampled tokens allow."""
     return max(1, min(CODEWORDS, tokens // TOKENS_PER_CODEWORD))
 
 
@@ -128,7 +128,7 @@ def _carried(
 
 
 def query_moments(artifact: Artifact, layer: Layer) -> Moments:
-    """Of queries after the rotary embedding."""
+    """Moments of a layer's queries after the rotary embedding."""
     count, mean, covariance = (
         artifact.tensor("moments", layer.index, f"query_post.{part}") for part in ("count", "mean", "covariance")
     )
@@ -155,7 +155,8 @@ def codebook_report(artifact: Artifact) -> dict[str, Any]:
                 "largest": int(sizes.max()),
                 "smallest": int(sizes.min()),
                 "carry": [
-                    {"codewords": size, **{name: columns[name][at] for name in names}} for at, size in enumerate(tried)
+                    {"codewords": size, **{name: columns[name][entry] for name in names}}
+                    for entry, size in enumerate(tried)
                 ],
             }
         )

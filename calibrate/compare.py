@@ -14,7 +14,7 @@ from .rank import rank_at, rank_report
 
 
 def compare(first: Artifact, second: Artifact, variance: float = 0.9) -> dict[str, Any]:
-    """Principal angles between key subspaces, rank and spectrum differences, and what differs in the making.
+    """Principal angles between key subspaces, rank and spectrum differences, and what differs in how they were made.
 
     Subspaces are those of rank@`variance` in `first`, per layer and KV head.
 

@@ -16,7 +16,7 @@ from .text_data import Document, TextPart, TextSource
 from .text_files import PLAIN, is_text, kind, matching, quiet, read, readable, texts
 
 _MOST_FILES = 16
-"""Of a data set on the Hub: there each is a download."""
+"""Files of a data set that one wave reads: on the Hub each is a download."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def source_of_files(
     skipped: Sequence[str] = (),
     waves: Sequence[int] | None = None,
 ) -> TextSource:
-    """Each file is a part."""
+    """A source that has each file as a part."""
     column = asked.text_column if any(kind(name) not in PLAIN for name in names) else None
     parts = tuple(
         _part(described["id"], base / name, name, column, wave)
@@ -58,7 +58,7 @@ def _part(data: str, path: Path, name: str, column: str | None, wave: int) -> Te
 
 
 def saved(name: str, folder: Path, asked: Asked) -> TextSource | None:
-    """A folder that `save_to_disk` wrote, of a data set or of a dict of them; None if it is none."""
+    """The source of a folder that `save_to_disk` wrote, for a data set or a dict of them; None for another folder."""
     described: dict[str, Any] = {"kind": "local", "id": name}
     if (folder / "dataset_dict.json").is_file():
         splits = _json(folder / "dataset_dict.json").get("splits")
@@ -73,9 +73,9 @@ def saved(name: str, folder: Path, asked: Asked) -> TextSource | None:
         raise KvcalError(f"data {name}: was saved without splits ({asked.split!r} asked for): drop the split")
     files = _json(folder / "state.json").get("_data_files")
     files = files if isinstance(files, list) else []
-    there = matching(folder, "*.arrow")
+    present = matching(folder, "*.arrow")
     names = [file.get("filename") if isinstance(file, dict) else None for file in files]
-    missing = [file for file in names if file not in there]
+    missing = [file for file in names if file not in present]
     if missing or not names:
         lacks = f"has not got {missing[0]!r}" if missing else "names no files"
         raise KvcalError(f"data {name}: {folder / 'state.json'} {lacks}: copy or save the data set again")
@@ -95,7 +95,7 @@ def repository(
 ) -> TextSource:
     """A data set as the Hub lays it out, in a folder or (None) online.
 
-    Of many files a few are drawn, and others only where these do not suffice; the same ones online and here.
+    Of many files a few are drawn, the same online and on the disk; others are read only where these do not suffice.
     """
     described: dict[str, Any] = {"kind": "hub" if revision else "local", "id": name}
     if folder and (stated := card(folder)):
@@ -131,7 +131,7 @@ def repository(
 
 
 def _waves(count: int, seed: int) -> list[int]:
-    """Of each file, in which go it is read."""
+    """The wave in which each file is read."""
     order = random.Random(f"kvcal files {seed}").sample(range(count), count)
     waves = [0] * count
     for place, number in enumerate(order):
@@ -183,7 +183,7 @@ def _articles(name: str, rows: Iterator[Document]) -> Iterator[Document]:
 
 
 def choose(data: str, what: str, wanted: str | None, known: Iterable[str], default: str | None = None) -> str:
-    """Of the known names the wanted one, or the one that is meant without it."""
+    """The wanted one of the known names; where none is wanted, the default or the only one."""
     names = list(known)
     choice = wanted or (default if default in names else names[0] if len(names) == 1 else None)
     if choice is None or choice not in names:

@@ -1,4 +1,4 @@
-"""What callers give as documents, checked: much that is no list of texts can be iterated over, and yields strings."""
+"""Checks of the documents that callers give: much that is no list of texts can be iterated over, and yields strings."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check_characters(text: str, label: str = "text") -> None:
 
 
 def _advice(documents: Any) -> str | None:
-    """What to give in place of documents that are none; None: they may be some."""
+    """What to give in place of something that is no documents; None where it may be some."""
     if isinstance(documents, str):
         return "its characters would be the documents: give [text], or open_data(name) for a file or data set"
     if isinstance(documents, (bytes, bytearray, memoryview)):

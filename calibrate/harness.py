@@ -5,7 +5,7 @@
 is `lm_eval` with one more model; everything else is its own. docs/lm-eval.md has examples, `--help` the arguments.
 Three kinds of requests, and what is compressed:
 
-- generation: prompts are prefilled densely, which also gives the first new token; every other one is decoded.
+- generation: prompts are prefilled densely, which also gives the first new token; every later one is decoded.
 - log-likelihood: the harness scores it by one forward pass, which never decodes, and every method would look alike.
   Here all of the context but its last token is prefilled densely, and the rest is fed token by token, so that
   every scored token is predicted by a decoded step, also the single one of a multiple choice.
@@ -85,7 +85,7 @@ class CompressedLM(HFLM):
         if device == "cuda:0" and not torch.cuda.is_available():
             device = "auto"  # the harness's own default, on machines of any kind
         loaded = pretrained if isinstance(pretrained, LoadedModel) else load_model(pretrained, device, dtype)
-        own = {name: settings.pop(name) for name in _OF_THE_HARNESS if name in settings}
+        passed_on = {name: settings.pop(name) for name in _OF_THE_HARNESS if name in settings}
         if artifact is not None and not isinstance(artifact, Artifact):
             artifact = load(artifact)
         if artifact is not None and (note := compare_weights(artifact, loaded.model, loaded.exact)):
@@ -93,10 +93,10 @@ class CompressedLM(HFLM):
         self.compression: dict[str, Any] = {"artifact": artifact, "method": method, **settings}
         self._setting = {"method": method, **settings}
         with sharing(loaded.model, artifact, self._setting):
-            CompressedCache(loaded.model, artifact, **decoding(self._setting))  # what does not fit is said now
+            CompressedCache(loaded.model, artifact, **decoding(self._setting))  # raises now where settings do not fit
         self._source = loaded.source
         super().__init__(
-            loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size, max_batch_size=max_batch_size, **own
+            loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size, max_batch_size=max_batch_size, **passed_on
         )
 
     def _model_generate(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -140,7 +140,7 @@ class CompressedLM(HFLM):
 
     @torch.no_grad()
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Pairs of context and continuation, whose contexts are equally long, as one batch."""
+        """Answers to pairs of context and continuation, decoded as one batch: their contexts are equally long."""
         longest = max(len(continuation) for _, continuation in pairs)
         context = torch.tensor([context for context, _ in pairs], device=self.device)
         rows = [continuation + continuation[-1:] * (longest - len(continuation)) for _, continuation in pairs]
@@ -151,10 +151,10 @@ class CompressedLM(HFLM):
         fed = torch.cat((context[:, -1:], continuation[:, :-1]), 1)
         scores, hits = [], []
         for position in range(longest):
-            at = slice(position, position + 1)
-            logits = self.model(fed[:, at], past_key_values=cache, use_cache=True).logits[:, -1]
-            scores.append(logits.float().log_softmax(-1).gather(1, continuation[:, at]))
-            hits.append(logits.argmax(-1, keepdim=True) == continuation[:, at])
+            column = slice(position, position + 1)
+            logits = self.model(fed[:, column], past_key_values=cache, use_cache=True).logits[:, -1]
+            scores.append(logits.float().log_softmax(-1).gather(1, continuation[:, column]))
+            hits.append(logits.argmax(-1, keepdim=True) == continuation[:, column])
         score, hit = torch.cat(scores, 1), torch.cat(hits, 1)
         return [
             (float(score[row, : len(pair[1])].sum()), bool(hit[row, : len(pair[1])].all()))
@@ -173,7 +173,7 @@ class CompressedLM(HFLM):
 
 
 def equal_contexts(pairs: Sequence[tuple[list[int], list[int]]], batch_size: int) -> list[list[int]]:
-    """Batches of rows whose contexts are equally long, longest first: nothing is padded on the left.
+    """Batches of pairs, by number, whose contexts are equally long, longest first: nothing is padded on the left.
 
     The choices of a question share its context, and so a batch.
     """

@@ -23,9 +23,9 @@ _FURNITURE = _words(
     "nav navbar navigation navheader navfooter docnav menu menubar toc breadcrumb breadcrumbs banner search "
     "sphinxsidebar headerlink"
 )
-"""Classes, ids and roles of a page's furniture. Not "sidebar" nor "note": manuals put text into those."""
+"""Classes, ids and roles of navigation and menus. Not "sidebar" nor "note": manuals put text into those."""
 _CONTAINERS = _words("div ul ol dl table section aside header footer form a span")
-"""What furniture is made of: elements whose end may not be left out, so that it cannot swallow the page."""
+"""Elements that may be left out by class, id or role: their end tag is obligatory, so the rest of the page is kept."""
 _PARAGRAPHS = _words(
     "address article aside blockquote body center details div dl fieldset figure figcaption footer form h1 h2 h3 h4 h5 "
     "h6 header hr main menu nav ol p pre section summary table ul"
@@ -45,7 +45,7 @@ def page_text(name: str, chunks: Iterable[str]) -> Iterator[str]:
     page = _Page()
     for chunk in chunks:
         page.feed(chunk)
-        if len(page.rawdata) > MOST_CHARS:  # what it waits to see the end of
+        if len(page.rawdata) > MOST_CHARS:  # what was fed and has not ended yet
             raise KvcalError(f"{name}: a tag or comment of more than {MOST_CHARS} characters: no HTML, leave it out")
         yield from page.taken()
     page.close()
@@ -132,7 +132,7 @@ class _Page(HTMLParser):
             self._gap = max(self._gap, 1)
 
     def parse_marked_section(self, i: int, report: bool = True) -> int:
-        """The standard library asserts that there are no others than it knows: pages have them."""
+        """The standard library fails an assertion at sections that it does not know, which pages have."""
         try:
             return super().parse_marked_section(i, report)
         except AssertionError:

@@ -34,6 +34,6 @@ def deferred_interrupt(enabled: bool = True, *, insist: bool = True) -> Iterator
             signal.signal(number, remember)
         yield lambda: came
     finally:
-        with ExitStack() as stack:  # both, also when the one that is back already raises
+        with ExitStack() as stack:  # both handlers return, also when one that is back already raises
             for number, handler in previous.items():
                 stack.callback(signal.signal, number, handler)

@@ -1,7 +1,7 @@
 """Tokens of several texts, mixed: all give as many, as far as they have them, and their passages are shuffled.
 
 A passage is a document, or a piece of a longer one. Beyond a few texts only one is open at a time, and none is read
-much further than it is taken.
+much further than its tokens are taken.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 LEAST = 8
-"""Tokens that a text gives at once. Where that is more than its share, some give none."""
+"""Tokens that a text gives at once, at least. Where that is more than its share, some texts give none."""
 MOST = 4096
-"""Texts that share what is asked of a source: more of them are opened only for what these have not got."""
+"""Texts that share what is asked of a source: further ones are opened only for what these lack."""
 _KEPT_OPEN = 16
 
 Pieces = Iterator[tuple[list[int], bool]]
@@ -36,7 +36,7 @@ def mix(texts: Sequence[Text], wanted: int, longest: int, separator: list[int], 
 
     Args:
         texts: none of them taken from yet.
-        longest: tokens of a passage.
+        longest: tokens of a passage, at most.
         separator: one token or none, put between passages but after one that ends with it.
         seed: of the order of the passages, and of which texts are read where there are too many.
     """
@@ -48,38 +48,38 @@ def mix(texts: Sequence[Text], wanted: int, longest: int, separator: list[int], 
         sources.setdefault(text.source, []).append(text)
     # Behind every passage stands a separator, but for the last.
     while (need := wanted + len(separator) - sum(text.cost(separator) for text in texts)) > 0:
-        live = [found for found in map(_first_wave, sources.values()) if found]
+        live = [ready for ready in map(_first_wave, sources.values()) if ready]
         if not live:
             break
         of_source = max(need // len(live), 1)
-        for found in live:
-            left = min(of_source, need)
-            share = max(left // min(len(found), MOST), LEAST)
-            for text in found:
-                if left <= 0:
+        for ready in live:
+            lacking = min(of_source, need)
+            share = max(lacking // min(len(ready), MOST), LEAST)
+            for text in ready:
+                if lacking <= 0:
                     break
-                taken = text.take(min(share, left), longest, separator)
-                left, need = left - taken, need - taken
-                if len(found) > _KEPT_OPEN:
+                taken = text.take(min(share, lacking), longest, separator)
+                lacking, need = lacking - taken, need - taken
+                if len(ready) > _KEPT_OPEN:
                     text.close()
 
     passages = [(number, *passage) for number, text in enumerate(texts) for passage in text.passages]
     chance.shuffle(passages)
     _lengthen_last(passages, wanted, separator)
     ids: list[int] = []
-    own: list[bool] = []
+    from_text: list[bool] = []
     documents: list[set[int]] = [set() for _ in texts]
     tokens = [0] * len(texts)
     for number, document, passage in passages:
         if ids and separator and ids[-1:] != separator:
             ids += separator
-            own.append(False)
+            from_text.append(False)
         passage = passage[: max(0, wanted - len(ids))]
         ids += passage
-        own += [True] * len(passage)
+        from_text += [True] * len(passage)
         tokens[number] += len(passage)
         documents[number] |= {document} if passage else set()
-    return Mixed(ids, own, [(len(found), count) for found, count in zip(documents, tokens, strict=True)])
+    return Mixed(ids, from_text, [(len(found), count) for found, count in zip(documents, tokens, strict=True)])
 
 
 def _cost(passages: Sequence[list[int]], separator: list[int]) -> int:
@@ -88,7 +88,7 @@ def _cost(passages: Sequence[list[int]], separator: list[int]) -> int:
 
 
 def _lengthen_last(passages: list[tuple[int, int, list[int]]], wanted: int, separator: list[int]) -> None:
-    """What is a token too much is cut off at the end: of a long passage, not of all that a text gave."""
+    """Put a long passage last, where tokens too many are cut off: a short one may be all that its text gave."""
     every = [ids for _, _, ids in passages]
     if every and _cost(every[:-1], separator) + len(every[-1]) > wanted:
         longest = max(range(len(passages)), key=lambda number: len(passages[number][2]))
@@ -96,7 +96,7 @@ def _lengthen_last(passages: list[tuple[int, int, list[int]]], wanted: int, sepa
 
 
 def _first_wave(texts: Sequence[Text]) -> list[Text]:
-    """Of the texts of a source that have not ended, those whose turn it is; who has given least comes first."""
+    """The texts of a source that have not ended and whose wave it is; the one that has given least comes first."""
     live = [text for text in texts if not text.ended]
     first = min((text.wave for text in live), default=0)
     return sorted((text for text in live if text.wave == first), key=Text.given)
@@ -125,7 +125,7 @@ class Text:
         return sum(len(ids) for _, ids in self.passages)
 
     def take(self, tokens: int, longest: int, separator: list[int]) -> int:
-        """Add about so many to the passages, a separator for each of them included: how many were added."""
+        """Add about so many tokens to the passages, a separator for each passage included; returns the number added."""
         taken = 0
         while taken < tokens and self._more():
             if self._begins or len(self.passages[-1][1]) == longest:
@@ -141,7 +141,7 @@ class Text:
         return taken
 
     def close(self) -> None:
-        """Too many would be open; it is opened again, and what was taken is passed over, if it has to give more."""
+        """Close it, as too many would be open; to give more it is opened again, and what it gave is passed over."""
         self._pieces, self._pending = None, []
 
     def _more(self) -> bool:

@@ -80,7 +80,7 @@ def calibrate(
         raise KvcalError(
             "the model is in training mode, where dropout makes every run another: call model.eval() first"
         )
-    import faiss  # noqa: F401 (the codebooks are made after the pass: said before it where they cannot be)
+    import faiss  # noqa: F401 (codebooks need it after the pass: where it is missing, raise before)
 
     check_capture(model)
     check_seq_len(blocks.seq_len, model.config)
@@ -135,9 +135,9 @@ def calibrate(
         data={"source": blocks.source, **data},
         settings=settings,
         versions=versions(),
-        stages={name: Stage(of_stage) for name, of_stage in tensors.items()},
+        stages={name: Stage(stage_tensors) for name, stage_tensors in tensors.items()},
     )
-    if not found.full_layers:  # where all layers slide, nothing decodes with a codebook
+    if not found.full_layers:  # where all layers have a sliding window, nothing decodes with a codebook
         return found
     return codebook(found, report=False, progress=codebook_progress, world=world)
 
@@ -162,7 +162,7 @@ def check_output(output: Path) -> None:
 
 
 def _agreed(world: World, run: str) -> str:
-    """The run that all ranks are of; the least that would come of another one is a wrong artifact."""
+    """The run id, which has to be the same on all ranks: otherwise the artifact would be wrong."""
     runs = world.exchange(run)
     for rank, other in enumerate(runs):
         if other != runs[0]:

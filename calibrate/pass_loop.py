@@ -123,7 +123,7 @@ class PassLoop:
         return self._statistics
 
     def _resumed(self, checkpoint: Checkpoint) -> int:
-        """Batches that the state on the disk has, which becomes ours."""
+        """Take over the state on the disk; returns how many batches it has."""
         done = checkpoint.newest()
         if self._heads:  # in step: what all ranks have
             done = min(self._world.exchange(done))
@@ -137,8 +137,8 @@ class PassLoop:
 
     def _forward(self, rows: slice) -> None:
         blocks, device = self._blocks, input_device(self._model)
-        index = torch.arange(rows.start * blocks.seq_len, rows.stop * blocks.seq_len).view(-1, blocks.seq_len)
-        self._statistics.begin_batch(index, blocks.counted[rows])
+        tokens = torch.arange(rows.start * blocks.seq_len, rows.stop * blocks.seq_len).view(-1, blocks.seq_len)
+        self._statistics.begin_batch(tokens, blocks.counted[rows])
         try:
             with self._world.talking():
                 self._decoder(
@@ -155,15 +155,15 @@ class PassLoop:
     def _must_restart(self) -> bool:
         """Whether this rank undid the rotation in another way than the ranks have now settled on.
 
-        A single process decides by its first batch, which is rank 0's; of several shares of the heads, rotating back
-        must be right for all.
+        They settle on rank 0's way, as it has the batch by which a single process decides; where ranks share the heads,
+        rotating back must be right for all of them.
         """
         mine = self._pre_rotary.methods
-        found = [{int(layer): method for layer, method in each} for each in self._world.exchange(list(mine.items()))]
+        found = [{int(layer): method for layer, method in pairs} for pairs in self._world.exchange(list(mine.items()))]
         chosen = found[0]
         if self._heads:
             chosen = {
-                layer: method if all(each[layer] == method for each in found) else "replay"
+                layer: method if all(methods[layer] == method for methods in found) else "replay"
                 for layer, method in chosen.items()
             }
         self._pre_rotary.methods = chosen
@@ -196,5 +196,5 @@ class PassLoop:
             )
 
     def _count(self, batches: int) -> int:
-        """Blocks in the first so many batches of this share."""
+        """Blocks in the first `batches` batches of this rank's share."""
         return sum(rows.stop - rows.start for rows in self._batches[:batches])

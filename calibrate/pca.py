@@ -56,6 +56,6 @@ def principal_angles(rows_a: Tensor, rows_b: Tensor) -> Tensor:
     rows_a, rows_b = rows_a.to(torch.float64), rows_b.to(torch.float64)
     overlap = rows_a @ rows_b.mT
     cosines = torch.linalg.svdvals(overlap).clamp(max=1)
-    residual = rows_b - overlap.mT @ rows_a
-    sines = torch.linalg.svdvals(residual)[..., : cosines.shape[-1]].flip(-1).clamp(max=1)
+    outside = rows_b - overlap.mT @ rows_a
+    sines = torch.linalg.svdvals(outside)[..., : cosines.shape[-1]].flip(-1).clamp(max=1)
     return torch.where(cosines**2 > 0.5, torch.asin(sines), torch.acos(cosines))

@@ -57,7 +57,7 @@ def is_tensor_parallel(model: torch.nn.Module) -> bool:
 
 
 def input_device(model: Any) -> torch.device:
-    """Where token ids go; of a model whose weights wait elsewhere until they are used, where they are used."""
+    """The device that token ids go to; for a model whose weights are offloaded, the one where they are used."""
     device: torch.device = model.device
     if device.type != "meta":
         return device
@@ -75,25 +75,25 @@ def whole_weights_sha256(model: torch.nn.Module) -> str:
     """
     # Offloading takes tied weights apart, which are one parameter elsewhere.
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    known = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
 
     def whole(name: str, parameter: Tensor) -> Tensor | None:
         if _is_sharded(parameter):
             return parameter.full_tensor()  # type: ignore[attr-defined]
         if not parameter.is_meta:
             return parameter
-        return None if tied.get(name) in known else _fetched(model, name)
+        return None if tied.get(name) in parameters else _fetched(model, name)
 
     return weights_sha256(model, whole)
 
 
 def _fetched(model: torch.nn.Module, name: str) -> Tensor:
     """A weight that accelerate keeps in CPU memory or on disk. Read only: putting it in place would untie weights."""
-    owner, _, own = name.rpartition(".")
+    owner, _, weight_name = name.rpartition(".")
     hook = getattr(model.get_submodule(owner), "_hf_hook", None)
-    for each in getattr(hook, "hooks", [hook]):
-        if getattr(each, "weights_map", None) is not None:
-            weight: Tensor = each.weights_map[own]
+    for single in getattr(hook, "hooks", [hook]):
+        if getattr(single, "weights_map", None) is not None:
+            weight: Tensor = single.weights_map[weight_name]
             return weight
     raise KvcalError(f"{name}: this model has no weights for it: load it with from_pretrained")
 

@@ -110,8 +110,8 @@ def codebook_figure(artifact: Artifact, report: dict[str, Any]) -> bytes:
             ends = entry in (report["layers"][0], report["layers"][-1])
             for text, style in (("unseen", "-"), ("fitted", ":")):
                 label = f"layer {entry['layer']}, {text} text" if ends else None
-                left = [carried[f"{quantity}_{text}"] for carried in entry["carry"]]
-                panel.plot(sizes, left, style, color=shade, marker=".", label=label)
+                unexplained = [carried[f"{quantity}_{text}"] for carried in entry["carry"]]
+                panel.plot(sizes, unexplained, style, color=shade, marker=".", label=label)
         panel.set_xscale("log", base=2)
         panel.set(xlabel="codewords", ylabel="share of the variance that is left", ylim=(0, 1.05))
         panel.set_title(f"Codebooks of keys and values: {quantity}s", fontsize=10)

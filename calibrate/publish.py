@@ -45,7 +45,7 @@ def push(
 
     Its manifest, the stage files that it names, its plan, the card and our figures are sent, nothing else that lies
     in the folder. Stage files of an earlier push that the manifest no longer names, and a plan that is not there any
-    more, leave with the same commit.
+    more, are removed by the same commit.
 
     Args:
         repo_id: `org/name` of a model repository.
@@ -75,8 +75,8 @@ def push(
         additions = [CommitOperationAdd(name, content) for name, content in contents.items()]
         api.preupload_lfs_files(repo_id, additions, revision=branch, free_memory=False)
         _check_sent(artifact, additions)
-        there = {file.rfilename for file in before.siblings or ()}
-        old = sorted(name for name in there - contents.keys() if FILE_NAME.fullmatch(name) or name == PLAN)
+        present = {file.rfilename for file in before.siblings or ()}
+        old = sorted(name for name in present - contents.keys() if FILE_NAME.fullmatch(name) or name == PLAN)
         commit = api.create_commit(
             repo_id,
             [*additions, *(CommitOperationDelete(name) for name in old)],
@@ -113,7 +113,7 @@ def _contents(artifact: Artifact, repo_id: str) -> dict[str, bytes | str]:
 
 
 def _plain(path: Path) -> bytes:
-    """What is sent lies in the folder itself: a link could lead to anything of the user's."""
+    """The content of a file to be sent, no link: that could lead to anything of the user's."""
     try:
         return read_plain(path)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""How many dimensions hold how much: rank@p, participation ratio, and the report of an artifact."""
+"""How many dimensions hold how much of the variance: rank@p, participation ratio, and the report of an artifact."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def rank_report(artifact: Artifact, variance: float = 0.9) -> dict[str, Any]:
 
 
 def means_are_of(report: dict[str, Any]) -> str:
-    """For people, behind "sliding window": which layers the means of a `rank_report` are of; "" where none has one."""
+    """Words to follow "sliding window": which layers the means of a `rank_report` are over; "" where none has one."""
     sliding = [layer for layer in report["layers"] if layer["window"] is not None]
     if not sliding:
         return ""

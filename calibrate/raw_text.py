@@ -16,7 +16,7 @@ from ..runtime import hub
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 MOST_CHARS = 1 << 26
-"""Of one row of a table: more is a file of another kind, and would be read whole."""
+"""Characters of a row of a table, at most: a longer one is a file of another kind, and would be read whole."""
 _CHUNK = 1 << 18
 
 
@@ -33,10 +33,10 @@ def text_chunks(path: Path, encoding: str = "utf-8-sig") -> Iterator[str]:
         try:
             text = decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
-            at = read - len(error.object) + error.start
+            position = read - len(error.object) + error.start
             stated = "UTF-8" if encoding == "utf-8-sig" else encoding
             raise KvcalError(
-                f"{path}: not {stated} text ({error.reason} at byte {at}): convert it, or leave it out"
+                f"{path}: not {stated} text ({error.reason} at byte {position}): convert it, or leave it out"
             ) from None
         if "\0" in text:
             raise KvcalError(f"{path}: binary data, not text: leave it out")
@@ -50,13 +50,13 @@ def first_bytes(path: Path) -> bytes:
 
 
 def _bytes(path: Path) -> Iterator[bytes]:
-    """The bytes of a file, b"" at its end."""
+    """The bytes of a file in chunks, the last of them b""."""
     try:
         with _opened(path) as file:
             while data := file.read(_CHUNK):
                 yield data
             yield b""
-    except Exception as error:  # every decompressor raises others, and nothing of ours runs inside
+    except Exception as error:  # every decompressor raises errors of its own, and nothing of ours runs inside
         reason = getattr(error, "strerror", None) or hub.one_line(error)
         raise KvcalError(f"{path}: cannot be read ({reason}): check it, or leave it out") from None
 

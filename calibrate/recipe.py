@@ -96,7 +96,7 @@ def read_recipe(path: str | os.PathLike[str], stages: Collection[str]) -> Recipe
 @dataclass(frozen=True)
 class _Value:
     value: Any
-    """What it means; of a mapping and a list that of what is in it, too."""
+    """The value as parsed, with all that is in it where it is a mapping or a list."""
     line: int
     node: Any
 

@@ -14,7 +14,7 @@ from .recipe import MOST_BYTES, VERSION
 
 _PASS = ("reservoir", "seed", "batch_size", "dtype", "device")
 _CLUSTER = ("clusters", "tokens_per_cluster", "metric", "iterations", "seed")
-"""What pass and clustering put into a manifest. A stranger's may say more, e.g. where a figure is to be written."""
+"""Settings that pass and clustering put into a manifest. A stranger's may have more, e.g. where to write a figure."""
 _UPTRAINING = ("steps", "lr", "distill", "train", "pool", "batch_size", "warmup", "seed", "dtype", "device")
 
 
@@ -43,19 +43,19 @@ def recipe_of(artifact: Artifact, pca_options: Collection[str]) -> str:
 def data_spec(source: Mapping[str, Any], notes: list[str]) -> str | list[str] | None:
     """What `open_data` takes, from what it put into the manifest."""
     if source.get("kind") == "several":
-        return [_one_spec(each, notes) or "" for each in _sources(source)]
+        return [_one_spec(entry, notes) or "" for entry in _sources(source)]
     return _one_spec(source, notes)
 
 
 def text_column(source: Mapping[str, Any]) -> dict[str, Any]:
     """The option that the text was opened with, {} without one."""
-    columns = [each["text_column"] for each in _sources(source) if isinstance(each.get("text_column"), str)]
+    columns = [entry["text_column"] for entry in _sources(source) if isinstance(entry.get("text_column"), str)]
     return {"text_column": columns[0]} if columns else {}
 
 
 def _sources(source: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     several = source.get("sources")
-    return [each for each in several if isinstance(each, Mapping)] if isinstance(several, list) else [source]
+    return [entry for entry in several if isinstance(entry, Mapping)] if isinstance(several, list) else [source]
 
 
 def _one_spec(source: Mapping[str, Any], notes: list[str]) -> str | None:
@@ -109,7 +109,7 @@ def _pca(artifact: Artifact, source: Mapping[str, Any], options: Collection[str]
 
 
 def _codebook(artifact: Artifact) -> list[dict[str, Any]]:
-    """Nothing where it is the one that the pass makes."""
+    """The stages that make the codebook: none where the pass makes the same one."""
     settings = artifact.stages["codebook"].settings
     usual = {"codewords": usual_codewords(sampled_tokens(artifact)), "iterations": 20, "seed": 0}
     if {name: settings.get(name) for name in usual} == usual:
@@ -140,7 +140,7 @@ def _stages(artifact: Artifact, notes: list[str]) -> list[dict[str, Any]]:
 
 def _sharing(artifact: Artifact, settings: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     """Options of `calibrate share` that give these groups under this name of a pattern."""
-    from .sharing.plan import planned_map
+    from .sharing.requested import requested_map
 
     pattern, stored, groups = settings.get("pattern"), settings.get("stored_layers"), settings["groups"]
     stored = stored if type(stored) is int else None
@@ -151,17 +151,17 @@ def _sharing(artifact: Artifact, settings: Mapping[str, Any], notes: list[str]) 
     for group in (2, 3, 4):
         for budget in (None, stored):
             try:
-                planned = planned_map(artifact, group=group, pattern=str(pattern), stored_layers=budget)
+                requested = requested_map(artifact, group=group, pattern=str(pattern), stored_layers=budget)
             except KvcalError:
                 continue
-            if str(planned) == groups:
+            if str(requested) == groups:
                 return {"pattern": pattern, "group": group, **({"budget_layers": budget} if budget else {})}
     notes.append(f"No size of groups makes the pattern {pattern!r} share {groups}: they are listed, instead.")
     return {"pattern": groups}
 
 
 def _trainings(last: Any) -> list[Mapping[str, Any]]:
-    """The last one first."""
+    """The trainings of a stage `cla`, the last one first."""
     found = []
     while last is not None:
         found.append(last)
@@ -185,7 +185,7 @@ def _training(settings: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
 
 
 def _yaml(value: Mapping[str, Any]) -> str:
-    """What `read_recipe` reads as the same values, and a terminal shows as they are: otherwise in escapes."""
+    """YAML that `read_recipe` reads as the same values; with escapes where a terminal would not show it as it is."""
     import yaml
 
     class Dumper(yaml.SafeDumper):

@@ -27,16 +27,16 @@ def priorities(tokens: Tensor, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Placement:
-    """Which rows of a batch enter the sample, and where."""
+    """Which tokens of a batch enter the sample, and where."""
 
     rows: Tensor
-    """[m] int64 indices into the batch."""
+    """[m] int64 indices into the batch's counted tokens."""
     slots: Tensor
     """[m] int64 slots that they take."""
 
 
 class ReservoirSample:
-    """Decides which tokens are in the sample; `SampledRows` holds what was seen there."""
+    """Decides which tokens are in the sample; `SampledRows` holds their keys, queries or values."""
 
     def __init__(self, capacity: int, seed: int):
         self.capacity = capacity
@@ -47,17 +47,17 @@ class ReservoirSample:
     def place(self, tokens: Tensor) -> Placement:
         """Offer token indices [n], each at most once in a run; returns what to store where."""
         held = len(self.token)
-        everyone = torch.cat([self.token, tokens.cpu()])
-        if len(everyone) <= self.capacity:
-            stay, enter = torch.arange(held), torch.arange(held, len(everyone))
+        candidates = torch.cat([self.token, tokens.cpu()])
+        if len(candidates) <= self.capacity:
+            stay, enter = torch.arange(held), torch.arange(held, len(candidates))
         else:
-            chosen = priorities(everyone, self.seed).argsort(stable=True)[: self.capacity].sort().values
+            chosen = priorities(candidates, self.seed).argsort(stable=True)[: self.capacity].sort().values
             stay, enter = chosen[chosen < held], chosen[chosen >= held]
         freed = torch.ones(self.capacity, dtype=torch.bool)
         freed[stay] = False
         slots = freed.nonzero().flatten()[: len(enter)]
         self.token = torch.cat([self.token, torch.zeros(max(0, len(stay) + len(enter) - held), dtype=torch.int64)])
-        self.token[slots] = everyone[enter]
+        self.token[slots] = candidates[enter]
         return Placement(enter - held, slots)
 
     def order(self) -> Tensor:

@@ -38,8 +38,8 @@ class StatisticsFitter:
             tokens: [B, T] int64 index of each token in the whole text, each at most once in a run.
             counted: [B, T] bool, which tokens enter the statistics.
         """
-        index = tokens[counted]
-        self._batch = _Batch(counted, index, self.sample.place(index))
+        counted_tokens = tokens[counted]
+        self._batch = _Batch(counted, counted_tokens, self.sample.place(counted_tokens))
 
     def update(self, seen: LayerTensors, pre_rotary: str = "none") -> None:
         """Take in one layer of the announced batch."""
@@ -137,26 +137,26 @@ class StatisticsFitter:
                     f"{prefix}.{quantity}.eigenvalues": spectrum(found),
                     f"{prefix}.{quantity}.eigenvalues_uncentred": spectrum(found, centred=False),
                 }
-            for stage in ("pre", "post"):
-                keys = moments[f"key_{stage}"]
+            for rotary_stage in ("pre", "post"):
+                keys = moments[f"key_{rotary_stage}"]
                 pca = fit_pca(keys, centred=centred)
-                basis = fit_score_basis(moments[f"query_{stage}"], keys)
+                basis = fit_score_basis(moments[f"query_{rotary_stage}"], keys)
                 stages["pca"] |= {
-                    f"{prefix}.key_{stage}.mean": pca.mean.float(),
-                    f"{prefix}.key_{stage}.components": pca.components.float(),
+                    f"{prefix}.key_{rotary_stage}.mean": pca.mean.float(),
+                    f"{prefix}.key_{rotary_stage}.components": pca.components.float(),
                 }
                 stages["score"] |= {
-                    f"{prefix}.{stage}.query_map": basis.query_map.float(),
-                    f"{prefix}.{stage}.key_map": basis.key_map.float(),
-                    f"{prefix}.{stage}.singular_values": basis.singular_values,
+                    f"{prefix}.{rotary_stage}.query_map": basis.query_map.float(),
+                    f"{prefix}.{rotary_stage}.key_map": basis.key_map.float(),
+                    f"{prefix}.{rotary_stage}.singular_values": basis.singular_values,
                 }
             for quantity in SAMPLED if layer.window is None else ():
                 stages["reservoir"][f"{prefix}.{quantity}"] = self.rows[index, quantity].finalize(order)
         return stages
 
     def add_layer(self, layer: Layer, dtype: torch.dtype | None) -> None:
-        """Make room for a layer whose activations are of `dtype`; of one with a sliding window nothing is sampled,
-        since nothing that samples are for is done to it."""
+        """Make room for a layer whose activations are of `dtype`; one with a sliding window is not sampled, since
+        no method that needs the sample is applied to it."""
         self.layers[layer.index] = layer
         for quantity in QUANTITIES:
             dim = layer.value_dim if quantity == "value" else layer.head_dim
@@ -190,7 +190,7 @@ class _Batch:
     placement: Placement
 
     def one_query_per_group(self, queries: Tensor, group: int, seed: int) -> Tensor:
-        """[Hkv, n, D]: of each token's G queries per KV head one, chosen by the token's index."""
+        """[Hkv, n, D]: one of each token's G queries per KV head, chosen by the token's index."""
         heads, tokens, dim = queries.shape
         grouped = queries.view(heads // group, group, tokens, dim)
         chosen = (priorities(self.tokens, seed + 1) % group).to(queries.device)
@@ -198,5 +198,5 @@ class _Batch:
 
 
 def _rows(tensor: Tensor, counted: Tensor) -> Tensor:
-    """[B, H, T, D] -> [H, n, D], the counted tokens of all rows in order."""
+    """[B, H, T, D] -> [H, n, D], the counted tokens of all blocks in order."""
     return tensor.transpose(0, 1)[:, counted]

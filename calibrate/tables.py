@@ -27,11 +27,11 @@ class Table:
     kinds: Mapping[str, str]
     """Column -> kind."""
     rows: Callable[[Sequence[str]], Iterator[Mapping[str, Any]]]
-    """Of the given columns at least; to be called once."""
+    """Gives the rows, with the named columns at least; to be called once."""
 
 
 def open_table(path: Path, kind: str) -> Table:
-    """A table by the ending of its name without that of a compression. Raises KvcalError: damaged."""
+    """Open a table; `kind` is its name's ending, without that of a compression. Raises KvcalError: damaged."""
     if kind in (".jsonl", ".ndjson", ".json"):
         return table_of_values(json_values(path, kind == ".json"))
     if kind in (".csv", ".tsv"):
@@ -51,7 +51,7 @@ def table_of_values(rows: Iterator[Mapping[str, Any]]) -> Table:
 
 
 def kinds_of_schema(schema: Any) -> dict[str, str]:
-    """Of a pyarrow schema."""
+    """Column -> kind, of a pyarrow schema."""
     import pyarrow
 
     lists = (pyarrow.types.is_list, pyarrow.types.is_large_list)
@@ -110,14 +110,14 @@ def _csv(path: Path, delimiter: str) -> Table:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    rest = ""
+    partial = ""
     for chunk in text_chunks(path):
-        *lines, rest = (rest + chunk).split("\n")
+        *lines, partial = (partial + chunk).split("\n")
         yield from (f"{line}\n" for line in lines)
-        if len(rest) > MOST_CHARS:
+        if len(partial) > MOST_CHARS:
             raise KvcalError(f"{path}: a line of more than {MOST_CHARS} characters: convert it to JSON lines")
-    if rest:
-        yield rest
+    if partial:
+        yield partial
 
 
 def _parquet(path: Path) -> Table:

@@ -14,7 +14,7 @@ CHATS = ("messages", "conversations", "conversation")
 _NEVER = {"author", "category", "date", "file", "filename", "hash", "id", "ids", "index", "key", "label", "lang"}
 _NEVER |= {"language", "md5", "name", "path", "sha", "sha1", "sha256", "source", "timestamp", "title", "topic", "type"}
 _NEVER |= {"uri", "url", "uuid", "version"}
-"""Names of columns that say something about a text, also where nothing else is there."""
+"""Names of columns that say something about a text, and are not taken for one even where no other is there."""
 
 
 def documents(table: Table, label: str, asked: str | None) -> Iterator[str | Chat]:
@@ -76,7 +76,7 @@ def _only_choice(kinds: Mapping[str, str], label: str) -> str:
         choices.append("content")
     if not choices and len(kinds) == 1:
         ((name, kind),) = kinds.items()
-        # A name that is none is the first line of a table without names.
+        # A name that is no identifier is the first line of a table without a header.
         if kind in (TEXT, CHAT) and name.isidentifier() and name.lower() not in _NEVER:
             return name
     if len(choices) != 1:

@@ -12,7 +12,7 @@ from .chats import Chat
 from .text_files import Unfinished
 
 _NAMED = 100
-"""Files that a manifest lists."""
+"""Files that a manifest lists, at most."""
 
 Document: TypeAlias = "str | Chat"
 """A string that is `Unfinished` goes on in the next one."""
@@ -27,7 +27,7 @@ class TextPart:
     documents: Callable[[], Iterator[Document]]
     path: Path | None = None
     wave: int = 0
-    """Read only if all parts of smaller ones have not got enough."""
+    """It is read only if all parts of smaller waves have not got enough."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class TextSource:
         if counts is not None and len(self.parts) > 1:
             tokens = [count for _, count in counts if count]
             found["file_tokens"] = tokens[:_NAMED]
-        for key, left in (("skipped", self.skipped), ("unread", unread)):
-            if left:
-                found |= {key: _shown(left), f"num_{key}": len(left)}
+        for key, listed in (("skipped", self.skipped), ("unread", unread)):
+            if listed:
+                found |= {key: _shown(listed), f"num_{key}": len(listed)}
         return found
 
 
@@ -83,11 +83,11 @@ class TextData:
 
     def state(self, counts: Sequence[tuple[int, int]] | None) -> dict[str, Any]:
         """`source` with what was read: (documents, tokens) of each part."""
-        states, at = [], 0
+        states, begin = [], 0
         for source in self.sources:
-            end = at + len(source.parts)
-            states.append(source.state(None if counts is None else counts[at:end]))
-            at = end
+            end = begin + len(source.parts)
+            states.append(source.state(None if counts is None else counts[begin:end]))
+            begin = end
         mixed = {"order_seed": self.seed} if len(self.parts) > 1 else {}
         if len(states) == 1:
             return {**states[0], **mixed}
@@ -106,7 +106,7 @@ class TextData:
 
 
 def not_blank(documents: Iterator[Document]) -> Iterator[Document]:
-    """Without documents that are white space, and without the pieces of it with which a long one begins."""
+    """The documents that are not all white space; of a long one, without pieces of white space at its beginning."""
     begun = False
     for document in documents:
         if begun or not isinstance(document, str) or (document and not document.isspace()):
@@ -115,5 +115,5 @@ def not_blank(documents: Iterator[Document]) -> Iterator[Document]:
 
 
 def _shown(names: Sequence[str]) -> list[str]:
-    """A name may have bytes that are no characters, which no manifest can hold."""
+    """The first names, as a manifest can hold them: bytes in them that are no characters become escapes."""
     return [name.encode(errors="backslashreplace").decode() for name in names[:_NAMED]]

@@ -40,7 +40,7 @@ def is_text(name: str) -> bool:
 
 
 def describes_others(name: str) -> bool:
-    """Whether a file is beside the text of a data set that `datasets` saved, and holds none."""
+    """Whether a file that `datasets` saved beside the text of a data set holds no text itself."""
     file = Path(name).name
     cached = file.startswith(("cache-", "tmp")) and file.endswith(".arrow")
     return cached or file in ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
@@ -137,7 +137,7 @@ def texts(dataset: Any, label: str, text_column: str | None = None) -> Iterator[
 
 
 def _guarded(table: Table, label: str) -> Table:
-    """Damage that shows while rows are read is the file's fault, too."""
+    """The table, with one line for damage that shows only while its rows are read."""
 
     def rows(columns: Any) -> Iterator[Any]:
         with readable(label):
@@ -165,7 +165,7 @@ def readable(label: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """`datasets` says nothing, and sends nothing but for what it loads."""
+    """Keep `datasets` from printing anything, and from requests that are not for what it loads."""
     import datasets
 
     verbosity, bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()

@@ -19,35 +19,35 @@ caches of a CPU, where 128 take two thirds of the time of 512."""
 
 
 @dataclass(frozen=True)
-class Logits:
+class SoftmaxSpec:
     """How q·k becomes the logits of the softmax in one attention layer."""
 
     scaling: float
     softcap: float | None = None
     """Gemma 2: softcap · tanh(logit / softcap)."""
-    sinks: Tensor | None = None
+    sink_logits: Tensor | None = None
     """[Hq], gpt-oss: one more logit per head, of a token whose value is zero."""
 
     @property
     def plain(self) -> bool:
-        return self.softcap is None and self.sinks is None
+        return self.softcap is None and self.sink_logits is None
 
-    def of(self, dots: Tensor) -> Tensor:
+    def logits(self, dots: Tensor) -> Tensor:
         """float32 logits of q·k."""
         logits = dots.float() * self.scaling
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def softmax(self, logits: Tensor) -> Tensor:
         """Over the last dimension of [B, H, G, …, S]; zeros where every logit is -inf."""
-        if self.sinks is not None:
-            sinks = self.sinks.float().view(1, *logits.shape[1:3], *[1] * (logits.dim() - 3))
-            logits = torch.cat((logits, sinks.expand(*logits.shape[:-1], 1)), -1)
+        if self.sink_logits is not None:
+            sink_logits = self.sink_logits.float().view(1, *logits.shape[1:3], *[1] * (logits.dim() - 3))
+            logits = torch.cat((logits, sink_logits.expand(*logits.shape[:-1], 1)), -1)
         weights = logits.softmax(-1).nan_to_num(0.0)
-        return weights if self.sinks is None else weights[..., :-1]
+        return weights if self.sink_logits is None else weights[..., :-1]
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, logits: Logits, visible: Tensor | None = None, causal: bool = False
+    query: Tensor, key: Tensor, value: Tensor, spec: SoftmaxSpec, visible: Tensor | None = None, causal: bool = False
 ) -> Tensor:
     """softmax(q·k) v.
 
@@ -60,33 +60,35 @@ def attention(
     """
     batch, heads, tokens, _ = query.shape
     group = heads // key.shape[1]
-    if not logits.plain:
-        return _explicit(query, key, value, logits, visible, causal)
+    if not spec.plain:
+        return _explicit(query, key, value, spec, visible, causal)
     if tokens == 1:  # the group's queries become the rows of one product
         packed = query.reshape(batch, key.shape[1], group, -1)
-        out = F.scaled_dot_product_attention(packed, key, value, attn_mask=visible, scale=logits.scaling)
+        out = F.scaled_dot_product_attention(packed, key, value, attn_mask=visible, scale=spec.scaling)
         return out.reshape(batch, heads, 1, -1)
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=visible, is_causal=causal, scale=logits.scaling, enable_gqa=group > 1
+        query, key, value, attn_mask=visible, is_causal=causal, scale=spec.scaling, enable_gqa=group > 1
     )
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, logits: Logits, limits: Tensor | None = None) -> Tensor:
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, spec: SoftmaxSpec, limits: Tensor | None = None
+) -> Tensor:
     """Attention of T queries to what each of them may see.
 
     Args:
         limits: [B, T] int64, query i of a row sees its first `limits` keys; None: T == S, plainly causal.
     """
-    if limits is None and logits.plain:
-        return attention(query, key, value, logits, causal=query.shape[2] > 1)
+    if limits is None and spec.plain:
+        return attention(query, key, value, spec, causal=query.shape[2] > 1)
     blocks = [
-        attention(query[:, :, block], key[:, :, :end], value[:, :, :end], logits, visible.unsqueeze(1))
+        attention(query[:, :, block], key[:, :, :end], value[:, :, :end], spec, visible.unsqueeze(1))
         for block, end, visible in _blocks(query, key, limits)
     ]
     return torch.cat(blocks, 2)
 
 
-def attention_mass(query: Tensor, key: Tensor, logits: Logits, limits: Tensor | None = None) -> Tensor:
+def attention_mass(query: Tensor, key: Tensor, spec: SoftmaxSpec, limits: Tensor | None = None) -> Tensor:
     """[B, H, S] float32: what each key receives of the softmax of all T queries, summed over the group's heads.
 
     Args:
@@ -94,19 +96,19 @@ def attention_mass(query: Tensor, key: Tensor, logits: Logits, limits: Tensor | 
     """
     mass = torch.zeros(key.shape[:3], dtype=torch.float32, device=key.device)
     for block, end, visible in _blocks(query, key, limits):
-        weights = probabilities(query[:, :, block], key[:, :, :end], logits, visible.unsqueeze(1))
+        weights = probabilities(query[:, :, block], key[:, :, :end], spec, visible.unsqueeze(1))
         mass[:, :, :end] += weights.sum((2, 3))
     return mass
 
 
-def probabilities(query: Tensor, key: Tensor, logits: Logits, visible: Tensor | None = None) -> Tensor:
+def probabilities(query: Tensor, key: Tensor, spec: SoftmaxSpec, visible: Tensor | None = None) -> Tensor:
     """[B, H, G, T, S] float32 attention weights; `visible` as in `attention`."""
     group = query.shape[1] // key.shape[1]
     packed = query.unflatten(1, (key.shape[1], group)).flatten(2, 3)  # the group's queries: rows of one product
-    scores = logits.of(packed.float() @ key.float().mT).unflatten(2, (group, -1))
+    scores = spec.logits(packed.float() @ key.float().mT).unflatten(2, (group, -1))
     if visible is not None:
         scores.masked_fill_(~visible.unsqueeze(2), -torch.inf)
-    return logits.softmax(scores)
+    return spec.softmax(scores)
 
 
 def weighted(weights: Tensor, value: Tensor) -> Tensor:
@@ -127,10 +129,10 @@ def _blocks(query: Tensor, key: Tensor, limits: Tensor | None) -> Iterator[tuple
 
 
 def _explicit(
-    query: Tensor, key: Tensor, value: Tensor, logits: Logits, visible: Tensor | None, causal: bool
+    query: Tensor, key: Tensor, value: Tensor, spec: SoftmaxSpec, visible: Tensor | None, causal: bool
 ) -> Tensor:
     if causal:
         square = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
         visible = square.tril()[None, None]
-    weights = probabilities(query, key, logits, visible)
+    weights = probabilities(query, key, spec, visible)
     return weighted(weights, value).to(query.dtype)

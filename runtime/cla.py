@@ -38,7 +38,7 @@ class Cla:
 
 @dataclass(frozen=True)
 class Resolved:
-    """`cla` with what an artifact has for it."""
+    """`cla` with the groups, weights and bases that an artifact has for it."""
 
     map: SharingMap
     pool: str
@@ -108,7 +108,7 @@ def stage_map(artifact: Artifact) -> SharingMap:
 
 
 def check_methods(groups: SharingMap, methods: Mapping[int, Method], bases: Mapping[str, Tensor] | None) -> None:
-    """Refuse methods whose store one layer's queries shape, or that lack what they need of the shared keys.
+    """Refuse methods whose stores depend on one layer's queries, or that lack a basis of the shared keys.
 
     Args:
         methods: by layer with full attention.
@@ -134,7 +134,7 @@ def check_methods(groups: SharingMap, methods: Mapping[int, Method], bases: Mapp
 
 
 def with_bases(artifact: Artifact, bases: Mapping[str, Tensor]) -> Artifact:
-    """The artifact as methods see it whose keys are shared: these bases, and nothing that was fitted to other keys."""
+    """The artifact for layers that share keys: with these bases, without what was fitted to other keys."""
     fitted = ("moments", "pca", "score", "clusters", "codebook", "reservoir")
     stages = {name: stage for name, stage in artifact.stages.items() if name not in fitted}
     return dataclasses.replace(artifact, stages={**stages, "pca": Stage(bases)})

@@ -86,17 +86,17 @@ def decode(
 
 
 def _decode(
-    model: Any, input_ids: Tensor, mask: Tensor, position: Tensor, state: State, graph: bool, recipe: Any
+    model: Any, input_ids: Tensor, mask: Tensor, position: Tensor, state: State, graph: bool, arguments: Any
 ) -> Decoded:
     """
     Args:
-        recipe: (artifact, method, settings) of the cache.
+        arguments: (artifact, method, settings) of the cache.
     """
     from .integration.cache import CompressedCache
     from .integration.stepping import SteppingCache
     from .integration.support import takes_positions
 
-    artifact, method, settings = recipe
+    artifact, method, settings = arguments
     cache = CompressedCache(model, artifact, method, **settings)
     # As generate() does: a model that does not name them counts them by what its cache holds.
     positions = {"position_ids": position} if takes_positions(model) else {}

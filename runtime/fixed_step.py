@@ -3,20 +3,17 @@ that stand still and with lengths that the device counts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .attention import Logits
-from .kv.pages import PAGE, DecodeMetadata, LayerCache, contiguous_table
+from .attention import SoftmaxSpec
+from .kv.pages import PAGE, DecodeMetadata, LayerCache, OncePerStep, contiguous_table
 from .store import Store
 
-T = TypeVar("T")
 
-
-class Clock:
+class Clock(OncePerStep):
     """How many tokens each sequence has, on the device: one for all layers. The host counts steps by itself."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device):
@@ -24,7 +21,7 @@ class Clock:
         """[B] tokens, the coming one included."""
         self.told: tuple[int, int] | None = None
         """The fewest and the most of `lengths`; None while steps may be replays of a graph."""
-        self._reckoned: dict[Hashable, object] = {}
+        self._reckoned = {}
 
     def tick(self) -> None:
         self.lengths.add_(1)
@@ -33,12 +30,6 @@ class Clock:
     def reset(self) -> None:
         """Forget what was reckoned for this step."""
         self._reckoned.clear()
-
-    def once(self, name: Hashable, reckon: Callable[[], T]) -> T:
-        """What `reckon` gives, once for all layers of a step."""
-        if name not in self._reckoned:
-            self._reckoned[name] = reckon()
-        return self._reckoned[name]  # type: ignore[return-value]
 
 
 class FixedStep:
@@ -53,19 +44,19 @@ class FixedStep:
         """Tokens that a sequence may grow to."""
         self._table: Tensor | None = None
 
-    def step(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits) -> Tensor:
+    def step(self, query: Tensor, key: Tensor, value: Tensor, spec: SoftmaxSpec) -> Tensor:
         """[B, Hq, 1, D], [B, Hkv, 1, D], [B, Hkv, 1, Dv] -> [B, Hq, 1, Dv]."""
         self.write(key, value)
-        return self.read(query, logits)
+        return self.read(query, spec)
 
     def write(self, key: Tensor, value: Tensor) -> None:
         """The new tokens [B, Hkv, 1, D | Dv], each to the end of its sequence."""
         self.store.policy.write(self.cache(), self.store.encoded(key, value))
 
-    def read(self, query: Tensor, logits: Logits) -> Tensor:
+    def read(self, query: Tensor, spec: SoftmaxSpec) -> Tensor:
         """[B, Hq, 1, D] -> [B, Hq, 1, Dv], after `write`: all that a layer does that reads another's store."""
         cache = self.cache()
-        found = self.store.policy.step(query, cache, logits)
+        found = self.store.policy.step(query, cache, spec)
         if found.received is not None and self.store.accumulates:
             cache.receive(found.received)
         return found.output

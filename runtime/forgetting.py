@@ -1,4 +1,4 @@
-"""A layer's cache that holds a budget of tokens and evicts the others: the slots of those that are held."""
+"""A layer's cache that holds a budget of tokens per sequence and evicts the others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..artifacts import KvcalError
-from .attention import Logits
+from .attention import SoftmaxSpec
 from .kv.last_queries import LastQueries
 from .kv.layer import LayerBuffers
 from .kv.pages import POSITION, DecodeMetadata, LayerCache, SlotBuffer, contiguous_metadata
@@ -21,7 +21,7 @@ from .store import Store, gather
 
 
 class ForgettingStore(Store):
-    """The first `held` slots of a sequence are taken, in no order."""
+    """The tokens of a sequence lie in its first `held` slots, in any order; the buffer "position" tells them apart."""
 
     policy: EvictingPolicy
 
@@ -29,10 +29,10 @@ class ForgettingStore(Store):
         super().__init__(policy)
         self._held: list[int] = []
         self._prompt_waits: list[bool] = []
-        """Whether tokens of each sequence have come by prefill since its last decoded one. Saved are the queries that
-        observe a prompt."""
+        """Of each sequence, whether tokens have come by prefill since its last decoded one. Not saved: where a policy
+        asks for it, it has kept the last queries of such prompts, which are."""
         self._evicted: Evicted | None = None
-        """Of each sequence, at the last `reserve`."""
+        """How many tokens each sequence had lost at the last `reserve`."""
         self._before: list[dict[str, Tensor]] = []
         """The state before each revocable token."""
 
@@ -62,12 +62,12 @@ class ForgettingStore(Store):
             self.buffers.reserve(max(self.held), {**new, POSITION: self.tokens[POSITION].view})
         self._lengths_changed()
         self.policy.write(self.cache(), new)
-        if self.index is not None:  # it may have grown
+        if self.sequence_index is not None:  # it takes in what is evicted, and may have grown
             self.buffers.moved()
 
     def _forget_queries(self, coming: Sequence[bool]) -> None:
-        """Drop the queries of prompts that were just chosen from; those of sequences that wait for their first decoded
-        token stay."""
+        """Drop the last queries of prompts whose tokens were just chosen. Sequences that still wait for their first
+        decoded token keep theirs."""
         if self.observed is not None:
             waiting = [not comes and waits for comes, waits in zip(coming, self._prompt_waits, strict=True)]
             self.observed = self.observed.where(waiting) if any(waiting) else None
@@ -95,12 +95,11 @@ class ForgettingStore(Store):
             self._forget_queries(every)
 
     def _most_held(self, coming: Sequence[bool], after: int = 0) -> list[int]:
-        """Tokens that each sequence may hold once those that are `coming` have one more.
-
-        A sequence that gets none keeps all.
+        """How many tokens each sequence may hold after its next one. A sequence that gets none keeps all.
 
         Args:
-            after: tokens from now on, decoded before that.
+            coming: whether a sequence gets a token.
+            after: decoded tokens that come before that one.
         """
         most = []
         for length, held, waits, comes in zip(
@@ -115,15 +114,15 @@ class ForgettingStore(Store):
         """How many tokens each sequence holds when so many more have been decoded."""
         if not tokens:
             return self.held
-        of_each = zip(self.lengths, self.held, strict=True)
-        return [self.policy.most_held(length + tokens, length - held, False) for length, held in of_each]
+        counts = zip(self.lengths, self.held, strict=True)
+        return [self.policy.most_held(length + tokens, length - held, False) for length, held in counts]
 
     def _due(self, after: int = 0) -> bool:
-        """Whether the host has to evict before the next token, because to overwrite one slot is not enough."""
+        """Whether the host has to evict before the next token, because overwriting one slot is not enough."""
         return self._loses_more_than(1 if self.policy.replaces else 0, after)
 
     def _loses_more_than(self, count: int, after: int = 0) -> bool:
-        """Whether one more token makes a sequence lose more than so many.
+        """Whether one more token makes a sequence lose more than `count` tokens.
 
         Args:
             after: as of `_most_held`.
@@ -132,23 +131,22 @@ class ForgettingStore(Store):
         return any(held + 1 - allowed > count for held, allowed in zip(self._held_after(after), most, strict=True))
 
     def _make_room(self, coming: Sequence[bool]) -> None:
-        """Hold what leaves room for one token of each sequence that gets one: only the tokens of most worth, in buffers
-        of that size."""
+        """Evict the tokens of least worth, so that each sequence that gets a token has room for it."""
         lengths, kept = [length + 1 for length in self.lengths], self._most_held(coming)
         held = [min(now, most - 1) for now, most in zip(self.held, kept, strict=True)]
         self._prompt_waits = [waits and not comes for waits, comes in zip(self._prompt_waits, coming, strict=True)]
         if held == self.held:
             return
         position = self.tokens[POSITION].view.squeeze(-1)
-        of_each = [torch.tensor(of, device=position.device).view(-1, 1, 1) for of in (lengths, kept, held)]
-        worth = self.policy.worth(self.cache(), of_each[0], of_each[1], self.observed)
+        on_device = [torch.tensor(counts, device=position.device).view(-1, 1, 1) for counts in (lengths, kept, held)]
+        worth = self.policy.worth(self.cache(), on_device[0], on_device[1], self.observed)
         worth = worth.masked_fill(position < 0, -torch.inf)
-        # Of equal worth, as pooling makes it, the earlier ones stay, wherever they lie.
+        # Where tokens are of equal worth, as after pooling, the earlier ones stay, whatever their slots.
         order = position.argsort(-1)
         ranked = worth.gather(2, order).argsort(dim=-1, descending=True, stable=True)
         slot = order.gather(2, ranked[:, :, : max(1, *held)])
-        stays = (torch.arange(slot.shape[2], device=slot.device) < of_each[2]).expand_as(slot)
-        if self.index is not None:
+        stays = (torch.arange(slot.shape[2], device=slot.device) < on_device[2]).expand_as(slot)
+        if self.sequence_index is not None:
             self._evict(slot, stays)
         for name, buffer in self.tokens.items():
             staying = gather(buffer.view, slot)
@@ -158,7 +156,7 @@ class ForgettingStore(Store):
         self._lengths_changed()
 
     def _evict(self, slot: Tensor, stays: Tensor) -> None:
-        """Tell the policy of all tokens but those in slots [B, Hkv, K] that stay [B, Hkv, K] bool."""
+        """Tell the policy which tokens go: all but those in slots [B, Hkv, K] where `stays` [B, Hkv, K] bool."""
         position = self.tokens[POSITION].view.squeeze(-1)
         times = torch.zeros_like(position).scatter_add_(2, slot, stays.to(position.dtype))
         gone = (times == 0) & (position >= 0)
@@ -190,24 +188,24 @@ class ForgettingStore(Store):
     def settle(self) -> None:
         self._before.clear()
 
-    def reorder(self, index: Tensor) -> None:
+    def reorder(self, order: Tensor) -> None:
         self._before.clear()
         if self.lengths:
-            self._held = [self._held[row] for row in index.tolist()]
-            self._prompt_waits = [self._prompt_waits[row] for row in index.tolist()]
-        super().reorder(index)
+            self._held = [self._held[sequence] for sequence in order.tolist()]
+            self._prompt_waits = [self._prompt_waits[sequence] for sequence in order.tolist()]
+        super().reorder(order)
 
     def resident_bytes(self) -> int:
-        """With the states before guesses."""
-        return super().resident_bytes() + sum(of.nbytes for state in self._before for of in state.values())
+        """The states kept before guesses included."""
+        return super().resident_bytes() + sum(tensor.nbytes for state in self._before for tensor in state.values())
 
     # What a step sees
 
-    def _observe_step(self, query: Tensor, logits: Logits, valid: Tensor | None) -> None:
-        """Prompts are observed, not what is decoded."""
+    def _observe_step(self, query: Tensor, spec: SoftmaxSpec, valid: Tensor | None) -> None:
+        """Only queries of prompts are kept."""
 
     def _reading(self, cache: LayerCache, found: Attended) -> Reading:
-        """With a copy of the positions: other tokens come in place of these."""
+        """With a copy of the positions, since later tokens overwrite slots."""
         position = self.tokens[POSITION].view.squeeze(-1).clone()
         return dataclasses.replace(super()._reading(cache, found), position=position)
 
@@ -246,7 +244,7 @@ class ForgettingStore(Store):
         super().count(tokens)
 
     def changed_by_step(self) -> list[Tensor]:
-        """Also the slots of tokens that others take the place of."""
+        """Also the token buffers, where a new token overwrites another's slot."""
         return self.buffers.tensors() if self.policy.replaces else super().changed_by_step()
 
     # Saved caches
@@ -282,7 +280,7 @@ class ForgettingStore(Store):
         saved.held = held = saved.counts("held", saved.lengths)
         if slots < max(held) or slots > max(1, *held):
             raise KvcalError(f"tokens.key: {slots} slots, the row that holds most has {max(held)} tokens")
-        # Rows lose tokens only when they get one, and then hold what their budget allows.
+        # Sequences lose tokens only when they get one, and then hold what their budget allows.
         enough = [min(length, self.policy.least_held(length)) for length in saved.lengths]
         require("held", torch.tensor(held) >= torch.tensor(enough), "at least the budget of the row")
         position = saved.take("tokens.position", torch.int32, *saved.key.shape[:3], 1).squeeze(-1)
@@ -296,5 +294,5 @@ class ForgettingStore(Store):
         self.policy.check_held(saved, position, held)
         if self.observes:
             LastQueries.check(saved, self.observes)
-        if self.index is not None:
-            self.index.check(saved)
+        if self.sequence_index is not None:
+            self.sequence_index.check(saved)

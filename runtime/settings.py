@@ -1,4 +1,4 @@
-"""From what a user writes to one method per layer.
+"""Turns what a user writes into one method per layer.
 
 Any setting, and the method itself, may be one value for all layers, a list with one entry per layer, or
 a mapping from layers to values: `{"0-1": "full", "2-": "loki"}`. In a mapping of methods a value may also be a
@@ -24,7 +24,7 @@ from .store import Store
 DEFAULT_METHOD = "loki"
 
 
-def plan(
+def methods_by_layer(
     method: Any, settings: Mapping[str, Any], layers: Sequence[int], total: int, keys_are_shared: bool = False
 ) -> dict[int, Method]:
     """The method of each of `layers`, those with full attention among the model's `total`.
@@ -37,7 +37,7 @@ def plan(
         KvcalError: unknown method, parameter or layer; a layer without a value or with two.
     """
     if not layers and total:  # nothing will be compressed, but what was asked for is checked all the same
-        plan(method, settings, range(total), total, keys_are_shared)
+        methods_by_layer(method, settings, range(total), total, keys_are_shared)
         return {}
     settings = dict(settings)
     dense_layers = settings.pop("dense_layers", 0)
@@ -64,15 +64,15 @@ def plan(
         chosen[layer] = METHODS[name](**{**shared, **own})
     for name in values:
         if name not in used:
-            of = sorted({name_of(each) for each in chosen.values()})
-            raise _unknown(name, ", ".join(of), sorted({key for each in of for key in _parameters(each)}))
+            names = sorted({name_of(method) for method in chosen.values()})
+            raise _unknown(name, ", ".join(names), sorted({key for each in names for key in _parameters(each)}))
     return chosen
 
 
 def builders(
     chosen: Mapping[int, Method], head_dims: Sequence[int], artifact: Artifact | None
 ) -> dict[int, Callable[[], Store]]:
-    """What makes an empty store of each layer; all parameters and the artifact's tensors are checked here.
+    """For each layer a function that makes an empty store. Parameters and the artifact's tensors are checked here.
 
     Raises:
         KvcalError: names the layer.
@@ -87,7 +87,7 @@ def builders(
 
 
 def new_store(policy: Policy) -> Store:
-    """An empty one."""
+    """An empty store of the kind that the policy needs."""
     return ForgettingStore(policy) if isinstance(policy, EvictingPolicy) else Store(policy)
 
 

@@ -16,7 +16,7 @@ from oracles import rankings
 from sequences import Row, Step, append, assert_steps
 from torch import Tensor
 
-from kvcal.runtime.attention import Logits
+from kvcal.runtime.attention import SoftmaxSpec
 from kvcal.runtime.methods.clusters import Clusters
 from kvcal.runtime.store import Store
 
@@ -41,7 +41,7 @@ Rule = Callable[[list[Head], int, Clustering, dict[str, Any]], list[Tensor]]
 
 def clustering_of(store: Store, row: int, head: int) -> Clustering:
     """Every token in exactly one place, or an AssertionError."""
-    clusters, length = store.index, store.lengths[row]
+    clusters, length = store.sequence_index, store.lengths[row]
     assert isinstance(clusters, Clusters)
     count, upto = clusters.counts[row], clusters.upto[row]
     begin = min(clusters.sinks, length)
@@ -86,7 +86,7 @@ def attend(head: Head, chosen: Tensor, found: Clustering, tail: bool) -> Tensor:
     return head.softmax(exact) @ values
 
 
-def expected(rows: Sequence[Row], logits: Logits, store: Store, rule: Rule, settings: dict[str, Any]) -> list[Step]:
+def expected(rows: Sequence[Row], spec: SoftmaxSpec, store: Store, rule: Rule, settings: dict[str, Any]) -> list[Step]:
     """What the store's last step should have given each row, `rows` in float64."""
     steps = []
     for index, row in enumerate(rows):
@@ -94,7 +94,7 @@ def expected(rows: Sequence[Row], logits: Logits, store: Store, rule: Rule, sett
         output = torch.empty(row.query.shape[0], row.value.shape[-1], dtype=torch.float64)
         read = torch.zeros(row.query.shape[0], tokens, dtype=torch.bool)
         for kv_head in range(row.key.shape[0]):
-            heads, found = heads_at(row, logits, kv_head, tokens), clustering_of(store, index, kv_head)
+            heads, found = heads_at(row, spec, kv_head, tokens), clustering_of(store, index, kv_head)
             room = budget({"keep": store.policy.settings.keep, **settings}, tokens)
             for head, chosen in zip(heads, rule(heads, room, found, settings), strict=True):
                 read[head.index, chosen] = True
@@ -104,15 +104,15 @@ def expected(rows: Sequence[Row], logits: Logits, store: Store, rule: Rule, sett
 
 
 def decode_checked(
-    store: Store, rows: Sequence[Row], logits: Logits, rule: Rule, settings: dict[str, Any], steps: range
+    store: Store, rows: Sequence[Row], spec: SoftmaxSpec, rule: Rule, settings: dict[str, Any], steps: range
 ) -> None:
     """Decode; every step of every row equals its formula."""
     double = [row.double() for row in rows]
     for step in steps:
-        output = store.attend(append(store, rows, step), logits)
+        output = store.attend(append(store, rows, step), spec)
         mask = store.read_mask()
         mask = mask.repeat_interleave(output.shape[1] // mask.shape[1], 1)
-        for index, want in enumerate(expected(double, logits, store, rule, settings)):
+        for index, want in enumerate(expected(double, spec, store, rule, settings)):
             tokens = store.lengths[index]
             assert not mask[index, :, tokens:].any(), "tokens read that the row has not"
             assert_steps([Step(output[index, :, 0], mask[index, :, :tokens])], [want], rows[index].key.dtype)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvcal.kernels.codes import decode
-from kvcal.runtime.attention import Logits
+from kvcal.runtime.attention import SoftmaxSpec
 from kvcal.runtime.methods.spectral import SpectralPolicy
 
 PAGE = 64
@@ -46,7 +46,7 @@ class Sequence:
         return cls(rows["key"], rows["value"], words, left)
 
 
-def step(policy: SpectralPolicy, row: Sequence, query: Tensor, logits: Logits) -> tuple[Tensor, list[set[int]]]:
+def step(policy: SpectralPolicy, row: Sequence, query: Tensor, spec: SoftmaxSpec) -> tuple[Tensor, list[set[int]]]:
     """(output [Hq, Dv], the tokens that each query head read) of query [Hq, D] of the last token; the choice exact."""
     of = {name: tensor.double() for name, tensor in policy.codewords.on(torch.device("cpu")).items()}
     settings, (heads, tokens, _) = policy.settings, row.key.shape
@@ -59,7 +59,7 @@ def step(policy: SpectralPolicy, row: Sequence, query: Tensor, logits: Logits) -
     out, read = torch.zeros(query.shape[0], row.value.shape[-1], dtype=torch.float64), []
     for head in range(heads):
         queries = query[head * group : (head + 1) * group].double()
-        estimated = [logit(logits, _estimate(q, row, of, head)) for q in queries]
+        estimated = [logit(spec, _estimate(q, row, of, head)) for q in queries]
         middle = [each[sinks:begin] for each in estimated]
         if settings.select == "group":
             by = [sum(each.softmax(0) for each in middle)] * group
@@ -69,21 +69,21 @@ def step(policy: SpectralPolicy, row: Sequence, query: Tensor, logits: Logits) -
             best = by[at].argsort(descending=True)[:room] + sinks
             own = sorted({*range(sinks), *range(begin, tokens), *best.tolist()})
             read.append(set(own))
-            exact = logit(logits, row.key[head, own] @ q)
+            exact = logit(spec, row.key[head, own] @ q)
             other = [token for token in range(tokens) if token not in own] if settings.residual else []
             masses = torch.cat((exact, estimated[at][other])).exp()
             stands = [of["value"][head, row.word[head, token]] + _correction(row, of, head, token) for token in other]
             values = torch.cat((row.value[head, own], *(each[None] for each in stands)))
             total = masses.sum()
-            if logits.sinks is not None:
-                total = total + logits.sinks[head * group + at].double().exp()
+            if spec.sink_logits is not None:
+                total = total + spec.sink_logits[head * group + at].double().exp()
             out[head * group + at] = masses @ values / total
     return out, read
 
 
-def logit(logits: Logits, dots: Tensor) -> Tensor:
-    found = dots * logits.scaling
-    return found if logits.softcap is None else logits.softcap * torch.tanh(found / logits.softcap)
+def logit(spec: SoftmaxSpec, dots: Tensor) -> Tensor:
+    found = dots * spec.scaling
+    return found if spec.softcap is None else spec.softcap * torch.tanh(found / spec.softcap)
 
 
 def count(keep: float | int, tokens: int) -> int:

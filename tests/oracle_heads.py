@@ -10,7 +10,7 @@ import torch
 from sequences import Row
 from torch import Tensor
 
-from kvcal.runtime.attention import Logits
+from kvcal.runtime.attention import SoftmaxSpec
 
 
 def amount(of: float | int, total: int) -> int:
@@ -28,19 +28,19 @@ class Head:
     """[n, D]"""
     value: Tensor
     """[n, Dv]"""
-    logits: Logits
+    spec: SoftmaxSpec
     index: int
 
     def logit(self, dots: Tensor) -> Tensor:
-        scaled = dots * self.logits.scaling
-        cap = self.logits.softcap
+        scaled = dots * self.spec.scaling
+        cap = self.spec.softcap
         return scaled if cap is None else cap * torch.tanh(scaled / cap)
 
     def softmax(self, scores: Tensor) -> Tensor:
         """Weights of the tokens; the model's sink is one more token, which takes its share and has no value."""
-        if self.logits.sinks is None:
+        if self.spec.sink_logits is None:
             return scores.softmax(-1)
-        return torch.cat((scores, self.logits.sinks[self.index : self.index + 1].double())).softmax(-1)[:-1]
+        return torch.cat((scores, self.spec.sink_logits[self.index : self.index + 1].double())).softmax(-1)[:-1]
 
     def weights(self, chosen: Tensor) -> Tensor:
         return self.softmax(self.logit(self.key[chosen] @ self.query))
@@ -49,12 +49,12 @@ class Head:
         return self.weights(chosen) @ self.value[chosen]
 
 
-def heads_at(row: Row, logits: Logits, kv_head: int, tokens: int) -> list[Head]:
+def heads_at(row: Row, spec: SoftmaxSpec, kv_head: int, tokens: int) -> list[Head]:
     """The query heads of one KV head, at the token that makes it `tokens` tokens."""
     group = row.query.shape[0] // row.key.shape[0]
     key, value = row.key[kv_head, :tokens], row.value[kv_head, :tokens]
     return [
-        Head(row.query[index, tokens - 1], key, value, logits, index)
+        Head(row.query[index, tokens - 1], key, value, spec, index)
         for index in range(kv_head * group, (kv_head + 1) * group)
     ]
 

@@ -127,6 +127,6 @@ def attend(head: Head, exact: Sequence[int], sketch: HeadSketch) -> Tensor:
     for position in exact:
         weight = math.exp(float(head.logit(head.key[position] @ head.query)))
         numerator, normaliser = numerator + weight * head.value[position], normaliser + weight
-    if head.logits.sinks is not None:
-        normaliser += math.exp(float(head.logits.sinks[head.index]))
+    if head.spec.sink_logits is not None:
+        normaliser += math.exp(float(head.spec.sink_logits[head.index]))
     return numerator / normaliser

@@ -14,7 +14,7 @@ from oracle_heads import Head, amount, budget, heads_at
 from sequences import Row, Step
 from torch import Tensor
 
-from kvcal.runtime.attention import Logits
+from kvcal.runtime.attention import SoftmaxSpec
 
 
 def rankings(scores: list[Tensor], select: str) -> list[Tensor]:
@@ -30,19 +30,19 @@ def highest(scores: Tensor, count: int) -> Tensor:
     return scores.sort(descending=True).indices[:count]
 
 
-def causal(row: Row, logits: Logits) -> Tensor:
+def causal(row: Row, spec: SoftmaxSpec) -> Tensor:
     """[Hq, prompt, Dv]: dense attention from every token of the prompt."""
     row = row.double()
     output = torch.empty(row.query.shape[0], row.prompt, row.value.shape[-1], dtype=torch.float64)
     for kv_head in range(row.key.shape[0]):
         for tokens in range(1, row.prompt + 1):
-            for head in heads_at(row, logits, kv_head, tokens):
+            for head in heads_at(row, spec, kv_head, tokens):
                 output[head.index, tokens - 1] = head.attend(torch.arange(tokens))
     return output
 
 
 def memoryless(
-    rule: Callable[[list[Head], int, dict], list[tuple[Tensor, Tensor]]], row: Row, logits: Logits, settings: dict
+    rule: Callable[[list[Head], int, dict], list[tuple[Tensor, Tensor]]], row: Row, spec: SoftmaxSpec, settings: dict
 ) -> list[Step]:
     """The steps of a method that keeps everything: `rule` gives (chosen tokens, output) of each head of a group."""
     row, steps = row.double(), []
@@ -50,31 +50,31 @@ def memoryless(
         output = torch.empty(row.query.shape[0], row.value.shape[-1], dtype=torch.float64)
         read = torch.zeros(row.query.shape[0], tokens, dtype=torch.bool)
         for kv_head in range(row.key.shape[0]):
-            heads = heads_at(row, logits, kv_head, tokens)
+            heads = heads_at(row, spec, kv_head, tokens)
             for head, (chosen, of) in zip(heads, rule(heads, budget(settings, tokens), settings), strict=True):
                 output[head.index], read[head.index, chosen] = of, True
         steps.append(Step(output, read))
     return steps
 
 
-def full(row: Row, logits: Logits, **settings: object) -> list[Step]:
-    return memoryless(lambda heads, _, __: [(every(h), h.attend(every(h))) for h in heads], row, logits, {"keep": 1.0})
+def full(row: Row, spec: SoftmaxSpec, **settings: object) -> list[Step]:
+    return memoryless(lambda heads, _, __: [(every(h), h.attend(every(h))) for h in heads], row, spec, {"keep": 1.0})
 
 
 def every(head: Head) -> Tensor:
     return torch.arange(len(head.key))
 
 
-def exact_topk(row: Row, logits: Logits, **settings: object) -> list[Step]:
+def exact_topk(row: Row, spec: SoftmaxSpec, **settings: object) -> list[Step]:
     def rule(heads: list[Head], k: int, settings: dict) -> list[tuple[Tensor, Tensor]]:
         by = rankings([head.logit(head.key @ head.query) for head in heads], settings.get("select", "head"))
         chosen = [highest(scores, k) for scores in by]
         return [(tokens, head.attend(tokens)) for head, tokens in zip(heads, chosen, strict=True)]
 
-    return memoryless(rule, row, logits, settings)
+    return memoryless(rule, row, spec, settings)
 
 
-def loki(row: Row, logits: Logits, query_map: Tensor, key_map: Tensor, **settings: object) -> list[Step]:
+def loki(row: Row, spec: SoftmaxSpec, query_map: Tensor, key_map: Tensor, **settings: object) -> list[Step]:
     """Algorithm 1: rank by the products of the first r coordinates, then exact attention to the k highest.
 
     Args:
@@ -88,10 +88,10 @@ def loki(row: Row, logits: Logits, query_map: Tensor, key_map: Tensor, **setting
         chosen = [highest(by, k) for by in rankings(scores, settings.get("select", "head"))]
         return [(tokens, head.attend(tokens)) for head, tokens in zip(heads, chosen, strict=True)]
 
-    return memoryless(rule, row, logits, settings)
+    return memoryless(rule, row, spec, settings)
 
 
-def quest(row: Row, logits: Logits, **settings: object) -> list[Step]:
+def quest(row: Row, spec: SoftmaxSpec, **settings: object) -> list[Step]:
     """Pages by Σ_i max(q_i·min_i, q_i·max_i); ceil(k / page) of them, the one that is growing always."""
 
     def rule(heads: list[Head], k: int, settings: dict) -> list[tuple[Tensor, Tensor]]:
@@ -109,10 +109,10 @@ def quest(row: Row, logits: Logits, **settings: object) -> list[Step]:
             chosen.append(torch.cat([pages[which] for which in [*others.tolist(), len(pages) - 1]]))
         return [(tokens, head.attend(tokens)) for head, tokens in zip(heads, chosen, strict=True)]
 
-    return memoryless(rule, row, logits, settings)
+    return memoryless(rule, row, spec, settings)
 
 
-def sparq(row: Row, logits: Logits, **settings: object) -> list[Step]:
+def sparq(row: Row, spec: SoftmaxSpec, **settings: object) -> list[Step]:
     """Algorithm 1, with l = k / 4 local tokens; a group that selects together sums |q| and averages ŝ, as the
     paper's appendix on grouped queries does."""
 
@@ -142,4 +142,4 @@ def sparq(row: Row, logits: Logits, **settings: object) -> list[Step]:
             results.append((chosen, alpha * head.attend(chosen) + (1 - alpha) * head.value.mean(0)))
         return results
 
-    return memoryless(rule, row, logits, settings)
+    return memoryless(rule, row, spec, settings)

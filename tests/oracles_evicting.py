@@ -10,7 +10,7 @@ from oracle_heads import budget, heads_at
 from sequences import Row, Step
 from torch import Tensor
 
-from kvcal.runtime.attention import Logits
+from kvcal.runtime.attention import SoftmaxSpec
 
 
 def empty_steps(row: Row) -> list[Step]:
@@ -28,7 +28,7 @@ def evicting(
     protect: Callable[[int, int, int, dict], bool],
     worth: Callable[[int, dict[int, float]], float],
     row: Row,
-    logits: Logits,
+    spec: SoftmaxSpec,
     settings: dict,
 ) -> list[Step]:
     """The steps of a method that forgets: before each step the tokens of least worth go until k are left.
@@ -41,7 +41,7 @@ def evicting(
     steps = empty_steps(row)
     for kv_head in range(row.key.shape[0]):
         held = list(range(row.prompt))
-        mass = dict(enumerate(prompt_mass(row, logits, kv_head).tolist()))
+        mass = dict(enumerate(prompt_mass(row, spec, kv_head).tolist()))
         for step, tokens in zip(steps, range(row.prompt + 1, row.key.shape[1] + 1), strict=True):
             k = budget(settings, tokens)
             held.append(tokens - 1)
@@ -49,42 +49,42 @@ def evicting(
             while len(held) > k:
                 may_go = [at for at in held[:-1] if not protect(at, tokens, k, settings)]
                 held.remove(min(may_go, key=lambda at: worth(at, mass)))
-            for head in heads_at(row, logits, kv_head, tokens):
+            for head in heads_at(row, spec, kv_head, tokens):
                 step.output[head.index], step.read[head.index, held] = head.attend(torch.tensor(held)), True
                 for at, weight in zip(held, head.weights(torch.tensor(held)).tolist(), strict=True):
                     mass[at] += weight
     return steps
 
 
-def prompt_mass(row: Row, logits: Logits, kv_head: int) -> Tensor:
+def prompt_mass(row: Row, spec: SoftmaxSpec, kv_head: int) -> Tensor:
     """[prompt]: attention that each token of the prompt receives, of all its queries, added over the group."""
     row = row.double()
     mass = torch.zeros(row.prompt, dtype=torch.float64)
     for tokens in range(1, row.prompt + 1):
-        for head in heads_at(row, logits, kv_head, tokens):
+        for head in heads_at(row, spec, kv_head, tokens):
             mass[:tokens] += head.weights(torch.arange(tokens))
     return mass
 
 
-def streaming(row: Row, logits: Logits, **settings: object) -> list[Step]:
+def streaming(row: Row, spec: SoftmaxSpec, **settings: object) -> list[Step]:
     """The first tokens stay, as far as the budget has room for them beside the new token; of the rest the oldest go."""
 
     def protect(at: int, tokens: int, k: int, settings: dict) -> bool:
         return at < min(settings.get("sinks", 4), k - 1)
 
-    return evicting(protect, lambda at, mass: float(at), row, logits, settings)
+    return evicting(protect, lambda at, mass: float(at), row, spec, settings)
 
 
-def h2o(row: Row, logits: Logits, **settings: object) -> list[Step]:
+def h2o(row: Row, spec: SoftmaxSpec, **settings: object) -> list[Step]:
     """The k // 2 most recent tokens stay; of the rest go those that received least attention."""
 
     def protect(at: int, tokens: int, k: int, settings: dict) -> bool:
         return at >= tokens - k // 2
 
-    return evicting(protect, lambda at, mass: mass[at], row, logits, settings)
+    return evicting(protect, lambda at, mass: mass[at], row, spec, settings)
 
 
-def snapkv(row: Row, logits: Logits, **settings: Any) -> list[Step]:
+def snapkv(row: Row, spec: SoftmaxSpec, **settings: Any) -> list[Step]:
     """Of the prompt the last `window` tokens, and those that its last queries attend to most, pooled over neighbours;
     and every token that is decoded."""
     row, window = row.double(), settings.get("window", 32)
@@ -95,7 +95,7 @@ def snapkv(row: Row, logits: Logits, **settings: Any) -> list[Step]:
     for kv_head in range(row.key.shape[0]):
         received = [0.0] * row.prompt
         for tokens in range(first + 1, row.prompt + 1):
-            for head in heads_at(row, logits, kv_head, tokens):
+            for head in heads_at(row, spec, kv_head, tokens):
                 for at, weight in enumerate(head.weights(torch.arange(tokens)).tolist()):
                     received[at] += weight
         worth = []
@@ -107,6 +107,6 @@ def snapkv(row: Row, logits: Logits, **settings: Any) -> list[Step]:
         held = list(range(row.prompt)) if k >= row.prompt else sorted(best) + recent
         for step, tokens in zip(steps, range(row.prompt + 1, row.key.shape[1] + 1), strict=True):
             held.append(tokens - 1)
-            for head in heads_at(row, logits, kv_head, tokens):
+            for head in heads_at(row, spec, kv_head, tokens):
                 step.output[head.index], step.read[head.index, held] = head.attend(torch.tensor(held)), True
     return steps

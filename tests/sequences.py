@@ -13,7 +13,7 @@ import coded
 import torch
 from torch import Tensor
 
-from kvcal.runtime.attention import Logits
+from kvcal.runtime.attention import SoftmaxSpec
 from kvcal.runtime.methods import METHODS
 from kvcal.runtime.methods.base import Policy
 from kvcal.runtime.methods.basis import Basis
@@ -109,7 +109,7 @@ def padded(rows: Sequence[Row]) -> tuple[list[Tensor], Tensor | None]:
     return tensors, None if bool(valid.all()) else valid
 
 
-def prefill(store: Store, rows: Sequence[Row], logits: Logits, chunks: Sequence[int] = ()) -> list[Tensor]:
+def prefill(store: Store, rows: Sequence[Row], spec: SoftmaxSpec, chunks: Sequence[int] = ()) -> list[Tensor]:
     """Each row's outputs [Hq, prompt, Dv]; `chunks` are positions at which the batch is cut."""
     (query, key, value), valid = padded(rows)
     width = query.shape[2]
@@ -119,7 +119,7 @@ def prefill(store: Store, rows: Sequence[Row], logits: Logits, chunks: Sequence[
             query[:, :, start:stop],
             key[:, :, start:stop],
             value[:, :, start:stop],
-            logits,
+            spec,
             None if valid is None else valid[:, start:stop],
         )
         for start, stop in itertools.pairwise(cuts)
@@ -139,13 +139,13 @@ def append(store: Store, rows: Sequence[Row], step: int, revocable: bool = False
 
 
 def decode(
-    store: Store, rows: Sequence[Row], logits: Logits, steps: range | None = None, revocable: bool = False
+    store: Store, rows: Sequence[Row], spec: SoftmaxSpec, steps: range | None = None, revocable: bool = False
 ) -> list[list[Step]]:
     """[row][step] of the tokens after the prompts."""
     steps = range(rows[0].key.shape[1] - rows[0].prompt) if steps is None else steps
     taken: list[list[Step]] = [[] for _ in rows]
     for step in steps:
-        output = store.attend(append(store, rows, step, revocable), logits)
+        output = store.attend(append(store, rows, step, revocable), spec)
         mask = store.read_mask()
         mask = mask.repeat_interleave(output.shape[1] // mask.shape[1], 1)
         for index, row in enumerate(rows):
@@ -196,11 +196,11 @@ def fork(row: Row, step: int, seed: int) -> Row:
     return Row(query, key, value, row.prompt)
 
 
-def alone(method: str, geometry: Geometry, row: Row, logits: Logits, **settings: Any) -> list[Step]:
+def alone(method: str, geometry: Geometry, row: Row, spec: SoftmaxSpec, **settings: Any) -> list[Step]:
     """The steps of a row with a store to itself."""
     store = make(method, geometry, **settings)
-    prefill(store, [row], logits)
-    return decode(store, [row], logits)[0]
+    prefill(store, [row], spec)
+    return decode(store, [row], spec)[0]
 
 
 def assert_steps(got: Sequence[Step], expected: Sequence[Step], dtype: torch.dtype = torch.float32) -> None:

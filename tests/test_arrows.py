@@ -1,4 +1,4 @@
-"""DESIGN's rooms: artifacts and kernels below, runtime on them, calibrate on top; and what each may import."""
+"""The house: artifacts and kernels below, runtime on them, calibrate on top; and what each may import."""
 
 import ast
 import subprocess
@@ -57,7 +57,7 @@ def test_the_command_line_is_calibrates_top_floor():
 
 
 def test_kernels_is_not_a_regular_package():
-    """It would shadow Hugging Face's package of the same name (DESIGN 2)."""
+    """It would shadow Hugging Face's package of the same name."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 

@@ -1,4 +1,5 @@
-"""Arguments are documented in one form: a line that says so, then those that need a word, by their names."""
+"""Arguments are documented in one form: a line that says so, then those that need a word, by their names. And variables
+have names of things."""
 
 import ast
 import re
@@ -8,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("artifacts", "kernels", "runtime", "calibrate", "benchmarks", "tests", "examples")
+PRODUCT = ("artifacts", "kernels", "runtime", "calibrate")
 FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 ENTRY = re.compile(r"^    (\*{0,2}\w+(?:, \*{0,2}\w+)*): ", re.MULTILINE)
 
@@ -42,3 +44,12 @@ def test_arguments_have_one_form(path):
         assert entries, f"{place}: no entry `name: …` under Args"
         unknown = {name.lstrip("*") for entry in entries for name in entry.split(", ")} - parameters(node)
         assert not unknown, f"{place}: no parameters {unknown}"
+
+
+@pytest.mark.parametrize("folder", PRODUCT)
+def test_no_variable_is_called_of(folder):
+    """Which says nothing of what it is, and cannot be searched for."""
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = node.id if isinstance(node, ast.Name) else node.arg if isinstance(node, ast.arg) else ""
+            assert name != "of", f"{path.relative_to(ROOT)}:{node.lineno}: name the thing"

@@ -205,7 +205,7 @@ def test_launches_are_those_that_are_reckoned_with(module, monkeypatch):
 
 
 def test_bytes_by_hand(module):
-    """Of Llama-3-8B's shape at 131072 tokens: DESIGN's and the kernels' READMEs' numbers."""
+    """Of Llama-3-8B's shape at 131072 tokens: the numbers of the kernels' READMEs."""
     expected, sizes = module("expected"), module("sizes").FULL
     step = partial(expected.step, sizes, length=LONG)
     rows = 8 * 2048 * (2 * 128 * 2 + 4)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kvcal.calibrate.planning.points import DENSE, Point, Problem
-from kvcal.runtime.attention import Logits
+from kvcal.runtime.attention import SoftmaxSpec
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "real"
 LENGTH, HEAD_DIM = 2048, 64
@@ -42,7 +42,7 @@ def test_equal_bytes_are_equal(module, level):
         torch.randn(1, heads, tokens, HEAD_DIM, dtype=torch.bfloat16)
         for heads, tokens in ((3, 1), (1, LENGTH + 1), (1, LENGTH + 1))
     )
-    problem = Problem(0, query, key, value, Logits(HEAD_DIM**-0.5, None, None), 1)
+    problem = Problem(0, query, key, value, SoftmaxSpec(HEAD_DIM**-0.5, None, None), 1)
     for setting in settings.at_equal_bytes(share, HEAD_DIM, LENGTH):
         if setting["method"] not in ("loki", "spectral", "h2o", "snapkv"):
             read = problem.measure(setting, None, 8).bytes
@@ -79,7 +79,7 @@ def test_errors_have_the_standard_error_over_texts(module):
     layers = []
     for layer in range(2):
         query, key, value = (torch.randn(3, heads, tokens, 8) for heads, tokens in ((2, 4), (1, 64), (1, 64)))
-        layers.append(Problem(layer, query, key, value, Logits(8**-0.5, None, None), 3))
+        layers.append(Problem(layer, query, key, value, SoftmaxSpec(8**-0.5, None, None), 3))
     setting = {"method": "exact_topk", "keep": 4}
     found = attention.errors(layers, [setting], None)[0]
     alone = [[_of_row(layer, row).measure(setting, None, 1).error for layer in layers] for row in range(3)]
@@ -94,7 +94,7 @@ def test_a_sampled_choice_is_measured_against_the_exact_one(module):
     again at most."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, heads, tokens, HEAD_DIM) for heads, tokens in ((4, 3), (2, 1003), (2, 1003)))
-    problem = Problem(0, query, key, value, Logits(HEAD_DIM**-0.5), 2)
+    problem = Problem(0, query, key, value, SoftmaxSpec(HEAD_DIM**-0.5), 2)
     setting = {"method": "spectral", "keep": 0.125}
     exact, *sampled = module("thresholds").choose([problem], setting, coded.artifact(HEAD_DIM, 2))
     assert exact["read"] == exact["most"] == pytest.approx(1, abs=0.01) and 0.125 < exact["mass"] < 1
@@ -112,7 +112,7 @@ def problem():
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, heads, tokens, HEAD_DIM) for heads, tokens in ((4, 3), (2, 1603), (2, 1603)))
     key[:, :, 0] = 6 * query.unflatten(1, (2, 2)).mean((2, 3))
-    return Problem(0, query, key, value, Logits(HEAD_DIM**-0.5), 2)
+    return Problem(0, query, key, value, SoftmaxSpec(HEAD_DIM**-0.5), 2)
 
 
 def test_the_simulation_meets_the_step(module, problem):

@@ -13,7 +13,7 @@ from sizes import Sizes
 from torch import Tensor
 
 from kvcal.kernels.score import score
-from kvcal.runtime.attention import Logits
+from kvcal.runtime.attention import SoftmaxSpec
 from kvcal.runtime.fixed_step import Clock, FixedStep
 from kvcal.runtime.methods.base import Selected
 from kvcal.runtime.methods.basis import Basis
@@ -58,26 +58,26 @@ def loki(copy: Copy, sizes: Sizes, basis: str) -> Method:
     counts = Counts.of(of, cache.metadata)
     if counts is None:
         return made(step, copy, sizes)
-    index = cache.tokens("key" if basis == "pca" else "index")[..., : sizes.rank]
-    scored = partial(score, copy.grouped @ map.mT, index, cache.metadata.seq_lens, scaling=sizes.scaling)
+    reduced = cache.tokens("key" if basis == "pca" else "projected")[..., : sizes.rank]
+    scored = partial(score, copy.grouped @ map.mT, reduced, cache.metadata.seq_lens, scaling=sizes.scaling)
     scores = scored()
 
     def select() -> Selected:
         return choose(shared(scores, of.select), counts)
 
-    attend = partial(attend_selected, policy.query(copy.query), cache, select(), Logits(sizes.scaling))
+    attend = partial(attend_selected, policy.query(copy.query), cache, select(), SoftmaxSpec(sizes.scaling))
     return made(step, copy, sizes, {"score": scored, "select": select, "attend": attend})
 
 
 def clusterkv(copy: Copy, sizes: Sizes, per_cluster: int) -> Method:
     """The recall of clusters is the rest."""
-    policy, logits = ClusterKVPolicy(cluster_settings(sizes, per_cluster), None), Logits(sizes.scaling)
+    policy, spec = ClusterKVPolicy(cluster_settings(sizes, per_cluster), None), SoftmaxSpec(sizes.scaling)
     step = stepped(Store(policy), copy, partial(fill_clustered, sizes=sizes))
     cache = step.cache()
-    selected = policy.step(copy.query, cache, logits).selected
+    selected = policy.step(copy.query, cache, spec).selected
     if selected is None:
         return made(step, copy, sizes)
-    return made(step, copy, sizes, {"attend": partial(attend_selected, copy.query, cache, selected, logits)})
+    return made(step, copy, sizes, {"attend": partial(attend_selected, copy.query, cache, selected, spec)})
 
 
 def loki_settings(sizes: Sizes, basis: str) -> Loki:
@@ -116,7 +116,7 @@ def made(step: FixedStep, copy: Copy, sizes: Sizes, parts: dict[str, Call] | Non
     Args:
         parts: of what comes after the new token is written; None: all of that is one.
     """
-    logits = Logits(sizes.scaling)
-    parts = parts or {"attend": partial(step.read, copy.query, logits)}
+    spec = SoftmaxSpec(sizes.scaling)
+    parts = parts or {"attend": partial(step.read, copy.query, spec)}
     write = partial(step.write, copy.key_new, copy.value_new)
-    return Method(partial(step.step, *copy.new, logits), {"append": write, **parts})
+    return Method(partial(step.step, *copy.new, spec), {"append": write, **parts})

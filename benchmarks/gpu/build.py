@@ -37,7 +37,7 @@ def build_row(sizes: Sizes, length: int, per_cluster: int, calibrated: bool, tim
 
     def build() -> None:
         nonlocal passes
-        index = policy.index()
+        index = policy.sequence_index()
         index.begin(1, timer.device)
         index.prefilled([0], [length], store.tokens)
         index.build([length], [True], store.tokens)  # before the first decoded token: what no whole segment has

@@ -105,9 +105,9 @@ def fill_clustered(store: Store, key: Tensor, value: Tensor, sizes: Sizes, seed:
 
     Clusters are random: which tokens they have matters to no time, and k-means would take most of it.
     """
-    index, store.index = store.index, None
+    index, store.sequence_index = store.sequence_index, None
     fill_pages(store, key, value)
-    store.index = index
+    store.sequence_index = index
     assert isinstance(index, Clusters)
     batch, heads, length, _ = key.shape
     upto = length - sizes.window // 2

@@ -57,49 +57,32 @@ class Gate:
 
 def check_append(gate: Gate) -> None:
     sizes = gate.sizes
-    batch, heads, dims, rank, capacity = 3, sizes.heads, sizes.dims, sizes.rank, sizes.gate
+    batch, heads, dims, capacity = 3, sizes.heads, sizes.dims, sizes.gate
     key_new, value_new = gate.normal(batch, heads, dims), gate.normal(batch, heads, dims)
-    map = gate.normal(heads, rank, dims) / dims**0.5
-    projected = torch.einsum("hrd,bhd->bhr", map.double(), key_new.double())
-    lengths, active = gate.integers(capacity - 1, 5, 7), torch.tensor([True, True, False], device=gate.device)
+    lengths = gate.integers(capacity - 1, 5, capacity)  # the last sequence is full
     key, value = gate.nan(batch, heads, capacity, dims), gate.nan(batch, heads, capacity, dims)
-    index = gate.nan(batch, heads, capacity, rank)
-    append(key_new, value_new, map, key, value, index, lengths, active, backend=gate.backend)
+    append(key_new, value_new, key, value, lengths, backend=gate.backend)
     expected_key, expected_value = torch.full_like(key, torch.nan), torch.full_like(value, torch.nan)
-    expected_index = gate.nan(batch, heads, capacity, rank, dtype=torch.float64)
-    for row in range(2):
-        slot = int(lengths[row])
-        expected_key[row, :, slot], expected_value[row, :, slot] = key_new[row], value_new[row]
-        expected_index[row, :, slot] = projected[row]
+    for sequence in range(2):
+        slot = int(lengths[sequence])
+        expected_key[sequence, :, slot], expected_value[sequence, :, slot] = key_new[sequence], value_new[sequence]
     gate.same("append: keys", key, expected_key)
     gate.same("append: values", value, expected_value)
-    untouched = expected_index.isnan()
-    gate.same("append: index, beyond", index.where(untouched, 0), expected_index.where(untouched, 0))
-    gate.near("append: index", index[~untouched], expected_index[~untouched], 5e-3)
 
 
 def check_score(gate: Gate) -> None:
     sizes = gate.sizes
-    for combine, out_dtype, capacity, softcap in (
-        ("max", torch.float16, sizes.gate_long, None),
-        ("max", torch.float16, sizes.gate, 30.0),
-        ("none", torch.float32, sizes.gate, None),
-        ("none", torch.float32, sizes.gate + 3, None),
-    ):
+    for capacity, softcap in ((sizes.gate_long, None), (sizes.gate, 30.0), (sizes.gate, None), (sizes.gate + 3, None)):
         lengths = gate.integers(capacity, capacity // 2 + 13, 1)
         query = gate.normal(3, sizes.heads, sizes.group, sizes.rank)
-        index = gate.normal(3, sizes.heads, capacity, sizes.rank)
-        exact = sizes.scaling * query.double() @ index.double().mT
+        key = gate.normal(3, sizes.heads, capacity, sizes.rank)
+        exact = sizes.scaling * query.double() @ key.double().mT
         exact = exact if softcap is None else softcap * torch.tanh(exact / softcap)
-        exact = exact.amax(2) if combine == "max" else exact
-        beyond = torch.arange(capacity, device=gate.device) >= lengths.view(-1, *[1] * (exact.dim() - 1))
-        shape = (sizes.group,) if combine == "none" else ()
-        out = gate.nan(3, sizes.heads, *shape, capacity, dtype=out_dtype)
-        score(
-            query, index, lengths, scaling=sizes.scaling, out=out, out_dtype=out_dtype,
-            combine=combine, softcap=softcap, backend=gate.backend,
-        )  # fmt: skip
-        gate.near(f"score {combine} of {capacity}", out, exact.masked_fill(beyond, -torch.inf), 1e-3)
+        beyond = torch.arange(capacity, device=gate.device) >= lengths.view(-1, 1, 1, 1)
+        out = gate.nan(3, sizes.heads, sizes.group, capacity, dtype=torch.float32)
+        score(query, key, lengths, scaling=sizes.scaling, softcap=softcap, out=out, backend=gate.backend)
+        name = f"score of {capacity}" if softcap is None else f"score of {capacity}, capped"
+        gate.near(name, out, exact.masked_fill(beyond, -torch.inf), 1e-3)
 
 
 def check_cluster(gate: Gate) -> None:

@@ -26,7 +26,7 @@ CAP = 20.0
 
 
 class Problem:
-    """Three rows of unequal lengths; keys and values beyond them, and wherever `hide` says, are NaN."""
+    """Three sequences of unequal lengths; `hide` spoils what no query sees."""
 
     def __init__(self, gate: Gate, capacity: int):
         sizes = gate.sizes
@@ -34,12 +34,12 @@ class Problem:
         self.lengths = gate.integers(capacity, capacity // 2 + 13, 1)
         self.query = 2 * gate.normal(3, sizes.heads, sizes.group, sizes.dims)
         self.key, self.value = (gate.normal(3, sizes.heads, capacity, sizes.dims) for _ in "kv")
-        self.sinks = gate.normal(sizes.heads * sizes.group, dtype=torch.float32)
+        self.sink_logits = gate.normal(sizes.heads * sizes.group, dtype=torch.float32)
         self.slot = torch.arange(capacity, device=gate.device)
         self.held = self.slot < self.lengths.view(-1, 1, 1, 1)
 
     def hide(self, visible: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values without what no query sees.
+        """Keys and values, NaN where no query sees them.
 
         Args:
             visible: [B, Hkv, G or 1, S].
@@ -47,14 +47,14 @@ class Problem:
         unseen = ~visible.any(2).unsqueeze(-1)
         return self.key.masked_fill(unseen, torch.nan), self.value.masked_fill(unseen, torch.nan)
 
-    def exact(self, visible: Tensor, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
+    def exact(self, visible: Tensor, softcap: float | None = None, sink_logits: Tensor | None = None) -> Tensor:
         """[B, Hkv, G, Dv] float64."""
         logits = self.query.double() @ self.key.double().mT * self.gate.sizes.scaling
         logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
         logits = logits.masked_fill(~visible, -torch.inf)
-        if sinks is not None:
-            of_sinks = sinks.double().view(1, logits.shape[1], -1, 1).expand(len(logits), -1, -1, -1)
-            logits = torch.cat((logits, of_sinks), -1)
+        if sink_logits is not None:
+            extra = sink_logits.double().view(1, logits.shape[1], -1, 1).expand(len(logits), -1, -1, -1)
+            logits = torch.cat((logits, extra), -1)
         weights = logits.softmax(-1)[..., : self.capacity]
         return weights @ self.value.double()
 
@@ -64,40 +64,50 @@ class Problem:
 
 def check_dense(gate: Gate) -> None:
     for capacity in (gate.sizes.gate, gate.sizes.gate_long):
-        of = Problem(gate, capacity)
-        key, value = of.hide(of.held)
-        both: dict[str, dict[str, Any]] = {"plain": {}, "capped, sinks": {"softcap": CAP, "sinks": of.sinks}}
-        for name, options in both.items():
-            out = of.out()
+        problem = Problem(gate, capacity)
+        key, value = problem.hide(problem.held)
+        cases: dict[str, dict[str, Any]] = {
+            "plain": {},
+            "capped, sink logits": {"softcap": CAP, "sink_logits": problem.sink_logits},
+        }
+        for name, options in cases.items():
+            out = problem.out()
             dense(
-                of.query, key, value, of.lengths, scaling=gate.sizes.scaling, out=out, backend=gate.backend, **options
+                problem.query,
+                key,
+                value,
+                problem.lengths,
+                scaling=gate.sizes.scaling,
+                out=out,
+                backend=gate.backend,
+                **options,
             )
-            gate.near(f"dense {name} of {capacity}", out, of.exact(of.held, **options), ALLOWED)
+            gate.near(f"dense {name} of {capacity}", out, problem.exact(problem.held, **options), ALLOWED)
 
 
 def check_attend(gate: Gate) -> None:
-    sizes, of = gate.sizes, Problem(gate, gate.sizes.gate)
-    keep = min(sizes.keep, of.capacity // 4)
+    sizes, problem = gate.sizes, Problem(gate, gate.sizes.gate)
+    keep = min(sizes.keep, problem.capacity // 4)
     common: dict[str, Any] = {"scaling": sizes.scaling, "backend": gate.backend}
-    for name, each in (("by KV head", False), ("by query head", True)):
-        group = sizes.group if each else 1
-        rank = torch.rand(3, sizes.heads, group, of.capacity, generator=gate.generator, device=gate.device)
-        rank = rank.masked_fill(~of.held, -1.0)
+    for name, by_query in (("by KV head", False), ("by query head", True)):
+        group = sizes.group if by_query else 1
+        rank = torch.rand(3, sizes.heads, group, problem.capacity, generator=gate.generator, device=gate.device)
+        rank = rank.masked_fill(~problem.held, -1.0)
         index = rank.topk(keep).indices.int()
         wanted = (keep - torch.arange(sizes.heads * group, device=gate.device) % 17).view(sizes.heads, group)
         count = torch.minimum(wanted, (rank >= 0).sum(-1)).int()
         counted = torch.arange(keep, device=gate.device) < count.unsqueeze(-1)
         visible = torch.zeros_like(rank, dtype=torch.int32).scatter_add_(3, index.long(), counted.int()) > 0
         index = index.where(counted, 0)
-        if not each:
+        if not by_query:
             index, count = index.squeeze(2), count.squeeze(2)
-        key, value = of.hide(visible)
-        out = of.out()
-        attend(of.query, key, value, index, count, out=out, **common)
-        gate.near(f"attend {name}", out, of.exact(visible).where(visible.any(-1, keepdim=True), 0), ALLOWED)
-        out = of.out()
-        attend(of.query, key, value, index, count, softcap=CAP, sinks=of.sinks, out=out, **common)
-        gate.near(f"attend {name}, capped, sinks", out, of.exact(visible, CAP, of.sinks), ALLOWED)
+        key, value = problem.hide(visible)
+        out = problem.out()
+        attend(problem.query, key, value, index, count, out=out, **common)
+        gate.near(f"attend {name}", out, problem.exact(visible).where(visible.any(-1, keepdim=True), 0), ALLOWED)
+        out = problem.out()
+        attend(problem.query, key, value, index, count, softcap=CAP, sink_logits=problem.sink_logits, out=out, **common)
+        gate.near(f"attend {name}, capped, sink logits", out, problem.exact(visible, CAP, problem.sink_logits), ALLOWED)
 
 
 def check_step(gate: Gate, method: str) -> None:

@@ -1,4 +1,4 @@
-"""The gate's selections: exactly those of a stable sort, with ties and rows that have too few."""
+"""The gate's selections: exactly those of a stable sort, with ties, and where fewer than k can be chosen."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ def check_select(gate: Gate) -> None:
 
 
 def poisoned(gate: Gate, scores: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    rows = scores.shape[:2]
-    return tuple(torch.full(shape, POISON, dtype=torch.int32, device=gate.device) for shape in ((*rows, slots), rows))  # type: ignore[return-value]
+    pairs = scores.shape[:2]
+    shapes = ((*pairs, slots), pairs)
+    return tuple(torch.full(shape, POISON, dtype=torch.int32, device=gate.device) for shape in shapes)  # type: ignore[return-value]
 
 
 def best(scores: Tensor, lengths: Tensor, k: Tensor, slots: int) -> tuple[Tensor, Tensor]:
@@ -44,12 +45,12 @@ def best(scores: Tensor, lengths: Tensor, k: Tensor, slots: int) -> tuple[Tensor
     count = torch.zeros(scores.shape[:2], dtype=torch.int32)
     order = scores.float().sort(dim=-1, descending=True, stable=True).indices.cpu()
     values = scores.float().cpu()
-    for row in range(scores.shape[0]):
+    for sequence in range(scores.shape[0]):
         for head in range(scores.shape[1]):
-            mine = order[row, head]
-            mine = mine[mine < int(lengths[row])]
-            mine = mine[values[row, head, mine] > -torch.inf][: int(k[row])].sort().values
-            index[row, head, : len(mine)], count[row, head] = mine.int(), len(mine)
+            chosen = order[sequence, head]
+            chosen = chosen[chosen < int(lengths[sequence])]
+            chosen = chosen[values[sequence, head, chosen] > -torch.inf][: int(k[sequence])].sort().values
+            index[sequence, head, : len(chosen)], count[sequence, head] = chosen.int(), len(chosen)
     return index.to(scores.device), count.to(scores.device)
 
 

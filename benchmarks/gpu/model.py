@@ -88,7 +88,7 @@ def step_time(model: Any, sizes: Sizes, length: int, batch: int, name: str) -> R
 
 def made_cache(model: Any, sizes: Sizes, held: int, batch: int, name: str) -> Any:
     """A CompressedCache of `held` tokens a row, with room for those of the steps."""
-    from kvcal.runtime.integration.cache import CompressedCache, Recipe
+    from kvcal.runtime.integration.cache import Blueprint, CompressedCache
 
     generator = torch.Generator(model.device).manual_seed(1)
 
@@ -105,8 +105,8 @@ def made_cache(model: Any, sizes: Sizes, held: int, batch: int, name: str) -> An
     else:
         artifact = fitted(sizes, components, len(layers))
         builders = {layer: partial(new_store, method.bind(layer, sizes.dims, artifact)) for layer in layers}
-    recipe = Recipe(dict.fromkeys(layers, method), builders, None, len(layers))
-    cache = CompressedCache.of(model, recipe)
+    blueprint = Blueprint(dict.fromkeys(layers, method), builders, None, len(layers))
+    cache = CompressedCache.of(model, blueprint)
     for store in cache.stores.values():
         shape = batch, sizes.heads, held, sizes.dims
         key, value = normal(*shape), normal(*shape)

@@ -11,7 +11,7 @@ from settings import ONLY_CHOSEN
 from kvcal.artifacts import Artifact
 from kvcal.calibrate.evaluation.standard_errors import mean
 from kvcal.calibrate.planning.points import Problem, relative_error
-from kvcal.runtime.attention import Logits
+from kvcal.runtime.attention import SoftmaxSpec
 from kvcal.runtime.methods.basis import Basis
 
 Setting = dict[str, Any]
@@ -60,8 +60,8 @@ def standing_out(found: Sequence[Problem], artifact: Artifact, rank: float = 0.2
         rows.append(
             {
                 "layer": problem.layer,
-                "logit": _above(query, key, problem.logits),
-                **{f"in_{name}": _above(*_mapped(basis, query, key), problem.logits) for name, basis in bases.items()},
+                "logit": _above(query, key, problem.spec),
+                **{f"in_{name}": _above(*_mapped(basis, query, key), problem.spec) for name, basis in bases.items()},
                 "length": float(lengths[..., 0].mean()),
                 "length_of_others": float(lengths[..., OTHERS:-48].mean()),
             }
@@ -74,9 +74,9 @@ def _mapped(basis: Basis, query: torch.Tensor, key: torch.Tensor) -> tuple[torch
     return (query.unflatten(1, (key.shape[1], -1)) @ query_map.unsqueeze(1)).flatten(1, 2), key @ key_map
 
 
-def _above(query: torch.Tensor, key: torch.Tensor, logits: Logits) -> float:
+def _above(query: torch.Tensor, key: torch.Tensor, spec: SoftmaxSpec) -> float:
     grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    scores = logits.of(grouped @ key.mT)
+    scores = spec.logits(grouped @ key.mT)
     return float((scores[..., 0] - scores[..., OTHERS:-48].mean(-1)).mean())
 
 
@@ -91,7 +91,7 @@ def _layer(problem: Problem, setting: Setting, artifact: Artifact) -> dict[str, 
         store = problem.store(own, artifact)
         for query, key, value, weights, dense in problem.steps():
             store.append(key, value)
-            out = store.attend(query, problem.logits)
+            out = store.attend(query, problem.spec)
             found[name].append(relative_error(out, dense).mean((1, 2)))
             if name == "error":
                 found["mass"].append(weights[..., 0].flatten(1).mean(1))

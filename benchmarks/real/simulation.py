@@ -75,7 +75,7 @@ class Layer:
     """Shapes [B, Hkv, G, steps, T], of all T tokens and the last steps, which are decoded."""
 
     def __init__(self, problem: Problem, artifact: Artifact, variation: Variation):
-        self.variation, self.logits = variation, problem.logits
+        self.variation, self.spec = variation, problem.spec
         self.key, self.value = problem.key.float(), problem.value.float()
         heads, total, dims = self.key.shape[1:]
         self.prefix = problem.prefix
@@ -134,7 +134,7 @@ class Layer:
         return self._logits(dots)
 
     def _logits(self, dots: Tensor) -> Tensor:
-        return self.logits.of(dots).masked_fill(~self.held, -torch.inf)
+        return self.spec.logits(dots).masked_fill(~self.held, -torch.inf)
 
     def _codeword(self, name: str) -> Tensor:
         """[B, Hkv, T, D]: "key" or "value" of each token's codeword."""

@@ -68,7 +68,7 @@ def _layer(problem: Problem, setting: Setting, artifact: Artifact) -> dict[str, 
     store, tokens, mass, error = problem.store(setting, artifact), [], [], []
     for query, key, value, weights, dense in problem.steps():
         store.append(key, value)
-        out = store.attend(query, problem.logits)
+        out = store.attend(query, problem.spec)
         read = store.read_mask()
         by_head = weights.squeeze(3)
         tokens.append(read.sum(-1).float())

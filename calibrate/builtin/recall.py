@@ -4,7 +4,7 @@
     What is the code of WORD? The code of WORD is 48213.
 
 The demo model is trained on them, and retrieval tasks are made of them. Half of the
-dictionary is kept for evaluation, so that recall is never recall of a trained pair.
+dictionary is kept for evaluation, so that no fact asked for there was trained on.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ _FORMS = "alias, Hub id org/name[:config[:split]], file, folder or glob; several
 
 
 def data_options(what: str, split_example: str) -> Callable[[Command], Command]:
-    """A decorator that adds them; `what`: the text as it is called in the help."""
+    """A decorator that adds these options; `what`: how the help calls the text."""
 
     def add(command: Command) -> Command:
         for option in reversed(options):
@@ -36,7 +36,7 @@ def data_options(what: str, split_example: str) -> Callable[[Command], Command]:
 
 
 def say_left(source: Mapping[str, Any]) -> None:
-    """Name the files that lie there and of which nothing was read."""
+    """Name the files of a source of which nothing was read."""
     for each in source.get("sources", [source]):
         for key, why in (
             ("skipped", f"no text files (see `calibrate {click.get_current_context().info_name} --help`)"),

@@ -1,4 +1,4 @@
-"""Lines about an evaluation that whoever reads its numbers should have read."""
+"""Lines about an evaluation that readers of its numbers should see."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def low_score_lines(full: Mapping[str, Any]) -> list[str]:
     """About the tasks that the model itself cannot answer, if there are any.
 
     Args:
-        full: its row.
+        full: the row of `full`.
     """
     from ..evaluation.rows import LOW, low_scores
 
@@ -33,7 +33,7 @@ def low_score_lines(full: Mapping[str, Any]) -> list[str]:
 
 
 def say_short_blocks(artifact: Artifact, prompts: Prompts, grid: Sequence[dict[str, Any]]) -> None:
-    """One line where what was fitted to rotated keys is used at positions that it was not fitted to."""
+    """Say so where what was fitted to rotated keys is used at positions beyond the blocks that it was fitted on."""
     from ..evaluation.grid import has_rotated_basis
 
     seq_len, longest = int(artifact.data["seq_len"]), prompts.longest_context
@@ -46,7 +46,7 @@ def say_short_blocks(artifact: Artifact, prompts: Prompts, grid: Sequence[dict[s
 
 
 def say_calibration_text(artifact: Artifact, source: Mapping[str, Any]) -> None:
-    """One line where the text is what the artifact was calibrated on.
+    """Say so where the text is what the artifact was calibrated on.
 
     Args:
         source: what was read.

@@ -15,7 +15,7 @@ FEW = 2
 """Tasks that stand among the other columns (one less where they are stated relative to full's, too); more have tables
 of their own."""
 WIDE = 5
-"""Tasks of a table."""
+"""Tasks in one such table, at most."""
 
 
 def print_results(settings: Mapping[str, Any], rows: Sequence[Row]) -> None:
@@ -82,12 +82,12 @@ def _scores(rows: Sequence[Row], tasks: Sequence[str]) -> Columns:
 
 
 def _shows_relative(rows: Sequence[Row], task: str) -> bool:
-    """Where full answers all, a score is relative to it as it is."""
+    """Whether full leaves a task partly unanswered: otherwise a score is its own ratio to full's."""
     return bool(rows[0]["scores"][task] != 1)
 
 
 def _means(rows: Sequence[Row], tasks: Sequence[str]) -> Columns:
-    """Over the tasks of each length, but for passkey and multikey: of RULER's, that is."""
+    """Mean scores of RULER's tasks, by length: those named NAME@LENGTH, except passkey and multikey."""
     from ..evaluation.prompts import FACTS
     from ..evaluation.rows import mean_score
 
@@ -200,7 +200,7 @@ def _part(relative: float) -> str:
 
 
 def _with_error(value: float | None, error: float | None, digits: int) -> str:
-    """ "0.85±.08": an error has the digits of what it is of."""
+    """ "0.85±.08": an error has as many digits as its value."""
     if value is None:
         return "–"
     return f"{value:.{digits}f}" + ("" if error is None else "±" + f"{error:.{digits}f}".removeprefix("0"))

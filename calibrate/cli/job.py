@@ -18,7 +18,7 @@ from ..distributed import SINGLE, Finished, World, join, launched
 
 
 def one_job(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command its `world`. Of several processes rank 0 alone prints, and one alone says why they fail."""
+    """Give a command its `world`. Of several processes only rank 0 prints, and only one says why they failed."""
 
     @functools.wraps(command)
     def run(*args: Any, **options: Any) -> Any:

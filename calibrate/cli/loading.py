@@ -1,4 +1,4 @@
-"""Models as commands load them: with progress, and said where they came from."""
+"""Models as commands load them: with a progress bar, and a line about where they came from."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def load_model_of(spec: str, **options: Any) -> Any:
 
 
 def load_calibrated(artifact: Artifact, spec: str | None, **options: Any) -> Any:
-    """The model that an artifact is of, once its weights are known to be; in another dtype as far as that can be.
+    """The model that an artifact was calibrated on, its weights checked (in another dtype as far as possible).
 
     Args:
         spec: None: the model that the artifact names.

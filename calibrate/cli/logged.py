@@ -47,10 +47,10 @@ class LoggedWork:
     def speak(self, wait: Callable[[float], bool]) -> None:
         """Write a line whenever one is due, until `wait(seconds)` says that the work has ended."""
         for second in due():
-            left = self._begun + second - self._clock()
-            if left < 0:
+            pause = self._begun + second - self._clock()
+            if pause < 0:
                 continue  # nobody was awake: one line for all that were missed
-            if wait(left):
+            if wait(pause):
                 return
             self._spoken = True
             self._write(self.line())
@@ -77,8 +77,8 @@ class LoggedWork:
 
 @contextmanager
 def logged(title: str, say: Callable[[str], None], estimate: bool = True) -> Iterator[Callable[..., None]]:
-    """Yields update(done, total, note=""); lines go to stderr meanwhile, from a thread of their own: also where the
-    work says nothing of itself. Of several processes rank 0 alone has a stderr (`one_job`)."""
+    """Yields update(done, total, note=""); meanwhile a thread of its own writes lines to stderr, also while
+    the work reports nothing. Of several processes rank 0 alone has a stderr (`one_job`)."""
 
     def write(line: str) -> None:
         with contextlib.suppress(OSError, ValueError):  # nobody reads the log any more: no reason to end the work

@@ -121,7 +121,7 @@ def plan_command(
     from ..planning.body import plan_body
     from ..planning.kept import beside
     from ..planning.prompts import QUESTIONS
-    from ..planning.settings import check_method, check_needs
+    from ..planning.settings import check_artifact, check_method
     from ..planning.subject import Subject
 
     if not data_spec:
@@ -129,7 +129,7 @@ def plan_command(
     if budget is not None and quality is not None:
         raise click.UsageError("--bytes and --quality: give one of them")
     budget = BYTES if budget is None else budget
-    batch_size = min(batch_size, check_windows)  # what is predicted is checked
+    batch_size = min(batch_size, check_windows)  # a check decodes batches of the size planned for
     asked = parse_tasks(words(tasks))
     if "perplexity" not in asked:
         raise click.UsageError("a plan is measured on text: let perplexity be among --tasks")
@@ -140,7 +140,7 @@ def plan_command(
     if output is None:
         check_new_file(path, _is_plan, "a plan")
     check_new_file(beside(path), _is_kept, "what a plan was made from")
-    check_needs(method, found, str(artifact))
+    check_artifact(method, found)
     with working("finding the text"):
         data = open_data(data_spec, split, text_column=text_column, seed=prompt_options["seed"])
     loaded = load_calibrated(found, model_spec, device=device, dtype=dtype)

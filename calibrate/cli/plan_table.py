@@ -51,7 +51,7 @@ def print_plan(body: dict[str, Any]) -> None:
 
 
 def say_warnings(body: dict[str, Any]) -> None:
-    """What a check has found that its owner should know.
+    """Say what the check found against a plan.
 
     Args:
         body: of plan.json.

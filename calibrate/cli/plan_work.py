@@ -1,4 +1,4 @@
-"""What `calibrate plan` does, step by step, as it is shown."""
+"""The steps of `calibrate plan`, with progress bars and lines for people."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def open_kept(path: Path, artifact: Artifact, loaded: Any, prompts: Prompts, **h
     from ..one_pass import versions
     from ..planning.kept import Kept
 
-    of = {
+    measured_on = {
         "weights_sha256": weights_sha256(loaded.model),
         "artifact": artifact.content_hash,
         "tokens_sha256": prompts.tokens_sha256,
@@ -31,8 +31,8 @@ def open_kept(path: Path, artifact: Artifact, loaded: Any, prompts: Prompts, **h
         "versions": versions(),
         **how,
     }
-    kept, other = Kept.open(of, path)
-    if other:
+    kept, replaced = Kept.open(measured_on, path)
+    if replaced:
         say(f"{path}: was measured on something else, and is measured again")
     elif kept.checked:
         say(f"{path}: goes on with what was measured")
@@ -44,8 +44,8 @@ def make_plan(
 ) -> Made:
     """
     Args:
-        windows: of the prompts those to measure on.
-        quality: None: what the budget buys.
+        windows: how many of the prompts' windows are measured on; the others are for the check.
+        quality: None: plan for the budget.
     """
     from ..evaluation.grid import FULL
     from ..planning.body import Made

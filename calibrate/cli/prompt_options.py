@@ -71,7 +71,7 @@ _OPTIONS: list[Callable[[Any], Any]] = [
 
 
 def prompt_options(command: Command) -> Command:
-    """A decorator that adds them."""
+    """Add the options of prompts to a command."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
@@ -79,10 +79,10 @@ def prompt_options(command: Command) -> Command:
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """What they say, checked before a model is loaded."""
+    """What `prompt_options` collects, checked before a model is loaded."""
 
     described: dict[str, Any]
-    """As results state it: the arguments of `make_prompts` but the files."""
+    """The arguments of `make_prompts` except the files, as results state them."""
     files: tuple[Path, ...]
 
     @classmethod
@@ -99,7 +99,7 @@ class PromptOptions:
         from ..evaluation.tasks.prompts_file import read_all_prompts
 
         names = _task_names(tasks, bool(prompt_files and not with_text))
-        if not with_text and _of_text(names):
+        if not with_text and _needs_text(names):
             raise click.UsageError(
                 "give --data: text that the artifact was not calibrated on, e.g. stdlib --split heldout"
             )
@@ -110,7 +110,7 @@ class PromptOptions:
         """What `open_data` finds; None where no task is made of text."""
         from ..data import open_data
 
-        if _of_text(self.described["tasks"]):
+        if _needs_text(self.described["tasks"]):
             with working("finding the text"):
                 return open_data(spec, split, text_column=text_column, seed=self.described["seed"])
         if spec:
@@ -139,7 +139,7 @@ class PromptOptions:
 def _task_names(tasks: str | None, only_prompts: bool) -> list[str]:
     """
     Args:
-        only_prompts: nothing is measured but --prompts, where nothing is named.
+        only_prompts: without --tasks, only --prompts are asked.
     """
     from ..evaluation.tasks.names import ON_TEXT, parse_tasks
 
@@ -148,14 +148,14 @@ def _task_names(tasks: str | None, only_prompts: bool) -> list[str]:
     return parse_tasks(words(tasks))
 
 
-def _of_text(tasks: Sequence[str]) -> bool:
+def _needs_text(tasks: Sequence[str]) -> bool:
     from ..evaluation.tasks.names import ON_TEXT
 
     return bool(set(tasks) & set(ON_TEXT))
 
 
 def words(text: str) -> list[str]:
-    """Of a comma list."""
+    """The words of a comma list."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 

@@ -71,13 +71,13 @@ def _prepare(recipe: Recipe, section: Section, folder: Path, resume: bool, as_js
     return _context(recipe, section, ["--", str(folder)], resume, as_json)
 
 
-def _context(recipe: Recipe, section: Section, rest: list[str], resume: bool, as_json: bool) -> click.Context:
+def _context(recipe: Recipe, section: Section, positional: list[str], resume: bool, as_json: bool) -> click.Context:
     """The command as if it had been given on a command line: parsed, with its own defaults."""
     command = command_of(section.command)
     given = arguments(recipe, section, command)
     flags = [flag for flag, wanted in (("--resume", resume), ("--json", as_json)) if wanted]
     try:
-        return command.make_context(section.command, [*given, *flags, *rest], parent=click.get_current_context())
+        return command.make_context(section.command, [*given, *flags, *positional], parent=click.get_current_context())
     except click.UsageError as error:
         raise KvcalError(f"{recipe.where(section.line)}: {section.command}: {error.format_message()}") from None
 

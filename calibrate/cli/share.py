@@ -56,7 +56,7 @@ def share_command(
     from ...runtime.cla import stage_map
     from ..card import card_files
     from ..sharing.figure import share_figure
-    from ..sharing.plan import check_can_share, planned_map, refuse_to_lose
+    from ..sharing.requested import check_can_share, refuse_to_lose, requested_map
     from ..sharing.rotation import rotation_of
     from ..sharing.stage import share, share_report
 
@@ -71,13 +71,13 @@ def share_command(
         _uptrain(found, artifact, model_spec, training, overwrite, plot, as_json)
         return
     refuse_to_lose(found, overwrite)
-    planned = planned_map(found, **settings)
+    requested = requested_map(found, **settings)
     # In the dtype of the run: another one may round the weights, and then they are others.
     model = load_calibrated(found, model_spec, device="cpu", dtype=str(found.settings.get("dtype", "auto"))).model
-    check_can_share(found, model, planned)
+    check_can_share(found, model, requested)
     with progress_bar("measuring pairs of layers") as progress:
         shared = share(found, **settings, rotation=rotation_of(found, model), overwrite=overwrite, progress=progress)
-    if planned is None:
+    if requested is None:
         check_can_share(found, model, stage_map(shared))
     saved = save(shared, artifact, card_files(shared))
     if training.uptrain:
@@ -94,7 +94,7 @@ def share_command(
 
 def _has_the_map(artifact: Artifact, settings: dict[str, Any]) -> bool:
     """Whether the stage `cla` is there and shares what is asked for, if anything is."""
-    from ..sharing.plan import default_stored, planned_map
+    from ..sharing.requested import default_stored, requested_map
 
     if "cla" not in artifact.stages:
         return False
@@ -102,9 +102,9 @@ def _has_the_map(artifact: Artifact, settings: dict[str, Any]) -> bool:
     default = click.core.ParameterSource.DEFAULT
     if all(context.get_parameter_source(name) == default for name in ("group", "pattern", "stored_layers")):
         return True
-    found, planned = artifact.stages["cla"].settings, planned_map(artifact, **settings)
-    if planned is not None:
-        return str(planned) == found["groups"]
+    found, requested = artifact.stages["cla"].settings, requested_map(artifact, **settings)
+    if requested is not None:
+        return str(requested) == found["groups"]
     stored = settings["stored_layers"] or default_stored(artifact, settings["group"])
     return (found.get("pattern"), found.get("stored_layers")) == ("auto", stored)
 
@@ -166,7 +166,7 @@ def print_sharing(report: dict[str, Any]) -> None:
 
 def _print_patterns(report: dict[str, Any]) -> None:
     """What the cache would take with each pattern and size of groups."""
-    found = {(of["pattern"], of["group"]): of for of in report["patterns"]}
+    found = {(cost["pattern"], cost["group"]): cost for cost in report["patterns"]}
     sizes = sorted({size for _, size in found})
     rows = [
         [pattern, *(_stored(found.get((pattern, size))) for size in sizes)]
@@ -177,5 +177,5 @@ def _print_patterns(report: dict[str, Any]) -> None:
         print_table(title, ["pattern", *(f"groups of {size}" for size in sizes)], rows)
 
 
-def _stored(of: dict[str, Any] | None) -> str:
-    return "" if of is None else f"{of['stored_layers']}: {of['bytes_per_token']}"
+def _stored(cost: dict[str, Any] | None) -> str:
+    return "" if cost is None else f"{cost['stored_layers']}: {cost['bytes_per_token']}"

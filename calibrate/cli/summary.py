@@ -61,7 +61,7 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 
 def _in_short(stage: str, name: str, value: Any) -> Any:
-    """Of an uptraining its steps and what they brought; everything else as it is."""
+    """Of an uptraining its steps and losses; every other value as it is."""
     if (stage, name) != ("cla", "uptraining") or value is None:
         return value
     first, last = value["first_losses"], value["last_losses"]

@@ -121,8 +121,8 @@ def run_uptraining(
     from ..card import card_files
     from ..data import open_data
     from ..sharing.loss_figure import loss_figure
-    from ..sharing.plan import refuse_to_lose
     from ..sharing.refit import refit_keys
+    from ..sharing.requested import refuse_to_lose
     from ..sharing.training_state import TrainingState
     from ..sharing.uptrained_stage import earlier_training, finished_run, with_uptraining
     from ..sharing.uptraining import Uptraining, check_trainable, run_settings, uptrain

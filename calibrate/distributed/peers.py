@@ -1,7 +1,7 @@
 """A connection between rank 0 and every other rank, for nothing but to learn at once that a process is gone.
 
 The kernel closes a connection when a process ends, however it ends, and its keep-alive probes end it when the other
-machine is gone. Neither needs the other process to be idle: a rank in a batch of minutes is not taken for a dead one.
+machine is gone. Neither waits for an answer of the other process: a rank busy for minutes is not taken for a dead one.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Peers:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def leave(self) -> None:
-        """This process ends as it should: the others are not to miss it."""
+        """Tell the others that this process ends as it should, so that they do not take it for lost."""
         self._leaving = True
         self._send(_BYE)
 
@@ -103,7 +103,7 @@ def _accept(size: int, post: Callable[[str, str], None], patience: float) -> dic
             except (OSError, ValueError):
                 welcome = False
             if not welcome:
-                connection.close()  # nobody of ours
+                connection.close()  # no rank of this job
                 continue
             connection.settimeout(None)
             found[int(rank)] = connection

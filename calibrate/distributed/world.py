@@ -19,7 +19,7 @@ from ...artifacts import KvcalError
 from .peers import Peers
 
 TRANSFER_SECONDS = 1800.0
-"""One tensor from one rank to another, waiting for the other included; lost ranks are found out within seconds."""
+"""For one tensor from one rank to another, waiting for the other included; a lost rank is noticed within seconds."""
 JOIN_SECONDS, LONE_JOIN_SECONDS = 300.0, 45.0
 """For all ranks to come, under torchrun and without it."""
 GRACE_SECONDS = 30.0
@@ -27,7 +27,7 @@ GRACE_SECONDS = 30.0
 
 
 class PeerLost(KvcalError):
-    """Another process of the job is gone. It has been told already."""
+    """Another process of the job is gone. The user has been told already."""
 
 
 class Finished(BaseException):
@@ -74,7 +74,7 @@ class World:
             raise PeerLost(self._gone(self.lost))
 
     def exchange(self, value: Any) -> list[Any]:
-        """What each rank gave, by rank, as JSON has it. Waits for the slowest rank as long as it lives."""
+        """What each rank gave, by rank, through JSON. Waits for the slowest rank as long as it lives."""
         if self.size == 1:
             return [value]
         self._rounds += 1
@@ -83,7 +83,7 @@ class World:
             return [json.loads(self._await(f"{self._rounds} {rank}")) for rank in range(self.size)]
 
     def agree(self, value: Any) -> Any:
-        """What rank 0 gave."""
+        """What rank 0 gave, on every rank."""
         return self.exchange(value if self.first else None)[0] if self.size > 1 else value
 
     def agree_on(self, value: Mapping[str, str]) -> None:
@@ -129,7 +129,7 @@ class World:
         """The tensors of all ranks, which have the same shape and dtype, by rank."""
         found = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
         with self.talking():
-            torch.distributed.all_gather([_bytes(each) for each in found], _bytes(tensor))
+            torch.distributed.all_gather([_bytes(buffer) for buffer in found], _bytes(tensor))
         return found
 
     def claim(self) -> bool:
@@ -144,7 +144,7 @@ class World:
 
     @contextmanager
     def talking(self) -> Iterator[None]:
-        """Around what waits for other ranks: their loss becomes PeerLost."""
+        """A context for what waits for other ranks: the loss of one raises PeerLost."""
         try:
             yield
         except RuntimeError as error:
@@ -190,7 +190,7 @@ class World:
         )
 
     def _on_lost(self, rank: int) -> None:
-        with self._telling:  # before the main thread takes the line for told, and ends
+        with self._telling:  # so that the main thread does not find the line claimed, and end, before it is printed
             if self.claim():
                 print(f"Error: {self._gone(rank)}", file=sys.__stderr__, flush=True)
         self.lost = rank
@@ -247,7 +247,7 @@ def _empty(shapes: list[Any]) -> dict[str, Tensor]:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """A contiguous CPU tensor's own memory; any dtype, which gloo does not take."""
+    """A tensor as bytes, since gloo does not take every dtype; of a contiguous CPU tensor its own memory."""
     flat = tensor.detach().cpu().contiguous().flatten()
     # One element may have any stride and still be contiguous; such a tensor is only ever read from.
     return (flat if flat.stride(0) == 1 else flat.new_empty(flat.shape).copy_(flat)).view(torch.uint8)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...runtime.attention import Logits, probabilities, weighted
+from ...runtime.attention import SoftmaxSpec, probabilities, weighted
 
 
 class History:
@@ -29,7 +29,7 @@ class History:
         self._held = self._prefix
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in one token; all keys and values including it."""
+        """Add one token; returns all keys and values, its own included."""
         self._key[:, :, self._held : self._held + 1] = key
         self._value[:, :, self._held : self._held + 1] = value
         self._held += 1
@@ -46,7 +46,7 @@ class AttentionProbe:
     def __init__(self, histories: Mapping[int, History]):
         """
         Args:
-            histories: by layer, rewound here; rows without padding.
+            histories: by layer, of rows without padding; rewound here.
         """
         self.seconds = 0.0
         """Spent in the probe so far, and not to be counted as decoding."""
@@ -58,20 +58,20 @@ class AttentionProbe:
 
     @torch.no_grad()
     def __call__(
-        self, layer: int, store: Any, query: Tensor, key: Tensor, value: Tensor, logits: Logits, output: Tensor
+        self, layer: int, store: Any, query: Tensor, key: Tensor, value: Tensor, spec: SoftmaxSpec, output: Tensor
     ) -> None:
         started = now(query.device)
         keys, values = self._histories[layer].append(key, value)
-        weights = probabilities(query, keys, logits)
+        weights = probabilities(query, keys, spec)
         dense = weighted(weights, values)
         weights = weights.flatten(1, 2).squeeze(2)
         error = (output.float() - dense).norm(dim=-1) / dense.norm(dim=-1).clamp_min(1e-30)
         read = store.read_mask()
         read = read.repeat_interleave(query.shape[1] // read.shape[1], 1)
-        # A model's attention sinks take a part of the softmax that no token has.
+        # A model's sink logits take a part of the softmax that no token has.
         mass = (weights * read).sum(-1) / weights.sum(-1)
-        found = [each.double().flatten(1).mean(1) for each in (error, mass)]
-        self._sums[layer] = [a + b for a, b in zip(self._sums.get(layer, [0, 0]), found, strict=True)]
+        by_row = [tensor.double().flatten(1).mean(1) for tensor in (error, mass)]
+        self._sums[layer] = [a + b for a, b in zip(self._sums.get(layer, [0, 0]), by_row, strict=True)]
         self._steps[layer] = self._steps.get(layer, 0) + 1
         self.seconds += now(query.device) - started
 
@@ -82,7 +82,7 @@ class AttentionProbe:
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
+    """The clock in seconds, read once the device has finished what was queued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

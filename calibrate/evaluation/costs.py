@@ -21,10 +21,10 @@ class Costs:
         self._ms: list[float] = []
 
     def of_a_step(self, probe: AttentionProbe | None = None) -> _Timed:
-        """Around the model's call.
+        """A context around the model's call, which counts it as a step.
 
         Args:
-            probe: whose seconds are not the step's.
+            probe: its own seconds are subtracted from the step's.
         """
         return _Timed(self, probe)
 

@@ -2,7 +2,7 @@
 
 What a row is given and what it says does not depend on the rows beside it, up to rounding: calls are padded on the
 left and masked, and a row whose question is shorter begins to answer while others are still being asked. Layers with
-a sliding window count padding, so what follows a prompt must be equally long in all rows where there are any.
+a sliding window count padding: in a model that has some, what follows a prompt must be equally long in all rows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class RaggedCalls:
         self._lengths = [0] * rows
 
     def copy(self) -> RaggedCalls:
-        """To go on from here with another cache."""
+        """A copy, to go on from here with another cache."""
         twin = copy.copy(self)
         twin._lengths = list(self._lengths)
         return twin
@@ -42,17 +42,17 @@ class RaggedCalls:
         """[B, vocabulary] logits after the last new token of each row; of a row without any they mean nothing.
 
         Args:
-            ended: rows whose answer is complete. They stay in the batch, at the position that they ended at: positions
-                beyond the model's context are asked of no row.
+            ended: rows whose answer is complete. They stay in the batch at the position at which they ended, so that
+                no row goes beyond the model's context.
         """
         ended = ended or [False] * len(new)
         width = max(map(len, new))
         ids, mask, positions = (torch.zeros(len(new), width, dtype=torch.int64) for _ in range(3))
         for row, tokens in enumerate(new):
-            at = slice(width - len(tokens), width)
-            ids[row, at], mask[row, at] = torch.tensor(tokens, dtype=torch.int64), 1
+            columns = slice(width - len(tokens), width)
+            ids[row, columns], mask[row, columns] = torch.tensor(tokens, dtype=torch.int64), 1
             start = self._lengths[row] - ended[row]
-            positions[row, at] = torch.arange(start, start + len(tokens))
+            positions[row, columns] = torch.arange(start, start + len(tokens))
             self._lengths[row] = start + len(tokens)
         self._mask = torch.cat((self._mask, mask), 1)
         given = {}
@@ -75,7 +75,7 @@ class Answer:
     ends: frozenset[int]
     """Token ids that end an answer."""
     most: int
-    """Tokens of an answer."""
+    """Tokens of an answer, at most."""
     tokens: list[int] = field(default_factory=list)
     """Said so far."""
     prediction: str = ""
@@ -83,7 +83,7 @@ class Answer:
     done: bool = False
 
     def take(self, token: int) -> None:
-        """One more token. An answer is complete at the end of the sequence, at `most` tokens, or at a score of 1 that
+        """Add one token. An answer is complete at the end of the sequence, at `most` tokens, or at a score of 1 that
         more text would leave at 1."""
         self.done = token in self.ends
         if not self.done:
@@ -103,8 +103,8 @@ def decode_answers(
 
     Args:
         step: one token of each row, and which rows have ended -> [B, vocabulary] logits.
-        questions: [] each where they were asked already.
-        logits: [B, vocabulary] after them then.
+        questions: token ids of each row; [] where they were asked already.
+        logits: [B, vocabulary] after the questions, where they were asked already.
     """
     for at in itertools.count():
         if logits is not None:
@@ -123,6 +123,6 @@ def decode_answers(
 
 
 def ends_of(model: Any) -> frozenset[int]:
-    """Token ids that end an answer: as `generate()` has them."""
+    """Token ids that end an answer: those at which `generate()` stops."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return frozenset([ends] if isinstance(ends, int) else ends or [])

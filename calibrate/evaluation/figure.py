@@ -14,7 +14,8 @@ _CHOICES = ("basis", "stage", "select", "groups", "pool")
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points (cost, badness) that no other beats, by having no more of both and less of one; by cost."""
+    """Indices, by rising cost, of the points (cost, badness) that no other point beats: none has less of one of the two
+    and no more of the other."""
     front: list[int] = []
     for index in sorted(range(len(points)), key=lambda index: points[index]):
         if not front or points[index][1] < points[front[-1]][1] or points[index] == points[front[-1]]:
@@ -23,8 +24,8 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def series_of(row: Mapping[str, Any], varied: Container[str] = ()) -> str:
-    """The name under which the legend has a row: its method, the choices made in words, and the settings that its
-    method's rows differ in ("loki score tail True"). What is kept varies along the line."""
+    """The name of a row's line in the legend: its method, the words chosen for `_CHOICES`, and the settings in which
+    rows of the method differ ("loki score tail True"). `keep` varies along the line."""
     words = []
     for name, value in parameters(row).items():
         if isinstance(value, str) and name in _CHOICES:
@@ -47,7 +48,7 @@ def varied_settings(rows: Sequence[Mapping[str, Any]]) -> set[str]:
 
 
 def name_of(row: Mapping[str, Any]) -> str:
-    """Its method, and whose it is when not ours."""
+    """A row's method, and its source where it comes from another results file."""
     return f"{row['method']} ({row['source']})" if row.get("source") else str(row["method"])
 
 
@@ -93,14 +94,14 @@ def evaluation_figure(
             label="Pareto front",
         )
         for number, name in enumerate(names):
-            own = sorted(
+            line = sorted(
                 (share, value, error or 0) for row, share, value, error in placed if series_of(row, varied) == name
             )
-            if own:
+            if line:
                 axis.errorbar(
-                    [share for share, *_ in own],
-                    [value for _, value, _ in own],
-                    yerr=[error for *_, error in own] if any(error for *_, error in own) else None,
+                    [share for share, *_ in line],
+                    [value for _, value, _ in line],
+                    yerr=[error for *_, error in line] if any(error for *_, error in line) else None,
                     capsize=2,
                     elinewidth=0.8,
                     marker=_MARKERS[number % len(_MARKERS)],

@@ -89,9 +89,9 @@ def make_grid(methods: Sequence[str], parameters: Mapping[str, Sequence[Value]])
             raise KvcalError(f"no parameter {name!r} in {', '.join(methods)}: {have}")
     grid = [FULL]
     for method in methods:
-        own = fields[method]
-        names = [name for name in (*_SHOWN, *parameters) if name in own]
-        lists = {name: list(parameters.get(name, [own[name]])) for name in names}
+        defaults = fields[method]
+        names = [name for name in (*_SHOWN, *parameters) if name in defaults]
+        lists = {name: list(parameters.get(name, [defaults[name]])) for name in names}
         for values in itertools.product(*lists.values()):
             setting = {"method": method, **dict(zip(lists, values, strict=True))}
             if key_of(setting) not in map(key_of, grid):  # a count of 1 is not a fraction of 1.0
@@ -103,7 +103,7 @@ def check_grid(grid: Iterable[Setting], model: Any, artifact: Artifact | None) -
     """Build every setting's cache, so that what cannot work is said before a token is run.
 
     Raises:
-        KvcalError: of the first that cannot.
+        KvcalError: for the first setting that cannot work.
     """
     for settings in by_sharing(grid):
         with sharing(model, artifact, settings[0]):
@@ -113,7 +113,7 @@ def check_grid(grid: Iterable[Setting], model: Any, artifact: Artifact | None) -
 
 def recorded(settings: Iterable[Setting], model: Any, artifact: Artifact | None, layers: int) -> dict[str, list[Any]]:
     """Settings of `full`, by layer, that record all that these settings start from beside keys and values: the
-    attention that each token receives (h2o), and the last queries (snapkv). Inside `sharing`."""
+    attention that each token receives (h2o), and the last queries (snapkv). To be called inside `sharing`."""
     mass, queries = [False] * layers, [0] * layers
     for setting in settings:
         for layer, store in CompressedCache(model, artifact, **decoding(setting)).stores.items():
@@ -123,7 +123,7 @@ def recorded(settings: Iterable[Setting], model: Any, artifact: Artifact | None,
 
 
 def by_sharing(grid: Iterable[Setting]) -> list[list[Setting]]:
-    """Settings whose models are the same, together; those of the model as it is first, if there are any."""
+    """Settings in groups that decode with the same model; the group of the unchanged model first, if there is one."""
     groups: dict[str, list[Setting]] = {}
     for setting in grid:
         cla, _, _ = _split(setting)
@@ -133,23 +133,23 @@ def by_sharing(grid: Iterable[Setting]) -> list[list[Setting]]:
 
 @contextmanager
 def sharing(model: Any, artifact: Artifact | None, setting: Setting) -> Iterator[None]:
-    """Inside, the model is as a setting has it: with layers that share keys and values, or as it is."""
+    """Inside, layers of the model share keys and values as the setting says; without `cla` the model is unchanged."""
     parameters = {name: value for name, value in setting.items() if name != "method"}
     with shared_for(model, artifact, setting["method"], parameters):
         yield
 
 
 def decoding(setting: Setting) -> Setting:
-    """What of a setting is the cache's: {"method": "cla+loki", "groups": "0-1,2-3", "rank": 32} decodes with
+    """The part of a setting that a cache takes: {"method": "cla+loki", "groups": "0-1,2-3", "rank": 32} decodes with
     {"method": "loki", "rank": 32}."""
     _, method, parameters = _split(setting)
     return {"method": method, **parameters}
 
 
 def has_rotated_basis(setting: Setting) -> bool:
-    """Whether it decodes with what was fitted to rotated keys, or may do so (`plan`)."""
-    _, decoder, own = _split(setting)
-    return decoder in (PLAN, "spectral") or ("basis" in _fields(setting["method"]) and own.get("stage") != "pre")
+    """Whether a setting decodes with tensors that were fitted to rotated keys, or may do so (`plan`)."""
+    _, decoder, parameters = _split(setting)
+    return decoder in (PLAN, "spectral") or ("basis" in _fields(setting["method"]) and parameters.get("stage") != "pre")
 
 
 def describe(setting: Setting) -> str:

@@ -23,10 +23,10 @@ class Batch:
     task: str
     """"perplexity", or the key of a task."""
     first: int
-    """Of the windows, or of the task's samples in the order in which they are decoded."""
+    """Number of its first window, or of its first sample in the order in which the task's are decoded."""
     rows: int
     samples: tuple[int, ...] = ()
-    """Their indices in the task."""
+    """Their indices in the task; () for windows."""
 
     @property
     def key(self) -> str:
@@ -78,7 +78,8 @@ def batches(prompts: Prompts, batch_size: int, even: bool = False) -> list[Batch
 
 
 def _groups(task: Task, even: bool) -> list[list[int]]:
-    """Indices of samples, longest context first: so little is padded, and memory that is short is found out early."""
+    """Indices of samples, longest context first: little is padded, and a lack of memory shows early. With `even` there
+    is a group for each length of question."""
     groups: dict[int, list[int]] = {}
     for index in sorted(range(len(task.samples)), key=lambda index: -len(task.samples[index].context)):
         groups.setdefault(len(task.samples[index].question) if even else 0, []).append(index)

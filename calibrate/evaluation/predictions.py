@@ -43,28 +43,28 @@ def check(path: Path) -> None:
 
 
 def write(path: Path, lines: Iterable[Line], finished: Iterable[Mapping[str, Any]]) -> None:
-    """Replace the file: those of `lines`, and of what is there those of other settings that are finished.
+    """Replace the file by `lines`, and by those of its own lines that are of other settings in `finished`.
 
-    What of it belongs to no finished setting is left out: the results that it stood beside are gone.
+    Lines of settings that are not in `finished` are dropped: the results that they belonged to are gone.
     """
-    mine: dict[str, list[Line]] = {}
+    new: dict[str, list[Line]] = {}
     for line in lines:
-        mine.setdefault(key_of(line["setting"]), []).append(line)
+        new.setdefault(key_of(line["setting"]), []).append(line)
     wanted = [key_of(dict(setting)) for setting in finished]
-    there: dict[str, list[Line]] = {}
+    old: dict[str, list[Line]] = {}
     if path.exists():
         for line in _read(path):
             key = key_of(line["setting"])
-            if key in wanted and key not in mine:
-                there.setdefault(key, []).append(line)
-    elif not mine:
+            if key in wanted and key not in new:
+                old.setdefault(key, []).append(line)
+    elif not new:
         return
-    order = {key: at for at, key in enumerate(wanted)}
+    order = {key: number for number, key in enumerate(wanted)}
     body = []
-    for key in sorted({**there, **mine}, key=lambda key: order.get(key, len(order))):
-        own = mine.get(key) or there[key]
-        tasks = list(dict.fromkeys(line["task"] for line in own))
-        body += sorted(own, key=lambda line: (tasks.index(line["task"]), line["index"]))
+    for key in sorted({**old, **new}, key=lambda key: order.get(key, len(order))):
+        of_setting = new.get(key) or old[key]
+        tasks = list(dict.fromkeys(line["task"] for line in of_setting))
+        body += sorted(of_setting, key=lambda line: (tasks.index(line["task"]), line["index"]))
     write_atomically(path, b"".join(_encode(line) + b"\n" for line in body))
 
 
@@ -76,7 +76,7 @@ def _encode(line: Line) -> bytes:
 
 
 def _read(path: Path) -> list[Line]:
-    """Raises KvcalError: no such file."""
+    """Raises KvcalError: not a file of predictions."""
     try:
         lines = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
     except (OSError, ValueError, RecursionError) as error:

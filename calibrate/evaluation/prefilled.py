@@ -1,9 +1,9 @@
 """A batch after its dense prefill, from which every setting decodes.
 
 The question of a task is asked in one of two ways. "decoded": token by token through the setting's cache, so that also
-the first word of an answer comes from a decoded step. "prefilled": densely, with the context, as the field does it; but
-methods that forget tokens choose which before they know the question, unless they say that they are `query_aware`:
-their prefill ends before it, and it goes through what is left of the cache.
+the first word of an answer comes from a decoded step. "prefilled": densely, with the context, as papers do it. Methods
+that evict tokens would then know the question when they choose. So, unless they are `query_aware`, their prefill ends
+before the question, which goes through what is left of the cache.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class PrefilledWindows:
         """Feed the continuation token by token through a cache of its own.
 
         Args:
-            setting: the cache's.
+            setting: what the cache is made from, see `grid.decoding`.
             step: called after each decoded step.
         """
         cache = CompressedCache(self.model, artifact, **setting)
@@ -82,7 +82,7 @@ class PrefilledSamples:
     contexts: tuple[Any, RaggedCalls]
     """A `full` cache, and the calls that filled it; only ever copied from."""
     asked: tuple[Any, RaggedCalls, Tensor] | None
-    """The same after the questions, and the logits there [B, vocabulary]; None: they are decoded."""
+    """The same after the questions, and the logits there [B, vocabulary]; None: the questions are decoded."""
 
     @torch.no_grad()
     def measure(self, artifact: Artifact | None, setting: Setting, step: Step) -> Measured:
@@ -92,15 +92,15 @@ class PrefilledSamples:
         logits = None
         if self.asked is None:
             cache.adopt(self.contexts[0])
-            rows = self.contexts[1].copy()
-        elif all(method.keeps_all_tokens or method.query_aware for method in cache.recipe.methods.values()):
+            calls = self.contexts[1].copy()
+        elif all(method.keeps_all_tokens or method.query_aware for method in cache.blueprint.methods.values()):
             cache.adopt(self.asked[0])
-            rows, logits = self.asked[1].copy(), self.asked[2]
+            calls, logits = self.asked[1].copy(), self.asked[2]
         else:
             cache.adopt(self.contexts[0])
-            rows = self.contexts[1].copy()
+            calls = self.contexts[1].copy()
             cache.make_room()
-            logits = rows(cache, questions)
+            logits = calls(cache, questions)
         scoring, ends = SCORINGS[self.task.scoring], ends_of(self.model)
         answers = [
             Answer(sample, self.tokenizer, scoring, ends, self.task.new_tokens) for sample in self.samples.values()
@@ -109,13 +109,13 @@ class PrefilledSamples:
 
         def decode(fed: Sequence[Sequence[int]], ended: Sequence[bool]) -> Tensor:
             with costs.of_a_step():
-                found = rows(cache, fed, ended)
+                found = calls(cache, fed, ended)
             step()
             return found
 
         decode_answers(decode, answers, questions if logits is None else [[]] * len(questions), logits)
         return costs.measured(
-            samples=[answer_as_json(index, each) for index, each in zip(self.samples, answers, strict=True)]
+            samples=[answer_as_json(index, answer) for index, answer in zip(self.samples, answers, strict=True)]
         )
 
 

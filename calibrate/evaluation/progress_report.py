@@ -12,7 +12,7 @@ MISJUDGED = 1.5
 
 
 class ProgressReport:
-    """`progress` after every step; `say` once after the first steps, and once more where they misled."""
+    """Calls `progress` after every step, `say` after the first steps, and once more if that estimate was far off."""
 
     def __init__(
         self,
@@ -27,9 +27,9 @@ class ProgressReport:
         self._progress, self._say = progress, say
         self._done, self._total = 0, sum(len(part.settings) * part.steps for part in parts)
         self._before = 0
-        """Steps of the settings and batches that are finished, those included that answers spared."""
+        """Steps of the settings and batches that are finished, as many as there could have been."""
         self._first: float | None = None
-        """Seconds from begin to end, as they were said; None: not yet."""
+        """Seconds that the whole evaluation takes, as first announced; None: not yet."""
         self._all_told = False
 
     def show(self) -> None:

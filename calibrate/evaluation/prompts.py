@@ -27,7 +27,7 @@ from .tasks.ruler import make_ruler_tasks
 from .tasks.sample import Task, check_fit
 
 _FILLER_TOKENS = 65536
-"""Text to cut fillers from, where there is as much; episodes then hardly overlap."""
+"""Tokens of text to cut fillers from, where there are as many: episodes then hardly overlap."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Prompts:
 
     @property
     def longest_context(self) -> int:
-        """Tokens of the longest prefix or context; what is decoded after them is not many."""
+        """Tokens of the longest prefix or context; few are decoded after them."""
         contexts = [len(sample.context) for task in self.tasks for sample in task.samples]
         return max(contexts + ([self.windows.prefix] if self.windows else []), default=0)
 
@@ -95,7 +95,7 @@ def make_prompts(
     """Cut windows from the beginning of a text, scatter facts in random pieces of it, and make the other tasks.
 
     Args:
-        documents: of any kind, say (), where no task is made of text.
+        documents: () will do where no task is made of text: then none is read.
         tasks: see `parse_tasks`; [] where there are `prompt_files`.
         lengths: of the recall tasks' contexts, and of RULER's context, question and answer together; default: `prefix`.
         episodes: per task and length.
@@ -110,7 +110,7 @@ def make_prompts(
             package or a prompt file that is not as it must be.
     """
     names = parse_tasks(tasks) if tasks or not prompt_files else []
-    ruler, on_text = ([name for name in names if name in known] for known in (RULER, ON_TEXT))
+    ruler, on_text = ([name for name in names if name in kind] for kind in (RULER, ON_TEXT))
     lengths = tuple(dict.fromkeys(lengths or (prefix,)))
     if most_tokens is not None:
         _check_context(names, prefix, continuation, max(lengths), most_tokens)
@@ -175,18 +175,18 @@ def _of_text(
 
     cut = None
     if need_windows:
-        there = len(stream) // (width - len(bos))
-        if there < windows:
-            advice = f"give --windows {there}, shorter ones or more text" if there else "give more text or shorter ones"
-            raise KvcalError(f"data {name} has only {there} windows of {width} tokens ({windows} asked for): {advice}")
+        count = len(stream) // (width - len(bos))
+        if count < windows:
+            advice = f"give --windows {count}, shorter ones or more text" if count else "give more text or shorter ones"
+            raise KvcalError(f"data {name} has only {count} windows of {width} tokens ({windows} asked for): {advice}")
         body = torch.tensor(stream[:need_windows], dtype=torch.int64).view(windows, -1)
         cut = Windows(torch.cat((torch.tensor(bos, dtype=torch.int64).expand(windows, -1), body), 1), prefix)
     if not recall:
         return cut, [], source
     words = dictionary(texts)[1]
-    most = max(FACTS[task] for task in recall)
-    if len(words) < most:
-        raise KvcalError(f"data {name} has only {len(words)} words to hide facts under, {most} needed: give more text")
+    need = max(FACTS[task] for task in recall)
+    if len(words) < need:
+        raise KvcalError(f"data {name} has only {len(words)} words to hide facts under, {need} needed: give more text")
     if len(stream) < max(lengths):
         raise KvcalError(
             f"data {name} has only {len(stream)} tokens, fewer than a prefix of {max(lengths)}: give more text"

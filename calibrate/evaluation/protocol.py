@@ -51,7 +51,7 @@ def evaluate(
         grid: from `make_grid`; `full` is run first whether it is there or not.
         tokenizer: of the model; needed where `prompts` have tasks, whose answers are text.
         question: "decoded" or "prefilled": see `prefilled`.
-        batch_size: rows that are decoded together; of them `ms_per_step` is the time.
+        batch_size: rows that are decoded together; `ms_per_step` is the time of a step of all of them.
         results: what earlier runs found, which is not measured again; kept up to date, and on the disk
             when it has a path.
         progress: called with (decode steps done, all, how long the others will take), of this rank's share.
@@ -81,16 +81,16 @@ def evaluate(
     parts = [_part(prompts, batch, settings, question == DECODED) for batch, settings in work]
     report = ProgressReport(parts, len({batch.task for batch, _ in work}), progress, say)
     layers = int(_text_config(model).num_hidden_layers)
-    known: dict[str, dict[str, list[Any]]] = {}
+    recordings: dict[str, dict[str, list[Any]]] = {}
     results.write()  # a disk that cannot be written to is found now
     report.show()
     for batch, settings in work:
         for alike in by_sharing(settings):
             with sharing(model, artifact, alike[0]):
                 done = report.schedule.prefilling()
-                if (key := repr(list(map(key_of, alike)))) not in known:
-                    known[key] = recorded(alike, model, artifact, layers)
-                prefilled = prefill(model, prompts, batch, tokenizer, question, known[key])
+                if (key := repr(list(map(key_of, alike)))) not in recordings:
+                    recordings[key] = recorded(alike, model, artifact, layers)
+                prefilled = prefill(model, prompts, batch, tokenizer, question, recordings[key])
                 done()
                 for setting in alike:
                     world.check()
@@ -103,7 +103,7 @@ def evaluate(
                 del prefilled  # before the next one takes its memory
     for measured in world.exchange(results.unfinished):
         results.take(measured)
-    for setting in missing:  # those that only their row was missing of
+    for setting in missing:  # some may have been measured on every batch, but have no row yet
         _finish(results, setting, prompts, everything, layers)
     if world.first:
         results.write()
@@ -162,8 +162,8 @@ def _finish(results: Results, setting: Setting, prompts: Prompts, work: Sequence
 
 def _has_windows(model: Any) -> bool:
     """Whether some layers keep the model's own cache, where padding within a row takes a token's place."""
-    own, total = full_attention_layers(model)
-    return len(own) < total
+    full, total = full_attention_layers(model)
+    return len(full) < total
 
 
 def _text_config(model: Any) -> Any:

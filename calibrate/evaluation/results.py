@@ -39,11 +39,11 @@ class Results:
         self._predictions_are_new = True
         self._partial: dict[str, dict[str, Any]] = {}
         self._share = False
-        """Whether the file is one rank's."""
+        """Whether the file has one rank's share only."""
 
     @classmethod
     def open(cls, settings: Mapping[str, Any], path: Path) -> Results:
-        """What is at `path`, or nothing yet.
+        """The results at `path`; none yet where there is no file.
 
         Raises:
             KvcalError: not a results file, or one of other settings; it stays as it is.
@@ -80,7 +80,7 @@ class Results:
             self._partial.setdefault(key, {}).update(batches)
 
     def for_rank(self, world: World) -> Results:
-        """What rank 0 has, for every rank; the others keep what they measure in files of their own, beside its.
+        """Rank 0's results, for every rank; the others keep what they measure in files of their own, beside rank 0's.
 
         Raises:
             KvcalError: the ranks do not evaluate the same.
@@ -89,9 +89,9 @@ class Results:
             return self
         if world.first:
             self.write()
-        found = world.exchange([{name: self.settings.get(name) for name in SAME}, self.rows, self._partial])
-        for rank, (settings, _, _) in enumerate(found):
-            for name, there, ours in differences(settings, found[0][0]):
+        by_rank = world.exchange([{name: self.settings.get(name) for name in SAME}, self.rows, self._partial])
+        for rank, (settings, _, _) in enumerate(by_rank):
+            for name, there, ours in differences(settings, by_rank[0][0]):
                 raise KvcalError(
                     f"rank {rank} evaluates something else than rank 0 ({name} {short(there)}, {short(ours)} on "
                     "rank 0): give all of them the same files and the same command"
@@ -100,12 +100,12 @@ class Results:
             return self
         path = self.path.with_name(f"{self.path.name}.rank-{world.rank}") if self.path else None
         mine = Results(self.settings, path)
-        _, mine.rows, mine._partial = found[0]
+        _, mine.rows, mine._partial = by_rank[0]
         mine._share = True
         return mine
 
     def remove_shares(self) -> None:
-        """Of the other ranks, once this file has all of it."""
+        """Delete the other ranks' files, once this one has all that they measured."""
         for path in self._shares():
             path.unlink(missing_ok=True)
 
@@ -147,14 +147,14 @@ class Results:
             if self.path.exists():
                 whole._load()
             whole.rows += [row for row in self.rows if whole.row(parameters(row)) is None]
-            found, whole._partial = whole._partial, {}
-            for unfinished in (found, self._partial):
+            on_disk, whole._partial = whole._partial, {}
+            for unfinished in (on_disk, self._partial):
                 whole.take(unfinished)
             body = {"settings": whole.settings, "results": whole.rows}
             if whole.unfinished:
                 body["partial"] = whole.unfinished
             if self._predictions_are_new and not self._share:
-                # Before the rows: one without its predictions would not be measured again.
+                # Before the rows: a row without its predictions would not be measured again.
                 finished = [parameters(row) for row in whole.rows]
                 predictions.write(predictions.beside(self.path), self.predictions, finished)
                 self._predictions_are_new = False

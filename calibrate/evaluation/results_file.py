@@ -1,4 +1,4 @@
-"""Results files as they are read: whether they are what they should be, and whether two of them are of the same."""
+"""Reading results files: whether they are valid, and whether two of them evaluate the same."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def read(path: Path) -> dict[str, Any]:
         partial = body.get("partial", {})
         good = isinstance(partial, dict) and all(isinstance(entry, dict) for entry in partial.values())
         good = good and all(isinstance(raw, dict) for entry in partial.values() for raw in entry.values())
-        # A name, or the settings of every layer.
+        # `method`: a name, or the settings of every layer.
         good &= all(isinstance(row, dict) and isinstance(row.get("method"), (str, list)) for row in body["results"])
         good = good and all(map(_has_numbers, body["results"]))
     if not good:
@@ -101,7 +101,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _has_numbers(row: Mapping[str, Any]) -> bool:
-    """Whether what a table and a figure show of a row is there to be shown."""
+    """Whether all that tables and figures show of a row has the type that they need; None: it was not measured."""
     for name in MEASURED:
         value = row.get(name)
         if value is None:
@@ -128,7 +128,7 @@ _BY_TASK_AND_MORE = ("sample_scores", "scores_by_depth")
 
 
 def _are_numbers(values: Any) -> bool:
-    """Of a list or the values of a mapping; None is one that is missing."""
+    """Whether a list, or the values of a mapping, are numbers; None stands for a missing one."""
     found = values.values() if isinstance(values, dict) else values
     return isinstance(values, (dict, list)) and all(value is None or _is_number(value) for value in found)
 

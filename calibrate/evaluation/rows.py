@@ -33,7 +33,7 @@ MEASURED = (
 )
 """Keys of a row of the results that are not parameters of its method."""
 LOW = 0.9
-"""A score of `full` below which a task says little about methods: much of what they miss, the model does not know."""
+"""A score of `full` below which a task says little about methods: much of what they miss the model does not know."""
 
 
 def result_row(
@@ -63,7 +63,7 @@ def result_row(
 
 
 def compared(row: Mapping[str, Any], full: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a row is relative to `full`, measured on the same windows and samples."""
+    """The entries of a row that are relative to `full`, measured on the same windows and samples."""
     found: dict[str, Any] = {"perplexity_ratio": None, "perplexity_ratio_se": None, "relative": {}, "relative_se": {}}
     nll, base = row.get("window_nll"), full.get("window_nll")
     if nll and base and None not in nll and None not in base:
@@ -76,18 +76,18 @@ def compared(row: Mapping[str, Any], full: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def low_scores(full: Mapping[str, Any]) -> dict[str, float]:
-    """Tasks that the model itself cannot answer, by the row of `full`."""
+    """Scores of the tasks that the model itself cannot answer, from the row of `full`."""
     return {task: score for task, score in (full.get("scores") or {}).items() if score < LOW}
 
 
 def mean_score(
     row: Mapping[str, Any], kind: str = "scores", tasks: Sequence[str] | None = None
 ) -> standard_errors.Estimate:
-    """Over tasks and lengths.
+    """Mean over tasks and lengths.
 
     Args:
         kind: "scores" or "relative".
-        tasks: all that were run.
+        tasks: None: all that were run.
     """
     found, errors = row.get(kind) or {}, row.get(f"{kind}_se") or {}
     names = [task for task in found if tasks is None or task in tasks]

@@ -18,17 +18,17 @@ class Part:
     """Tokens of its longest row that are prefilled."""
     rows: int
     prefills: int
-    """How often they are prefilled: once for all settings, and once more for each other model."""
+    """How often they are prefilled: once for each model, the shared ones of `cla` included."""
     steps: int
     """Of each setting, at most: an answer may end earlier."""
     settings: tuple[Hashable, ...]
 
 
 class Schedule:
-    """Seconds by tokens prefilled and by steps of each setting, and what they say of the parts to come.
+    """Measures seconds per prefilled token and per step of each setting, and estimates the parts to come by them.
 
-    Prefill is reckoned by the token, from the batch of the nearest length so far; a setting that was not seen yet like
-    the mean of those that were.
+    A prefill is estimated from the measured batch of the nearest length, a setting that has not run yet by the mean of
+    those that have.
     """
 
     def __init__(self, parts: Sequence[Part], clock: Callable[[], float] = time.perf_counter):
@@ -37,17 +37,17 @@ class Schedule:
         self._per_token: dict[int, float] = {}
         """Seconds, by length."""
         self._taken: dict[Hashable, list[float]] = {}
-        """[seconds, steps] of each setting, the one at work included."""
+        """[seconds, steps] of each setting, over the batches that it has finished."""
         self._planned, self._made = 0, 0
-        """Steps of what is finished: those that there could have been, and those that there were."""
+        """Of the finished settings and batches: steps that there could have been, and steps taken."""
         self._todo = [(part, list(part.settings)) for part in self.parts]
         self._at: tuple[Hashable, float, int] | None = None
-        """(setting, its start, its steps so far) of what is at work."""
+        """(setting, its start, its steps so far) of the setting that is running."""
         self._prefilled = 0
-        """Prefills of the part at work."""
+        """Prefills done of the current part."""
 
     def prefilling(self) -> Callable[[], None]:
-        """A prefill begins; to be called when it is done."""
+        """Start timing a prefill; returns what to call when it is done."""
         started = self._clock()
 
         def done() -> None:
@@ -66,7 +66,7 @@ class Schedule:
         self._at = (setting, started, steps + 1)
 
     def finish(self) -> int:
-        """The setting at work is done with the part at work; the steps that there could have been."""
+        """The running setting is done with the current part; returns the steps that it could have taken."""
         assert self._at is not None
         setting, started, steps = self._at
         seconds = self._taken.setdefault(setting, [0.0, 0])
@@ -88,7 +88,7 @@ class Schedule:
 
     @property
     def seen_all(self) -> bool:
-        """Whether every setting has been at work."""
+        """Whether every setting has finished a batch."""
         return {setting for part in self.parts for setting in part.settings} <= self._taken.keys()
 
     def elapsed(self) -> float:
@@ -96,7 +96,7 @@ class Schedule:
         return self._clock() - self._made_at
 
     def remaining(self) -> float:
-        """Seconds to go. Only where something has begun."""
+        """Seconds to go; to be called once `begun`."""
         taken = {setting: list(found) for setting, found in self._taken.items()}
         at_work = 0.0
         if self._at is not None:
@@ -116,8 +116,8 @@ class Schedule:
         return max(0.0, total)
 
     def _rate(self, length: int) -> float:
-        known = min(self._per_token, key=lambda other: abs(other - length), default=None)
-        return 0.0 if known is None else self._per_token[known]
+        nearest = min(self._per_token, key=lambda measured: abs(measured - length), default=None)
+        return 0.0 if nearest is None else self._per_token[nearest]
 
 
 def in_words(seconds: float) -> str:

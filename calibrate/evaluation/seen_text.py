@@ -22,7 +22,7 @@ def overlap(calibrated: Mapping[str, Any], evaluated: Mapping[str, Any]) -> str 
 
 
 def _names(source: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
-    """(what it is known by, how it is called) of each file or split that was read."""
+    """(identity, name for messages) of each file or split that was read."""
     for each in source.get("sources", [source]):
         name = str(each.get("id"))
         if each.get("kind") != "local":

@@ -53,7 +53,7 @@ class Continuation:
     resident_bytes: int
     """Of the cache at the end."""
     bytes_per_step: int
-    """That the last step read of it."""
+    """Read of the cache by the last step."""
 
 
 def continue_prompt(

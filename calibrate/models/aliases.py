@@ -31,14 +31,14 @@ MODEL_ALIASES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Package:
-    """A package of the index that holds a model as a GGUF file, whole or cut into pieces."""
+    """A Python package that holds a model as a GGUF file, whole or cut into pieces."""
 
     name: str
-    """As it is installed."""
+    """By which it is installed."""
     modules: tuple[str, ...]
     """One for each piece, in order."""
     pattern: str
-    """Of a piece within its module's folder."""
+    """Glob of a piece within its module's folder."""
     install: str
     """What the user installs for it."""
 

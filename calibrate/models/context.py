@@ -1,4 +1,4 @@
-"""The context that a model states, and how long blocks are that it is calibrated on."""
+"""The context that a model states, and the length of the blocks that it is calibrated on."""
 
 from __future__ import annotations
 

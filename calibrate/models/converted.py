@@ -28,7 +28,7 @@ from .gguf_conversion import Progress, convert
 from .gguf_file import MAGIC
 
 RULES = 1
-"""Of this conversion; to be raised with every change of what it writes."""
+"""Version of this conversion; to be raised with every change of what it writes."""
 _SUMS = "kvcal-gguf.json"
 _CHECKPOINT = "checkpoint"
 _PIECE = 1 << 22
@@ -36,8 +36,8 @@ _PIECE = 1 << 22
 
 def cache_folder() -> Path:
     """$KVCAL_CACHE, or `kvcal` in $XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("KVCAL_CACHE"):
-        return hub.path_of(own)
+    if folder := os.environ.get("KVCAL_CACHE"):
+        return hub.path_of(folder)
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if Path(base).is_absolute() else hub.path_of("~/.cache")) / "kvcal"
 
@@ -85,7 +85,7 @@ def converted(pieces: Sequence[Path], name: str, progress: Progress | None = Non
             raise
     finally:
         with contextlib.suppress(OSError):
-            entry.rmdir()  # nothing is in it
+            entry.rmdir()  # fails, as it should, where something is in it
     return place
 
 
@@ -176,10 +176,10 @@ def _join(pieces: Sequence[Path], file: Path) -> None:
 
 
 def _check_room(folder: Path, needed: int) -> None:
-    """Said before the work.
+    """Raise KvcalError, before the work, where the disk has not enough room.
 
     Args:
-        needed: bytes, as float32.
+        needed: bytes of the weights as float32.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:

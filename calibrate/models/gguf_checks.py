@@ -74,7 +74,7 @@ def check_header(header: GgufHeader, name: str) -> None:
 
 
 def _check_tensors(header: GgufHeader, name: str) -> None:
-    """Their data are there, and of types that can be unpacked."""
+    """Check that the data of all tensors are there, and of types that can be unpacked."""
     import gguf
     import numpy as np
 
@@ -102,7 +102,7 @@ def _check_tensors(header: GgufHeader, name: str) -> None:
 
 
 def check_described(header: GgufHeader, config: Any, weights: int, name: str) -> None:
-    """The config that transformers made is of this very model.
+    """Check that the config that transformers made is of this very model.
 
     Args:
         weights: numbers in the model that transformers builds from the config.
@@ -136,7 +136,7 @@ def check_described(header: GgufHeader, config: Any, weights: int, name: str) ->
 
 
 def _unlike(key: str, stated: Any, config: Any) -> str | None:
-    """What is wrong with a key of the architecture."""
+    """What is wrong with a key of the architecture; None: nothing."""
     if key in _WITHOUT_EFFECT or (key == "rope.scaling.type" and stated == "none"):
         return None
     if key not in _READ:
@@ -164,7 +164,7 @@ def _kv_heads(config: Any) -> Any:
 
 
 def _rope(config: Any) -> dict[str, Any]:
-    """Of the layers that see everything."""
+    """Rotary parameters of the layers with full attention."""
     found = getattr(config, "rope_parameters", None) or {}
     return found.get("full_attention", found)
 

@@ -69,14 +69,14 @@ def convert(folder: Path, file: str, header: GgufHeader, name: str, building: Pa
             model = _whole_model(folder, config, place, name)
     progress(total, total, "writing")
     _set_ends(model, header)
-    # Under torchrun transformers would write on rank 0 only; the rank that converts is the one that came first.
+    # Under torchrun transformers would write on rank 0 only; the rank that converts is the first to arrive.
     model.should_save_on_this_rank = lambda *_, **__: True
     try:
         model.save_pretrained(building)
         tokenizer.save_pretrained(building)
     except (OSError, SafetensorError):
         raise
-    except Exception as error:  # of tokenizers, which has no other for a full disk
+    except Exception as error:  # what tokenizers raises for a full disk
         raise OSError(errno.EIO, hub.one_line(error)) from error
 
 
@@ -106,14 +106,14 @@ def _whole_model(folder: Path, config: Any, place: dict[str, Any], name: str) ->
 
 def _narrowest(weights: Iterable[Tensor]) -> torch.dtype:
     """bfloat16 or float16 where that is exact, as for a file that was written in it; otherwise float32."""
-    left = [torch.bfloat16, torch.float16]
+    exact = [torch.bfloat16, torch.float16]
     for weight in weights:
-        left = [dtype for dtype in left if torch.equal(weight.to(dtype).float(), weight)]
-    return left[0] if left else torch.float32
+        exact = [dtype for dtype in exact if torch.equal(weight.to(dtype).float(), weight)]
+    return exact[0] if exact else torch.float32
 
 
 def _set_rope(config: Any, file: Path, header: GgufHeader, name: str) -> None:
-    """Llama 3.1's scaling, of which GGUF has the resulting divisors only, and transformers reads none."""
+    """Set Llama 3.1's rotary scaling: GGUF holds only the resulting divisors, and transformers does not read those."""
     if all(tensor.name != ROPE_FACTORS for tensor in header.tensors):
         return
     import gguf
@@ -138,7 +138,7 @@ def _set_rope(config: Any, file: Path, header: GgufHeader, name: str) -> None:
 
 
 def _as_stated(tokenizer: Any, header: GgufHeader) -> Any:
-    """With the special tokens and the treatment of digits that the file names, which transformers may pass over."""
+    """The tokenizer with the file's special tokens and treatment of digits, which transformers may pass over."""
     metadata = header.metadata
     for token, key in _SPECIAL_TOKENS.items():
         if (number := metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
@@ -151,11 +151,11 @@ def _as_stated(tokenizer: Any, header: GgufHeader) -> Any:
 
 
 def _set_ends(model: Any, header: GgufHeader) -> None:
-    """Where a chat's turn ends, generation does."""
+    """Let generation end where a chat's turn ends, too."""
     ends = [header.metadata.get(f"tokenizer.ggml.{which}_token_id") for which in ("eos", "eot")]
-    known = list(dict.fromkeys(end for end in ends if isinstance(end, int)))
-    if len(known) > 1:
-        model.generation_config.eos_token_id = known
+    token_ids = list(dict.fromkeys(end for end in ends if isinstance(end, int)))
+    if len(token_ids) > 1:
+        model.generation_config.eos_token_id = token_ids
 
 
 @contextmanager
@@ -169,7 +169,7 @@ def _said(name: str, header: GgufHeader, part: str) -> Iterator[None]:
         raise
     except MemoryError as error:
         raise KvcalError(f"{name}: does not fit into memory unpacked: use a machine with more, or a smaller") from error
-    except BaseException as error:  # a tokenizer's parser, which is in Rust, panics beside Exception
+    except BaseException as error:  # a tokenizer's parser is in Rust, whose panics are no Exception
         raise KvcalError(
             f"{name}: its {part} cannot be read ({hub.one_line(error)}): transformers {transformers.__version__} may "
             f"not know the architecture {header.architecture!r} as GGUF: give its original checkpoint"

@@ -28,7 +28,8 @@ def plain_gguf(path: Path, name: str, named: bool = True) -> Path:
 
     Args:
         name: for people.
-        named: by the user, who may give a link; one in a folder may be a stranger's, and only the Hub's are followed.
+        named: the user gave this path, which may be a link; links in a folder may be a stranger's, and only those of
+            the Hub's cache are followed.
 
     Raises:
         KvcalError: not a file, not readable, of another format, or a part of a split model.

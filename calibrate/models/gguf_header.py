@@ -20,10 +20,10 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 """GGUF's number of a type -> struct's letter."""
 _STRING, _ARRAY = 8, 9
 _MOST_KEYS, _MOST_TENSORS, _MOST_ELEMENTS = 1 << 12, 1 << 16, 1 << 22
-"""Of 33, some 1000 and 1.3 million in the largest models known."""
+"""The largest models known have 33 keys, some 1000 tensors and 1.3 million elements of arrays."""
 _MOST_NAME, _MOST_NUMBERS = 1 << 10, 1 << 44
 _SHORT = 1 << 12
-"""Arrays of numbers up to this length are kept, of longer ones and of strings the length only."""
+"""Arrays of numbers up to this length are kept; of longer ones, and of arrays of strings, only the length."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class GgufTensor:
     shape: tuple[int, ...]
     """The fastest dimension first."""
     type: int
-    """Of ggml."""
+    """ggml's number of its type."""
     offset: int
     """Bytes from the start of the file."""
 
@@ -46,7 +46,7 @@ class GgufHeader:
     metadata: Mapping[str, Any]
     """Numbers, flags, strings, short lists of numbers."""
     lengths: Mapping[str, int]
-    """Of all arrays."""
+    """Length of every array, by key."""
     tensors: tuple[GgufTensor, ...]
     size: int
     """Bytes of the file."""
@@ -102,7 +102,7 @@ class _Reader:
         if type(alignment) is not int or not 0 < alignment <= 1 << 16 or alignment & (alignment - 1):
             raise _Bad(f"general.alignment {str(alignment)[:40]}, a power of two is expected")
         start = -(-self.at // alignment) * alignment
-        placed = [GgufTensor(each.name, each.shape, each.type, start + each.offset) for each in found]
+        placed = [GgufTensor(tensor.name, tensor.shape, tensor.type, start + tensor.offset) for tensor in found]
         return GgufHeader(metadata, lengths, tuple(placed), self.size)
 
     def number(self, letter: str) -> Any:
@@ -133,7 +133,7 @@ class _Reader:
             raise _Bad("a string that is not UTF-8") from None
 
     def value(self, kind: int, key: str, lengths: dict[str, int]) -> Any:
-        """None: an array of which only the length is kept."""
+        """The value of a key; None: an array of which only the length is kept."""
         if kind in _SCALARS:
             return self.number(_SCALARS[kind])
         if kind == _STRING:

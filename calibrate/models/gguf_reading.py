@@ -1,4 +1,4 @@
-"""How transformers reads GGUF files, changed for as long as it takes."""
+"""Changes to how transformers reads GGUF files, in force while it reads one."""
 
 from __future__ import annotations
 

@@ -33,12 +33,12 @@ def _of(alias: str, repo_id: str) -> dict[str, Any]:
 def _complete(folder: Any) -> bool:
     try:
         return lacking(folder) is None
-    except KvcalError:  # said where it is loaded
+    except KvcalError:  # loading it says why
         return False
 
 
 def _packaged(alias: str) -> str | None:
-    """Package and version."""
+    """The installed package of an alias, with its version; None where there is none."""
     try:
         found = installed(alias)
     except KvcalError:

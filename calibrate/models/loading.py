@@ -21,7 +21,7 @@ from .source import ModelSource, has_tokenizer, resolve_model
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ENTRANCES = ("transformers.models.auto.", "transformers.modeling_utils", "transformers.utils.")
-"""Modules in which wrong arguments of ours would show."""
+"""Modules that would raise for wrong arguments of ours."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def load_model(
         spec: see `resolve_model`.
         device: auto (CUDA if there is one, under torchrun the one of this process's number), cpu, cuda or cuda:N.
         dtype: auto (float32 on CPU, the checkpoint's own on CUDA), float32, bfloat16 or float16.
-        placement: of the config, more options of `from_pretrained` that say on which devices the model lies; `device`
-            then only decides about the dtype. See `placement`.
+        placement: (config) -> more options of `from_pretrained`, which say on which devices the model lies; `device`
+            then only decides about the dtype. See `calibrate.placement`.
         progress: called as progress(done, total, note=...) while a GGUF file is converted, which is done once.
 
     Raises:
@@ -78,7 +78,7 @@ def load_model(
         options["revision"] = source.revision
     with _quiet(progress=source.folder is None):
         downloaded = source.folder or hub.fetch(source.id, source.revision, CHECKED)
-        if downloaded != aliases.DEMO_FOLDER:  # ours, of which some installers make links
+        if downloaded != aliases.DEMO_FOLDER:  # its files are ours, and links with some installers
             check_folder(downloaded)
         with _user_errors(source, "config.json"):
             config = harmless(AutoConfig.from_pretrained(place, **options))
@@ -148,18 +148,18 @@ def _user_errors(source: ModelSource, part: str) -> Iterator[None]:
     except KvcalError:
         raise
     except BaseException as error:
-        # A tokenizer's parser, which is in Rust, panics beside Exception. Our own arguments are constant, and of the
-        # weights' part what a model's constructor raises is the config's fault.
+        # A tokenizer's parser is in Rust, whose panics are no Exception. Our own arguments are constant; while weights
+        # are loaded, what a model's constructor raises is the config's fault.
         panic = type(error).__name__ == "PanicException"
         if not (isinstance(error, Exception) or panic):
             raise
         # Damaged .bin files and shapes that contradict the config come as bare RuntimeError.
-        known = ("PytorchStreamReader", "ignore_mismatched_sizes", "can't allocate memory")
+        messages = ("PytorchStreamReader", "ignore_mismatched_sizes", "can't allocate memory")
         faults = (OSError, ValueError, ImportError, EOFError, SafetensorError, pickle.UnpicklingError, MemoryError)
-        file_s_fault = part != "weights" or isinstance(error, faults) or any(text in str(error) for text in known)
+        file_s_fault = part != "weights" or isinstance(error, faults) or any(text in str(error) for text in messages)
         if not (file_s_fault or _in_a_constructor(error)):
             raise
-        reason = "shapes differ from config.json" if known[1] in str(error) else hub.one_line(error)
+        reason = "shapes differ from config.json" if messages[1] in str(error) else hub.one_line(error)
         raise KvcalError(
             f"model {source.id}: its {part} cannot be loaded from {source.folder or 'the Hub'} ({reason}): "
             "check that it is complete and a causal language model that this transformers version knows"

@@ -1,7 +1,7 @@
 """Whether a loaded model has the weights that an artifact was calibrated on, also where they are of another dtype.
 
 The hash is over the numbers as float32, which holds every bfloat16 and float16 number: a checkpoint in 16 bits is one
-model in both. Rounded numbers are others, and of these the hash says nothing but that.
+model in both. Rounded numbers have another hash, which says nothing else about them.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def is_exact(folder: Path, dtype: torch.dtype) -> bool:
 
 
 def _castable(model: Any) -> bool:
-    """transformers casts all of its numbers alike, so that rounding them here gives what it would load."""
+    """Whether transformers casts all of its numbers alike, so that rounding them here gives what it would load."""
     kept = (getattr(model, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
-    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     state: dict[str, Tensor] = model.state_dict()
-    buffers = any(name not in known and value.is_floating_point() for name, value in state.items())
+    buffers = any(name not in parameters and value.is_floating_point() for name, value in state.items())
     return not (any(kept) or buffers or getattr(model.config, "quantization_config", None))

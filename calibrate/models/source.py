@@ -42,7 +42,7 @@ def resolve_model(spec: str | os.PathLike[str]) -> ModelSource:
     """
     name = os.fspath(spec)
     path = hub.path_of(name)
-    # A folder that happens to be called as an alias wins only when it is a model.
+    # A folder with the name of an alias is taken only when it is a model.
     if path.is_dir() and (name not in MODEL_ALIASES or (path / "config.json").is_file() or gguf_in(path)):
         return _of_folder(name, path)
     if name not in MODEL_ALIASES and path.exists() and not path.is_dir():
@@ -124,7 +124,7 @@ def _of_folder(name: str, folder: Path) -> ModelSource:
 
 
 def _of_package(alias: str, revision: str) -> ModelSource:
-    """Of the very package and version that a revision names."""
+    """The model in the very package and version that a revision names."""
     packaged, asked = installed(alias), revision.partition("/")[0]
     if packaged is None or packaged.revision.partition("/")[0] != asked:
         here = "is not installed" if packaged is None else f"is {packaged.revision.partition('/')[0]} here"

@@ -23,7 +23,7 @@ class Choice:
 
     @property
     def bytes(self) -> float:
-        """Over dense attention of all these layers (which read the same each)."""
+        """Read, over what dense attention reads in all these layers (the same in each)."""
         return sum(point.bytes for point in self.points.values()) / len(self.points)
 
     @property
@@ -61,11 +61,11 @@ def choices(points: Mapping[int, Sequence[Point]]) -> list[Choice]:
         for layer, of_layer in hulls.items()
         for step, (before, after) in enumerate(itertools.pairwise(of_layer))
     ]
-    at = {layer: of_layer[0] for layer, of_layer in hulls.items()}
-    found = [Choice(dict(at))]
+    chosen = {layer: of_layer[0] for layer, of_layer in hulls.items()}
+    found = [Choice(dict(chosen))]
     for _, layer, step in sorted(edges):  # within a layer, gains fall: its edges come in their order
-        at[layer] = hulls[layer][step + 1]
-        found.append(Choice(dict(at)))
+        chosen[layer] = hulls[layer][step + 1]
+        found.append(Choice(dict(chosen)))
     return found
 
 

@@ -19,7 +19,7 @@ from .subject import Subject
 
 BYTES_OF = "what dense attention reads in the layers with full attention"
 MOST_PERPLEXITY, LEAST_SCORE = 1.1, 0.9
-"""Over `full`'s; beyond them a plan is warned of."""
+"""Perplexity and score over `full`'s, beyond which a plan gets a warning."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def plan_body(made: Made, how: Mapping[str, Any]) -> dict[str, Any]:
         "full": {"perplexity": full["perplexity"], "scores": full["scores"]},
         "dropped": dict(made.dropped),
         "warnings": ruinous(checked),
-        "candidates": [_candidate(each) for each in made.candidates],
+        "candidates": [_candidate(candidate) for candidate in made.candidates],
         "weights": {str(layer): weight for layer, weight in offers.weights.items()},
         "offers": {
             str(layer): [_offer(point) for point in _offered(points, choice.points[layer])]
@@ -76,15 +76,15 @@ def plan_body(made: Made, how: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dense_bytes(artifact: Artifact, windows: Windows, dtype: torch.dtype) -> float:
-    """Of keys and values that dense attention reads in the layers with full attention, per row and step of the windows'
-    continuations: a mean of prefix + 1, …, prefix + steps tokens."""
+    """Bytes of keys and values that dense attention reads in the layers with full attention, per row and step of the
+    windows' continuations: a mean over prefix + 1, …, prefix + steps tokens."""
     tokens = windows.prefix + windows.continuations.shape[1] / 2
     numbers = sum(layer.kv_heads * (layer.head_dim + layer.value_dim) for layer in artifact.full_layers)
     return tokens * numbers * dtype.itemsize
 
 
 def share_read(read: float, full: float, dense: float) -> float:
-    """Of `dense`, where `full` and `read` are bytes of all layers: what sliding layers read is the same in both."""
+    """The share of `dense` that is read. `full` and `read` count all layers; sliding ones read the same in both."""
     return 1 - (full - read) / dense
 
 
@@ -104,20 +104,20 @@ def ruinous(checked: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _candidate(found: Candidate) -> dict[str, Any]:
-    first, *others = found.settings.values()
+def _candidate(candidate: Candidate) -> dict[str, Any]:
+    first, *others = candidate.settings.values()
     alike = {name: value for name, value in first.items() if all(each.get(name) == value for each in others)}
     return {
-        "kind": found.kind,
-        "setting": alike if found.kind == "uniform" else None,
-        "bytes": found.choice.bytes,
-        "attention_error": found.choice.error,
-        "divergence": found.divergence,
+        "kind": candidate.kind,
+        "setting": alike if candidate.kind == "uniform" else None,
+        "bytes": candidate.choice.bytes,
+        "attention_error": candidate.choice.error,
+        "divergence": candidate.divergence,
     }
 
 
 def _offered(points: Sequence[Point], chosen: Point) -> list[Point]:
-    """The hull, and what was chosen, which a uniform plan may not have from it."""
+    """The points of the hull, and the chosen one, which in a uniform plan need not lie on it."""
     found = hull(points)
     if chosen.setting not in [point.setting for point in found]:
         found.append(next(point for point in points if point.setting == chosen.setting))

@@ -32,7 +32,7 @@ class Candidate:
 
 
 def weighted(points: Mapping[int, Sequence[Point]], weights: Mapping[int, float]) -> dict[int, list[Point]]:
-    """The same points with losses as they reach the model's predictions."""
+    """The same points, each loss multiplied by its layer's weight."""
     return {
         layer: [dataclasses.replace(point, loss=weights[layer] * point.loss) for point in found]
         for layer, found in points.items()
@@ -53,11 +53,15 @@ def candidates(points: Mapping[int, Sequence[Point]], weights: Mapping[int, floa
     dealt = [(kind, within(choices(of_kind), budget)) for kind, of_kind in by_kind.items()]
     found = [Candidate(kind, choice) for kind, choice in dealt if choice is not None]
     found += [Candidate("uniform", choice) for choice in uniform(by_kind["weighted"], budget)]
-    return [each for at, each in enumerate(found) if each.settings not in [other.settings for other in found[:at]]]
+    return [
+        candidate
+        for at, candidate in enumerate(found)
+        if candidate.settings not in [earlier.settings for earlier in found[:at]]
+    ]
 
 
 def uniform(points: Mapping[int, Sequence[Point]], budget: float) -> list[Choice]:
-    """Of the settings within a budget that are the same in all layers those of the least loss, and the richest."""
+    """Choices of one setting for all layers, within a budget: those of the least loss, and the one that reads most."""
     columns = zip(*points.values(), strict=True)
     all_ = [Choice(dict(zip(points, column, strict=True))) for column in columns]
     fitting = [choice for choice in all_ if choice.bytes <= budget]

@@ -21,7 +21,7 @@ Layered = Sequence[Setting | None]
 
 
 class Decoder:
-    """Decodes the last tokens of rows, which are given, after one dense prefill of those before."""
+    """Decodes the last tokens of rows as they are given, after one dense prefill of the tokens before them."""
 
     def __init__(self, subject: Subject, rows: PlanningRows):
         self.subject, self.rows = subject, rows
@@ -51,7 +51,7 @@ class Decoder:
 
     @torch.no_grad()
     def prefilled(self) -> tuple[Any, Tensor]:
-        """(a `full` cache of what is before, log-probabilities after each token that it decodes)"""
+        """(a `full` cache of the tokens before, log-probabilities that it gives after each decoded token)"""
         if self._full is None:
             model = self.subject.model
             full, ids = CompressedCache(model, None, "full"), self.rows.ids.to(model.device)

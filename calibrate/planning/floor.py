@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from ...artifacts import Artifact, KvcalError
-from ...runtime.attention import Logits
+from ...runtime.attention import SoftmaxSpec
 from .points import Problem, measure
 from .settings import grid
 
 SLACK = 1.02
-"""What is read depends a little on the tokens where a sampled choice decides."""
+"""Factor of tolerance: where a sample decides which tokens are read, their number depends a little on the text."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Floor:
         return self.share + self.fixed / tokens
 
     def tokens(self, budget: float) -> int | None:
-        """From how many on the budget suffices; None: never."""
+        """The number of tokens from which on the budget suffices; None: it never does."""
         room = budget / SLACK - self.share
         return None if room <= 0 else max(1, math.ceil(self.fixed / room))
 
 
 def floor(artifact: Artifact, method: str, tokens: int, batch_size: int, dtype: torch.dtype) -> Floor:
-    """From stores of random tokens, of two lengths.
+    """Measured in stores of random tokens, of two lengths.
 
     Args:
         tokens: of the sequences.
@@ -55,8 +55,8 @@ def check(floor: Floor, budget: float, prefix: int, batch_size: int, method: str
     if budget >= SLACK * least:
         return
     enough, longer = math.ceil(1e4 * SLACK * least) / 1e4, floor.tokens(budget)
-    at = None if longer is None else -(-longer // 64) * 64
-    or_prefix = "" if at is None or (most is not None and at > most) else f" or --prefix {at},"
+    needed = None if longer is None else -(-longer // 64) * 64
+    or_prefix = "" if needed is None or (most is not None and needed > most) else f" or --prefix {needed},"
     raise KvcalError(
         f"--bytes {budget:g}: the cheapest settings of {method} read {least:.4f} of dense attention's bytes after "
         f"{prefix} tokens, in batches of {batch_size}: give --bytes {enough:g}{or_prefix} or more"
@@ -74,7 +74,7 @@ def _least(artifact: Artifact, method: str, tokens: int, batch_size: int, dtype:
             (layer.kv_heads, count, layer.value_dim),
         )
     )
-    problem = Problem(layer.index, query, key, value, Logits(layer.scaling), 1)
+    problem = Problem(layer.index, query, key, value, SoftmaxSpec(layer.scaling), 1)
     settings = grid(method, layer.head_dim)
     least = min(setting["keep"] for setting in settings)
     cheap = [setting for setting in settings if setting["keep"] == least]

@@ -1,4 +1,4 @@
-"""What planning has measured, in a file beside the plan: another budget measures nothing, a killed run goes on.
+"""What planning has measured, in a file beside the plan: another budget measures nothing again, a killed run goes on.
 
 {"format": 1, "of": {what it was measured on, and how},
  "points": {layer: [a `Point`, …]}, "divergence": {settings of all layers: [by row]},
@@ -25,9 +25,10 @@ _MOST_BYTES = 1 << 28
 
 @dataclass
 class Kept:
-    """Kept up to date on the disk where it has a path."""
+    """What was measured; `write` keeps it on the disk, where it has a path."""
 
-    of: Mapping[str, Any] = field(default_factory=dict)
+    measured_on: Mapping[str, Any] = field(default_factory=dict)
+    """Model, artifact, text and how it was measured: the key "of" of the file."""
     path: Path | None = None
     points: dict[int, dict[str, Point]] = field(default_factory=dict)
     """By layer and `key_of` a setting."""
@@ -36,21 +37,21 @@ class Kept:
     checked: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def open(cls, of: Mapping[str, Any], path: Path) -> tuple[Kept, bool]:
-        """(what is at `path`; whether something else was, which the first `write` replaces)"""
-        there = path.exists()
+    def open(cls, measured_on: Mapping[str, Any], path: Path) -> tuple[Kept, bool]:
+        """(what is at `path`; whether there was a file of something else, which the first `write` replaces)"""
+        exists = path.exists()
         try:
-            body = json.loads(read_plain(path, _MOST_BYTES)) if there else {}
-            if there and body["format"] == FORMAT and body["of"] == json.loads(json.dumps(of)):
+            body = json.loads(read_plain(path, _MOST_BYTES)) if exists else {}
+            if exists and body["format"] == FORMAT and body["of"] == json.loads(json.dumps(measured_on)):
                 points = {
                     int(layer): {key_of(each["setting"]): _point(each) for each in found}
                     for layer, found in body["points"].items()
                 }
                 diverged = {key: [float(each) for each in by_row] for key, by_row in body["divergence"].items()}
-                return cls(of, path, points, diverged, [dict(row) for row in body["checked"]]), False
+                return cls(measured_on, path, points, diverged, [dict(row) for row in body["checked"]]), False
         except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
             pass  # damaged: measured again
-        return cls(of, path), there
+        return cls(measured_on, path), exists
 
     def missing(self, layer: int, settings: Iterable[Setting]) -> list[Setting]:
         """Those that were not measured in a layer."""
@@ -67,7 +68,7 @@ class Kept:
         if self.path is None:
             return
         points = {layer: [asdict(point) for point in found.values()] for layer, found in self.points.items()}
-        body = {"format": FORMAT, "of": self.of, "points": points}
+        body = {"format": FORMAT, "of": self.measured_on, "points": points}
         body |= {"divergence": self.divergence, "checked": self.checked}
         write_atomically(self.path, json.dumps(body).encode() + b"\n")
 

@@ -35,7 +35,7 @@ class Offers:
 
     @cached_property
     def choices(self) -> list[Choice]:
-        """Of weighted losses, by rising bytes."""
+        """All allocations by weighted losses, by rising bytes."""
         return choices(weighted(self.points, self.weights))
 
     def layered(self, choice: Choice) -> list[Setting | None]:
@@ -56,15 +56,17 @@ def measure_points(
     layers = subject.artifact.full_layers
     if not layers:
         raise KvcalError("no layer of this model has full attention: there is nothing to plan")
-    found: dict[int, Problem] = {}
+    captured: dict[int, Problem] = {}
 
     def measured(layer: int, settings: Sequence[Setting]) -> list[Point]:
         kept, missing = subject.kept, subject.kept.missing(layer, settings)
         if missing:
-            if not found:  # where all is kept, nothing is prefilled
-                found.update({each.layer: each for each in problems(subject.model, rows.ids, rows.steps, rows.texts)})
+            if not captured:  # where all is kept, nothing is prefilled
+                captured.update(
+                    {problem.layer: problem for problem in problems(subject.model, rows.ids, rows.steps, rows.texts)}
+                )
             device, batch_size = subject.model.device, subject.batch_size
-            kept.add(layer, measure(found[layer], missing, subject.artifact, device, batch_size))
+            kept.add(layer, measure(captured[layer], missing, subject.artifact, device, batch_size))
             kept.write()
         return kept.of_layer(layer, settings)
 
@@ -80,7 +82,7 @@ def measure_points(
 
 
 def weigh(decoder: Decoder, points: Mapping[int, Sequence[Point]], progress: Progress | None = None) -> Offers:
-    """Weights of the layers, from the decoding of each alone with a cheap setting.
+    """Weights of the layers: each is decoded with a cheap setting while the others have full attention.
 
     Args:
         points: of `measure_points`.
@@ -88,18 +90,18 @@ def weigh(decoder: Decoder, points: Mapping[int, Sequence[Point]], progress: Pro
     """
     layers = int(decoder.subject.model.config.get_text_config().num_hidden_layers)
     first = next(iter(points.values()))
-    at = sorted(range(len(first)), key=lambda each: first[each].bytes)[len(first) // 4]
-    alone = [[points[layer][at].setting if layer == each else None for each in range(layers)] for layer in points]
+    cheap = sorted(range(len(first)), key=lambda index: first[index].bytes)[len(first) // 4]
+    alone = [[points[layer][cheap].setting if layer == other else None for other in range(layers)] for layer in points]
     by_row = dict(zip(points, decoder.by_row(alone, progress), strict=True))
     moved = dict(zip(points, decoder.divergence(alone), strict=True))
-    return Offers(points, weights(moved, {layer: found[at].loss for layer, found in points.items()}, by_row), layers)
+    return Offers(points, weights(moved, {layer: found[cheap].loss for layer, found in points.items()}, by_row), layers)
 
 
 def for_bytes(decoder: Decoder, offers: Offers, budget: float, progress: Progress | None = None) -> list[Candidate]:
     """All candidates of at most `budget` of dense attention's bytes, decoded; the least divergent first.
 
     Raises:
-        KvcalError: less than the cheapest settings read.
+        KvcalError: the budget is less than the cheapest settings read.
     """
     found = candidates(offers.points, offers.weights, budget)
     if not found:
@@ -109,7 +111,8 @@ def for_bytes(decoder: Decoder, offers: Offers, budget: float, progress: Progres
         )
     settings = [offers.layered(candidate.choice) for candidate in found]
     decoded = zip(found, decoder.divergence(settings, progress), strict=True)
-    return sorted((candidate.decoded(each) for candidate, each in decoded), key=lambda each: each.divergence)
+    measured = (candidate.decoded(divergence) for candidate, divergence in decoded)
+    return sorted(measured, key=lambda candidate: candidate.divergence)
 
 
 def for_quality(offers: Offers, quality: float, check: Callable[[Choice], Mapping[str, Any]]) -> Choice:
@@ -128,7 +131,7 @@ def for_quality(offers: Offers, quality: float, check: Callable[[Choice], Mappin
 
 
 def check_choice(subject: Subject, prompts: Prompts, offers: Offers, choice: Choice) -> dict[str, Any]:
-    """The row of an evaluation of these settings, decoded for real; under "full" that of full attention."""
+    """The row of an evaluation of this choice, decoded through its caches; under "full" the row of full attention."""
     layered = [each or FULL for each in offers.layered(choice)]
     full, row = evaluated(subject, prompts, [FULL, {"method": layered}])
     return {**row, "full": full}

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ...artifacts import Artifact
-from ...runtime.attention import Logits, probabilities, weighted
+from ...runtime.attention import SoftmaxSpec, probabilities, weighted
 from ...runtime.methods import METHODS
 from ...runtime.methods.base import Method
-from ...runtime.settings import new_store, plan
+from ...runtime.settings import methods_by_layer, new_store
 from ...runtime.store import Store
 from ..capture import LayerTensors, capture
 from .prompts import balanced
@@ -28,11 +28,11 @@ class Point:
 
     setting: Setting
     bytes: float
-    """Read per step and row, over what dense attention reads of this layer, by a row in a batch of a given size."""
+    """Read per step by a row in a batch of a given size, over what dense attention reads of this layer."""
     error: float
     """‖o − o_dense‖ / ‖o_dense‖, mean over the rows of text, heads and steps."""
     loss: float
-    """Its mean square, half from rows of text and half from questions: what layers are weighed by. Errors of layers
+    """Mean square of the error, half from rows of text and half from questions: what plans minimise. Errors of layers
     add up like independent ones, and a fact that is missed is one large error among many small ones."""
     head_errors: tuple[float, ...]
     """`error` by KV head."""
@@ -55,9 +55,9 @@ class Problem:
     key: Tensor
     """[B, Hkv, T, D]"""
     value: Tensor
-    logits: Logits
+    spec: SoftmaxSpec
     texts: int
-    """The first rows, which are text; the others end in a question and its answer."""
+    """How many rows, the first ones, are text; the others end in a question and its answer."""
 
     def measure(self, setting: Setting, artifact: Artifact | None, batch_size: int) -> Point:
         """See `measure_alike`."""
@@ -77,20 +77,24 @@ class Problem:
             KvcalError: for what this layer or artifact does not allow.
         """
         store = self.store(settings[0], artifact)
-        policies = [None] if len(settings) == 1 else [self._method(each).bind(*self._of(artifact)) for each in settings]
+        policies = (
+            [None]
+            if len(settings) == 1
+            else [self._method(setting).bind(*self._binding(artifact)) for setting in settings]
+        )
         read, errors = [0.0] * len(settings), [list[Tensor]() for _ in settings]
         for query, key, value, dense in decoded:
             store.append(key, value)
             for at, policy in enumerate(policies):
                 if policy is not None:
                     store.policy = policy
-                out = store.attend(query, self.logits)
+                out = store.attend(query, self.spec)
                 shared = store.shared_bytes() if store.bytes_read() else 0
                 read[at] += (store.bytes_read() - shared) / self.key.shape[0] + shared / batch_size
                 errors[at].append(relative_error(out, dense).squeeze(-1).unflatten(1, (self.key.shape[1], -1)))
         return [
-            self._point(setting, own, torch.stack(found, 1).double())
-            for setting, own, found in zip(settings, read, errors, strict=True)
+            self._point(setting, bytes_read, torch.stack(by_step, 1).double())
+            for setting, bytes_read, by_step in zip(settings, read, errors, strict=True)
         ]
 
     def _point(self, setting: Setting, read: float, errors: Tensor) -> Point:
@@ -117,20 +121,20 @@ class Problem:
         return self.key.shape[2] - self.query.shape[2]
 
     def store(self, setting: Setting, artifact: Artifact | None) -> Store:
-        """A method's, after the prefix."""
-        store = new_store(self._method(setting).bind(*self._of(artifact)))
+        """A store of the setting's method that holds the prefix."""
+        store = new_store(self._method(setting).bind(*self._binding(artifact)))
         store.take(self.key[:, :, : self.prefix], self.value[:, :, : self.prefix])
         return store
 
     def _method(self, setting: Setting) -> Any:
-        return plan(setting, {}, [self.layer], self.layer + 1)[self.layer]
+        return methods_by_layer(setting, {}, [self.layer], self.layer + 1)[self.layer]
 
-    def _of(self, artifact: Artifact | None) -> tuple[int, int, Artifact | None]:
-        """What a method is bound to."""
+    def _binding(self, artifact: Artifact | None) -> tuple[int, int, Artifact | None]:
+        """The arguments of `Method.bind`."""
         return self.layer, self.key.shape[3], artifact
 
     def decoded(self) -> list[Decoded]:
-        """`steps` without the weights, which take much memory: once for all settings."""
+        """`steps` without the weights, which take much memory; computed once for all settings."""
         return [(query, key, value, dense) for query, key, value, _, dense in self.steps()]
 
     def steps(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
@@ -139,7 +143,7 @@ class Problem:
         for at in range(self.prefix, self.key.shape[2]):
             now, held = slice(at, at + 1), slice(0, at + 1)
             query = self.query[:, :, at - self.prefix : at - self.prefix + 1]
-            weights = probabilities(query, self.key[:, :, held], self.logits)
+            weights = probabilities(query, self.key[:, :, held], self.spec)
             yield query, self.key[:, :, now], self.value[:, :, now], weights, weighted(weights, self.value[:, :, held])
 
 
@@ -150,7 +154,7 @@ def relative_error(output: Tensor, dense: Tensor) -> Tensor:
 
 @torch.no_grad()
 def problems(model: Any, ids: Tensor, steps: int, texts: int) -> list[Problem]:
-    """Of every full-attention layer, in the memory of the CPU: together they are as large as a cache.
+    """The problem of every full-attention layer, in the memory of the CPU: together they are as large as a cache.
 
     Args:
         ids: [B, T] int64, without padding.
@@ -161,11 +165,11 @@ def problems(model: Any, ids: Tensor, steps: int, texts: int) -> list[Problem]:
 
     def observe(seen: LayerTensors) -> None:
         if seen.window is None:
-            logits = Logits(seen.scaling, seen.softcap, seen.sinks)
-            # Copies: a view would keep all that it is a view of.
+            spec = SoftmaxSpec(seen.scaling, seen.softcap, seen.sink_logits)
+            # Copies: a view would keep the whole tensor in memory.
             query = seen.query_post[:, :, -steps:].to("cpu", copy=True)
-            key, value = (each.to("cpu", copy=True) for each in (seen.key_post, seen.value))
-            found.append(Problem(seen.layer, query, key, value, logits, texts))
+            key, value = (tensor.to("cpu", copy=True) for tensor in (seen.key_post, seen.value))
+            found.append(Problem(seen.layer, query, key, value, spec, texts))
 
     with capture(model, observe):
         model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=1)
@@ -181,10 +185,10 @@ def measure(
 ) -> list[Point]:
     """A point of each setting, measured on `device`."""
     tensors = {name: getattr(problem, name).to(device) for name in ("query", "key", "value")}
-    there = dataclasses.replace(problem, **tensors)
-    decoded, points = there.decoded(), dict[int, Point]()
+    on_device = dataclasses.replace(problem, **tensors)
+    decoded, points = on_device.decoded(), dict[int, Point]()
     for group in alike(settings):
-        found = there.measure_alike([settings[at] for at in group], artifact, batch_size, decoded)
+        found = on_device.measure_alike([settings[at] for at in group], artifact, batch_size, decoded)
         points |= dict(zip(group, found, strict=True))
     return [points[at] for at in range(len(settings))]
 
@@ -196,6 +200,6 @@ def alike(settings: Sequence[Setting]) -> list[list[int]]:
     for at, setting in enumerate(settings):
         method = METHODS[setting["method"]]
         shares = issubclass(method, Method) and not method.keep_shapes_cache
-        rest = {name: value for name, value in setting.items() if name != "keep"}
-        groups.setdefault(json.dumps(rest, sort_keys=True) if shares else at, []).append(at)
+        without_keep = {name: value for name, value in setting.items() if name != "keep"}
+        groups.setdefault(json.dumps(without_keep, sort_keys=True) if shares else at, []).append(at)
     return list(groups.values())

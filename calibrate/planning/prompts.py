@@ -29,7 +29,7 @@ class PlanningRows:
     steps: int
     """Tokens at the end of each row that are decoded."""
     texts: int
-    """The first rows; the others end in a question and its answer."""
+    """How many rows, the first ones, are text; the others end in a question and its answer."""
 
 
 def balanced(values: Tensor, texts: int) -> float:
@@ -50,10 +50,10 @@ def split_prompts(prompts: Prompts, windows: int, questions: int) -> tuple[Plann
     steps, rows = min(STEPS, ids.shape[1] - prefix), ids[:windows]
     if prompts.tasks:
         asked = prompts.tasks[-1].samples[:questions]
-        steps = min(max(len(each.question) + len(each.reference) for each in asked), ids.shape[1] - prefix)
-        whole = [(*each.context, *each.question, *each.reference) for each in asked]
-        # All rows are equally long: the shortest gives the length, and of longer ones the begin goes, but for its
-        # first token, on which models lean. So the answer is always among the last tokens.
+        steps = min(max(len(sample.question) + len(sample.reference) for sample in asked), ids.shape[1] - prefix)
+        whole = [(*sample.context, *sample.question, *sample.reference) for sample in asked]
+        # All rows are equally long: the shortest gives the length, and longer ones lose their beginning, except the
+        # first token, to which much attention goes. So the answer is always among the last tokens.
         length = min(prefix + steps, *map(len, whole))
         answered = torch.tensor([(row[0], *row[len(row) - length + 1 :]) for row in whole], dtype=torch.int64)
         rows = torch.cat((rows[:, :length], answered))

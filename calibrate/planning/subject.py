@@ -1,4 +1,4 @@
-"""What is planned for."""
+"""What a plan is made for: a model with its artifact, and how it decodes."""
 
 from __future__ import annotations
 

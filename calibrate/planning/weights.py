@@ -12,26 +12,26 @@ _LEAST = 1e-12
 def weights(
     moved: Mapping[int, float], losses: Mapping[int, float], by_row: Mapping[int, Sequence[float]]
 ) -> dict[int, float]:
-    """What predictions diverge by where a layer alone has a cheap setting, over its loss with that. Both grow with the
-    square of what attention misses, so one setting tells of the others.
+    """By layer: how far predictions diverge where it alone has a cheap setting, over its loss with that setting. Both
+    grow with the square of what attention misses, so that one setting's ratio holds for the others.
 
-    A few rows tell a weight badly: logarithms are drawn to their mean by the share of their variance that is noise, as
-    the rows' spread tells it (empirical Bayes). Of a single row, all weights are alike.
+    A few rows give a noisy weight: logarithms are drawn to their mean by the share of their variance that is noise,
+    which the spread of the rows gives (empirical Bayes). With a single row, all weights are equal.
 
     Args:
-        moved: by layer.
+        moved: divergences by layer.
         losses: of the same settings.
         by_row: what `moved` are means of.
     """
     logarithms = {layer: math.log(max(moved[layer], _LEAST) / max(losses[layer], _LEAST)) for layer in moved}
     centre = statistics.fmean(logarithms.values())
     trust = _trust(list(logarithms.values()), list(by_row.values()))
-    return {layer: math.exp(centre + trust * (each - centre)) for layer, each in logarithms.items()}
+    return {layer: math.exp(centre + trust * (logarithm - centre)) for layer, logarithm in logarithms.items()}
 
 
 def _trust(logarithms: Sequence[float], by_row: Sequence[Sequence[float]]) -> float:
-    """The share of the variance of `logarithms` that is not noise; that of a mean's logarithm is its relative error,
-    squared."""
+    """The share of the variance of `logarithms` that is not noise. The noise of a mean's logarithm is the mean's
+    relative error, squared."""
     if len(logarithms) < 2 or len(by_row[0]) < 2:
         return 0.0
     spread = statistics.variance(logarithms)

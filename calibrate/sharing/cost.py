@@ -6,7 +6,7 @@ has too few sampled tokens (N · seq_len / tokens of them, 64 by default), so th
 one context of N tokens, in which the positions of queries and keys are those that a model meets.
 
 This approximates what sharing does to a model in four ways: the context is a sample; one query per KV head and token
-stands for its group; soft-capping and attention sinks of the model are left out; and the layer sees the hidden states
+stands for its group; soft-capping and sink logits of the model are left out; and the layer sees the hidden states
 of the original model, while in a shared one they already carry what layers below have lost.
 """
 
@@ -20,7 +20,7 @@ _ELEMENTS = 1 << 24
 
 
 class ReadingLayer:
-    """A layer's queries and its own attention output, against which what it reads instead is measured.
+    """A layer's queries and its own attention output, with which its output on other keys and values is compared.
 
     One measurement is O(Hkv Q N (D + Dv)) and holds at most 2²⁴ scores; with 1024 queries, 4096 tokens, 8 KV heads
     and head dim 128 that is 17 GFLOP.
@@ -54,12 +54,12 @@ class ReadingLayer:
         """[Hkv, Q, Dv] in double precision, block by block of queries."""
         key, value = key[:, self._order].float(), value[:, self._order].float()
         heads, tokens = key.shape[:2]
-        rows = max(1, _ELEMENTS // (heads * tokens))
+        block = max(1, _ELEMENTS // (heads * tokens))
         outputs = []
-        for start in range(0, len(self._visible), rows):
-            visible = self._visible[start : start + rows]
+        for start in range(0, len(self._visible), block):
+            visible = self._visible[start : start + block]
             seen = int(visible[-1])
-            scores = self._query[:, start : start + rows] @ key[:, :seen].mT
+            scores = self._query[:, start : start + block] @ key[:, :seen].mT
             scores.masked_fill_(torch.arange(seen) >= visible.unsqueeze(1), float("-inf"))
             outputs.append((scores.softmax(-1) @ value[:, :seen]).double())
         return torch.cat(outputs, 1)

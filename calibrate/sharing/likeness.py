@@ -29,7 +29,7 @@ class Likeness:
 
 
 class Source:
-    """The rows of a layer that others may be predicted from, decomposed once for all of them.
+    """The keys or values of a layer that other layers' are predicted from, decomposed once for all of them.
 
     O(N d min(N, d)) for d = H · D; each `predict` is O(N d e).
     """
@@ -42,7 +42,8 @@ class Source:
         self._flat = _flat(rows)
         half = len(self._flat) // 2
         first, second = slice(0, half), slice(half, None)
-        self._folds = [(fit, rest, _Decomposition(self._flat[fit])) for fit, rest in ((first, second), (second, first))]
+        halves = ((first, second), (second, first))
+        self._folds = [(fit, unseen, _Decomposition(self._flat[fit])) for fit, unseen in halves]
 
     def predict(self, target: Tensor) -> Likeness:
         """
@@ -51,8 +52,8 @@ class Source:
         """
         flat = _flat(target)
         predicted = torch.empty_like(flat)
-        for fit, rest, decomposition in self._folds:
-            predicted[rest] = decomposition.predict(flat[fit], self._flat[rest])
+        for fit, unseen, decomposition in self._folds:
+            predicted[unseen] = decomposition.predict(flat[fit], self._flat[unseen])
         spread = (flat - flat.mean(0)).square().sum()
         unaligned = float("nan")
         if self._flat.shape == flat.shape:

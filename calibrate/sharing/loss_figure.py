@@ -32,7 +32,7 @@ def loss_figure(history: Sequence[Record], title: str) -> bytes:
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Of each value and those before it, at most a twentieth of all."""
+    """For each value the mean of it and those before it, at most a twentieth of all."""
     width = max(1, len(values) // 20)
     windows = [values[max(0, end - width) : end] for end in range(1, len(values) + 1)]
     return [sum(window) / len(window) for window in windows]

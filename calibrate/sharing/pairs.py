@@ -37,8 +37,8 @@ def measure_pairs(
     `key_r2` and `value_r2` are `Likeness.r2`, the keys before their rotary embedding where `rotation` gives it;
     `cost_as_is` is `ReadingLayer.error` with the storing layer's keys and values, `cost_aligned` with the best linear
     alignment of them, held out: about what is left where uptraining makes up for all that a linear map can. The maps
-    are the best for keys and values, not for the output; queries and output projections can absorb the part of them
-    that acts within a head and commutes with the rotation, retrained shared projections have to do the rest, for
+    are the best for keys and values, not for the output. Queries and output projections can absorb the part of a map
+    that acts within a head and commutes with the rotation; the retrained shared projections have to do the rest, for
     all layers of a group at once.
 
     Per pair O(N (Hkv D)²) for the alignments, and two passes of `ReadingLayer`: about 5 seconds on one core for

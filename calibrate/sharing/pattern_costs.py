@@ -8,13 +8,13 @@ from ...artifacts import Artifact, KvcalError
 from ...runtime.sharing import SharingMap
 from .cache_cost import layers_bytes_per_token
 from .patterns import PATTERNS, pattern_groups
-from .plan import refuse_other_kinds, shareable_layers
+from .requested import refuse_other_kinds, shareable_layers
 
 GROUPS = (2, 3, 4)
 
 
 def pattern_costs(artifact: Artifact) -> list[dict[str, Any]]:
-    """Of the patterns that this model can have.
+    """What each pattern that this model can have would store.
 
     Returns:
         [{"pattern", "group": layers of a full group, "groups": [[layer, …]], "stored_layers": of the full-attention
@@ -32,7 +32,7 @@ def pattern_costs(artifact: Artifact) -> list[dict[str, Any]]:
                 {
                     "pattern": pattern,
                     "group": group,
-                    "groups": [list(of) for of in chosen.groups],
+                    "groups": [list(members) for members in chosen.groups],
                     "stored_layers": len(chosen.storing),
                     "bytes_per_token": layers_bytes_per_token(artifact.layers, chosen),
                 }

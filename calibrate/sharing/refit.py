@@ -18,7 +18,7 @@ from ..moments import MomentsFitter
 from ..pca import fit_pca, spectrum
 from ..pre_rotary import PreRotary
 
-STAGES = ("key_pre", "key_post")
+QUANTITIES = ("key_pre", "key_post")
 
 
 @torch.no_grad()
@@ -32,9 +32,9 @@ def refit_keys(
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
-    """One pass of the shared model: of every storing layer's keys what the stage `pca` has of them, by the same names.
+    """One pass of the shared model: what the stage `pca` has of keys, for every storing layer, under the same names.
 
-    Layers that store for themselves only are in it, too: what reaches them has changed.
+    Layers that store for themselves only are included: their hidden states have changed, too.
 
     Args:
         model: as for the calibration pass, in eval mode; left as found.
@@ -48,10 +48,10 @@ def refit_keys(
     def observe(seen: LayerTensors) -> None:
         if seen.layer not in sharing_map.storing:
             return
-        for stage in STAGES:
-            keys = getattr(seen, stage)
+        for quantity in QUANTITIES:
+            keys = getattr(seen, quantity)
             _, heads, _, dim = keys.shape
-            fitter = fitters.setdefault((seen.layer, stage), MomentsFitter(heads, dim))
+            fitter = fitters.setdefault((seen.layer, quantity), MomentsFitter(heads, dim))
             fitter.update(keys.transpose(0, 1)[:, counted.to(keys.device)])
 
     with shared(model, sharing_map, weights=weights), capture(model, observe, PreRotary()):

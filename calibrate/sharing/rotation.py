@@ -51,7 +51,7 @@ def unrotate(keys: Tensor, rotation: Rotation) -> Tensor:
 
 
 def rotate(keys: Tensor, rotation: Rotation) -> Tensor:
-    """The inverse of `unrotate`: back by the conjugate, which undoes cos / length² and so takes it divided."""
+    """The inverse of `unrotate`, which divides by cos² + sin²: it gets the conjugate, divided so that this cancels."""
     cos, sin = rotation
     length = cos**2 + sin**2
     return unrotate(keys, (cos / length, -sin / length))

@@ -17,12 +17,12 @@ from .grouping import best_grouping
 from .pairs import MEASURES, Pair, can_share, measure_pairs, rotates_back
 from .pattern_costs import pattern_costs
 from .patterns import PATTERNS
-from .plan import default_stored, planned_map, refuse_to_lose, shareable_layers
+from .requested import default_stored, refuse_to_lose, requested_map, shareable_layers
 
 _REACH = 4
 """Layers of the largest group whose pairs are measured in any case."""
 _REACH_AUTO = 8
-"""Layers of the largest group that `auto` makes, unless fewer are to be stored than such groups give."""
+"""Layers of the largest group that `auto` makes, unless such groups store more layers than are asked for."""
 
 
 def share(
@@ -44,7 +44,7 @@ def share(
             of at most 8 layers, or of as many as it takes to store so few), or the groups themselves ("0-1,2-3").
         stored_layers: layers that store keys and values; by default what pattern and group give, for auto the number
             of full-attention layers over `group`, rounded up.
-        rotation: the model's, from `rotation_of`; without it keys are aligned as rotated, which sees less likeness.
+        rotation: the model's, from `rotation_of`; without it keys are aligned as rotated, and look less alike.
         overwrite: replace a stage `cla` that has trained weights.
         progress: called with (pairs done, pairs in all).
 
@@ -55,7 +55,7 @@ def share(
         KvcalError: settings that this model cannot have, no reservoir, or trained weights in the way.
     """
     refuse_to_lose(artifact, overwrite)
-    chosen = planned_map(artifact, group=group, pattern=pattern, stored_layers=stored_layers)
+    chosen = requested_map(artifact, group=group, pattern=pattern, stored_layers=stored_layers)
     layers = shareable_layers(artifact)
     stored = stored_layers or (default_stored(artifact, group) if chosen is None else len(chosen.groups))
     pairs = _pairs(artifact, layers, _REACH if chosen else max(_REACH, _reach_of_auto(artifact, layers, stored)))
@@ -88,8 +88,8 @@ def share_report(artifact: Artifact) -> dict[str, Any]:
     Returns:
         {"settings", "groups": [[layer, …]], "predicted_loss": sum of cost_aligned² over the reading layers,
         "bytes_per_token": {"before", "after"} at 16 bit, of the full-attention layers, "patterns": `pattern_costs`,
-        "bandwidth": a sentence, "pairs": [{"storing", "reading", "shared", and each of MEASURES}], neighbours first
-        come first}.
+        "bandwidth": a sentence, "pairs": [{"storing", "reading", "shared", and each of MEASURES}], the nearest
+        layers first}.
     """
     chosen = stage_map(artifact)
     settings = dict(artifact.stages["cla"].settings)
@@ -121,7 +121,7 @@ def share_report(artifact: Artifact) -> dict[str, Any]:
 
 
 def _reach_of_auto(artifact: Artifact, layers: Sequence[int], stored: int) -> int:
-    """Layers of the largest group that is worth measuring: more than this no grouping has, or none needs to."""
+    """Layers of the largest group worth measuring: no grouping into `stored` groups has, or needs, a larger one."""
     kinds = artifact.layers
     starts = [
         index for index in range(1, len(layers)) if not can_share(*(kinds[layers[at]] for at in (index - 1, index)))

@@ -1,4 +1,4 @@
-"""Uptraining: a pretrained model whose layers were made to share keys and values learns to live with it.
+"""Uptraining: a pretrained model whose layers were made to share keys and values is trained to predict with them.
 
 The paper's discussion (Brandon et al. 2024) reports that pretrained models become CLA models by a short training from
 pooled projections. Here the original model teaches, too: it is at hand, and its predictions say more about
@@ -97,7 +97,7 @@ def uptrain(
 
     Args:
         model: a transformers causal language model in float32 or bfloat16; with bfloat16, float32 copies of what is
-            trained take the steps. Beside it there is room for gradients, two moments and the activations of a batch.
+            trained take the steps. Gradients, two moments and the activations of a batch need memory beside it.
         sharing_map: with at least one group of several layers.
         pool: where the training starts, see `share`.
         earlier: what a training of the same groups gave (its history is not needed): start from that, instead.
@@ -130,7 +130,7 @@ def uptrain(
                 history = state.load(optimizer)
             run = _Run(model, sharing, optimizer, _predicting(blocks), training, history)
             run.finish(state, checkpoint_every, progress)
-            trained = {name: each.detach().cpu().clone() for name, each in sharing.parameters.items()}
+            trained = {name: weight.detach().cpu().clone() for name, weight in sharing.parameters.items()}
     finally:
         if state is not None:
             state.lock.release()

@@ -16,7 +16,7 @@ from .sharing import check_sharing
 def verify(artifact: Artifact) -> None:
     """Check the values of a loaded artifact against one another: derived ones are derived anew.
 
-    All of it is read. Most of the time go eigenvalues: half a second per layer of 8 KV heads of dimension 128.
+    All of it is read. Eigenvalues take most of the time: half a second per layer of 8 KV heads of dimension 128.
 
     Raises:
         ArtifactError: the first that does not hold: tensor, layer, KV head, value and expectation.

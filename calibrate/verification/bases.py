@@ -17,9 +17,9 @@ from ..score_basis import fit_score_basis
 from .moments import ROUNDING, largest, moments_of
 
 SINGLE = 1e-5
-"""Relative: float32 rounds rows of a basis by 6e-8 of their length."""
+"""Allowed relative error: float32 rounds rows of a basis by 6e-8 of their length."""
 OF_ROOTS = 1e-6
-"""Relative to the largest singular value: roots of eigenvalues that are zero but for rounding are off by 1e-8."""
+"""Allowed error relative to the largest singular value: roots of eigenvalues that should be zero are off by 1e-8."""
 
 
 def check_pca(artifact: Artifact, where: str) -> None:
@@ -50,13 +50,13 @@ def check_score(artifact: Artifact, where: str) -> None:
     if "moments" not in artifact.stages:
         return
     for layer in artifact.layers:
-        for stage in ("pre", "post"):
-            name = f"layers.{layer.index}.{stage}"
+        for rotary_stage in ("pre", "post"):
+            name = f"layers.{layer.index}.{rotary_stage}"
             query_map, key_map, values = (
-                artifact.tensor("score", layer.index, f"{stage}.{part}").double()
+                artifact.tensor("score", layer.index, f"{rotary_stage}.{part}").double()
                 for part in ("query_map", "key_map", "singular_values")
             )
-            queries, keys = (moments_of(artifact, layer, f"{of}_{stage}") for of in ("query", "key"))
+            queries, keys = (moments_of(artifact, layer, f"{part}_{rotary_stage}") for part in ("query", "key"))
             check_maps(where, name, (query_map, key_map, values), queries, keys, "the stage moments")
 
 
@@ -76,13 +76,13 @@ def _check_spectrum(where: str, name: str, found: Tensor, wanted: Tensor) -> Non
 
 
 def _check_signs(where: str, name: str, rows: Tensor) -> None:
-    """Two entries of a row may be equally large but for rounding: then one of them is positive."""
+    """The largest entry of each row is positive; of two that are equally large but for rounding, one is."""
     highest = rows.amax(-1)
     require(where, name, highest >= (1 - SINGLE) * rows.abs().amax(-1), highest, "its row's largest entry, positive")
 
 
 def _check_components(where: str, name: str, rows: Tensor, values: Tensor, moments: Moments, centred: bool) -> None:
-    """They make the covariance (n - 1), or the second moment (n), diagonal."""
+    """The components make the covariance (n - 1), or the second moment (n), diagonal."""
     unbiased = moments.covariance * (moments.count / (moments.count - 1))
     matrix = unbiased if centred else moments.second_moment
     found = rows.double() @ matrix @ rows.double().mT

@@ -1,4 +1,4 @@
-"""The stage `clusters`, clustered anew as far as it is no search: every sampled key goes to its nearest centroid."""
+"""The stage `clusters`: sampled keys are assigned anew to the stated centroids, which are not searched for anew."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..clusterability import LIMIT
 from ..clustering import radii, squared_distances, to_metric_space
 
 SINGLE = 1e-5
-"""Relative: of distances, norms and means that are kept in float32."""
+"""Allowed relative error of distances, norms and means that are kept in float32."""
 NAMES = (
     *("centroids", "sizes", "radius_mean", "radius_p95", "radius_max", "value_mean", "inertia"),
     *("curve.counts", "curve.radius", "curve.query_norm_max", "curve.query_norm_p99"),
@@ -28,8 +28,8 @@ def check_clusters(artifact: Artifact, where: str) -> None:
     metric = artifact.stages["clusters"].settings["metric"]
     sampled = artifact.layers_in("reservoir")
     for layer in artifact.layers_in("clusters"):
-        known = layer in sampled
-        require_that(where, f"layers.{layer.index}", known, "of a layer that is not in the reservoir", "none")
+        in_sample = layer in sampled
+        require_that(where, f"layers.{layer.index}", in_sample, "of a layer that is not in the reservoir", "none")
         prefix = f"layers.{layer.index}."
         key, query, value = (
             artifact.tensor("reservoir", layer.index, name).float() for name in ("key_post", "query_post", "value")
@@ -43,15 +43,18 @@ def check_clusters(artifact: Artifact, where: str) -> None:
 
 
 def _of_head(points: Tensor, values: Tensor, centroids: Tensor) -> dict[str, Tensor]:
-    """What points [N, D] and values [N, Dv] give for centroids [C, D]."""
+    """The stage's tensors of one head, from points [N, D], values [N, Dv] and the stated centroids [C, D].
+
+    Besides: `unsure` [C], how many keys of a cluster may as well be another's, and `reach`, the largest value.
+    """
     centroids, clusters = centroids.double(), len(centroids)
     half = centroids.square().sum(-1) / 2
     scores = half - points.double() @ centroids.T
     labels = scores.argmin(-1)
     least = scores.topk(min(2, clusters), largest=False)
     # A key that is as near to two centroids may be with either: on another machine rounding may decide otherwise.
-    torn = least.values[:, -1] - least.values[:, 0] <= 1e-12 * (points.double().square().sum(-1) + 2 * half.amax())
-    unsure = torch.bincount(least.indices[torn].flatten(), minlength=clusters) if clusters > 1 else labels[:1] * 0
+    tied = least.values[:, -1] - least.values[:, 0] <= 1e-12 * (points.double().square().sum(-1) + 2 * half.amax())
+    unsure = torch.bincount(least.indices[tied].flatten(), minlength=clusters) if clusters > 1 else labels[:1] * 0
     sizes = torch.bincount(labels, minlength=clusters)
     squared = squared_distances(points, centroids, labels)
     order = sizes.argsort(descending=True, stable=True)
@@ -89,7 +92,7 @@ def _check_curve(where: str, prefix: str, stated: Mapping[str, Tensor], key: Ten
     counts, radius, tokens = stated["curve.counts"], stated["curve.radius"], key.shape[1]
     name = f"{prefix}curve.counts"
     require_that(where, name, int(counts[-1]) == min(tokens, LIMIT), int(counts[-1]), f"last {min(tokens, LIMIT)}")
-    # The first center is the key nearest the mean; which one that is rounding may decide.
+    # The first center is the key nearest the mean; rounding may decide which key that is.
     spread = (key - key.double().mean(1, keepdim=True)).norm(dim=-1).amax(1)
     holds = (radius[:, 0] >= 0.499 * spread) & (radius[:, 0] <= 2.001 * spread)
     require(where, f"{prefix}curve.radius", holds, radius[:, 0], "half to twice the largest distance from the mean")

@@ -1,4 +1,4 @@
-"""The stage `codebook`: every sampled token anew to its nearest codeword, and from that all that follows."""
+"""The stage `codebook`: sampled tokens are assigned anew to their nearest codewords, and the rest derived from that."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..codebook_stage import query_moments
 from .bases import check_maps
 
 ROUNDING = 1e-5
-"""Relative: of what is kept in float32."""
+"""Allowed relative error of what is kept in float32."""
 
 
 def check_codebook(artifact: Artifact, where: str) -> None:
@@ -38,7 +38,7 @@ def check_codebook(artifact: Artifact, where: str) -> None:
         off = (stated.sizes - counted).abs()
         what = "the number of this head's sampled tokens that are nearest to it"
         require(where, f"{prefix}sizes", off <= unsure, stated.sizes, what)
-        if not unsure.any():  # else the basis may be of other codewords
+        if not unsure.any():  # otherwise the basis may be of another assignment
             names = ("query_map", "key_map", "singular_values")
             found = [artifact.tensor("codebook", layer.index, f"code.{name}").double() for name in names]
             moments = code_moments(stated, key, value)
@@ -53,7 +53,7 @@ def _unsure(stated: Codebook, key: Tensor, value: Tensor) -> Tensor:
     for points, words in zip(joint(key, value, stated.spread).double(), codewords, strict=True):
         half = words.square().sum(-1) / 2
         least = (half - points @ words.T).topk(min(2, len(words)), largest=False)
-        torn = least.values[:, -1] - least.values[:, 0] <= 1e-12 * (points.square().sum(-1) + 2 * half.amax())
-        torn &= len(words) > 1
-        counts.append(torch.bincount(least.indices[torn].flatten(), minlength=len(words)))
+        tied = least.values[:, -1] - least.values[:, 0] <= 1e-12 * (points.square().sum(-1) + 2 * half.amax())
+        tied &= len(words) > 1
+        counts.append(torch.bincount(least.indices[tied].flatten(), minlength=len(words)))
     return torch.stack(counts)

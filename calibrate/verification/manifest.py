@@ -1,4 +1,4 @@
-"""What the manifest says in several places is the same everywhere."""
+"""Check that the manifest agrees with itself where it says something in several places."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...artifacts.manifest import MANIFEST
 
 
 def check_manifest(artifact: Artifact) -> None:
-    """Fingerprint and layers, token counts and blocks, settings."""
+    """Fingerprint against layers, token counts against blocks, and settings."""
     where = f"{artifact.name}, {MANIFEST}"
     _check_fingerprint(artifact, where)
     data = artifact.data
@@ -28,7 +28,7 @@ def check_manifest(artifact: Artifact) -> None:
 
 
 def _check_fingerprint(artifact: Artifact, where: str) -> None:
-    """Layers may differ from one another, and of some the fingerprint tells."""
+    """The fingerprint holds for one of the layers at least: they may differ from one another."""
     told, layers = artifact.model.fingerprint, artifact.layers
     number = told.get("num_hidden_layers")
     if type(number) is int:
@@ -50,7 +50,7 @@ def _check_fingerprint(artifact: Artifact, where: str) -> None:
 
 
 def _check_rotation(where: str, name: str, found: Mapping[str, Any]) -> None:
-    """Flat, or one object for every type of layer."""
+    """Rotary parameters, flat or one object for every type of layer."""
     for key, value in found.items():
         if isinstance(value, dict):
             _check_rotation(where, f"{name}.{key}", value)

@@ -10,7 +10,7 @@ from ...artifacts.claims import MOST, bounded, require, require_that
 from ..moments import Moments
 
 ROUNDING = 1e-9
-"""Of float64, relative to the largest entry: sums and eigenvalues of a thousand dimensions round by 1e-12."""
+"""Allowed error relative to the largest entry: float64 sums and eigenvalues of a thousand dimensions round by 1e-12."""
 
 
 def check_moments(artifact: Artifact, where: str) -> None:
@@ -34,7 +34,7 @@ def check_moments(artifact: Artifact, where: str) -> None:
 
 
 def moments_of(artifact: Artifact, layer: Layer, quantity: str) -> Moments:
-    """Of one quantity of one layer."""
+    """Moments of one quantity of one layer."""
     count, mean, covariance = (
         artifact.tensor("moments", layer.index, f"{quantity}.{part}") for part in ("count", "mean", "covariance")
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...artifacts import Artifact
 from ...runtime.planned import has_plan, methods_of, naming
-from ...runtime.settings import builders, plan
+from ...runtime.settings import builders, methods_by_layer
 
 
 def check_plan(artifact: Artifact) -> None:
@@ -18,5 +18,5 @@ def check_plan(artifact: Artifact) -> None:
     layers = [layer.index for layer in artifact.layers if layer.window is None]
     methods = methods_of(artifact, len(artifact.layers))
     with naming(artifact):
-        chosen = plan(methods, {}, layers, len(artifact.layers))
+        chosen = methods_by_layer(methods, {}, layers, len(artifact.layers))
         builders(chosen, [layer.head_dim for layer in artifact.layers], artifact)

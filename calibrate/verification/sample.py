@@ -1,4 +1,4 @@
-"""The stage `reservoir`; its tokens and positions `load` has checked."""
+"""The stage `reservoir`; `load` has checked its tokens and positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stage `cla`; its measures `load` has checked."""
+"""The stage `cla`; `load` has checked its measures."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def check_sharing(artifact: Artifact, where: str) -> None:
     groups.check([layer.index for layer in artifact.layers if layer.window is None], len(artifact.layers))
     stored = stage.settings.get("stored_layers")
     require_that(where, "stored_layers", stored == len(groups.groups), stored, f"{len(groups.groups)}, as in groups")
-    for name, known in _KNOWN.items():
+    for name, allowed in _KNOWN.items():
         found = stage.settings.get(name)
-        require_that(where, name, found in known, found, " or ".join(known))
+        require_that(where, name, found in allowed, found, " or ".join(allowed))
     for name in stage.tensors:
         if name.startswith(WEIGHTS):
             found = stage.tensors[name]

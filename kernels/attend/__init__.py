@@ -1,7 +1,7 @@
-"""Decode attention over chosen tokens, with the model's sinks.
+"""Decode attention over chosen tokens, with the model's sink logits.
 
-How many there are stays on the device: no call waits for it, so a call can be captured in a CUDA graph and replayed
-when only values have changed.
+How many tokens are chosen stays on the device: no call waits for it, so a call can be captured in a CUDA graph and
+replayed when only values have changed.
 """
 
 from torch import Tensor
@@ -22,8 +22,7 @@ def attend(
     *,
     scaling: float,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
-    splits: int | None = None,
+    sink_logits: Tensor | None = None,
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -35,8 +34,7 @@ def attend(
         index: [B, Hkv, K] int32 slots, or [B, Hkv, G, K] where each query head has its own.
         count: [B, Hkv] or [B, Hkv, G] int32: only the first `count` entries of each are read.
         scaling, softcap: logit = q·k scaling, then softcap tanh(logit / softcap).
-        sinks: [Hkv G] float32, one more logit per query head, of a token whose value is zero.
-        splits: parts per group of queries; default: from the shapes.
+        sink_logits: [Hkv G] float32, one more logit per query head, of a token whose value is zero.
         out: contiguous, to be written and returned.
 
     Returns:
@@ -46,13 +44,23 @@ def attend(
         ValueError: shapes or dtypes do not fit together, or the backend cannot run.
     """
     check_cache(query, key, value)
-    check_result(query, value.shape[-1], sinks, out)
+    check_result(query, value.shape[-1], sink_logits, out)
     check_selection(query, index, count)
     if choose(backend, query) == "reference":
-        result = reference.attend(query, key, value, index, count, scaling=scaling, softcap=softcap, sinks=sinks)
+        result = reference.attend(
+            query, key, value, index, count, scaling=scaling, softcap=softcap, sink_logits=sink_logits
+        )
         return result if out is None else out.copy_(result)
     from . import triton_kernel
 
     return triton_kernel.attend(
-        query, key, value, index, count, scaling=scaling, softcap=softcap, sinks=sinks, splits=splits, out=out
+        query,
+        key,
+        value,
+        index,
+        count,
+        scaling=scaling,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        out=out,
     )

@@ -8,12 +8,12 @@ from .shapes import TOKEN_TILE
 
 WARPS, STAGES = 4, 3
 TILE_BYTES = 16384
-"""Of keys, and of values as many, in one tile: three stages of both leave room for two programs on a multiprocessor."""
+"""Bytes of keys in one tile, and of values: three stages of both leave room for two programs on a multiprocessor."""
 
 
 def tiles(query: Tensor, value: Tensor, queries: int) -> dict[str, int]:
     """The compile-time sizes of a kernel whose groups have this many queries."""
-    width, value_width = (max(16, triton.next_power_of_2(of.shape[-1])) for of in (query, value))
+    width, value_width = (max(16, triton.next_power_of_2(tensor.shape[-1])) for tensor in (query, value))
     fitting = TILE_BYTES // (max(width, value_width) * query.element_size())
     return {
         "QUERIES": queries,

@@ -1,4 +1,4 @@
-"""The reduction: what the programs of a call have left of a query, and the model's sink, into one output."""
+"""The reduction: the partial results of a query, and the model's sink logit, become one output."""
 
 from dataclasses import dataclass
 
@@ -9,17 +9,17 @@ from torch import Tensor
 
 from ..backend import device_of
 from .launch import units_tile
-from .plan import slots_of_plan
+from .split import parts_of_unit
 from .tile import LOG2E, NONE
 
 COLUMNS = 32
-"""Of the values per program: 128 bytes of every partial, so that few queries still make many programs."""
+"""Dimensions of the values per program: 128 bytes of every partial, so that few queries still make many programs."""
 PARTS_TILE = 64
 
 
 @dataclass(frozen=True)
-class Planned:
-    """Partials that lie slot by slot, as `plan` dealt the slots out."""
+class Partials:
+    """Partial results of the programs, slot by slot; `split` deals the slots out to the units."""
 
     out: Tensor
     """[axis, slots, queries, Dv] float32; the groups of a unit are on the first axis."""
@@ -28,6 +28,7 @@ class Planned:
     counts: Tensor
     """[units] int32"""
     most: int
+    """Tokens that a unit has at most."""
     splits: int
     token_tile: int
 
@@ -43,9 +44,9 @@ def merge_kernel(
     splits,
     slots,
     per_unit,
-    sinks_ptr,
+    sink_logits_ptr,
     query_heads,
-    SINKS: tl.constexpr,
+    SINK_LOGITS: tl.constexpr,
     QUERIES: tl.constexpr,
     DV: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -60,7 +61,7 @@ def merge_kernel(
     mass = tl.full([], 0.0, tl.float32)
     total = tl.zeros([COLUMNS], tl.float32)
     group = query // QUERIES
-    first, parts = slots_of_plan(counts_ptr, group // per_unit, units, most, splits, UNITS, TOKEN_TILE)
+    first, parts = parts_of_unit(counts_ptr, group // per_unit, units, most, splits, UNITS, TOKEN_TILE)
     row = ((group % per_unit) * slots + first).to(tl.int64) * QUERIES + query % QUERIES
     part_ptr += row * DV
     lse_ptr += row
@@ -77,43 +78,43 @@ def merge_kernel(
         mass = mass * fade + tl.sum(weights, 0)
         total = total * fade + tl.sum(weights[:, None] * out, 0)
         best = risen
-    if SINKS:
-        sink = tl.load(sinks_ptr + query % query_heads).to(tl.float32) * LOG2E
-        risen = tl.maximum(best, sink)
+    if SINK_LOGITS:
+        sink_logit = tl.load(sink_logits_ptr + query % query_heads).to(tl.float32) * LOG2E
+        risen = tl.maximum(best, sink_logit)
         shift = tl.where(risen == NONE, 0.0, risen)
         fade = tl.exp2(best - shift)
-        mass = mass * fade + tl.exp2(sink - shift)
+        mass = mass * fade + tl.exp2(sink_logit - shift)
         total = total * fade
     total = total / tl.where(mass == 0, 1.0, mass)
     tl.store(out_ptr + query.to(tl.int64) * DV + column, total.to(out_ptr.dtype.element_ty), mask=column < DV)
 
 
-def merge(own: Planned, sinks: Tensor | None, query: Tensor, out: Tensor | None) -> Tensor:
+def merge(partials: Partials, sink_logits: Tensor | None, query: Tensor, out: Tensor | None) -> Tensor:
     """[B, Hkv, G, Dv] in the dtype of `query` [B, Hkv, G, D]."""
     batch, heads, group, _ = query.shape
-    axis, slots, queries, width = own.out.shape
+    axis, slots, queries, width = partials.out.shape
     out = torch.empty(batch, heads, group, width, dtype=query.dtype, device=query.device) if out is None else out
-    units = own.counts.numel()
+    units = partials.counts.numel()
     with device_of(query):
         merge_kernel[(batch * heads * group, triton.cdiv(width, COLUMNS))](
             out,
-            own.out,
-            own.lse,
-            own.counts,
+            partials.out,
+            partials.lse,
+            partials.counts,
             units,
-            own.most,
-            own.splits,
+            partials.most,
+            partials.splits,
             slots,
             axis,
-            out if sinks is None else sinks.contiguous(),
+            out if sink_logits is None else sink_logits.contiguous(),
             heads * group,
-            SINKS=sinks is not None,
+            SINK_LOGITS=sink_logits is not None,
             QUERIES=queries,
             DV=width,
             COLUMNS=COLUMNS,
             PARTS_TILE=PARTS_TILE,
             UNITS=units_tile(units),
-            TOKEN_TILE=own.token_tile,
+            TOKEN_TILE=partials.token_tile,
             num_warps=4,
         )
     return out

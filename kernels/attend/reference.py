@@ -16,7 +16,7 @@ def attend(
     *,
     scaling: float,
     softcap: float | None,
-    sinks: Tensor | None,
+    sink_logits: Tensor | None,
 ) -> Tensor:
     valid = torch.arange(index.shape[-1], device=index.device) < count.unsqueeze(-1)
     if index.dim() == 3:
@@ -24,7 +24,7 @@ def attend(
     batch = torch.arange(key.shape[0], device=key.device).view(-1, 1, 1, 1)
     head = torch.arange(key.shape[1], device=key.device).view(1, -1, 1, 1)
     index = index.masked_fill(~valid, 0).long()
-    return softmax(query, key[batch, head, index], value[batch, head, index], valid, scaling, softcap, sinks)
+    return softmax(query, key[batch, head, index], value[batch, head, index], valid, scaling, softcap, sink_logits)
 
 
 def softmax(
@@ -34,11 +34,11 @@ def softmax(
     valid: Tensor,
     scaling: float,
     softcap: float | None,
-    sinks: Tensor | None,
+    sink_logits: Tensor | None,
 ) -> Tensor:
     """Attention to given tokens: key [B, Hkv, 1 or G, K, D], value and `valid` likewise."""
     dtype = torch.promote_types(query.dtype, torch.float32)
-    # What is not there may be anything, NaN included, and 0 · NaN is NaN.
+    # Tokens that are not valid may hold anything, NaN included, and 0 · NaN is NaN.
     key, value = (tensor.masked_fill(~valid.unsqueeze(-1), 0).to(dtype) for tensor in (key, value))
     logits = (key @ query.to(dtype).unsqueeze(-1)).squeeze(-1) * scaling
     if softcap is not None:
@@ -46,8 +46,8 @@ def softmax(
     logits = logits.masked_fill(~valid, -torch.inf)
     lse = logits.logsumexp(-1, keepdim=True)
     out = (_shares(logits, lse).unsqueeze(-2) @ value).squeeze(-2)
-    if sinks is not None:
-        out = out * _shares(lse, torch.logaddexp(lse, sinks.view(1, *lse.shape[1:3], 1).to(dtype)))
+    if sink_logits is not None:
+        out = out * _shares(lse, torch.logaddexp(lse, sink_logits.view(1, *lse.shape[1:3], 1).to(dtype)))
     return out.to(query.dtype)
 
 

@@ -32,11 +32,11 @@ def check(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -
         raise ValueError(f"{name}: received {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}")
 
 
-def check_result(query: Tensor, width: int, sinks: Tensor | None, out: Tensor | None) -> None:
-    """What goes into the result beside tokens, whose values have `width` dimensions, and where it is written."""
+def check_result(query: Tensor, width: int, sink_logits: Tensor | None, out: Tensor | None) -> None:
+    """ValueError unless `sink_logits` and `out` fit a result of `width` dimensions."""
     batch, heads, group, _ = query.shape
-    if sinks is not None:
-        check("sinks", sinks, torch.float32, [heads * group])
+    if sink_logits is not None:
+        check("sink_logits", sink_logits, torch.float32, [heads * group])
     if out is not None:
         check("out", out, query.dtype, [batch, heads, group, width])
         if not out.is_contiguous():
@@ -44,7 +44,7 @@ def check_result(query: Tensor, width: int, sinks: Tensor | None, out: Tensor | 
 
 
 def check_selection(query: Tensor, index: Tensor, count: Tensor) -> None:
-    """index [B, Hkv, K], or [B, Hkv, G, K] where every query head reads tokens of its own; count the same without K."""
+    """index [B, Hkv, K], or [B, Hkv, G, K] where every query head reads tokens of its own; count likewise without K."""
     groups = query.shape[: 3 if index.dim() == 4 else 2]
     check("index", index, torch.int32, [*groups, index.shape[-1]])
     check("count", count, torch.int32, groups)
@@ -54,14 +54,14 @@ def choose_splits(groups: int, most: int, smallest: int, device: torch.device) -
     """Into how many parts the tokens of each group are cut, from shapes alone (the README has the arithmetic).
 
     Args:
-        groups: (row, head) pairs that read tokens of their own.
+        groups: (sequence, head) pairs that read tokens of their own.
         most: tokens that a group can have.
         smallest: tokens below which a part is not worth its partial result, once the GPU is full without it.
     """
     multiprocessors = _multiprocessors(device)
-    rich = min(_ceil(8 * multiprocessors, groups), _ceil(most, smallest))
-    poor = min(_ceil(2 * multiprocessors, groups), _ceil(most, TOKEN_TILE))
-    return max(1, rich, poor)
+    eight_each = min(_ceil(8 * multiprocessors, groups), _ceil(most, smallest))
+    two_each = min(_ceil(2 * multiprocessors, groups), _ceil(most, TOKEN_TILE))
+    return max(1, eight_each, two_each)
 
 
 @cache

@@ -1,7 +1,7 @@
 """The pieces every attention kernel is made of: a tile of tokens goes into a running softmax, which leaves a partial.
 
-A *group* is the queries that read the same tokens: the G of a (row, KV head), or one query head that has a selection
-of its own. They fill the first rows of a tile of at least 16, the smallest that a tensor core multiplies.
+A *group* is the queries that read the same tokens: the G of a (sequence, KV head), or one query head that has a
+selection of its own. They fill the first rows of a tile of at least 16, the smallest that a tensor core multiplies.
 """
 
 import triton
@@ -107,8 +107,8 @@ def store_partial(
     """Slot by slot: out [slots, QUERIES, DV], lse [slots, QUERIES]. Nothing absorbed: zeros, and -inf."""
     query = tl.arange(0, QUERY_TILE)
     column = tl.arange(0, DV_TILE)
-    some = tl.where(mass == 0, 1.0, mass)
+    divisor = tl.where(mass == 0, 1.0, mass)
     row = slot.to(tl.int64) * QUERIES + query
     inside = (query < QUERIES)[:, None] & (column < DV)[None, :]
-    tl.store(out_ptr + row[:, None] * DV + column[None, :], total / some[:, None], mask=inside)
-    tl.store(lse_ptr + row, tl.where(mass == 0, NONE, (best + tl.log2(some)) * LN2), mask=query < QUERIES)
+    tl.store(out_ptr + row[:, None] * DV + column[None, :], total / divisor[:, None], mask=inside)
+    tl.store(lse_ptr + row, tl.where(mass == 0, NONE, (best + tl.log2(divisor)) * LN2), mask=query < QUERIES)

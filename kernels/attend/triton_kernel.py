@@ -1,4 +1,4 @@
-"""Split-KV attention over gathered rows: one launch leaves partials, `merge_kernel` makes one output of them."""
+"""Split-KV attention over gathered tokens: one launch leaves partials, `merge_kernel` makes one output of them."""
 
 import torch
 import triton
@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ..backend import device_of
 from .launch import STAGES, WARPS, logit_scales, tiles, units_tile
-from .merge_kernel import Planned, merge
-from .plan import part_of_plan
+from .merge_kernel import Partials, merge
 from .shapes import choose_splits
+from .split import part_of_program
 from .tile import absorb, empty_softmax, load_queries, store_partial
 
 SMALLEST = 128
@@ -17,7 +17,7 @@ SMALLEST = 128
 
 
 @triton.jit(do_not_specialize=["heads", "chosen", "units", "splits"])
-def rows_kernel(
+def attend_kernel(
     out_ptr,
     lse_ptr,
     query_ptr,
@@ -31,10 +31,10 @@ def rows_kernel(
     chosen,
     units,
     splits,
-    key_row: tl.int64,
+    key_sequence: tl.int64,
     key_head: tl.int64,
     key_step: tl.int64,
-    value_row: tl.int64,
+    value_sequence: tl.int64,
     value_head: tl.int64,
     value_step: tl.int64,
     SHARING: tl.constexpr,
@@ -51,12 +51,12 @@ def rows_kernel(
 ):
     """One program: a part of the `chosen` indices of one group; SHARING groups have the same keys."""
     slot = tl.program_id(0)
-    group, begin, end = part_of_plan(count_ptr, slot, units, chosen, splits, UNITS, TOKEN_TILE)
+    group, begin, end = part_of_program(count_ptr, slot, units, chosen, splits, UNITS, TOKEN_TILE)
     if group >= units:
         return
-    row, head = group // SHARING // heads, group // SHARING % heads
-    key_ptr += row * key_row + head * key_head
-    value_ptr += row * value_row + head * value_head
+    sequence, head = group // SHARING // heads, group // SHARING % heads
+    key_ptr += sequence * key_sequence + head * key_head
+    value_ptr += sequence * value_sequence + head * value_head
     index_ptr += group.to(tl.int64) * chosen
     queries = load_queries(query_ptr, group, QUERIES, QUERY_TILE, D, D_TILE, UPCAST)
     best, mass, total = empty_softmax(QUERY_TILE, DV_TILE)
@@ -80,22 +80,21 @@ def attend(
     *,
     scaling: float,
     softcap: float | None,
-    sinks: Tensor | None,
-    splits: int | None,
+    sink_logits: Tensor | None,
     out: Tensor | None,
 ) -> Tensor:
     chosen, groups = index.shape[-1], count.numel()
     queries = query.numel() // query.shape[-1] // groups
-    splits = splits or choose_splits(groups, chosen, SMALLEST, query.device)
+    splits = choose_splits(groups, chosen, SMALLEST, query.device)
     width, sizes = value.shape[-1], tiles(query, value, queries)
     slots = groups * splits + groups - 1
-    own_out = torch.empty(1, slots, queries, width, dtype=torch.float32, device=query.device)
-    own_lse = torch.empty(1, slots, queries, dtype=torch.float32, device=query.device)
+    partial_out = torch.empty(1, slots, queries, width, dtype=torch.float32, device=query.device)
+    partial_lse = torch.empty(1, slots, queries, dtype=torch.float32, device=query.device)
     count = count.contiguous()
     with device_of(query):
-        rows_kernel[(slots,)](
-            own_out,
-            own_lse,
+        attend_kernel[(slots,)](
+            partial_out,
+            partial_lse,
             query.contiguous(),
             key,
             value,
@@ -115,5 +114,5 @@ def attend(
             num_warps=WARPS,
             num_stages=STAGES,
         )
-    own = Planned(own_out, own_lse, count, chosen, splits, sizes["TOKEN_TILE"])
-    return merge(own, sinks, query, out)
+    partials = Partials(partial_out, partial_lse, count, chosen, splits, sizes["TOKEN_TILE"])
+    return merge(partials, sink_logits, query, out)

@@ -19,7 +19,6 @@ def assign(
     lengths: Tensor,
     counts: Tensor,
     *,
-    out: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The centroid of largest dot product with each key; of equal ones, the lowest index.
@@ -28,15 +27,13 @@ def assign(
         unit: [B, H, S, D] float16, bfloat16 or float32, finite, of unit length (or zero): float32 goes through two
             float16 numbers, which hold up to 255. Contiguous along D, other strides as they come; D up to 512.
         centroids: [B, H, C, D], as `unit` and in its dtype.
-        lengths: [B] int32 on the same device: tokens of each row.
-        counts: [B] int32 on the same device: centroids of each row, from 1 where it has tokens.
-        out: (label, similarity), written and returned instead of new tensors; contiguous.
+        lengths: [B] int32 on the same device: tokens of each sequence.
+        counts: [B] int32 on the same device: centroids of each sequence, from 1 where it has tokens.
 
     Returns:
-        label [B, H, S] int32 and similarity [B, H, S] float32; -1 and 0 at tokens beyond the row's length.
+        label [B, H, S] int32 and similarity [B, H, S] float32; -1 and 0 at tokens beyond the sequence's length.
     """
-    shape = check_tokens("unit", unit)
-    batch, heads, tokens, dims = shape
+    batch, heads, tokens, dims = check_tokens("unit", unit)
     if dims > WIDEST:
         raise ValueError(f"unit: received {dims} dimensions, expected at most {WIDEST}")
     if centroids.dim() != 4 or (*centroids.shape[:2], centroids.shape[3]) != (batch, heads, dims):
@@ -47,12 +44,8 @@ def assign(
         )
     check_operand("lengths", lengths, torch.int32, (batch,), unit)
     check_operand("counts", counts, torch.int32, (batch,), unit)
-    label, similarity = out or (
-        torch.empty(batch, heads, tokens, dtype=torch.int32, device=unit.device),
-        torch.empty(batch, heads, tokens, dtype=torch.float32, device=unit.device),
-    )
-    check_operand("out label", label, torch.int32, shape[:3], unit)
-    check_operand("out similarity", similarity, torch.float32, shape[:3], unit)
+    label = torch.empty(batch, heads, tokens, dtype=torch.int32, device=unit.device)
+    similarity = torch.empty(batch, heads, tokens, dtype=torch.float32, device=unit.device)
     run = reference.assign
     if choose(backend, unit) == "triton":
         from .triton_kernel import assign as run
@@ -66,17 +59,15 @@ def update(
     lengths: Tensor,
     count: int,
     *,
-    out: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """What each cluster's tokens add up to, and how many they are: the same numbers every time, in any batch.
+    """The sum and the number of each cluster's tokens: the same numbers every time, in any batch.
 
     Args:
         values: [B, H, S, D] float16, bfloat16 or float32, contiguous along D, other strides as they come.
         labels: [B, H, S] int32, contiguous; tokens whose label is not in [0, count) count nowhere.
-        lengths: [B] int32 on the same device: tokens of each row.
+        lengths: [B] int32 on the same device: tokens of each sequence.
         count: C, from 1.
-        out: (sums, sizes), written and returned instead of new tensors; contiguous.
 
     Returns:
         sums [B, H, C, D] float32 and sizes [B, H, C] int32, zeros for empty clusters.
@@ -86,12 +77,8 @@ def update(
         raise ValueError(f"count: received {count}, expected at least 1")
     check_operand("labels", labels, torch.int32, (batch, heads, tokens), values)
     check_operand("lengths", lengths, torch.int32, (batch,), values)
-    sums, sizes = out or (
-        torch.empty(batch, heads, count, dims, dtype=torch.float32, device=values.device),
-        torch.empty(batch, heads, count, dtype=torch.int32, device=values.device),
-    )
-    check_operand("out sums", sums, torch.float32, (batch, heads, count, dims), values)
-    check_operand("out sizes", sizes, torch.int32, (batch, heads, count), values)
+    sums = torch.empty(batch, heads, count, dims, dtype=torch.float32, device=values.device)
+    sizes = torch.empty(batch, heads, count, dtype=torch.int32, device=values.device)
     run = reference.update
     if choose(backend, values) == "triton":
         from .triton_kernel import update as run

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 18
-"""Similarities at a time, few enough for the caches of a CPU: tokens times clusters are never materialised."""
+"""Similarities at a time, few enough for the caches of a CPU: those of all tokens and clusters are never in memory."""
 
 
 def assign(unit: Tensor, centroids: Tensor, lengths: Tensor, counts: Tensor, label: Tensor, similarity: Tensor) -> None:
@@ -32,12 +32,12 @@ def update(values: Tensor, labels: Tensor, lengths: Tensor, sums: Tensor, sizes:
     index = labels.clamp(0, count - 1).long()
     sizes.zero_().scatter_add_(2, index, counted.to(sizes.dtype))
     whole = bool(counted.all())
-    of_members = values.float() if whole else values.float().masked_fill(~counted.unsqueeze(-1), 0.0)
-    sets = torch.arange(index.shape[0] * index.shape[1], device=index.device).view(*index.shape[:2], 1)
-    place, dims = (index + count * sets).flatten(), values.shape[-1]
-    sums.zero_().view(-1, dims).index_add_(0, place, of_members.reshape(-1, dims))
+    members = values.float() if whole else values.float().masked_fill(~counted.unsqueeze(-1), 0.0)
+    pair = torch.arange(index.shape[0] * index.shape[1], device=index.device).view(*index.shape[:2], 1)
+    place, dims = (index + count * pair).flatten(), values.shape[-1]
+    sums.zero_().view(-1, dims).index_add_(0, place, members.reshape(-1, dims))
 
 
 def held(tokens: int, lengths: Tensor) -> Tensor:
-    """[B, 1, S] bool: within the row's length."""
+    """[B, 1, S] bool: within the sequence's length."""
     return torch.arange(tokens, device=lengths.device) < lengths.view(-1, 1, 1)

@@ -1,4 +1,4 @@
-"""`assign` never writes down what it compares; `update` adds in the row's order, without atomics. README.md derives."""
+"""`assign` never stores all similarities; `update` adds in the order of the tokens, without atomics (README.md)."""
 
 import torch
 import triton
@@ -12,32 +12,32 @@ LARGEST = 256.0
 """What float32 is multiplied by before it becomes two float16 numbers: their sum then has 22 bits from 2^-10 to 1."""
 TOKENS, KEYS = 128, 32768
 CLUSTERS, CENTRES = 32, 4096
-"""Of `assign`: keys of a program and centroids of a tile, and numbers of either, at most."""
+"""Of `assign`, at most: keys of a program and centroids of a tile, and the numbers in either."""
 NARROWEST = 16
 """The fewest centroids of a tile."""
 ASSIGN_WARPS = 8
 SCAN, RUN = 1024, 4
-"""Of `update`: labels looked through at a time, and how many of them by one thread in a row."""
+"""Of `update`: labels read at a time, and how many neighbouring ones by one thread."""
 GROUP = 4
 """Of `update`: clusters of a program."""
 ROWS, SUM = 128, 2048
-"""Of `update`: tokens added at a time, and numbers, at most."""
+"""Of `update`, at most: tokens added at a time, and the numbers in them."""
 UPDATE_WARPS = 4
-VARYING = ["clusters", "row_stride", "head_stride"]
-"""What must not compile a kernel again, as tokens must not."""
+VARYING = ["clusters", "sequence_stride", "head_stride"]
+"""Arguments that change, as the number of tokens does, and must not compile a kernel again."""
 
 
 @triton.jit(do_not_specialize=["tokens", *VARYING])
 def assign_kernel(
     keys, high, low, lengths, counts, labels, similarities, tokens, clusters,
-    row_stride: tl.int64, head_stride: tl.int64,
+    sequence_stride: tl.int64, head_stride: tl.int64,
     TOKEN_STRIDE: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, SPLIT: tl.constexpr,
     DTYPE: tl.constexpr, LARGEST: tl.constexpr, TOKENS: tl.constexpr, CLUSTERS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * TOKENS
-    head, row = tl.program_id(1), tl.program_id(2)
-    pair = (row * tl.num_programs(1) + head).to(tl.int64)
-    length = tl.minimum(tl.load(lengths + row), tokens)
+    head, sequence = tl.program_id(1), tl.program_id(2)
+    pair = (sequence * tl.num_programs(1) + head).to(tl.int64)
+    length = tl.minimum(tl.load(lengths + sequence), tokens)
     token = first + tl.arange(0, TOKENS)
     labels += pair * tokens
     similarities += pair * tokens
@@ -47,9 +47,9 @@ def assign_kernel(
         tl.store(similarities + token, tl.zeros([TOKENS], tl.float32), mask=token < tokens)
     else:
         dim = tl.arange(0, PADDED)
-        inside = (token < length)[:, None] & (dim < WIDTH)[None, :]
-        keys += (row * row_stride + head * head_stride) * UNIT
-        key = tl.load(keys + token[:, None] * TOKEN_STRIDE + dim[None, :], mask=inside, other=0.0)
+        held = (token < length)[:, None] & (dim < WIDTH)[None, :]
+        keys += (sequence * sequence_stride + head * head_stride) * UNIT
+        key = tl.load(keys + token[:, None] * TOKEN_STRIDE + dim[None, :], mask=held, other=0.0)
         if SPLIT:
             key *= LARGEST
             key_high = key.to(tl.float16)
@@ -57,7 +57,7 @@ def assign_kernel(
         else:
             key_high = key.to(DTYPE)
 
-        count = tl.minimum(tl.load(counts + row), clusters)
+        count = tl.minimum(tl.load(counts + sequence), clusters)
         column = tl.arange(0, CLUSTERS)
         high += pair * clusters * WIDTH
         low += pair * clusters * WIDTH
@@ -66,45 +66,45 @@ def assign_kernel(
         nearest = tl.zeros([TOKENS, CLUSTERS], tl.int32)
         for block in tl.range(0, tl.cdiv(count, CLUSTERS), num_stages=STAGES):
             cluster = block * CLUSTERS + column
-            there = (cluster < count)[:, None] & (dim < WIDTH)[None, :]
+            inside = (cluster < count)[:, None] & (dim < WIDTH)[None, :]
             offset = cluster.to(tl.int64)[:, None] * WIDTH + dim[None, :]
-            centre = tl.trans(tl.load(high + offset, mask=there, other=0.0)).to(DTYPE)
-            similarity = tl.dot(key_high, centre, input_precision="ieee")
+            centre_high = tl.trans(tl.load(high + offset, mask=inside, other=0.0)).to(DTYPE)
+            similarity = tl.dot(key_high, centre_high, input_precision="ieee")
             if SPLIT:
-                rest = tl.trans(tl.load(low + offset, mask=there, other=0.0))
-                similarity = tl.dot(key_high, rest, acc=similarity)
-                similarity = tl.dot(key_low, centre, acc=similarity)
+                centre_low = tl.trans(tl.load(low + offset, mask=inside, other=0.0))
+                similarity = tl.dot(key_high, centre_low, acc=similarity)
+                similarity = tl.dot(key_low, centre_high, acc=similarity)
             better = (similarity > best) & (cluster < count)[None, :]
             best = tl.where(better, similarity, best)
             nearest = tl.where(better, cluster[None, :], nearest)
 
-        most = tl.max(best, 1)
-        lowest = tl.min(tl.where(best == most[:, None], nearest, clusters), 1)
+        highest = tl.max(best, 1)
+        lowest = tl.min(tl.where(best == highest[:, None], nearest, clusters), 1)
         if SPLIT:
-            most *= 1.0 / (LARGEST * LARGEST)
+            highest *= 1.0 / (LARGEST * LARGEST)
         present = token < length
         tl.store(labels + token, tl.where(present, lowest, -1), mask=token < tokens)
-        tl.store(similarities + token, tl.where(present, most, 0.0), mask=token < tokens)
+        tl.store(similarities + token, tl.where(present, highest, 0.0), mask=token < tokens)
 
 
 @triton.jit
 def labels_at(labels, block, length, RUN: tl.constexpr, UNIT: tl.constexpr, SCAN: tl.constexpr):
     """([SCAN / RUN, RUN] labels, -1 beyond the length, and their tokens); a run belongs to one thread."""
     token = block * SCAN + tl.arange(0, SCAN // RUN)[:, None] * RUN + tl.arange(0, RUN)[None, :]
-    # Rounded up, within the row: a mask that all labels of a 16-byte load share.
+    # Rounded up, within the sequence's labels: a mask that all labels of a 16-byte load share.
     label = tl.load(labels + token, mask=token < tl.cdiv(length, UNIT) * UNIT, other=-1)
     return tl.where(token < length, label, -1), token
 
 
 @triton.jit(do_not_specialize=["units", *VARYING])
 def update_kernel(
-    values, labels, lengths, members, sums, sizes, units, clusters, row_stride: tl.int64, head_stride: tl.int64,
+    values, labels, lengths, members, sums, sizes, units, clusters, sequence_stride: tl.int64, head_stride: tl.int64,
     TOKEN_STRIDE: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
     RUN: tl.constexpr, LABELS: tl.constexpr, SCAN: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    first, head, row = tl.program_id(0) * GROUP, tl.program_id(1), tl.program_id(2)
-    pair = (row * tl.num_programs(1) + head).to(tl.int64)
-    length = tl.minimum(tl.load(lengths + row), units * LABELS)
+    first, head, sequence = tl.program_id(0) * GROUP, tl.program_id(1), tl.program_id(2)
+    pair = (sequence * tl.num_programs(1) + head).to(tl.int64)
+    length = tl.minimum(tl.load(lengths + sequence), units * LABELS)
     last = tl.minimum(first + GROUP, clusters)
     labels += pair * units * LABELS
 
@@ -127,7 +127,7 @@ def update_kernel(
 
     cluster = tl.arange(0, GROUP)
     dim = tl.arange(0, PADDED)
-    values += (row * row_stride + head * head_stride) * UNIT
+    values += (sequence * sequence_stride + head * head_stride) * UNIT
     total = tl.zeros([GROUP, ROWS, PADDED], tl.float32)
     size = tl.zeros([GROUP, ROWS], tl.int32)
     for block in range(0, tl.cdiv(listed, ROWS)):
@@ -139,11 +139,11 @@ def update_kernel(
         mine = (member >= 0)[None, :] & (member[None, :] % GROUP == cluster[:, None])
         total += tl.where(mine[:, :, None], value, 0.0)
         size += mine.to(tl.int32)
-    there = first + cluster < clusters
-    of_cluster = pair * clusters + first + cluster
-    inside = there[:, None] & (dim < WIDTH)[None, :]
-    tl.store(sums + of_cluster[:, None] * WIDTH + dim[None, :], tl.sum(total, 1), mask=inside)
-    tl.store(sizes + of_cluster, tl.sum(size, 1), mask=there)
+    valid = first + cluster < clusters
+    written = pair * clusters + first + cluster
+    inside = valid[:, None] & (dim < WIDTH)[None, :]
+    tl.store(sums + written[:, None] * WIDTH + dim[None, :], tl.sum(total, 1), mask=inside)
+    tl.store(sizes + written, tl.sum(size, 1), mask=valid)
 
 
 def assign(unit: Tensor, centroids: Tensor, lengths: Tensor, counts: Tensor, label: Tensor, similarity: Tensor) -> None:
@@ -185,8 +185,8 @@ def update(values: Tensor, labels: Tensor, lengths: Tensor, sums: Tensor, sizes:
 
 
 def strides(tokens: Tensor) -> tuple[int, int, int, int]:
-    """Of a row and a head, in units; of a token; the unit: 16 bytes where both are multiples, so that the compiler
-    knows every key to be aligned."""
+    """(stride of a sequence and of a head, both in units; stride of a token; the unit): 16 bytes where both strides are
+    multiples, so that the compiler knows every key to be aligned."""
     if tokens.shape[2] * tokens.stride(2) >= 2**31:
         raise ValueError(
             f"keys: received {tokens.shape[2]} tokens of stride {tokens.stride(2)}, expected a product below 2^31"

@@ -11,7 +11,7 @@ BITS = (2, 4, 8)
 STEP = {2: 0.9957, 4: 0.3352}
 """Distance of neighbouring levels that loses least of a normal distribution of deviation 1 (Max 1960)."""
 OFFSET = {2: 1.5, 4: 7.5, 8: 127.5}
-"""Of levels, from the whole numbers that they are stored as."""
+"""What a whole number, as it is stored, exceeds its level by."""
 LARGEST_SCALE = 65504.0
 """float16's largest number."""
 
@@ -84,8 +84,8 @@ def rotation(dims: int) -> Tensor:
     It spreads every dimension over all, so that those of a rotated vector are alike and few levels serve them alike
     (as the randomised Hadamard transform does, for any number of dimensions).
     """
-    at = torch.arange(dims, dtype=torch.float64)
-    cosines = torch.cos(math.pi / dims * at.unsqueeze(1) * (at + 0.5)) * math.sqrt(2 / dims)
+    dim = torch.arange(dims, dtype=torch.float64)
+    cosines = torch.cos(math.pi / dims * dim.unsqueeze(1) * (dim + 0.5)) * math.sqrt(2 / dims)
     cosines[0] *= math.sqrt(0.5)
     return cosines * _signs(dims)
 

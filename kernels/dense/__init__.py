@@ -1,4 +1,4 @@
-"""Decode attention over all tokens of each row: what the other operations are compared with, and fall back to."""
+"""Decode attention over all tokens of each sequence: other operations are compared with it, and fall back to it."""
 
 import torch
 from torch import Tensor
@@ -18,36 +18,34 @@ def dense(
     *,
     scaling: float,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
-    splits: int | None = None,
+    sink_logits: Tensor | None = None,
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention of one token's queries to the first `lengths` tokens of each row.
+    """Attention of one token's queries to the first `lengths` tokens of each sequence.
 
     Args:
         query: [B, Hkv, G, D].
         key, value: [B, Hkv, capacity, D] and [B, Hkv, capacity, Dv] in the query's dtype, stride 1 within a token.
         lengths: [B] int32, on the device; never waited for.
         scaling, softcap: logit = q·k scaling, then softcap tanh(logit / softcap).
-        sinks: [Hkv G] float32, one more logit per query head, of a token whose value is zero.
-        splits: parts per (row, KV head), on average over the rows; default: from the shapes.
+        sink_logits: [Hkv G] float32, one more logit per query head, of a token whose value is zero.
         out: contiguous, to be written and returned.
 
     Returns:
-        [B, Hkv, G, Dv] in the query's dtype; zeros for a row without tokens.
+        [B, Hkv, G, Dv] in the query's dtype; zeros for a sequence without tokens.
 
     Raises:
         ValueError: shapes or dtypes do not fit together, or the backend cannot run.
     """
     check_cache(query, key, value)
-    check_result(query, value.shape[-1], sinks, out)
+    check_result(query, value.shape[-1], sink_logits, out)
     check("lengths", lengths, torch.int32, [query.shape[0]])
     if choose(backend, query) == "reference":
-        result = reference.dense(query, key, value, lengths, scaling=scaling, softcap=softcap, sinks=sinks)
+        result = reference.dense(query, key, value, lengths, scaling=scaling, softcap=softcap, sink_logits=sink_logits)
         return result if out is None else out.copy_(result)
     from . import triton_kernel
 
     return triton_kernel.dense(
-        query, key, value, lengths, scaling=scaling, softcap=softcap, sinks=sinks, splits=splits, out=out
+        query, key, value, lengths, scaling=scaling, softcap=softcap, sink_logits=sink_logits, out=out
     )

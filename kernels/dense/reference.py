@@ -14,7 +14,7 @@ def dense(
     *,
     scaling: float,
     softcap: float | None,
-    sinks: Tensor | None,
+    sink_logits: Tensor | None,
 ) -> Tensor:
     held = torch.arange(key.shape[2], device=key.device) < lengths.view(-1, 1, 1, 1)
-    return softmax(query, key.unsqueeze(2), value.unsqueeze(2), held, scaling, softcap, sinks)
+    return softmax(query, key.unsqueeze(2), value.unsqueeze(2), held, scaling, softcap, sink_logits)

@@ -1,4 +1,4 @@
-"""Split-KV attention over the first tokens of each row: `attend`'s tile and merge, without its gather."""
+"""Split-KV attention over the first tokens of each sequence: `attend`'s tile and merge, without its gather."""
 
 import torch
 import triton
@@ -6,9 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attend.launch import STAGES, WARPS, logit_scales, tiles, units_tile
-from ..attend.merge_kernel import Planned, merge
-from ..attend.plan import part_of_plan
+from ..attend.merge_kernel import Partials, merge
 from ..attend.shapes import choose_splits
+from ..attend.split import part_of_program
 from ..attend.tile import absorb, empty_softmax, load_queries, store_partial
 from ..backend import device_of
 
@@ -16,7 +16,7 @@ SMALLEST = 256
 """Tokens that a partial result should stand for: four tiles, enough to fill the pipeline."""
 
 
-@triton.jit(do_not_specialize=["capacity", "rows", "splits"])
+@triton.jit(do_not_specialize=["capacity", "sequences", "splits"])
 def dense_kernel(
     out_ptr,
     lse_ptr,
@@ -27,15 +27,15 @@ def dense_kernel(
     scale,
     cap,
     capacity,
-    rows,
+    sequences,
     splits,
-    key_row: tl.int64,
+    key_sequence: tl.int64,
     key_head: tl.int64,
     key_step: tl.int64,
-    value_row: tl.int64,
+    value_sequence: tl.int64,
     value_head: tl.int64,
     value_step: tl.int64,
-    ROWS: tl.constexpr,
+    SEQUENCES: tl.constexpr,
     QUERIES: tl.constexpr,
     QUERY_TILE: tl.constexpr,
     TOKEN_TILE: tl.constexpr,
@@ -46,14 +46,14 @@ def dense_kernel(
     CAPPED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One program: a part of one row's tokens, for one KV head."""
+    """One program: a part of one sequence's tokens, for one KV head."""
     part, head = tl.program_id(0), tl.program_id(1)
-    row, begin, end = part_of_plan(lengths_ptr, part, rows, capacity, splits, ROWS, TOKEN_TILE)
-    if row >= rows:
+    sequence, begin, end = part_of_program(lengths_ptr, part, sequences, capacity, splits, SEQUENCES, TOKEN_TILE)
+    if sequence >= sequences:
         return
-    key_ptr += row * key_row + head * key_head
-    value_ptr += row * value_row + head * value_head
-    group = row * tl.num_programs(1) + head
+    key_ptr += sequence * key_sequence + head * key_head
+    value_ptr += sequence * value_sequence + head * value_head
+    group = sequence * tl.num_programs(1) + head
     queries = load_queries(query_ptr, group, QUERIES, QUERY_TILE, D, D_TILE, UPCAST)
     best, mass, total = empty_softmax(QUERY_TILE, DV_TILE)
     for first in range(begin, end, TOKEN_TILE):
@@ -74,36 +74,35 @@ def dense(
     *,
     scaling: float,
     softcap: float | None,
-    sinks: Tensor | None,
-    splits: int | None,
+    sink_logits: Tensor | None,
     out: Tensor | None,
 ) -> Tensor:
-    rows, heads, capacity, width = value.shape
-    splits = splits or choose_splits(rows * heads, capacity, SMALLEST, query.device)
+    sequences, heads, capacity, width = value.shape
+    splits = choose_splits(sequences * heads, capacity, SMALLEST, query.device)
     sizes = tiles(query, value, query.shape[2])
-    slots = rows * splits + rows - 1
-    own_out = torch.empty(heads, slots, query.shape[2], width, dtype=torch.float32, device=query.device)
-    own_lse = torch.empty(heads, slots, query.shape[2], dtype=torch.float32, device=query.device)
+    slots = sequences * splits + sequences - 1
+    partial_out = torch.empty(heads, slots, query.shape[2], width, dtype=torch.float32, device=query.device)
+    partial_lse = torch.empty(heads, slots, query.shape[2], dtype=torch.float32, device=query.device)
     lengths = lengths.contiguous()
     with device_of(query):
         dense_kernel[(slots, heads)](
-            own_out,
-            own_lse,
+            partial_out,
+            partial_lse,
             query.contiguous(),
             key,
             value,
             lengths,
             *logit_scales(scaling, softcap),
             capacity,
-            rows,
+            sequences,
             splits,
             *key.stride()[:3],
             *value.stride()[:3],
-            ROWS=units_tile(rows),
+            SEQUENCES=units_tile(sequences),
             CAPPED=softcap is not None,
             **sizes,
             num_warps=WARPS,
             num_stages=STAGES,
         )
-    own = Planned(own_out, own_lse, lengths, capacity, splits, sizes["TOKEN_TILE"])
-    return merge(own, sinks, query, out)
+    partials = Partials(partial_out, partial_lse, lengths, capacity, splits, sizes["TOKEN_TILE"])
+    return merge(partials, sink_logits, query, out)

@@ -22,14 +22,15 @@ def select(
     arrivals: Tensor | None = None,
     backend: str = "auto",
 ) -> Selection:
-    """The k largest scores of each row; of equal ones, the lowest index first. -inf and NaN are never chosen.
+    """The k largest scores of each row, a row being those of one (sequence, KV head); of equal ones, the lowest index
+    first. -inf and NaN are never chosen.
 
     Args:
         scores: [B, Hkv, S] float16 or float32, contiguous along S, other strides as they come. What stands beyond a
-            row's length does not matter.
+            sequence's length does not matter.
         k: from 1, or [B] int32 on the same device (below 0 is taken as 0); no new kernel is compiled for another k.
-        lengths: [B] int32 on the same device: scores of each row, at most S.
-        capacity_out: K, the slots of a row's result; k where it is not given. Of a larger k only the K best are taken.
+        lengths: [B] int32 on the same device: tokens of each sequence, at most S.
+        capacity_out: K, the slots of a row's result; default k. Where k is larger, only the K best are taken.
         out: (index, count), written and returned instead of new tensors; contiguous.
         arrivals: [B · Hkv] int32, zero before the call and after it: the caller's workspace, for one call at a time.
             Without it a call on rows longer than 8192 begins with a launch that zeroes its own.

@@ -53,7 +53,7 @@ def kth_listed(
 ):  # fmt: skip
     """(the k-th largest key, how many are larger) of a list of any length, by digits: one pass over it for each.
 
-    From 1 to total for k; the whole list reaches `lowest`.
+    k is from 1 to total, and all keys of the list reach `lowest`.
     """
     bin = tl.arange(0, BINS)
     end = HIGHEST + 1  # the k-th largest is in [lowest, end)
@@ -77,6 +77,6 @@ def kth_listed(
         digit = tl.sum((reaching >= k).to(tl.int32), 0) - 1
         larger += tl.sum(tl.where(bin > digit, counts, 0), 0)
         lowest += digit << shift
-        rest = (end - lowest).to(tl.uint32, bitcast=True)
-        end = lowest + tl.minimum(rest, (1 << shift).to(tl.uint32)).to(tl.int32)
+        remaining = (end - lowest).to(tl.uint32, bitcast=True)
+        end = lowest + tl.minimum(remaining, (1 << shift).to(tl.uint32)).to(tl.int32)
     return lowest, larger

@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def ordered(score):
-    """int32, in the order of the scores; the same for both zeros. What NaN becomes has no meaning."""
+    """int32, in the order of the scores; the same for both zeros; meaningless for NaN."""
     if score.dtype.primitive_bitwidth == 16:
         bits = score.to(tl.int16, bitcast=True).to(tl.int32)
         key = tl.where(bits >= 0, bits, -32768 - bits)
@@ -26,7 +26,7 @@ def positions(start, TILE: tl.constexpr, RUN: tl.constexpr):
 
 @triton.jit
 def keys_at(row, position, end, LOWEST: tl.constexpr, UNIT: tl.constexpr):
-    """Keys of a row's scores; LOWEST for those that nothing may choose: -inf, NaN, and from `end` on."""
+    """Keys of a row's scores; LOWEST for those that are never chosen: -inf, NaN, and all from `end` on."""
     # Rounded up to UNIT, within the row: a mask that all scores of a 16-byte load share.
     score = tl.load(row + position, mask=position < tl.cdiv(end, UNIT) * UNIT, other=float("-inf"))
     return tl.where((position < end) & (score > float("-inf")), ordered(score), LOWEST)

@@ -10,10 +10,10 @@ from .listing import kth_listed, list_reaching, listed_at
 from .tile import count_of, keys_at, kth_largest, positions, sampled_bound, write_chosen
 
 TILE = 8192
-"""Scores that one program holds in registers: rows no longer than this, and lists as short, are selected from there."""
+"""Scores that one program holds in registers: rows and lists that are no longer are selected from there."""
 SAMPLE = 2048
 RUN = 8
-"""Neighbours of one thread, 16 bytes of float16."""
+"""Neighbouring scores of one thread, 16 bytes of float16."""
 BINS = 256
 MOST_PARTS = 16
 GRAIN = 256
@@ -23,24 +23,24 @@ PROGRAMS = 128
 """Programs that a launch aims at: one on each of 132 multiprocessors, whose registers it fills."""
 WARPS = 16
 KEYS = {torch.float16: (-(1 << 15), 0x7C00), torch.float32: (-(1 << 31), 0x7F800000)}
-"""What stores a key, the key that nothing may choose, and infinity's."""
+"""By the scores' dtype: the key that is never chosen, and infinity's."""
 
 
-@triton.jit(do_not_specialize=["k", "parts", "heads", "units", "slots", "most_share", "scores_row", "scores_head"])
+@triton.jit(do_not_specialize=["k", "parts", "heads", "units", "slots", "most_share", "scores_sequence", "scores_head"])
 def select_kernel(
     scores, lengths, k, index, count, entries, taken, arrivals,
-    parts, heads, units, slots, most_share, scores_row: tl.int64, scores_head: tl.int64,
-    PER_ROW: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr,
+    parts, heads, units, slots, most_share, scores_sequence: tl.int64, scores_head: tl.int64,
+    PER_SEQUENCE: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr,
     SAMPLE: tl.constexpr, RUN: tl.constexpr, BINS: tl.constexpr, MOST_PARTS: tl.constexpr, GRAIN: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0) // parts
     part = tl.program_id(0) % parts
-    batch, head = pair // heads, pair % heads
-    row = scores + (batch * scores_row + head * scores_head) * UNIT
+    sequence, head = pair // heads, pair % heads
+    row = scores + (sequence * scores_sequence + head * scores_head) * UNIT
     index += pair.to(tl.int64) * slots
 
-    budget = tl.maximum(tl.minimum(tl.load(k + batch) if PER_ROW else k, slots), 0)
-    length = tl.where(budget > 0, tl.minimum(tl.load(lengths + batch), units * UNIT), 0)
+    budget = tl.maximum(tl.minimum(tl.load(k + sequence) if PER_SEQUENCE else k, slots), 0)
+    length = tl.where(budget > 0, tl.minimum(tl.load(lengths + sequence), units * UNIT), 0)
     bound = tl.full((), LOWEST + 1, tl.int32)  # what every score that can be chosen reaches
     if length <= TILE:
         if part == 0:
@@ -63,8 +63,8 @@ def select_kernel(
         tl.debug_barrier()  # every thread's part of the list is written before the one that counts says so
         if tl.atomic_add(arrivals + pair, 1, sem="acq_rel") == parts - 1:
             tl.store(arrivals + pair, 0)
-            each = tl.arange(0, MOST_PARTS)
-            total = tl.sum(tl.load(taken + each, mask=each < parts, other=0, cache_modifier=".cg"), 0)
+            every_part = tl.arange(0, MOST_PARTS)
+            total = tl.sum(tl.load(taken + every_part, mask=every_part < parts, other=0, cache_modifier=".cg"), 0)
             lists = parts
             if (total < budget) & (bound > LOWEST + 1):  # the sample misled: list all, as one part
                 bound = tl.full((), LOWEST + 1, tl.int32)
@@ -101,7 +101,7 @@ def select_list(
     bound, budget, total, entries, taken, parts, share, index, LOWEST: tl.constexpr, HIGHEST: tl.constexpr,
     MOST_PARTS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """As `select_tile`, for a list of any length, all of which reaches `bound`."""
+    """As `select_tile`, for a list of any length whose keys all reach `bound`."""
     k = tl.minimum(budget, total)
     lowest, larger = bound - 1, k
     if total > k:
@@ -128,7 +128,7 @@ def finish(written, index, slots, count, TILE: tl.constexpr):
 
 
 def parts_of(pairs: int, tokens: int) -> int:
-    """Programs of each (row, head), from shapes alone: see README.md."""
+    """Programs of each (sequence, head), from shapes alone: see README.md."""
     if tokens <= TILE:
         return 1
     return max(1, min(PROGRAMS // pairs, MOST_PARTS, triton.cdiv(tokens, SMALLEST_PART)))
@@ -157,6 +157,6 @@ def select(
             scores, lengths, k, index, count, entries, taken, arrivals,
             parts, heads, tokens // unit, index.shape[-1], most_share,
             scores.stride(0) // unit, scores.stride(1) // unit,
-            PER_ROW=isinstance(k, Tensor), LOWEST=lowest, HIGHEST=highest, UNIT=unit, TILE=TILE, SAMPLE=SAMPLE,
+            PER_SEQUENCE=isinstance(k, Tensor), LOWEST=lowest, HIGHEST=highest, UNIT=unit, TILE=TILE, SAMPLE=SAMPLE,
             RUN=RUN, BINS=BINS, MOST_PARTS=MOST_PARTS, GRAIN=GRAIN, num_warps=WARPS,
         )  # fmt: skip

@@ -15,7 +15,7 @@ class Arguments:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     names: tuple[str, ...]
-    """Of the arguments by position; () where nothing tells them."""
+    """Names of the positional parameters, at least of those in `args`; () where they are unknown."""
 
     @classmethod
     def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
@@ -26,7 +26,7 @@ class Arguments:
         return len(self.args) <= len(self.names)
 
     def get(self, name: str) -> Any:
-        """None: not given."""
+        """The argument of this name; None: not given."""
         if name in self.names[: len(self.args)]:
             return self.args[self.names.index(name)]
         return self.kwargs.get(name)
@@ -45,8 +45,8 @@ class Arguments:
 def positions(module: nn.Module) -> tuple[str, ...]:
     """The names of forward's positional parameters.
 
-    A forward of `*args` hands them on, as a rule to the class that it overrides: the first forward that names all of
-    its parameters tells.
+    A forward of `*args` usually hands them on to the class that it overrides: the names are those of the first forward
+    without `*args`.
     """
     inherited = [vars(kind)["forward"] for kind in type(module).__mro__ if "forward" in vars(kind)]
     candidates = [(module.forward, 0), *((forward, 1) for forward in inherited)]  # functions of a class take self, too

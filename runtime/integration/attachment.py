@@ -44,9 +44,9 @@ class Attachment:
     """Its rotary embeddings that depend on the number of tokens."""
     users: int = 0
     compressed: Compressed | None = None
-    """None: only the model's caches are."""
+    """None: no `compress` is in force, and only calls that are given a compressed cache use one."""
     calls: InFlight | None = None
-    """None: they may begin with our masks and go on with the model's own attention, which are of one kind."""
+    """Calls that have not ended. None: nobody waits for them, as the model's own attention takes the same masks."""
     _closed: bool = False
 
     def release(self) -> None:
@@ -55,7 +55,7 @@ class Attachment:
             self.close_unused()
 
     def close_unused(self) -> None:
-        """Leave the model as it was found, once nobody needs it otherwise."""
+        """Leave the model as it was found, once there are no users and no calls in flight."""
         with LOCK:
             if self.users == 0 and not self.calls and not self._closed:
                 self._closed = True
@@ -63,10 +63,10 @@ class Attachment:
                 self.route.close()
 
     def take_compressed(self) -> Compressed | None:
-        """What was asked of the model's calls, and no longer is."""
+        """Forget what `compress` asked of the model's calls, and return it."""
         with LOCK:
-            found, self.compressed = self.compressed, None
-        return found
+            compressed, self.compressed = self.compressed, None
+        return compressed
 
 
 _ATTACHED: weakref.WeakKeyDictionary[Any, Attachment] = weakref.WeakKeyDictionary()
@@ -78,14 +78,14 @@ def attached(model: Any) -> Attachment | None:
 
 def attach(model: Any) -> Attachment:
     with LOCK:
-        found = _ATTACHED.get(model)
-        if found is None:
+        attachment = _ATTACHED.get(model)
+        if attachment is None:
             refuse_captured(model)
             attention_layers(model)  # refuses what cannot be attached to
-            found = _ATTACHED[model] = _attach(model)
-        found.route.renew()
-        found.users += 1
-        return found
+            attachment = _ATTACHED[model] = _attach(model)
+        attachment.route.renew()
+        attachment.users += 1
+        return attachment
 
 
 def _attach(model: Any) -> Attachment:
@@ -94,32 +94,32 @@ def _attach(model: Any) -> Attachment:
     def now() -> Attachment | None:
         return None if (model := owner()) is None else _ATTACHED.get(model)
 
-    own, found = implementation(model), rotations(model)
+    own_attention, model_rotations = implementation(model), rotations(model)
     route = Route(model, attached_name).open()
     # The backbone too: it may be called by itself.
     parts = weakref.WeakSet((model, backbone(model)))
     before, after = Before(now, owner, parts), After(now)
-    calls = InFlight() if own != "sdpa" else None
+    calls = InFlight() if own_attention != "sdpa" else None
     hooks: list[Any] = []
     try:
         for part in parts:
             hooks.append(part.register_forward_pre_hook(before, with_kwargs=True))
             if calls is not None:
                 hooks.append(part.register_forward_hook(after, always_call=True))
-        check = GenerationCheck.install(model, found)
+        check = GenerationCheck.install(model, model_rotations)
     except BaseException:  # an interrupt, too: the model is left as it was found
-        for each in hooks:
-            each.remove()
+        for hook in hooks:
+            hook.remove()
         route.close()
         raise
 
     def remove() -> None:
-        for each in hooks:
-            each.remove()
+        for hook in hooks:
+            hook.remove()
         if (model := owner()) is not None:  # a cache may outlive its model, whose entry went with it
             _ATTACHED.pop(model, None)
             if check is not None:
                 check.remove(model)
 
     checkpointed = weakref.WeakSet(part for part in model.modules() if hasattr(part, "gradient_checkpointing"))
-    return Attachment(route, remove, checkpointed, found, calls=calls)
+    return Attachment(route, remove, checkpointed, model_rotations, calls=calls)

@@ -13,7 +13,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...artifacts import KvcalError
-from ..attention import Logits, attention
+from ..attention import SoftmaxSpec, attention
 from .implementations import PREFIX, delegate, stood_for
 from .masks import needed_only
 
@@ -22,7 +22,7 @@ WATCHES: dict[int, Callable[..., object]] = {}
 
 
 class _WithoutGradient(torch.autograd.Function):
-    """The first argument, with a backward pass that says that there is none, where it would leave attention out."""
+    """Returns its first argument; its backward pass raises, as gradients would silently leave attention out."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
@@ -54,25 +54,25 @@ def attend(
     if kwargs.get("position_bias") is not None:
         raise KvcalError(f"{type(module).__name__}: attention with a position bias is not supported")
     layer = getattr(key, "kvcal_layer", None)
-    logits = Logits(query.shape[-1] ** -0.5 if scaling is None else float(scaling), softcap, s_aux)
+    spec = SoftmaxSpec(query.shape[-1] ** -0.5 if scaling is None else float(scaling), softcap, s_aux)
     if layer is not None:
-        out = layer.attend(query, mask, logits)
+        out = layer.attend(query, mask, spec)
         if torch.is_grad_enabled() and query.requires_grad:
             out = _WithoutGradient.apply(out, query)
         return out.transpose(1, 2).contiguous(), None
     settings = {"dropout": dropout, "scaling": scaling, **kwargs}
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4):
-        # A call that began before the model was attached has its own implementation's mask.
+        # A call that began before the model was attached has the mask of the model's own implementation.
         return _own(module)(module, query, key, value, mask, softcap=softcap, s_aux=s_aux, **settings)
     if eager and (function := delegate("eager", module)) is not None:
         special = {name: given for name, given in (("softcap", softcap), ("s_aux", s_aux)) if given is not None}
         added = _added(mask, query, key, _is_causal(module, kwargs))
         out, weights = function(module, query, key, value, added, **special, **settings)
         return out, weights
-    if logits.plain:
+    if spec.plain:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **settings)
     causal = _is_causal(module, kwargs) and mask is None and query.shape[2] > 1
-    return attention(query, key, value, logits, mask, causal=causal).transpose(1, 2).contiguous(), None
+    return attention(query, key, value, spec, mask, causal=causal).transpose(1, 2).contiguous(), None
 
 
 @torch.compiler.disable
@@ -102,12 +102,12 @@ def _added(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> Ten
 
 
 def attend_eagerly(*call: Any, **settings: Any) -> tuple[Tensor, Tensor | None]:
-    """`attend`, of models whose own attention is eager."""
+    """`attend`, for models whose own attention is eager."""
     return attend(*call, **settings, eager=True)
 
 
 def attached_name(before: str) -> str:
-    """The implementation of ours for models that have another."""
+    """The name of our implementation, for models whose own is `before`."""
     return f"{PREFIX}attached_eager" if before == "eager" else f"{PREFIX}attached"
 
 

@@ -19,7 +19,7 @@ from ..cla import check_methods, with_bases
 from ..loading import check_model
 from ..methods import KEEPING, Method
 from ..planned import chosen, naming
-from ..settings import builders, describe, name_of, plan
+from ..settings import builders, describe, methods_by_layer, name_of
 from ..sharing import SharingMap
 from ..store import Store
 from ..wrapped import unwrapped
@@ -36,21 +36,21 @@ from .support import attention_layers
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Blueprint:
     """What every cache of a context is made from."""
 
     methods: Mapping[int, Method]
     builders: Mapping[int, Callable[[], Store]]
     artifact: Artifact | None
     layers: int
-    """Of the model."""
+    """How many the model has."""
     groups: SharingMap = field(default_factory=lambda: SharingMap(()))
     """Which layers read the store of another; empty where none does."""
     sharing: str | None = None
-    """The sharing's `identity`."""
+    """`Sharing.identity` of the model; None: its layers share nothing."""
 
     @classmethod
-    def of(cls, model: Any, artifact: Artifact | None, method: Any, settings: Mapping[str, Any]) -> Recipe:
+    def of(cls, model: Any, artifact: Artifact | None, method: Any, settings: Mapping[str, Any]) -> Blueprint:
         check_artifact(artifact, model)
         head_dims = [layer.head_dim for layer in attention_layers(model)]
         layers, total = full_attention_layers(model)
@@ -67,13 +67,13 @@ class Recipe:
         if groups.shared and from_plan:
             raise KvcalError("the plan of this artifact is for layers that do not share: name a method, e.g. 'loki'")
         with naming(artifact if from_plan else None):
-            methods = plan(named, settings, layers, total, keys_are_shared=bool(groups.shared))
+            methods = methods_by_layer(named, settings, layers, total, keys_are_shared=bool(groups.shared))
         fitted = artifact
         if sharing:
             check_methods(groups, methods, sharing.bases)
             if artifact is not None and sharing.bases is not None:
                 fitted = with_bases(artifact, sharing.bases)
-        storing = {layer: own for layer, own in methods.items() if groups.storing_of(layer) == layer}
+        storing = {layer: its_method for layer, its_method in methods.items() if groups.storing_of(layer) == layer}
         with naming(artifact if from_plan else None):
             made = builders(storing, head_dims, fitted)
         for group in groups.shared:
@@ -94,43 +94,43 @@ class CompressedCache(DynamicCache):
 
     def __init__(self, model: Any, artifact: Artifact | None = None, method: Any = None, **settings: Any) -> None:
         model = unwrapped(model)
-        self._begin(model, Recipe.of(model, artifact, method, settings))
+        self._begin(model, Blueprint.of(model, artifact, method, settings))
 
     @classmethod
-    def of(cls, model: Any, recipe: Recipe) -> CompressedCache:
-        """An empty cache of a recipe that was checked before."""
+    def of(cls, model: Any, blueprint: Blueprint) -> CompressedCache:
+        """An empty cache of a blueprint that was checked before."""
         cache = cls.__new__(cls)
-        cache._begin(model, recipe)
+        cache._begin(model, blueprint)
         return cache
 
-    def _begin(self, model: Any, recipe: Recipe) -> None:
+    def _begin(self, model: Any, blueprint: Blueprint) -> None:
         super().__init__(config=model.config)
-        if len(self.layers) != recipe.layers:
+        if len(self.layers) != blueprint.layers:
             raise KvcalError(
-                f"this model has {len(self.layers)} layers now and had {recipe.layers} when it was compressed: early "
-                "exit is not supported"
+                f"this model has {len(self.layers)} layers now and had {blueprint.layers} when it was compressed: "
+                "early exit is not supported"
             )
-        self.recipe = recipe
+        self.blueprint = blueprint
         self.check_sharing(model)
         self.call = Call(weakref.ref(model))
-        stored = {layer: CompressedLayer(layer, build, self.call) for layer, build in recipe.builders.items()}
-        for layer in recipe.methods:
-            storing = recipe.groups.storing_of(layer)
-            own = storing == layer
-            self.layers[layer] = stored[layer] if own else ReadingLayer(layer, stored[storing], self.call)
-        held = attach(model)
-        self._release = weakref.finalize(self, held.release)
-        self.call.rotations = held.rotations
+        stored = {layer: CompressedLayer(layer, build, self.call) for layer, build in blueprint.builders.items()}
+        for layer in blueprint.methods:
+            storing = blueprint.groups.storing_of(layer)
+            is_storing = storing == layer
+            self.layers[layer] = stored[layer] if is_storing else ReadingLayer(layer, stored[storing], self.call)
+        attachment = attach(model)
+        self._release = weakref.finalize(self, attachment.release)
+        self.call.rotations = attachment.rotations
 
     @property
     def stores(self) -> dict[int, Store]:
-        """By layer; layers with a sliding window have none, layers that share keys and values have the same."""
-        return {index: layer.store for index, layer in enumerate(self.layers) if isinstance(layer, CompressedLayer)}
+        """By layer; layers with a sliding window have none, layers that share keys and values have the same one."""
+        return {layer.layer_idx: layer.store for layer in self.layers if isinstance(layer, CompressedLayer)}
 
     @property
     def observer(self) -> Observer | None:
         """Called after the attention of every decoded token in every compressed layer, for measurements:
-        (layer, store, query [B, Hq, 1, D], key [B, Hkv, 1, D], value, logits, output [B, Hq, 1, Dv])."""
+        (layer, store, query [B, Hq, 1, D], key [B, Hkv, 1, D], value, spec, output [B, Hq, 1, Dv])."""
         return self.call.observer
 
     @observer.setter
@@ -138,19 +138,19 @@ class CompressedCache(DynamicCache):
         self.call.observer = observer
 
     def resident_bytes(self) -> int:
-        """Bytes that the cache holds now, all layers and rows, the slack of growing buffers included."""
+        """Bytes that the cache holds now, all layers and sequences, the slack of growing buffers included."""
         return sum(store.resident_bytes() for store in set(self.stores.values())) + self._stock_bytes()
 
     def bytes_read(self) -> int:
-        """Bytes of the cache that the last decoded step read, all layers and rows."""
+        """Bytes of the cache that the last decoded step read, all layers and sequences."""
         compressed = [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
         return sum(layer.reading() for layer in compressed) + self._stock_bytes()
 
     def device_hits(self) -> tuple[int, int]:
         """Of an offloaded cache: (tokens read that lay on the device already, tokens read), of all heads and steps."""
-        found = [store.buffers.device_cache for store in set(self.stores.values())]
-        hits = sum(cache.hits for cache in found if cache)
-        return hits, hits + sum(cache.misses for cache in found if cache)
+        caches = [store.buffers.device_cache for store in set(self.stores.values())]
+        hits = sum(cache.hits for cache in caches if cache)
+        return hits, hits + sum(cache.misses for cache in caches if cache)
 
     def adopt(self, full: CompressedCache) -> None:
         """Start from the tokens of another cache of the same model, so that several caches share one prefill.
@@ -161,26 +161,26 @@ class CompressedCache(DynamicCache):
         """
         if full.call.model() is not self.call.model():
             raise KvcalError("adopt: that is a cache of another model")
-        if full.recipe.sharing != self.recipe.sharing:
+        if full.blueprint.sharing != self.blueprint.sharing:
             raise KvcalError("adopt: in that cache other layers share keys and values than in this one")
         if self.get_seq_length():
             raise KvcalError("adopt: this cache holds tokens already: begin with an empty one")
-        if not all(method.keeps_all_tokens for method in full.recipe.methods.values()) or not all(
+        if not all(method.keeps_all_tokens for method in full.blueprint.methods.values()) or not all(
             store.policy.keeps_keys_values for store in full.stores.values()
         ):
             raise KvcalError("adopt: that cache does not keep keys and values as they came: give one of method full")
         if not full.get_seq_length():
             return
         self.call.length = full.call.length
-        for layer, other in zip(self.layers, full.layers, strict=True):
+        for layer, full_layer in zip(self.layers, full.layers, strict=True):
             if isinstance(layer, CompressedLayer):
-                layer.adopt(other)
+                layer.adopt(full_layer)
             else:
-                vars(layer).update(vars(other))
+                vars(layer).update(vars(full_layer))
 
     def make_room(self) -> None:
-        """Let the methods that forget tokens do so now, as at the next decoded step: what is fed next, however many
-        tokens at once, has no say in it."""
+        """Let the methods that evict tokens do so now, as at the next decoded step, so that what is fed next, however
+        many tokens at once, has no influence on it."""
         for store in set(self.stores.values()):
             store.make_room()
 
@@ -188,11 +188,11 @@ class CompressedCache(DynamicCache):
         """Write the cache, so that a long prompt is prefilled once; `load` continues from it."""
         self.check_length(self._longest())
         tensors: dict[str, Tensor] = {}
-        for index, layer in enumerate(self.layers):
+        for layer_idx, layer in enumerate(self.layers):
             state = _state(layer)
-            tensors |= {f"layers.{index}.{name}": tensor for name, tensor in state.items()}
-        recipe = self.recipe
-        write_snapshot(folder, tensors, self.call.model(), recipe.methods, recipe.artifact, recipe.groups)
+            tensors |= {f"layers.{layer_idx}.{name}": tensor for name, tensor in state.items()}
+        blueprint = self.blueprint
+        write_snapshot(folder, tensors, self.call.model(), blueprint.methods, blueprint.artifact, blueprint.groups)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], model: Any, artifact: Artifact | None = None) -> CompressedCache:
@@ -209,11 +209,11 @@ class CompressedCache(DynamicCache):
             states = by_layer(tensors, len(cache.layers))
             check_layers(cache.layers, states, artifact.layers if artifact else ())
             for layer, state in zip(cache.layers, states, strict=True):
-                here = {name: tensor.to(model.device) for name, tensor in state.items()}
+                on_device = {name: tensor.to(model.device) for name, tensor in state.items()}
                 if isinstance(layer, CompressedLayer):
-                    layer.restore(here)
+                    layer.restore(on_device)
                 else:
-                    restore_stock(layer, here)
+                    restore_stock(layer, on_device)
         except torch.OutOfMemoryError:
             raise
         except (KvcalError, LookupError, ValueError, TypeError, RuntimeError, OverflowError) as error:
@@ -229,25 +229,25 @@ class CompressedCache(DynamicCache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCache:
         """A cache of its own, so that one prompt can be continued several times; the artifact stays shared."""
-        twin = CompressedCache.of(self.call.model(), self.recipe)
+        twin = CompressedCache.of(self.call.model(), self.blueprint)
         twin.call.recording, twin.call.speculates = self.call.recording, self.call.speculates
         twin.call.length = self.call.length
-        for index, layer in enumerate(self.layers):
+        for layer_idx, layer in enumerate(self.layers):
             if isinstance(layer, CompressedLayer):
-                twin.layers[index].restore({name: tensor.clone() for name, tensor in _state(layer).items()})
+                twin.layers[layer_idx].restore({name: tensor.clone() for name, tensor in _state(layer).items()})
                 if layer.is_initialized and not isinstance(layer, ReadingLayer):
-                    twin.layers[index].to(layer.device)
+                    twin.layers[layer_idx].to(layer.device)
             else:
-                twin.layers[index] = copy.deepcopy(layer, memo)
+                twin.layers[layer_idx] = copy.deepcopy(layer, memo)
         return twin
 
     def check_sharing(self, model: Any) -> None:
         """Raises KvcalError when the model's layers share keys and values otherwise than when this was made."""
         now = sharing_of(model)
-        if (now.identity if now else None) != self.recipe.sharing:
+        if (now.identity if now else None) != self.blueprint.sharing:
             made, found = (
                 f"in groups {groups}" if groups.shared else "in none"
-                for groups in (self.recipe.groups, now.map if now else SharingMap(()))
+                for groups in (self.blueprint.groups, now.map if now else SharingMap(()))
             )
             weights = ", with other weights" if made == found else ""
             raise KvcalError(
@@ -263,7 +263,7 @@ class CompressedCache(DynamicCache):
             self.call.length = length
 
     def check_length(self, length: int) -> None:
-        """Raises KvcalError when the keys held are rotated otherwise than those of a row of `length` tokens."""
+        """Raises KvcalError when the keys held are rotated otherwise than those of a sequence of `length` tokens."""
         if self.call.rotations and self.get_seq_length():
             refuse_change(self.call.rotations, self.call.model(), self.call.length, length)
 
@@ -285,10 +285,10 @@ class CompressedCache(DynamicCache):
         self.call.recording = self.call.speculates = True
 
     def __repr__(self) -> str:
-        return f"CompressedCache({self.get_seq_length()} tokens, {describe(self.recipe.methods)})"
+        return f"CompressedCache({self.get_seq_length()} tokens, {describe(self.blueprint.methods)})"
 
     def _longest(self) -> int:
-        """Tokens of the longest row, without padding."""
+        """Tokens of the longest sequence, without padding."""
         valid = next((store.valid for store in self.stores.values()), None)
         return self.get_seq_length() if valid is None else int(valid.sum(1).max())
 
@@ -299,7 +299,7 @@ class CompressedCache(DynamicCache):
 
 
 def check_artifact(artifact: Artifact | None, model: Any) -> None:
-    """Raises KvcalError: a name, or an artifact of another model."""
+    """Raises KvcalError: a file's name, or an artifact of another model."""
     if isinstance(artifact, (str, os.PathLike)):
         raise KvcalError(f"{artifact}: give a loaded artifact, kvcal.runtime.load({str(artifact)!r}), not its name")
     if artifact is not None:
@@ -307,7 +307,7 @@ def check_artifact(artifact: Artifact | None, model: Any) -> None:
 
 
 def _state(layer: Any) -> dict[str, Tensor]:
-    """What a layer of a cache holds itself."""
+    """The state of what a layer itself holds; {} for one that reads another layer's store."""
     if isinstance(layer, ReadingLayer):
         return {}
     return layer.store.state() if isinstance(layer, CompressedLayer) else stock_state(layer)

@@ -1,4 +1,4 @@
-"""What a forward call of an attached model is given, as its pre-hook sees it."""
+"""Hooks on the forward calls of an attached model: which cache a call gets, and whether it can go on from its own."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 NOTHING = (getattr, (contextlib.nullcontext(), "__exit__"))
-"""What copies and pickles of a model have in the place of our hooks, as of `__reduce__`: they are plain models. A
-callable that takes what a hook is given and returns None, of Python's own, so that a pickle needs nothing of ours."""
+"""What `__reduce__` puts in the place of our hooks, as copies and pickles of a model are plain models: a callable of
+Python's own that takes a hook's arguments and returns None, so that a pickle needs nothing of ours."""
 
 
 class InFlight:
@@ -45,17 +45,17 @@ class InFlight:
             self._parts.discard((threading.get_ident(), id(module)))
 
     def forget_own(self) -> None:
-        """Of this thread: a call that was interrupted by Ctrl-C does not tell that it has ended."""
-        own = threading.get_ident()
+        """Forget the calls of this thread: one that Ctrl-C interrupted has ended without calling `end`."""
+        thread = threading.get_ident()
         with LOCK:
-            self._parts = {part for part in self._parts if part[0] != own}
+            self._parts = {part for part in self._parts if part[0] != thread}
 
     def __bool__(self) -> bool:
         return bool(self._parts)
 
 
 class After:
-    """A forward hook, called after an exception, too."""
+    """A forward hook that marks a call as ended, after an exception, too."""
 
     def __init__(self, attached: Callable[[], Attachment | None]):
         self._attached = attached
@@ -65,9 +65,9 @@ class After:
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if (found := self._attached()) is not None and found.calls is not None:
-            found.calls.end(module)
-            found.close_unused()
+        if (attachment := self._attached()) is not None and attachment.calls is not None:
+            attachment.calls.end(module)
+            attachment.close_unused()
 
 
 class Before:
@@ -82,44 +82,48 @@ class Before:
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         model: Any = self._owner()
-        if (found := self._attached()) is None:  # the last cache was collected as this call began
+        if (attachment := self._attached()) is None:  # the last cache was collected as this call began
             return None
-        if found.calls is not None:
-            found.calls.begin(module)
+        if attachment.calls is not None:
+            attachment.calls.begin(module)
         given = Arguments.of(module, args, kwargs)
         past = given.get("past_key_values")
         if isinstance(getattr(past, "call", None), Call):
-            _check(model, found, module in self._parts)
+            _check(model, attachment, module in self._parts)
             _continue(model, module, given)
             return None
-        if module not in self._parts or not _begins(model, found, given):
+        if module not in self._parts or not _begins(model, attachment, given):
             return None
-        assert found.compressed is not None
-        _check(model, found, True)
-        args, kwargs = given.replaced(past_key_values=_begin(model, found.compressed.begin, given), use_cache=True)
+        assert attachment.compressed is not None
+        _check(model, attachment, True)
+        args, kwargs = given.replaced(past_key_values=_begin(model, attachment.compressed.begin, given), use_cache=True)
         return args, kwargs
 
 
-def _check(model: Any, found: Attachment, ours: bool) -> None:
-    """Raises KvcalError where a call would leave its compressed cache aside."""
-    if not ours:
+def _check(model: Any, attachment: Attachment, of_model: bool) -> None:
+    """Raises KvcalError where a call would ignore its compressed cache.
+
+    Args:
+        of_model: whether the module called is the model or its backbone, and not a replica of them.
+    """
+    if not of_model:
         raise KvcalError("past_key_values is a compressed cache, and this is a replica of its model: call the model")
-    if (other := found.route.replaced_by()) is not None:
+    if (chosen := attachment.route.replaced_by()) is not None:
         raise KvcalError(
-            f"the attention implementation of this model was set to {other} while it was compressed or had compressed "
+            f"the attention implementation of this model was set to {chosen} while it was compressed or had compressed "
             "caches: set it before, and begin with a new cache"
         )
-    if any(part.training and part.gradient_checkpointing for part in found.checkpointed):
+    if any(part.training and part.gradient_checkpointing for part in attachment.checkpointed):
         raise KvcalError(
             f"{kind(model)}: a model that trains with gradient checkpointing leaves out its cache: call model.eval(), "
             "or gradient_checkpointing_disable()"
         )
 
 
-def _begins(model: Any, found: Attachment, given: Arguments) -> bool:
-    """Whether a call without a cache of ours is to get one."""
-    asked, wanted = found.compressed, given.get("use_cache")
-    if asked is None or not given.known:  # the backbone's hook sees by name what the model's cannot tell
+def _begins(model: Any, attachment: Attachment, given: Arguments) -> bool:
+    """Whether a call without a compressed cache is to get one."""
+    asked, wanted = attachment.compressed, given.get("use_cache")
+    if asked is None or not given.known:  # the backbone gets by name what the model's hook cannot name
         return False
     if not asked.entry.includes_caller():
         _warn_outside(asked.entry)
@@ -140,7 +144,7 @@ def _warn_outside(entry: Entry) -> None:
 
 
 def _continue(model: Any, module: nn.Module, given: Arguments) -> None:
-    """A call with a cache of ours."""
+    """Check a call that was given a compressed cache, and tell that cache what is coming."""
     past = given.get("past_key_values")
     if past.call.model() is not model:
         raise KvcalError("past_key_values is a compressed cache of another model: make one for this model")
@@ -152,7 +156,7 @@ def _continue(model: Any, module: nn.Module, given: Arguments) -> None:
 
 
 def _begin(model: Any, begin: Callable[[], Any], given: Arguments) -> Any:
-    """A cache for a call that has none, or an empty one of transformers'."""
+    """A compressed cache for a call that has none, or has an empty one of transformers'."""
     past = given.get("past_key_values")
     if past is not None and (type(past) is not DynamicCache or past.offloading or past.get_seq_length()):
         length = f" of {past.get_seq_length()} tokens" if isinstance(past, Cache) else ""
@@ -171,7 +175,7 @@ def _begin(model: Any, begin: Callable[[], Any], given: Arguments) -> Any:
 
 
 def _lengths(given: Arguments) -> tuple[int, int | None]:
-    """(new tokens of a call, of how many it wants logits; None: all)."""
+    """(new tokens of a call, of how many of the last it wants logits; None: of all)."""
     inputs = given.get("input_ids")
     inputs = given.get("inputs_embeds") if inputs is None else inputs
     logits = given.get("logits_to_keep")

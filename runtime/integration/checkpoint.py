@@ -29,11 +29,11 @@ def load_cla(folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None
     from this folder, `save`d caches, training. Nothing in the folder is executed.
 
     A plain `generate()` has transformers' own cache, in which every layer stores keys and values, those of a group
-    several times; once per group they are stored inside `compress(model, method="full")` (or another method).
+    several times. Inside `compress(model, method="full")`, or another method, they are stored once per group.
 
-    The original model's artifact does not fit, its bases are of other keys; as the configs are the same, only
-    `check_model(artifact, model, weights=True)` tells the two apart. A model that was trained on is saved by
-    `save_cla`: from `save_pretrained()` transformers loads random numbers in the place of what is shared.
+    The original model's artifact does not fit, since its bases are of other keys; as the configs are the same, only
+    `check_model(artifact, model, weights=True)` tells the two models apart. Save a model that was trained further with
+    `save_cla`: from what `save_pretrained()` wrote, transformers loads random numbers in the place of what is shared.
 
     Args:
         folder: of `calibrate export ARTIFACT --model MODEL --cla FOLDER`.
@@ -56,7 +56,7 @@ def load_cla(folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None
                     tensor = file.get_tensor(name)
                     if tensor.shape == place.shape:
                         place.detach().copy_(tensor)
-                    else:  # of a joint projection a reading layer has the queries' part only
+                    else:  # a reading layer has only the queries' part of a joint projection
                         reshaped[name] = tensor
     except (SafetensorError, OSError) as error:
         raise KvcalError(f"{folder / WEIGHTS}: cannot be read ({error}): export the model again") from error
@@ -83,21 +83,25 @@ def _unfilled(folder: Path, dtype: torch.dtype) -> Any:
     except Exception as error:  # nothing of ours runs inside, so it is the folder's fault
         reason = " ".join(str(error).split())[:200]
         raise KvcalError(f"{folder}: its config cannot be loaded ({reason}): export the model again") from error
-    # What is uninitialised may be no number, which runs through the checks that sharing does.
+    # Uninitialised weights may be NaN, which would spread into the checks of `share`.
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
     return model
 
 
-def _check_complete(folder: Path, model: Any, found: Collection[str]) -> None:
-    """Raises KvcalError: weights that the file lacks, or that the model has no place for."""
+def _check_complete(folder: Path, model: Any, stored: Collection[str]) -> None:
+    """Raises KvcalError: weights that the file lacks, or that the model has no place for.
+
+    Args:
+        stored: names of the file's tensors.
+    """
     by_tensor: dict[int, set[str]] = {}
     needed: dict[str, Tensor] = model.state_dict(keep_vars=True)
     for name, tensor in needed.items():
         by_tensor.setdefault(id(tensor), set()).add(name)
-    lacking = sorted(min(names) for names in by_tensor.values() if not names & set(found))
-    unknown = sorted(set(found) - needed.keys())
+    lacking = sorted(min(names) for names in by_tensor.values() if not names & set(stored))
+    unknown = sorted(set(stored) - needed.keys())
     for problem, names in (("lacks", lacking), ("has unexpected", unknown)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""

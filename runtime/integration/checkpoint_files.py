@@ -47,7 +47,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_inside(folder: Path, path: Path, name: str) -> None:
-    """A link may lead to the blobs of a Hub cache, whose snapshots are made of such links, and nowhere else outside."""
+    """Refuse a link out of the folder, except to the blobs of a Hub cache, whose snapshots are made of such links."""
     place = path.resolve()
     of_the_hub = place.parent.name == "blobs" and place.parent.parent.name.startswith(("models--", "datasets--"))
     if not (of_the_hub or place.is_relative_to(folder.resolve())):

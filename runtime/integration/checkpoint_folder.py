@@ -1,4 +1,4 @@
-"""A checkpoint's folder as a stranger may have sent it: checked before transformers, which believes it, reads it."""
+"""A checkpoint's folder, which a stranger may have made: checked before transformers, which trusts it, reads it."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def check_folder(folder: Path) -> None:
     for name, check in (("config.json", check_config), ("tokenizer_config.json", check_tokenizer)):
         if (folder / name).is_file():
             check(folder / name, read_json(folder / name))
-    for index in sorted(folder.glob("*.index.json")):
-        shards(index)
+    for index_file in sorted(folder.glob("*.index.json")):
+        shards(index_file)
 
 
 def check_size(folder: Path, config: Any) -> None:
@@ -61,7 +61,7 @@ def weights_of(config: Any) -> int | None:
         with torch.device("meta"), no_init_weights():
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
         model.tie_weights()
-    except Exception:  # said better where the weights are loaded
+    except Exception:  # loading the weights gives a better message
         return None
     return sum(parameter.numel() for parameter in model.parameters())
 

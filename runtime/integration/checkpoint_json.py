@@ -1,4 +1,4 @@
-"""A checkpoint's `config.json` and `tokenizer_config.json`: what in them transformers would follow, or fail on late."""
+"""A checkpoint's `config.json` and `tokenizer_config.json`: refuses entries that mislead transformers or fail late."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SIZES = {
     "vocab_size": (1, 1 << 28),
     **dict.fromkeys(("max_position_embeddings", "n_positions"), (1, 1 << 40)),
 }
-"""Name -> least and most. With more, a constructor would run for days before anything could be said."""
+"""Name -> least and most. With more, a constructor would run for days before any error."""
 _ATTENTION = ("eager", "sdpa")
 _EXPERTS_LOOPS = ("eager", "batched_mm", "grouped_mm")
 _ONLINE = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -34,7 +34,7 @@ _TOKENIZER = re.compile(r"(?!Auto)\w*(Tokenizer\w*|Backend)", re.ASCII)
 
 
 def check_config(path: Path, body: Any) -> None:
-    """Raise KvcalError for sizes of no model, other files in the place of these, and models to be fetched."""
+    """Raise KvcalError for impossible sizes, for other files in the place of these, and for models to be fetched."""
 
     def check(name: str, value: Any) -> str | None:
         text = value if isinstance(value, str) else ""
@@ -70,8 +70,8 @@ def check_tokenizer(path: Path, body: Any) -> None:
     _walk(path, body, check)
     templates = body.get("chat_template")
     named = templates.keys() if isinstance(templates, dict) else templates if isinstance(templates, list) else ()
-    for each in named:
-        name = each.get("name") if isinstance(each, dict) else each
+    for template in named:
+        name = template.get("name") if isinstance(template, dict) else template
         if not is_plain(name):
             raise KvcalError(f"{path}: chat_template: the name {str(name)[:80]!r} is none of a file: get another one")
 
@@ -79,14 +79,14 @@ def check_tokenizer(path: Path, body: Any) -> None:
 def harmless(config: Any) -> Any:
     """The config, changed: it asks for no attention and no expert kernels but torch's, and names no code to run.
 
-    transformers takes both from a config, and fetches and runs what they name. None lets it choose.
+    transformers takes both kernels from a config, and fetches and runs what it names. None lets transformers choose.
     """
-    for each in _configs(config):
+    for part in _configs(config):
         for name in ("auto_map", "fusion_config"):  # the latter changes classes for all models of the process
-            each.__dict__.pop(name, None)
-        for name, known in (("_attn_implementation", _ATTENTION), ("_experts_implementation", _EXPERTS_LOOPS)):
-            if getattr(each, name, None) not in known:
-                setattr(each, name, {"": None})  # of this config, not of those inside it
+            part.__dict__.pop(name, None)
+        for name, allowed in (("_attn_implementation", _ATTENTION), ("_experts_implementation", _EXPERTS_LOOPS)):
+            if getattr(part, name, None) not in allowed:
+                setattr(part, name, {"": None})  # of this config, not of those inside it
     return config
 
 
@@ -107,21 +107,21 @@ def _configs(config: Any) -> Iterator[Any]:
 
 def _walk(path: Path, body: Any, check: Callable[[str, Any], str | None]) -> None:
     """Raise KvcalError for the first entry, at any depth, of which `check` says what is wrong."""
-    left: list[tuple[str, Any, int]] = [("", body, 0)]
-    while left:
-        name, value, level = left.pop()
+    pending: list[tuple[str, Any, int]] = [("", body, 0)]
+    while pending:
+        name, value, level = pending.pop()
         if level > _MOST_LEVELS:
             raise KvcalError(f"{path}: more than {_MOST_LEVELS} levels: get the file of another checkpoint")
         if problem := check(name, value):
             raise KvcalError(f"{path}: {name} is {str(value)[:80]!r}: {problem}")
         if isinstance(value, dict):
-            left += [(key, item, level + 1) for key, item in value.items()]
+            pending += [(key, item, level + 1) for key, item in value.items()]
         elif isinstance(value, list):
-            left += [("", item, level + 1) for item in value if isinstance(item, (dict, list))]
+            pending += [("", item, level + 1) for item in value if isinstance(item, (dict, list))]
 
 
 def _leads_out(folder: Path, name: str) -> bool:
-    """Whether a file is there that is not of this folder. Many checkpoints name one of the machine they come from."""
+    """Whether `name` exists outside of the folder. Many checkpoints name files of the machine that they come from."""
     try:
         return Path(name).exists() and not Path(name).resolve().is_relative_to(folder.resolve())
     except (OSError, ValueError, RuntimeError):
@@ -138,9 +138,9 @@ def is_plain(name: Any) -> bool:
 
 
 def _no_size(value: Any, least: int, most: int) -> str | None:
-    """What is wrong with a size; there may be one for each layer, of which some have none."""
+    """What is wrong with a size, or a list of them by layer, where a layer may have none; None: nothing."""
     if isinstance(value, list):
-        good, expected = all(_is_number(each, 0, most) for each in value), f"0 to {most} for each layer"
+        good, expected = all(_is_number(size, 0, most) for size in value), f"0 to {most} for each layer"
     else:
         good, expected = isinstance(value, dict) or _is_number(value, least, most), f"{least} to {most}"
     return None if good else f"expected a whole number from {expected}"

@@ -32,7 +32,7 @@ def save_cla(model: Any, folder: str | os.PathLike[str]) -> Path:
 
 
 def write_cla(model: Any, folder: Path, origin: Mapping[str, Any]) -> None:
-    """The files of `save_cla` into an empty folder.
+    """Write the files of `save_cla` into an empty folder.
 
     Args:
         origin: for people, see `ClaFile`.
@@ -52,5 +52,5 @@ def write_cla(model: Any, folder: Path, origin: Mapping[str, Any]) -> None:
 
 def _distinct(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tied weights once, under the first of their names."""
-    first = {id(each): name for name, each in reversed(state.items())}
-    return {name: each for name, each in state.items() if first[id(each)] == name}
+    first = {id(tensor): name for name, tensor in reversed(state.items())}
+    return {name: tensor for name, tensor in state.items() if first[id(tensor)] == name}

@@ -11,7 +11,7 @@ from ...artifacts import Artifact, KvcalError
 from ..cla import Cla, resolve, split_method
 from ..wrapped import unwrapped
 from .attachment import Compressed, attach, attached
-from .cache import CompressedCache, Recipe, check_artifact
+from .cache import Blueprint, CompressedCache, check_artifact
 from .entering import Entry, enter, leave
 from .sharing import Sharing, share_for, sharing_of
 
@@ -34,15 +34,15 @@ def compress(model: Any, artifact: Artifact | None = None, method: Any = None, *
             `dense_layers=n` leaves the first n layers `full`.
 
     Raises:
-        KvcalError: before any token is decoded, whatever of this does not fit.
+        KvcalError: something of this does not fit; raised before any token is decoded.
     """
     model = unwrapped(model)  # once: what is in a wrapper may be exchanged inside
     asked = _enable(model, artifact, method, settings)
     try:
         yield
     finally:
-        found = attached(model)
-        if found is not None and found.compressed is asked:  # else disable() was called meanwhile
+        attachment = attached(model)
+        if attachment is not None and attachment.compressed is asked:  # else disable() was called meanwhile
             disable(model)
 
 
@@ -58,30 +58,30 @@ def _enable(model: Any, artifact: Artifact | None, method: Any, settings: Mappin
     try:
         cla, method, settings = split_method(method, settings)
         sharing = _share(model, artifact, cla, entry) if cla else None
-        recipe = Recipe.of(model, artifact, method, settings)
-        found = attach(model)
+        blueprint = Blueprint.of(model, artifact, method, settings)
+        attachment = attach(model)
     except BaseException:
         if sharing:
             sharing.remove()
         leave(model, entry)
         raise
     owner = weakref.ref(model)
-    found.compressed = Compressed(lambda: CompressedCache.of(owner(), recipe), sharing, entry)
-    return found.compressed
+    attachment.compressed = Compressed(lambda: CompressedCache.of(owner(), blueprint), sharing, entry)
+    return attachment.compressed
 
 
 def disable(model: Any) -> None:
     """What `compress` does on leaving; caches that live on keep working, but for `cla`'s, which need its sharing."""
     model = unwrapped(model)
-    found = attached(model)
-    asked = found.take_compressed() if found else None
-    if found is None or asked is None:
+    attachment = attached(model)
+    asked = attachment.take_compressed() if attachment else None
+    if attachment is None or asked is None:
         raise KvcalError("this model is not compressed: call enable() first")
     if asked.sharing:
         asked.sharing.remove()
-    if found.calls is not None:
-        found.calls.forget_own()
-    found.release()
+    if attachment.calls is not None:
+        attachment.calls.forget_own()
+    attachment.release()
     leave(model, asked.entry)
 
 
@@ -89,10 +89,10 @@ def disable(model: Any) -> None:
 def shared_for(
     model: Any, artifact: Artifact | None, method: Any, settings: Mapping[str, Any]
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The part of a method that changes the model: inside, its layers share what `cla` says, if it says so.
+    """Apply the part of a method that changes the model: inside, layers share keys and values if `cla` is part of it.
 
     Yields:
-        (method, settings) for a `CompressedCache` of what is left: of "cla+loki", those of "loki".
+        (method, settings) of what is left, for a `CompressedCache`: of "cla+loki", those of "loki".
     """
     cla, method, settings = split_method(method, settings)
     if not cla:
@@ -116,7 +116,7 @@ def _share(model: Any, artifact: Artifact | None, cla: Cla, entry: Entry) -> Sha
             "or remove that sharing first"
         )
     check_artifact(artifact, model)
-    found = resolve(cla, artifact)
-    sharing = share_for(entry, model, found.map, found.pool, found.weights)
-    sharing.bases = found.bases if found.map.shared else None  # else keys are the artifact's own
+    resolved = resolve(cla, artifact)
+    sharing = share_for(entry, model, resolved.map, resolved.pool, resolved.weights)
+    sharing.bases = resolved.bases if resolved.map.shared else None  # else keys are the artifact's own
     return sharing

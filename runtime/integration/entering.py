@@ -24,13 +24,13 @@ class Entry:
         _ENTERED.set(_ENTERED.get() | {self})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """Copies of a model are for everybody."""
+        """None: a copy of a model is not reserved for any thread."""
 
     def __reduce__(self) -> Any:
         return type(None), ()
 
     def includes_caller(self) -> bool:
-        # Not every caller in the same place has the same context, e.g. the cells of a notebook.
+        # Not every caller in the same thread and task has the same context, e.g. the cells of a notebook.
         here = (threading.current_thread(), _task())
         return self in _ENTERED.get() or here == (self.thread, self._task)
 
@@ -42,17 +42,17 @@ _ENTRIES: weakref.WeakKeyDictionary[Any, Entry] = weakref.WeakKeyDictionary()
 
 
 def enter(model: Any) -> Entry:
-    """Take a model for oneself, before anything is done to it.
+    """Reserve a model for the caller, before anything is done to it.
 
     Raises:
         KvcalError: it is compressed already.
     """
     with LOCK:
-        found = _ENTRIES.get(model)
-        if found is None:
+        holder = _ENTRIES.get(model)
+        if holder is None:
             entry = _ENTRIES[model] = Entry()
             return entry
-    where = "" if found.includes_caller() else f" in {found.thread.name} or a task of it"
+    where = "" if holder.includes_caller() else f" in {holder.thread.name} or a task of it"
     raise KvcalError(
         f"this model is already compressed{where}: leave the other compress(), or call disable() first; a "
         "CompressedCache for each call works in any thread"

@@ -22,7 +22,7 @@ give them the whole text again, compute all keys anew."""
 
 
 class GenerationCheck:
-    """In the place of a model's `_prepare_cache_for_generation`, which it calls."""
+    """Replaces a model's `_prepare_cache_for_generation`, and calls it after its checks."""
 
     def __init__(self, model: Any, rotations: list[Rotation], tells_guesses: bool):
         self._model, self._rotations, self._tells_guesses = weakref.ref(model), rotations, tells_guesses
@@ -60,9 +60,13 @@ class GenerationCheck:
     def _check(self, model: Any, given: dict[str, Any]) -> None:
         from .attachment import attached
 
-        found, past = attached(model), given["model_kwargs"].get("past_key_values")
+        attachment, past = attached(model), given["model_kwargs"].get("past_key_values")
         ours = isinstance(getattr(past, "call", None), Call)
-        compressed = found is not None and found.compressed is not None and found.compressed.entry.includes_caller()
+        compressed = (
+            attachment is not None
+            and attachment.compressed is not None
+            and attachment.compressed.entry.includes_caller()
+        )
         if not ours and not compressed:
             return
         guesses = given["generation_mode"] == GenerationMode.ASSISTED_GENERATION
@@ -90,7 +94,7 @@ class GenerationCheck:
                 f"{kind(model)}: generate() leaves out a cache that it is given for a prompt of {first} tokens: use "
                 "compress(), or decode()"
             )
-        # A cache that was given stays behind, guesses are taken back, and they count padding, too.
+        # Such a model drops only a cache that generate() made itself, must not take guesses back, and counts padding.
         anew = drops and "next_sequence_length" in type(model).prepare_inputs_for_generation.__code__.co_consts
         if anew and past is None and not guesses and first == real == width:
             return

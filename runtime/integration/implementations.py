@@ -1,7 +1,7 @@
 """Which attention implementation the config of a model names, for a time one of ours.
 
-transformers looks its attention function up by the name in the config; no forward is overridden. A config may be of
-several models, so what it named before is kept by config, and given back when the last model is left.
+transformers looks its attention function up by the name in the config; no forward is overridden. Several models may
+have one config, so what it named before is kept by config, and restored when the last model is left.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Route:
     """From `open()` until `close()`, the configs of a model and its parts name an implementation of ours.
 
     Args:
-        name: of ours, for the one that a config names before.
+        name: gives our name for the one that a config had before.
     """
 
     def __init__(self, model: Any, name: Callable[[str], str]):
@@ -81,7 +81,7 @@ class Route:
                     del _ROUTED[id(config)]
 
     def renew(self) -> None:
-        """Go before an implementation that was chosen since, which is then what is given back."""
+        """Replace an implementation that was chosen since as well, which `close` then restores."""
         with LOCK:
             for config in self._configs:
                 routed = _ROUTED[id(config)]
@@ -90,7 +90,7 @@ class Route:
                     _name(routed)
 
     def replaced_by(self) -> str | None:
-        """The implementation that was chosen since, in the place of ours."""
+        """The implementation that was chosen since, in the place of ours; None: ours is in force."""
         return next((str(now) for now in map(_now, self._configs) if not _is_ours(now)), None)
 
 
@@ -100,7 +100,7 @@ def implementation(model: Any) -> str:
 
 
 def stood_for(name: str | None) -> str | None:
-    """The implementation that a name of ours stands for; any other name."""
+    """The implementation that a name of ours stands for; any other name unchanged."""
     if isinstance(name, Implementation):
         return name.original
     return "sdpa" if _is_ours(name) else name
@@ -111,7 +111,7 @@ def is_routed(model: Any) -> bool:
 
 
 def refuse_captured(model: Any) -> None:
-    """Raises KvcalError while a pass sees all attention calls of a model, or of another with its config."""
+    """Raises KvcalError while `routed` takes all attention calls of a model, or of another with its config."""
     now = _now(model.config.get_text_config())
     if is_routed(model) and now is not None and now.removeprefix(PREFIX).isdigit():
         raise KvcalError("this model is already being captured: leave the other context first")

@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from ...artifacts import KvcalError
-from ..attention import Logits
+from ..attention import SoftmaxSpec
 from ..store import Store
 from .masks import Padding
 from .rotation import Rotation
 
 ANNOUNCED = hasattr(DynamicCache, "activate_past_recording")
 """Whether transformers tells a cache of assisted decoding; 5.8 does not."""
-Observer = Callable[[int, Store, Tensor, Tensor, Tensor, Logits, Tensor], None]
+Observer = Callable[[int, Store, Tensor, Tensor, Tensor, SoftmaxSpec, Tensor], None]
 
 
 @dataclass
@@ -31,20 +31,20 @@ class Call:
     recording: bool = False
     """transformers announced that tokens may be taken back by `crop`."""
     speculates: bool = not ANNOUNCED
-    """Whether calls that ask for several logits may be there to verify guesses: a `crop` has shown assisted decoding
-    that did not announce itself, as it never does in old transformers."""
+    """Whether a call that asks for several logits may verify guesses: a `crop` has shown that assisted decoding was not
+    announced, as it never is in old transformers."""
     drafts: int | None = None
     """How many of this forward call's last tokens are guesses to be verified, each as a step of its own."""
     observer: Observer | None = None
     rotations: list[Rotation] = field(default_factory=list)
     """Of the model's rotary embeddings, those that depend on the number of tokens."""
     length: int = 0
-    """Tokens of the longest row when keys were last rotated."""
+    """Tokens of the longest sequence when keys were last rotated."""
 
     def expect(self, tokens: int, logits: int | None) -> None:
-        """A forward call of so many new tokens is coming that asks for the logits of the last ones (None: of all)."""
+        """Prepare for a forward call of so many new tokens that asks for the last `logits` logits (None: for all)."""
         guesses = logits - 1 if logits else None
-        # Hand-made calls crop, too, but do not then ask for just as many logits as they give tokens.
+        # Users crop, too, but do not then ask for exactly as many logits as they give tokens.
         verifies = self.recording or (self.speculates and (not ANNOUNCED or logits == tokens))
         self.drafts = guesses if verifies else None
 
@@ -61,22 +61,22 @@ class Taken:
 
 
 class CompressedLayer(CacheLayerMixin):
-    """One layer of a `CompressedCache`. `update` only hands on: what is written and read is the attention's matter,
-    which knows the query and the mask."""
+    """One layer of a `CompressedCache`. `update` only hands keys and values on: `attend`, which knows the query and the
+    mask, writes and reads the store."""
 
     is_sliding = False
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, index: int, build: Callable[[], Store], call: Call):
+    def __init__(self, layer_idx: int, build: Callable[[], Store], call: Call):
         super().__init__()
-        self.index, self._build, self._call = index, build, call
+        self.layer_idx, self._build, self._call = layer_idx, build, call
         self._store = build()
         self._new: tuple[Tensor, Tensor] | None = None
         self.reading: Callable[[], int] = nothing_read
         """Tells the bytes that this layer's last decoded step read."""
         self.taken: Taken | None = None
-        """The last call's tokens, for layers that read this one's."""
+        """How the last call's tokens were taken in, for layers that read this one's store."""
 
     @property
     def store(self) -> Store:
@@ -88,8 +88,8 @@ class CompressedLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self._new is not None:
             raise KvcalError(
-                f"layer {self.index}: the attention of an earlier call did not reach kvcal: begin a new cache; if it "
-                "happens again, this architecture is not supported"
+                f"layer {self.layer_idx}: the attention of an earlier call did not reach kvcal: begin a new cache; if "
+                "it happens again, this architecture is not supported"
             )
         if not self.is_initialized:
             self._begin(key_states)
@@ -101,7 +101,7 @@ class CompressedLayer(CacheLayerMixin):
     @torch.compiler.disable
     @torch.inference_mode(False)  # the cache outlives the caller's mode, and is written in place
     @torch.no_grad()
-    def attend(self, query: Tensor, mask: Tensor | None, logits: Logits) -> Tensor:
+    def attend(self, query: Tensor, mask: Tensor | None, spec: SoftmaxSpec) -> Tensor:
         """[B, Hq, T, D] -> [B, Hq, T, Dv], the T new tokens taken in."""
         assert self._new is not None
         (key, value), self._new = self._new, None
@@ -117,23 +117,23 @@ class CompressedLayer(CacheLayerMixin):
         parts = []
         if prompt:
             new = slice(None, prompt)
-            parts.append(store.prefill(query[:, :, new], key[:, :, new], value[:, :, new], logits, part(valid, new)))
+            parts.append(store.prefill(query[:, :, new], key[:, :, new], value[:, :, new], spec, part(valid, new)))
         for token in range(prompt, tokens):
-            at = slice(token, token + 1)
-            own = None if valid is None else part(valid, at)
-            store.append(key[:, :, at], value[:, :, at], own, revocable)
-            parts.append(self._step(store, query[:, :, at], key[:, :, at], value[:, :, at], logits, own))
+            one = slice(token, token + 1)
+            one_valid = None if valid is None else part(valid, one)
+            store.append(key[:, :, one], value[:, :, one], one_valid, revocable)
+            parts.append(self._step(store, query[:, :, one], key[:, :, one], value[:, :, one], spec, one_valid))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     def _step(
-        self, store: Store, query: Tensor, key: Tensor, value: Tensor, logits: Logits, valid: Tensor | None
+        self, store: Store, query: Tensor, key: Tensor, value: Tensor, spec: SoftmaxSpec, valid: Tensor | None
     ) -> Tensor:
         """The attention of one decoded token, which the store has taken in already."""
-        out = store.attend(query, logits, valid)
+        out = store.attend(query, spec, valid)
         assert store.last is not None
         self.reading = store.last.bytes_read
         if self._call.observer is not None:
-            self._call.observer(self.index, store, query, key, value, logits, out)
+            self._call.observer(self.layer_idx, store, query, key, value, spec, out)
         return out
 
     def restore(self, state: dict[str, Tensor]) -> None:
@@ -145,9 +145,9 @@ class CompressedLayer(CacheLayerMixin):
     @torch.inference_mode(False)
     def adopt(self, full: CompressedLayer) -> None:
         """Start from the tokens of a layer of method `full`."""
-        came = full.store.as_they_came()
-        self.store.take(*came)
-        self._begin(came[0])
+        tokens = full.store.as_they_came()
+        self.store.take(*tokens)
+        self._begin(tokens[0])
 
     def _begin(self, key: Tensor) -> None:
         self.is_initialized = True
@@ -184,8 +184,8 @@ class CompressedLayer(CacheLayerMixin):
 
     @torch.inference_mode(False)
     def batch_select_indices(self, indices: Tensor) -> None:
-        rows = torch.arange(len(self.store.lengths))
-        self.store.reorder(rows[indices.cpu()])
+        sequences = torch.arange(len(self.store.lengths))
+        self.store.reorder(sequences[indices.cpu()])
 
     @torch.inference_mode(False)
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -215,4 +215,4 @@ def part(valid: Tensor | None, tokens: slice) -> Tensor | None:
 def full_attention_layers(model: Any) -> tuple[list[int], int]:
     """(those of a model's layers whose cache keeps every token, how many layers it has)."""
     stock = DynamicCache(config=model.config).layers
-    return [index for index, layer in enumerate(stock) if type(layer) is DynamicLayer], len(stock)
+    return [layer_idx for layer_idx, layer in enumerate(stock) if type(layer) is DynamicLayer], len(stock)

@@ -14,7 +14,7 @@ from ..store import Store
 
 
 def needed_only(build: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
-    """The mask function `build`, but constantly None for one token that sees all before it.
+    """The mask function `build`, but always None for one token that sees all before it.
 
     `build` gives None there too, but not while a CUDA graph is captured, which then makes the mask in every replay.
     """
@@ -67,7 +67,7 @@ def _read(mask: Tensor, store: Store, query: Tensor) -> Tensor | None:
     visible = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
     keys = visible[:, -1]  # the last query sees every key that is no padding
     hides = False
-    if seen and len(store.lengths) == batch:  # else the store will say so
+    if seen and len(store.lengths) == batch:  # else the store refuses the batch
         hidden = ~keys[:, :seen].cpu()
         hides = bool((hidden if store.valid is None else hidden & store.valid).any())
     if tokens > 1 and not hides:

@@ -22,7 +22,7 @@ FUSED = ("qkv_proj", "query_key_value", "c_attn")
 """One projection of queries, keys and values: stacked in Phi-3 and (as a Conv1D) GPT-2, head by head in GPT-NeoX."""
 
 
-class Calls:
+class ThreadsInCall:
     """The threads that are in a forward call of a model, which began when its layers shared keys and values already."""
 
     def __init__(self) -> None:
@@ -43,11 +43,11 @@ def this_thread() -> int:
     return threading.get_ident()
 
 
-class Slot:
-    """The output of a storing layer's module in this forward call, with its graph; of each thread's call its own."""
+class SharedOutput:
+    """The output of a storing layer's module in this forward call, with its autograd graph; one for each thread."""
 
-    def __init__(self, name: str, calls: Calls):
-        self.name, self._calls = name, calls
+    def __init__(self, name: str, threads_in_call: ThreadsInCall):
+        self.name, self._threads_in_call = name, threads_in_call
         self._outputs: dict[int, Tensor] = {}
         """By thread."""
 
@@ -57,7 +57,7 @@ class Slot:
 
     def keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
         """A forward hook."""
-        if not self._calls.now():
+        if not self._threads_in_call.now():
             raise KvcalError(
                 f"{self.name} was called by itself, or in a call that began before layers shared keys and values: call "
                 "the model"
@@ -79,39 +79,39 @@ class Slot:
 
 
 class Read(nn.Module):
-    """In the place of a reading layer's key or value projection, or their norm: what the storing layer's gave."""
+    """Replaces a reading layer's key or value projection, or its norm: gives what the storing layer's gave."""
 
-    def __init__(self, slot: Slot):
+    def __init__(self, shared: SharedOutput):
         super().__init__()
-        self.slot = slot
+        self.shared = shared
 
     def forward(self, *args: Any) -> Tensor:
-        return self.slot.take()
+        return self.shared.take()
 
 
 class ReadFused(nn.Module):
-    """In the place of a reading layer's joint projection: its own queries among the storing layer's keys and values."""
+    """Replaces a reading layer's joint projection: gives its own queries with the storing layer's keys and values."""
 
     rows: Tensor
     """[Hq·D] int64: where queries are in the joint output."""
 
-    def __init__(self, slot: Slot, projection: nn.Module, rows: Tensor):
+    def __init__(self, shared: SharedOutput, projection: nn.Module, rows: Tensor):
         super().__init__()
-        self.slot = slot
+        self.shared = shared
         self.transposed = isinstance(projection, Conv1D)
-        part = {name: _select(projection, name, tensor, rows) for name, tensor in projection.named_parameters()}
+        part = {name: _query_part(projection, name, tensor, rows) for name, tensor in projection.named_parameters()}
         self.weight = nn.Parameter(part["weight"], requires_grad=False)
         self.bias = nn.Parameter(part["bias"], requires_grad=False) if "bias" in part else None
         self.register_buffer("rows", rows, persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         query = F.linear(hidden, self.weight.T if self.transposed else self.weight, self.bias)
-        return self.slot.take().index_copy(-1, self.rows, query)
+        return self.shared.take().index_copy(-1, self.rows, query)
 
 
 @dataclass(frozen=True)
 class Projections:
-    """Of one attention layer."""
+    """The projections of one attention layer."""
 
     attention: nn.Module
     separate: tuple[str, ...]
@@ -127,9 +127,9 @@ class Projections:
         children = dict(attention.named_children())
         fused = next((name for name in FUSED if name in children), None)
         if all(name in children for name in KEY_VALUE) and fused is None:
-            found = cls(attention, tuple(name for name in (*KEY_VALUE, *NORMS) if name in children), None, None)
+            projections = cls(attention, tuple(name for name in (*KEY_VALUE, *NORMS) if name in children), None, None)
         elif fused is not None and not any(name in children for name in (*KEY_VALUE, *NORMS)):
-            found = cls(attention, (), fused, _query_rows(fused, children[fused], config))
+            projections = cls(attention, (), fused, _query_rows(fused, children[fused], config))
         else:
             raise KvcalError(
                 f"{type(attention).__name__} (layer {layer}): no projections known by name to share, it has "
@@ -143,7 +143,7 @@ class Projections:
                     f"layer {layer}: {name} is a {type(projection).__name__}, only plain linear layers can be shared: "
                     "merge adapters first, load the model unquantised"
                 )
-        return found
+        return projections
 
     def parameters(self) -> dict[str, Tensor]:
         """By name in the attention module, all that keys and values depend on."""
@@ -154,12 +154,12 @@ class Projections:
             for name, parameter in self.attention.get_submodule(module).named_parameters()
         }
 
-    def replacements(self, storing: Projections, slots: dict[str, Slot]) -> dict[str, nn.Module]:
-        """What makes this a layer that reads what `storing` keeps in `slots`, by the name of what it replaces."""
+    def replacements(self, storing: Projections, outputs: dict[str, SharedOutput]) -> dict[str, nn.Module]:
+        """Modules that make this layer read what `storing` keeps in `outputs`, by the names of those they replace."""
         if self.fused:
             assert self.rows is not None
-            return {self.fused: ReadFused(slots[self.fused], self.attention.get_submodule(self.fused), self.rows)}
-        return {name: Read(slots[name]) for name in self.separate}
+            return {self.fused: ReadFused(outputs[self.fused], self.attention.get_submodule(self.fused), self.rows)}
+        return {name: Read(outputs[name]) for name in self.separate}
 
 
 def pooled(group: Sequence[Projections], names: Sequence[int], pool: str) -> dict[str, Tensor]:
@@ -170,25 +170,25 @@ def pooled(group: Sequence[Projections], names: Sequence[int], pool: str) -> dic
         names: of the layers, for errors.
         pool: "mean", or "first": the storing layer's own.
     """
-    each = [layer.parameters() for layer in group]
-    shapes = [{name: tensor.shape for name, tensor in found.items()} for found in each]
-    if different := [name for name, of in zip(names, shapes, strict=True) if of != shapes[0]]:
+    by_layer = [layer.parameters() for layer in group]
+    shapes = [{name: tensor.shape for name, tensor in parameters.items()} for parameters in by_layer]
+    if different := [layer for layer, layer_shapes in zip(names, shapes, strict=True) if layer_shapes != shapes[0]]:
         raise KvcalError(
             f"layers {names[0]} and {different[0]} have projections of different shapes or biases: they cannot share"
         )
     storing, made = group[0], {}
-    for name, own in each[0].items():
+    for name, parameter in by_layer[0].items():
         if pool == "first":
-            made[name] = own.detach().clone()
+            made[name] = parameter.detach().clone()
             continue
         # In float64, where the mean of a few equal float32 numbers is that number.
-        mean = torch.stack([found[name].detach().double() for found in each]).mean(0)
+        mean = torch.stack([parameters[name].detach().double() for parameters in by_layer]).mean(0)
         if storing.fused:
             assert storing.rows is not None
-            dim = _output_dim(storing.attention.get_submodule(storing.fused), own)
-            rows = storing.rows.to(own.device)
-            mean = mean.index_copy(dim, rows, own.detach().double().index_select(dim, rows))
-        made[name] = mean.to(own.dtype)
+            dim = _output_dim(storing.attention.get_submodule(storing.fused), parameter)
+            rows = storing.rows.to(parameter.device)
+            mean = mean.index_copy(dim, rows, parameter.detach().double().index_select(dim, rows))
+        made[name] = mean.to(parameter.dtype)
     return made
 
 
@@ -203,9 +203,9 @@ def _query_rows(name: str, projection: nn.Module, config: Any) -> Tensor:
 
 
 def _output_dim(projection: nn.Module, parameter: Tensor) -> int:
-    """A Conv1D has its weight transposed."""
+    """The output dimension of a parameter; the weight of a Conv1D is transposed."""
     return 1 if isinstance(projection, Conv1D) and parameter.dim() == 2 else 0
 
 
-def _select(projection: nn.Module, name: str, tensor: Tensor, rows: Tensor) -> Tensor:
+def _query_part(projection: nn.Module, name: str, tensor: Tensor, rows: Tensor) -> Tensor:
     return tensor.detach().index_select(_output_dim(projection, tensor), rows.to(tensor.device))

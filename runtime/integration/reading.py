@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from ...artifacts import KvcalError
-from ..attention import Logits
+from ..attention import SoftmaxSpec
 from ..store import Store
 from .layer import Call, CompressedLayer, Taken, nothing_read, part
 
@@ -15,9 +15,9 @@ from .layer import Call, CompressedLayer, Taken, nothing_read, part
 class ReadingLayer(CompressedLayer):
     """Attends with its own queries to what the storing layer took in, in the same forward call."""
 
-    def __init__(self, index: int, storing: CompressedLayer, call: Call):
+    def __init__(self, layer_idx: int, storing: CompressedLayer, call: Call):
         CacheLayerMixin.__init__(self)
-        self.index, self._storing, self._call = index, storing, call
+        self.layer_idx, self._storing, self._call = layer_idx, storing, call
         self._new: tuple[Tensor, Tensor] | None = None
         self.reading = nothing_read
         self.taken: Taken | None = None
@@ -29,29 +29,29 @@ class ReadingLayer(CompressedLayer):
     @torch.compiler.disable
     @torch.inference_mode(False)
     @torch.no_grad()
-    def attend(self, query: Tensor, mask: Tensor | None, logits: Logits) -> Tensor:
+    def attend(self, query: Tensor, mask: Tensor | None, spec: SoftmaxSpec) -> Tensor:
         assert self._new is not None
         (key, value), self._new = self._new, None
         store, tokens, taken = self.store, key.shape[2], self._storing.taken
         if taken is None or taken.tokens != tokens:
             raise KvcalError(
-                f"layer {self.index} reads the cache of layer {self._storing.index}, which has not taken in these "
-                f"{tokens} tokens: begin a new cache"
+                f"layer {self.layer_idx} reads the cache of layer {self._storing.layer_idx}, which has not taken in "
+                f"these {tokens} tokens: begin a new cache"
             )
-        # Guesses are steps, each of which sees only what came before it: they come a second time.
+        # Guesses are steps that see only earlier tokens: they are cropped, and appended again one by one.
         again = tokens - taken.prompt if tokens > 1 else 0
         if again:
             store.crop(again)
         parts = []
         if taken.prompt:
             new = slice(None, taken.prompt)
-            parts.append(store.attend_all(query[:, :, new], logits, part(taken.valid, new)))
+            parts.append(store.attend_all(query[:, :, new], spec, part(taken.valid, new)))
         for token in range(taken.prompt, tokens):
-            at = slice(token, token + 1)
-            own = part(taken.valid, at)
+            one = slice(token, token + 1)
+            one_valid = part(taken.valid, one)
             if again:
-                store.append(key[:, :, at], value[:, :, at], own)
-            parts.append(self._step(store, query[:, :, at], key[:, :, at], value[:, :, at], logits, own))
+                store.append(key[:, :, one], value[:, :, one], one_valid)
+            parts.append(self._step(store, query[:, :, one], key[:, :, one], value[:, :, one], spec, one_valid))
         self.taken = taken
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
@@ -59,8 +59,8 @@ class ReadingLayer(CompressedLayer):
         """Raises KvcalError when this layer missed what the storing layer last took in."""
         if self.taken is not self._storing.taken:
             raise KvcalError(
-                f"a forward call of this cache ended half-way, layer {self.index} has not read what layer "
-                f"{self._storing.index} took in: begin a new cache"
+                f"a forward call of this cache ended half-way, layer {self.layer_idx} has not read what layer "
+                f"{self._storing.layer_idx} took in: begin a new cache"
             )
 
     def restore(self, state: dict[str, Tensor]) -> None:

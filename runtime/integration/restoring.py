@@ -1,4 +1,4 @@
-"""A saved cache is one cache: its layers hold the same positions of the same rows, and what the model gives them."""
+"""Checks of a saved cache: its layers hold the same positions of the same sequences, in shapes of the model."""
 
 from __future__ import annotations
 
@@ -17,45 +17,45 @@ from .stock import check_stock
 
 def by_layer(tensors: Mapping[str, Tensor], layers: int) -> list[dict[str, Tensor]]:
     """The tensors `layers.INDEX.NAME` of each layer, by NAME. Raises KvcalError for other names."""
-    found: list[dict[str, Tensor]] = [{} for _ in range(layers)]
-    known = {str(index): state for index, state in enumerate(found)}
+    states: list[dict[str, Tensor]] = [{} for _ in range(layers)]
+    state_of = {str(layer_idx): state for layer_idx, state in enumerate(states)}
     for name, tensor in tensors.items():
-        kind, index, rest = [*name.split(".", 2), "", ""][:3]
-        if kind != "layers" or index not in known or not rest:
+        kind, layer_idx, state_name = [*name.split(".", 2), "", ""][:3]
+        if kind != "layers" or layer_idx not in state_of or not state_name:
             raise KvcalError(f"tensor {name[:80]!r} is of no layer from 0 to {layers - 1}")
-        known[index][rest] = tensor
-    return found
+        state_of[layer_idx][state_name] = tensor
+    return states
 
 
 def check_layers(layers: Sequence[Any], states: Sequence[Mapping[str, Tensor]], told: Sequence[Layer] = ()) -> None:
-    """Hold each layer's tensors against one another and against the other layers'.
+    """Check each layer's tensors against one another and against the other layers'.
 
     Args:
-        told: the model's layers, where an artifact tells of them. Without, `check_fits` sees to it later.
+        told: the model's layers, where an artifact describes them; else `check_fits` checks their shapes later.
 
     Raises:
         KvcalError: names the layer.
     """
     valid: Tensor | None = None
-    rows = seen = None
-    ordered = sorted(enumerate(layers), key=lambda each: not isinstance(each[1], CompressedLayer))
-    for index, layer in ordered:
+    sequences = seen = None
+    ordered = sorted(enumerate(layers), key=lambda entry: not isinstance(entry[1], CompressedLayer))
+    for layer_idx, layer in ordered:
         try:
             if isinstance(layer, ReadingLayer):
-                if states[index]:
+                if states[layer_idx]:
                     raise KvcalError("reads the cache of another layer, and holds tensors of its own")
             elif isinstance(layer, CompressedLayer):
-                layer.store.check(Saved(states[index]))
-                own = states[index]["valid"]
-                if valid is not None and not torch.equal(own, valid):
+                layer.store.check(Saved(states[layer_idx]))
+                layer_valid = states[layer_idx]["valid"]
+                if valid is not None and not torch.equal(layer_valid, valid):
                     raise KvcalError("valid: other positions than in the layers before")
-                valid, (rows, seen) = own, own.shape
+                valid, (sequences, seen) = layer_valid, layer_valid.shape
             else:
-                rows, seen = check_stock(layer, states[index], rows, seen)
-            if told and rows and states[index]:
-                _check_shape(told[index], states[index])
+                sequences, seen = check_stock(layer, states[layer_idx], sequences, seen)
+            if told and sequences and states[layer_idx]:
+                _check_shape(told[layer_idx], states[layer_idx])
         except KvcalError as error:
-            raise KvcalError(f"layer {index}: {error}") from None
+            raise KvcalError(f"layer {layer_idx}: {error}") from None
 
 
 def _check_shape(layer: Layer, state: Mapping[str, Tensor]) -> None:
@@ -63,12 +63,12 @@ def _check_shape(layer: Layer, state: Mapping[str, Tensor]) -> None:
     if queries is not None and queries.shape[1] != layer.query_heads:
         raise KvcalError(f"last.query has shape {list(queries.shape)}, expected {layer.query_heads} heads")
     keys, values = (state.get(f"tokens.{name}", state.get(f"{name}s")) for name in ("key", "value"))
-    for name, found, dims in (("keys", keys, layer.head_dim), ("values", values, layer.value_dim)):
-        if found is not None and (found.shape[1], found.shape[3]) != (layer.kv_heads, dims):
-            raise KvcalError(f"{name} have shape {list(found.shape)}, expected {layer.kv_heads} heads of {dims}")
+    for name, tensor, dims in (("keys", keys, layer.head_dim), ("values", values, layer.value_dim)):
+        if tensor is not None and (tensor.shape[1], tensor.shape[3]) != (layer.kv_heads, dims):
+            raise KvcalError(f"{name} have shape {list(tensor.shape)}, expected {layer.kv_heads} heads of {dims}")
 
 
-def check_fits(layer: Any, index: int, key: Tensor, value: Tensor) -> None:
+def check_fits(layer: Any, layer_idx: int, key: Tensor, value: Tensor) -> None:
     """Refuse new keys [B, Hkv, T, D] and values that are not of the shape and dtype of those that a layer holds.
 
     Raises:
@@ -87,6 +87,6 @@ def check_fits(layer: Any, index: int, key: Tensor, value: Tensor) -> None:
             continue
         if (old.shape[1], old.shape[3], old.dtype) != (new.shape[1], new.shape[3], new.dtype):
             raise KvcalError(
-                f"layer {index}: the cache holds {old.shape[1]} heads of {old.shape[3]} dimensions in {old.dtype}, "
+                f"layer {layer_idx}: the cache holds {old.shape[1]} heads of {old.shape[3]} dimensions in {old.dtype}, "
                 f"the model gives {new.shape[1]} of {new.shape[3]} in {new.dtype}: begin a new cache"
             )

@@ -1,7 +1,7 @@
 """Rotary embeddings that depend on how many tokens there are: longrope (Phi-3-128k) and dynamic NTK.
 
-Beyond their original length all keys are to be rotated otherwise, those that a cache holds, too. So a cache is right
-on one side of that length only: `generate(use_cache=False)` tells.
+Beyond the original length all keys are to be rotated otherwise, those that a cache holds, too. So a cache is right on
+one side of that length only; `generate(use_cache=False)` is right on both.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from .routing import backbone, kind
 
 @dataclass(frozen=True)
 class Rotation:
-    """Of one rotary embedding."""
+    """A rotary embedding that depends on the number of tokens."""
 
     kind: str
     original: int
-    """Tokens up to which it is one and the same."""
+    """Tokens up to which the embedding does not change."""
     module: nn.Module | None = None
 
     def changes(self, first: int, last: int) -> bool:
@@ -38,7 +38,7 @@ class Rotation:
 
 
 def rotations(model: Any) -> list[Rotation]:
-    """Those of a model that depend on the length; [] for nearly all models."""
+    """A model's rotary embeddings that depend on the number of tokens; [] for nearly all models."""
     config = model.config.get_text_config()
     found = []
     for module in backbone(model).modules():
@@ -58,7 +58,8 @@ def rotations(model: Any) -> list[Rotation]:
 def check_lengths(model: Any, first: int, last: int) -> None:
     """
     Args:
-        first: tokens of a row in the first call with a cache. last: in the last one.
+        first: tokens of a sequence in the first call with a cache.
+        last: tokens of it in the last call.
 
     Raises:
         KvcalError: the rotary embedding would change between them.
@@ -80,12 +81,12 @@ def refuse_change(found: list[Rotation], model: Any, first: int, last: int) -> N
 
 def _parameters(config: Any, layers: str | None) -> dict[str, Any]:
     given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    found = given.get(layers, given) if layers is not None else given
-    return found if isinstance(found, dict) else {}
+    parameters = given.get(layers, given) if layers is not None else given
+    return parameters if isinstance(parameters, dict) else {}
 
 
 def _original(name: str, given: dict[str, Any], config: Any) -> int | None:
-    """None: the rotation does not depend on the length."""
+    """`Rotation.original`; None: the rotation does not depend on the number of tokens."""
     if name in ("longrope", "su"):
         inherited = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
         return int(given.get("original_max_position_embeddings") or inherited)

@@ -63,7 +63,7 @@ def watch(model: Any, tokens: int, see: Callable[..., object], cache: Any = None
     """
     from .attending import WATCHES, attached_name
 
-    # A model in training mode would draw dropout; else other threads' random numbers are left alone.
+    # Dropout in training mode draws random numbers: only then is their state restored, as other threads draw, too.
     draws = any(module.training for module in model.modules())
     gpus = [model.device] if model.device.type == "cuda" else []
     thread = threading.get_ident()

@@ -25,7 +25,7 @@ from .attachment import attach
 from .entering import Entry
 from .implementations import LOCK
 from .layer import full_attention_layers
-from .projections import QUERY, Calls, Projections, Slot, pooled
+from .projections import QUERY, Projections, SharedOutput, ThreadsInCall, pooled
 from .routing import backbone
 from .sharing_checks import check_equal, fitting, refuse_checkpointing, refuse_tied
 from .support import find_attention
@@ -50,8 +50,8 @@ class Sharing:
         """Tells sharings apart, by groups and weights; None: nothing is shared or replaced."""
         self._model = model
         self._kept = False
-        self._slots: list[Slot] = []
-        self._calls = Calls()
+        self._shared_outputs: list[SharedOutput] = []
+        self._threads_in_call = ThreadsInCall()
         self._hooks: list[Any] = []
         self._replaced: list[tuple[MutableMapping[str, Any], str, Any]] = []
         self._flags: list[tuple[nn.Parameter, bool]] = []
@@ -93,8 +93,8 @@ class Sharing:
         try:
             yield
         finally:
-            for place, name, own in inside:
-                place[name] = own
+            for place, name, replacement in inside:
+                place[name] = replacement
             setattr(self._model, _ATTRIBUTE, self)
 
     def _refuse_kept(self) -> None:
@@ -102,35 +102,39 @@ class Sharing:
             raise KvcalError("this model's layers share keys and values for good: load the original model instead")
 
     def _install(self, attentions: list[nn.Module], pool: str) -> dict[str, Tensor]:
-        """Hooks and stand-ins; the pooled tensors by the names of the parameters that they are to replace."""
+        """Install hooks and stand-in modules.
+
+        Returns:
+            New tensors by the names of the parameters that they are to replace, or that stand-in modules have.
+        """
         names = {module: name for name, module in self._model.named_modules()}
         config = self._model.config.get_text_config()
         values: dict[str, Tensor] = {}
         for group in self.map.shared:
-            found = [Projections.find(layer, attentions[layer], config) for layer in group]
-            storing = found[0]
+            projections = [Projections.find(layer, attentions[layer], config) for layer in group]
+            storing = projections[0]
             prefix = names[storing.attention]
-            values |= {f"{prefix}.{name}": tensor for name, tensor in pooled(found, group, pool).items()}
-            slots = {}
+            values |= {f"{prefix}.{name}": tensor for name, tensor in pooled(projections, group, pool).items()}
+            outputs = {}
             for name in [storing.fused] if storing.fused else storing.separate:
-                slots[name] = Slot(f"{prefix}.{name}", self._calls)
-                self._hooks.append(storing.attention.get_submodule(name).register_forward_hook(slots[name].keep))
-            # Of the attention, not of the stand-in, which the calibration pass calls twice.
-            self._hooks += [attentions[group[-1]].register_forward_hook(slot.drop) for slot in slots.values()]
-            self._slots += slots.values()
-            for reading in found[1:]:
-                for name, module in reading.replacements(storing, slots).items():
+                outputs[name] = SharedOutput(f"{prefix}.{name}", self._threads_in_call)
+                self._hooks.append(storing.attention.get_submodule(name).register_forward_hook(outputs[name].keep))
+            # Hooks of the attention, not of the stand-in, which the calibration pass calls twice.
+            self._hooks += [attentions[group[-1]].register_forward_hook(shared.drop) for shared in outputs.values()]
+            self._shared_outputs += outputs.values()
+            for reading in projections[1:]:
+                for name, module in reading.replacements(storing, outputs).items():
                     self._put(reading.attention._modules, name, module.train(reading.attention.training))
-                    own = f"{names[reading.attention]}.{name}"
-                    values |= {f"{own}.{key}": tensor.detach() for key, tensor in module.named_parameters()}
-        if self._slots:
+                    place = f"{names[reading.attention]}.{name}"
+                    values |= {f"{place}.{key}": tensor.detach() for key, tensor in module.named_parameters()}
+        if self._shared_outputs:
             part = backbone(self._model)
             self._hooks.append(part.register_forward_pre_hook(self._before))
             self._hooks.append(part.register_forward_hook(self._drop, always_call=True))
         return values
 
     def _replace(self, values: Mapping[str, Tensor]) -> None:
-        """New parameters in the place of the model's, wherever a tied one is."""
+        """Put new parameters in the place of the model's; of a tied one, in all its places."""
         places: dict[int, list[tuple[MutableMapping[str, Any], str]]] = {}
         for module in self._model.modules():
             for key, parameter in module._parameters.items():
@@ -161,12 +165,12 @@ class Sharing:
                 f"layers of this model share keys and values in {self._entry.thread.name}: wait until it has left, or "
                 "use a copy of the model"
             )
-        self._calls.begin()
+        self._threads_in_call.begin()
 
     def _drop(self, *args: Any) -> None:
-        self._calls.end()
-        for slot in self._slots:
-            slot.drop()
+        self._threads_in_call.end()
+        for shared in self._shared_outputs:
+            shared.drop()
 
 
 def share(
@@ -219,9 +223,11 @@ def _shared(
     weights: Mapping[str, Tensor] | None,
     trainable: str,
 ) -> Sharing:
-    if (found := sharing_of(model)) is not None:
-        raise KvcalError(f"this model's layers share keys and values already ({found.map}): remove that sharing first")
-    held = attach(model)  # a cache that is collected meanwhile would take its routing away from the calls below
+    if (already := sharing_of(model)) is not None:
+        raise KvcalError(
+            f"this model's layers share keys and values already ({already.map}): remove that sharing first"
+        )
+    attachment = attach(model)  # a cache that is collected meanwhile would take its routing away from the calls below
     sharing = Sharing(model, sharing_map, entry)
     try:
         attentions = find_attention(model)
@@ -245,7 +251,7 @@ def _shared(
         sharing.remove()
         raise
     finally:
-        held.release()
+        attachment.release()
     setattr(model, _ATTRIBUTE, sharing)
     return sharing
 
@@ -275,7 +281,7 @@ def sharing_of(model: Any) -> Sharing | None:
 def _trained(model: Any, sharing_map: SharingMap, attentions: list[nn.Module]) -> set[str]:
     """Names of the query projections and all norms of the reading layers."""
     names = {module: name for name, module in model.named_modules()}
-    found: set[str] = set()
+    trained: set[str] = set()
     for layer in sharing_map.reading:
         attention = names[attentions[layer]]
         queries = {f"{attention}.{name}" for name in QUERY}
@@ -283,8 +289,8 @@ def _trained(model: Any, sharing_map: SharingMap, attentions: list[nn.Module]) -
         for name, module in model.get_submodule(block).named_modules():
             full = f"{block}.{name}"
             if full in queries or _is_norm(module):
-                found |= {f"{full}.{key}" for key, _ in module.named_parameters(recurse=False)}
-    return found
+                trained |= {f"{full}.{key}" for key, _ in module.named_parameters(recurse=False)}
+    return trained
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -27,7 +27,7 @@ def refuse_checkpointing(model: Any) -> None:
 
 
 def refuse_tied(model: Any, names: AbstractSet[str]) -> None:
-    """Raises KvcalError when a parameter that is to be replaced sits in another place, too, which is to stay."""
+    """Raises KvcalError when a parameter that is to be replaced is tied to another."""
     places: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         places.setdefault(id(parameter), []).append(name)
@@ -40,32 +40,34 @@ def refuse_tied(model: Any, names: AbstractSet[str]) -> None:
 
 
 def fitting(weights: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of `weights` as the parameters `named` of the shared model are placed and typed.
+    """Copies of `weights`, of the device and dtype of the shared model's parameters `named`.
 
     Raises:
-        KvcalError: a name or shape that it has no place for.
+        KvcalError: a name or shape that the model has no place for.
     """
     made: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         if name not in named:
             raise KvcalError(f"weights: the shared model has no parameter {name}: give weights of these groups")
-        own = named[name]
-        if tensor.shape != own.shape:
-            raise KvcalError(f"weights: {name} has shape {list(tensor.shape)}, this model needs {list(own.shape)}")
-        made[name] = tensor.detach().to(own.device, own.dtype, copy=True)
+        parameter = named[name]
+        if tensor.shape != parameter.shape:
+            raise KvcalError(
+                f"weights: {name} has shape {list(tensor.shape)}, this model needs {list(parameter.shape)}"
+            )
+        made[name] = tensor.detach().to(parameter.device, parameter.dtype, copy=True)
     return made
 
 
 def check_equal(model: Any, sharing_map: SharingMap) -> None:
-    """Whatever an architecture does to keys and values after projecting them, reading layers must end at the same."""
+    """Raises KvcalError where a reading layer makes other keys or values of what its storing layer projects."""
     seen: dict[int, tuple[Tensor, Tensor]] = {}
     if not sharing_map.shared:
         return
     watch(model, _PROBE, lambda module, query, key, value, *rest: seen.update({module.layer_idx: (key, value)}))
     for layer in sharing_map.reading:
         storing = sharing_map.storing_of(layer)
-        for name, theirs, own in zip(("keys", "values"), seen[storing], seen[layer], strict=True):
-            if theirs.shape != own.shape or not torch.allclose(theirs, own, rtol=0, atol=0, equal_nan=True):
+        for name, stored, read in zip(("keys", "values"), seen[storing], seen[layer], strict=True):
+            if stored.shape != read.shape or not torch.allclose(stored, read, rtol=0, atol=0, equal_nan=True):
                 raise KvcalError(
                     f"{kind(model)}: layer {layer} makes other {name} of what layer {storing} projects (e.g. by "
                     "another rotary embedding): put the two into different groups"

@@ -36,7 +36,7 @@ def write_snapshot(
     artifact: Artifact | None,
     groups: SharingMap,
 ) -> None:
-    """Raises KvcalError: the artifact has no hash that `read_snapshot` could tell it by, or the disk takes no file."""
+    """Raises KvcalError: the artifact has no hash for `read_snapshot` to know it by, or the file cannot be written."""
     if artifact is not None and artifact.content_hash is None:
         raise KvcalError(f"{Path(folder)}: a saved cache names its artifact by its hash: save the artifact first")
     names = {kind: name for name, kind in METHODS.items()}
@@ -52,8 +52,8 @@ def write_snapshot(
         },
     }
     place = Path(folder)
-    here = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    content = save(here, {"kvcal": json.dumps({**header, "sha256": _digest(header, here)})})
+    on_cpu = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    content = save(on_cpu, {"kvcal": json.dumps({**header, "sha256": _digest(header, on_cpu)})})
     try:
         make_folder(place)
     except OSError as error:
@@ -64,7 +64,7 @@ def write_snapshot(
 def read_snapshot(
     folder: str | os.PathLike[str], model: Any, artifact: Artifact | None, groups: SharingMap
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors on the CPU, the methods by layer). That they are what was written says nothing of who wrote it: see
+    """(tensors on the CPU, the methods by layer). They are what was written, which says nothing of who wrote it: see
     `check_layers`.
 
     Raises:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
-from ..attention import Logits
+from ..attention import SoftmaxSpec
 from ..fixed_step import Clock, FixedStep
 from ..store import Store
 from .cache import CompressedCache
@@ -17,11 +17,11 @@ from .layer import CompressedLayer
 from .support import takes_positions
 
 BUCKET = 1024
-"""Tokens by which rows grow: a new address is a new capture."""
+"""Tokens by which room for sequences grows: after it has grown, steps have new addresses and are captured anew."""
 
 
 class SteppingLayer(CacheLayerMixin):
-    """As CompressedLayer, for one token per row and call."""
+    """As CompressedLayer, for one token per sequence and call."""
 
     is_sliding = False
     is_croppable = False
@@ -35,7 +35,7 @@ class SteppingLayer(CacheLayerMixin):
         super().__init__()
         self.step, self.seen, self.writes = step, seen, writes
         self.is_initialized = True
-        self.last: tuple[Tensor, Logits] | None = None
+        self.last: tuple[Tensor, SoftmaxSpec] | None = None
         """The query of the last step; None before the first."""
         self._new: tuple[Tensor, Tensor] | None = None
 
@@ -49,14 +49,14 @@ class SteppingLayer(CacheLayerMixin):
         return key, value_states
 
     @torch.no_grad()
-    def attend(self, query: Tensor, mask: Tensor | None, logits: Logits) -> Tensor:
+    def attend(self, query: Tensor, mask: Tensor | None, spec: SoftmaxSpec) -> Tensor:
         """[B, Hq, 1, D] -> [B, Hq, 1, Dv], the new token taken in."""
         assert self._new is not None
         (key, value), self._new = self._new, None
         if self.writes:
             self.step.write(key, value)
-        out = self.step.read(query, logits)
-        self.last = query, logits
+        out = self.step.read(query, spec)
+        self.last = query, spec
         return out
 
     def get_seq_length(self) -> int:
@@ -82,20 +82,22 @@ class SteppingCache(DynamicCache):
         first = next(iter(cache.stores.values()))
         device = first.tokens["key"].view.device
         self.clock = Clock(first.lengths, device)
-        groups = cache.recipe.groups
+        groups = cache.blueprint.groups
         made = {
             layer: FixedStep(store, self.clock)
             for layer, store in cache.stores.items()
             if groups.storing_of(layer) == layer
         }
         self.steps = list(made.values())
-        self.can_go_back = all(method.keeps_all_tokens for method in cache.recipe.methods.values())
-        """Whether what came after the end of all rows can be taken back."""
+        self.can_go_back = all(method.keeps_all_tokens for method in cache.blueprint.methods.values())
+        """Whether tokens that were decoded after all sequences had ended can be taken back."""
         self.unsettled = 0
-        """Tokens per row since the stores were told."""
+        """Tokens per sequence that the stores have not counted yet."""
         self.captured = True
-        """Whether steps may be replays, which know no number of the host's but those of their capture."""
-        self.layers = [SteppingLayer(made[groups.storing_of(at)], first.seen, at in made) for at in cache.stores]
+        """Whether steps may be replays, which know no numbers of the host but those at their capture."""
+        self.layers = [
+            SteppingLayer(made[groups.storing_of(layer)], first.seen, layer in made) for layer in cache.stores
+        ]
 
     @staticmethod
     def refusal(cache: CompressedCache) -> str | None:
@@ -104,7 +106,7 @@ class SteppingCache(DynamicCache):
             return "the model numbers positions by the length of its cache, which a captured step keeps constant"
         if any(not isinstance(layer, CompressedLayer) for layer in cache.layers):
             return "the model has layers that keep transformers' own cache (sliding windows), which grows by copies"
-        for method in cache.recipe.methods.values():
+        for method in cache.blueprint.methods.values():
             if why := method.not_captured():
                 return why
         devices = {str(store.tokens["key"].view.device) for store in cache.stores.values()}
@@ -113,7 +115,7 @@ class SteppingCache(DynamicCache):
     @torch.inference_mode(False)  # the stores outlive the caller's mode, and are written in place
     @torch.no_grad()
     def prepare(self) -> tuple[tuple[int, int], ...]:
-        """See to all that the host has to before the next token.
+        """Do what the host has to do before the next token: grow buffers, and what the stores say is due.
 
         Returns:
             (address, capacity) of everything that a step touches.
@@ -129,13 +131,13 @@ class SteppingCache(DynamicCache):
         return tuple(address for step in self.steps for address in step.store.addresses())
 
     def changed(self) -> list[Tensor]:
-        """What a step changes but the slots of the coming token."""
+        """Tensors that a step changes besides the slots of the coming token."""
         return [self.clock.lengths, *(tensor for step in self.steps for tensor in step.store.changed_by_step())]
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def settle(self) -> None:
-        """Tell the stores of the tokens since the last time."""
+        """Let the stores count the tokens since the last time."""
         if self.unsettled:
             for step in self.steps:
                 step.store.count(self.unsettled)
@@ -144,18 +146,18 @@ class SteppingCache(DynamicCache):
     @torch.inference_mode(False)
     @torch.no_grad()
     def finish(self) -> None:
-        """Give everything back to the cache, which goes on from here."""
+        """Bring the cache up to date, which goes on from here."""
         self.settle()
         for compressed, layer in zip(self.cache.layers, self.layers, strict=True):
             if layer.last is not None:
-                # Few ask, and the last step that was run may have come after the end of all rows and be taken back.
+                # Computed when asked for: few ask, and the last step may come after all sequences ended, and be undone.
                 compressed.reading = partial(_read_by, compressed.store, *layer.last)
 
     def check_whole(self) -> None:
         """Steps are whole by construction."""
 
     def check_rotation(self, positions: Tensor | None, tokens: int) -> None:
-        """Whoever steps has seen to that for all steps: looking at positions would end a capture."""
+        """Nothing: the caller has checked all steps beforehand, and reading positions would end a capture."""
 
     def check_sharing(self, model: Any) -> None:
         self.cache.check_sharing(model)
@@ -163,5 +165,5 @@ class SteppingCache(DynamicCache):
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _read_by(store: Store, query: Tensor, logits: Logits) -> int:
-    return store.read_by(query, logits)
+def _read_by(store: Store, query: Tensor, spec: SoftmaxSpec) -> int:
+    return store.read_by(query, spec)

@@ -20,7 +20,7 @@ def stock_state(layer: Any) -> dict[str, Tensor]:
 def restore_stock(layer: Any, state: Mapping[str, Tensor]) -> None:
     if state:
         layer.lazy_initialization(state["keys"], state["values"])
-        # More than the window's are held while tokens may be taken back.
+        # More tokens than the window's are held while some may be taken back.
         kept = kept_of(layer)
         held = slice(-kept if kept else None, None)
         layer.keys, layer.values = state["keys"][:, :, held], state["values"][:, :, held]
@@ -29,16 +29,16 @@ def restore_stock(layer: Any, state: Mapping[str, Tensor]) -> None:
 
 
 def kept_of(layer: Any) -> int | None:
-    """Tokens that transformers' own layer keeps, fewer than its window by the new one; None: all."""
+    """Tokens that transformers' own layer keeps: its window without the new token; None: all."""
     window = getattr(layer, "sliding_window", None)
     return window - 1 if window and window > 1 else None
 
 
-def check_stock(layer: Any, state: Mapping[str, Tensor], rows: int | None, seen: int | None) -> tuple[int, int]:
-    """(rows, positions so far) of what `stock_state` gave.
+def check_stock(layer: Any, state: Mapping[str, Tensor], batch: int | None, seen: int | None) -> tuple[int, int]:
+    """(sequences, positions so far) of what `stock_state` gave.
 
     Args:
-        rows, seen: of the other layers; None: there are no others.
+        batch, seen: sequences and positions of the other layers; None: there are no others.
 
     Raises:
         KvcalError: no layer of this kind holds such tensors.
@@ -46,7 +46,7 @@ def check_stock(layer: Any, state: Mapping[str, Tensor], rows: int | None, seen:
     if not state:
         if seen:
             raise KvcalError(f"keys are missing, other layers hold {seen} positions")
-        return rows or 0, seen or 0
+        return batch or 0, seen or 0
     if state.keys() != {"keys", "values", "length"}:
         raise KvcalError(f"holds {', '.join(sorted(state))}, expected keys, values and length")
     keys, values, length = state["keys"], state["values"], state["length"]
@@ -56,9 +56,11 @@ def check_stock(layer: Any, state: Mapping[str, Tensor], rows: int | None, seen:
         raise KvcalError("keys or values are no finite numbers")
     if length.dtype != torch.int64 or length.dim():
         raise KvcalError("length is no whole number")
-    found, held, kept = int(length), keys.shape[2], kept_of(layer)
-    if rows not in (None, keys.shape[0]) or seen not in (None, found):
-        raise KvcalError(f"{keys.shape[0]} rows of {found} positions, other layers hold {rows} of {seen}")
-    if not (found if kept is None else min(found, kept)) <= held <= found:
-        raise KvcalError(f"keys of {held} tokens, expected {found if kept is None else min(found, kept)} of {found}")
-    return keys.shape[0], found
+    positions, held, kept = int(length), keys.shape[2], kept_of(layer)
+    if batch not in (None, keys.shape[0]) or seen not in (None, positions):
+        raise KvcalError(f"{keys.shape[0]} rows of {positions} positions, other layers hold {batch} of {seen}")
+    if not (positions if kept is None else min(positions, kept)) <= held <= positions:
+        raise KvcalError(
+            f"keys of {held} tokens, expected {positions if kept is None else min(positions, kept)} of {positions}"
+        )
+    return keys.shape[0], positions

@@ -1,8 +1,8 @@
 """Which models can be calibrated and decoded from a compressed cache: found out by watching them decode three tokens.
 
-A compressed cache answers for a layer's attention when the layer hands the very keys and values that it gave its cache
-to transformers' attention function, once a pass, with the usual mask. What does otherwise is refused before anything
-else is run, by what is seen of it and not by its name.
+A compressed cache can compute a layer's attention when the layer hands the very keys and values that it gave its cache
+to transformers' attention function, once a pass, with the usual mask. A model that does otherwise is refused before
+anything else is run, by what is seen of it and not by its name.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ def attention_layers(model: Any) -> list[AttentionLayer]:
     """
     refuse_unsupported(model)
     refuse_captured(model)
-    found = _FOUND.get(model)
-    if found is None or not {layer.module for layer in found} <= set(model.modules()):
-        found = _FOUND[model] = watched(model)
-    return found
+    layers = _FOUND.get(model)
+    if layers is None or not {layer.module for layer in layers} <= set(model.modules()):
+        layers = _FOUND[model] = watched(model)
+    return layers
 
 
 def refuse_unsupported(model: Any) -> None:
@@ -105,26 +105,26 @@ def watched(model: Any) -> list[AttentionLayer]:
                     f"{kind(model)}: it cannot decode with a cache from token ids alone "
                     f"({one_line(str(error))[:300]}): {UNSUPPORTED}"
                 ) from error
-            found = _by_layer(model, calls, len(cache.layers))
-            for index, call in enumerate(found):
-                if why := _refusal(call, index if isinstance(cache.layers[index], _SeenLayer) else None):
+            by_layer = _by_layer(model, calls, len(cache.layers))
+            for layer_idx, call in enumerate(by_layer):
+                if why := _refusal(call, layer_idx if isinstance(cache.layers[layer_idx], _SeenLayer) else None):
                     raise KvcalError(
-                        f"{kind(model)}: layer {index} ({type(call.module).__name__}) {why}: {UNSUPPORTED}"
+                        f"{kind(model)}: layer {layer_idx} ({type(call.module).__name__}) {why}: {UNSUPPORTED}"
                     )
-    return [AttentionLayer(call.module, call.key.shape[-1]) for call in found]
+    return [AttentionLayer(call.module, call.key.shape[-1]) for call in by_layer]
 
 
 class _SeenLayer(DynamicLayer):
     """Marks the keys and values that it returns."""
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, layer_idx: int) -> None:
         super().__init__()
-        self.index = index
+        self.layer_idx = layer_idx
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         key, value = super().update(key_states, value_states, *args, **kwargs)
         key, value = key.view_as(key), value.view_as(value)
-        key.kvcal_seen = value.kvcal_seen = self.index
+        key.kvcal_seen = value.kvcal_seen = self.layer_idx
         return key, value
 
 
@@ -136,15 +136,15 @@ def _cache(model: Any) -> DynamicCache:
         raise KvcalError(
             f"{kind(model)}: transformers makes no cache for it ({one_line(str(error))[:300]}): {UNSUPPORTED}"
         ) from error
-    other = [
-        at for at, layer in enumerate(cache.layers) if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
+    unknown = [
+        idx for idx, layer in enumerate(cache.layers) if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
     ]
-    if other:
-        keeps = type(cache.layers[other[0]]).__name__
+    if unknown:
+        keeps = type(cache.layers[unknown[0]]).__name__
         raise KvcalError(
-            f"{kind(model)}: layers {other} keep other state than keys and values ({keeps}): {UNSUPPORTED}"
+            f"{kind(model)}: layers {unknown} keep other state than keys and values ({keeps}): {UNSUPPORTED}"
         )
-    cache.layers = [_SeenLayer(at) if type(layer) is DynamicLayer else layer for at, layer in enumerate(cache.layers)]
+    cache.layers = [_SeenLayer(idx) if type(layer) is DynamicLayer else layer for idx, layer in enumerate(cache.layers)]
     return cache
 
 
@@ -165,27 +165,27 @@ def _by_layer(model: Any, calls: list[_Call], layers: int) -> list[_Call]:
     indices = [getattr(call.module, "layer_idx", None) for call in calls]
     if missing := sorted(set(range(layers)) - set(indices)):
         raise KvcalError(f"{kind(model)}: layers {missing} do not use transformers' attention interface: {UNSUPPORTED}")
-    for index in range(layers):
-        if indices.count(index) > 1:
-            name = type(calls[indices.index(index)].module).__name__
+    for layer_idx in range(layers):
+        if indices.count(layer_idx) > 1:
+            name = type(calls[indices.index(layer_idx)].module).__name__
             raise KvcalError(
-                f"{kind(model)}: layer {index} ({name}) calls its attention {indices.count(index)} times a pass: "
-                f"{UNSUPPORTED}"
+                f"{kind(model)}: layer {layer_idx} ({name}) calls its attention {indices.count(layer_idx)} times a "
+                f"pass: {UNSUPPORTED}"
             )
-    return [calls[indices.index(index)] for index in range(layers)]
+    return [calls[indices.index(layer_idx)] for layer_idx in range(layers)]
 
 
 def _refusal(call: _Call, cached: int | None) -> str | None:
     """What a compressed cache would get wrong in a call; None: nothing.
 
     Args:
-        cached: its layer in the cache.
+        cached: the call's layer, if its keys and values are marked; None: a sliding window.
     """
     query, key, value, mask = call.query, call.key, call.value, call.mask
-    if cached is not None and {getattr(each, "kvcal_seen", None) for each in (key, value)} != {cached}:
+    if cached is not None and {getattr(tensor, "kvcal_seen", None) for tensor in (key, value)} != {cached}:
         return "attends to other keys and values than it puts into its cache"
     if query.shape[1] % key.shape[1] or query.shape[-1] != key.shape[-1] or key.shape[:3] != value.shape[:3]:
-        shapes = ", ".join(str(list(each.shape)) for each in (query, key, value))
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in (query, key, value))
         return f"has queries, keys and values of shapes {shapes}"
     if bias := next((name for name in BIASES if call.kwargs.get(name) is not None), None):
         return f"adds a {bias.replace('_', ' ')} to its logits"

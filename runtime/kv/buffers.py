@@ -1,6 +1,6 @@
 """Where tokens lie: sequences of unequal length, left-aligned, in buffers that grow by whole chunks.
 
-Padding is dropped on the way in. So a row of a padded batch is stored exactly as if it were alone, and
+Padding is dropped on the way in. So a sequence of a padded batch is stored exactly as if it were alone, and
 nothing downstream (pages, budgets, evictions) has to know about padding.
 """
 
@@ -18,12 +18,12 @@ CHUNK = 256
 
 @dataclass(frozen=True)
 class Places:
-    """Where T new tokens of each row go."""
+    """Where T new tokens of each sequence go."""
 
     after: list[int]
-    """Length of each row once they are written."""
+    """Length of each sequence once they are written."""
     slots: slice | tuple[Tensor, Tensor, Tensor]
-    """The same slots for all sequences; or (sequence, token, slot) of every token that counts."""
+    """A slice: the same slots for all sequences; a tuple: (sequence, token, slot), [n] int64 each, without padding."""
 
 
 def find_places(lengths: Sequence[int], tokens: int, valid: Tensor | None, device: torch.device) -> Places:
@@ -37,14 +37,14 @@ def find_places(lengths: Sequence[int], tokens: int, valid: Tensor | None, devic
             return Places([start + tokens] * len(lengths), slice(start, start + tokens))
         valid = torch.ones(len(lengths), tokens, dtype=torch.bool)
     after = torch.tensor(list(lengths)).unsqueeze(1) + valid.cumsum(1)
-    row, token = valid.nonzero(as_tuple=True)
-    slot = after[row, token] - 1
-    return Places(after[:, -1].tolist(), (row.to(device), token.to(device), slot.to(device)))
+    sequence, token = valid.nonzero(as_tuple=True)
+    slot = after[sequence, token] - 1
+    return Places(after[:, -1].tolist(), (sequence.to(device), token.to(device), slot.to(device)))
 
 
 def visible(held: Sequence[int], tokens: int, valid: Tensor | None, device: torch.device) -> Tensor | None:
-    """[B, T] int64: how many of the tokens that its row holds each of the last T may see, itself included; None: those
-    T are all, and there is no padding among them.
+    """[B, T] int64: how many of its sequence's tokens each of the last T may see, itself included; None: every sequence
+    holds these T tokens and no others, and none of them is padding.
 
     Args:
         valid: [B, T] bool on the CPU, False at padding; None = no padding.
@@ -58,10 +58,10 @@ def visible(held: Sequence[int], tokens: int, valid: Tensor | None, device: torc
 
 
 class TokenBuffer:
-    """[B, H, capacity, D], of which the first `used` tokens (the longest row's) are in use."""
+    """[B, H, capacity, D], of which the first `used` tokens (the longest sequence's) are in use."""
 
     moves = True
-    """Whether they lie where attention is computed, and go elsewhere with it."""
+    """Whether the tokens lie where attention is computed, and move with it to another device."""
 
     def __init__(self, chunk: int = CHUNK, fill: int = 0):
         """
@@ -80,8 +80,8 @@ class TokenBuffer:
         if isinstance(places.slots, slice):
             self.tensor[:, :, places.slots] = new
         else:
-            row, token, slot = places.slots
-            self.tensor[row, :, slot] = new[row, :, token]
+            sequence, token, slot = places.slots
+            self.tensor[sequence, :, slot] = new[sequence, :, token]
         self.used = used
 
     def reserve(self, tokens: int, like: Tensor) -> None:
@@ -104,17 +104,17 @@ class TokenBuffer:
         return self.tensor[:, :, : self.used]
 
     def replace(self, tensor: Tensor) -> None:
-        """Hold these tokens instead, in a buffer of their own."""
+        """Hold a copy of these tokens [B, H, T, D] instead of those held."""
         self.tensor, self.used = None, 0
         self.reserve(tensor.shape[2], tensor)
         assert self.tensor is not None
         self.tensor[:, :, : tensor.shape[2]] = tensor
         self.used = tensor.shape[2]
 
-    def keep(self, index: Tensor) -> None:
-        """Keep the sequences `index` [B'] of the batch, in that order."""
+    def keep(self, order: Tensor) -> None:
+        """Keep the sequences `order` [B'] of the batch, in that order."""
         if self.tensor is not None:
-            self.tensor = self.tensor.index_select(0, index.to(self.tensor.device))
+            self.tensor = self.tensor.index_select(0, order.to(self.tensor.device))
 
     def nbytes(self) -> int:
         return 0 if self.tensor is None else self.tensor.nbytes

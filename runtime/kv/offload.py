@@ -12,29 +12,29 @@ from .buffers import CHUNK, Places, TokenBuffer
 
 
 def on_host(places: Places) -> Places:
-    """The same places, told on the CPU."""
+    """The same places, their tensors on the CPU."""
     slots = places.slots if isinstance(places.slots, slice) else tuple(part.cpu() for part in places.slots)
     return Places(places.after, slots)  # type: ignore[arg-type]
 
 
 class DeviceCache:
-    """Tokens of a layer on the device, per (row, KV head); the ones read longest ago make room."""
+    """Tokens of a layer on the device, per (sequence, KV head); those read longest ago make room for new ones."""
 
     def __init__(self, capacity: int):
         """
         Args:
-            capacity: tokens; exceeded only when one step reads more. No room is made for more than there are.
+            capacity: tokens; exceeded only when one step reads more. No room is made for more than the host holds.
         """
         self.capacity = capacity
         self.hits = self.misses = 0
-        """Tokens that a step needed and found here, or had to have copied from the host."""
+        """Tokens that steps needed: found here, and copied from the host."""
         self._held: dict[str, Tensor] = {}
         """[B, Hkv, capacity, D] by name."""
         self._slot_of = self._token_in = self._last_used = torch.empty(0)
         self._step = 0
 
     def gather(self, host: dict[str, TokenBuffer], index: Tensor, counted: Tensor | None) -> dict[str, Tensor]:
-        """Tokens `index` [B, Hkv, G or 1, k], copied from the host as far as they are not here.
+        """The tokens at positions `index` [B, Hkv, G or 1, k]; those that are not here are copied from the host first.
 
         Returns:
             [B, Hkv, G or 1, k, D] for each of `host`.
@@ -47,10 +47,10 @@ class DeviceCache:
         ones = torch.ones_like(flat) if counted is None else counted.expand_as(index).flatten(2)
         needed = needed.scatter_add_(2, flat, ones.to(torch.int32)) > 0
         self._make_room(max(int(needed.sum(-1).max()), min(self.capacity, tokens)))
-        there = self._slot_of[:, :, :tokens] >= 0
-        self.hits += int((needed & there).sum())
-        missing = needed & ~there
-        self._touch(needed & there)
+        cached = self._slot_of[:, :, :tokens] >= 0
+        self.hits += int((needed & cached).sum())
+        missing = needed & ~cached
+        self._touch(needed & cached)
         self._copy(host, missing)
         slot = self._slot_of.gather(2, flat).clamp_min(0).view_as(index)
         batch = torch.arange(index.shape[0], device=index.device).view(-1, 1, 1, 1)
@@ -58,14 +58,14 @@ class DeviceCache:
         return {name: self._held[name][batch, heads, slot] for name in host}
 
     def drop(self, slots: Sequence[range]) -> None:
-        """Forget these tokens of each row, which lie elsewhere on the host now."""
+        """Forget what is cached of these slots of each sequence, because the host will hold other tokens there."""
         if not self._held:
             return
-        for row, of_row in enumerate(slots):
-            gone = self._slot_of[row, :, of_row.start : of_row.stop]
+        for sequence, dropped in enumerate(slots):
+            gone = self._slot_of[sequence, :, dropped.start : dropped.stop]
             head, token = (gone >= 0).nonzero(as_tuple=True)
             slot = gone[head, token]
-            self._token_in[row, head, slot] = self._last_used[row, head, slot] = -1
+            self._token_in[sequence, head, slot] = self._last_used[sequence, head, slot] = -1
             gone.fill_(-1)
 
     def clear(self) -> None:
@@ -75,8 +75,8 @@ class DeviceCache:
     def nbytes(self) -> int:
         if not self._held:
             return 0
-        books = (self._slot_of, self._token_in, self._last_used)
-        return sum(tensor.nbytes for tensor in (*self._held.values(), *books))
+        bookkeeping = (self._slot_of, self._token_in, self._last_used)
+        return sum(tensor.nbytes for tensor in (*self._held.values(), *bookkeeping))
 
     def _prepare(self, host: dict[str, TokenBuffer], index: Tensor, tokens: int) -> None:
         batch, heads, device = index.shape[0], index.shape[1], index.device
@@ -100,30 +100,30 @@ class DeviceCache:
                 self._held[name] = grown
 
     def _touch(self, tokens: Tensor) -> None:
-        """These are in use at this step and stay."""
-        row, head, token = tokens.nonzero(as_tuple=True)
-        self._last_used[row, head, self._slot_of[row, head, token]] = self._step
+        """Mark `tokens` [B, Hkv, tokens] bool, all of them cached, as read by this step."""
+        sequence, head, token = tokens.nonzero(as_tuple=True)
+        self._last_used[sequence, head, self._slot_of[sequence, head, token]] = self._step
 
     def _copy(self, host: dict[str, TokenBuffer], missing: Tensor) -> None:
-        row, head, token = missing.nonzero(as_tuple=True)
-        self.misses += len(row)
-        turn = (missing.cumsum(-1) - 1)[row, head, token]
-        slot = self._last_used.argsort(dim=-1, stable=True)[row, head, turn]
-        left = self._token_in[row, head, slot]
-        gone = left >= 0
-        self._slot_of[row[gone], head[gone], left[gone]] = -1
-        self._slot_of[row, head, token] = slot
-        self._token_in[row, head, slot] = token
-        self._last_used[row, head, slot] = self._step
+        sequence, head, token = missing.nonzero(as_tuple=True)
+        self.misses += len(sequence)
+        ordinal = (missing.cumsum(-1) - 1)[sequence, head, token]
+        slot = self._last_used.argsort(dim=-1, stable=True)[sequence, head, ordinal]
+        replaced = self._token_in[sequence, head, slot]
+        occupied = replaced >= 0
+        self._slot_of[sequence[occupied], head[occupied], replaced[occupied]] = -1
+        self._slot_of[sequence, head, token] = slot
+        self._token_in[sequence, head, slot] = token
+        self._last_used[sequence, head, slot] = self._step
         for name, buffer in host.items():
             view = buffer.view
-            found = view[row.to(view.device), head.to(view.device), token.to(view.device)]
-            self._held[name][row, head, slot] = found.to(self._held[name].device, non_blocking=True)
+            copied = view[sequence.to(view.device), head.to(view.device), token.to(view.device)]
+            self._held[name][sequence, head, slot] = copied.to(self._held[name].device, non_blocking=True)
 
 
 @dataclass(frozen=True)
 class Offloaded:
-    """Buffers of a layer on the host, all read at the same positions, and the tokens of them on the device."""
+    """A layer's buffers on the host, all read at the same positions, and the cache on the device of their tokens."""
 
     buffers: dict[str, TokenBuffer]
     cache: DeviceCache
@@ -135,10 +135,10 @@ class Offloaded:
     def gather(self, names: Sequence[str], index: Tensor, valid: Tensor | None) -> list[Tensor]:
         """[B, Hkv, K, …] of each name, on the device of `index` [B, Hkv, K]."""
         counted = None if valid is None else valid.unsqueeze(2)
-        found = self.cache.gather(self.buffers, index.unsqueeze(2), counted)
-        return [found[name].squeeze(2) for name in names]
+        gathered = self.cache.gather(self.buffers, index.unsqueeze(2), counted)
+        return [gathered[name].squeeze(2) for name in names]
 
 
-def _grown(books: Tensor, size: int) -> Tensor:
-    missing = size - books.shape[2]
-    return torch.nn.functional.pad(books, (0, missing), value=-1) if missing > 0 else books
+def _grown(bookkeeping: Tensor, size: int) -> Tensor:
+    missing = size - bookkeeping.shape[2]
+    return torch.nn.functional.pad(bookkeeping, (0, missing), value=-1) if missing > 0 else bookkeeping

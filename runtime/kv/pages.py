@@ -1,6 +1,6 @@
 """Token buffers by page, as steps see them: found through a block table, whatever engine allocated them.
 
-Token t of sequence b lies in page `block_table[b, t // PAGE]` of every buffer, at position t % PAGE: keys, values and
+Token t of sequence b lies in page `block_table[b, t // PAGE]` of every buffer, at offset t % PAGE: keys, values and
 what a method keeps beside them alike, so that what moves or shares pages moves or shares all of a token.
 """
 
@@ -23,17 +23,29 @@ from .offload import Offloaded, on_host
 PAGE = 64
 """Tokens of a page."""
 POSITION = "position"
-"""By this name: of which token a slot holds keys and values, [B, Hkv, slots, 1] int32, -1 where it is free; only where
-fewer tokens are held than came."""
+"""The buffer of this name tells which token's keys and values a slot holds, [B, Hkv, slots, 1] int32, -1 where it is
+free; only where fewer tokens are held than came."""
 RECEIVED = "received"
-"""By this name: what each token has received of all attention so far, [B, Hkv, tokens, 1] float32."""
+"""The buffer of this name tells the attention that each token has received so far, [B, Hkv, tokens, 1] float32."""
 Summarise = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
-"""From the tokens of n pages, [n, PAGE, Hkv, …] by name, to what is kept of each as a whole, [n, Hkv, …]."""
+"""From the tokens of n pages, [n, PAGE, Hkv, …] by name, to the summaries of these pages, [n, Hkv, …] by name."""
 T = TypeVar("T")
 
 
+class OncePerStep:
+    """Keeps what is the same in all layers of a step."""
+
+    _reckoned: dict[Hashable, object]
+
+    def once(self, name: Hashable, reckon: Callable[[], T]) -> T:
+        """What `reckon` gives; called by the first layer that asks for this name."""
+        if name not in self._reckoned:
+            self._reckoned[name] = reckon()
+        return self._reckoned[name]  # type: ignore[return-value]
+
+
 @dataclass(frozen=True, eq=False)
-class DecodeMetadata:
+class DecodeMetadata(OncePerStep):
     """What a step has to know of a batch, the same for all of its layers."""
 
     block_table: Tensor
@@ -41,28 +53,22 @@ class DecodeMetadata:
     seq_lens: Tensor
     """[B] int32: tokens of each sequence, the new one included."""
     longest: int
-    """Tokens of the longest sequence, known on the host; where a step is captured and replayed as sequences grow, what
-    they may grow to."""
+    """Tokens of the longest sequence, known on the host; in a captured step, which is replayed as sequences grow, the
+    most that they may grow to."""
     shortest: int
-    """Tokens of the shortest sequence, or fewer."""
+    """Tokens of the shortest sequence, or a lower bound of that."""
     contiguous: bool
     """Whether the block table is 0, 1, 2, …, sequence after sequence, and there are no other pages: a sequence is then
     one view."""
     lengths: tuple[int, ...] | None = None
-    """`seq_lens`, where the host knows them."""
+    """`seq_lens` on the host; None: the host does not know them."""
     whole: DecodeMetadata | None = None
     """Where tokens were evicted the other fields describe the slots that are held, and this tells the lengths with all
     tokens so far (its block table means nothing)."""
     _reckoned: dict[Hashable, object] = field(default_factory=dict, init=False, repr=False)
 
-    def once(self, name: Hashable, reckon: Callable[[], T]) -> T:
-        """What `reckon` gives, for all layers of a step."""
-        if name not in self._reckoned:
-            self._reckoned[name] = reckon()
-        return self._reckoned[name]  # type: ignore[return-value]
-
     def may_fill(self, tokens: int) -> bool:
-        """Whether the last token of a sequence may be the last of so many that lie together."""
+        """Whether a sequence may have a multiple of `tokens` tokens now; True where the host does not know lengths."""
         if self.lengths is None:
             return True
         for length in self.lengths:  # noqa: SIM110 (a generator would be called for every layer of every token)
@@ -98,10 +104,10 @@ def contiguous_table(sequences: int, pages: int, device: torch.device) -> Tensor
 def contiguous_metadata(
     lengths: tuple[int, ...], capacity: int, device: torch.device, all_lengths: tuple[int, ...] | None = None
 ) -> DecodeMetadata:
-    """Of sequences of these lengths in buffers of `capacity` tokens each: one object for all layers of a step.
+    """Metadata of sequences of these lengths in buffers of `capacity` tokens each: one object for all layers of a step.
 
     Args:
-        all_lengths: tokens of each sequence, where fewer are held.
+        all_lengths: tokens of each sequence so far, where fewer are held.
     """
     return _contiguous(lengths, capacity, device, all_lengths, threading.get_ident())
 
@@ -112,7 +118,7 @@ def _contiguous(
 ) -> DecodeMetadata:
     """
     Args:
-        thread: another may work on another stream, which would not wait for what this one reckons.
+        thread: has an object of its own: it may work on another stream, which would not wait for what others reckon.
     """
     whole = None if all_lengths is None else _contiguous(all_lengths, PAGE, device, None, thread)
     table, longest, shortest = contiguous_table(len(lengths), capacity // PAGE, device), max(lengths), min(lengths)
@@ -125,7 +131,7 @@ def _contiguous(
 
 @dataclass(frozen=True, eq=False)
 class LayerCache:
-    """One layer's buffers, for the tokens that `metadata` tells of."""
+    """One layer's buffers as a step sees them, with the tokens that `metadata` describes."""
 
     pages: Mapping[str, Tensor]
     """[N, PAGE, Hkv, …] by name: "key", "value", and what a method keeps beside them."""
@@ -135,15 +141,17 @@ class LayerCache:
     """[B, Hkv, …] by name: what is kept of a sequence as a whole."""
     metadata: DecodeMetadata
     offloaded: Offloaded | None = None
-    """What of `pages` lies on the host."""
-    index: object = None
+    """Those of `pages` that lie on the host; None: none do."""
+    sequence_index: object = None
     """What a method has built over whole sequences."""
     _ordered: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """Views of contiguous pages by name, [B, Hkv, P · PAGE, …]."""
 
     def at(self, metadata: DecodeMetadata) -> LayerCache:
         """The same buffers and the same block table, at another step."""
-        return LayerCache(self.pages, self.summaries, self.sums, metadata, self.offloaded, self.index, self._ordered)
+        return LayerCache(
+            self.pages, self.summaries, self.sums, metadata, self.offloaded, self.sequence_index, self._ordered
+        )
 
     @property
     def heads(self) -> int:
@@ -170,7 +178,7 @@ class LayerCache:
         """[B, Hkv, K, …] of each name: the tokens at positions `index` [B, Hkv, K] int64 of their sequences.
 
         Args:
-            valid: bool like the index, False at what only pads; None: none does.
+            valid: bool of the shape of `index`, False where an entry is padding; None: nowhere.
         """
         if self.offloaded is not None and names[0] in self.offloaded.names:
             return self.offloaded.gather(names, index, valid)
@@ -191,7 +199,7 @@ class LayerCache:
         if metadata.contiguous and {"key", "value"} <= new.keys() and choose("auto", new["key"]) == "triton":
             held = metadata.once("held", lambda: metadata.seq_lens - 1)
             key, value = new.pop("key").squeeze(2), new.pop("value").squeeze(2)
-            append(key, value, None, self._in_order("key"), self._in_order("value"), None, held)  # one launch
+            append(key, value, self._in_order("key"), self._in_order("value"), held)  # one launch
         if not new:
             return
         slots = metadata.once("last slots", metadata.last_slots)
@@ -206,7 +214,7 @@ class LayerCache:
             self._in_order(name).scatter_(2, index, tensor)
 
     def receive(self, attention: Tensor) -> None:
-        """Add [B, Hkv, n] float32 to what the first n tokens have received of all attention so far."""
+        """Add [B, Hkv, n] float32 to the attention that the first n tokens have received so far."""
         self.tokens(RECEIVED)[:, :, : attention.shape[2]].add_(attention.unsqueeze(-1))
 
     def add_last(self, new: Mapping[str, Tensor]) -> None:
@@ -215,16 +223,16 @@ class LayerCache:
             self.sums[name].add_(tensor.squeeze(2))
 
     def _of_pages(self, page: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        """[n, PAGE, Hkv, …] of each name, on the device of the pages' numbers [n] int64."""
+        """[n, PAGE, Hkv, …] of each name: the tokens in pages `page` [n] int64, on the device of `page`."""
         return {name: self.pages[name][page.to(self.pages[name].device)].to(page.device) for name in names}
 
     def summarise(self, page: Tensor, names: Sequence[str], by: Summarise) -> None:
-        """Keep what `by` makes of these names' tokens in pages [n] int64."""
+        """Write the summaries of pages [n] int64, which `by` makes of their tokens by these names."""
         for name, new in by(self._of_pages(page, names)).items():
             self.summaries[name].index_copy_(0, page, new)
 
     def summarise_last(self, names: Sequence[str], by: Summarise, every: int) -> None:
-        """Keep what `by` makes of these names' tokens in each sequence's last page, where `every` more are there."""
+        """`summarise` the last page of each sequence whose length is a multiple of `every`."""
         page = self.metadata.once("last slots", self.metadata.last_slots) // PAGE
         full = self.metadata.seq_lens % every == 0
         for name, new in by(self._of_pages(page, names)).items():
@@ -233,12 +241,12 @@ class LayerCache:
 
 
 class PagedBuffer(TokenBuffer):
-    """[B, Hkv, capacity, …] of whole pages, the block table 0, 1, 2, ….
+    """[B, Hkv, capacity, …] of whole pages, with the block table 0, 1, 2, ….
 
     In memory heads come first, so that the tokens of one head of a sequence lie next to one another.
     """
 
-    page = PAGE
+    page_size = PAGE
 
     @property
     def pages(self) -> Tensor:
@@ -246,13 +254,13 @@ class PagedBuffer(TokenBuffer):
         assert self.tensor is not None
         by_head = self.tensor.transpose(0, 1)
         heads, batch, capacity = by_head.shape[:3]
-        by_page = by_head.view(heads, batch * capacity // self.page, self.page, *by_head.shape[3:])
+        by_page = by_head.view(heads, batch * capacity // self.page_size, self.page_size, *by_head.shape[3:])
         return by_page.permute(1, 2, 0, *range(3, by_page.dim()))
 
-    def keep(self, index: Tensor) -> None:
+    def keep(self, order: Tensor) -> None:
         if self.tensor is not None:
             by_head = self.tensor.transpose(0, 1)
-            self.tensor = by_head.index_select(1, index.to(by_head.device)).transpose(0, 1)
+            self.tensor = by_head.index_select(1, order.to(by_head.device)).transpose(0, 1)
 
     def _allocate(self, like: Tensor, tokens: int) -> Tensor:
         batch, heads = like.shape[:2]
@@ -260,16 +268,16 @@ class PagedBuffer(TokenBuffer):
 
 
 class SlotBuffer(PagedBuffer):
-    """The same by fewer tokens: what is held is little, and what it does not hold should be free."""
+    """A `PagedBuffer` that grows by fewer tokens, for caches that hold few and should have little slack."""
 
-    page = 16
+    page_size = 16
 
     def __init__(self, fill: int = 0):
-        super().__init__(self.page, fill)
+        super().__init__(self.page_size, fill)
 
 
 class HostPages(PagedBuffer):
-    """The same in host memory, pinned where there is a GPU, whatever device new tokens come from."""
+    """A `PagedBuffer` in host memory, pinned where there is a GPU, whatever device new tokens come from."""
 
     moves = False
 

@@ -9,7 +9,7 @@ from ...artifacts import KvcalError
 
 
 class Sequences:
-    """What counts positions as they come and go. Padding is counted as a position, and is no token of any sequence."""
+    """Counts positions and tokens as they come and go. Padding is a position, and is no token of any sequence."""
 
     def __init__(self) -> None:
         self.lengths: list[int] = []
@@ -20,13 +20,13 @@ class Sequences:
         """[B, seen] bool on the CPU, which positions were no padding; None: all."""
 
     def _advance(self, batch: int, tokens: int, valid: Tensor | None = None) -> None:
-        """Count so many new positions.
+        """Count `tokens` new positions.
 
         Args:
             valid: [B, tokens] bool on the CPU, False at padding; None = no padding.
 
         Raises:
-            KvcalError: another batch than before.
+            KvcalError: the batch has another size than before.
         """
         lengths = self.lengths or [0] * batch
         if len(lengths) != batch:
@@ -43,7 +43,7 @@ class Sequences:
         self.seen += tokens
 
     def _retreat(self, tokens: int) -> None:
-        """Uncount the last positions. Raises KvcalError: there are fewer."""
+        """Forget the last `tokens` positions. Raises KvcalError: there are fewer."""
         if tokens > self.seen:
             raise KvcalError(f"cannot crop {tokens} tokens from a cache of {self.seen}")
         lost = [tokens] * len(self.lengths)
@@ -53,11 +53,11 @@ class Sequences:
         self.lengths = [length - count for length, count in zip(self.lengths, lost, strict=True)]
         self.seen -= tokens
 
-    def _keep(self, index: Tensor) -> None:
-        """Keep the sequences `index` [B'], in that order, repeats allowed."""
-        self.lengths = [self.lengths[row] for row in index.tolist()]
+    def _keep(self, order: Tensor) -> None:
+        """Keep the sequences `order` [B'], in that order, repeats allowed."""
+        self.lengths = [self.lengths[sequence] for sequence in order.tolist()]
         if self.valid is not None:
-            self.valid = self.valid[index.cpu()]
+            self.valid = self.valid[order.cpu()]
 
     def _counts(self) -> dict[str, Tensor]:
         """ "lengths" [B] int64 and "valid" [B, seen] bool."""

@@ -1,4 +1,4 @@
-"""The methods, each read in one file or folder: what the user sets, what is kept beside keys and values, how a step
+"""The methods. Each has one file or folder: what the user sets, what is kept beside keys and values, how a step
 attends."""
 
 from .base import Method

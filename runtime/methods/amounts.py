@@ -65,19 +65,19 @@ class Budget:
     """How many tokens a step reads, or a store holds."""
 
     keep: Amount = 0.25
-    """A fraction of the row's tokens at this step, the new one included, or a count."""
+    """A fraction of the sequence's tokens at this step, the new one included, or a count."""
     dense_below: int = 0
-    """Rows of fewer tokens are read, or held, whole."""
+    """Sequences of fewer tokens are read, or held, whole."""
 
     def check(self) -> None:
-        """Raises KvcalError for parameters that mean nothing."""
+        """Raises KvcalError for invalid parameters."""
         check_amount("keep", self.keep)
         check_count("dense_below", self.dense_below)
 
     def of(self, length: int) -> int:
-        """Tokens of a row of `length`."""
+        """How many tokens are read, or held, of a sequence of `length`."""
         return length if length < self.dense_below else count_of(self.keep, length)
 
     def most(self, length: int) -> int:
-        """The largest of rows of `length` tokens at most."""
+        """The largest `of` any sequence that has at most `length` tokens."""
         return max(self.of(length), min(length, self.dense_below - 1))

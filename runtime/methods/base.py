@@ -1,17 +1,17 @@
-"""What a method is to the rest of the runtime: settings that bind to a layer, and a policy of pure functions."""
+"""The interface of a method: settings (`Method`) that bind to a layer and give a `Policy`, of pure functions."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ...artifacts import Artifact
-from ..attention import Logits, causal_attention
+from ..attention import SoftmaxSpec, causal_attention
 from ..kv.buffers import TokenBuffer
 from ..kv.pages import PAGE, DecodeMetadata, LayerCache
 from ..kv.saved import Saved
@@ -24,9 +24,9 @@ class Selected:
     index: Tensor
     """[B, Hkv, G or 1, K] int64, positions in their sequence, none twice among those that are valid."""
     valid: Tensor
-    """The same shape, bool: False pads."""
-    pads: bool = True
-    """False: all are valid, as the host knows."""
+    """The same shape, bool: False marks padding."""
+    padded: bool = True
+    """Whether there may be padding; False where the host knows that all entries are valid."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Attended:
     selected: Selected | None
     """None: every token that is held was read."""
     received: Tensor | None = None
-    """[B, Hkv, longest] float32: the attention that each token has received, added over a KV head's query heads; None:
-    nobody asked."""
+    """[B, Hkv, longest] float32: the attention that each token receives in this step, added over a KV head's query
+    heads; None: it was not asked for."""
 
 
 Widths = Mapping[str, int]
-"""Bytes by name: of one KV head's entry of a token, of a page, or of a sequence."""
+"""By name of what is kept, the bytes of one KV head: per token, per page, or per sequence."""
 
 
 @dataclass(frozen=True)
@@ -55,42 +55,53 @@ class Method(ABC):
     keeps_all_tokens: ClassVar[bool] = True
     """Whether every token stays, so that any later query can read it."""
     query_aware: ClassVar[bool] = False
-    """Whether what it forgets after a prompt is meant to be chosen by the question that the prompt ends in."""
+    """Whether the tokens that it evicts after a prompt are meant to be chosen by the question at the prompt's end."""
+    planning_bases: ClassVar[Sequence[Mapping[str, object]]] = ()
+    """Parameters among which `calibrate plan` first chooses for each layer, since they change no bytes."""
     shared_defaults: ClassVar[Mapping[str, object]] = {}
-    """Parameters that are other by default where layers share keys and values."""
+    """Parameters whose defaults differ where layers share keys and values, with those defaults."""
 
     @abstractmethod
     def bind(self, layer: int, head_dim: int, artifact: Artifact | None) -> Policy:
         """The method in one layer.
 
         Raises:
-            KvcalError: parameters that mean nothing, or what they need is not in the artifact.
+            KvcalError: invalid parameters, or the artifact lacks what they need.
         """
+
+    @classmethod
+    def planning_grid(cls, head_dim: int, keeps: Sequence[float]) -> Sequence[Mapping[str, Any]]:
+        """Parameters of one layer among which `calibrate plan` chooses, with `keep` from `keeps`.
+
+        Returns:
+            Nothing where no plans are made of this method.
+        """
+        return ()
 
     def not_captured(self) -> str | None:
         """Why a CUDA graph cannot hold its step; None: it can."""
         return None
 
     def not_shared(self) -> str | None:
-        """Why layers with queries of their own cannot read one cache of it, and what to take; None: they can."""
+        """Why layers that share keys and values cannot read one cache of it, and what to take; None: they can."""
         return None
 
     def check_changed_keys(self, layer: int, bases: Mapping[str, Tensor]) -> None:  # noqa: B027 (most need nothing)
-        """The keys of this layer are others than those that the artifact was fitted to.
+        """Check that the method can work in a layer whose keys are others than those that the artifact was fitted to.
 
         Args:
-            bases: of these keys, named as in the stage `pca`.
+            bases: of the layer's present keys, named as in the stage `pca`.
 
         Raises:
-            KvcalError: it needs something of these keys that is not there.
+            KvcalError: the method needs what was fitted to the present keys, and `bases` does not have it.
         """
 
 
 class SequenceIndex(ABC):
-    """What is built over whole sequences when the host says so, and does not follow from their tokens one by one: the
-    part of a policy that has a state, one object for each cache. Steps read its tensors.
+    """What is built over whole sequences, such as clusters, because it does not follow from tokens one by one. The host
+    says when to build it, and steps read its tensors. It is what a policy has of state: one object for each cache.
 
-    Throughout, lengths are tokens of each sequence, and buffers the token buffers "key" and "value" of what is kept.
+    Throughout, `lengths` are the tokens of each sequence, and `buffers` has the token buffers "key" and "value".
     """
 
     def begin(self, sequences: int, device: torch.device) -> None:  # noqa: B027
@@ -99,7 +110,7 @@ class SequenceIndex(ABC):
     def prefilled(  # noqa: B027
         self, before: Sequence[int], after: Sequence[int], buffers: Mapping[str, TokenBuffer]
     ) -> None:
-        """Sequences went from `before` to `after` tokens by prefill."""
+        """Prefill has taken the sequences from `before` to `after` tokens."""
 
     def due(self, lengths: Sequence[int]) -> bool:
         """Whether `build` has something to do before the next token of these sequences."""
@@ -108,40 +119,40 @@ class SequenceIndex(ABC):
     def build(  # noqa: B027
         self, lengths: Sequence[int], coming: Sequence[bool], buffers: Mapping[str, TokenBuffer]
     ) -> None:
-        """See to what is due.
+        """Build whatever part of the sequence index is due before the next token.
 
         Args:
-            coming: whether a sequence gets a token now.
+            coming: of each sequence, whether it gets a token now.
         """
 
     def crop(self, lengths: Sequence[int]) -> None:  # noqa: B027
-        """Sequences have no more tokens than these."""
+        """Forget all tokens beyond these lengths."""
 
     @abstractmethod
-    def reorder(self, index: Tensor) -> None:
-        """Keep the sequences `index` [B'], in that order, repeats allowed."""
+    def reorder(self, order: Tensor) -> None:
+        """Keep the sequences `order` [B'], in that order, repeats allowed."""
 
     @abstractmethod
     def to(self, device: torch.device | str) -> None: ...
 
     def reserve(self, tokens: int, lengths: Sequence[int]) -> None:  # noqa: B027
-        """Make room for what sequences that grow to so many tokens may need."""
+        """Make room for what is needed until sequences have `tokens` tokens."""
 
     @abstractmethod
     def tensors(self) -> Mapping[str, Tensor]:
-        """All that is held, [B, Hkv, …]; what lies at other addresses after `reserve` or `build` makes steps new."""
+        """All tensors held, [B, Hkv, …]. Once `reserve` or `build` changes an address, steps are captured anew."""
 
     @abstractmethod
     def entries(self) -> int:
-        """How many there are, of all sequences, per KV head."""
+        """How many entries, such as clusters, all sequences have together, per KV head."""
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """What has to be saved of it."""
+        """The tensors that a saved cache needs for `restore`."""
 
     @abstractmethod
     def check(self, saved: Saved) -> None:
-        """Raises KvcalError: no such state goes with these tokens."""
+        """Raises KvcalError unless the saved state can be that of the saved tokens."""
 
     @abstractmethod
     def restore(self, state: Mapping[str, Tensor], buffers: Mapping[str, TokenBuffer]) -> None: ...
@@ -151,53 +162,55 @@ class Policy(ABC):
     """A method in one layer: fitted tensors and settings, no state. One object for all caches of a model."""
 
     accumulates = False
-    """Whether a cache adds up what each token receives of all attention (`RECEIVED`)."""
+    """Whether a cache adds up the attention that each token receives (`RECEIVED`)."""
     observes = 0
     """How many of a prompt's last queries a cache keeps until the first decoded token."""
 
     offloaded: tuple[str, ...] = ()
-    """Names of what is kept on the host, read through `LayerCache.gather` together."""
+    """Names of the token buffers that are kept on the host; `LayerCache.gather` reads them together."""
     cached = 0
-    """Of that, tokens per KV head that are cached on the device."""
+    """Offloaded tokens per KV head that are cached on the device."""
     fitted_to: tuple[int | None, int | None, int | None] = (None, None, None)
     """KV heads, dimensions of keys and of values that the policy was fitted to; None: any."""
-    most: Mapping[str, int] = {}
-    """The largest number that what is kept by this name may be, where others would be read out of bounds."""
+    largest: Mapping[str, int] = {}
+    """By name of a token buffer, the largest number that it may hold, where a larger one would read out of bounds."""
     keeps_keys_values = True
     """Whether "key" and "value" are kept as they came, so that everything else can be made from them again."""
 
-    def index(self) -> SequenceIndex | None:
-        """A new one, for a cache; None: all that is kept follows from tokens."""
+    def sequence_index(self) -> SequenceIndex | None:
+        """A new sequence index, for one cache; None: the method has none."""
         return None
 
     def encode(self, key: Tensor, value: Tensor) -> Mapping[str, Tensor]:
-        """All that is kept of tokens, "key" and "value" among it: [B, Hkv, T, …] of [B, Hkv, T, D | Dv].
+        """All that is kept of tokens, by name, "key" and "value" included: [B, Hkv, T, …] from [B, Hkv, T, D | Dv].
 
-        It follows from a token alone: whoever moves, shares or takes back a token need not know what it is.
+        What is kept of a token follows from that token alone, so whoever moves, shares or takes back tokens need not
+        know what it is.
         """
         return {"key": key, "value": value}
 
     def keys_values(self, cache: LayerCache) -> tuple[Tensor, Tensor]:
-        """(keys [B, Hkv, longest, D], values) of every token, as far as they were kept."""
+        """(keys [B, Hkv, longest, D], values) of every token held, decoded where they are kept in fewer bits."""
         return cache.tokens("key"), cache.tokens("value")
 
     def query(self, query: Tensor) -> Tensor:
-        """[B, Hq, T, D] -> the same, as it meets the keys of `keys_values`: of the same dot products."""
+        """[B, Hq, T, D] -> the same shape: queries whose dot products with the keys of `keys_values` are q·k."""
         return query
 
-    def attend_all(self, query: Tensor, cache: LayerCache, logits: Logits, limits: Tensor | None) -> Tensor:
+    def attend_all(self, query: Tensor, cache: LayerCache, spec: SoftmaxSpec, limits: Tensor | None) -> Tensor:
         """[B, Hq, T, Dv]: dense attention of the T tokens that came last, queries [B, Hq, T, D].
 
         Args:
-            limits: [B, T] int64, of how many tokens each sees; None: all are there, plainly causal.
+            limits: [B, T] int64, how many tokens, from the first, each query sees; None: the T tokens are all that
+                there are, plainly causal.
         """
-        key, value = (of.to(query.dtype) for of in self.keys_values(cache))
-        return causal_attention(self.query(query), key, value, logits, limits)
+        key, value = (tensor.to(query.dtype) for tensor in self.keys_values(cache))
+        return causal_attention(self.query(query), key, value, spec, limits)
 
     def write(self, cache: LayerCache, new: Mapping[str, Tensor]) -> None:
-        """Put all that is kept of each sequence's last token, [B, Hkv, 1, …] by name, where it belongs.
+        """Write all that is kept of each sequence's last token, [B, Hkv, 1, …] by name, to its place in the cache.
 
-        Where the method is captured, nothing waits for the device.
+        Where the method is captured, nothing here may wait for the device.
         """
         if self.sums:
             cache.add_last(self.add_up(new))
@@ -206,61 +219,62 @@ class Policy(ABC):
             cache.summarise_last(self.summarised, self.summarise, self.summarise_every)
 
     def summarise(self, page: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """What is kept of pages as a whole: [n, Hkv, …] of the tokens in them, [n, PAGE, Hkv, …] by name.
+        """The summaries of n pages, [n, Hkv, …] by name, from the tokens in them, [n, PAGE, Hkv, …] by name.
 
-        It follows from the page's tokens alone, of the names in `summarised`. It is made again whenever
-        `summarise_every` more of them are there, and steps read only what does not depend on those still to come.
+        A summary follows from the page's token buffers in `summarised` alone. It is made again whenever
+        `summarise_every` more tokens have come to the page, and steps read only the part of it that does not depend
+        on tokens still to come.
         """
         return {}
 
     summarised: tuple[str, ...] = ("key", "value")
-    """Names of what is kept of tokens that `summarise` takes."""
+    """Names of the token buffers that `summarise` takes."""
     summarise_every = PAGE
-    """Tokens; they divide a page."""
+    """Tokens; the number divides PAGE."""
 
     sums: tuple[str, ...] = ()
-    """Names of what `add_up` gives."""
+    """Names of the sums that `add_up` adds to."""
 
     def add_up(self, kept: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """What is kept of a sequence as a whole: the sums over its tokens of what this gives, [B, Hkv, T, …] float32
-        by name, of all that is kept of tokens, likewise."""
+        """What each token adds to the sums that are kept of its sequence: [B, Hkv, T, …] float32 by name, from all that
+        is kept of tokens, likewise by name."""
         return {}
 
     @abstractmethod
-    def step(self, query: Tensor, cache: LayerCache, logits: Logits) -> Attended:
+    def step(self, query: Tensor, cache: LayerCache, spec: SoftmaxSpec) -> Attended:
         """Attend from the last token of every sequence, which the cache holds already.
 
-        Where the method is captured, nothing waits for the device, and shapes follow from the host's numbers in
-        `cache.metadata`: what runs eagerly is what a CUDA graph captures.
+        Where the method is captured, nothing here may wait for the device, and all shapes follow from the host's
+        numbers in `cache.metadata`: a CUDA graph captures just what runs eagerly.
 
         Args:
             query: [B, Hq, 1, D].
         """
 
     def token_bytes(self, widths: Widths) -> int:
-        """Bytes that a step reads of one token and KV head that it has selected."""
+        """Bytes that a step reads of one selected token, per KV head."""
         return widths["key"] + widths["value"]
 
     def tokens_read(self, selected: Selected) -> Tensor:
-        """[] int64: how many times a step reads that much."""
+        """[] int64: how many times a step reads `token_bytes`, over all sequences and heads."""
         return selected.valid.sum()
 
-    def index_bytes(self, reading: Reading) -> int:
-        """Bytes that a step reads besides to select, of all sequences. Waits for the device."""
+    def selection_bytes(self, reading: Reading) -> int:
+        """Bytes that a step reads to select tokens, of all sequences. Waits for the device."""
         return 0
 
     def shared_bytes(self, widths: Widths) -> int:
-        """Bytes that such a step reads once for all sequences: maps, codebooks."""
+        """Bytes that a step that selects reads once for all sequences: maps, codebooks."""
         return 0
 
     def dense_bytes(self, reading: Reading) -> int:
-        """All that a step reads which reads every token that is held. Waits for the device."""
+        """Bytes that a step reads when it reads every token held. Waits for the device."""
         return reading.tokens() * reading.heads * (reading.widths["key"] + reading.widths["value"])
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a step has read, without the cache that it read it from."""
+    """What a step has read, kept without a reference to the cache."""
 
     policy: Policy
     metadata: DecodeMetadata
@@ -269,21 +283,21 @@ class Reading:
     """Hkv"""
     widths: Widths
     entries: int
-    """Of the sequence index."""
+    """`SequenceIndex.entries`; 0 without a sequence index."""
     position: Tensor | None = None
-    """[B, Hkv, slots] int32: the position of the token in each slot, -1 where there is none; None: it is the slot."""
+    """[B, Hkv, slots] int32: the position of the token in each slot, -1 where there is none; None: the slot itself."""
 
     def tokens(self) -> int:
-        """That are held, of all sequences. Waits for the device."""
+        """Tokens held, of all sequences. Waits for the device."""
         return int(self.metadata.seq_lens.sum())
 
     def bytes_read(self) -> int:
-        """Of keys and values, and of what the policy keeps beside them. Waits for the device."""
+        """Bytes read of keys and values, and of what the policy keeps beside them. Waits for the device."""
         policy, widths = self.policy, self.widths
         if self.selected is None:
             return policy.dense_bytes(self)
         chosen = int(policy.tokens_read(self.selected)) * policy.token_bytes(widths)
-        return chosen + policy.index_bytes(self) + policy.shared_bytes(widths)
+        return chosen + policy.selection_bytes(self) + policy.shared_bytes(widths)
 
     def mask(self) -> Tensor:
         """[B, Hkv or Hq, longest] bool: the tokens whose keys and values were read."""
@@ -298,4 +312,4 @@ class Reading:
             return valid.unsqueeze(1).expand(-1, self.heads, -1)
         index, valid = self.selected.index.flatten(1, 2), self.selected.valid.flatten(1, 2)
         times = torch.zeros(*index.shape[:2], metadata.longest, dtype=torch.int32, device=index.device)
-        return times.scatter_add_(2, index, valid.to(torch.int32)) > 0  # sums, since what pads repeats some token
+        return times.scatter_add_(2, index, valid.to(torch.int32)) > 0  # sums, since padding repeats some token

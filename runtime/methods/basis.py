@@ -9,7 +9,7 @@ from ...artifacts import Artifact, KvcalError
 from .amounts import Amount, check_amount, count_of
 
 UPTRAIN = "`calibrate share ARTIFACT --model M --data D --steps N --uptrain`"
-"""Makes the bases of keys that layers share."""
+"""The command that makes bases of keys that layers share."""
 
 
 class Basis:
@@ -38,16 +38,16 @@ class Basis:
         """(query map, key map) on the device and in the dtype of `like`."""
         place = (like.device, like.dtype)
         if place not in self._maps:
-            first = next(iter(self._maps.values()))
-            self._maps[place] = (first[0].to(like), first[1].to(like))
+            loaded = next(iter(self._maps.values()))
+            self._maps[place] = (loaded[0].to(like), loaded[1].to(like))
         return self._maps[place]
 
 
 def rank_of(rank: Amount | str, spectrum: Tensor) -> int:
-    """Dimensions that a fraction, a count or "variance:0.9" means.
+    """How many dimensions a fraction, a count or "variance:0.9" means.
 
     Args:
-        spectrum: [Hkv, D], descending, what each dimension of the basis holds.
+        spectrum: [Hkv, D], descending: eigenvalues or squared singular values, of which each dimension has one.
     """
     dims = spectrum.shape[-1]
     if not isinstance(rank, str):

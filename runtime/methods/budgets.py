@@ -8,13 +8,13 @@ from torch import Tensor
 from .amounts import Amount, Budget
 
 
-def budgets(budget: Budget, seen: Tensor) -> Tensor:
-    """[B] int32: `budget.of` each of `seen` [B]."""
-    return torch.where(seen < budget.dense_below, seen, share(budget.keep, seen))
+def budgets(budget: Budget, lengths: Tensor) -> Tensor:
+    """[B] int32: `budget.of` for each length in `lengths` [B]."""
+    return torch.where(lengths < budget.dense_below, lengths, share(budget.keep, lengths))
 
 
 def share(amount: Amount, total: Tensor) -> Tensor:
-    """[B] int32: `count_of(amount, total)` of each of `total` [B], and 0 of none."""
+    """[B] int32: `count_of(amount, total)` for each of `total` [B]; 0 where that is 0."""
     if isinstance(amount, float):
         # As count_of rounds: 0.55 · 100 is 55.00000000000001 in floating point and means 55.
         wanted = (total.double() * amount - 1e-9).ceil().to(torch.int32).clamp_min(1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...kernels import attend as attending
 from ...kernels import select as selecting
 from ...kernels.backend import choose as backend
-from ..attention import Logits, attention
+from ..attention import SoftmaxSpec, attention
 from ..kv.pages import PAGE, DecodeMetadata, LayerCache
 from .amounts import Amount, Budget, check_choice, check_count
 from .base import Selected
@@ -37,12 +37,12 @@ class Selection(Budget):
 
 @dataclass(frozen=True)
 class Sampling(Selection):
-    """The same, where the choice may go by a threshold."""
+    """Parameters of methods that may also choose tokens by a threshold."""
 
     choice: str = "exact"
     """"exact": the best tokens. "sampled": those that reach a threshold, taken from the scores of a strided sample."""
     sample: int = 1024
-    """Tokens of that sample, at least; of shorter sequences it is all of them, and the choice exact."""
+    """Tokens of that sample, at least. Of shorter sequences it is every token, and the choice is exact."""
 
     def check(self) -> None:
         super().check()
@@ -52,7 +52,7 @@ class Sampling(Selection):
 
 @dataclass(frozen=True)
 class Counts:
-    """How much of each sequence a step reads, the same in all layers of equal settings."""
+    """How many tokens of each sequence a step reads, the same in all layers of equal settings."""
 
     lengths: Tensor
     """[B] int64"""
@@ -63,11 +63,11 @@ class Counts:
     even: bool
     """Whether `wanted` is `most` everywhere, and all sequences are equally long."""
     candidate: Tensor
-    """[B, 1, 1, S] bool: what the choice is among."""
+    """[B, 1, 1, S] bool: the tokens among which scores choose."""
     candidates: Tensor
-    """[B] int64: how many these are."""
+    """[B] int64: how many candidates there are."""
     room: Tensor
-    """[B] int64: how many of them are read."""
+    """[B] int64: how many candidates are read."""
     always: Tensor | None
     """[B, 1, 1, S] bool: first and last tokens, which are read whatever their scores; None: there are none."""
     full: Tensor
@@ -75,12 +75,12 @@ class Counts:
 
     @classmethod
     def of(cls, budget: Budget, metadata: DecodeMetadata, sinks: int = 0, recent: Amount = 0) -> Counts | None:
-        """None: every token is read.
+        """The counts of a step; None: every token is read.
 
         Args:
             sinks: first tokens that are always read.
-            recent: last tokens that are, with the sinks half of the budget at most (but the last, where there are
-                any); or the share of the budget that they are, rounded down.
+            recent: last tokens that are always read. A count is lowered until they and the sinks take half of the
+                budget at most, but not below 1; a fraction is one of the budget, rounded down.
         """
         if budget.of(metadata.longest) == metadata.longest:
             return None
@@ -106,7 +106,7 @@ class Counts:
 
 
 def shared(scores: Tensor, select: str) -> Tensor:
-    """[B, Hkv, G, S] -> [B, Hkv, G or 1, S]: by what a choice is made, see `Selection.select`."""
+    """[B, Hkv, G, S] -> [B, Hkv, G or 1, S]: the scores by which tokens are chosen, see `Selection.select`."""
     if select == "group":
         return scores.log_softmax(-1).logsumexp(2, keepdim=True)  # in logarithms, where nothing underflows
     return scores.amax(2, keepdim=True) if select == "max" else scores
@@ -116,13 +116,14 @@ def choose(scores: Tensor, counts: Counts, sample: int = 0) -> Selected:
     """The tokens that a step reads.
 
     Args:
-        scores: [B, Hkv, G or 1, S], -inf beyond the tokens of a sequence; of tokens that are always read anything.
-        sample: where there are more tokens, what reaches a threshold from so many of them is taken; 0: always the best.
+        scores: [B, Hkv, G or 1, S], -inf beyond the tokens of a sequence; at tokens that are always read, any number.
+        sample: where S is larger, the tokens that reach a threshold are read, taken from a sample of at least so many
+            scores; 0: the best tokens are read.
     """
     if sample and scores.shape[-1] > sample:
         return above_sampled(scores.masked_fill(~counts.candidate, -torch.inf), counts, sample)
     if counts.always is not None:
-        # A sequence without candidates has no softmax of them, but NaN.
+        # The masks also replace NaN, the softmax of a sequence without candidates.
         scores = scores.masked_fill(~counts.candidate, -torch.inf).masked_fill(counts.always, torch.inf)
     return highest(scores, counts.wanted, counts.most, counts.even)
 
@@ -133,45 +134,45 @@ def highest(scores: Tensor, wanted: Tensor, most: int, even: bool = False) -> Se
     Args:
         scores: [B, Hkv, G or 1, S], -inf where there is nothing to choose.
         wanted: [B] int64, of which none is above `most`, the host's bound.
-        even: `wanted` is `most` everywhere, and there is as much to choose.
+        even: `wanted` is `most` everywhere, and no sequence has fewer scores above -inf.
     """
     most = min(most, scores.shape[-1])
     if backend("auto", scores) == "triton":
-        apart = scores.shape[1:-1]
+        heads = scores.shape[1:-1]
         lengths = torch.full_like(wanted, scores.shape[-1], dtype=torch.int32)
         index, count = selecting.select(
             scores.flatten(1, 2).contiguous(), wanted.to(torch.int32), lengths, capacity_out=most
         )
         valid = torch.arange(most, device=scores.device) < count.unsqueeze(-1)
-        return Selected(index.long().unflatten(1, apart), valid.unflatten(1, apart))
+        return Selected(index.long().unflatten(1, heads), valid.unflatten(1, heads))
     if even:
         index = scores.topk(most, sorted=False).indices
-        return Selected(index, torch.ones_like(index, dtype=torch.bool), pads=False)
-    found = scores.topk(most)
+        return Selected(index, torch.ones_like(index, dtype=torch.bool), padded=False)
+    best = scores.topk(most)
     rank = torch.arange(most, device=scores.device)
-    valid = (rank < wanted.view(-1, 1, 1, 1)) & (found.values > -torch.inf)
-    return Selected(found.indices.masked_fill(~valid, 0), valid)
+    valid = (rank < wanted.view(-1, 1, 1, 1)) & (best.values > -torch.inf)
+    return Selected(best.indices.masked_fill(~valid, 0), valid)
 
 
 def above_sampled(scores: Tensor, counts: Counts, sample: int) -> Selected:
-    """About as many of the best candidates as there is room for: those that reach the score which leaves as large a
-    share of a strided sample.
+    """About `counts.room` of the best candidates: those that reach a threshold, which is the score that the same share
+    of a strided sample reaches.
 
-    No sort of all scores, and nothing but the sample has to be known before a token is read or not. Where more than
-    `SLACK` times as many reach it, the first of them are read.
+    So no sort of all scores is needed, and once the sample is known, each token is read or not by its own score. Where
+    more than `SLACK · room` candidates reach the threshold, the first of them are read.
 
     Args:
-        scores: [B, Hkv, G or 1, S], -inf of all that is no candidate.
-        sample: tokens that are looked at first, at least; fewer than twice as many are. It is taken by the length of
-            the sequence: every `length // sample`-th token.
+        scores: [B, Hkv, G or 1, S], -inf at tokens that are no candidates.
+        sample: the sample has at least so many tokens, and fewer than twice as many: every `length // sample`-th token
+            of a sequence.
     """
     total, lengths, room = scores.shape[-1], counts.lengths, counts.room
     stride = (lengths // sample).clamp_min(1)
-    at = torch.arange(min(total, 2 * sample), device=scores.device) * stride.unsqueeze(1)
+    strided = torch.arange(min(total, 2 * sample), device=scores.device) * stride.unsqueeze(1)
     shape = (*scores.shape[:3], -1)
-    sampled = scores.gather(-1, at.clamp_max(total - 1)[:, None, None].expand(shape))
-    sampled = sampled.masked_fill((at >= lengths.unsqueeze(1))[:, None, None], -torch.inf)
-    best = sampled.topk(min(counts.most, at.shape[1])).values
+    sampled = scores.gather(-1, strided.clamp_max(total - 1)[:, None, None].expand(shape))
+    sampled = sampled.masked_fill((strided >= lengths.unsqueeze(1))[:, None, None], -torch.inf)
+    best = sampled.topk(min(counts.most, strided.shape[1])).values
     rank = ((room + stride // 2) // stride).clamp(1, best.shape[-1]).view(-1, 1, 1, 1)
     threshold = best.gather(-1, (rank - 1).expand(*best.shape[:3], 1))
     threshold = threshold.masked_fill((room >= counts.candidates).view(-1, 1, 1, 1), -torch.inf)
@@ -186,27 +187,27 @@ def above_sampled(scores: Tensor, counts: Counts, sample: int) -> Selected:
     return Selected(index, torch.arange(width, device=scores.device) < reached.sum(-1, keepdim=True))
 
 
-def attend_selected(query: Tensor, cache: LayerCache, selected: Selected, logits: Logits) -> Tensor:
+def attend_selected(query: Tensor, cache: LayerCache, selected: Selected, spec: SoftmaxSpec) -> Tensor:
     """[B, Hq, 1, Dv]: exact attention to the selected tokens.
 
     Args:
         query: [B, Hq, 1, D].
-        selected: of which valid entries come first.
+        selected: its valid entries come first.
     """
     index, valid = selected.index, selected.valid
     if backend("auto", query) == "triton" and cache.metadata.contiguous and cache.offloaded is None:
         key, value = cache.tokens("key"), cache.tokens("value")
-        sinks = None if logits.sinks is None else logits.sinks.float()
+        sink_logits = None if spec.sink_logits is None else spec.sink_logits.float()
         grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))
         if index.shape[2] == 1:
             index, valid = index.squeeze(2), valid.squeeze(2)
         out = attending.attend(
             grouped, key, value, index.to(torch.int32), valid.sum(-1, dtype=torch.int32),
-            scaling=logits.scaling, softcap=logits.softcap, sinks=sinks,
+            scaling=spec.scaling, softcap=spec.softcap, sink_logits=sink_logits,
         )  # fmt: skip
         return out.flatten(1, 2).unsqueeze(2)
-    apart = index.shape[2:]
-    rows = cache.gather(("key", "value"), index.flatten(2), valid.flatten(2))
-    key, value = (of.unflatten(2, apart).flatten(1, 2) for of in rows)
-    visible = valid.flatten(1, 2).unsqueeze(2) if selected.pads else None
-    return attention(query, key, value, logits, visible)
+    sizes = index.shape[2:]
+    gathered = cache.gather(("key", "value"), index.flatten(2), valid.flatten(2))
+    key, value = (tensor.unflatten(2, sizes).flatten(1, 2) for tensor in gathered)
+    visible = valid.flatten(1, 2).unsqueeze(2) if selected.padded else None
+    return attention(query, key, value, spec, visible)

@@ -1,27 +1,29 @@
-"""ClusterKV (Liu et al., 2024): recall whole clusters of semantically similar tokens.
+"""ClusterKV (Liu et al., 2024): select whole clusters of semantically similar tokens.
 
 The keys of a prompt are clustered by their directions, and later those of every full window of decoded tokens. A step
 reads the first tokens, those that are in no cluster yet, and whole clusters in descending order of q·centroid until the
 budget is full, of the last one its first tokens.
 
-With `tail` (ours) what is not read contributes through its cluster: n tokens of which m were read stand as n − m tokens
-at the cluster's mean key, with its mean value:
+With `tail` (ours) unselected tokens contribute through their clusters: a cluster of n tokens, m of them selected,
+stands for n − m tokens at its mean key, with its mean value:
 
     out = (Σ_read e^{q·k} v + Σ_c (n_c − m_c) e^{q·k̄_c} v̄_c) / (Σ_read e^{q·k} + Σ_c (n_c − m_c) e^{q·k̄_c})
 
-The mean key keeps the tokens that were read. That makes it too large for what is left, and e^{q·k̄} is below the mean of
-e^{q·k} (Jensen): the two errors partly cancel.
+The mean key is that of all n tokens, selected ones included. That makes q·k̄ too large for the unselected ones, while
+e^{q·k̄} is below the mean of e^{q·k} (Jensen): the two errors partly cancel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...artifacts import Artifact
-from ..attention import Logits
+from ..attention import SoftmaxSpec
 from ..kv.pages import DecodeMetadata, LayerCache
 from .amounts import Amount, check_choice, check_count, check_flag
 from .base import Attended, Method, Policy, Reading, Selected
@@ -34,11 +36,11 @@ from .full import attend_all
 @dataclass(frozen=True)
 class ClusterKV(Selection, Method):
     keep_shapes_cache = True
-    """Windows close when they take half of what is read."""
+    """A window is clustered early when it takes half of what is read."""
     keep: Amount = 1024
     """Tokens read per step, the sinks and the open window included: a count, or a fraction of the sequence's tokens."""
     tail: bool = False
-    """Whether what is not read contributes through its cluster."""
+    """Whether unselected tokens contribute through their clusters."""
     tokens_per_cluster: int = 16
     window: int = 320
     """Decoded tokens that are clustered together once there are so many, or once they and the sinks take half of what
@@ -66,6 +68,13 @@ class ClusterKV(Selection, Method):
         """Decoded tokens after which a sequence of so many tokens is clustered again."""
         return max(1, min(self.window, self.of(length) // 2 - self.sinks))
 
+    @classmethod
+    def planning_grid(cls, head_dim: int, keeps: Sequence[float]) -> list[dict[str, Any]]:
+        sizes = (16, 32, 80)
+        return [
+            {"keep": keep, "tokens_per_cluster": size, "sinks": 4, "window": 64} for keep in keeps for size in sizes
+        ]
+
     def not_captured(self) -> str | None:
         return None if self.offload == "none" else "an offloaded cache copies what the step selects"
 
@@ -77,18 +86,19 @@ class ClusterKV(Selection, Method):
 
 @dataclass(frozen=True)
 class Open:
-    """The tokens that are in no cluster, and how many others are read. Each tensor is [B, 1, 1, 1] int64."""
+    """The open tokens of each sequence, and how many others a step reads. Open tokens are in no cluster and always
+    read: the sinks, and the window of tokens since the last clustering. Each tensor is [B, 1, 1, 1] int64."""
 
     sinks: Tensor
-    """How many, and where the clustered tokens begin."""
+    """How many sinks there are; clustered tokens begin at this position."""
     window: Tensor
-    """Where they end and the window begins."""
+    """The position where clustered tokens end and the window begins."""
     number: Tensor
-    """Of open tokens."""
+    """How many open tokens there are."""
     room: Tensor
-    """Tokens that clusters may take."""
+    """How many clustered tokens may be read."""
     most: int
-    """No more tokens are read of any sequence."""
+    """The most tokens that are read of any sequence."""
 
 
 class ClusterKVPolicy(Policy):
@@ -101,59 +111,66 @@ class ClusterKVPolicy(Policy):
         if settings.offload == "cpu":
             self.offloaded, self.cached = ("key", "value"), settings.cached
 
-    def index(self) -> Clusters:
-        of = self.settings
+    def sequence_index(self) -> Clusters:
+        settings = self.settings
         return Clusters(
-            of.tokens_per_cluster, of.sinks, of.segment, of.window_of, start=self.start, iterations=of.iterations
+            settings.tokens_per_cluster,
+            settings.sinks,
+            settings.segment,
+            settings.window_of,
+            start=self.start,
+            iterations=settings.iterations,
         )
 
-    def step(self, query: Tensor, cache: LayerCache, logits: Logits) -> Attended:
-        settings, metadata, clusters = self.settings, cache.metadata, cache.index
+    def step(self, query: Tensor, cache: LayerCache, spec: SoftmaxSpec) -> Attended:
+        settings, metadata, clusters = self.settings, cache.metadata, cache.sequence_index
         assert isinstance(clusters, Clusters)
         if settings.of(metadata.longest) == metadata.longest or not clusters.buffers:
-            return Attended(attend_all(query, *self.keys_values(cache), metadata, logits), None)
+            return Attended(attend_all(query, *self.keys_values(cache), metadata, spec), None)
         tensors, (_, counts) = clusters.tensors(), clusters.on_device()
         grouped = query.squeeze(2).unflatten(1, (tensors[KEY].shape[1], -1))
-        scores = logits.of(grouped.float() @ tensors[KEY].float().mT)
-        there = (torch.arange(scores.shape[-1], device=scores.device) < counts.view(-1, 1))[:, None, None]
-        scores = scores.masked_fill(~there, -torch.inf)
-        size = tensors[SIZE].squeeze(-1).long().unsqueeze(2) * there
-        selected, left = self._recall(shared(scores, settings.select), size, clusters, metadata)
+        scores = spec.logits(grouped.float() @ tensors[KEY].float().mT)
+        cluster_mask = (torch.arange(scores.shape[-1], device=scores.device) < counts.view(-1, 1))[:, None, None]
+        scores = scores.masked_fill(~cluster_mask, -torch.inf)
+        size = tensors[SIZE].squeeze(-1).long().unsqueeze(2) * cluster_mask
+        selected, unselected = self._select(shared(scores, settings.select), size, clusters, metadata)
         if not settings.tail:
-            return Attended(attend_selected(query, cache, selected, logits), selected)
-        out = self._with_tail(grouped.float(), cache, selected, scores + left.log(), tensors[VALUE], logits)
+            return Attended(attend_selected(query, cache, selected, spec), selected)
+        out = self._with_tail(grouped.float(), cache, selected, scores + unselected.log(), tensors[VALUE], spec)
         return Attended(out.flatten(1, 2).unsqueeze(2).to(query.dtype), selected)
 
-    def _recall(
+    def _select(
         self, scores: Tensor, size: Tensor, clusters: Clusters, metadata: DecodeMetadata
     ) -> tuple[Selected, Tensor]:
-        """Open tokens, then clusters in descending order of score until the room is full, of the last its first tokens.
+        """Select all open tokens, then clusters in descending order of score until the room is full; of the last one
+        only as many tokens, the first ones, as fit.
 
         Args:
-            scores: [B, Hkv, G or 1, C]. size: [B, Hkv, 1, C] int64, 0 where a sequence has no such cluster.
+            scores: [B, Hkv, G or 1, C].
+            size: [B, Hkv, 1, C] int64, 0 where a sequence has no such cluster.
 
         Returns:
-            The tokens that are read, and of each cluster [B, Hkv, G or 1, C] float32 how many are not.
+            The selected tokens, and how many tokens of each cluster are unselected, [B, Hkv, G or 1, C] float32.
         """
-        opened = metadata.once((self.settings, *clusters.upto), lambda: self._open(clusters, metadata))
-        start = (size.cumsum(-1) - size + opened.sinks).expand_as(scores)
+        open_tokens = metadata.once((self.settings, *clusters.upto), lambda: self._open(clusters, metadata))
+        start = (size.cumsum(-1) - size + open_tokens.sinks).expand_as(scores)
         order = scores.argsort(dim=-1, descending=True, stable=True)
         ordered = size.expand_as(scores).gather(-1, order)
         filled = ordered.cumsum(-1)
-        taken = opened.room.minimum(filled[..., -1:])
-        turn = torch.arange(opened.most, device=scores.device)
-        rank = (turn - opened.number).clamp_min(0).expand(*scores.shape[:3], -1).contiguous()
+        taken = open_tokens.room.minimum(filled[..., -1:])
+        turn = torch.arange(open_tokens.most, device=scores.device)
+        rank = (turn - open_tokens.number).clamp_min(0).expand(*scores.shape[:3], -1).contiguous()
         cluster = torch.searchsorted(filled, rank, right=True).clamp_max(scores.shape[-1] - 1)
         within = rank - (filled - ordered).gather(-1, cluster)
         slot = start.gather(-1, order.gather(-1, cluster)) + within
         members = clusters.tensors()[MEMBERS].squeeze(-1).unsqueeze(2).expand(*scores.shape[:3], -1)
         position = members.gather(-1, slot.clamp_max(members.shape[-1] - 1)).long()
-        always = torch.where(turn < opened.sinks, turn, opened.window + turn - opened.sinks)
-        valid = turn < opened.number + taken
-        index = torch.where(turn < opened.number, always, position).masked_fill(~valid, 0)
-        unread = ordered - (taken - (filled - ordered)).clamp_min(0).minimum(ordered)
-        left = torch.zeros_like(scores).scatter(-1, order, unread.to(scores.dtype))
-        return Selected(index, valid), left
+        always = torch.where(turn < open_tokens.sinks, turn, open_tokens.window + turn - open_tokens.sinks)
+        valid = turn < open_tokens.number + taken
+        index = torch.where(turn < open_tokens.number, always, position).masked_fill(~valid, 0)
+        ordered_unselected = ordered - (taken - (filled - ordered)).clamp_min(0).minimum(ordered)
+        unselected = torch.zeros_like(scores).scatter(-1, order, ordered_unselected.to(scores.dtype))
+        return Selected(index, valid), unselected
 
     def _open(self, clusters: Clusters, metadata: DecodeMetadata) -> Open:
         settings, lengths = self.settings, metadata.seq_lens.long()
@@ -161,7 +178,7 @@ class ClusterKVPolicy(Policy):
         window = clusters.on_device()[0].long().maximum(sinks)
         number = sinks + lengths - window
         wanted = budgets(settings, metadata.seq_lens).long()
-        # A sequence that is read whole is given room for all of its clusters, which may be more than its tokens.
+        # A sequence that is read whole gets room for all of its clusters.
         room = torch.where(wanted == lengths, lengths, (wanted - number).clamp_min(0))
         most = min(metadata.longest, max(settings.most(metadata.longest), settings.sinks + settings.window + 1))
         if metadata.lengths is not None:
@@ -169,29 +186,30 @@ class ClusterKVPolicy(Policy):
             most = max(
                 max(settings.of(length), length - max(0, upto - min(settings.sinks, length))) for length, upto in ends
             )
-        sinks, window, number, room = (of.view(-1, 1, 1, 1) for of in (sinks, window, number, room))
+        sinks, window, number, room = (tensor.view(-1, 1, 1, 1) for tensor in (sinks, window, number, room))
         return Open(sinks, window, number, room, most)
 
     def _with_tail(
-        self, grouped: Tensor, cache: LayerCache, selected: Selected, rest: Tensor, means: Tensor, logits: Logits
+        self, grouped: Tensor, cache: LayerCache, selected: Selected, tail: Tensor, means: Tensor, spec: SoftmaxSpec
     ) -> Tensor:
-        """[B, Hkv, G, Dv] float32: softmax over the selected tokens and what stands for the others.
+        """[B, Hkv, G, Dv] float32: attention to the selected tokens and to the clusters that stand for unselected ones.
 
         Args:
-            rest: [B, Hkv, G, C], logits of the clusters' mean keys, times the tokens that they stand for.
-            means: [B, Hkv, C, Dv], of values.
+            tail: [B, Hkv, G, C], logits of the clusters' mean keys, plus the logarithm of how many tokens each stands
+                for.
+            means: [B, Hkv, C, Dv], the clusters' mean values.
         """
         index = selected.index
-        rows = cache.gather(("key", "value"), index.flatten(2), selected.valid.flatten(2))
-        key, value = (of.unflatten(2, index.shape[2:]).float() for of in rows)
-        exact = logits.of((grouped.unsqueeze(3) @ key.mT).squeeze(3)).masked_fill(~selected.valid, -torch.inf)
-        weights = logits.softmax(torch.cat((exact, rest), -1)).unsqueeze(3)
+        gathered = cache.gather(("key", "value"), index.flatten(2), selected.valid.flatten(2))
+        key, value = (tensor.unflatten(2, index.shape[2:]).float() for tensor in gathered)
+        exact = spec.logits((grouped.unsqueeze(3) @ key.mT).squeeze(3)).masked_fill(~selected.valid, -torch.inf)
+        weights = spec.softmax(torch.cat((exact, tail), -1)).unsqueeze(3)
         count = index.shape[-1]
         out = weights[..., :count] @ value + weights[..., count:] @ means.float().unsqueeze(2)
         return out.squeeze(3)
 
-    def index_bytes(self, reading: Reading) -> int:
-        """Of every cluster the mean key and size, with a tail the mean value, too; and where chosen tokens lie."""
+    def selection_bytes(self, reading: Reading) -> int:
+        """Of every cluster the mean key and size, with a tail the mean value, too; of selected tokens the position."""
         assert reading.selected is not None
         names = (KEY, SIZE, VALUE) if self.settings.tail else (KEY, SIZE)
         clusters = reading.entries * reading.heads * sum(reading.widths[name] for name in names)

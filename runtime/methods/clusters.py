@@ -1,7 +1,7 @@
-"""The clusters of a batch's tokens: of its prompts, a segment at a time, then of every full window of decoded tokens.
+"""The clusters of a batch's tokens: prompts are clustered a segment at a time, decoded tokens by full windows.
 
-A clustering is a list of slots: tokens stay where they are, and a list tells them cluster by cluster. Sinks and the
-tokens since the last clustering are in no cluster, but open; whoever uses clusters reads those exactly.
+Tokens stay where they are; a clustering is a list of their slots, cluster by cluster. The sinks and the window, that is
+the tokens since the last clustering, are open: they are in no cluster, and whoever uses clusters reads them exactly.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .kmeans import spherical_kmeans, sums_by_label
 
 KEY, VALUE, SIZE, MEMBERS = "cluster.key", "cluster.value", "cluster.size", "cluster.members"
 ALIGNED = 16
-"""Clusters by whose multiples room is made for steps of fixed shapes."""
+"""For steps of fixed shapes, room is made for a multiple of so many clusters."""
 
 
 class Clusters(SequenceIndex):
@@ -27,8 +27,8 @@ class Clusters(SequenceIndex):
     cluster.key      [B, Hkv, C, D]   mean key
     cluster.value    [B, Hkv, C, Dv]  mean value
     cluster.size     [B, Hkv, C, 1]   int32
-    cluster.members  [B, Hkv, S, 1]   int32, from the sinks on the positions of the tokens of the first cluster, of the
-                                      second, …, each in ascending order
+    cluster.members  [B, Hkv, S, 1]   int32, from the sinks on, cluster by cluster: the positions of its tokens,
+                                      in ascending order
     """
 
     def __init__(
@@ -44,17 +44,17 @@ class Clusters(SequenceIndex):
         """
         Args:
             segment: tokens that are clustered together at most, so that the cost grows linearly with the prompt.
-            window_of: how many decoded tokens a sequence of so many tokens leaves open at most.
-            start: [Hkv, C0, D] calibrated centroids.
+            window_of: from the length of a sequence, how many decoded tokens stay open at most.
+            start: [Hkv, C0, D] calibrated centroids that clusterings begin with.
         """
         self.tokens_per_cluster, self.sinks = tokens_per_cluster, sinks
         self.segment, self.window_of = segment, window_of
         self.start, self.iterations = start, iterations
         self.buffers: dict[str, TokenBuffer] = {}
         self.most_passes = 0
-        """Over its tokens, of the clustering that took most of them to converge."""
+        """The most passes of k-means that any clustering has taken."""
         self._closed: list[list[tuple[int, int]]] = []
-        """Of each sequence, after each of its clusterings: (tokens before the open ones, clusters)."""
+        """Of each sequence, after each of its clusterings: (tokens before the window, clusters so far)."""
         self._prompts: list[list[tuple[int, int]]] = []
         """Of each sequence: slots (begin, end) that came by prefill."""
         self._on_device: tuple[Tensor, Tensor] | None = None
@@ -62,7 +62,7 @@ class Clusters(SequenceIndex):
 
     @property
     def upto(self) -> list[int]:
-        """Tokens of each sequence before its open window: sinks, then clustered ones."""
+        """Tokens of each sequence before its window: sinks, then clustered ones."""
         return [closed[-1][0] if closed else 0 for closed in self._closed]
 
     @property
@@ -78,8 +78,8 @@ class Clusters(SequenceIndex):
     # When
 
     def prefilled(self, before: Sequence[int], after: Sequence[int], buffers: Mapping[str, TokenBuffer]) -> None:
-        """Clusters whole segments at once; what is left of the prompt before the next token, whatever its number."""
-        self._open_books(len(after))
+        """Cluster whole segments now. What remains of a prompt is due before the next token, however little it is."""
+        self._start_bookkeeping(len(after))
         for prompts, begin, end in zip(self._prompts, before, after, strict=True):
             if prompts and prompts[-1][1] == begin:
                 begin, _ = prompts.pop()
@@ -97,16 +97,16 @@ class Clusters(SequenceIndex):
 
     def _due(self, lengths: Sequence[int], coming: Sequence[bool]) -> list[range]:
         """The slots of each sequence that have to be clustered before its next token comes."""
-        self._open_books(len(lengths))
+        self._start_bookkeeping(len(lengths))
         slots = []
-        for row, (upto, length) in enumerate(zip(self.upto, lengths, strict=True)):
+        for sequence, (upto, length) in enumerate(zip(self.upto, lengths, strict=True)):
             first = max(upto, min(self.sinks, length))
-            prompts = self._prompts[row]
+            prompts = self._prompts[sequence]
             due = length - first >= self.window_of(length) or bool(prompts and prompts[-1][1] > first)
-            slots.append(range(first, length if due and coming[row] else first))
+            slots.append(range(first, length if due and coming[sequence] else first))
         return slots
 
-    def _open_books(self, sequences: int) -> None:
+    def _start_bookkeeping(self, sequences: int) -> None:
         self._closed = self._closed or [[] for _ in range(sequences)]
         self._prompts = self._prompts or [[] for _ in range(sequences)]
 
@@ -127,10 +127,10 @@ class Clusters(SequenceIndex):
         index, held = slot_index(slots, device)
         keys, values = (take(buffers[name].view, slots, index) for name in ("key", "value"))
         counts = [self.number(length) for length in lengths]
-        found = spherical_kmeans(keys, lengths, counts, start=self.start, iterations=self.iterations)
-        self.most_passes = max(self.most_passes, *found.iterations)
-        self._keep_means(keys, values, found.labels, held, counts)
-        self._keep_members(slots, found.labels.masked_fill(~held, max(counts)))
+        clustered = spherical_kmeans(keys, lengths, counts, start=self.start, iterations=self.iterations)
+        self.most_passes = max(self.most_passes, *clustered.iterations)
+        self._keep_means(keys, values, clustered.labels, held, counts)
+        self._keep_members(slots, clustered.labels.masked_fill(~held, max(counts)))
         for closed, part, first, count in zip(self._closed, slots, before, counts, strict=True):
             if part:
                 closed.append((part.stop, first + count))
@@ -142,31 +142,31 @@ class Clusters(SequenceIndex):
     def _keep_means(self, keys: Tensor, values: Tensor, labels: Tensor, held: Tensor, counts: Sequence[int]) -> None:
         """
         Args:
-            labels: [B, Hkv, L], from 0 on in each sequence.
-            counts: new clusters of each.
+            labels: [B, Hkv, L], the clusters of tokens, numbered from 0 in each sequence.
+            counts: how many new clusters each sequence gets.
         """
-        most = max(counts)
-        sizes = sums_by_label(torch.ones_like(keys[..., :1]), labels, held, most)
-        kept = torch.arange(most) < torch.tensor(counts).unsqueeze(1)
-        places = find_places(self.counts, most, kept, keys.device)
+        width = max(counts)
+        sizes = sums_by_label(torch.ones_like(keys[..., :1]), labels, held, width)
+        cluster_mask = torch.arange(width) < torch.tensor(counts).unsqueeze(1)
+        places = find_places(self.counts, width, cluster_mask, keys.device)
         for name, tensor in ((KEY, keys), (VALUE, values)):
-            means = sums_by_label(tensor, labels, held, most) / sizes.clamp_min(1)
+            means = sums_by_label(tensor, labels, held, width) / sizes.clamp_min(1)
             self._buffer(name).write(means.to(tensor.dtype), places)
         self._buffer(SIZE).write(sizes.to(torch.int32), places)
 
     def _keep_members(self, slots: Sequence[range], labels: Tensor) -> None:
         """
         Args:
-            labels: [B, Hkv, L], the largest beyond the slots of a sequence.
+            labels: [B, Hkv, L], larger beyond a sequence's slots than within.
         """
         index, held = slot_index(slots, labels.device)
         members = index + labels.argsort(dim=-1, stable=True) - torch.arange(labels.shape[-1], device=labels.device)
-        row, _, token = held.nonzero(as_tuple=True)
-        places = Places([part.stop for part in slots], (row, token, index[row, 0, token]))
+        sequence, _, token = held.nonzero(as_tuple=True)
+        places = Places([part.stop for part in slots], (sequence, token, index[sequence, 0, token]))
         self._buffer(MEMBERS).write(members.unsqueeze(-1).to(torch.int32), places)
 
     def _buffer(self, name: str) -> TokenBuffer:
-        """Clusters are fewer than tokens, and their buffers grow accordingly."""
+        """The buffer `name`. Clusters are fewer than tokens, so their buffers grow by less at a time."""
         chunk = CHUNK if name == MEMBERS else -(-CHUNK // self.tokens_per_cluster)
         return self.buffers.setdefault(name, TokenBuffer(chunk))
 
@@ -176,8 +176,8 @@ class Clusters(SequenceIndex):
 
     def _tell_device(self) -> None:
         if self._on_device is not None and self._closed:
-            for tensor, of in zip(self._on_device, (self.upto, self.counts), strict=True):
-                tensor.copy_(torch.tensor(of, dtype=torch.int32))
+            for tensor, numbers in zip(self._on_device, (self.upto, self.counts), strict=True):
+                tensor.copy_(torch.tensor(numbers, dtype=torch.int32))
 
     # With the batch
 
@@ -197,19 +197,19 @@ class Clusters(SequenceIndex):
                     prompts.append((begin, length))
         self._shorten()
 
-    def reorder(self, index: Tensor) -> None:
+    def reorder(self, order: Tensor) -> None:
         if self._closed:
-            self._closed = [list(self._closed[row]) for row in index.tolist()]
-            self._prompts = [list(self._prompts[row]) for row in index.tolist()]
+            self._closed = [list(self._closed[sequence]) for sequence in order.tolist()]
+            self._prompts = [list(self._prompts[sequence]) for sequence in order.tolist()]
         for buffer in self.buffers.values():
-            buffer.keep(index)
+            buffer.keep(order)
         if self._on_device is not None:
-            upto, counts = (tensor.index_select(0, index.to(tensor.device)) for tensor in self._on_device)
+            upto, counts = (tensor.index_select(0, order.to(tensor.device)) for tensor in self._on_device)
             self._on_device = upto, counts
         self._shorten()
 
     def _shorten(self) -> None:
-        """Buffers hold no more than the sequence of most clusters has."""
+        """Cut buffers to what the sequence with the most clusters, or clustered tokens, needs."""
         clusters, tokens = max(self.counts, default=0), max(self.upto, default=0)
         for name in list(self.buffers):
             self.buffers[name].used = min(tokens if name == MEMBERS else clusters, self.buffers[name].used)
@@ -244,33 +244,34 @@ class Clusters(SequenceIndex):
     # Saved
 
     def state(self) -> dict[str, Tensor]:
-        """`clusters.closed`, `clusters.prompts`: entries [N, 3] of a sequence and its two numbers; and the cluster of
-        every token, `clusters.of` [B, Hkv, S] int32, -1 of tokens in none."""
-        books = {
+        """`clusters.closed`, `clusters.prompts` [N, 3] int64: an entry's sequence, and its two numbers. `clusters.of`
+        [B, Hkv, S] int32: the cluster of every token, -1 where it is in none."""
+        bookkeeping = {
             f"clusters.{name}": torch.tensor(
-                [[row, *entry] for row, entries in enumerate(of_rows) for entry in entries], dtype=torch.int64
+                [[sequence, *entry] for sequence, entries in enumerate(of_sequences) for entry in entries],
+                dtype=torch.int64,
             ).view(-1, 3)
-            for name, of_rows in (("closed", self._closed), ("prompts", self._prompts))
+            for name, of_sequences in (("closed", self._closed), ("prompts", self._prompts))
         }
-        return books | ({"clusters.of": self._owners()} if any(self.counts) else {})
+        return bookkeeping | ({"clusters.of": self._owners()} if any(self.counts) else {})
 
     def _owners(self) -> Tensor:
         members, sizes = (self.buffers[name].view.squeeze(-1).long().cpu() for name in (MEMBERS, SIZE))
         owners = torch.full(members.shape, -1, dtype=torch.int32)
-        for row, (upto, count) in enumerate(zip(self.upto, self.counts, strict=True)):
+        for sequence, (upto, count) in enumerate(zip(self.upto, self.counts, strict=True)):
             for head in range(members.shape[1]):
-                of = torch.arange(count, dtype=torch.int32).repeat_interleave(sizes[row, head, :count])
-                owners[row, head, members[row, head, upto - len(of) : upto]] = of
+                owner = torch.arange(count, dtype=torch.int32).repeat_interleave(sizes[sequence, head, :count])
+                owners[sequence, head, members[sequence, head, upto - len(owner) : upto]] = owner
         return owners
 
     def restore(self, state: Mapping[str, Tensor], buffers: Mapping[str, TokenBuffer]) -> None:
         sequences = len(state["lengths"])
         self._closed, self._prompts = [[] for _ in range(sequences)], [[] for _ in range(sequences)]
-        for row, begin, end in state["clusters.prompts"].tolist():
-            self._prompts[row].append((begin, end))
+        for sequence, begin, end in state["clusters.prompts"].tolist():
+            self._prompts[sequence].append((begin, end))
         closings: list[list[tuple[int, int]]] = [[] for _ in range(sequences)]
-        for row, upto, count in state["clusters.closed"].tolist():
-            closings[row].append((upto, count))
+        for sequence, upto, count in state["clusters.closed"].tolist():
+            closings[sequence].append((upto, count))
         if "clusters.of" in state:
             self._restore_clusters(
                 [closed[-1] if closed else (0, 0) for closed in closings], state["clusters.of"], buffers
@@ -281,11 +282,11 @@ class Clusters(SequenceIndex):
     def _restore_clusters(
         self, last: Sequence[tuple[int, int]], clusters: Tensor, buffers: Mapping[str, TokenBuffer]
     ) -> None:
-        """All at once: clusters that were made later have higher numbers.
+        """Make all clusters of the batch at once, which works since clusters that were made later have higher numbers.
 
         Args:
-            last: of each sequence, its last clustering.
-            clusters: of every token, as of `state`.
+            last: the last clustering of each sequence.
+            clusters: the cluster of every token, as in `state`.
         """
         slots = [range(min(self.sinks, upto), upto) for upto, _ in last]
         index, held = slot_index(slots, self._device(buffers))
@@ -302,7 +303,7 @@ class Clusters(SequenceIndex):
 
 
 def slot_index(slots: Sequence[range], device: torch.device) -> tuple[Tensor, Tensor]:
-    """([B, 1, L] int64 the slots, slot 0 beyond a sequence's own, [B, 1, L] bool which count)."""
+    """([B, 1, L] int64 the slots, padded with slot 0, [B, 1, L] bool where there is no padding)."""
     longest = max(map(len, slots))
     begin = torch.tensor([part.start for part in slots], device=device).view(-1, 1, 1)
     length = torch.tensor([len(part) for part in slots], device=device).view(-1, 1, 1)
@@ -312,7 +313,7 @@ def slot_index(slots: Sequence[range], device: torch.device) -> tuple[Tensor, Te
 
 
 def take(tokens: Tensor, slots: Sequence[range], index: Tensor) -> Tensor:
-    """[B, H, S, D] at the slots of each sequence -> [B, H, L, D], on the index's device wherever these lie.
+    """[B, H, S, D] at the slots of each sequence -> [B, H, L, D], on the device of `index`.
 
     Args:
         index: [B, 1, L], as of `slot_index`.

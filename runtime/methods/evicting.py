@@ -1,4 +1,4 @@
-"""Policies that hold a budget of tokens and evict the others, in each KV head by itself.
+"""Policies that hold a budget of tokens and evict the others, each KV head its own.
 
 A token lies in a slot, and `POSITION` says which token that is. A new one takes a free slot, or that of the token of
 least worth.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..attention import Logits
+from ..attention import SoftmaxSpec
 from ..kv.last_queries import LastQueries
 from ..kv.pages import POSITION, DecodeMetadata, LayerCache
 from ..kv.saved import Saved, require
@@ -58,31 +58,35 @@ class EvictingPolicy(Policy):
 
     @abstractmethod
     def check_held(self, saved: Saved, position: Tensor, held: Sequence[int]) -> None:
-        """Raises KvcalError unless a cache may hold the tokens at these positions [B, Hkv, slots], the first `held` of
-        each sequence, in order."""
-
-    def most_held(self, length: int, evicted: int, waits: bool) -> int:
-        """How many tokens a sequence may hold that has `length`.
+        """Raises KvcalError unless a cache can have come to hold these tokens.
 
         Args:
-            evicted: tokens that it has lost before.
-            waits: whether tokens have come by prefill since its last decoded one.
+            position: [B, Hkv, slots], of which each sequence has its first `held`, in ascending order.
+        """
+
+    def most_held(self, length: int, evicted: int, waits: bool) -> int:
+        """How many tokens a sequence of `length` may hold.
+
+        Args:
+            evicted: tokens that the sequence has lost before.
+            waits: whether tokens have come by prefill since the sequence's last decoded token.
         """
         return self.budget.of(length)
 
     def least_held(self, length: int) -> int:
-        """How many tokens a sequence of `length` holds at least: one less than its budget where there was made room
-        for the next."""
+        """How many tokens a sequence of `length` holds at least: one less than its budget once room was
+        made for the next."""
         return self.budget.of(length + 1) - 1
 
-    def step(self, query: Tensor, cache: LayerCache, logits: Logits) -> Attended:
-        return Attended(attend_all(query, *self.keys_values(cache), cache.metadata, logits), None)
+    def step(self, query: Tensor, cache: LayerCache, spec: SoftmaxSpec) -> Attended:
+        return Attended(attend_all(query, *self.keys_values(cache), cache.metadata, spec), None)
 
     def held_metadata(self, tokens: DecodeMetadata, evicted: Evicted) -> DecodeMetadata:
-        """Metadata of what is held of sequences that `tokens` tells of, where each has what its budget allows.
+        """Metadata of the tokens held, where each sequence holds what its budget allows.
 
         Args:
-            evicted: when the host last saw to it.
+            tokens: metadata of all tokens, the evicted ones included.
+            evicted: as of the store's last `reserve`.
         """
 
         def reckon() -> DecodeMetadata:
@@ -96,10 +100,10 @@ class EvictingPolicy(Policy):
         return tokens.once((self.budget, type(self.budget.keep)), reckon)
 
     def most_slots(self, tokens: int, evicted: Evicted) -> int:
-        """That any sequence takes on its way to so many tokens.
+        """The most slots that any sequence takes until it has so many tokens.
 
         Args:
-            evicted: as of `held_metadata`.
+            evicted: as in `held_metadata`.
         """
         return self.budget.most(tokens)
 
@@ -112,10 +116,10 @@ class EvictingPolicy(Policy):
         cache.write_at({**new, POSITION: position}, slot)
 
     def _slot(self, cache: LayerCache) -> tuple[Tensor, Tensor]:
-        """[B, Hkv] int64: where the last token of each sequence goes; [B, Hkv, 1] bool: whether another lies there."""
+        """[B, Hkv] int64: the slot for the last token of a sequence; [B, Hkv, 1] bool: whether another lies there."""
         metadata = cache.metadata
         assert metadata.whole is not None
-        lengths, kept = (of.seq_lens.view(-1, 1, 1) for of in (metadata.whole, metadata))
+        lengths, kept = (counted.seq_lens.view(-1, 1, 1) for counted in (metadata.whole, metadata))
         free = cache.tokens(POSITION).squeeze(-1) < 0
         worth = self.worth(cache, lengths, kept).masked_fill(free, -torch.inf)
         if (valid := metadata.valid()) is not None:
@@ -124,13 +128,13 @@ class EvictingPolicy(Policy):
         return slot, ~free.gather(2, slot.unsqueeze(2))
 
     def on_evict(self, cache: LayerCache, slot: Tensor, gone: Tensor) -> None:
-        """Tokens leave: those in slots [B, Hkv, m] int64, in ascending order of position, as far as `gone` [B, Hkv, m]
-        bool says so."""
+        """Called before tokens are evicted: those in slots [B, Hkv, m] int64, in ascending order of position, where
+        `gone` [B, Hkv, m] bool is True."""
 
     def dense_bytes(self, reading: Reading) -> int:
-        """Keys, values and all that says which token goes next."""
-        of = sum(reading.widths[name] for name in ("key", "value", POSITION))
-        return reading.tokens() * reading.heads * of
+        """Keys and values, and the positions by which the next token to evict is found."""
+        width = sum(reading.widths[name] for name in ("key", "value", POSITION))
+        return reading.tokens() * reading.heads * width
 
 
 class ByAge(EvictingPolicy):
@@ -144,13 +148,13 @@ class ByAge(EvictingPolicy):
 
     def worth(self, cache: LayerCache, lengths: Tensor, kept: Tensor, last: LastQueries | None = None) -> Tensor:
         position = cache.tokens(POSITION).squeeze(-1).float()
-        # One place of the budget is the new token's.
+        # One slot of the budget is the new token's.
         return position.masked_fill(position < (kept - 1).clamp_max(self.sinks), torch.inf)
 
     def check_held(self, saved: Saved, position: Tensor, held: Sequence[int]) -> None:
-        for row, (length, count) in enumerate(zip(saved.lengths, held, strict=True)):
-            own = position[row, :, :count]
-            first = (own == torch.arange(count)).sum(-1, keepdim=True)
-            recent = own == torch.arange(length - count, length)
+        for sequence, (length, count) in enumerate(zip(saved.lengths, held, strict=True)):
+            positions = position[sequence, :, :count]
+            first = (positions == torch.arange(count)).sum(-1, keepdim=True)
+            recent = positions == torch.arange(length - count, length)
             kept = recent | (torch.arange(count) < first)
-            require("position", kept & (recent | (own < self.sinks)), "the first tokens and the most recent ones")
+            require("position", kept & (recent | (positions < self.sinks)), "the first tokens and the most recent ones")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...artifacts import Artifact
-from ..attention import Logits
+from ..attention import SoftmaxSpec
 from ..kv.pages import LayerCache
 from .base import Attended, Method, Policy, Reading, Widths
 from .choosing import Counts, Selection, choose, shared
@@ -28,15 +28,15 @@ class ExactTopkPolicy(Policy):
     def __init__(self, settings: ExactTopk):
         self.settings = settings
 
-    def step(self, query: Tensor, cache: LayerCache, logits: Logits) -> Attended:
+    def step(self, query: Tensor, cache: LayerCache, spec: SoftmaxSpec) -> Attended:
         settings, metadata = self.settings, cache.metadata
         counts = metadata.once((settings, type(settings.keep)), lambda: Counts.of(settings, metadata))
         if counts is None:
-            return Attended(attend_all(query, *self.keys_values(cache), metadata, logits), None)
+            return Attended(attend_all(query, *self.keys_values(cache), metadata, spec), None)
         key = cache.tokens("key")
         grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))
         # In float32, as fused attention adds up: these are the weights, not only a ranking.
-        exact = logits.of(grouped.float() @ key.float().mT)
+        exact = spec.logits(grouped.float() @ key.float().mT)
         if (valid := metadata.valid()) is not None:
             exact = exact.masked_fill(~valid[:, None, None], -torch.inf)
         selected = choose(shared(exact, settings.select), counts)
@@ -44,12 +44,12 @@ class ExactTopkPolicy(Policy):
         weights = exact.gather(-1, index.expand(*exact.shape[:3], -1)).masked_fill(~selected.valid, -torch.inf)
         (value,) = cache.gather(("value",), index.flatten(2), selected.valid.flatten(2))
         value = value.unflatten(2, index.shape[2:]).float()
-        out = (logits.softmax(weights).unsqueeze(3) @ value).squeeze(3)
+        out = (spec.softmax(weights).unsqueeze(3) @ value).squeeze(3)
         return Attended(out.flatten(1, 2).unsqueeze(2).to(query.dtype), selected)
 
     def token_bytes(self, widths: Widths) -> int:
-        """Of a selected token: its key was read to score it."""
+        """The value of a selected token alone: `selection_bytes` counts its key, which was read to score it."""
         return widths["value"]
 
-    def index_bytes(self, reading: Reading) -> int:
+    def selection_bytes(self, reading: Reading) -> int:
         return reading.tokens() * reading.heads * reading.widths["key"]

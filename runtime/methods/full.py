@@ -9,8 +9,8 @@ from torch import Tensor
 from ...artifacts import Artifact
 from ...kernels.backend import choose
 from ...kernels.dense import dense
-from ..attention import Logits, attention, probabilities
-from ..kv.pages import DecodeMetadata, LayerCache
+from ..attention import SoftmaxSpec, attention, probabilities
+from ..kv.pages import RECEIVED, DecodeMetadata, LayerCache
 from .amounts import check_count, check_flag
 from .base import Attended, Method, Policy
 
@@ -20,7 +20,7 @@ class Full(Method):
     """Every token is read at every step."""
 
     record_mass: bool = False
-    """Also accumulate attention per key, so that `h2o` can adopt what this cache prefilled."""
+    """Also add up the attention that each token receives, so that `h2o` can adopt what this cache prefilled."""
 
     record_queries: int = 0
     """Also keep so many of a prompt's last queries, so that `snapkv` can adopt what this cache prefilled."""
@@ -48,26 +48,28 @@ class FullPolicy(Policy):
     def __init__(self, record_mass: bool = False, record_queries: int = 0):
         self.accumulates, self.observes = record_mass, record_queries
 
-    def step(self, query: Tensor, cache: LayerCache, logits: Logits) -> Attended:
+    def step(self, query: Tensor, cache: LayerCache, spec: SoftmaxSpec) -> Attended:
         key, value = self.keys_values(cache)
-        out = attend_all(query, key, value, cache.metadata, logits)
-        if not self.accumulates:
+        out = attend_all(query, key, value, cache.metadata, spec)
+        if RECEIVED not in cache.pages:  # nothing is recorded, or no more since a crop
             return Attended(out, None)
-        return Attended(out, None, weights(query, key, cache.metadata, logits).sum((2, 3)))
+        return Attended(out, None, weights(query, key, cache.metadata, spec).sum((2, 3)))
 
 
-def attend_all(query: Tensor, key: Tensor, value: Tensor, metadata: DecodeMetadata, logits: Logits) -> Tensor:
+def attend_all(query: Tensor, key: Tensor, value: Tensor, metadata: DecodeMetadata, spec: SoftmaxSpec) -> Tensor:
     """[B, Hq, 1, Dv]: attention of the last tokens to all of their sequences, keys [B, Hkv, longest, D]."""
     if choose("auto", query) == "triton":
         grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))
-        sinks = None if logits.sinks is None else logits.sinks.float()
-        out = dense(grouped, key, value, metadata.seq_lens, scaling=logits.scaling, softcap=logits.softcap, sinks=sinks)
+        sink_logits = None if spec.sink_logits is None else spec.sink_logits.float()
+        out = dense(
+            grouped, key, value, metadata.seq_lens, scaling=spec.scaling, softcap=spec.softcap, sink_logits=sink_logits
+        )
         return out.flatten(1, 2).unsqueeze(2)
     valid = metadata.valid()
-    return attention(query, key, value, logits, None if valid is None else valid[:, None, None])
+    return attention(query, key, value, spec, None if valid is None else valid[:, None, None])
 
 
-def weights(query: Tensor, key: Tensor, metadata: DecodeMetadata, logits: Logits) -> Tensor:
-    """[B, Hkv, G, 1, longest] float32: what each token receives of the attention of its sequence's last one."""
+def weights(query: Tensor, key: Tensor, metadata: DecodeMetadata, spec: SoftmaxSpec) -> Tensor:
+    """[B, Hkv, G, 1, longest] float32: the attention that each token receives from its sequence's last one."""
     valid = metadata.valid()
-    return probabilities(query, key, logits, None if valid is None else valid[:, None, None])
+    return probabilities(query, key, spec, None if valid is None else valid[:, None, None])

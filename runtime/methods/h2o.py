@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...artifacts import Artifact
-from ..attention import Logits, weighted
+from ..attention import SoftmaxSpec, weighted
 from ..kv.last_queries import LastQueries
 from ..kv.pages import POSITION, RECEIVED, LayerCache
 from ..kv.saved import Saved, require
@@ -41,18 +41,18 @@ class H2OPolicy(EvictingPolicy):
         recent = cache.tokens(POSITION).squeeze(-1) >= lengths - kept // 2
         return cache.tokens(RECEIVED).squeeze(-1).masked_fill(recent, torch.inf)
 
-    def step(self, query: Tensor, cache: LayerCache, logits: Logits) -> Attended:
+    def step(self, query: Tensor, cache: LayerCache, spec: SoftmaxSpec) -> Attended:
         key, value = self.keys_values(cache)
-        shares = weights(query, key, cache.metadata, logits)
+        shares = weights(query, key, cache.metadata, spec)
         return Attended(weighted(shares, value).to(query.dtype), None, shares.sum((2, 3)))
 
     def check_held(self, saved: Saved, position: Tensor, held: Sequence[int]) -> None:
-        """The recent half of the budget; of the others only their attention knows."""
+        """Only the recent half of the budget can be checked: the others depend on the attention of past steps."""
         saved.take_received()
-        for row, (length, count) in enumerate(zip(saved.lengths, held, strict=True)):
+        for sequence, (length, count) in enumerate(zip(saved.lengths, held, strict=True)):
             recent = max(0, min(count, self.budget.of(length + 1) // 2 - 1))
             wanted = torch.arange(length - recent, length)
-            require("position", position[row, :, count - recent : count] == wanted, "the most recent tokens")
+            require("position", position[sequence, :, count - recent : count] == wanted, "the most recent tokens")
 
     def dense_bytes(self, reading: Reading) -> int:
         return super().dense_bytes(reading) + reading.tokens() * reading.heads * reading.widths[RECEIVED]

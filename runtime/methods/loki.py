@@ -1,16 +1,17 @@
 """Loki (Singhania et al., 2024, algorithm 1): scores from the first dimensions of a calibrated basis.
 
 With `basis="pca"` keys are kept rotated into the principal components of the calibration keys: the components are
-orthonormal, so dot products with rotated queries are unchanged, and the index is the first `rank` dimensions of what is
-kept anyway. With `basis="score"` (SVD of Σq^{1/2} Σk^{1/2}, see `calibrate/score_basis.py`) the maps are not
-orthonormal, so keys stay as they are and the index is kept beside them. Both are applied after the rotary embedding,
-whichever `stage` they were fitted on.
+orthonormal, so dot products with rotated queries are unchanged, and scores take the first `rank` dimensions of the keys
+that are kept anyway. With `basis="score"` (SVD of Σq^{1/2} Σk^{1/2}, see `calibrate/score_basis.py`) the maps are not
+orthonormal, so keys stay as they are and their projections are kept beside them. Both are applied after the rotary
+embedding, whichever `stage` they were fitted on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from ...artifacts import Artifact, KvcalError
 from ...kernels.backend import choose as backend
 from ...kernels.score import score
-from ..attention import Logits
+from ..attention import SoftmaxSpec
 from ..kv.pages import LayerCache
 from .amounts import Amount, check_choice, check_count
 from .base import Attended, Method, Policy, Reading, Widths
@@ -26,15 +27,19 @@ from .basis import UPTRAIN, Basis
 from .choosing import Counts, Sampling, attend_selected, choose, shared
 from .full import attend_all
 
+BASES = ("pca", "score")
+STAGES = ("pre", "post")
+
 
 @dataclass(frozen=True)
 class Loki(Sampling, Method):
     shared_defaults = {"basis": "pca"}  # noqa: RUF012 (the type is the base's)
+    planning_bases = tuple({"basis": basis, "stage": stage} for basis in reversed(BASES) for stage in reversed(STAGES))
     rank: Amount | str = 0.25
     """Dimensions that are scored: a fraction, a count, or "variance:0.9", the fewest that hold 90 % of what
     the basis is ordered by, in every KV head of the layer."""
     stage: str = "post"
-    """Keys before ("pre") or after ("post") their rotary embedding were what the basis was fitted on."""
+    """Whether the basis was fitted on keys before ("pre") or after ("post") their rotary embedding."""
     basis: str = "score"
     """"score", or "pca" as published, which misses attention sinks unless it was calibrated with `--uncentred`
     (docs/results/real.md)."""
@@ -45,10 +50,15 @@ class Loki(Sampling, Method):
 
     def check(self) -> None:
         super().check()
-        check_choice("stage", self.stage, ("pre", "post"))
-        check_choice("basis", self.basis, ("pca", "score"))
+        check_choice("stage", self.stage, STAGES)
+        check_choice("basis", self.basis, BASES)
         check_count("sinks", self.sinks)
         check_count("recent", self.recent)
+
+    @classmethod
+    def planning_grid(cls, head_dim: int, keeps: Sequence[float]) -> list[dict[str, Any]]:
+        ranks = (0.0625, 0.125, 0.25, 0.5)
+        return [{"rank": rank, "keep": keep, "select": "group"} for rank in ranks for keep in keeps]
 
     def not_shared(self) -> str | None:
         if self.basis == "pca":
@@ -75,9 +85,11 @@ class LokiPolicy(Policy):
         self.fitted_to = heads, dims, None
 
     def encode(self, key: Tensor, value: Tensor) -> Mapping[str, Tensor]:
-        """With `basis="score"` beside them "index" [B, Hkv, T, r]."""
-        coded = key @ self.basis.maps(key)[1].mT
-        return {"key": coded, "value": value} if self.rotates else {"key": key, "value": value, "index": coded}
+        """With `basis="score"` also "projected" [B, Hkv, T, r]: the dimensions of a key that are scored."""
+        projected = key @ self.basis.maps(key)[1].mT
+        if self.rotates:
+            return {"key": projected, "value": value}
+        return {"key": key, "value": value, "projected": projected}
 
     def query(self, query: Tensor) -> Tensor:
         if not self.rotates:
@@ -85,31 +97,31 @@ class LokiPolicy(Policy):
         query_map, _ = self.basis.maps(query)
         return (query.unflatten(1, (query_map.shape[0], -1)) @ query_map.mT.unsqueeze(1)).flatten(1, 2)
 
-    def step(self, query: Tensor, cache: LayerCache, logits: Logits) -> Attended:
+    def step(self, query: Tensor, cache: LayerCache, spec: SoftmaxSpec) -> Attended:
         settings, metadata = self.settings, cache.metadata
         counts = metadata.once(
             (settings, type(settings.keep)), lambda: Counts.of(settings, metadata, settings.sinks, settings.recent)
         )
         query = self.query(query)
         if counts is None:
-            return Attended(attend_all(query, *self.keys_values(cache), metadata, logits), None)
-        scores = shared(self._scores(query, cache, logits), settings.select)
+            return Attended(attend_all(query, *self.keys_values(cache), metadata, spec), None)
+        scores = shared(self._scores(query, cache, spec), settings.select)
         selected = choose(scores, counts, settings.sample if settings.choice == "sampled" else 0)
-        return Attended(attend_selected(query, cache, selected, logits), selected)
+        return Attended(attend_selected(query, cache, selected, spec), selected)
 
-    def _scores(self, query: Tensor, cache: LayerCache, logits: Logits) -> Tensor:
-        """[B, Hkv, G, S] float32: logits by the first dimensions, -inf beyond a sequence's tokens."""
-        rank, index = self.basis.rank, cache.tokens("key" if self.rotates else "index")
-        part = query.squeeze(2).unflatten(1, (index.shape[1], -1))
+    def _scores(self, query: Tensor, cache: LayerCache, spec: SoftmaxSpec) -> Tensor:
+        """[B, Hkv, G, S] float32: logits from the first dimensions of the basis, -inf beyond a sequence's tokens."""
+        rank, projected = self.basis.rank, cache.tokens("key" if self.rotates else "projected")
+        part = query.squeeze(2).unflatten(1, (projected.shape[1], -1))
         part = part[..., :rank] if self.rotates else part @ self.basis.maps(query)[0].mT
-        metadata, index = cache.metadata, index[..., :rank]
+        metadata, projected = cache.metadata, projected[..., :rank]
         if backend("auto", part) == "triton":
             lengths = metadata.seq_lens
-            return score(part.contiguous(), index, lengths, scaling=logits.scaling, softcap=logits.softcap)
-        scores, valid = logits.of(part @ index.mT), metadata.valid()
+            return score(part.contiguous(), projected, lengths, scaling=spec.scaling, softcap=spec.softcap)
+        scores, valid = spec.logits(part @ projected.mT), metadata.valid()
         return scores if valid is None else scores.masked_fill(~valid[:, None, None], -torch.inf)
 
-    def index_bytes(self, reading: Reading) -> int:
+    def selection_bytes(self, reading: Reading) -> int:
         width = reading.widths["key"] // self.basis.key_map.shape[-1] * self.basis.rank
         return reading.tokens() * reading.heads * width
 

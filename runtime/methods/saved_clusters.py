@@ -1,5 +1,5 @@
-"""Saved clusters: the books say when tokens were clustered, which follows from how they came; of every token its
-cluster, one of those that were made when it was clustered."""
+"""Checks of saved clusters. The bookkeeping says when tokens were clustered, which follows from how they came; the
+cluster of each token has to be one of those that were made when it was clustered."""
 
 from __future__ import annotations
 
@@ -14,59 +14,65 @@ OF = "clusters.of"
 
 
 def check_clusters(saved: Saved, clusters: Clusters) -> None:
-    """Raises KvcalError: other clusters than the tokens can have."""
-    closed = _check_books(saved, clusters)
+    """Raises KvcalError unless the tokens can have these clusters."""
+    closed = _check_bookkeeping(saved, clusters)
     ends = [entries[-1][0] if entries else 0 for entries in closed]
     if not any(ends):
         return
-    of = saved.take(OF, torch.int32, *saved.key.shape[:2], max(ends))
+    owners = saved.take(OF, torch.int32, *saved.key.shape[:2], max(ends))
     slot = torch.arange(max(ends))
-    for row, entries in enumerate(closed):
-        least, most = torch.full_like(slot, -1), torch.full_like(slot, -1)
+    for sequence, entries in enumerate(closed):
+        lowest, highest = torch.full_like(slot, -1), torch.full_like(slot, -1)
         begin, count = clusters.sinks, 0
         for end, total in entries:
-            least[begin:end], most[begin:end] = count, total - 1
+            lowest[begin:end], highest[begin:end] = count, total - 1
             begin, count = end, total
-        require(OF, (of[row] >= least) & (of[row] <= most), f"clusters of row {row} that were made with the token")
+        require(
+            OF,
+            (owners[sequence] >= lowest) & (owners[sequence] <= highest),
+            f"clusters of row {sequence} that were made with the token",
+        )
 
 
-def _check_books(saved: Saved, clusters: Clusters) -> list[Entries]:
-    """The clusterings of each sequence. Raises KvcalError: other ones than its tokens lead to."""
+def _check_bookkeeping(saved: Saved, clusters: Clusters) -> list[Entries]:
+    """The clusterings of each sequence. Raises KvcalError unless its tokens lead to them."""
     prompts, closed = (_entries(saved, f"clusters.{name}") for name in ("prompts", "closed"))
-    for row, (length, came, stated) in enumerate(zip(saved.lengths, prompts, closed, strict=True)):
+    for sequence, (length, came, stated) in enumerate(zip(saved.lengths, prompts, closed, strict=True)):
         before = -1
         for begin, end in came:
             if not before < begin < end <= length:
-                raise KvcalError(f"clusters.prompts: slots {begin} to {end} of row {row}, which has {length} tokens")
+                raise KvcalError(
+                    f"clusters.prompts: slots {begin} to {end} of row {sequence}, which has {length} tokens"
+                )
             before = end
         made = _closings(clusters, came, length, coming=False)
         # What is due may have been clustered already, before a token that has not come; and a segment that ends where a
         # cache was cropped to is clustered again with the next token.
         cropped = made[:-1] if made and made[-1][0] == length else made
         if stated not in (made, cropped, _closings(clusters, came, length, coming=True)):
-            raise KvcalError(f"clusters.closed: row {row} of {length} tokens is not clustered at such slots")
+            raise KvcalError(f"clusters.closed: row {sequence} of {length} tokens is not clustered at such slots")
     return closed
 
 
 def _entries(saved: Saved, name: str) -> list[Entries]:
-    """Of each sequence, in their order."""
-    found = saved.take(name, torch.int64, None, 3)
-    row = found[:, 0]
-    require(name, (row >= 0) & (row < saved.rows), f"a row of {saved.rows}")
-    require(name, row[1:] >= row[:-1], "rows in order")
-    by_row: list[Entries] = [[] for _ in range(saved.rows)]
-    for at, first, second in found.tolist():
-        by_row[at].append((first, second))
-    return by_row
+    """The entries of each sequence, in their order."""
+    entries = saved.take(name, torch.int64, None, 3)
+    sequences = entries[:, 0]
+    require(name, (sequences >= 0) & (sequences < saved.batch), f"a row of {saved.batch}")
+    require(name, sequences[1:] >= sequences[:-1], "rows in order")
+    by_sequence: list[Entries] = [[] for _ in range(saved.batch)]
+    for sequence, first, second in entries.tolist():
+        by_sequence[sequence].append((first, second))
+    return by_sequence
 
 
 def _closings(clusters: Clusters, prompts: Entries, length: int, coming: bool) -> Entries:
-    """What `Clusters` makes of a sequence of so many tokens, of which these came as prompts.
+    """The clusterings that `Clusters` makes of a sequence of `length` tokens, of which `prompts` came by prefill.
 
     Args:
-        coming: whether it has seen to the next token already.
+        coming: whether what is due before the next token has been built already.
     """
-    found: Entries = []
+    closings: Entries = []
     upto = count = came = slot = 0
     ends = dict(prompts)
 
@@ -76,7 +82,7 @@ def _closings(clusters: Clusters, prompts: Entries, length: int, coming: bool) -
         while first < end:
             upto = min(first + clusters.segment, end)
             count += clusters.number(upto - first)
-            found.append((upto, count))
+            closings.append((upto, count))
             first = upto
 
     while slot < length + coming:
@@ -89,4 +95,4 @@ def _closings(clusters: Clusters, prompts: Entries, length: int, coming: bool) -
         if slot > first and (slot - first >= clusters.window_of(slot) or came > first):
             close(slot)
         slot += 1
-    return found
+    return closings

@@ -1,9 +1,9 @@
-"""SnapKV (Li et al., 2024): of a prompt the tokens that its last queries attend to, and all that is decoded.
+"""SnapKV (Li et al., 2024): keeps the tokens of a prompt that its last queries attend to, and all decoded tokens.
 
-The last `window` queries observe: what a token receives of their attention, pooled over its neighbours, says what it is
+The last `window` queries observe: the attention that a token receives from them, pooled over its neighbours, is its
 worth (their listing 1). The window itself stays. Evicted per KV head: the attention of the query heads that share it is
-added up. Nothing is evicted while decoding; after another prompt the tokens held, those decoded included, are chosen
-among again, by its last queries.
+added up. Nothing is evicted while decoding; after another prompt its last queries choose again among the tokens held,
+those decoded included.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ has no room for all of them."""
 
 @dataclass(frozen=True)
 class SnapKV(Budget, Method):
-    """`keep` is of the tokens so far, when the first one after a prompt is decoded."""
+    """`keep` applies to the tokens that there are when the first one after a prompt is decoded."""
 
     keeps_all_tokens = False
     query_aware = True
@@ -81,7 +81,7 @@ class SnapKVPolicy(EvictingPolicy):
         return pool(received, self.settings.kernel, stride=1, padding=self.settings.kernel // 2)
 
     def held_metadata(self, tokens: DecodeMetadata, evicted: Evicted) -> DecodeMetadata:
-        """All of each sequence but what it has lost with its prompt."""
+        """All tokens of each sequence but those evicted after its prompts."""
         gone = evicted.host
 
         def reckon() -> DecodeMetadata:
@@ -96,13 +96,13 @@ class SnapKVPolicy(EvictingPolicy):
         return tokens - min(evicted.host)
 
     def _slot(self, cache: LayerCache) -> tuple[Tensor, Tensor]:
-        """After all that are held."""
+        """After all tokens held."""
         slot = (cache.metadata.seq_lens.long() - 1).unsqueeze(1).expand(-1, cache.heads)
         return slot, torch.zeros_like(slot, dtype=torch.bool).unsqueeze(2)
 
     def check_held(self, saved: Saved, position: Tensor, held: Sequence[int]) -> None:
-        """Any: what a prompt asked for is not known any more."""
+        """Nothing to check: the queries that chose among the tokens are not kept."""
 
     def dense_bytes(self, reading: Reading) -> int:
-        """Keys and values: a new token goes to the end, whatever the others are."""
+        """Keys and values alone: a new token goes to the end, so no positions are read."""
         return Policy.dense_bytes(self, reading)

@@ -1,5 +1,5 @@
-"""SparQ (Ribar et al., 2024, algorithm 1): scores from the query's largest channels; the mean value stands in
-for what is not read."""
+"""SparQ (Ribar et al., 2024, algorithm 1): scores from the query's largest channels; the mean value stands for
+unselected tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...artifacts import Artifact
-from ..attention import Logits
+from ..attention import SoftmaxSpec
 from ..kv.pages import LayerCache
 from .amounts import Amount, check_amount, check_choice, count_of
 from .base import Attended, Method, Policy, Reading
@@ -18,7 +18,7 @@ from .choosing import Counts, Selection, attend_selected, choose, shared
 from .full import attend_all
 
 RECENT = 0.25
-"""Of the budget: the last tokens, always read."""
+"""The share of the budget for the last tokens, always read."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class SparqPolicy(Policy):
     def __init__(self, settings: Sparq, channels: int, dims: int):
         """
         Args:
-            channels: r, of `dims`.
+            channels: r, those of the D = `dims` channels of a query that are scored.
         """
         self.settings, self.channels, self.dims = settings, channels, dims
 
@@ -46,44 +46,44 @@ class SparqPolicy(Policy):
     def add_up(self, kept: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return {"value_sum": kept["value"].float()}
 
-    def step(self, query: Tensor, cache: LayerCache, logits: Logits) -> Attended:
+    def step(self, query: Tensor, cache: LayerCache, spec: SoftmaxSpec) -> Attended:
         settings, metadata = self.settings, cache.metadata
         counts = metadata.once((settings, type(settings.keep)), lambda: Counts.of(settings, metadata, recent=RECENT))
         if counts is None:
-            return Attended(attend_all(query, *self.keys_values(cache), metadata, logits), None)
-        scores = self._scores(query, cache, logits)
+            return Attended(attend_all(query, *self.keys_values(cache), metadata, spec), None)
+        scores = self._scores(query, cache, spec)
         selected = choose(shared(scores, settings.select), counts)
-        exact = attend_selected(query, cache, selected, logits)
-        share = (1 - self._unread(scores, selected.index, selected.valid, logits))[..., None, None]
+        exact = attend_selected(query, cache, selected, spec)
+        share = (1 - self._unread(scores, selected.index, selected.valid, spec))[..., None, None]
         mean = (cache.sums["value_sum"] / counts.lengths.view(-1, 1, 1))[:, :, None, None]
         grouped = exact.unflatten(1, (mean.shape[1], -1)).float()
         out = share * grouped + (1 - share) * mean
         return Attended(out.flatten(1, 2).to(exact.dtype), selected)
 
-    def _scores(self, query: Tensor, cache: LayerCache, logits: Logits) -> Tensor:
+    def _scores(self, query: Tensor, cache: LayerCache, spec: SoftmaxSpec) -> Tensor:
         """[B, Hkv, G, S] float32: approximate logits."""
         key = cache.tokens("key")
         grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))
         magnitude = grouped.abs()
-        of = magnitude.sum(2, keepdim=True) if self.settings.select == "group" else magnitude
-        channels = of.topk(self.channels).indices
+        by_channel = magnitude.sum(2, keepdim=True) if self.settings.select == "group" else magnitude
+        channels = by_channel.topk(self.channels).indices
         part = grouped.gather(-1, channels.expand(*grouped.shape[:3], -1))
         batch = torch.arange(key.shape[0], device=key.device).view(-1, 1, 1, 1)
         heads = torch.arange(key.shape[1], device=key.device).view(1, -1, 1, 1)
         dots = (part.unsqueeze(3) @ key.mT[batch, heads, channels]).squeeze(3)
         # The softmax temperature τ = sqrt(D · ‖q_r‖₁ / ‖q‖₁) in place of sqrt(D).
         coverage = part.abs().sum(-1, keepdim=True) / magnitude.sum(-1, keepdim=True).clamp_min(1e-30)
-        scores = logits.of(dots / coverage.clamp_min(1e-30).sqrt())
+        scores = spec.logits(dots / coverage.clamp_min(1e-30).sqrt())
         valid = cache.metadata.valid()
         return scores if valid is None else scores.masked_fill(~valid[:, None, None], -torch.inf)
 
-    def _unread(self, scores: Tensor, index: Tensor, valid: Tensor, logits: Logits) -> Tensor:
-        """[B, Hkv, G]: the share of the approximate softmax on tokens that are not read."""
-        approximate = logits.softmax(scores)
+    def _unread(self, scores: Tensor, index: Tensor, valid: Tensor, spec: SoftmaxSpec) -> Tensor:
+        """[B, Hkv, G]: the share of the approximate softmax on unselected tokens."""
+        approximate = spec.softmax(scores)
         read = approximate.gather(-1, index.expand(*approximate.shape[:3], -1)) * valid
         return approximate.sum(-1) - read.sum(-1)
 
-    def index_bytes(self, reading: Reading) -> int:
+    def selection_bytes(self, reading: Reading) -> int:
         assert reading.selected is not None
         readers = reading.selected.index.shape[1] * reading.selected.index.shape[2]
         scored = reading.tokens() * readers * reading.widths["key"] // self.dims * self.channels

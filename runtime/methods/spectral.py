@@ -1,32 +1,34 @@
-"""`spectral`: low-bit codes choose, exact rows answer, codewords stand for the rest.
+"""`spectral`: low-bit codes select tokens, selected tokens are read exactly, codewords stand for the others.
 
 Every token (k, v) belongs to a codeword (k′, v′) of a codebook that was calibrated offline (`calibrate/codebook.py`).
 Kept beside its key and value are the codeword's number and a code of k − k′ in the basis that is best for q·(k − k′),
 rotated so that few bits serve all dimensions alike (`kernels/codes`). A step
 
-1. estimates every logit by codeword and code, ŝ = q·k′ + (q A)·(s · levels),
-2. reads the first tokens, the most recent ones and the best by ŝ exactly,
-3. lets the codeword's value stand for each token that was not read, and corrects it by page:
+1. estimates every logit from codeword and code, ŝ = q·k′ + (q A)·(s · levels), where A maps queries to that basis and
+   s is the code's scale,
+2. selects the first tokens, the most recent ones and the best by ŝ, and reads them exactly,
+3. lets the codeword's value stand for each unselected token, and corrects it by page:
 
     out = (Σ_read e^{q·k} v + Σ_other e^{ŝ} (v′ + d)) / (Σ_read e^{q·k} + Σ_other e^{ŝ})
 
-with d the mean of v − v′ over the token's page, 0 until the page is full. Sums over tokens that were not read are sums
-of masses by codeword and by page, each with one product.
+with d the mean of v − v′ over the token's page, 0 until the page is full. The sums over unselected tokens are computed
+from their summed weights by codeword and by page, with one matrix product each.
 
-With `rows=8` keys and values are kept as codeword and 8-bit code of what it leaves, rotated: half the memory and bytes.
+With `rows=8` keys and values are kept as codeword and rotated 8-bit code of the difference: half the memory and bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...artifacts import Artifact, KvcalError
 from ...kernels.codes import BITS, decode, encode, fields_of, products
-from ..attention import Logits
+from ..attention import SoftmaxSpec
 from ..kv.pages import PAGE, LayerCache
 from .amounts import Amount, check_choice, check_count, check_flag
 from .base import Attended, Method, Policy, Reading, Selected, Widths
@@ -36,9 +38,13 @@ from .codewords import Codewords, nearest
 from .full import attend_all
 
 Tables = Mapping[str, Tensor]
-"""Of `Codewords.on`."""
+"""The tables of a layer by name, see `Codewords.on`."""
 STEP = 16
 """Ranks are multiples of it: what one tile of a kernel takes."""
+PLANNING_CODES = ((0.25, 2), (0.5, 2), (1.0, 2), (0.5, 4))
+"""Of `planning_grid`: share of the head dim, and bits of each dimension."""
+PLANNING_RICHEST = (1.0, 2, 1 / 2)
+"""One more setting for large budgets: the same two, and `keep`."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Spectral(Sampling, Method):
     rank: Amount | str = 0.5
     """Dimensions of a code: a fraction of the head dim, a count, or "variance:0.9"; a multiple of 16."""
     bits: int = 2
-    """Of each dimension of a code: 2, 4 or 8."""
+    """Bits of each dimension of a code: 2, 4 or 8."""
     rows: int = 16
     """Bits of keys and values: 16 as the model gives them, whatever its dtype; or 8."""
     sinks: int = 1
@@ -57,7 +63,7 @@ class Spectral(Sampling, Method):
     recent: int = 16
     """Last tokens, always read; with the sinks half of `keep` at most."""
     residual: bool = True
-    """Whether codewords stand for what is not read."""
+    """Whether codewords stand for unselected tokens."""
     offload: str = "none"
     """"cpu": keys and values lie in host memory, and only what is read and not cached on the device is copied."""
     cached: int = 2048
@@ -73,6 +79,17 @@ class Spectral(Sampling, Method):
         for name, bits, known in (("bits", self.bits, BITS), ("rows", self.rows, (16, 8))):
             if type(bits) is not int or bits not in known:
                 raise KvcalError(f"{name} {bits!r}: give {', '.join(map(str, known[:-1]))} or {known[-1]}")
+
+    @classmethod
+    def planning_grid(cls, head_dim: int, keeps: Sequence[float]) -> list[dict[str, Any]]:
+        """With `rows=8`: half as many rows of 16 bits are as many bytes, and lose more (docs/results/real.md)."""
+        settings = [(share, bits, keep) for share, bits in PLANNING_CODES for keep in keeps]
+        grid = []
+        for share, bits, keep in (*settings, PLANNING_RICHEST):
+            step = STEP if head_dim % STEP == 0 else fields_of(bits)
+            rank = min(head_dim, max(step, round(head_dim * share / step) * step))
+            grid.append({"rank": rank, "bits": bits, "rows": 8, "keep": keep})
+        return [setting for number, setting in enumerate(grid) if setting not in grid[:number]]
 
     def not_captured(self) -> str | None:
         return None if self.offload == "none" else "an offloaded cache copies what the step selects"
@@ -99,7 +116,7 @@ class SpectralPolicy(Policy):
     def __init__(self, settings: Spectral, codewords: Codewords):
         self.settings, self.codewords = settings, codewords
         self.keeps_keys_values = settings.rows == 16
-        self.most = {"codeword": codewords.count - 1}
+        self.largest = {"codeword": codewords.count - 1}
         self.fitted_to = codewords.heads, codewords.dims, codewords.value_dims
         self.summarised = ("value", "codeword") if self.keeps_keys_values else ("value", "value_scale")
         self.token_names = ("key", "value") if self.keeps_keys_values else ("key", "key_scale", "value", "value_scale")
@@ -107,31 +124,34 @@ class SpectralPolicy(Policy):
             self.offloaded, self.cached = self.token_names, settings.cached
 
     def encode(self, key: Tensor, value: Tensor) -> Mapping[str, Tensor]:
-        """Beside "key" and "value" "codeword", "code" (both uint8) and "scale" (float16). Keys and values of 8 bits are
-        uint8, with "key_scale" and "value_scale"."""
-        of = self.codewords.on(key.device)
-        words = nearest(of, key, value)
-        left = key.float() - of["key"][of["head"], words]
-        code, scale = encode(left @ of["key_map"], self.settings.bits)
+        """Beside "key" and "value" also "codeword", "code" (both uint8) and "scale" (float16). With `rows=8` keys and
+        values are uint8, and "key_scale" and "value_scale" are kept, too."""
+        tables = self.codewords.on(key.device)
+        words = nearest(tables, key, value)
+        key_difference = key.float() - tables["key"][tables["head"], words]
+        code, scale = encode(key_difference @ tables["key_map"], self.settings.bits)
         kept = {"codeword": words.unsqueeze(-1).to(torch.uint8), "code": code, "scale": scale.unsqueeze(-1)}
         if self.settings.rows == 16:
             return {"key": key, "value": value, **kept}
-        for name, rest in (("key", left), ("value", value.float() - of["value"][of["head"], words])):
-            kept[name], of_row = encode(rest @ of[f"turn_{name}"].mT, 8)
-            kept[f"{name}_scale"] = of_row.unsqueeze(-1)
+        for name, difference in (
+            ("key", key_difference),
+            ("value", value.float() - tables["value"][tables["head"], words]),
+        ):
+            kept[name], token_scale = encode(difference @ tables[f"turn_{name}"].mT, 8)
+            kept[f"{name}_scale"] = token_scale.unsqueeze(-1)
         return kept
 
     def summarise(self, page: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """ "correction" (uint8) and "correction_scale": the mean of v − v′ over a page's tokens, in 8 bits."""
         if not self.settings.residual:
             return {}
-        value, of = page["value"].transpose(1, 2), self.codewords.on(page["value"].device)
+        value, tables = page["value"].transpose(1, 2), self.codewords.on(page["value"].device)
         if self.settings.rows == 16:
             words = page["codeword"].squeeze(-1).transpose(1, 2).long()
-            left = (value.float() - of["value"][of["head"], words]).mean(2)
+            mean = (value.float() - tables["value"][tables["head"], words]).mean(2)
         else:
-            left = decode(value, page["value_scale"].transpose(1, 2).squeeze(-1), 8).mean(2) @ of["turn_value"]
-        code, scale = encode(left, 8)
+            mean = decode(value, page["value_scale"].transpose(1, 2).squeeze(-1), 8).mean(2) @ tables["turn_value"]
+        code, scale = encode(mean, 8)
         return {"correction": code, "correction_scale": scale.unsqueeze(-1)}
 
     def keys_values(self, cache: LayerCache) -> tuple[Tensor, Tensor]:
@@ -143,76 +163,77 @@ class SpectralPolicy(Policy):
 
     def _decoded(self, name: str, code: Tensor, scale: Tensor, words: Tensor) -> Tensor:
         """float32 keys or values that are kept in 8 bits."""
-        of = self.codewords.on(code.device)
-        return decode(code, scale.squeeze(-1), 8) @ of[f"turn_{name}"] + of[name][of["head"], words]
+        tables = self.codewords.on(code.device)
+        return decode(code, scale.squeeze(-1), 8) @ tables[f"turn_{name}"] + tables[name][tables["head"], words]
 
-    def step(self, query: Tensor, cache: LayerCache, logits: Logits) -> Attended:
+    def step(self, query: Tensor, cache: LayerCache, spec: SoftmaxSpec) -> Attended:
         settings, metadata = self.settings, cache.metadata
         counts = metadata.once(
             (settings, type(settings.keep)), lambda: Counts.of(settings, metadata, settings.sinks, settings.recent)
         )
         if counts is None:
-            key, value = (of.to(query.dtype) for of in self.keys_values(cache))
-            return Attended(attend_all(query, key, value, metadata, logits), None)
+            key, value = (tensor.to(query.dtype) for tensor in self.keys_values(cache))
+            return Attended(attend_all(query, key, value, metadata, spec), None)
         grouped = query.squeeze(2).unflatten(1, (self.codewords.heads, -1)).float()
-        of, words = self.codewords.on(query.device), cache.tokens("codeword").squeeze(-1).long()
-        estimated = self._estimate(of, grouped, cache, words, logits).masked_fill(~counts.candidate, -torch.inf)
+        tables, words = self.codewords.on(query.device), cache.tokens("codeword").squeeze(-1).long()
+        estimated = self._estimate(tables, grouped, cache, words, spec).masked_fill(~counts.candidate, -torch.inf)
         scores = shared(estimated, settings.select)
         selected = choose(scores, counts, settings.sample if settings.choice == "sampled" else 0)
-        part = self._read(of, grouped, cache, selected, words, logits)
+        part = self._read(tables, grouped, cache, selected, words, spec)
         if settings.residual:
-            part = merge(part, self._residual(of, without(estimated, selected), cache, words, counts))
+            part = merge(part, self._residual(tables, without(estimated, selected), cache, words, counts))
         out, lse = part
-        if logits.sinks is not None:
-            out = out * torch.sigmoid(lse - logits.sinks.float().view(1, *lse.shape[1:])).unsqueeze(-1)
+        if spec.sink_logits is not None:
+            out = out * torch.sigmoid(lse - spec.sink_logits.float().view(1, *lse.shape[1:])).unsqueeze(-1)
         return Attended(out.flatten(1, 2).unsqueeze(2).to(query.dtype), selected)
 
-    def _estimate(self, of: Tables, grouped: Tensor, cache: LayerCache, words: Tensor, logits: Logits) -> Tensor:
-        """[B, Hkv, G, S] float32 logits of all tokens, by codeword and code."""
+    def _estimate(self, tables: Tables, grouped: Tensor, cache: LayerCache, words: Tensor, spec: SoftmaxSpec) -> Tensor:
+        """[B, Hkv, G, S] float32: estimated logits of all tokens, from codeword and code."""
         codes, scale = cache.tokens("code").contiguous(), cache.tokens("scale").squeeze(-1)
-        dots = products(grouped @ of["query_map"], codes, scale, self.settings.bits)
-        dots += (grouped @ of["key"].mT).gather(-1, words.unsqueeze(2).expand_as(dots))
-        return logits.of(dots)
+        dots = products(grouped @ tables["query_map"], codes, scale, self.settings.bits)
+        dots += (grouped @ tables["key"].mT).gather(-1, words.unsqueeze(2).expand_as(dots))
+        return spec.logits(dots)
 
     def _read(
-        self, of: Tables, grouped: Tensor, cache: LayerCache, selected: Selected, words: Tensor, logits: Logits
+        self, tables: Tables, grouped: Tensor, cache: LayerCache, selected: Selected, words: Tensor, spec: SoftmaxSpec
     ) -> tuple[Tensor, Tensor]:
-        """Exact attention to the selected tokens, see `merge`. Rows of 8 bits stay turned: the query and the output
-        turn, which are fewer."""
+        """Exact attention to the selected tokens, in the form that `merge` takes. Keys and values of 8 bits stay
+        rotated: the query and the output, which are fewer, are rotated instead."""
         index = selected.index
-        flat, apart = index.flatten(2), index.shape[2:]
-        rows = cache.gather(self.token_names, flat, selected.valid.flatten(2))
+        flat, sizes = index.flatten(2), index.shape[2:]
+        gathered = cache.gather(self.token_names, flat, selected.valid.flatten(2))
         if self.settings.rows == 16:
-            key, value = rows[0].float().unflatten(2, apart), rows[1].float().unflatten(2, apart)
+            key, value = gathered[0].float().unflatten(2, sizes), gathered[1].float().unflatten(2, sizes)
             dots = (grouped.unsqueeze(3) @ key.mT).squeeze(3)
         else:
-            own = words.gather(2, flat).unflatten(2, apart).expand(*grouped.shape[:3], -1)
-            key = decode(rows[0], rows[1].squeeze(-1), 8).unflatten(2, apart)
-            value = decode(rows[2], rows[3].squeeze(-1), 8).unflatten(2, apart)
-            dots = ((grouped @ of["turn_key"].mT).unsqueeze(3) @ key.mT).squeeze(3)
-            dots += (grouped @ of["key"].mT).gather(-1, own)
-        weights, lse = normalised(logits.of(dots).masked_fill(~selected.valid, -torch.inf))
+            selected_words = words.gather(2, flat).unflatten(2, sizes).expand(*grouped.shape[:3], -1)
+            key = decode(gathered[0], gathered[1].squeeze(-1), 8).unflatten(2, sizes)
+            value = decode(gathered[2], gathered[3].squeeze(-1), 8).unflatten(2, sizes)
+            dots = ((grouped @ tables["turn_key"].mT).unsqueeze(3) @ key.mT).squeeze(3)
+            dots += (grouped @ tables["key"].mT).gather(-1, selected_words)
+        weights, lse = normalised(spec.logits(dots).masked_fill(~selected.valid, -torch.inf))
         out = (weights.unsqueeze(3) @ value).squeeze(3)
         if self.settings.rows == 8:
-            out = out @ of["turn_value"] + self._by_codeword(of, weights, own)
+            out = out @ tables["turn_value"] + self._by_codeword(tables, weights, selected_words)
         return out, lse
 
-    def _by_codeword(self, of: Tables, weights: Tensor, words: Tensor) -> Tensor:
-        """[B, Hkv, G, Dv]: of weights [B, Hkv, G, K] and codewords of the same shape, the sum of the values."""
+    def _by_codeword(self, tables: Tables, weights: Tensor, words: Tensor) -> Tensor:
+        """[B, Hkv, G, Dv]: the sum of codewords' values with weights [B, Hkv, G, K], for `words` of the same shape."""
         sums = weights.new_zeros(*weights.shape[:3], self.codewords.count).scatter_add_(-1, words, weights)
-        return sums @ of["value"]
+        return sums @ tables["value"]
 
     def _residual(
-        self, of: Tables, rest: Tensor, cache: LayerCache, words: Tensor, counts: Counts
+        self, tables: Tables, estimated: Tensor, cache: LayerCache, words: Tensor, counts: Counts
     ) -> tuple[Tensor, Tensor]:
-        """Attention to unselected tokens by their codewords' values, corrected by page, see `merge`.
+        """Residual attention: unselected tokens, approximated by their codewords' values and corrected by page, in the
+        form that `merge` takes.
 
         Args:
-            rest: [B, Hkv, G, S] estimated logits of these tokens, -inf of all others.
+            estimated: [B, Hkv, G, S] estimated logits of these tokens, -inf at all others.
         """
-        weights, lse = normalised(rest)
-        out = self._by_codeword(of, weights, words.unsqueeze(2).expand_as(weights))
-        pages = rest.shape[-1] // PAGE
+        weights, lse = normalised(estimated)
+        out = self._by_codeword(tables, weights, words.unsqueeze(2).expand_as(weights))
+        pages = estimated.shape[-1] // PAGE
         if pages:
             by_page = weights[..., : pages * PAGE].unflatten(-1, (pages, PAGE)).sum(-1).masked_fill(~counts.full, 0)
             codes, scale = cache.of_pages("correction"), cache.of_pages("correction_scale").squeeze(-1)
@@ -222,7 +243,7 @@ class SpectralPolicy(Policy):
     def token_bytes(self, widths: Widths) -> int:
         return sum(widths[name] for name in self.token_names)
 
-    def index_bytes(self, reading: Reading) -> int:
+    def selection_bytes(self, reading: Reading) -> int:
         widths, lengths = reading.widths, reading.metadata.seq_lens.long()
         token = sum(widths[name] for name in ("codeword", "code", "scale"))
         page = widths["correction"] + widths["correction_scale"] if self.settings.residual else 0
@@ -240,14 +261,15 @@ def normalised(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Attention to two sets of tokens as one. Each: (out [..., Dv] normalised by itself, lse [...] log of its mass)."""
+    """Attention to two sets of tokens as one. Each set: (out [..., Dv], normalised over its tokens; lse [...], the
+    logarithm of their mass)."""
     lse = torch.logaddexp(one[1], other[1])
     shares = (one[1] - lse).exp().unsqueeze(-1), (other[1] - lse).exp().unsqueeze(-1)
     return one[0] * shares[0] + other[0] * shares[1], lse
 
 
 def without(logits: Tensor, chosen: Selected) -> Tensor:
-    """[B, Hkv, G, S]: -inf at tokens that were chosen."""
+    """`logits` [B, Hkv, G, S] with -inf at selected tokens."""
     shape = (*logits.shape[:3], -1)
     valid = chosen.valid.to(logits.dtype).expand(shape)
     times = torch.zeros_like(logits).scatter_add_(-1, chosen.index.expand(shape), valid)
@@ -255,10 +277,14 @@ def without(logits: Tensor, chosen: Selected) -> Tensor:
 
 
 def coded_rank(asked: Amount | str, dims: int, width: int, bits: int) -> int:
-    """Dimensions that are coded of a head dim `width`: fractions are rounded up to what codes are packed in.
+    """How many dimensions of a head dim `width` are coded: `dims`, rounded up to a multiple that codes are packed in.
+
+    Args:
+        asked: the user's rank, of which a count has to be such a multiple.
+        dims: how many dimensions it means.
 
     Raises:
-        KvcalError: a count that cannot be packed so.
+        KvcalError: a count that is no such multiple, or a head dim that is none.
     """
     step = STEP if width % STEP == 0 else fields_of(bits)
     if isinstance(asked, int) and dims % step and dims != width:

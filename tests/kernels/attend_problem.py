@@ -37,7 +37,7 @@ class Problem:
     def slots(self, *where):
         """
         Args:
-            where: (row, head, query head).
+            where: (sequence, head, query head).
         """
-        own = where[: self.count.dim()]
-        return self.index[own][: self.count[own]]
+        group = where[: self.count.dim()]
+        return self.index[group][: self.count[group]]

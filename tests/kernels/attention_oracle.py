@@ -15,22 +15,22 @@ def softmax_sums(query, keys, values, *, scaling, softcap=None):
     return mass @ values.double(), mass.sum()
 
 
-def attention(query, key, value, slots, *, scaling, softcap=None, sinks=None):
+def attention(query, key, value, slots, *, scaling, softcap=None, sink_logits=None):
     """[B, Hkv, G, Dv] float64: every query's one softmax over its tokens.
 
     Args:
-        slots: function (row, head, member) -> where they are.
+        slots: function (sequence, head, member) -> where they are.
     """
     batch, heads, group, _ = query.shape
-    rows = []
-    for row, head, member in ((b, h, g) for b in range(batch) for h in range(heads) for g in range(group)):
-        chosen = torch.as_tensor(slots(row, head, member), dtype=torch.int64, device=key.device)
-        keys, values = key[row, head, chosen], value[row, head, chosen]
-        numerator, mass = softmax_sums(query[row, head, member], keys, values, scaling=scaling, softcap=softcap)
-        if sinks is not None:
-            mass = mass + sinks[head * group + member].double().exp()
-        rows.append(numerator / mass if mass > 0 else torch.zeros_like(numerator))
-    return torch.stack(rows).view(batch, heads, group, -1)
+    results = []
+    for sequence, head, member in ((b, h, g) for b in range(batch) for h in range(heads) for g in range(group)):
+        chosen = torch.as_tensor(slots(sequence, head, member), dtype=torch.int64, device=key.device)
+        keys, values = key[sequence, head, chosen], value[sequence, head, chosen]
+        numerator, mass = softmax_sums(query[sequence, head, member], keys, values, scaling=scaling, softcap=softcap)
+        if sink_logits is not None:
+            mass = mass + sink_logits[head * group + member].double().exp()
+        results.append(numerator / mass if mass > 0 else torch.zeros_like(numerator))
+    return torch.stack(results).view(batch, heads, group, -1)
 
 
 def make(generator, *shape, dtype=torch.float32):

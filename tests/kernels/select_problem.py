@@ -72,7 +72,7 @@ def difficult(tokens: int, dtype: torch.dtype, device) -> Tensor:
 
 
 def spoil_beyond(scores: Tensor, lengths: Tensor) -> Tensor:
-    """What stands beyond a row's length would win every selection."""
+    """What stands beyond a sequence's length would win every selection."""
     token = torch.arange(scores.shape[-1], device=scores.device)
     beyond = torch.where(token % 2 == 0, INF, NAN).to(scores.dtype)
     return torch.where(token < lengths[:, None, None], scores, beyond)

@@ -9,7 +9,7 @@ from tolerances import assert_close
 
 from kvcal.kernels.attend import attend
 
-on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="long rows take a GPU")
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="long sequences take a GPU")
 BOTH = pytest.mark.parametrize("backend", ["reference", "triton"])
 
 
@@ -31,9 +31,10 @@ def test_equals_one_softmax_per_query(device, backend, dtype, group, width, valu
 
 @BOTH
 @pytest.mark.parametrize("splits", [None, 1, 2, 5])
-def test_counts_of_every_size_at_once(device, backend, splits):
+def test_counts_of_every_size_at_once(device, backend, splits, set_splits):
+    set_splits(splits)
     problem = Problem(device, [[0, 1], [64, 150], [65, 3]], 150, group=2, width=32)
-    out = problem.attend(backend, scaling=0.125, splits=splits)
+    out = problem.attend(backend, scaling=0.125)
     assert_close(out, problem.expected(scaling=0.125))
     assert not out[0, 0].any()
 
@@ -41,16 +42,16 @@ def test_counts_of_every_size_at_once(device, backend, splits):
 @BOTH
 def test_a_selection_per_query_head(device, backend):
     problem = Problem(device, [[[70, 0, 3, 64], [1, 80, 20, 5]]], 80, width=32)
-    sinks = torch.linspace(-1, 1, 8, device=device)
-    out = problem.attend(backend, scaling=0.125, sinks=sinks)
-    assert_close(out, problem.expected(scaling=0.125, sinks=sinks))
+    sink_logits = torch.linspace(-1, 1, 8, device=device)
+    out = problem.attend(backend, scaling=0.125, sink_logits=sink_logits)
+    assert_close(out, problem.expected(scaling=0.125, sink_logits=sink_logits))
 
 
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_softcap_and_sinks(device, backend, dtype):
     problem = Problem(device, [[0, 30], [70, 5]], 70, width=48, dtype=dtype, value_width=32)
-    logits = {"scaling": 0.8, "softcap": 3.0, "sinks": torch.linspace(-2, 4, 8, device=device)}
+    logits = {"scaling": 0.8, "softcap": 3.0, "sink_logits": torch.linspace(-2, 4, 8, device=device)}
     assert_close(problem.attend(backend, **logits), problem.expected(**logits), dtype)
 
 
@@ -58,17 +59,18 @@ def test_softcap_and_sinks(device, backend, dtype):
 def test_nothing_chosen_leaves_zeros(device, backend):
     problem = Problem(device, [[0, 0]], 16, width=32)
     assert not problem.attend(backend, scaling=1.0).any()
-    assert not problem.attend(backend, scaling=1.0, sinks=torch.zeros(8, device=device)).any()
+    assert not problem.attend(backend, scaling=1.0, sink_logits=torch.zeros(8, device=device)).any()
 
 
-def test_more_parts_than_are_merged_at_once(device, monkeypatch):
+def test_more_parts_than_are_merged_at_once(device, monkeypatch, set_splits):
     from kvcal.kernels.attend import merge_kernel
 
     monkeypatch.setattr(merge_kernel, "PARTS_TILE", 4)
+    set_splits(8)
     problem = Problem(device, [[600, 5]], 600, 600, width=16)
-    sinks = torch.linspace(-1, 1, 8, device=device)
-    out = problem.attend("triton", scaling=0.125, sinks=sinks, splits=8)
-    assert_close(out, problem.expected(scaling=0.125, sinks=sinks))
+    sink_logits = torch.linspace(-1, 1, 8, device=device)
+    out = problem.attend("triton", scaling=0.125, sink_logits=sink_logits)
+    assert_close(out, problem.expected(scaling=0.125, sink_logits=sink_logits))
 
 
 @BOTH
@@ -85,7 +87,7 @@ def test_a_nan_among_the_chosen_is_not_hidden(device, backend):
         ({"index": torch.zeros(1, 2, 16, dtype=torch.int64)}, "index: received torch.int64"),
         ({"index": torch.zeros(1, 2, 3, 16, dtype=torch.int32)}, r"index: received .*, expected .* \[1, 2, 4, 16\]"),
         ({"count": torch.zeros(1, 2, 4, dtype=torch.int32)}, r"count: received .*, expected torch.int32 \[1, 2\]"),
-        ({"sinks": torch.zeros(2, 4)}, r"sinks: received .* \[2, 4\], expected torch.float32 \[8\]"),
+        ({"sink_logits": torch.zeros(2, 4)}, r"sink_logits: received .* \[2, 4\], expected torch.float32 \[8\]"),
         ({"out": torch.zeros(1, 2, 4, 32)}, r"out: received .*, expected torch.float32 \[1, 2, 4, 64\]"),
     ],
 )
@@ -113,7 +115,7 @@ for capacity, chosen in ((4096, 2048), (5008, 77)):
 
 @on_a_gpu
 @pytest.mark.parametrize(("batch", "capacity"), [(1, 131072), (8, 16384)])
-def test_long_rows(device, batch, capacity):
+def test_long_sequences(device, batch, capacity):
     counts = torch.linspace(1, 2048, batch * 2).long().view(batch, 2).tolist()
     problem = Problem(device, counts, 2048, capacity, width=128, dtype=torch.bfloat16)
     out = problem.attend("triton", scaling=0.1)

@@ -27,6 +27,18 @@ CASES = pytest.mark.parametrize(
 NEAR = 1e-6
 """Of cosines: centroids of unit length closer than this may stand for each other in float32."""
 POISON = -7
+_empty = torch.empty
+
+
+@pytest.fixture(autouse=True)
+def _no_result_is_zero(monkeypatch):
+    """What is never written shows, as NaN or `POISON`."""
+
+    def poisoned(*shape, **options):
+        tensor = _empty(*shape, **options)
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else POISON)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 def integers(*numbers, device="cpu"):
@@ -38,26 +50,18 @@ def directions(*shape, dtype=torch.float32, seed=0):
     return F.normalize(torch.randn(shape, generator=generator) + 0.3, dim=-1).to(dtype)
 
 
-def poisoned(rows, dims=None, device="cpu"):
-    """As `out` takes them: (label, similarity) of `rows`, or with D (sums, sizes)."""
-    whole = torch.full(rows, POISON, dtype=torch.int32, device=device)
-    float_shape = rows if dims is None else (*rows, dims)
-    floats = torch.full(float_shape, torch.nan, device=device)
-    return (whole, floats) if dims is None else (floats, whole)
-
-
 def assert_nearest(result, unit, centroids, lengths, counts):
-    label, similarity = (of.cpu() for of in result)
+    label, similarity = (tensor.cpu() for tensor in result)
     assert label.dtype == torch.int32 and similarity.dtype == torch.float32
-    for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
-        products = unit[row, :, :length].double().cpu() @ centroids[row, :, :count].double().cpu().mT
-        mine = label[row, :, :length].long()
+    for sequence, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        products = unit[sequence, :, :length].double().cpu() @ centroids[sequence, :, :count].double().cpu().mT
+        mine = label[sequence, :, :length].long()
         assert ((mine >= 0) & (mine < count)).all()
         best = products.max(-1)
-        assert_close(similarity[row, :, :length], best.values)
+        assert_close(similarity[sequence, :, :length], best.values)
         of_mine = products.gather(-1, mine.unsqueeze(-1)).squeeze(-1)
         assert ((mine == best.indices) | (best.values - of_mine < NEAR)).all()
-        assert (label[row, :, length:] == -1).all() and (similarity[row, :, length:] == 0).all()
+        assert (label[sequence, :, length:] == -1).all() and (similarity[sequence, :, length:] == 0).all()
 
 
 @BOTH
@@ -66,13 +70,11 @@ def test_the_nearest_centroid(device, backend, dtype, dims, tokens, clusters):
     lengths, counts = [tokens, max(1, tokens // 3)], [clusters, max(1, clusters // 2)]
     unit = directions(2, 2, tokens, dims, dtype=dtype).to(device)
     centroids = directions(2, 2, clusters, dims, dtype=dtype, seed=1).to(device)
-    for row in range(2):  # what lies beyond a row is never used
-        unit[row, :, lengths[row] :] = torch.nan
-        centroids[row, :, counts[row] :] = torch.nan
-    out = poisoned((2, 2, tokens), device=device)
+    for sequence in range(2):  # what lies beyond a sequence is never used
+        unit[sequence, :, lengths[sequence] :] = torch.nan
+        centroids[sequence, :, counts[sequence] :] = torch.nan
     limits = integers(*lengths, device=device), integers(*counts, device=device)
-    result = assign(unit, centroids, *limits, out=out, backend=backend)
-    assert all(given is got for given, got in zip(out, result, strict=True))
+    result = assign(unit, centroids, *limits, backend=backend)
     assert_nearest(result, unit, centroids, lengths, counts)
 
 
@@ -121,19 +123,18 @@ def test_sums_and_sizes_of_members(device, backend, dtype, dims, tokens, cluster
     labels[labels == clusters // 2] = 0  # an empty one, and labels -1 and C that count nowhere
     sums = torch.zeros(2, 2, clusters, dims, dtype=torch.float64)
     sizes = torch.zeros(2, 2, clusters, dtype=torch.int32)
-    for row, head, token in ((r, h, t) for r in range(2) for h in range(2) for t in range(lengths[r])):
-        label = int(labels[row, head, token])
+    for sequence, head, token in ((b, h, t) for b in range(2) for h in range(2) for t in range(lengths[b])):
+        label = int(labels[sequence, head, token])
         if 0 <= label < clusters:
-            sums[row, head, label] += values[row, head, token].double()
-            sizes[row, head, label] += 1
+            sums[sequence, head, label] += values[sequence, head, token].double()
+            sizes[sequence, head, label] += 1
     values[1, :, lengths[1] :] = torch.nan
-    out = poisoned((2, 2, clusters), dims, device)
-    result = update(
-        values.to(device), labels.to(device), integers(*lengths, device=device), clusters, out=out, backend=backend
+    added, members = update(
+        values.to(device), labels.to(device), integers(*lengths, device=device), clusters, backend=backend
     )
-    assert all(given is got for given, got in zip(out, result, strict=True))
-    assert torch.equal(out[1].cpu(), sizes)
-    assert_close(out[0], sums)
+    assert members.dtype == torch.int32 and torch.equal(members.cpu(), sizes)
+    assert added.dtype == torch.float32
+    assert_close(added, sums)
 
 
 def test_one_cluster_of_many_tokens(device, monkeypatch):
@@ -156,22 +157,22 @@ def test_one_cluster_of_many_tokens(device, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_row_alone_gives_the_same_bits(device, dtype):
+def test_a_sequence_alone_gives_the_same_bits(device, dtype):
     lengths, counts = [140, 9, 131], [34, 2, 9]
     unit, centroids = directions(3, 1, 140, 32, dtype=dtype).to(device), directions(3, 1, 34, 32, dtype=dtype, seed=1)
     centroids = centroids.to(device)
     limits = integers(*lengths, device=device), integers(*counts, device=device)
     label, similarity = assign(unit, centroids, *limits, backend="triton")
     sums, sizes = update(unit, label, limits[0], 34, backend="triton")
-    for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
-        mine = unit[row : row + 1, :, :length]
+    for sequence, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        mine = unit[sequence : sequence + 1, :, :length]
         limits = integers(length, device=device), integers(count, device=device)
-        alone = assign(mine, centroids[row : row + 1, :, :count], *limits, backend="triton")
+        alone = assign(mine, centroids[sequence : sequence + 1, :, :count], *limits, backend="triton")
         for whole, part in zip((label, similarity), alone, strict=True):
-            assert torch.equal(whole[row, :, :length], part[0])
+            assert torch.equal(whole[sequence, :, :length], part[0])
         alone = update(mine, alone[0], limits[0], count, backend="triton")
         for whole, part in zip((sums, sizes), alone, strict=True):
-            assert torch.equal(whole[row, :, :count], part[0])
+            assert torch.equal(whole[sequence, :, :count], part[0])
 
 
 def test_keys_may_be_a_part_of_larger_tensors(device):
@@ -182,8 +183,8 @@ def test_keys_may_be_a_part_of_larger_tensors(device):
     limits = integers(40, 21, device=device), integers(18, 11, device=device)
     result = assign(unit, centroids[:, :, ::2], limits[0], integers(9, 5, device=device), backend="triton")
     assert_nearest(result, unit, centroids[:, :, ::2], [40, 21], [9, 5])
-    one, other = (update(of, result[0], limits[0], 9, backend="triton") for of in (unit, unit.contiguous()))
-    assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+    view, copy = (update(keys, result[0], limits[0], 9, backend="triton") for keys in (unit, unit.contiguous()))
+    assert torch.equal(view[0], copy[0]) and torch.equal(view[1], copy[1])
 
 
 def test_k_means_on_the_kernels_is_k_means(device, monkeypatch):
@@ -197,8 +198,8 @@ def test_k_means_on_the_kernels_is_k_means(device, monkeypatch):
             patch.setattr(cluster, "choose", lambda *_: "triton")
             found = spherical_kmeans(points.to(device), [120, 100], [6, 5], start=known)
         assert found.iterations == expected.iterations
-        for row, length in enumerate((120, 100)):
-            assert torch.equal(found.labels[row, :, :length].cpu(), expected.labels[row, :, :length])
+        for sequence, length in enumerate((120, 100)):
+            assert torch.equal(found.labels[sequence, :, :length].cpu(), expected.labels[sequence, :, :length])
         assert_close(found.centroids, expected.centroids)
 
 
@@ -215,8 +216,6 @@ def test_k_means_on_the_kernels_is_k_means(device, monkeypatch):
         ),
         ({"lengths": torch.tensor([8, 8])}, "lengths: received torch.int64"),
         ({"counts": integers(4)}, r"counts: received torch.int32 \[1\]"),
-        ({"out": (torch.zeros(2, 2, 8), torch.zeros(2, 2, 8))}, "out label: received torch.float32"),
-        ({"out": (integers(*[0] * 32).view(2, 2, 8), torch.zeros(2, 2, 9))}, "out similarity: received"),
     ],
 )
 def test_bad_arguments_of_assign_are_named(changes, message):
@@ -235,8 +234,6 @@ def test_bad_arguments_of_assign_are_named(changes, message):
         ({"labels": torch.zeros(2, 2, 8).long()}, "labels: received torch.int64"),
         ({"lengths": integers(8)}, r"lengths: received torch.int32 \[1\]"),
         ({"count": 0}, "count: received 0, expected at least 1"),
-        ({"out": (torch.zeros(2, 2, 4, 15), None)}, "out sums: received"),
-        ({"out": (torch.zeros(2, 2, 4, 16), torch.zeros(2, 2, 4))}, "out sizes: received torch.float32"),
     ],
 )
 def test_bad_arguments_of_update_are_named(changes, message):
@@ -275,26 +272,25 @@ def test_whole_segments_replayed_from_a_cuda_graph(device, dtype, dims):
     unit = directions(2, 8, 8192, dims, dtype=dtype).to(device)
     centroids = directions(2, 8, 512, dims, dtype=dtype, seed=1).to(device)
     lengths, counts = integers(8192, 1, device=device), integers(512, 1, device=device)
-    found, added = poisoned((2, 8, 8192), device=device), poisoned((2, 8, 512), dims, device)
 
     def step():
-        assign(unit, centroids, lengths, counts, out=found)
-        update(unit, found[0], lengths, 512, out=added)
+        found = assign(unit, centroids, lengths, counts)
+        return found, update(unit, found[0], lengths, 512)
 
     step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
+        found, added = step()
     for now, many in (([8192, 1], [512, 1]), ([4097, 8191], [51, 500])):
         lengths.copy_(integers(*now)), counts.copy_(integers(*many))
         graph.replay()
         assert_nearest(found, unit, centroids, now, many)
-        once = [of.clone() for of in added]
+        once = [tensor.clone() for tensor in added]
         graph.replay()
         assert all(torch.equal(*pair) for pair in zip(once, added, strict=True))
         held = torch.arange(8192, device=device) < lengths.view(-1, 1, 1)
-        of_members = unit.double() * held.unsqueeze(-1)
+        members = unit.double() * held.unsqueeze(-1)
         index = found[0].long().clamp_min(0).unsqueeze(-1).expand_as(unit)
-        sums = torch.zeros(2, 8, 512, dims, dtype=torch.float64, device=device).scatter_add_(2, index, of_members)
+        sums = torch.zeros(2, 8, 512, dims, dtype=torch.float64, device=device).scatter_add_(2, index, members)
         assert_close(added[0], sums)
         assert (added[1].sum(-1) == lengths.view(-1, 1)).all()

@@ -7,9 +7,9 @@ from compiling import compiled
 from tolerances import assert_close
 
 from kvcal.kernels.dense import dense
-from kvcal.runtime.attention import Logits, probabilities
+from kvcal.runtime.attention import SoftmaxSpec, probabilities
 
-on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="long rows take a GPU")
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="long sequences take a GPU")
 BOTH = pytest.mark.parametrize("backend", ["reference", "triton"])
 
 
@@ -30,7 +30,7 @@ def problem(device, lengths, capacity, heads=2, group=4, width=64, value_width=N
 
 
 def expected(query, key, value, lengths, **logits):
-    return attention(query, key, value, lambda row, *_: range(int(lengths[row])), **logits)
+    return attention(query, key, value, lambda sequence, *_: range(int(lengths[sequence])), **logits)
 
 
 @BOTH
@@ -47,31 +47,32 @@ def test_equals_one_softmax_per_query(device, backend, dtype, group, width, valu
 
 @BOTH
 @pytest.mark.parametrize("splits", [None, 1, 2, 7])
-def test_rows_of_unequal_lengths(device, backend, splits):
+def test_sequences_of_unequal_lengths(device, backend, splits, set_splits):
+    set_splits(splits)
     operands = problem(device, [1, 200, 64, 65], 210, heads=1, group=2, width=32)
-    out = dense(*operands, scaling=0.125, splits=splits, backend=backend)
+    out = dense(*operands, scaling=0.125, backend=backend)
     assert_close(out, expected(*operands, scaling=0.125))
 
 
 @BOTH
 def test_softcap_and_sinks_are_those_of_the_runtime(device, backend):
     query, key, value, lengths = problem(device, [40, 3], 40)
-    sinks = torch.tensor([0.0, 3.0, -2.0, 1.0, 5.0, -40.0, 0.5, 2.0], device=device)
-    logits = {"scaling": 1.5, "softcap": 4.0, "sinks": sinks}
+    sink_logits = torch.tensor([0.0, 3.0, -2.0, 1.0, 5.0, -40.0, 0.5, 2.0], device=device)
+    logits = {"scaling": 1.5, "softcap": 4.0, "sink_logits": sink_logits}
     out = dense(query, key, value, lengths, **logits, backend=backend)
     assert_close(out, expected(query, key, value, lengths, **logits))
     visible = torch.arange(40, device=device) < lengths.view(-1, 1, 1, 1)
-    weights = probabilities(query.flatten(1, 2).unsqueeze(2), key.nan_to_num(), Logits(**logits), visible)
+    weights = probabilities(query.flatten(1, 2).unsqueeze(2), key.nan_to_num(), SoftmaxSpec(**logits), visible)
     assert_close(out, (weights.double() @ value.nan_to_num().double().unsqueeze(2)).squeeze(3), torch.float32)
 
 
 @BOTH
-def test_a_row_without_tokens_is_zeros(device, backend):
+def test_a_sequence_without_tokens_is_zeros(device, backend):
     query, key, value, lengths = problem(device, [0, 5], 64, width=32)
-    sinks = torch.zeros(8, device=device)
-    for given in (None, sinks):
-        out = dense(query, key, value, lengths, scaling=1.0, sinks=given, backend=backend)
-        assert_close(out, expected(query, key, value, lengths, scaling=1.0, sinks=given))
+    sink_logits = torch.zeros(8, device=device)
+    for given in (None, sink_logits):
+        out = dense(query, key, value, lengths, scaling=1.0, sink_logits=given, backend=backend)
+        assert_close(out, expected(query, key, value, lengths, scaling=1.0, sink_logits=given))
         assert not out[0].any()
 
 
@@ -102,7 +103,7 @@ def test_caches_that_are_views_of_larger_buffers(device, backend):
         ({"value": torch.zeros(2, 2, 63, 64)}, "value: received shape"),
         ({"value": torch.zeros(2, 2, 64, 64, dtype=torch.float16)}, "value: received torch.float16, expected"),
         ({"key": torch.zeros(2, 2, 64, 128)[..., ::2]}, "key: received stride 2"),
-        ({"sinks": torch.zeros(4)}, r"sinks: received torch.float32 \[4\], expected torch.float32 \[8\]"),
+        ({"sink_logits": torch.zeros(4)}, r"sink_logits: received torch.float32 \[4\], expected torch.float32 \[8\]"),
         ({"out": torch.zeros(2, 2, 4, 128)[..., ::2]}, "out: received strides"),
         ({"backend": "fast"}, "backend: received 'fast'"),
     ],
@@ -129,7 +130,7 @@ for batch, capacity in ((1, 4096), (1, 5008), (3, 64)):
 
 @on_a_gpu
 @pytest.mark.parametrize("lengths", [[131072], [131072, 1, 1000], [8192] * 3], ids=str)
-def test_long_rows(device, lengths):
+def test_long_sequences(device, lengths):
     operands = problem(device, lengths, 131072, 2, 4, 128, dtype=torch.bfloat16)
     out = dense(*operands, scaling=0.1)
     assert_close(out, expected(*operands, scaling=0.1), torch.bfloat16)

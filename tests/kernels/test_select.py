@@ -38,7 +38,7 @@ def test_every_difficulty_in_parts_and_lists(k, dtype, small_tiles, device):
 
 @BOTH
 @pytest.mark.parametrize("capacity", [64, 200])
-def test_k_differs_by_row_and_from_the_slots(capacity, small_tiles, backend, device):
+def test_k_differs_by_sequence_and_from_the_slots(capacity, small_tiles, backend, device):
     scores = torch.randn(6, 2, 500, generator=torch.Generator().manual_seed(1)).half().to(device)
     k = torch.tensor([0, 1, 64, 150, 1000, -3], dtype=torch.int32, device=device)
     lengths = torch.tensor([500, 1, 500, 499, 90, 500], dtype=torch.int32, device=device)

@@ -35,12 +35,12 @@ def planned(folder, body):
 
 def test_a_plan_is_what_no_method_means(folder):
     of, inputs = model(), padded(9, 23)
-    assert CompressedCache(of, load(folder)).recipe.methods == dict.fromkeys(range(3), Loki())
+    assert CompressedCache(of, load(folder)).blueprint.methods == dict.fromkeys(range(3), Loki())
     found = planned(folder, {"format": 1, "layers": LAYERS})
     methods = {0: Loki(rank=0.5, keep=0.25), 1: Quest(page=4, keep=0.5), 2: Full()}
-    assert CompressedCache(of, found).recipe.methods == methods
-    assert CompressedCache(of, found, "plan").recipe.methods == methods
-    assert CompressedCache(of, found, "loki").recipe.methods == dict.fromkeys(range(3), Loki())
+    assert CompressedCache(of, found).blueprint.methods == methods
+    assert CompressedCache(of, found, "plan").blueprint.methods == methods
+    assert CompressedCache(of, found, "loki").blueprint.methods == dict.fromkeys(range(3), Loki())
     with compress(of, found):
         tokens, logits, _ = greedy(of, inputs)
     with compress(of, found, method=LAYERS):
@@ -52,14 +52,14 @@ def test_a_plan_is_what_no_method_means(folder):
 
 def test_layers_without_a_setting_keep_the_models_own_attention(folder):
     found = planned(folder, {"format": 1, "layers": [None, LAYERS[1], None]})
-    assert CompressedCache(model(), found).recipe.methods == {0: Full(), 1: Quest(page=4, keep=0.5), 2: Full()}
+    assert CompressedCache(model(), found).blueprint.methods == {0: Full(), 1: Quest(page=4, keep=0.5), 2: Full()}
 
 
 def test_settings_beside_a_plan_are_refused(folder):
     found = planned(folder, {"format": 1, "layers": LAYERS})
     with pytest.raises(KvcalError, match=r"keep: the plan of this artifact has settings of its own: name a method"):
         CompressedCache(model(), found, keep=0.5)
-    assert CompressedCache(model(), found, "loki", keep=0.5).recipe.methods[0] == Loki(keep=0.5)
+    assert CompressedCache(model(), found, "loki", keep=0.5).blueprint.methods[0] == Loki(keep=0.5)
 
 
 def test_no_plan(folder):
@@ -107,7 +107,7 @@ def test_a_plan_for_clusters_says_what_to_do(folder):
     without = {name: stage for name, stage in found.stages.items() if name != "codebook"}
     with pytest.raises(ArtifactError, match=r"with `calibrate cluster ARTIFACT --metric joint`, then `calibrate plan"):
         CompressedCache(model(), dataclasses.replace(found, stages=without))
-    assert CompressedCache(model(), found, "loki").recipe.methods[0] == Loki()
+    assert CompressedCache(model(), found, "loki").blueprint.methods[0] == Loki()
 
 
 def test_bytes_that_are_no_text(folder):

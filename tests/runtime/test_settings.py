@@ -16,7 +16,7 @@ from kvcal.runtime.methods.h2o import H2O
 from kvcal.runtime.methods.loki import Loki
 from kvcal.runtime.methods.quest import Quest
 from kvcal.runtime.methods.streaming import Streaming
-from kvcal.runtime.settings import builders, describe, plan
+from kvcal.runtime.settings import builders, describe, methods_by_layer
 
 LAYERS = range(4)
 KEEPING = ("loki", "exact_topk", "quest", "sparq", "streaming", "h2o")
@@ -48,7 +48,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def planned(method: Any, **settings: Any) -> list[Any]:
-    return list(plan(method, settings, LAYERS, 4).values())
+    return list(methods_by_layer(method, settings, LAYERS, 4).values())
 
 
 def test_one_value_for_all() -> None:
@@ -69,7 +69,7 @@ def test_layers_that_share_take_the_basis_that_they_can_have() -> None:
     """The score basis is of one layer's queries; who asks for it is told so where the groups are known."""
 
     def sharing(method: Any, **settings: Any) -> list[Any]:
-        return list(plan(method, settings, LAYERS, 4, keys_are_shared=True).values())
+        return list(methods_by_layer(method, settings, LAYERS, 4, keys_are_shared=True).values())
 
     assert sharing("loki") == [Loki(basis="pca")] * 4
     assert sharing({"0-1": "full", "2-": "loki"}) == [Full(), Full(), Loki(basis="pca"), Loki(basis="pca")]
@@ -116,10 +116,10 @@ def test_dense_layers() -> None:
 
 def test_layers_that_are_not_compressed_need_no_value() -> None:
     """Sliding-window layers: 0 and 2 here."""
-    assert plan("loki", {"rank": {"1": 4, "3": 8}}, [1, 3], 4) == {1: Loki(rank=4), 3: Loki(rank=8)}
-    assert plan("loki", {"rank": [1, 4, 1, 8]}, [1, 3], 4) == {1: Loki(rank=4), 3: Loki(rank=8)}
-    assert plan("loki", {"keep": 3, "dense_layers": 2}, [1, 3], 4) == {1: Full(), 3: Loki(keep=3)}
-    assert plan("loki", {"keep": 3}, [], 4) == {}
+    assert methods_by_layer("loki", {"rank": {"1": 4, "3": 8}}, [1, 3], 4) == {1: Loki(rank=4), 3: Loki(rank=8)}
+    assert methods_by_layer("loki", {"rank": [1, 4, 1, 8]}, [1, 3], 4) == {1: Loki(rank=4), 3: Loki(rank=8)}
+    assert methods_by_layer("loki", {"keep": 3, "dense_layers": 2}, [1, 3], 4) == {1: Full(), 3: Loki(keep=3)}
+    assert methods_by_layer("loki", {"keep": 3}, [], 4) == {}
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_layers_that_are_not_compressed_need_no_value() -> None:
 )
 def test_refused_by_plan(method: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(KvcalError, match=f"^{message}[^\n]*$"):
-        builders(plan(method, settings, LAYERS, 4), [8] * 4, samples.artifact(layers=4, head_dim=8))
+        builders(methods_by_layer(method, settings, LAYERS, 4), [8] * 4, samples.artifact(layers=4, head_dim=8))
 
 
 @pytest.mark.parametrize(
@@ -194,26 +194,28 @@ def test_refused_by_plan(method: Any, settings: dict[str, Any], message: str) ->
 )
 def test_refused_by_builders(method: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(KvcalError, match=f"^{message}[^\n]*$"):
-        builders(plan(method, settings, LAYERS, 4), [8] * 4, samples.artifact(layers=4, head_dim=8))
+        builders(methods_by_layer(method, settings, LAYERS, 4), [8] * 4, samples.artifact(layers=4, head_dim=8))
 
 
 def test_artifact_and_stages() -> None:
     artifact = samples.artifact(layers=4, head_dim=8)
     with pytest.raises(KvcalError, match=r"^loki, layer 2: loki needs an artifact: [^\n]*calibrate pca[^\n]*$"):
-        builders(plan({"0-1": "full", "2-": "loki"}, {}, LAYERS, 4), [8] * 4, None)
+        builders(methods_by_layer({"0-1": "full", "2-": "loki"}, {}, LAYERS, 4), [8] * 4, None)
     for stage, basis in (("pca", "pca"), ("score", "score")):
         without = dataclasses.replace(artifact, stages={k: v for k, v in artifact.stages.items() if k != stage})
         with pytest.raises(KvcalError, match=f"^loki, layer 0: [^\n]*no stage '{stage}'[^\n]*$"):
-            builders(plan("loki", {"basis": basis}, LAYERS, 4), [8] * 4, without)
+            builders(methods_by_layer("loki", {"basis": basis}, LAYERS, 4), [8] * 4, without)
     with pytest.raises(KvcalError, match=r"^loki, layer 2: [^\n]*no layer 2, it has 2[^\n]*$"):
-        builders(plan("loki", {}, LAYERS, 4), [8] * 4, samples.artifact(layers=2, head_dim=8))
+        builders(methods_by_layer("loki", {}, LAYERS, 4), [8] * 4, samples.artifact(layers=2, head_dim=8))
     for method in ("full", *(name for name in KEEPING if name != "loki")):
-        assert builders(plan(method, {}, LAYERS, 4), [8] * 4, None).keys() == set(LAYERS)
+        assert builders(methods_by_layer(method, {}, LAYERS, 4), [8] * 4, None).keys() == set(LAYERS)
 
 
 def test_builders_make_empty_stores_of_their_own() -> None:
     made = builders(
-        plan("loki", {"basis": "pca", "rank": [8, 4, 2, 1]}, LAYERS, 4), [8] * 4, samples.artifact(layers=4, head_dim=8)
+        methods_by_layer("loki", {"basis": "pca", "rank": [8, 4, 2, 1]}, LAYERS, 4),
+        [8] * 4,
+        samples.artifact(layers=4, head_dim=8),
     )
     assert [made[layer]().policy.basis.rank for layer in LAYERS] == [8, 4, 2, 1]
     first, second = made[0](), made[0]()
@@ -222,10 +224,10 @@ def test_builders_make_empty_stores_of_their_own() -> None:
 
 
 def test_describe_joins_neighbours() -> None:
-    chosen = plan({"0-1": "full", "2-": "h2o"}, {"keep": {"0-2": 0.5, "3": 9}}, LAYERS, 4)
+    chosen = methods_by_layer({"0-1": "full", "2-": "h2o"}, {"keep": {"0-2": 0.5, "3": 9}}, LAYERS, 4)
     assert describe(chosen) == [
         {"layers": "0-1", "method": "full", "record_mass": False, "record_queries": 0},
         {"layers": "2-2", "method": "h2o", "keep": 0.5, "dense_below": 0},
         {"layers": "3-3", "method": "h2o", "keep": 9, "dense_below": 0},
     ]
-    assert [run["layers"] for run in describe(plan("h2o", {}, [0, 1, 3], 4))] == ["0-1", "3-3"]
+    assert [run["layers"] for run in describe(methods_by_layer("h2o", {}, [0, 1, 3], 4))] == ["0-1", "3-3"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tolerances import assert_close
 
-from kvcal.runtime.attention import Logits
+from kvcal.runtime.attention import SoftmaxSpec
 from kvcal.runtime.fixed_step import Clock, FixedStep
 from kvcal.runtime.methods.basis import Basis
 from kvcal.runtime.methods.clusterkv import ClusterKV
@@ -104,16 +104,16 @@ def make_store(method, basis):
     return new_store(method.bind(0, DIMS, coded.artifact(DIMS, HEADS) if isinstance(method, Spectral) else None))
 
 
-def stepped(method, text, logits):
+def stepped(method, text, spec):
     """[STEPPED, B, Hq, Dv] and what the store holds after that."""
     store = make_store(method, text.basis.to(text.dtype))
-    store.prefill(*text.prompt, logits, text.valid)
+    store.prefill(*text.prompt, spec, text.valid)
     clock = Clock(store.lengths, text.device)
     step = FixedStep(store, clock)
     step.reserve(max(LENGTHS) + STEPPED + 1)
     out = []
     for query, key, value in text.decoded:
-        out.append(step.step(query, key, value, logits).squeeze(2))
+        out.append(step.step(query, key, value, spec).squeeze(2))
         clock.tick()
     return torch.stack(out), {name: step.buffer(name) for name in store.tokens}
 
@@ -129,14 +129,14 @@ def stepped(method, text, logits):
     ],
 )
 def test_equals_the_reference(method, capped, on, device):
-    text, logits = Text(torch.float32, device), Logits(DIMS**-0.5)
+    text, spec = Text(torch.float32, device), SoftmaxSpec(DIMS**-0.5)
     if capped:
         sinks = torch.linspace(-1, 1, HEADS * GROUP, device=device)
-        logits = Logits(DIMS**-0.5, softcap=5.0, sinks=sinks)
+        spec = SoftmaxSpec(DIMS**-0.5, softcap=5.0, sink_logits=sinks)
     on("reference")
-    expected, held = stepped(METHODS[method], text, logits)
+    expected, held = stepped(METHODS[method], text, spec)
     on("triton")
-    out, written = stepped(METHODS[method], text, logits)
+    out, written = stepped(METHODS[method], text, spec)
     assert_close(out, expected)
     for name in held:
         if held[name].is_floating_point():
@@ -148,14 +148,14 @@ def test_equals_the_reference(method, capped, on, device):
 @pytest.mark.parametrize("method", METHODS)
 def test_equals_the_store(method, on, device):
     """One softmax over what the store's own, eager attention reads, and its tail."""
-    text, logits = Text(torch.float32, device), Logits(DIMS**-0.5)
+    text, spec = Text(torch.float32, device), SoftmaxSpec(DIMS**-0.5)
     on("reference")
-    out, _ = stepped(METHODS[method], text, logits)
+    out, _ = stepped(METHODS[method], text, spec)
     store = make_store(METHODS[method], text.basis)
-    store.prefill(*text.prompt, logits, text.valid)
+    store.prefill(*text.prompt, spec, text.valid)
     for step, (query, key, value) in zip(out, text.decoded, strict=True):
         store.append(key, value)
-        assert_close(step, store.attend(query, logits).squeeze(2).double())
+        assert_close(step, store.attend(query, spec).squeeze(2).double())
 
 
 @pytest.mark.parametrize(
@@ -163,23 +163,23 @@ def test_equals_the_store(method, on, device):
 )
 def test_a_step_can_be_taken_again(method, on, device):
     """As a graph's is, which is run to warm up and then, from the same state, in earnest."""
-    text, logits = Text(torch.float32, device), Logits(DIMS**-0.5)
+    text, spec = Text(torch.float32, device), SoftmaxSpec(DIMS**-0.5)
     on("reference")
     store = make_store(METHODS[method], text.basis)
-    store.prefill(*text.prompt, logits, text.valid)
+    store.prefill(*text.prompt, spec, text.valid)
     clock = Clock(store.lengths, device)
     step = FixedStep(store, clock)
     step.reserve(max(LENGTHS) + STEPPED + 1)
     for query, key, value in text.decoded:
         before = [tensor.clone() for tensor in store.changed_by_step()]
-        first = step.step(query, key, value, logits)
+        first = step.step(query, key, value, spec)
         for tensor, was in zip(store.changed_by_step(), before, strict=True):
             tensor.copy_(was)
-        assert torch.equal(step.step(query, key, value, logits), first)
+        assert torch.equal(step.step(query, key, value, spec), first)
         clock.tick()
     store.count(STEPPED)
     eager = make_store(METHODS[method], text.basis)
-    eager.prefill(*text.prompt, logits, text.valid)
+    eager.prefill(*text.prompt, spec, text.valid)
     for _, key, value in text.decoded:
         eager.append(key, value)
     assert store.lengths == eager.lengths and store.held == eager.held
@@ -195,8 +195,8 @@ def test_sixteen_bits(method, on, device):
     exact.prompt = [part.float() for part in text.prompt]
     exact.decoded = [[part.float() for part in token] for token in text.decoded]
     on("reference")
-    expected, _ = stepped(METHODS[method], exact, Logits(DIMS**-0.5))
+    expected, _ = stepped(METHODS[method], exact, SoftmaxSpec(DIMS**-0.5))
     on("triton")
-    out, _ = stepped(METHODS[method], text, Logits(DIMS**-0.5))
+    out, _ = stepped(METHODS[method], text, SoftmaxSpec(DIMS**-0.5))
     error = (out.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert error.median() < 2e-2

@@ -19,7 +19,7 @@ def has_template(tokenizer: Any) -> bool:
 def as_chat(
     tokenizer: Any, history: Sequence[Mapping[str, Any]], context: str, question: str, label: str
 ) -> tuple[str, str]:
-    """The chat's text before the question, and from it to where the model's answer begins.
+    """The chat's text before the question, and the text from there to where the model's answer begins.
 
     Args:
         history: messages before the user's last one, which is `context + question`. Templates that let a model think

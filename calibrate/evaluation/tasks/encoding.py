@@ -11,7 +11,7 @@ from .sample import Sample
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids, without what a tokenizer adds."""
+    """Token ids, without special tokens."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
@@ -19,8 +19,8 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 def split_tokens(tokenizer: Any, context: str, question: str) -> tuple[list[int], list[int]]:
     """The tokens of `context + question`, parted where the question begins.
 
-    The context keeps the tokens that it has without the question, too: one that reaches over the seam is the
-    question's, so that nothing of a question is read with a context.
+    The context keeps the tokens that it has without the question, too. A token that reaches over the seam belongs to
+    the question, so that no part of a question is read with a context.
     """
     whole, alone = encode(tokenizer, context + question), encode(tokenizer, context)
     both = zip(whole, alone, strict=False)
@@ -43,7 +43,7 @@ def text_sample(
     for name, ids in (("context", read), ("question", asked)):
         if not ids:
             raise KvcalError(f"{label}: the tokenizer makes no token of its {name}: give one that it knows")
-    # Where the answer's first token is one with the question's last, the answer is taken alone.
+    # Where the question's last token and the answer's first would merge, the answer is encoded alone.
     said = ("" if question[-1:].isspace() else " ") + answers[0]
     before, after = encode(tokenizer, question), encode(tokenizer, question + said)
     reference = after[len(before) :] if after[: len(before)] == before else encode(tokenizer, said)

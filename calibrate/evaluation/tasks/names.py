@@ -8,7 +8,7 @@ from ....artifacts import KvcalError
 from . import ruler_package
 
 FACTS = {"passkey": 1, "multikey": 8}
-"""Recall tasks: how many facts stand in the context, one of which is asked."""
+"""Recall tasks: how many facts stand in the context, one of which is asked for."""
 ON_TEXT = ("perplexity", *FACTS)
 """Made of the text that is given."""
 RULER = ruler_package.NAMES

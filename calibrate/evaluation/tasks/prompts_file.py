@@ -23,12 +23,12 @@ from .sample import Sample, Task
 MATCHES = ("exact", "part")
 """How predictions are scored: names in `SCORINGS`."""
 _BESIDE_THE_ANSWER = 32
-"""Tokens that are decoded beside those of the longest answer, where nothing else is asked for."""
+"""Tokens that are decoded beyond the length of the longest answer, where no other number is asked for."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row, checked."""
+    """One row of a file, checked."""
 
     history: Sequence[Mapping[str, Any]]
     """Messages before the user's last one."""
@@ -61,11 +61,11 @@ def make_prompt_tasks(
         samples = tuple(_sample(prompt, tokenizer, chat) for prompt in prompts)
         sizes = [[len(encode(tokenizer, answer)) for answer in prompt.answers] for prompt in prompts]
         new_tokens = max_new_tokens or max(map(max, sizes)) + _BESIDE_THE_ANSWER
-        for prompt, of_answers in zip(prompts, sizes, strict=True):
-            if min(of_answers) > new_tokens:
+        for prompt, lengths in zip(prompts, sizes, strict=True):
+            if min(lengths) > new_tokens:
                 raise KvcalError(
-                    f"{prompt.label}: its answer has {min(of_answers)} tokens, of which {new_tokens} would be decoded: "
-                    f"give --max-new-tokens {min(of_answers)} or more"
+                    f"{prompt.label}: its answer has {min(lengths)} tokens, of which {new_tokens} would be decoded: "
+                    f"give --max-new-tokens {min(lengths)} or more"
                 )
         tasks.append(Task(name, None, samples, new_tokens, match))
         sources.append({"file": path.name, "sha256": _hash(prompts), "rows": len(prompts), "chat_template": chat})
@@ -77,9 +77,9 @@ def read_all_prompts(paths: Sequence[Path]) -> dict[str, list[Prompt]]:
     found: dict[str, Path] = {}
     for path in paths:
         name = _task_name(path)
-        if name in found or name.partition("@")[0] in TASKS:  # as those at one length: passkey@2048
-            other = found.get(name, "a task of ours")
-            raise KvcalError(f"{path}: its results would be named {name!r} as those of {other}: rename the file")
+        if name in found or name.partition("@")[0] in TASKS:  # results name ours with a length: passkey@2048
+            owner = found.get(name, "a task of ours")
+            raise KvcalError(f"{path}: its results would be named {name!r} as those of {owner}: rename the file")
         found[name] = path
     return {name: read_prompts(path) for name, path in found.items()}
 

@@ -87,7 +87,7 @@ def _episode(
 
 
 def _insert(pieces: list[list[int]], new: list[int], target: int) -> list[int]:
-    """Join filler, fact, filler, …, with `new` at position `target`, or at the nearer edge of the fact there."""
+    """Join filler, fact, filler, …, with `new` at position `target`, or at the nearer edge of a fact lying there."""
     body = [token for piece in pieces for token in piece]
     target = min(max(target, 0), len(body))
     start = 0

@@ -17,9 +17,9 @@ from .sample import Sample, Task
 from .scoring import SCORINGS
 
 _QUESTION, _PREFIX = "\x01", "\x02"
-"""Marks in the templates: here the question begins, and here what the answer begins with. No text has them."""
+"""Marks in the templates, before the question and before the words that the answer begins with. No text has them."""
 _ROUNDS = 8
-"""Of asking for less, where a script wrote more than it was asked for."""
+"""Attempts at asking a script for less, where it wrote more than it was asked for."""
 
 Progress = Callable[[int, int], None]
 
@@ -44,8 +44,8 @@ def make_ruler_tasks(
     Raises:
         KvcalError: the package is not installed, or tasks cannot be held in a length.
     """
-    known = ruler_tasks()
-    unknown = {known[name].scoring for name in names} - SCORINGS.keys()
+    by_name = ruler_tasks()
+    unknown = {by_name[name].scoring for name in names} - SCORINGS.keys()
     if unknown:
         raise KvcalError(
             f"{PACKAGE} {installed_version()} scores by {', '.join(sorted(unknown))}, which kvcal does not"
@@ -61,12 +61,12 @@ def make_ruler_tasks(
         if progress:
             progress(min(done, total), total)
 
-    for kind, alike in groupby(sorted(names, key=lambda name: known[name].kind), key=lambda name: known[name].kind):
+    for kind, alike in groupby(sorted(names, key=lambda name: by_name[name].kind), key=lambda name: by_name[name].kind):
         with Scripts(kind) as scripts:
             maker = _Maker(scripts, tokenizer, episodes, seed, chat, sample)
             for name, length in [(name, length) for name in alike for length in lengths]:
                 try:
-                    task, source = maker.make(name, known[name], length)
+                    task, source = maker.make(name, by_name[name], length)
                 except TooShort as error:
                     if "IndexError" in str(error):
                         raise KvcalError(f"{name} has no {episodes} questions: give fewer --episodes") from None
@@ -78,8 +78,8 @@ def make_ruler_tasks(
             f"{', '.join(missing)}: cannot be held in so few tokens by this tokenizer: give longer --lengths, or leave "
             "them out"
         )
-    by = {"package": PACKAGE, "version": installed_version(), "seed": seed, "chat_template": chat}
-    return [found[key] for key in keys], {**by, "tasks": [made_by[key] for key in keys]}
+    origin = {"package": PACKAGE, "version": installed_version(), "seed": seed, "chat_template": chat}
+    return [found[key] for key in keys], {**origin, "tasks": [made_by[key] for key in keys]}
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,12 @@ class _Maker:
     sample: Callable[[], None]
     """Called before each sample."""
 
-    def make(self, name: str, known: RulerTask, length: int) -> tuple[Task, dict[str, Any]]:
+    def make(self, name: str, spec: RulerTask, length: int) -> tuple[Task, dict[str, Any]]:
         """A task, and what it was made by.
 
         Asks for less until all of a sample fits: some scripts count without the answer, or change words afterwards. The
-        length itself stays as it is, since the scripts choose other settings below 4096: what is to be spared is added
-        to each count of tokens.
+        length that a script is given stays as it is, since scripts choose other settings below 4096: the tokens to
+        spare are added to each count instead.
 
         Raises:
             TooShort: no sample fits, or less than half of the length would be filled.
@@ -107,31 +107,31 @@ class _Maker:
         spare = len(bos_tokens(self.tokenizer))
         if self.chat:
             spare = len(encode(self.tokenizer, "".join(as_chat(self.tokenizer, (), "", "x", name))))
-        written, samples = self._write(name, known, length, spare)
+        written, samples = self._write(name, spec, length, spare)
         for tries in range(_ROUNDS):
-            over = max(map(_tokens, samples)) + known.new_tokens - length
+            over = max(map(_tokens, samples)) + spec.new_tokens - length
             if over <= 0:
                 break
             spare += over << tries  # a script that leaves no room for the answer notices only more than that room
-            written, samples = self._write(name, known, length, spare)
+            written, samples = self._write(name, spec, length, spare)
         else:
             raise TooShort("too long")
         sizes = [_tokens(sample) for sample in samples]
-        if 2 * sum(sizes) < (length - known.new_tokens) * len(sizes):
+        if 2 * sum(sizes) < (length - spec.new_tokens) * len(sizes):
             raise TooShort("text comes in larger pieces")
-        source = {"task": f"{name}@{length}", "arguments": known.arguments, "tokens": [min(sizes), max(sizes)]}
+        source = {"task": f"{name}@{length}", "arguments": spec.arguments, "tokens": [min(sizes), max(sizes)]}
         if written.sentences is not None:
             source["sentences"] = written.sentences
-        return Task(name, length, tuple(samples), known.new_tokens, known.scoring), source
+        return Task(name, length, tuple(samples), spec.new_tokens, spec.scoring), source
 
-    def _write(self, name: str, known: RulerTask, length: int, spare: int) -> tuple[Written, list[Sample]]:
-        template = known.template.replace("{context}", "{context}" + _QUESTION)
-        prefix = _PREFIX + known.answer_prefix
+    def _write(self, name: str, spec: RulerTask, length: int, spare: int) -> tuple[Written, list[Sample]]:
+        template = spec.template.replace("{context}", "{context}" + _QUESTION)
+        prefix = _PREFIX + spec.answer_prefix
         arguments = {
-            **{"max_seq_length": length, "tokens_to_generate": known.new_tokens, "num_samples": self.episodes},
-            **{"random_seed": self.seed % 2**32, "template": template + prefix, **known.arguments},
+            **{"max_seq_length": length, "tokens_to_generate": spec.new_tokens, "num_samples": self.episodes},
+            **{"random_seed": self.seed % 2**32, "template": template + prefix, **spec.arguments},
         }
-        templates = {known.kind: {"template": template, "answer_prefix": prefix}}
+        templates = {spec.kind: {"template": template, "answer_prefix": prefix}}
         written = self.scripts.run(
             arguments, templates, lambda text: len(encode(self.tokenizer, _unmarked(text))) + spare, self.sample
         )
@@ -150,7 +150,8 @@ class _Maker:
 
 
 def parted(text: str) -> tuple[str, str, str]:
-    """Context, question, and what the answer begins with: at the last of each mark, since examples have them, too."""
+    """Context, question, and what the answer begins with, parted at the last of each mark: examples in the prompt have
+    marks, too."""
     before, _, prefix = text.rpartition(_PREFIX)
     context, _, question = before.rpartition(_QUESTION)
     return _unmarked(context), question, prefix

@@ -1,7 +1,7 @@
 """RULER's generating scripts, run in a process of their own.
 
-What they import is answered by `ruler_script.py`, which asks here how many tokens a text has: no tokenizer, and so no
-code of one, leaves this process.
+`ruler_script.py` runs them with stand-ins for what they import, and asks this process how many tokens a text has: the
+tokenizer, and any code of its own, stays here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Written:
     rows: list[dict[str, Any]]
     """input: a prompt; outputs: its answers."""
     sentences: str | None
-    """How the essays were parted into sentences; None: there are none."""
+    """How the essays were parted into sentences; None: the task has no essays."""
 
 
 class TooShort(Exception):
@@ -51,7 +51,7 @@ class Scripts:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-            with contextlib.suppress(BrokenPipeError):  # of what it did not read
+            with contextlib.suppress(BrokenPipeError):  # it may not have read everything
                 self._process.__exit__(None, None, None)
             self._process = None
 
@@ -62,7 +62,7 @@ class Scripts:
         count: Callable[[str], int],
         sample: Callable[[], None],
     ) -> Written:
-        """What the script writes.
+        """Run the script; returns what it writes.
 
         Args:
             arguments: of its command line.
@@ -72,7 +72,7 @@ class Scripts:
 
         Raises:
             TooShort: no sample fits.
-            KvcalError: it fails, or needs what is not installed.
+            KvcalError: the script fails, or needs what is not installed.
         """
         with tempfile.TemporaryDirectory(prefix="kvcal-") as folder:
             given = {"save_dir": folder, "save_name": "task", "tokenizer_path": "kvcal", **arguments}

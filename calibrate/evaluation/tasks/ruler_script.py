@@ -1,8 +1,8 @@
 """Run RULER's generating scripts in a process of their own; `ruler_process.Scripts` starts it and talks with it.
 
-The scripts parse the command line and load a tokenizer when they are imported, and they try for ever where a sample
-does not fit. Here what they import are stand-ins: a tokenizer that asks the other end of the pipe how many tokens a
-text has, and loops that end. This file is run by its path, without kvcal: it imports the standard library only.
+The scripts parse the command line and load a tokenizer when they are imported, and they retry without end where a
+sample does not fit. Here they import stand-ins: a tokenizer that asks the other end of the pipe how many tokens a text
+has, and loops that give up. This file is run by its path, without kvcal: it imports the standard library only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 MOST_ATTEMPTS = 100
-"""At one sample. Each takes less text than the one before, as far as there is less, and then other words."""
+"""At one sample. Each attempt takes less text than the one before; once there is no less, other words."""
 
 
 class Pipe:
@@ -41,7 +41,7 @@ class Pipe:
     def receive(self) -> Any:
         line = self.lines.readline()
         if not line:
-            os._exit(0)  # whatever is raised the scripts catch
+            os._exit(0)  # an exception would be caught by the scripts
         return json.loads(line)
 
     def give_up(self, why: str) -> None:
@@ -50,12 +50,12 @@ class Pipe:
 
 
 class Tokenizer:
-    """In place of the scripts' own."""
+    """Stands in for the scripts' own."""
 
     def __init__(self, pipe: Pipe):
         self.pipe = pipe
         self.asked = 0
-        """How often, since the last attempt began."""
+        """Counts that were asked for since the last attempt began."""
 
     def text_to_tokens(self, text: str) -> range:
         self.asked += 1
@@ -71,7 +71,7 @@ class Attempts:
     def __init__(self, pipe: Pipe, tokenizer: Tokenizer):
         self.pipe, self.tokenizer = pipe, tokenizer
         self.made: int | None = None
-        """At this sample; None: the script is looking for how much text fits."""
+        """Attempts at this sample; None: the script is still finding out how much text fits."""
         self.problem = "too long"
 
     def samples(self, numbers: Any) -> Iterator[Any]:
@@ -100,10 +100,11 @@ class Attempts:
 
 
 class Words:
-    """Makes the millions of pairs of words that keys are drawn from quickly, and once.
+    """Makes, quickly and once, the millions of pairs of words that keys are drawn from.
 
-    The script sorts a set of all pairs, which takes 14 seconds. Pairs of sorted words are nearly in order, and sorting
-    them is quick as long as no set loses that; the next task of this process has them already.
+    The script sorts a set of all pairs, which takes 14 seconds. Pairs of sorted words are nearly in order and quick to
+    sort, so here a list takes the place of the set, which would lose the order. Later tasks of this process take the
+    same pairs.
     """
 
     def __init__(self) -> None:

@@ -20,7 +20,7 @@ class Sample:
     answers: tuple[str, ...]
     """References; never empty."""
     reference: tuple[int, ...]
-    """Token ids of the first answer as it continues the question, for what is teacher-forced."""
+    """Token ids of the first answer as it continues the question, for teacher forcing."""
     depth: float | None = None
     """Where in the context the asked fact begins, 0 to 1; None: not stated."""
     label: str = ""
@@ -46,7 +46,7 @@ class Task:
         return self.name if self.length is None else f"{self.name}@{self.length}"
 
     def update(self, digest: hashlib._Hash) -> None:
-        """Add all that decides what is decoded and how it is scored."""
+        """Add to `digest` all that decides what is decoded and how it is scored."""
         digest.update(json.dumps([self.name, self.length, self.new_tokens, self.scoring]).encode())
         for sample in self.samples:
             digest.update(json.dumps([sample.context, sample.question, sample.answers]).encode())

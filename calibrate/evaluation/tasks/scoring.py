@@ -43,7 +43,7 @@ def exact(prediction: str, answers: Sequence[str]) -> float:
 def part(prediction: str, answers: Sequence[str]) -> float:
     """1 if an answer stands in the prediction, both normalised: as whole words and numbers where they are in ASCII.
 
-    What punctuation parts may be one word or several ("U.S.", "yes/no").
+    Words that punctuation separates count as one word or as several ("U.S.", "yes/no").
     """
 
     def is_said(answer: str) -> bool:
@@ -54,18 +54,18 @@ def part(prediction: str, answers: Sequence[str]) -> float:
 
 
 def form_of(answer: str) -> Callable[[str], str]:
-    """How an answer and a prediction are normalised to be compared: so that something is left of the answer."""
+    """How an answer and a prediction are normalised to be compared: as strongly as leaves something of the answer."""
     return next((form for form in (without_articles, without_punctuation) if form(answer)), lower_case)
 
 
 def without_articles(text: str) -> str:
-    """As SQuAD compares answers: also without a, an, the."""
+    """As SQuAD compares answers: as `without_punctuation`, and without a, an, the."""
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", without_punctuation(text)).split())
 
 
 def without_punctuation(text: str) -> str:
-    """Also without punctuation, apart from what stands within or before a number: 3.5 is not 35, nor -5 5, but 5,000 is
-    5000."""
+    """As `lower_case`, and without punctuation, apart from what stands within or before a number: 3.5 is not 35, nor
+    -5 5, but 5,000 is 5000."""
     return " ".join(_punctuation_as("", text).split())
 
 
@@ -73,14 +73,16 @@ def _words_apart(text: str) -> str:
     return _punctuation_as(" ", text)
 
 
-def _punctuation_as(other: str, text: str) -> str:
+def _punctuation_as(replacement: str, text: str) -> str:
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", lower_case(text))
-    kept = (mark if not _is_punctuation(mark) or _of_a_number(text, at) else other for at, mark in enumerate(text))
+    kept = (
+        mark if not _is_punctuation(mark) or _of_a_number(text, at) else replacement for at, mark in enumerate(text)
+    )
     return "".join(kept)
 
 
 def lower_case(text: str) -> str:
-    """Also with single spaces."""
+    """In lower case, with single spaces."""
     return " ".join(unicodedata.normalize("NFC", text).lower().split())
 
 

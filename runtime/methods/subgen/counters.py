@@ -35,7 +35,7 @@ def _mix(word: Tensor) -> Tensor:
 
 
 def _shifted(word: Tensor, bits: int) -> Tensor:
-    """To the right, zeros coming in."""
+    """Shifted to the right, filled with zeros."""
     return (word >> bits) & ((1 << (64 - bits)) - 1)
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 def merge(tensors: dict[str, Tensor], over: Tensor, cap: int, growth: float, draws: Callable[[int], Tensor]) -> None:
-    """Bring the rows and heads `over` [B, H] of a sketch's tensors down to at most `cap` clusters.
+    """Bring the sequences and heads `over` [B, H] of a sketch's tensors down to at most `cap` clusters.
 
     Args:
-        growth: factor on delta, again and again until there are few enough.
+        growth: factor on delta, applied until clusters are few enough.
         draws: round -> [B, H, at least the number of clusters, t] uniform random numbers.
     """
     rounds = 0
@@ -31,10 +31,10 @@ def merge(tensors: dict[str, Tensor], over: Tensor, cap: int, growth: float, dra
 
 
 def _join(tensors: dict[str, Tensor], near: Tensor, over: Tensor, draws: Tensor) -> None:
-    """In the order of their opening, each cluster joins the nearest one before it that stays and is within delta.
+    """In the order in which they were opened, each cluster joins the nearest earlier one that stays, if within delta.
 
     Each sample of the joint cluster is taken from either side in proportion to its members, so it is again a uniform
-    sample of them.
+    sample of all members.
     """
     count, sample, delta = tensors["count"], tensors["sample"], tensors["delta"]
     clusters = count.shape[2]
@@ -43,18 +43,18 @@ def _join(tensors: dict[str, Tensor], near: Tensor, over: Tensor, draws: Tensor)
         distance = near[:, :, number, :number].masked_fill(~stays[:, :, :number], torch.inf)
         into = distance.argmin(-1)
         joins = over & stays[:, :, number] & (distance.gather(-1, into.unsqueeze(-1)).squeeze(-1) <= delta)
-        row, head = joins.nonzero(as_tuple=True)
-        if not len(row):
+        sequence, head = joins.nonzero(as_tuple=True)
+        if not len(sequence):
             continue
-        target = into[row, head]
-        coming, there = count[row, head, number], count[row, head, target]
-        taken = draws[row, head, number] * (coming + there).unsqueeze(-1) < coming.unsqueeze(-1)
-        sample[row, head, target] = torch.where(
-            taken.unsqueeze(-1), sample[row, head, number], sample[row, head, target]
+        target = into[sequence, head]
+        added, present = count[sequence, head, number], count[sequence, head, target]
+        taken = draws[sequence, head, number] * (added + present).unsqueeze(-1) < added.unsqueeze(-1)
+        sample[sequence, head, target] = torch.where(
+            taken.unsqueeze(-1), sample[sequence, head, number], sample[sequence, head, target]
         )
-        count[row, head, target] = there + coming
-        count[row, head, number] = 0
-        stays[row, head, number] = False
+        count[sequence, head, target] = present + added
+        count[sequence, head, number] = 0
+        stays[sequence, head, number] = False
     order = (~stays).int().argsort(dim=-1, stable=True)
     tensors["active"] = stays.sum(-1)
     tensors["count"] = count.gather(2, order)
@@ -64,7 +64,7 @@ def _join(tensors: dict[str, Tensor], near: Tensor, over: Tensor, draws: Tensor)
 
 
 def _pairwise(representative: Tensor, active: Tensor) -> Tensor:
-    """[B, H, C, C] float64 distances, infinity where there is no cluster."""
+    """[B, H, C, C] float64 distances between representatives, infinity where there is no cluster."""
     dtype = torch.promote_types(representative.dtype, torch.float32)
     near = torch.cdist(
         representative.to(dtype), representative.to(dtype), compute_mode="donot_use_mm_for_euclid_dist"

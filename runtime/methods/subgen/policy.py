@@ -1,7 +1,7 @@
 """SubGen (Zandieh et al., 2024): the first and the most recent tokens, and a sketch of all others.
 
-What leaves the window enters the sketch once and is then gone: memory grows with the number of clusters of the keys,
-not with the number of tokens. Like the other methods that forget, it begins at the first decoded token.
+A token that leaves the window enters the sketch once and is then gone: memory grows with the number of clusters of the
+keys, not with the number of tokens. As with the other methods that evict, this begins at the first decoded token.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ....artifacts import Artifact
-from ...attention import Logits
+from ...attention import SoftmaxSpec
 from ...kv.pages import POSITION, LayerCache
 from ..amounts import Budget, check_choice, check_count, check_number
 from ..base import Attended, Method, Reading
@@ -22,16 +22,16 @@ from .attention import attention_with_sketch
 from .sketch import Shape, Sketch
 
 MOST_LAYERS = 1 << 16
-"""So many layers of two seeds draw different numbers."""
+"""Layers of different seeds draw different numbers, in models of up to so many layers."""
 MOST_SAMPLES = 1 << 16
-"""Of each kind, per KV head: room for all of them is made at once."""
+"""Per KV head and of each kind: room for all samples is made at once."""
 
 
 @dataclass(frozen=True)
 class SubGen(Method):
     keeps_all_tokens = False
     window: int = 128
-    """Most recent tokens, the new one included, that are exact."""
+    """Most recent tokens, the new one included, that stay exact."""
     sinks: int = 4
     """First tokens that stay exact."""
     clusters: int = 64
@@ -41,8 +41,8 @@ class SubGen(Method):
     distances between keys of many dimensions differ too little (docs/results/subgen.json)."""
     delta: float | None = None
     """A key farther than this from all representatives opens a cluster. None: by KV head the radius that `clusters`
-    balls needed on the calibration keys (stage `clusters`), or else, from the first keys on, the smallest distance
-    of two clusters when there is first one too many."""
+    balls needed on the calibration keys (stage `clusters`), or, without that stage, the smallest distance between two
+    clusters when there is one too many for the first time."""
     t: int = 4
     """Uniform samples of keys per cluster."""
     s: int = 256
@@ -52,7 +52,7 @@ class SubGen(Method):
     two estimates that err alike leave less error in their ratio (docs/results/real.md)."""
     seed: int = 0
     dense_below: int = 0
-    """Rows of fewer tokens lose none."""
+    """Sequences of fewer tokens lose none."""
 
     def not_captured(self) -> str | None:
         return "what leaves its window enters a sketch, whose clusters are counted on the host"
@@ -73,7 +73,7 @@ class SubGen(Method):
         return SubGenPolicy(dataclasses.replace(self, seed=seed), self._radius(layer, artifact))
 
     def _radius(self, layer: int, artifact: Artifact | None) -> Tensor | float | None:
-        """[Hkv], or one for all heads, or None for what the keys themselves give."""
+        """The initial delta: [Hkv], or one for all heads; None: the first keys give it."""
         if self.delta is not None:
             return float(self.delta)
         if artifact is None or "clusters" not in artifact.stages:
@@ -89,38 +89,38 @@ class SubGenPolicy(ByAge):
         super().__init__(Budget(settings.sinks + settings.window, settings.dense_below), settings.sinks)
         self.settings, self.delta = settings, delta
 
-    def index(self) -> Sketch:
-        of = self.settings
-        clusters = of.clusters if of.normaliser == "clusters" else 0
-        return Sketch(Shape(clusters, of.growth, of.t, of.s, of.seed), self.delta)
+    def sequence_index(self) -> Sketch:
+        settings = self.settings
+        clusters = settings.clusters if settings.normaliser == "clusters" else 0
+        return Sketch(Shape(clusters, settings.growth, settings.t, settings.s, settings.seed), self.delta)
 
-    def step(self, query: Tensor, cache: LayerCache, logits: Logits) -> Attended:
+    def step(self, query: Tensor, cache: LayerCache, spec: SoftmaxSpec) -> Attended:
         sketch = _sketch(cache)
         if not sketch.parts:
-            return super().step(query, cache, logits)
+            return super().step(query, cache, spec)
         limits = cache.metadata.seq_lens.long().unsqueeze(1)
-        return Attended(attention_with_sketch(query, *self.keys_values(cache), sketch.parts, logits, limits), None)
+        return Attended(attention_with_sketch(query, *self.keys_values(cache), sketch.parts, spec, limits), None)
 
-    def attend_all(self, query: Tensor, cache: LayerCache, logits: Logits, limits: Tensor | None) -> Tensor:
+    def attend_all(self, query: Tensor, cache: LayerCache, spec: SoftmaxSpec, limits: Tensor | None) -> Tensor:
         sketch = _sketch(cache)
         if not sketch.parts:
-            return super().attend_all(query, cache, logits, limits)
+            return super().attend_all(query, cache, spec, limits)
         if limits is None:
             limits = torch.arange(1, query.shape[2] + 1, device=query.device).expand(len(query), -1)
-        return attention_with_sketch(query, *self.keys_values(cache), sketch.parts, logits, limits)
+        return attention_with_sketch(query, *self.keys_values(cache), sketch.parts, spec, limits)
 
     def on_evict(self, cache: LayerCache, slot: Tensor, gone: Tensor) -> None:
-        """Into the sketch, a block at a time. All KV heads lose the same tokens."""
+        """Adds the tokens to the sketch, a block at a time. All KV heads lose the same tokens."""
         if not bool(gone.any()):
             return
         sketch = _sketch(cache)
         block = sketch.block(cache.tokens("key"))
         for part, taken in zip(slot.split(block, 2), gone.split(block, 2), strict=True):
-            key, value, position = (_of(cache, name, part) for name in ("key", "value", POSITION))
+            key, value, position = (_gather(cache, name, part) for name in ("key", "value", POSITION))
             sketch.add(key, value, position[:, 0, :, 0].long(), taken[:, 0])
 
     def dense_bytes(self, reading: Reading) -> int:
-        """And the sketch, of which a token that enters it is compared with all representatives."""
+        """Also the sketch, with all representatives: a token that enters it is compared with each."""
         widths, held = reading.widths, super().dense_bytes(reading)
         if "sketch.mass" not in widths:
             return held
@@ -133,11 +133,11 @@ class SubGenPolicy(ByAge):
 
 
 def _sketch(cache: LayerCache) -> Sketch:
-    assert isinstance(cache.index, Sketch)
-    return cache.index
+    assert isinstance(cache.sequence_index, Sketch)
+    return cache.sequence_index
 
 
-def _of(cache: LayerCache, name: str, slot: Tensor) -> Tensor:
-    """[B, Hkv, m, …] of slots [B, Hkv, m]."""
+def _gather(cache: LayerCache, name: str, slot: Tensor) -> Tensor:
+    """[B, Hkv, m, …]: the token buffer `name` at slots [B, Hkv, m]."""
     tokens = cache.tokens(name)
     return tokens.gather(2, slot.unsqueeze(-1).expand(-1, -1, -1, tokens.shape[3]))

@@ -1,8 +1,8 @@
-"""SubGen's sketch (Zandieh, Han, Mirrokni, Karbasi 2024, algorithm 1): what is kept of tokens that are forgotten.
+"""SubGen's sketch (Zandieh, Han, Mirrokni, Karbasi 2024, algorithm 1): what is kept of evicted tokens.
 
-Per (row, KV head): online clusters of keys for the softmax normaliser, each with its count and a few uniform samples
-of its members, and for the numerator samples of (key, value) drawn in proportion to ‖value‖². Tokens come in blocks;
-the result is that of one token at a time, whatever the blocks.
+Per (sequence, KV head): online clusters of keys for the softmax normaliser, each with its count and a few uniform
+samples of its members, and for the numerator samples of (key, value) drawn in proportion to ‖value‖². Tokens come in
+blocks; the result is that of one token at a time, whatever the blocks.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ BLOCK = 256
 CHUNK = 16
 """Clusters by which buffers grow."""
 _NUMBERS = 1 << 23
-"""Random numbers and distances at a time."""
+"""Random numbers, or distances, that are computed at a time."""
 PREFIX = "sketch."
-"""Of the names by which a cache tells of the parts of a sketch."""
+"""Begins the names of a sketch's tensors in caches and files."""
 MEMBERS, VALUES, MERGES = range(3)
 """Streams of random numbers."""
 
@@ -37,9 +37,9 @@ class Shape:
     """What a sketch may hold."""
 
     clusters: int
-    """Cap: one more, and delta grows until merging brings their number down to it. 0: no clusters are kept at all."""
+    """Most clusters: with one more, delta grows until merging brings them down to this. 0: no clusters are kept."""
     growth: float
-    """Factor on delta then."""
+    """Factor on delta at each growth."""
     members: int
     """Uniform samples of keys per cluster, the paper's t."""
     values: int
@@ -48,10 +48,10 @@ class Shape:
 
 
 class Sketch(SequenceIndex):
-    """What is kept of the tokens that have left their windows; nothing before the first has.
+    """What is kept of the tokens that have left their windows; no tensors before the first has.
 
-    representative [B, H, C, D]: the key that opened the cluster. sample [B, H, C, t, D]: of its members' keys.
-    count [B, H, C] int32: members; clusters beyond `active` have none. active [B, H] int64: clusters.
+    representative [B, H, C, D]: the key that opened the cluster. sample [B, H, C, t, D]: samples of its members' keys.
+    count [B, H, C] int32: how many members; 0 beyond `active`. active [B, H] int64: how many clusters.
     delta [B, H] float64: how near to its representative a key has to be; 0: only equal keys share a cluster yet.
     value_key [B, H, s, D], value [B, H, s, Dv]: sampled tokens. mass [B, H] float64: Σ‖v‖² over all tokens.
     """
@@ -59,14 +59,14 @@ class Sketch(SequenceIndex):
     def __init__(self, shape: Shape, delta: Tensor | float | None = None):
         """
         Args:
-            delta: [Hkv] to begin with, or one for all heads; None: 0.
+            delta: the initial one, [Hkv] or one for all heads; None: 0.
         """
         self.shape, self.delta = shape, delta
         self.parts: dict[str, Tensor] = {}
         """The tensors above, by name."""
 
     def _start(self, key: Tensor, value: Tensor) -> None:
-        """Empty, for tokens like these [B, H, …, D | Dv]."""
+        """Make empty tensors, for tokens like these [B, H, …, D | Dv]."""
         batch, heads = key.shape[:2]
         size = (batch, heads, self.shape.values)
         self.parts = {
@@ -88,27 +88,27 @@ class Sketch(SequenceIndex):
     def block(self, key: Tensor) -> int:
         """How many tokens of sequences and heads like these may enter at once."""
         shape = self.shape
-        each = key.shape[0] * key.shape[1] * max(shape.values, shape.clusters, shape.members, key.shape[3])
-        return max(1, min(BLOCK, _NUMBERS // each))
+        per_token = key.shape[0] * key.shape[1] * max(shape.values, shape.clusters, shape.members, key.shape[3])
+        return max(1, min(BLOCK, _NUMBERS // per_token))
 
-    def add(self, key: Tensor, value: Tensor, position: Tensor, there: Tensor) -> None:
+    def add(self, key: Tensor, value: Tensor, position: Tensor, mask: Tensor) -> None:
         """Take in a block of m tokens.
 
         Args:
             key, value: [B, H, m, D | Dv].
-            position: [B or 1, m] int64, of each token in its row; with the seed it decides the random numbers.
-            there: [B, m] bool, which tokens count.
+            position: [B or 1, m] int64, of each token in its sequence; with the seed it decides the random numbers.
+            mask: [B, m] bool, which tokens count.
         """
         if not self.parts:
             self._start(key, value)
         if self.shape.clusters:
-            self._cluster(key, position, there)
+            self._cluster(key, position, mask)
         draws = self._draws(VALUES, position.unsqueeze(1), key.shape[1], self.shape.values)
-        self._sample_values(key, value, there.unsqueeze(1), draws)
+        self._sample_values(key, value, mask.unsqueeze(1), draws)
 
-    def _cluster(self, key: Tensor, position: Tensor, there: Tensor) -> None:
+    def _cluster(self, key: Tensor, position: Tensor, mask: Tensor) -> None:
         heads = key.shape[1]
-        pending = there.unsqueeze(1).expand(-1, heads, -1)
+        pending = mask.unsqueeze(1).expand(-1, heads, -1)
         draws = self._draws(MEMBERS, position.unsqueeze(1), heads, self.shape.members)
         index = torch.arange(key.shape[2], device=key.device)
         while True:
@@ -118,8 +118,10 @@ class Sketch(SequenceIndex):
             over = self.parts["active"] > self.shape.clusters
             if not bool(over.any()):
                 return
-            at = position.unsqueeze(1).expand(key.shape[0], heads, -1).gather(2, last.unsqueeze(-1)).squeeze(-1)
-            draw = partial(self._merge_draws, at)
+            last_position = (
+                position.unsqueeze(1).expand(key.shape[0], heads, -1).gather(2, last.unsqueeze(-1)).squeeze(-1)
+            )
+            draw = partial(self._merge_draws, last_position)
             merge(self.parts, over, self.shape.clusters, self.shape.growth, draw)
             pending = pending & ~now
 
@@ -127,8 +129,8 @@ class Sketch(SequenceIndex):
         """([B, H, m] the cluster of each pending token, [B, H] the last token for which that holds).
 
         Opens the clusters that the tokens open one after the other: the first one farther than delta from every
-        representative opens one, then the first of what is left, until all are near one. Ends early, for a row and
-        head, with the token that opens one cluster too many.
+        representative opens one, then the first that is still too far, until all are near one. Ends early, for a
+        sequence and head, with the token that opens one cluster too many.
         """
         parts = self.parts
         delta = parts["delta"].unsqueeze(-1)
@@ -141,8 +143,8 @@ class Sketch(SequenceIndex):
             number = parts["active"].clone()
             self._reserve(int(number[opens].max()) + 1)
             centre = key.gather(2, first[:, :, None, None].expand(-1, -1, 1, key.shape[-1]))
-            row, head = opens.nonzero(as_tuple=True)
-            parts["representative"][row, head, number[row, head]] = centre[row, head, 0]
+            sequence, head = opens.nonzero(as_tuple=True)
+            parts["representative"][sequence, head, number[sequence, head]] = centre[sequence, head, 0]
             parts["active"] += opens
             distance = distances(key, centre).squeeze(-1)
             nearer = opens.unsqueeze(-1) & (index >= first.unsqueeze(-1)) & (distance < best)
@@ -153,7 +155,7 @@ class Sketch(SequenceIndex):
         return labels, last
 
     def _nearest(self, key: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, H, m] distance to the nearest representative, infinity where there is none, and which it is."""
+        """([B, H, m] distance to the nearest representative, infinity where there is none; [B, H, m] its cluster)."""
         representative, active = self.parts["representative"], self.parts["active"]
         if representative.shape[2] == 0:
             return torch.full(key.shape[:3], torch.inf, dtype=torch.float64, device=key.device), torch.zeros(
@@ -181,34 +183,34 @@ class Sketch(SequenceIndex):
         order = torch.arange(1, key.shape[2] + 1, device=key.device).unsqueeze(-1) * accepted
         winner = torch.zeros(*labels.shape[:2], clusters * slots, dtype=torch.int64, device=key.device)
         winner.scatter_reduce_(2, slot.flatten(2), order.flatten(2), "amax")
-        row, head, place = winner.nonzero(as_tuple=True)
-        sample.flatten(2, 3)[row, head, place] = key[row, head, winner[row, head, place] - 1]
+        sequence, head, place = winner.nonzero(as_tuple=True)
+        sample.flatten(2, 3)[sequence, head, place] = key[sequence, head, winner[sequence, head, place] - 1]
         count.copy_(members[:, :, -1])
 
-    def _sample_values(self, key: Tensor, value: Tensor, there: Tensor, draws: Tensor) -> None:
+    def _sample_values(self, key: Tensor, value: Tensor, mask: Tensor, draws: Tensor) -> None:
         """A token replaces each sample with probability ‖v‖² / Σ‖v‖², itself included.
 
         Args:
             draws: [B or 1, H, m, s].
         """
-        weight = value.double().square().sum(-1) * there
+        weight = value.double().square().sum(-1) * mask
         total = torch.cat((self.parts["mass"].unsqueeze(-1), weight), -1).cumsum(-1)
         self.parts["mass"] = total[..., -1].clone()
         accepted = draws * total[..., 1:].unsqueeze(-1) < weight.unsqueeze(-1)
         order = torch.arange(1, key.shape[2] + 1, device=key.device).unsqueeze(-1) * accepted
         winner = order.amax(2)
-        row, head, slot = winner.nonzero(as_tuple=True)
+        sequence, head, slot = winner.nonzero(as_tuple=True)
         for name, tokens in (("value_key", key), ("value", value)):
-            self.parts[name][row, head, slot] = tokens[row, head, winner[row, head, slot] - 1]
+            self.parts[name][sequence, head, slot] = tokens[sequence, head, winner[sequence, head, slot] - 1]
 
-    def _merge_draws(self, at: Tensor, rounds: int) -> Tensor:
-        """[B, H, C + 1, t] for merging in the `rounds`-th growth of delta at the tokens `at` [B, H]."""
+    def _merge_draws(self, position: Tensor, rounds: int) -> Tensor:
+        """[B, H, C + 1, t] for merging when delta grows for the `rounds`-th time at the tokens `position` [B, H]."""
         clusters, slots = self.shape.clusters + 1, self.shape.members
-        drawn = self._draws(MERGES + rounds, at.unsqueeze(-1), at.shape[1], clusters * slots)
+        drawn = self._draws(MERGES + rounds, position.unsqueeze(-1), position.shape[1], clusters * slots)
         return drawn.squeeze(2).unflatten(-1, (clusters, slots))
 
     def _draws(self, stream: int, position: Tensor, heads: int, slots: int) -> Tensor:
-        """[B, H, m, slots] for `position` [B, 1 or H, m]."""
+        """[B, H, m, slots] random numbers for `position` [B, 1 or H, m]."""
         head = torch.arange(heads, device=position.device).unsqueeze(-1)
         return uniform(self.shape.seed, stream, position, head, slots)
 
@@ -225,36 +227,36 @@ class Sketch(SequenceIndex):
 
     # As a sequence index
 
-    def reorder(self, index: Tensor) -> None:
-        self.parts = {name: of.index_select(0, index.to(of.device)) for name, of in self.parts.items()}
+    def reorder(self, order: Tensor) -> None:
+        self.parts = {name: tensor.index_select(0, order.to(tensor.device)) for name, tensor in self.parts.items()}
 
     def to(self, device: torch.device | str) -> None:
-        self.parts = {name: of.to(device, non_blocking=True) for name, of in self.parts.items()}
+        self.parts = {name: tensor.to(device, non_blocking=True) for name, tensor in self.parts.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        return {f"{PREFIX}{name}": of for name, of in self.parts.items()}
+        return {f"{PREFIX}{name}": tensor for name, tensor in self.parts.items()}
 
     def entries(self) -> int:
-        """Room for clusters."""
+        """How many clusters there is room for."""
         return self.parts["count"].shape[0] * self.parts["count"].shape[2] if "count" in self.parts else 0
 
     def state(self) -> dict[str, Tensor]:
         return self.tensors()
 
     def restore(self, state: Mapping[str, Tensor], buffers: Mapping[str, TokenBuffer]) -> None:
-        self.parts = {name.removeprefix(PREFIX): of for name, of in state.items() if name.startswith(PREFIX)}
+        self.parts = {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
 
     def check(self, saved: Saved) -> None:
-        """Counts and shapes are those of a sketch of every token that is not held, and of no others."""
-        left = [length - held for length, held in zip(saved.lengths, saved.held, strict=True)]
-        if not any(left) and not saved.has("sketch.mass"):
+        """Checks that counts and shapes are those of a sketch of just the tokens that are not held."""
+        evicted = [length - held for length, held in zip(saved.lengths, saved.held, strict=True)]
+        if not any(evicted) and not saved.has("sketch.mass"):
             return
         key, value, shape = saved.key, saved.value, self.shape
         batch, heads = key.shape[:2]
         saved.take("sketch.value_key", key.dtype, batch, heads, shape.values, key.shape[3])
         saved.take("sketch.value", value.dtype, batch, heads, shape.values, value.shape[3])
         mass = saved.take("sketch.mass", torch.float64, batch, heads)
-        gone = torch.tensor(left).unsqueeze(1)
+        gone = torch.tensor(evicted).unsqueeze(1)
         require("mass", (mass >= 0) & ((mass == 0) | (gone > 0)), "the squared norms of what has left")
         if not shape.clusters:
             return
@@ -263,8 +265,8 @@ class Sketch(SequenceIndex):
         require("count", torch.tensor(clusters <= shape.clusters + 1), f"at most {shape.clusters + 1} clusters")
         active = saved.take("sketch.active", torch.int64, batch, heads)
         require("active", (active >= 0) & (active <= min(clusters, shape.clusters)), "how many clusters there are")
-        there = torch.arange(clusters) < active.unsqueeze(-1)
-        require("count", (count > 0) == there, "members of those that there are, and of no others")
+        cluster_mask = torch.arange(clusters) < active.unsqueeze(-1)
+        require("count", (count > 0) == cluster_mask, "members of those that there are, and of no others")
         require("count (summed up)", count.long().sum(-1) == gone, "the tokens that have left")
         delta = saved.take("sketch.delta", torch.float64, batch, heads)
         require("delta", delta >= 0, "a distance")
@@ -273,6 +275,6 @@ class Sketch(SequenceIndex):
 
 
 def distances(key: Tensor, other: Tensor) -> Tensor:
-    """[B, H, m, n] float64 L2. From differences, so that a pair's distance does not depend on what else is asked."""
+    """[B, H, m, n] float64 L2, from differences, so that a pair's distance does not depend on the other pairs."""
     dtype = torch.promote_types(key.dtype, torch.float32)
     return torch.cdist(key.to(dtype), other.to(dtype), compute_mode="donot_use_mm_for_euclid_dist").double()

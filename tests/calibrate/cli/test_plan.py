@@ -11,7 +11,7 @@ from cli_runs import invoke, refused, run
 
 from kvcal.artifacts import Stage, load, save
 from kvcal.calibrate.planning import divergence, plan, settings
-from kvcal.runtime.methods import METHODS
+from kvcal.runtime.methods import METHODS, spectral
 
 QUICK = ("--prefix", 64, "--windows", 1, "--check-windows", 2, "--continuation", 20)
 TEXT_ONLY = ("--tasks", "perplexity")
@@ -23,7 +23,7 @@ LAYERS, HEAD_DIM = 2, 8
 def coarse(monkeypatch):
     """Fewer settings to measure: whole grids take minutes."""
     monkeypatch.setattr(settings, "KEEP", (1 / 64, 1 / 8))
-    monkeypatch.setattr(settings, "CODES", settings.CODES[:3])
+    monkeypatch.setattr(spectral, "PLANNING_CODES", spectral.PLANNING_CODES[:3])
 
 
 @pytest.fixture(scope="module")
@@ -179,12 +179,11 @@ def test_an_artifact_without_a_codebook_says_how_to_make_one(artifact, text, tmp
     bare = tmp_path / "bare"
     save(type(found)(found.model, found.layers, found.data, found.settings, found.versions, stages), bare)
     line = refused("plan", bare, "--data", text, *QUICK)
-    assert "has no codebook, which spectral decodes with: make it with" in line
-    assert line.endswith(f"`calibrate cluster {bare} --metric joint`, then plan")
+    assert "no stage 'codebook'" in line and line.endswith("make it with `calibrate cluster ARTIFACT --metric joint`")
 
 
 def test_every_method_of_a_grid_is_one():
-    for method in settings.METHODS:
+    for method in settings.planned_methods():
         for setting in settings.grid(method, 64):
             METHODS[setting["method"]](**{name: value for name, value in setting.items() if name != "method"}).check()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvcal.calibrate.evaluation.attention_error import AttentionProbe, History
-from kvcal.runtime.attention import Logits
+from kvcal.runtime.attention import SoftmaxSpec
 
 B, HKV, G, P, D, DV, STEPS = 2, 2, 3, 9, 8, 5, 4
 
@@ -19,25 +19,25 @@ class Store:
         return self.mask
 
 
-def dense(query, keys, values, logits):
+def dense(query, keys, values, spec):
     """(weights over tokens, output) of one head's query, in float64."""
-    scores = [logits.scaling * float(query.double() @ key.double()) for key in keys]
-    if logits.softcap:
-        scores = [logits.softcap * math.tanh(score / logits.softcap) for score in scores]
+    scores = [spec.scaling * float(query.double() @ key.double()) for key in keys]
+    if spec.softcap:
+        scores = [spec.softcap * math.tanh(score / spec.softcap) for score in scores]
     weights = [math.exp(score) for score in scores]
     return torch.tensor(weights, dtype=torch.float64), sum(w * v.double() for w, v in zip(weights, values, strict=True))
 
 
 @pytest.mark.parametrize("per_head", [True, False], ids=["mask per query head", "mask per KV head"])
-@pytest.mark.parametrize("logits", ["plain", "softcap", "sinks"])
-def test_error_and_mass(per_head, logits):
+@pytest.mark.parametrize("kind", ["plain", "softcap", "sinks"])
+def test_error_and_mass(per_head, kind):
     torch.manual_seed(0)
     sinks = torch.randn(HKV * G)
-    logits = {
-        "plain": Logits(0.3),
-        "softcap": Logits(0.9, softcap=1.5),
-        "sinks": Logits(0.3, sinks=sinks),
-    }[logits]
+    spec = {
+        "plain": SoftmaxSpec(0.3),
+        "softcap": SoftmaxSpec(0.9, softcap=1.5),
+        "sinks": SoftmaxSpec(0.3, sink_logits=sinks),
+    }[kind]
     key, value = torch.randn(B, HKV, P + STEPS, D), torch.randn(B, HKV, P + STEPS, DV)
     probe = AttentionProbe({7: History(key[:, :, :P], value[:, :, :P], STEPS)})
     errors, masses = ([[] for _ in range(B)] for _ in range(2))
@@ -46,12 +46,12 @@ def test_error_and_mass(per_head, logits):
         query, output = torch.randn(B, HKV * G, 1, D), torch.randn(B, HKV * G, 1, DV)
         mask = torch.rand(B, HKV * G if per_head else HKV, length) < 0.4
         new = slice(length - 1, length)
-        probe(7, Store(mask), query, key[:, :, new], value[:, :, new], logits, output)
+        probe(7, Store(mask), query, key[:, :, new], value[:, :, new], spec, output)
         for row in range(B):
             for head in range(HKV * G):
                 group = head // G
-                weights, out = dense(query[row, head, 0], key[row, group, :length], value[row, group, :length], logits)
-                norm = weights.sum() + (sinks[head].double().exp() if logits.sinks is not None else 0)
+                weights, out = dense(query[row, head, 0], key[row, group, :length], value[row, group, :length], spec)
+                norm = weights.sum() + (sinks[head].double().exp() if spec.sink_logits is not None else 0)
                 out = out / norm
                 errors[row].append(float((output[row, head, 0].double() - out).norm() / out.norm()))
                 read = mask[row, head if per_head else group]

@@ -9,7 +9,7 @@ import torch
 from kvcal.calibrate.planning import points
 from kvcal.calibrate.planning.points import Problem, alike, measure
 from kvcal.calibrate.planning.settings import grid
-from kvcal.runtime.attention import Logits
+from kvcal.runtime.attention import SoftmaxSpec
 
 TOKENS, STEPS, SCALING = 40, 3, 0.25
 
@@ -18,7 +18,7 @@ def problem(texts: int = 2) -> Problem:
     draw = torch.Generator().manual_seed(0)
     query = torch.randn(3, 4, TOKENS, 16, generator=draw)
     key, value = (torch.randn(3, 2, TOKENS, 16, generator=draw) for _ in range(2))
-    return Problem(0, query[:, :, -STEPS:], key, value, Logits(SCALING), texts)
+    return Problem(0, query[:, :, -STEPS:], key, value, SoftmaxSpec(SCALING), texts)
 
 
 def top_errors(of: Problem, keep: int) -> torch.Tensor:

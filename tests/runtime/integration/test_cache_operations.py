@@ -107,7 +107,7 @@ def test_a_copy_goes_on_by_itself(method, name):
     expected = go_on(filled(method, name=name), NEW, name)
     original = filled(method, name=name)
     twin = copy.deepcopy(original)
-    assert twin.recipe is original.recipe  # the artifact's tensors are shared
+    assert twin.blueprint is original.blueprint  # the artifact's tensors are shared
     if "offload" in SMALL[method]:  # what it had on the device is fetched again
         assert 0 < twin.resident_bytes() < original.resident_bytes()
     else:

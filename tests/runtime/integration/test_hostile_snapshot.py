@@ -86,8 +86,8 @@ def onwards(cache, mask):
     return torch.cat(found, 1)
 
 
-def restored(of, recipe, state):
-    cache = CompressedCache.of(of, recipe)
+def restored(of, blueprint, state):
+    cache = CompressedCache.of(of, blueprint)
     cache.layers[0].restore({name: tensor.clone() for name, tensor in state.items()})
     return cache
 
@@ -98,14 +98,14 @@ def test_one_wrong_tensor_is_refused_or_changes_nothing(form, one_layer):
     mask = grown(cache)
     state = {name: tensor.clone() for name, tensor in cache.layers[0].store.state().items()}
     check_layers(cache.layers, [state])
-    expected = onwards(restored(one_layer[0], cache.recipe, state), mask)
+    expected = onwards(restored(one_layer[0], cache.blueprint, state), mask)
     refused = 0
     for name in state:
         for what, changed in mutations(state[name]):
             wrong = {each: tensor for each, tensor in {**state, name: changed}.items() if tensor is not None}
             try:
                 check_layers(cache.layers, [wrong], one_layer[1].layers)
-                found = onwards(restored(one_layer[0], cache.recipe, wrong), mask)
+                found = onwards(restored(one_layer[0], cache.blueprint, wrong), mask)
             except KvcalError as error:
                 refused += 1
                 assert str(error).startswith("layer 0: ") and "\n" not in str(error)

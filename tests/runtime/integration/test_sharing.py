@@ -94,11 +94,11 @@ def test_nothing_is_kept_after_a_forward_call():
     of = several("llama")
     with shared(of, SharingMap.parse("0-2")) as sharing:
         of(IDS)
-        assert all(slot.output is None for slot in sharing._slots)
+        assert all(output.output is None for output in sharing._shared_outputs)
         hook = layers_of(of)[2].register_forward_pre_hook(lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             of(IDS)
-        assert all(slot.output is None for slot in sharing._slots)
+        assert all(output.output is None for output in sharing._shared_outputs)
         hook.remove()
 
 
@@ -109,14 +109,16 @@ def test_keys_and_values_are_kept_until_the_last_layer_of_their_group_has_read_t
     last, held = SharingMap.parse(WHOLE[name]).reading[-1], []
     with shared(of, SharingMap.parse(WHOLE[name])) as sharing:
         attention = layers_of(of)[last]
-        hook = attention.register_forward_pre_hook(lambda *args: held.append([s.output for s in sharing._slots]))
+        hook = attention.register_forward_pre_hook(
+            lambda *args: held.append([s.output for s in sharing._shared_outputs])
+        )
         block = of.get_submodule(next(n for n, m in of.named_modules() if m is attention).rpartition(".")[0])
-        after = block.register_forward_hook(lambda *args: held.append([s.output for s in sharing._slots]))
+        after = block.register_forward_hook(lambda *args: held.append([s.output for s in sharing._shared_outputs]))
         for twin in (of, copy.deepcopy(of)):
             held.clear()
-            slots = sharing_of(twin)._slots
+            outputs = sharing_of(twin)._shared_outputs
             twin(IDS)
-            assert all(slot.output is None for slot in slots)
+            assert all(output.output is None for output in outputs)
             if twin is of:
                 assert all(kept is not None for kept in held[0]) and all(kept is None for kept in held[1])
         hook.remove(), after.remove()

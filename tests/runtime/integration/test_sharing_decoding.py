@@ -14,7 +14,7 @@ from sharing_oracle import GROUPS, SHARING, WHOLE, inventory, several
 
 from kvcal.artifacts import KvcalError, Stage, fingerprint
 from kvcal.runtime import CompressedCache, SharingMap, compress, shared, sharing_of
-from kvcal.runtime.integration.cache import Recipe
+from kvcal.runtime.integration.cache import Blueprint
 
 KEEPING = [form for form in ALONE if small(form)["method"] != "spectral"]
 """`spectral` is refused where layers share."""
@@ -43,9 +43,9 @@ def caches(form):
     of, sharing = model(), sharing_of(model())
     with sharing.lifted():
         settings = small(form)
-        recipe = Recipe.of(of, artifact(), settings.pop("method"), settings)
-    of_storing = {layer: recipe.builders[sharing.map.storing_of(layer)] for layer in recipe.builders}
-    separate = CompressedCache.of(of, replace(recipe, builders=of_storing, sharing=sharing.identity))
+        blueprint = Blueprint.of(of, artifact(), settings.pop("method"), settings)
+    of_storing = {layer: blueprint.builders[sharing.map.storing_of(layer)] for layer in blueprint.builders}
+    separate = CompressedCache.of(of, replace(blueprint, builders=of_storing, sharing=sharing.identity))
     return CompressedCache(of, artifact(), **small(form)), separate
 
 

@@ -129,9 +129,9 @@ def test_what_keeps_all_equals_cla(trained, weights):
 
 def test_clusters_of_other_keys_are_not_begun_with(trained):
     _, cache = decoded(trained, "cla+clusterkv", **SMALL["clusterkv"])
-    assert [store.index.start for store in cache.stores.values()] == [None] * 3
+    assert [store.sequence_index.start for store in cache.stores.values()] == [None] * 3
     _, cache = decoded(trained, "clusterkv", **SMALL["clusterkv"])
-    assert all(store.index.start is not None for store in cache.stores.values())
+    assert all(store.sequence_index.start is not None for store in cache.stores.values())
 
 
 def test_untrained_projections_and_other_groups(trained):
@@ -170,7 +170,7 @@ def test_where_no_basis_is_named_shared_keys_are_scored_in_that_of_key_pca(train
     unsaid = {name: value for name, value in PCA.items() if name != "basis"}
     expected, _ = decoded(trained, "cla+loki", **PCA)
     found, cache = decoded(trained, "cla+loki", **unsaid)
-    assert torch.equal(found, expected) and {of.basis for of in cache.recipe.methods.values()} == {"pca"}
+    assert torch.equal(found, expected) and {of.basis for of in cache.blueprint.methods.values()} == {"pca"}
     refused = pytest.raises(
         KvcalError, match="layers 0, 1 share keys and values, and basis 'score' is fitted to the queries of one layer"
     )
@@ -180,11 +180,11 @@ def test_where_no_basis_is_named_shared_keys_are_scored_in_that_of_key_pca(train
         with refused:
             CompressedCache(model(), of_shared, "loki", **unsaid, basis="score")
     with compress(model(), trained, "cla+loki"):
-        assert {of.basis for of in model()(IDS).past_key_values.recipe.methods.values()} == {"pca"}
+        assert {of.basis for of in model()(IDS).past_key_values.blueprint.methods.values()} == {"pca"}
     with refused, compress(model(), trained, "cla+loki", basis="score"):
         pass
     # A map that shares nothing leaves every layer its own keys and its own defaults.
-    assert {of.basis for of in decoded(trained, "cla+loki", groups="0,1,2")[1].recipe.methods.values()} == {"score"}
+    assert {of.basis for of in decoded(trained, "cla+loki", groups="0,1,2")[1].blueprint.methods.values()} == {"score"}
 
 
 @pytest.mark.parametrize("method", ["loki", "clusterkv", "spectral"])

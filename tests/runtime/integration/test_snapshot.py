@@ -34,7 +34,7 @@ def test_a_loaded_cache_goes_on_as_the_saved_one(method, name, tmp_path):
     cache.save(tmp_path / "new" / "folder")
     expected = conversation(cache, name, tokens)
     loaded = CompressedCache.load(tmp_path / "new" / "folder", model(name), artifact(name))
-    assert loaded.recipe.methods == cache.recipe.methods
+    assert loaded.blueprint.methods == cache.blueprint.methods
     assert loaded.get_seq_length() == tokens.shape[1] - 1
     with compress(model(name), artifact(name), "full"):
         found = conversation(loaded, name, tokens)
@@ -47,7 +47,7 @@ def test_methods_by_layer_and_empty_caches_come_back(tmp_path):
     cache = CompressedCache(model(), artifact(), **settings, basis="pca", select="head")
     cache.save(tmp_path)
     loaded = CompressedCache.load(tmp_path, model(), artifact())
-    assert loaded.recipe.methods == cache.recipe.methods and loaded.get_seq_length() == 0
+    assert loaded.blueprint.methods == cache.blueprint.methods and loaded.get_seq_length() == 0
     expected, found = (conversation(each, "llama")[1] for each in (cache, loaded))
     torch.testing.assert_close(found, expected, **CLOSE)
 

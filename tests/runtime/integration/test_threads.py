@@ -71,14 +71,14 @@ def test_of_two_threads_that_enter_one_is_refused(methods, monkeypatch):
     """Although the first is still on its way in."""
     of = build("llama")
     before, entering, go = traces(of), threading.Event(), threading.Event()
-    plain = contexts.Recipe.of
+    plain = contexts.Blueprint.of
 
     def slow(*args):
         entering.set()
         assert go.wait(20)
         return plain(*args)
 
-    monkeypatch.setattr(contexts.Recipe, "of", slow)
+    monkeypatch.setattr(contexts.Blueprint, "of", slow)
     found = []
 
     def first():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcal.runtime.attention import Logits, attention
+from kvcal.runtime.attention import SoftmaxSpec, attention
 from kvcal.runtime.kv.pages import PAGE, DecodeMetadata, LayerCache, PagedBuffer, contiguous_metadata
 from kvcal.runtime.methods.base import Reading
 from kvcal.runtime.methods.full import FullPolicy
@@ -96,12 +96,12 @@ def test_writing_touches_the_last_slot_of_each_sequence_and_nothing_else(cache):
 
 def test_full_attention_through_scattered_pages():
     """What lies beyond a sequence's tokens may be anything that is finite."""
-    cache, logits = scattered(), Logits(D**-0.5, softcap=5.0, sinks=drawn(HEADS * GROUP, seed=9))
+    cache, spec = scattered(), SoftmaxSpec(D**-0.5, softcap=5.0, sink_logits=drawn(HEADS * GROUP, seed=9))
     cache = LayerCache({name: pages.nan_to_num(nan=1e4) for name, pages in cache.pages.items()}, {}, {}, cache.metadata)
     query = drawn(len(LENGTHS), HEADS * GROUP, 1, D, seed=8)
-    found = FullPolicy().step(query, cache, logits)
+    found = FullPolicy().step(query, cache, spec)
     for at, (key, value) in enumerate(zip(*rows().values(), strict=True)):
-        alone = attention(query[at : at + 1].double(), key[None].double(), value[None].double(), logits)
+        alone = attention(query[at : at + 1].double(), key[None].double(), value[None].double(), spec)
         torch.testing.assert_close(found.output[at : at + 1].double(), alone, rtol=1e-5, atol=1e-6)
     reading = Reading(FullPolicy(), cache.metadata, found.selected, HEADS, {"key": 4 * D, "value": 4 * DV}, 0)
     assert reading.bytes_read() == sum(LENGTHS) * HEADS * (D + DV) * 4

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from kvcal.artifacts import Artifact
-from kvcal.runtime.attention import Logits, attention
+from kvcal.runtime.attention import SoftmaxSpec, attention
 from kvcal.runtime.fixed_step import Clock, FixedStep
 from kvcal.runtime.kv.pages import LayerCache
 from kvcal.runtime.methods import METHODS
@@ -21,7 +21,7 @@ from kvcal.runtime.methods.full import Full
 from kvcal.runtime.settings import new_store
 
 GEOMETRY = Geometry(16, 8, 2, 3)
-LOGITS = Logits(GEOMETRY.scaling)
+SPEC = SoftmaxSpec(GEOMETRY.scaling)
 PROMPTS = (9, 80, 1, 63)
 KEEP = 5
 
@@ -38,16 +38,16 @@ class LongestPolicy(Policy):
     def encode(self, key: Tensor, value: Tensor) -> Mapping[str, Tensor]:
         return {"key": key, "value": value, "length": key.float().norm(dim=-1, keepdim=True)}
 
-    def step(self, query: Tensor, cache: LayerCache, logits: Logits) -> Attended:
+    def step(self, query: Tensor, cache: LayerCache, spec: SoftmaxSpec) -> Attended:
         lengths, positions = cache.metadata.seq_lens.view(-1, 1, 1), cache.metadata.positions()
         by = cache.tokens("length").squeeze(-1).masked_fill(positions == lengths - 1, torch.inf)
         found = by.masked_fill(positions >= lengths, -torch.inf).topk(min(KEEP, by.shape[-1]))
         valid = found.values > -torch.inf
         key, value = cache.gather(("key", "value"), found.indices)
-        out = attention(query, key, value, logits, valid.unsqueeze(2))
+        out = attention(query, key, value, spec, valid.unsqueeze(2))
         return Attended(out, Selected(found.indices.unsqueeze(2), valid.unsqueeze(2)))
 
-    def index_bytes(self, reading: Reading) -> int:
+    def selection_bytes(self, reading: Reading) -> int:
         return 4 * GEOMETRY.kv_heads * reading.tokens()
 
 
@@ -62,13 +62,13 @@ def store():
 
 def filled(*cuts):
     made, rows = store(), draw(GEOMETRY, PROMPTS, 6)
-    prefill(made, rows, LOGITS, cuts)
+    prefill(made, rows, SPEC, cuts)
     return made, rows
 
 
 def test_a_step_is_attention_to_what_it_says_that_it_read():
     made, rows = filled()
-    for row, steps in zip(rows, decode(made, rows, LOGITS), strict=True):
+    for row, steps in zip(rows, decode(made, rows, SPEC), strict=True):
         for number, step in enumerate(steps):
             tokens = row.prompt + number + 1
             for head in range(GEOMETRY.heads):
@@ -84,7 +84,7 @@ def test_a_step_is_attention_to_what_it_says_that_it_read():
 
 def test_bytes_are_what_was_read_and_what_is_kept_beside():
     made, rows = filled()
-    decode(made, rows, LOGITS, range(2))
+    decode(made, rows, SPEC, range(2))
     lengths = [prompt + 2 for prompt in PROMPTS]
     row = (GEOMETRY.dim + GEOMETRY.value_dim) * 4
     read = sum(min(KEEP, length) for length in lengths)
@@ -94,14 +94,14 @@ def test_bytes_are_what_was_read_and_what_is_kept_beside():
 @pytest.mark.parametrize("cuts", [(20,), (3, 4, 78), tuple(range(1, 80))], ids=["two", "ragged", "single tokens"])
 def test_chunks_and_rows_alone(cuts):
     made, rows = filled(*cuts)
-    for row, got in zip(rows, decode(made, rows, LOGITS), strict=True):
-        assert_steps(got, alone("longest", GEOMETRY, row, LOGITS))
+    for row, got in zip(rows, decode(made, rows, SPEC), strict=True):
+        assert_steps(got, alone("longest", GEOMETRY, row, SPEC))
 
 
 def test_what_is_kept_beside_goes_with_its_token():
     """Taken back, chosen for other rows, saved without it and restored."""
     made, rows = filled()
-    decode(made, rows, LOGITS, range(3))
+    decode(made, rows, SPEC, range(3))
     made.crop(2)
     made.reorder(torch.tensor([1, 3, 1]))
     state = made.state()
@@ -110,8 +110,8 @@ def test_what_is_kept_beside_goes_with_its_token():
     again.restore(state)
     chosen = [rows[1], rows[3], rows[1]]
     for each in (made, again):
-        for row, got in zip(chosen, decode(each, chosen, LOGITS, range(1, 5)), strict=True):
-            assert_steps(got, alone("longest", GEOMETRY, row, LOGITS)[1:5])
+        for row, got in zip(chosen, decode(each, chosen, SPEC, range(1, 5)), strict=True):
+            assert_steps(got, alone("longest", GEOMETRY, row, SPEC)[1:5])
 
 
 @pytest.mark.parametrize("told", [False, True], ids=["as captured", "as run from Python"])
@@ -129,7 +129,7 @@ def test_steps_of_fixed_shapes_are_the_same(told):
         eager.append(key, value)
         seen = [prompt + number + 1 for prompt in PROMPTS]
         clock.told = (min(seen), max(seen)) if told else None
-        torch.testing.assert_close(step.step(query, key, value, LOGITS), eager.attend(query, LOGITS))
+        torch.testing.assert_close(step.step(query, key, value, SPEC), eager.attend(query, SPEC))
         clock.tick()
     stepped.count(6)
     assert stepped.lengths == eager.lengths
@@ -140,8 +140,8 @@ def test_steps_of_fixed_shapes_are_the_same(told):
 def test_no_tensor_outlives_its_use(method):
     """What was read is told without the buffers that it was read from: they may have been exchanged since."""
     made, rows = new_store(method.bind(0, GEOMETRY.dim, None)), draw(GEOMETRY, PROMPTS, 2)
-    prefill(made, rows, LOGITS)
-    decode(made, rows, LOGITS)
+    prefill(made, rows, SPEC)
+    decode(made, rows, SPEC)
     reading = made.last.bytes_read
     before = [StorageWeakRef(each.tensor.untyped_storage()) for each in made.tokens.values()]
     read, held = reading(), made.tokens["key"].pages[0]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from sequences import Geometry, decode, draw, make, prefill
 
-from kvcal.runtime.attention import Logits
+from kvcal.runtime.attention import SoftmaxSpec
 
-GEOMETRY, LOGITS = Geometry(16, 8, 2, 3), Logits(0.25)
+GEOMETRY, SPEC = Geometry(16, 8, 2, 3), SoftmaxSpec(0.25)
 SELECTING = ("loki", "exact_topk", "quest", "sparq", "clusterkv")
 SETTINGS = {
     "loki": {"rank": 0.5, "sinks": 0, "recent": 0},
@@ -21,8 +21,8 @@ def counts(method: str, prompts: tuple[int, ...], **settings) -> list[int]:
     """Tokens that the first step reads of each row, per KV head."""
     rows = draw(GEOMETRY, prompts, 1)
     store = make(method, GEOMETRY, **{**SETTINGS.get(method, {}), **settings})
-    prefill(store, rows, LOGITS)
-    decode(store, rows, LOGITS)
+    prefill(store, rows, SPEC)
+    decode(store, rows, SPEC)
     return store.read_mask().sum(-1)[:, 0].tolist()
 
 
@@ -47,13 +47,13 @@ def test_a_row_without_tokens_beside_others(method):
     store = make(method, GEOMETRY, **{**SETTINGS.get(method, {}), "keep": 0.3})
     query, key, value = (torch.stack([row.tensors()[of][:, :30] for row in rows]) for of in range(3))
     valid = torch.tensor([[False], [True]]).expand(-1, 30)
-    store.prefill(query, key, value, LOGITS, valid)
+    store.prefill(query, key, value, SPEC, valid)
     query, key, value = (torch.stack([row.tensors()[of][:, 30:31] for row in rows]) for of in range(3))
     store.append(key, value, valid[:, :1])
-    out = store.attend(query, LOGITS)
+    out = store.attend(query, SPEC)
     alone = make(method, GEOMETRY, **{**SETTINGS.get(method, {}), "keep": 0.3})
-    prefill(alone, rows[1:], LOGITS)
-    ((step,),) = decode(alone, rows[1:], LOGITS, range(1))
+    prefill(alone, rows[1:], SPEC)
+    ((step,),) = decode(alone, rows[1:], SPEC, range(1))
     torch.testing.assert_close(out[1, :, 0], step.output)
 
 
@@ -61,13 +61,13 @@ def test_a_row_without_tokens_beside_others(method):
 def test_a_step_is_taken_again_after_the_batch_has_changed(change):
     rows = draw(GEOMETRY, (30, 44), 2)
     store = make("clusterkv", GEOMETRY, keep=0.4, **SETTINGS["clusterkv"])
-    prefill(store, rows, LOGITS)
-    decode(store, rows, LOGITS, range(1))
+    prefill(store, rows, SPEC)
+    decode(store, rows, SPEC, range(1))
     query = torch.stack([row.query[:, row.prompt : row.prompt + 1] for row in rows])
-    before = store.attend(query, LOGITS)
+    before = store.attend(query, SPEC)
     if change == "reordered":
         store.reorder(torch.tensor([1, 0]))
         before, query = before.flip(0), query.flip(0)
     else:
         store.to("cpu")
-    torch.testing.assert_close(store.attend(query, LOGITS), before)
+    torch.testing.assert_close(store.attend(query, SPEC), before)

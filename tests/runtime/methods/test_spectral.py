@@ -12,7 +12,7 @@ from sequences import TOLERANCES
 from torch import Tensor
 
 from kvcal.calibrate.codebook_stage import codebook
-from kvcal.runtime.attention import Logits, attention
+from kvcal.runtime.attention import SoftmaxSpec, attention
 from kvcal.runtime.methods.spectral import Spectral
 from kvcal.runtime.store import Store
 
@@ -20,8 +20,8 @@ HEADS, GROUP, D, DV = 2, 2, 16, 12
 LENGTHS = (150, 70, 3, 64)
 """A sequence of two full pages and an open one, one that has just begun its second, one that is shorter than anything,
 and one whose last token fills its page."""
-LOGITS = Logits(D**-0.5)
-CAPPED = Logits(D**-0.5, softcap=4.0, sinks=torch.linspace(-1, 1, HEADS * GROUP))
+SPEC = SoftmaxSpec(D**-0.5)
+CAPPED = SoftmaxSpec(D**-0.5, softcap=4.0, sink_logits=torch.linspace(-1, 1, HEADS * GROUP))
 SMALL = {"keep": 0.2, "rank": 16, "sinks": 2, "recent": 4, "choice": "exact"}
 FORMS = {
     "group": {},
@@ -53,7 +53,7 @@ def rows(lengths=LENGTHS, seed: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
     ]  # fmt: skip
 
 
-def prefilled(store: Store, sequences: list[tuple[Tensor, Tensor, Tensor]], logits: Logits) -> None:
+def prefilled(store: Store, sequences: list[tuple[Tensor, Tensor, Tensor]], spec: SoftmaxSpec) -> None:
     """All tokens but the last of each sequence, padded on the left."""
     longest = max(query.shape[1] for query, _, _ in sequences) - 1
     padded = [of.new_zeros(len(sequences), of.shape[0], longest, of.shape[2]) for of in sequences[0]]
@@ -63,26 +63,26 @@ def prefilled(store: Store, sequences: list[tuple[Tensor, Tensor, Tensor]], logi
         valid[at, longest - count :] = True
         for into, of in zip(padded, row, strict=True):
             into[at, :, longest - count :] = of[:, :count]
-    store.prefill(*padded, logits, None if bool(valid.all()) else valid)
+    store.prefill(*padded, spec, None if bool(valid.all()) else valid)
 
 
-def stepped(store: Store, sequences: list[tuple[Tensor, Tensor, Tensor]], logits: Logits) -> Tensor:
+def stepped(store: Store, sequences: list[tuple[Tensor, Tensor, Tensor]], spec: SoftmaxSpec) -> Tensor:
     """[B, Hq, Dv] of the last tokens."""
     query, key, value = (torch.stack([row[of][:, -1:] for row in sequences]) for of in range(3))
     store.append(key, value)
-    return store.attend(query, logits).squeeze(2)
+    return store.attend(query, spec).squeeze(2)
 
 
-@pytest.mark.parametrize("logits", [LOGITS, CAPPED], ids=["plain", "soft-capped with sink logits"])
+@pytest.mark.parametrize("spec", [SPEC, CAPPED], ids=["plain", "soft-capped with sink logits"])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_step_is_the_formula(fitted, form, logits):
+def test_a_step_is_the_formula(fitted, form, spec):
     policy = Spectral(**{**SMALL, **FORMS[form]}).bind(1, D, fitted)
     store, sequences = Store(policy), rows()
-    prefilled(store, sequences, logits)
-    out, mask = stepped(store, sequences, logits), store.read_mask()
+    prefilled(store, sequences, spec)
+    out, mask = stepped(store, sequences, spec), store.read_mask()
     mask = mask.repeat_interleave(HEADS * GROUP // mask.shape[1], 1)
     for at, (query, key, value) in enumerate(sequences):
-        expected, read = step(policy, Sequence.of(policy, key, value), query[:, -1], logits)
+        expected, read = step(policy, Sequence.of(policy, key, value), query[:, -1], spec)
         # Corrections are kept in 8 bits.
         torch.testing.assert_close(out[at].double(), expected, rtol=1e-4, atol=2e-3)
         assert [set(head.nonzero().flatten().tolist()) for head in mask[at]] == read
@@ -97,8 +97,8 @@ def test_other_dtypes(fitted, form, dtype):
     sequences = [tuple(of.bfloat16().half().float() for of in row) for row in rows()]
     for of_dtype in (torch.float32, dtype):
         store, given = Store(policy), [tuple(of.to(of_dtype) for of in row) for row in sequences]
-        prefilled(store, given, LOGITS)
-        outs.append((stepped(store, given, LOGITS), store.read_mask(), store.bytes_read()))
+        prefilled(store, given, SPEC)
+        outs.append((stepped(store, given, SPEC), store.read_mask(), store.bytes_read()))
     (expected, read, _), (out, same, count) = outs
     assert out.dtype == dtype and torch.equal(read, same) and count > 0
     torch.testing.assert_close(out.float(), expected, **TOLERANCES[dtype])
@@ -108,14 +108,14 @@ def test_other_dtypes(fitted, form, dtype):
 def test_all_tokens_are_full_attention(fitted, rows_of):
     policy = Spectral(**{**SMALL, "keep": 1.0, "rows": rows_of}).bind(0, D, fitted)
     store, sequences = Store(policy), rows()
-    prefilled(store, sequences, LOGITS)
-    out = stepped(store, sequences, LOGITS)
+    prefilled(store, sequences, SPEC)
+    out = stepped(store, sequences, SPEC)
     for at, (query, key, value) in enumerate(sequences):
         kept = Sequence.of(policy, key, value)
-        dense = attention(query[None, :, -1:].double(), kept.key[None], kept.value[None], LOGITS)[0, :, 0]
+        dense = attention(query[None, :, -1:].double(), kept.key[None], kept.value[None], SPEC)[0, :, 0]
         torch.testing.assert_close(out[at].double(), dense, rtol=1e-4, atol=1e-5)
         if rows_of == 8:
-            exact = attention(query[None, :, -1:], key[None], value[None], LOGITS)[0, :, 0]
+            exact = attention(query[None, :, -1:], key[None], value[None], SPEC)[0, :, 0]
             assert float((out[at] - exact).norm() / exact.norm()) < 0.02, "of 8 bits"
 
 
@@ -129,22 +129,22 @@ def test_however_tokens_came(fitted, form):
         store = Store(policy)
         for first, last in zip((0, *cuts), (*cuts, 149), strict=True):
             part = (of[None, :, first:last] for of in (query, key, value))
-            store.prefill(*part, LOGITS)
+            store.prefill(*part, SPEC)
         return store
 
     def last(store: Store, sequence: int = 0) -> Tensor:
         times = len(store.lengths)
         store.append(*(of[None, :, -1:].expand(times, -1, -1, -1) for of in (key, value)))
-        return store.attend(query[None, :, -1:].expand(times, -1, -1, -1), LOGITS)[sequence]
+        return store.attend(query[None, :, -1:].expand(times, -1, -1, -1), SPEC)[sequence]
 
     expected = last(fed())
     one_by_one = Store(policy)
-    one_by_one.prefill(*(of[None, :, :5] for of in (query, key, value)), LOGITS)
+    one_by_one.prefill(*(of[None, :, :5] for of in (query, key, value)), SPEC)
     for token in range(5, 149):
         one_by_one.append(*(of[None, :, token : token + 1] for of in (key, value)))
     back = fed(60, 128)
     back.crop(40)
-    back.prefill(*(of[None, :, 109:149] for of in (query, key, value)), LOGITS)
+    back.prefill(*(of[None, :, 109:149] for of in (query, key, value)), SPEC)
     beams = fed()
     beams.reorder(torch.tensor([0, 0, 0]))
     beams.reorder(torch.tensor([2, 1]))
@@ -166,8 +166,8 @@ def test_bytes_are_those_of_the_formula(fitted):
     for settings, row in (({"bits": 2}, (D + DV) * 4), ({"bits": 4, "rows": 8}, D + DV + 4)):
         policy = Spectral(**{**SMALL, **settings}).bind(0, D, fitted)
         store, sequences = Store(policy), rows((n,) * batch)
-        prefilled(store, sequences, LOGITS)
-        stepped(store, sequences, LOGITS)
+        prefilled(store, sequences, SPEC)
+        stepped(store, sequences, SPEC)
         codes = n * (16 * settings["bits"] // 8 + 2 + 1) + n // 64 * (DV + 2)
         tables = 2 * HEADS * (6 * (D + DV) + 6 + 2 * D * 16)
         assert store.shared_bytes() == tables
@@ -179,12 +179,12 @@ def test_what_no_token_wrote_is_never_read(fitted):
     sequences, outs = rows((150, 40)), []
     for poison in (0.0, 1e30):
         store = Store(policy)
-        prefilled(store, sequences, LOGITS)
+        prefilled(store, sequences, SPEC)
         for name, buffer in store.tokens.items():
             held = torch.arange(buffer.tensor.shape[2]) < torch.tensor(store.lengths).unsqueeze(1)
             junk = poison if buffer.tensor.is_floating_point() and name != "scale" else 5
             buffer.tensor.masked_fill_(~held[:, None, :, None], junk)
-        outs.append(stepped(store, sequences, LOGITS))
+        outs.append(stepped(store, sequences, SPEC))
     assert torch.equal(*outs)
 
 
@@ -193,12 +193,12 @@ def test_a_sampled_choice_reads_about_its_budget_and_never_more_than_half_as_muc
     [(query, key, value)] = rows((1500,))
     exact, sampled = (Store(replace(settings, choice=choice).bind(0, D, fitted)) for choice in ("exact", "sampled"))
     for store in (exact, sampled):
-        prefilled(store, [(query, key, value)], LOGITS)
-    outs = [stepped(store, [(query, key, value)], LOGITS) for store in (exact, sampled)]
+        prefilled(store, [(query, key, value)], SPEC)
+    outs = [stepped(store, [(query, key, value)], SPEC) for store in (exact, sampled)]
     best, some = (store.read_mask()[0].sum(-1) for store in (exact, sampled))
     assert best.tolist() == [150] * HEADS
     assert all(75 <= count <= 217 for count in some.tolist()), "17 always, 133 chosen; at most 199 of a sample's"
     assert float((outs[0] - outs[1]).norm() / outs[0].norm()) < 0.3
     every = Store(replace(settings, sample=1500).bind(0, D, fitted))
-    prefilled(every, [(query, key, value)], LOGITS)
-    torch.testing.assert_close(stepped(every, [(query, key, value)], LOGITS), outs[0], rtol=1e-5, atol=1e-6)
+    prefilled(every, [(query, key, value)], SPEC)
+    torch.testing.assert_close(stepped(every, [(query, key, value)], SPEC), outs[0], rtol=1e-5, atol=1e-6)

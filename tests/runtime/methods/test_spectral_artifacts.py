@@ -14,15 +14,15 @@ import torch
 from kvcal.artifacts import Artifact, KvcalError, load, save
 from kvcal.calibrate.codebook_stage import codebook
 from kvcal.calibrate.sharing import share
-from kvcal.runtime.attention import Logits
-from kvcal.runtime.settings import builders, plan
+from kvcal.runtime.attention import SoftmaxSpec
+from kvcal.runtime.settings import builders, methods_by_layer
 
 D, LAYERS, TOKENS = 16, 2, 96
 MADE = samples.artifact(layers=LAYERS, head_dim=D, value_dim=D, tokens=TOKENS)
 
 
 def built(artifact: Artifact | None, **settings: Any) -> Any:
-    return builders(plan("spectral", settings, range(LAYERS), LAYERS), [D] * LAYERS, artifact)
+    return builders(methods_by_layer("spectral", settings, range(LAYERS), LAYERS), [D] * LAYERS, artifact)
 
 
 def without_windows(made: Artifact) -> Artifact:
@@ -47,11 +47,11 @@ def test_artifacts_from_before_codebooks_are_told_the_command(version: int, tmp_
     assert message.startswith("spectral, layer 0: ") and "\n" not in message
     assert "no stage 'codebook'" in message and message.endswith("calibrate cluster ARTIFACT --metric joint`")
     fitted = load(save(codebook(loaded, codewords=6), tmp_path / "new").folder)
-    store = builders(plan("spectral", {"keep": 0.5}, [1], LAYERS), [D] * LAYERS, fitted)[1]()
+    store = builders(methods_by_layer("spectral", {"keep": 0.5}, [1], LAYERS), [D] * LAYERS, fitted)[1]()
     tokens = torch.randn(1, 4, 40, D, generator=torch.Generator().manual_seed(0))
-    store.prefill(tokens, tokens[:, :2], tokens[:, :2], Logits(D**-0.5))
+    store.prefill(tokens, tokens[:, :2], tokens[:, :2], SoftmaxSpec(D**-0.5))
     store.append(tokens[:, :2, :1], tokens[:, :2, :1])
-    assert store.attend(tokens[:, :, :1], Logits(D**-0.5)).isfinite().all()
+    assert store.attend(tokens[:, :, :1], SoftmaxSpec(D**-0.5)).isfinite().all()
 
 
 def test_no_artifact() -> None:

@@ -9,14 +9,14 @@ from sequences import Geometry, Row, alone, append, assert_steps, decode, draw, 
 from torch import Tensor
 
 from kvcal.artifacts import KvcalError
-from kvcal.runtime.attention import Logits
+from kvcal.runtime.attention import SoftmaxSpec
 from kvcal.runtime.kv.saved import Saved
 from kvcal.runtime.methods.full import FullPolicy
 from kvcal.runtime.settings import new_store
 from kvcal.runtime.store import Store
 
 GEOMETRY = Geometry(16, 8, 2, 3)
-LOGITS = Logits(GEOMETRY.scaling)
+SPEC = SoftmaxSpec(GEOMETRY.scaling)
 
 
 def received(store: Store) -> Tensor:
@@ -26,7 +26,7 @@ def received(store: Store) -> Tensor:
 
 def dense(rows: list[Row], cuts: tuple[int, ...] = (), record_mass: bool = True) -> Store:
     store = new_store(FullPolicy(record_mass, 8))
-    prefill(store, rows, LOGITS, cuts)
+    prefill(store, rows, SPEC, cuts)
     return store
 
 
@@ -37,10 +37,10 @@ def test_adopt_is_prefill(name: str, cuts: tuple[int, ...]) -> None:
     rows = draw(GEOMETRY, (9, 40, 1, 33), 5)
     store, direct = make(method, GEOMETRY, **settings), make(method, GEOMETRY, **settings)
     store.take(*dense(rows, cuts).as_they_came())
-    prefill(direct, rows, LOGITS)
+    prefill(direct, rows, SPEC)
     assert (store.lengths, store.seen) == (direct.lengths, direct.seen)
     assert store.resident_bytes() == direct.resident_bytes()
-    for one, other in zip(decode(store, rows, LOGITS), decode(direct, rows, LOGITS), strict=True):
+    for one, other in zip(decode(store, rows, SPEC), decode(direct, rows, SPEC), strict=True):
         assert_steps(one, other)
 
 
@@ -54,8 +54,8 @@ def test_two_may_adopt_one(name: str) -> None:
     for _ in range(2):
         store = make(method, GEOMETRY, **settings)
         store.take(*shared.as_they_came())
-        for row, got in zip(rows, decode(store, rows, LOGITS), strict=True):
-            assert_steps(got, alone(method, GEOMETRY, row, LOGITS, **settings))
+        for row, got in zip(rows, decode(store, rows, SPEC), strict=True):
+            assert_steps(got, alone(method, GEOMETRY, row, SPEC, **settings))
     assert all(torch.equal(before[key], tensor) for key, tensor in shared.state().items())
 
 
@@ -64,11 +64,11 @@ def test_decoded_tokens_are_adopted_as_prompt() -> None:
     longer = [Row(*row.tensors(), prompt=row.prompt + 2) for row in rows]
     for name, (method, settings) in FORMS.items():
         shared = dense(rows)
-        decode(shared, rows, LOGITS, range(2))
+        decode(shared, rows, SPEC, range(2))
         store = make(method, GEOMETRY, **settings)
         store.take(*shared.as_they_came())
-        for row, got in zip(longer, decode(store, longer, LOGITS, range(4)), strict=True):
-            assert_steps(got, alone(method, GEOMETRY, row, LOGITS, **settings)), name
+        for row, got in zip(longer, decode(store, longer, SPEC, range(4)), strict=True):
+            assert_steps(got, alone(method, GEOMETRY, row, SPEC, **settings)), name
 
 
 def test_selected_rows_are_adopted() -> None:
@@ -79,8 +79,8 @@ def test_selected_rows_are_adopted() -> None:
         store = make(method, GEOMETRY, **settings)
         store.take(*shared.as_they_came())
         kept = [rows[2], rows[0]]
-        for row, got in zip(kept, decode(store, kept, LOGITS), strict=True):
-            assert_steps(got, alone(method, GEOMETRY, row, LOGITS, **settings))
+        for row, got in zip(kept, decode(store, kept, SPEC), strict=True):
+            assert_steps(got, alone(method, GEOMETRY, row, SPEC, **settings))
 
 
 def test_h2o_needs_what_every_token_received() -> None:
@@ -89,9 +89,9 @@ def test_h2o_needs_what_every_token_received() -> None:
         make("h2o", GEOMETRY).take(*dense(rows, record_mass=False).as_they_came())
     # What queries gave that were cropped cannot be told from the sums.
     cropped = dense(rows)
-    decode(cropped, rows, LOGITS, range(2))
+    decode(cropped, rows, SPEC, range(2))
     cropped.crop(2)
-    decode(cropped, rows, LOGITS, range(2))
+    decode(cropped, rows, SPEC, range(2))
     with pytest.raises(KvcalError, match="which h2o starts from, is not known"):
         make("h2o", GEOMETRY).take(*cropped.as_they_came())
 
@@ -99,7 +99,7 @@ def test_h2o_needs_what_every_token_received() -> None:
 def test_recorded_mass_is_that_of_one_prefill() -> None:
     (row,) = draw(GEOMETRY, [300], 4)
     once, stepwise = dense([Row(*row.tensors(), prompt=304)]), dense([row], cuts=(7, 290))
-    decode(stepwise, [row], LOGITS)
+    decode(stepwise, [row], SPEC)
     torch.testing.assert_close(received(stepwise), received(once), rtol=1e-4, atol=1e-5)
     # Each of 304 queries gives 1, and the three query heads of a group are added up.
     torch.testing.assert_close(received(once).sum(-1), torch.full((1, 2), 304.0 * 3), rtol=1e-5, atol=0)
@@ -114,8 +114,8 @@ def test_snapkv_needs_the_last_queries() -> None:
     again.restore(cropped.state())
     for source in (new_store(FullPolicy(True)), cropped, again):
         if not source.seen:
-            prefill(source, [row], LOGITS)
-        decode(source, [row], LOGITS, range(1))
+            prefill(source, [row], SPEC)
+        decode(source, [row], SPEC, range(1))
         with pytest.raises(KvcalError, match="which snapkv starts from, are not known"):
             make("snapkv", GEOMETRY, window=4).take(*source.as_they_came())
 
@@ -123,8 +123,8 @@ def test_snapkv_needs_the_last_queries() -> None:
 def test_what_a_step_has_read_is_told_after_the_next_token_too() -> None:
     (row,) = draw(GEOMETRY, [40], 3)
     store = make("h2o", GEOMETRY, keep=12)
-    prefill(store, [row], LOGITS)
-    (step,) = decode(store, [row], LOGITS, range(1))[0]
+    prefill(store, [row], SPEC)
+    (step,) = decode(store, [row], SPEC, range(1))[0]
     last = store.last
     append(store, [row], 1)
     assert torch.equal(last.mask()[0].repeat_interleave(GEOMETRY.group, 0), step.read)
@@ -134,7 +134,7 @@ def test_padding_of_any_number_is_no_query() -> None:
     """A prompt shorter than the window, on the left of which anything stands."""
     rows = draw(GEOMETRY, (3, 12), 3)
     store = make("snapkv", GEOMETRY, window=8)
-    prefill(store, rows, LOGITS)
+    prefill(store, rows, SPEC)
     state = store.state()
     assert state["last.query"].isfinite().all()
     store.check(Saved(state))

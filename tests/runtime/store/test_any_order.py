@@ -11,11 +11,11 @@ from methods import EVICTING, FORMS
 from sequences import TOLERANCES, Geometry, make
 from torch import Tensor
 
-from kvcal.runtime.attention import Logits
+from kvcal.runtime.attention import SoftmaxSpec
 from kvcal.runtime.methods import METHODS
 from kvcal.runtime.store import Store
 
-GEOMETRY, LOGITS = Geometry(8, 4, 2, 2), Logits(0.35)
+GEOMETRY, SPEC = Geometry(8, 4, 2, 2), SoftmaxSpec(0.35)
 
 Position = tuple[bool, bool, list[Tensor]]
 """(not padding, came by prefill, [query, key, value] [1, H, 1, D]) of one row."""
@@ -54,10 +54,10 @@ class Rows:
                 for at in range(tokens)
             ]
         if prompt:
-            self.store.prefill(*new, LOGITS, valid)
+            self.store.prefill(*new, SPEC, valid)
             return None, valid
         self.store.append(new[1], new[2], valid)
-        return self.store.attend(new[0], LOGITS, valid), valid
+        return self.store.attend(new[0], SPEC, valid), valid
 
     def change(self) -> None:
         kind = self.random.choice(self.changes)
@@ -84,10 +84,10 @@ class Rows:
                 waiting.append(token)
                 continue
             if waiting:
-                store.prefill(*(torch.cat(of, 2) for of in zip(*waiting, strict=True)), LOGITS)
+                store.prefill(*(torch.cat(of, 2) for of in zip(*waiting, strict=True)), SPEC)
                 waiting = []
             store.append(token[1], token[2])
-            output = store.attend(token[0], LOGITS)
+            output = store.attend(token[0], SPEC)
         return output
 
 

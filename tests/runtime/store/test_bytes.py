@@ -11,11 +11,11 @@ from hand_counts import Shape
 from methods import CASES, FORMS
 from sequences import Geometry, decode, draw, make, prefill
 
-from kvcal.runtime.attention import Logits
+from kvcal.runtime.attention import SoftmaxSpec
 from kvcal.runtime.store import Store
 
 GEOMETRY = Geometry(16, 8, 2, 3)
-LOGITS = Logits(GEOMETRY.scaling)
+SPEC = SoftmaxSpec(GEOMETRY.scaling)
 D, DV, HKV, HQ = GEOMETRY.dim, GEOMETRY.value_dim, GEOMETRY.kv_heads, GEOMETRY.heads
 SIZES = {torch.float32: 4, torch.float64: 8, torch.bfloat16: 2}
 COUNTED = [(method, prompt, settings) for method, case in CASES.items() for prompt, settings in case.counted]
@@ -25,8 +25,8 @@ def step(prompt: int, method: str, dtype: torch.dtype = torch.float32, batch: in
     """After a prompt and one decoded token."""
     rows = draw(GEOMETRY, [prompt] * batch, 1, dtype=dtype)
     store = make(method, GEOMETRY, **settings)
-    prefill(store, rows, LOGITS)
-    decode(store, rows, LOGITS)
+    prefill(store, rows, SPEC)
+    decode(store, rows, SPEC)
     return store
 
 
@@ -51,9 +51,9 @@ def test_a_prompt_is_held_whole(method: str, beside: int) -> None:
     """Until the first decoded token; then so many tokens are read as the budget says."""
     (row,) = draw(GEOMETRY, [699], 1)
     store = make(method, GEOMETRY, keep=0.1)
-    prefill(store, [row], LOGITS)
+    prefill(store, [row], SPEC)
     assert store.resident_bytes() == HKV * math.ceil(699 / 16) * 16 * ((D + DV) * 4 + beside)
-    decode(store, [row], LOGITS)
+    decode(store, [row], SPEC)
     assert int(store.read_mask().sum()) == HKV * 70
 
 
@@ -64,12 +64,12 @@ def test_counted_is_allocated(name: str) -> None:
     rows = draw(GEOMETRY, [9, 300, 40], 6)
     store = make(method, GEOMETRY, **settings)
     assert held(store) == 0
-    prefill(store, rows, LOGITS)
+    prefill(store, rows, SPEC)
     assert held(store) == memory(store)
-    decode(store, rows, LOGITS, range(3))
+    decode(store, rows, SPEC, range(3))
     assert held(store) == memory(store)
     store.reorder(torch.tensor([2, 0]))
-    decode(store, [rows[2], rows[0]], LOGITS, range(3, 6))
+    decode(store, [rows[2], rows[0]], SPEC, range(3, 6))
     assert held(store) == memory(store)
 
 
@@ -95,7 +95,7 @@ def held(store: Store) -> int:
 
 def memory(store: Store) -> int:
     """Bytes of the storages behind the tensors that a store holds on to."""
-    built = [] if store.index is None else list(store.index.tensors().values())
+    built = [] if store.sequence_index is None else list(store.sequence_index.tensors().values())
     queries = [] if store.observed is None else list(store.observed.state().values())
     tensors = [*store.buffers.tensors(), *store.buffers.sums.values(), *built, *queries]
     cache = store.buffers.device_cache

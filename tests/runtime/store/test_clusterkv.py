@@ -12,7 +12,7 @@ from oracles import full
 from sequences import Geometry, Row, assert_steps, decode, draw, make, padded, prefill
 
 from kvcal.artifacts import KvcalError
-from kvcal.runtime.attention import Logits
+from kvcal.runtime.attention import SoftmaxSpec
 from kvcal.runtime.methods.clusterkv import ClusterKV
 
 G64, G80, G128, G256 = (
@@ -21,7 +21,7 @@ G64, G80, G128, G256 = (
     Geometry(128, 128, 1, 7),
     Geometry(256, 256, 1, 4),
 )
-SMALL, PLAIN = Geometry(16, 8, 2, 3), Logits(0.25)
+SMALL, PLAIN = Geometry(16, 8, 2, 3), SoftmaxSpec(0.25)
 RAGGED = (1, 15, 63, 100, 700)
 
 CASES: list[tuple[Geometry, tuple[int, ...], int, dict[str, Any]]] = [
@@ -51,11 +51,11 @@ def test_padded_batch_equals_the_formula(
     if kind != "plain":
         prompts, steps = prompts[:4], min(steps, 3)
     model_sinks = torch.linspace(-2, 3, geometry.heads) if kind == "sinks" else None
-    logits = Logits(geometry.scaling, softcap=10.0 if kind == "softcap" else None, sinks=model_sinks)
+    spec = SoftmaxSpec(geometry.scaling, softcap=10.0 if kind == "softcap" else None, sink_logits=model_sinks)
     rows = draw(geometry, prompts, steps)
     store = make("clusterkv", geometry, **settings)
-    prefill(store, rows, logits)
-    decode_checked(store, rows, logits, whole_clusters, settings, range(steps))
+    prefill(store, rows, spec)
+    decode_checked(store, rows, spec, whole_clusters, settings, range(steps))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -63,11 +63,11 @@ def test_row_alone_of_another_dtype(dtype: torch.dtype) -> None:
     settings = {"keep": 40, "tokens_per_cluster": 6, "sinks": 4, "window": 3}
     rows = draw(G64, [100], 5, dtype=dtype)
     store = make("clusterkv", G64, **settings)
-    prefill(store, rows, Logits(0.125))
+    prefill(store, rows, SoftmaxSpec(0.125))
     if dtype == torch.float64:
-        decode_checked(store, rows, Logits(0.125), whole_clusters, settings, range(5))
+        decode_checked(store, rows, SoftmaxSpec(0.125), whole_clusters, settings, range(5))
     else:  # its centroids are rounded, so that it may choose others: it reads the same number of tokens
-        (steps,) = decode(store, rows, Logits(0.125))
+        (steps,) = decode(store, rows, SoftmaxSpec(0.125))
         assert [step.read.sum(1).tolist() for step in steps] == [[40, 40]] * 5
 
 
@@ -121,7 +121,7 @@ def test_clusters_are_alike_inside() -> None:
     store = make("clusterkv", SMALL, keep=0.2, tokens_per_cluster=39, sinks=0)
     prefill(store, [row], PLAIN)
     decode(store, [row], PLAIN)
-    means = store.index.buffers["cluster.value"].view[0]  # type: ignore[attr-defined]
+    means = store.sequence_index.buffers["cluster.value"].view[0]  # type: ignore[attr-defined]
     assert means.shape[1] == 6
     torch.testing.assert_close(means, means.round(), rtol=0, atol=1e-5)  # one kind each
     for head in range(2):
@@ -180,7 +180,7 @@ def test_turns_are_clusters_of_their_own() -> None:
     store.prefill(query, key, value, PLAIN, valid)
     late = [Row(*row.tensors(), prompt) for row, prompt in zip(rows, (39, 18), strict=True)]
     decode_checked(store, late, PLAIN, whole_clusters, settings, range(8))
-    assert store.index.upto == [45, 24]  # type: ignore[attr-defined]
+    assert store.sequence_index.upto == [45, 24]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

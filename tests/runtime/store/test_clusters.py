@@ -14,13 +14,13 @@ from sequences import Geometry, Row, alone, append, assert_steps, decode, draw, 
 from torch import Tensor
 
 from kvcal.artifacts import Stage
-from kvcal.runtime.attention import Logits
+from kvcal.runtime.attention import SoftmaxSpec
 from kvcal.runtime.methods.clusterkv import ClusterKV
 from kvcal.runtime.methods.kmeans import spherical_kmeans
 from kvcal.runtime.settings import new_store
 from kvcal.runtime.store import Store
 
-GEOMETRY, LOGITS = Geometry(16, 8, 2, 3), Logits(0.25)
+GEOMETRY, SPEC = Geometry(16, 8, 2, 3), SoftmaxSpec(0.25)
 CLUSTERED = ["clusterkv", "clusterkv-tail", "clusterkv-offload"]
 STEPS = 12
 """The window of every variant is 3."""
@@ -35,8 +35,8 @@ def variant(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
 def filled(variant: tuple[str, dict[str, Any]], rows: list[Row], steps: int) -> Store:
     method, settings = variant
     store = make(method, GEOMETRY, **settings)
-    prefill(store, rows, LOGITS)
-    decode(store, rows, LOGITS, range(steps))
+    prefill(store, rows, SPEC)
+    decode(store, rows, SPEC, range(steps))
     return store
 
 
@@ -51,8 +51,8 @@ def together(rows: list[Row], begin: int, end: int) -> list[Tensor]:
 def assert_goes_on(store: Store, variant: tuple[str, dict[str, Any]], rows: list[Row], start: int) -> None:
     """As stores do that had these rows alone from the beginning."""
     method, settings = variant
-    for row, got in zip(rows, decode(store, rows, LOGITS, range(start, STEPS)), strict=True):
-        assert_steps(got, alone(method, GEOMETRY, row, LOGITS, **settings)[start:])
+    for row, got in zip(rows, decode(store, rows, SPEC, range(start, STEPS)), strict=True):
+        assert_steps(got, alone(method, GEOMETRY, row, SPEC, **settings)[start:])
 
 
 @pytest.mark.parametrize("copied", [False, True], ids=["itself", "restored"])
@@ -75,7 +75,7 @@ def test_crop_into_the_prompt_and_a_second_prompt(variant: tuple[str, dict[str, 
     store = filled(variant, rows, 4)
     store.crop(4 + crop)
     more = together(rows, -crop, 0)
-    store.prefill(*more, LOGITS)
+    store.prefill(*more, SPEC)
     assert_goes_on(store, variant, rows, 0)
 
 
@@ -86,7 +86,7 @@ def test_crop_to_the_end_of_the_prompt_and_a_longer_one(variant: tuple[str, dict
     store = filled(variant, shorter, 1)
     store.crop(1)
     more = together(rows, -6, 0)
-    store.prefill(*more, LOGITS)
+    store.prefill(*more, SPEC)
     assert_goes_on(store, variant, rows, 0)
 
 
@@ -96,17 +96,17 @@ def test_crop_into_and_before_a_second_turn(variant: tuple[str, dict[str, Any]],
     rows = draw(GEOMETRY, (10, 33), 24)
     cropped, never = (filled(variant, rows, 4) for _ in range(2))
     turn = together(rows, 4, 10)
-    cropped.prefill(*turn, LOGITS)
-    decode(cropped, rows, LOGITS, range(10, 12))
+    cropped.prefill(*turn, SPEC)
+    decode(cropped, rows, SPEC, range(10, 12))
     cropped.crop(crop)
     stay = 12 - crop
     if stay >= 4:
-        never.prefill(*(tensor[:, :, : min(6, stay - 4)] for tensor in turn), LOGITS) if stay > 4 else None
-        decode(never, rows, LOGITS, range(10, stay))
+        never.prefill(*(tensor[:, :, : min(6, stay - 4)] for tensor in turn), SPEC) if stay > 4 else None
+        decode(never, rows, SPEC, range(10, stay))
     else:
         never = filled(variant, rows, stay)
     forks = [fork(row, stay, seed) for seed, row in enumerate(rows)]
-    for one, other in zip(*(decode(each, forks, LOGITS, range(stay, 22)) for each in (cropped, never)), strict=True):
+    for one, other in zip(*(decode(each, forks, SPEC, range(stay, 22)) for each in (cropped, never)), strict=True):
         assert_steps(one, other)
 
 
@@ -117,7 +117,7 @@ def test_guesses_may_close_windows(variant: tuple[str, dict[str, Any]]) -> None:
     step = 0
     for number, accepted in enumerate((0, 3, 1, 4, 2)):
         guesses = [fork(row, step + accepted, seed=number) for row in rows]
-        got = decode(store, guesses, LOGITS, range(step, min(STEPS, step + 4)), revocable=True)
+        got = decode(store, guesses, SPEC, range(step, min(STEPS, step + 4)), revocable=True)
         taken = len(got[0])
         if taken > accepted:
             store.crop(taken - accepted)
@@ -130,9 +130,9 @@ def test_guesses_may_close_windows(variant: tuple[str, dict[str, Any]]) -> None:
 def test_a_row_that_pauses_closes_its_windows_later(variant: tuple[str, dict[str, Any]]) -> None:
     method, settings = variant[0], {**variant[1], "keep": 0.8}  # so much that no window closes early
     rows = draw(GEOMETRY, (30, 17), STEPS)
-    ahead, behind = (alone(method, GEOMETRY, row, LOGITS, **settings) for row in rows)
+    ahead, behind = (alone(method, GEOMETRY, row, SPEC, **settings) for row in rows)
     store = make(method, GEOMETRY, **settings)
-    prefill(store, rows, LOGITS)
+    prefill(store, rows, SPEC)
     done = [0, 0]
     for pauses in ("", "1", "", "1", "0", "", "1", "0", "01", "", "1", "", "1", ""):
         new = [
@@ -146,14 +146,14 @@ def test_a_row_that_pauses_closes_its_windows_later(variant: tuple[str, dict[str
         ]
         here = torch.tensor([["0" not in pauses], ["1" not in pauses]])
         store.append(new[1], new[2], here)
-        output = store.attend(new[0], LOGITS)[:, :, 0].double()
+        output = store.attend(new[0], SPEC)[:, :, 0].double()
         for row, steps in enumerate((ahead, behind)):
             if here[row]:
                 torch.testing.assert_close(
                     output[row], steps[done[row]].output, rtol=1e-4, atol=1e-5, check_dtype=False
                 )
                 done[row] += 1
-    assert done == [11, 8] and store.index.upto == [39, 23]  # type: ignore[attr-defined]
+    assert done == [11, 8] and store.sequence_index.upto == [39, 23]  # type: ignore[attr-defined]
 
 
 def test_nothing_is_left_behind(variant: tuple[str, dict[str, Any]]) -> None:
@@ -163,7 +163,7 @@ def test_nothing_is_left_behind(variant: tuple[str, dict[str, Any]]) -> None:
     store = filled(variant, [row], 8)
     store.crop(8 + 17)
     never = make(method, GEOMETRY, **settings)
-    prefill(never, [Row(*row.tensors(), prompt=23)], LOGITS)
+    prefill(never, [Row(*row.tensors(), prompt=23)], SPEC)
     assert store.state().keys() == never.state().keys()
     append(store, [Row(*row.tensors(), prompt=23)], 0), append(never, [Row(*row.tensors(), prompt=23)], 0)
     for name, tensor in never.state().items():
@@ -178,11 +178,11 @@ def test_a_row_that_pauses_before_a_turn(variant: tuple[str, dict[str, Any]]) ->
     nothing[0] = 0
     store.append(nothing, nothing[..., : GEOMETRY.value_dim], torch.tensor([[True], [False]]))
     turn = together(rows, 3, 7)
-    store.prefill(*turn, LOGITS)
-    alone_.prefill(*(tensor[1:] for tensor in turn), LOGITS)
+    store.prefill(*turn, SPEC)
+    alone_.prefill(*(tensor[1:] for tensor in turn), SPEC)
     first = Row(*rows[0].tensors(), prompt=11)  # it is a token ahead
-    expected = decode(alone_, rows[1:], LOGITS, range(7, 11))[0]
-    assert_steps(decode(store, [first, rows[1]], LOGITS, range(7, 11))[1], expected)
+    expected = decode(alone_, rows[1:], SPEC, range(7, 11))[0]
+    assert_steps(decode(store, [first, rows[1]], SPEC, range(7, 11))[1], expected)
 
 
 def test_what_is_stored_of_clusters() -> None:
@@ -190,8 +190,8 @@ def test_what_is_stored_of_clusters() -> None:
     method, settings = FORMS["clusterkv"]
     rows = draw(GEOMETRY, (40, 90, 9), 1)
     store = make(method, GEOMETRY, **settings)
-    prefill(store, rows, LOGITS)
-    decode(store, rows, LOGITS)
+    prefill(store, rows, SPEC)
+    decode(store, rows, SPEC)
     for index, row in enumerate(rows):
         tokens = row.prompt - 2
         labels = spherical_kmeans(row.key[None, :, 2 : row.prompt], [tokens], [round(tokens / 4)]).labels[0]
@@ -199,7 +199,7 @@ def test_what_is_stored_of_clusters() -> None:
             for cluster, members in enumerate(clustering_of(store, index, head).members):
                 assert members.tolist() == ((labels[head] == cluster).nonzero().flatten() + 2).tolist()
                 stands = {
-                    of: store.index.buffers[f"cluster.{of}"].view[index, head, cluster]
+                    of: store.sequence_index.buffers[f"cluster.{of}"].view[index, head, cluster]
                     for of in ("key", "value", "size")
                 }
                 torch.testing.assert_close(stands["key"], row.key[head, members].mean(0), rtol=1e-4, atol=1e-5)
@@ -222,9 +222,9 @@ def test_calibrated_centroids_are_what_it_begins_with(tail: bool) -> None:
     passes = {}
     for name, of in (("known", artifact), ("none", plain), ("no artifact", None)):
         store = new_store(ClusterKV(**settings).bind(1, 16, of))
-        prefill(store, rows, LOGITS)
-        decode_checked(store, rows, LOGITS, whole_clusters, settings, range(2))
-        passes[name] = store.index.most_passes
+        prefill(store, rows, SPEC)
+        decode_checked(store, rows, SPEC, whole_clusters, settings, range(2))
+        passes[name] = store.sequence_index.most_passes
     assert passes["known"] < passes["none"] == passes["no artifact"]
 
 
@@ -234,7 +234,7 @@ def test_the_row_of_most_clusters_goes(variant: tuple[str, dict[str, Any]]) -> N
     settings = {**settings, "window": 1, "tokens_per_cluster": 6}
     short, long = draw(GEOMETRY, (12, 40), STEPS)
     store = make(method, GEOMETRY, **settings)
-    prefill(store, [short, long], LOGITS)
+    prefill(store, [short, long], SPEC)
     for step in range(9):
         key, value = (
             torch.stack([of[:, at : at + 1] for of, at in zip(pair, (12 + step, 40), strict=True)])
@@ -242,8 +242,8 @@ def test_the_row_of_most_clusters_goes(variant: tuple[str, dict[str, Any]]) -> N
         )
         store.append(key, value, torch.tensor([[True], [step == 0]]))
     store.reorder(torch.tensor([1]))
-    expected = alone(method, GEOMETRY, long, LOGITS, **settings)[1:]
-    assert_steps(decode(store, [long], LOGITS, range(1, STEPS))[0], expected)
+    expected = alone(method, GEOMETRY, long, SPEC, **settings)[1:]
+    assert_steps(decode(store, [long], SPEC, range(1, STEPS))[0], expected)
 
 
 @pytest.mark.parametrize(("window", "per_cluster"), [(20, 5), (1000, 5), (1000, 80)])
@@ -252,6 +252,6 @@ def test_no_step_reads_more_than_asked_for(window: int, per_cluster: int) -> Non
     rows = draw(GEOMETRY, (40, 90), 60)
     settings = {"keep": 16, "tokens_per_cluster": per_cluster, "sinks": 3, "window": window, "tail": True}
     store = make("clusterkv", GEOMETRY, **settings)
-    prefill(store, rows, LOGITS)
-    for steps in decode(store, rows, LOGITS):
+    prefill(store, rows, SPEC)
+    for steps in decode(store, rows, SPEC):
         assert all((step.read.sum(-1) == 16).all() for step in steps)

@@ -10,14 +10,14 @@ from methods import CASES, G64, G80, ORACLES, PUBLISHED
 from oracles import causal
 from sequences import TOLERANCES, Geometry, assert_steps, decode, draw, make, maps, prefill
 
-from kvcal.runtime.attention import Logits
+from kvcal.runtime.attention import SoftmaxSpec
 
 FORMULAS = [(method, *formula) for method, case in CASES.items() for formula in case.formulas]
 
 
-def logits_of(kind: str, geometry: Geometry) -> Logits:
+def spec_of(kind: str, geometry: Geometry) -> SoftmaxSpec:
     sinks = torch.linspace(-2, 3, geometry.heads) if kind == "sinks" else None
-    return Logits(geometry.scaling, softcap=10.0 if kind == "softcap" else None, sinks=sinks)
+    return SoftmaxSpec(geometry.scaling, softcap=10.0 if kind == "softcap" else None, sink_logits=sinks)
 
 
 def name(value: Any) -> str:
@@ -31,13 +31,13 @@ def test_padded_batch(
     method: str, geometry: Geometry, prompts: tuple[int, ...], steps: int, kind: str, settings: dict[str, Any]
 ) -> None:
     settings = {**PUBLISHED[method], **settings}
-    rows, logits = draw(geometry, prompts, steps), logits_of(kind, geometry)
+    rows, spec = draw(geometry, prompts, steps), spec_of(kind, geometry)
     store = make(method, geometry, **settings)
-    prefill(store, rows, logits)
-    taken = decode(store, rows, logits)
+    prefill(store, rows, spec)
+    taken = decode(store, rows, spec)
     assert store.lengths == [prompt + steps for prompt in prompts]
     for row, got in zip(rows, taken, strict=True):
-        assert_steps(got, ORACLES[method](row, logits, **with_maps(method, geometry, settings)))
+        assert_steps(got, ORACLES[method](row, spec, **with_maps(method, geometry, settings)))
 
 
 @pytest.mark.parametrize(
@@ -45,31 +45,31 @@ def test_padded_batch(
 )
 @pytest.mark.parametrize("method", ORACLES)
 def test_row_alone(method: str, prompt: int, dtype: torch.dtype) -> None:
-    geometry, logits = Geometry(64, 32, 1, 2), Logits(0.125)
+    geometry, spec = Geometry(64, 32, 1, 2), SoftmaxSpec(0.125)
     (row,) = draw(geometry, [prompt], 3, seed=prompt, dtype=dtype)
     settings = PUBLISHED[method]
     store = make(method, geometry, **settings)
-    prefill(store, [row], logits)
-    (got,) = decode(store, [row], logits)
-    assert_steps(got, ORACLES[method](row, logits, **with_maps(method, geometry, settings)), dtype)
+    prefill(store, [row], spec)
+    (got,) = decode(store, [row], spec)
+    assert_steps(got, ORACLES[method](row, spec, **with_maps(method, geometry, settings)), dtype)
 
 
 @pytest.mark.parametrize("method", ["full", "exact_topk", "streaming", "h2o", "snapkv"])
 def test_half_precision_where_nothing_is_approximated(method: str) -> None:
     """Sharp attention, where logits rounded to bfloat16 would show."""
-    (row,), logits = draw(G64, [200], 4, dtype=torch.bfloat16), Logits(3 / 8)
+    (row,), spec = draw(G64, [200], 4, dtype=torch.bfloat16), SoftmaxSpec(3 / 8)
     store = make(method, G64, **PUBLISHED[method])
-    prefill(store, [row], logits)
-    assert_steps(decode(store, [row], logits)[0], ORACLES[method](row, logits), torch.bfloat16)
+    prefill(store, [row], spec)
+    assert_steps(decode(store, [row], spec)[0], ORACLES[method](row, spec), torch.bfloat16)
 
 
 @pytest.mark.parametrize("kind", ["plain", "softcap", "sinks"])
 @pytest.mark.parametrize("method", ORACLES)
 def test_prefill_is_dense(method: str, kind: str) -> None:
-    logits, rows = logits_of(kind, G80), draw(G80, [1, 9, 40], 0)
-    outputs = prefill(make(method, G80), rows, logits)
+    spec, rows = spec_of(kind, G80), draw(G80, [1, 9, 40], 0)
+    outputs = prefill(make(method, G80), rows, spec)
     for row, output in zip(rows, outputs, strict=True):
-        torch.testing.assert_close(output.double(), causal(row, logits), **TOLERANCES[torch.float32])
+        torch.testing.assert_close(output.double(), causal(row, spec), **TOLERANCES[torch.float32])
 
 
 def test_fractions_mean_what_is_written() -> None:
@@ -77,8 +77,8 @@ def test_fractions_mean_what_is_written() -> None:
     for keep, tokens, expected in ((0.07, 100, 7), (0.55, 100, 55), (0.25, 101, 26), (1.0, 7, 7), (0.001, 5, 1)):
         rows = draw(G64, [tokens - 1], 1)
         store = make("exact_topk", G64, keep=keep)
-        prefill(store, rows, Logits(0.125))
-        (((step),),) = decode(store, rows, Logits(0.125))
+        prefill(store, rows, SoftmaxSpec(0.125))
+        (((step),),) = decode(store, rows, SoftmaxSpec(0.125))
         assert step.read.sum(1).tolist() == [expected] * G64.heads
 
 

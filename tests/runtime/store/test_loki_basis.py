@@ -12,7 +12,7 @@ from sequences import Geometry, assert_steps, decode, draw, prefill
 from torch import Tensor
 
 from kvcal.artifacts import Artifact, KvcalError
-from kvcal.runtime.attention import Logits
+from kvcal.runtime.attention import SoftmaxSpec
 from kvcal.runtime.methods.loki import Loki
 from kvcal.runtime.settings import new_store
 
@@ -30,13 +30,13 @@ def test_which_tensors(stage: str, basis: str, layer: int) -> None:
     else:
         names = [f"layers.{layer}.{stage}.{side}_map" for side in ("query", "key")]
     query_map, key_map = (ARTIFACT.stages[basis].tensors[name][:, :3] for name in names)
-    rows, logits = draw(GEOMETRY, (9, 30), 3), Logits(GEOMETRY.scaling)
+    rows, spec = draw(GEOMETRY, (9, 30), 3), SoftmaxSpec(GEOMETRY.scaling)
     store = new_store(
         Loki(rank=3, keep=0.25, stage=stage, basis=basis, select="head", sinks=0, recent=0).bind(layer, 12, ARTIFACT)
     )
-    prefill(store, rows, logits)
-    for row, got in zip(rows, decode(store, rows, logits), strict=True):
-        assert_steps(got, loki(row, logits, query_map, key_map, keep=0.25))
+    prefill(store, rows, spec)
+    for row, got in zip(rows, decode(store, rows, spec), strict=True):
+        assert_steps(got, loki(row, spec, query_map, key_map, keep=0.25))
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(0.25, 3), (0.3, 4), (1.0, 12), (0.01, 1), (1, 1), (12, 12), (7, 7)])
@@ -108,8 +108,8 @@ def scored(artifact: Artifact, layer: int = 0, **settings: object) -> int:
     (row,) = draw(GEOMETRY, [39], 1)
     settings = {"basis": "pca", "select": "head", **settings}
     store = new_store(Loki(keep=1, sinks=0, recent=0, **settings).bind(layer, 12, artifact))
-    prefill(store, [row], Logits(1.0))
-    decode(store, [row], Logits(1.0))
+    prefill(store, [row], SoftmaxSpec(1.0))
+    decode(store, [row], SoftmaxSpec(1.0))
     rows_read, basis = GEOMETRY.heads * (12 + 5) * 4, store.policy.basis.rank
     if settings["basis"] == "score":
         per_rank = 2 * 40 * 4 + 2 * 2 * 12 * 4  # index and both maps

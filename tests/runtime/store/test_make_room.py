@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcal.runtime.attention import Logits
+from kvcal.runtime.attention import SoftmaxSpec
 from kvcal.runtime.kv.saved import Saved
 from kvcal.runtime.methods import METHODS
 from kvcal.runtime.settings import new_store
 from kvcal.runtime.store import Store
 
 HKV, G, D, TOKENS, COMING = 2, 2, 8, (24, 17), 5
-LOGITS = Logits(0.3)
+SPEC = SoftmaxSpec(0.3)
 FORGETTING: list[dict[str, Any]] = [
     {"method": "streaming", "keep": 9, "sinks": 2},
     {"method": "h2o", "keep": 9},
@@ -35,13 +35,13 @@ def prefilled(setting: dict[str, Any]) -> Store:
     method = METHODS[setting["method"]](**{name: value for name, value in setting.items() if name != "method"})
     store = new_store(method.bind(0, D, None))
     valid = torch.arange(TOKENS[0]) >= TOKENS[0] - torch.tensor(TOKENS).unsqueeze(1)
-    store.prefill(drawn(HKV * G, TOKENS[0], 0), drawn(HKV, TOKENS[0], 1), drawn(HKV, TOKENS[0], 2), LOGITS, valid)
+    store.prefill(drawn(HKV * G, TOKENS[0], 0), drawn(HKV, TOKENS[0], 1), drawn(HKV, TOKENS[0], 2), SPEC, valid)
     return store
 
 
 def step(store: Store) -> Tensor:
     store.append(drawn(HKV, 1, 3), drawn(HKV, 1, 4))
-    return store.attend(drawn(HKV * G, 1, 5), LOGITS)
+    return store.attend(drawn(HKV * G, 1, 5), SPEC)
 
 
 @pytest.mark.parametrize("setting", FORGETTING, ids=str)
@@ -61,7 +61,7 @@ def test_several_tokens_then_see_what_is_held_and_one_another():
     store = prefilled(FORGETTING[0])
     store.make_room()
     query, key, value = (drawn(heads, COMING, seed) for heads, seed in ((HKV * G, 3), (HKV, 4), (HKV, 5)))
-    out = store.prefill(query, key, value, LOGITS)
+    out = store.prefill(query, key, value, SPEC)
     for row, tokens in enumerate(TOKENS):
         padding = TOKENS[0] - tokens
         kept = [padding + at for at in (0, 1, *range(tokens - 6, tokens))]
@@ -72,7 +72,7 @@ def test_several_tokens_then_see_what_is_held_and_one_another():
             )
             for at in range(COMING):
                 seen = slice(len(kept) + at + 1)
-                weights = (keys[seen] @ query[row, head, at].double() * LOGITS.scaling).softmax(0)
+                weights = (keys[seen] @ query[row, head, at].double() * SPEC.scaling).softmax(0)
                 torch.testing.assert_close(out[row, head, at].double(), weights @ values[seen], rtol=1e-4, atol=1e-5)
 
 

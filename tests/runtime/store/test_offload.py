@@ -8,12 +8,12 @@ import pytest
 import torch
 from sequences import Geometry, Row, append, assert_steps, decode, draw, fork, make, prefill
 
-from kvcal.runtime.attention import Logits
+from kvcal.runtime.attention import SoftmaxSpec
 from kvcal.runtime.kv.offload import DeviceCache
 from kvcal.runtime.kv.pages import HostPages
 from kvcal.runtime.store import Store
 
-GEOMETRY, LOGITS = Geometry(16, 8, 2, 3), Logits(0.25)
+GEOMETRY, SPEC = Geometry(16, 8, 2, 3), SoftmaxSpec(0.25)
 D, DV, HKV = GEOMETRY.dim, GEOMETRY.value_dim, GEOMETRY.kv_heads
 SETTINGS: dict[str, dict[str, Any]] = {
     "clusterkv": {"keep": 20, "tokens_per_cluster": 4, "sinks": 3, "window": 5},
@@ -34,7 +34,7 @@ def pair(prompts: list[Row], cached: int, method: str = "clusterkv", **more: Any
     offload = {"offload": "cpu", "cached": cached}
     stores = [make(method, GEOMETRY, **{**SETTINGS[method], **more, **which}) for which in (offload, {})]
     for store in stores:
-        prefill(store, prompts, LOGITS)
+        prefill(store, prompts, SPEC)
     return stores[0], stores[1]
 
 
@@ -45,7 +45,7 @@ def hits(store: Store) -> tuple[int, int]:
 
 
 def assert_same(one: Store, other: Store, rows: list[Row], steps: range) -> None:
-    for mine, theirs in zip(decode(one, rows, LOGITS, steps), decode(other, rows, LOGITS, steps), strict=True):
+    for mine, theirs in zip(decode(one, rows, SPEC, steps), decode(other, rows, SPEC, steps), strict=True):
         for first, second in zip(mine, theirs, strict=True):
             assert torch.equal(first.output, second.output) and torch.equal(first.read, second.read)
     assert one.bytes_read() == other.bytes_read()
@@ -78,13 +78,13 @@ def test_after_rows_went_or_were_taken_back(cached: int, more: dict[str, Any]) -
         each.reorder(torch.tensor([1, 1, 0]))
     assert_same(store, plain, kept, range(9, 15))
     turn = [torch.stack([row.tensors()[which][:, :6] for row in kept]) for which in range(3)]
-    assert torch.equal(*(each.prefill(*turn, LOGITS) for each in (store, plain)))
+    assert torch.equal(*(each.prefill(*turn, SPEC) for each in (store, plain)))
     method = more.get("method", "clusterkv")
     own = {name: value for name, value in more.items() if name != "method"}
     restored = make(method, GEOMETRY, **{**SETTINGS[method], **own, "offload": "cpu", "cached": cached})
     restored.restore({name: tensor.clone() for name, tensor in store.state().items()})
     for step in range(15, 24):
-        outputs = [each.attend(append(each, kept, step), LOGITS) for each in (store, plain, restored)]
+        outputs = [each.attend(append(each, kept, step), SPEC) for each in (store, plain, restored)]
         assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
@@ -153,7 +153,7 @@ def test_device_bytes_are_bounded() -> None:
         on_host = HKV * -(-(prompt + 3) // 256) * 256 * (D + DV) * 4
         assert store.host_bytes() == HKV * -(-prompt // 256) * 256 * (D + DV) * 4
         before = store.resident_bytes()
-        decode(store, rows, LOGITS), decode(plain, rows, LOGITS)
+        decode(store, rows, SPEC), decode(plain, rows, SPEC)
         assert store.host_bytes() == on_host and plain.host_bytes() == 0
         cache = HKV * (cached * (D + DV) * 4 + (2 * cached + prompt + 3) * 8)
         assert store.resident_bytes() == plain.resident_bytes() - on_host + cache
@@ -165,16 +165,16 @@ def test_device_bytes_are_bounded() -> None:
 def test_only_misses_are_copied_and_moving_leaves_the_host_alone() -> None:
     rows = [Row(*(tensor[:, :1].expand(-1, 90, -1) for tensor in draw(GEOMETRY, [1], 0)[0].tensors()), 80)]
     store, _ = pair(rows, 64)
-    decode(store, rows, LOGITS, range(1))
+    decode(store, rows, SPEC, range(1))
     assert hits(store) == (
         0,
         HKV * 20,
     )
-    decode(store, rows, LOGITS, range(1, 2))  # the same query: all but the new token, for which one is left out
+    decode(store, rows, SPEC, range(1, 2))  # the same query: all but the new token, for which one is left out
     assert hits(store) == (HKV * 19, HKV * 21)
     store.to("meta")
     assert {name: rows.view.device.type for name, rows in store.tokens.items()} == {"key": "cpu", "value": "cpu"}
-    assert {tensor.device.type for tensor in store.index.tensors().values()} == {"meta"}
+    assert {tensor.device.type for tensor in store.sequence_index.tensors().values()} == {"meta"}
 
 
 def test_more_rows_than_before_and_the_longest_gone() -> None:
@@ -185,10 +185,10 @@ def test_more_rows_than_before_and_the_longest_gone() -> None:
     ]
     outputs = []
     for store in stores:
-        prefill(store, rows, LOGITS)
-        decode(store, rows, LOGITS, range(2))
+        prefill(store, rows, SPEC)
+        decode(store, rows, SPEC, range(2))
         store.reorder(torch.tensor([0, 0, 0]))
-        outputs.append(decode(store, [rows[0]] * 3, LOGITS, range(2, 6)))
+        outputs.append(decode(store, [rows[0]] * 3, SPEC, range(2, 6)))
     for one, other in zip(*outputs, strict=True):
         assert_steps(one, other)
 
@@ -198,8 +198,8 @@ def test_what_is_read_whole_is_missed() -> None:
     rows = draw(GEOMETRY, (12, 20), 2)
     store = make("clusterkv", GEOMETRY, keep=1.0, offload="cpu")
     assert store.buffers.device_cache
-    prefill(store, rows, LOGITS)
-    decode(store, rows, LOGITS)
+    prefill(store, rows, SPEC)
+    decode(store, rows, SPEC)
     assert hits(store) == (
         0,
         GEOMETRY.kv_heads * (13 + 21 + 14 + 22),

@@ -10,15 +10,15 @@ import pytest
 import torch
 from oracle_heads import heads_at
 from sequences import Geometry, Row, Step, assert_steps, decode, draw, prefill
-from subgen_stores import CLOSE, GEOMETRY, LOGITS, PROMPTS, SMALL, alone, make
+from subgen_stores import CLOSE, GEOMETRY, PROMPTS, SMALL, SPEC, alone, make
 
-from kvcal.runtime.attention import Logits
+from kvcal.runtime.attention import SoftmaxSpec
 from kvcal.runtime.methods.full import FullPolicy
 from kvcal.runtime.methods.subgen import SubGen, policy, sketch
 from kvcal.runtime.settings import new_store
 
 
-def oracle(row: Row, logits: Logits, tokens: int, **settings: Any) -> Step:
+def oracle(row: Row, spec: SoftmaxSpec, tokens: int, **settings: Any) -> Step:
     """What the last of `tokens` tokens gets."""
     chosen = SubGen(**{**SMALL, **settings})
     row = row.double()
@@ -26,7 +26,7 @@ def oracle(row: Row, logits: Logits, tokens: int, **settings: Any) -> Step:
     exact = [at for at in range(tokens) if at < chosen.sinks or at >= first_recent]
     outputs = []
     for kv_head in range(row.key.shape[0]):
-        heads = heads_at(row, logits, kv_head, tokens)
+        heads = heads_at(row, spec, kv_head, tokens)
         sketch = oracle_subgen.HeadSketch(
             *(
                 chosen.clusters,
@@ -47,9 +47,9 @@ def oracle(row: Row, logits: Logits, tokens: int, **settings: Any) -> Step:
     return Step(torch.stack(outputs), read)
 
 
-def assert_oracle(got: list[Step], row: Row, logits: Logits = LOGITS, **settings: Any) -> None:
+def assert_oracle(got: list[Step], row: Row, spec: SoftmaxSpec = SPEC, **settings: Any) -> None:
     for number, step in enumerate(got):
-        expected = oracle(row, logits, row.prompt + number + 1, **settings)
+        expected = oracle(row, spec, row.prompt + number + 1, **settings)
         assert torch.equal(step.read, expected.read), number
         torch.testing.assert_close(step.output.double(), expected.output, **CLOSE)
 
@@ -62,12 +62,12 @@ def assert_oracle(got: list[Step], row: Row, logits: Logits = LOGITS, **settings
 )
 def test_is_the_paper_token_by_token(geometry: Geometry, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sketch, "BLOCK", block)
-    logits = Logits(geometry.scaling)
+    spec = SoftmaxSpec(geometry.scaling)
     rows = draw(geometry, PROMPTS, 4)
     store = make()
-    prefill(store, rows, logits)
-    for row, got in zip(rows, decode(store, rows, logits), strict=True):
-        assert_oracle(got, row, logits)
+    prefill(store, rows, spec)
+    for row, got in zip(rows, decode(store, rows, spec), strict=True):
+        assert_oracle(got, row, spec)
 
 
 @pytest.mark.parametrize(
@@ -79,20 +79,24 @@ def test_is_the_paper_token_by_token(geometry: Geometry, block: int, monkeypatch
     ids=str,
 )
 @pytest.mark.parametrize(
-    "logits",
-    [LOGITS, Logits(GEOMETRY.scaling, softcap=2.0), Logits(GEOMETRY.scaling, sinks=torch.linspace(-2, 3, 6))],
+    "spec",
+    [
+        SPEC,
+        SoftmaxSpec(GEOMETRY.scaling, softcap=2.0),
+        SoftmaxSpec(GEOMETRY.scaling, sink_logits=torch.linspace(-2, 3, 6)),
+    ],
     ids=["plain", "softcap", "sinks"],
 )
-def test_settings_and_logits(settings: dict[str, Any], logits: Logits) -> None:
+def test_settings_and_logits(settings: dict[str, Any], spec: SoftmaxSpec) -> None:
     (row,) = draw(GEOMETRY, [40], 3)
-    assert_oracle(alone(row, logits, **settings), row, logits, **settings)
+    assert_oracle(alone(row, spec, **settings), row, spec, **settings)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_dtypes(dtype: torch.dtype) -> None:
     (row,) = draw(GEOMETRY, [40], 3, dtype=dtype)
     for number, step in enumerate(alone(row)):
-        expected = oracle(row, LOGITS, 41 + number)
+        expected = oracle(row, SPEC, 41 + number)
         tolerance = CLOSE if dtype is torch.float64 else {"rtol": 2e-2, "atol": 2e-2}
         torch.testing.assert_close(step.output.double(), expected.output, **tolerance)
 
@@ -105,9 +109,9 @@ def test_blocks_are_tokens(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for block in (1, 7, 64, 256):
         monkeypatch.setattr(sketch, "BLOCK", block)
         store = make(clusters=20, s=31)
-        prefill(store, [row], LOGITS)
-        decode(store, [row], LOGITS)
-        found.append(store.index.parts)
+        prefill(store, [row], SPEC)
+        decode(store, [row], SPEC)
+        found.append(store.sequence_index.parts)
     assert (found[0]["active"] > 1).all() and (found[0]["count"].sum(-1) == 693).all()
     for other in found[1:]:
         assert all(torch.equal(tensor, other[name]) for name, tensor in found[0].items())
@@ -123,14 +127,14 @@ def test_decoding_is_prefilling() -> None:
 def test_a_row_of_a_batch_is_the_row_alone() -> None:
     rows = draw(GEOMETRY, (9, 200, 1, 33), 5)
     store = make()
-    prefill(store, rows, LOGITS)
-    for row, got in zip(rows, decode(store, rows, LOGITS), strict=True):
+    prefill(store, rows, SPEC)
+    for row, got in zip(rows, decode(store, rows, SPEC), strict=True):
         assert_steps(got, alone(row))
     lone = make()
-    prefill(lone, rows[1:2], LOGITS)
-    decode(lone, rows[1:2], LOGITS)
-    for name, tensor in lone.index.parts.items():
-        assert torch.equal(store.index.parts[name][1], tensor[0]), name
+    prefill(lone, rows[1:2], SPEC)
+    decode(lone, rows[1:2], SPEC)
+    for name, tensor in lone.sequence_index.parts.items():
+        assert torch.equal(store.sequence_index.parts[name][1], tensor[0]), name
 
 
 def test_one_row_pauses() -> None:
@@ -138,16 +142,16 @@ def test_one_row_pauses() -> None:
     rows = draw(GEOMETRY, (30, 40), 6)
     ahead, behind = (alone(row) for row in rows)
     store = make()
-    prefill(store, rows, LOGITS)
+    prefill(store, rows, SPEC)
     for step, comes in enumerate((True, False)):
         query, key, value = (
             torch.stack([row.tensors()[which][:, row.prompt + step : row.prompt + step + 1] for row in rows])
             for which in range(3)
         )
         store.append(key, value, torch.tensor([[True], [comes]]))
-        torch.testing.assert_close(store.attend(query, LOGITS)[0, :, 0], ahead[step].output)
+        torch.testing.assert_close(store.attend(query, SPEC)[0, :, 0], ahead[step].output)
     assert store.lengths == [32, 41] and store.held == [8, 8]
-    taken = decode(store, [Row(*rows[0].tensors(), prompt=31), rows[1]], LOGITS, range(1, 5))
+    taken = decode(store, [Row(*rows[0].tensors(), prompt=31), rows[1]], SPEC, range(1, 5))
     assert_steps(taken[0], ahead[2:])
     assert_steps(taken[1], behind[1:5])
 
@@ -157,24 +161,24 @@ def test_everything_held_is_full(settings: dict[str, Any]) -> None:
     rows = draw(GEOMETRY, PROMPTS, 5)
     store, full = make(**settings), new_store(FullPolicy())
     for of in (store, full):
-        prefill(of, rows, LOGITS)
-    for got, expected in zip(decode(store, rows, LOGITS), decode(full, rows, LOGITS), strict=True):
+        prefill(of, rows, SPEC)
+    for got, expected in zip(decode(store, rows, SPEC), decode(full, rows, SPEC), strict=True):
         assert_steps(got, expected)
-    assert not store.index.parts
+    assert not store.sequence_index.parts
 
 
 def test_dense_below() -> None:
     """The row that reaches it hands over all that its window cannot hold."""
     rows = draw(GEOMETRY, (38, 20), 6)
     store = make(dense_below=42)
-    prefill(store, rows, LOGITS)
+    prefill(store, rows, SPEC)
     for step in range(6):
-        taken = decode(store, rows, LOGITS, range(step, step + 1))
+        taken = decode(store, rows, SPEC, range(step, step + 1))
         assert store.held == [39 + step if 39 + step < 42 else 8, 21 + step]
         if step < 3:
             assert taken[0][0].read.all() and taken[1][0].read.all()
         else:
-            torch.testing.assert_close(taken[0][0].output.double(), oracle(rows[0], LOGITS, 39 + step).output, **CLOSE)
+            torch.testing.assert_close(taken[0][0].output.double(), oracle(rows[0], SPEC, 39 + step).output, **CLOSE)
 
 
 @pytest.mark.parametrize("cuts", [(), (3,), (1, 2, 9)], ids=str)
@@ -182,30 +186,30 @@ def test_second_prompt(cuts: tuple[int, ...]) -> None:
     """Its tokens see one another, the window and the sketch; nothing leaves before the next decoded token."""
     (row,) = draw(GEOMETRY, [40], 20)
     store = make()
-    prefill(store, [row], LOGITS)
-    decode(store, [row], LOGITS, range(4))
+    prefill(store, [row], SPEC)
+    decode(store, [row], SPEC, range(4))
     new = [tensor[:, 44:56].unsqueeze(0) for tensor in row.tensors()]
     parts = []
     for start, stop in itertools.pairwise((0, *cuts, 12)):
-        parts.append(store.prefill(*(tensor[:, :, start:stop] for tensor in new), LOGITS))
+        parts.append(store.prefill(*(tensor[:, :, start:stop] for tensor in new), SPEC))
     assert store.held == [8 + 12] and store.lengths == [56]
     output = torch.cat(parts, 2)
     for at in (0, 5, 11):
         # As though the window had been larger by the tokens that came since.
-        expected = oracle(row, LOGITS, 45 + at, window=6 + at + 1)
+        expected = oracle(row, SPEC, 45 + at, window=6 + at + 1)
         torch.testing.assert_close(output[0, :, at].double(), expected.output, **CLOSE)
     later = Row(*row.tensors(), prompt=56)
-    assert_oracle(decode(store, [later], LOGITS)[0], later)
+    assert_oracle(decode(store, [later], SPEC)[0], later)
 
 
 def test_a_prompt_after_everything_exact_has_left() -> None:
     """It sees the sketch, and its own tokens."""
     (row,) = draw(GEOMETRY, [40], 12)
     store = make(window=1, sinks=0)
-    prefill(store, [row], LOGITS)
+    prefill(store, [row], SPEC)
     store.make_room()
     assert store.held == [0]
-    output = store.prefill(*(tensor[None, :, 40:52] for tensor in row.tensors()), LOGITS)
+    output = store.prefill(*(tensor[None, :, 40:52] for tensor in row.tensors()), SPEC)
     for at in (0, 11):
-        expected = oracle(row, LOGITS, 41 + at, sinks=0, window=at + 1)
+        expected = oracle(row, SPEC, 41 + at, sinks=0, window=at + 1)
         torch.testing.assert_close(output[0, :, at].double(), expected.output, **CLOSE)

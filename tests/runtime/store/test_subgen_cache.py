@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from sequences import Row, assert_steps, decode, draw, prefill
-from subgen_stores import GEOMETRY, LOGITS, PROMPTS, SMALL, alone, make
+from subgen_stores import GEOMETRY, PROMPTS, SMALL, SPEC, alone, make
 from torch import Tensor
 
 from kvcal.artifacts import KvcalError
@@ -21,14 +21,14 @@ def test_select(index: list[int], straight: bool) -> None:
     rows = draw(GEOMETRY, PROMPTS, 12)
     store, whole = make(), make()
     for of in (store, whole):
-        prefill(of, rows, LOGITS)
-        decode(of, rows, LOGITS, range(3))
+        prefill(of, rows, SPEC)
+        decode(of, rows, SPEC, range(3))
         if straight:
-            of.prefill(*(torch.stack([row.tensors()[i][:, row.prompt + 3 :][:, :3] for row in rows]) for i in range(3)), LOGITS)  # fmt: skip # noqa: E501
+            of.prefill(*(torch.stack([row.tensors()[i][:, row.prompt + 3 :][:, :3] for row in rows]) for i in range(3)), SPEC)  # fmt: skip # noqa: E501
     start = 6 if straight else 3
     store.reorder(torch.tensor(index))
-    taken = decode(store, [rows[at] for at in index], LOGITS, range(start, 12))
-    every = decode(whole, rows, LOGITS, range(start, 12))
+    taken = decode(store, [rows[at] for at in index], SPEC, range(start, 12))
+    every = decode(whole, rows, SPEC, range(start, 12))
     for at, got in zip(index, taken, strict=True):
         assert_steps(got, every[at])
 
@@ -36,30 +36,30 @@ def test_select(index: list[int], straight: bool) -> None:
 def test_what_is_gone_cannot_come_back() -> None:
     (row,) = draw(GEOMETRY, [40], 6)
     store = make()
-    prefill(store, [row], LOGITS)
+    prefill(store, [row], SPEC)
     store.crop(10)
     shorter = Row(*row.tensors(), prompt=30)
-    decode(store, [shorter], LOGITS, range(2))
+    decode(store, [shorter], SPEC, range(2))
     with pytest.raises(KvcalError, match=r"subgen cannot take back the last 1 tokens[^\n]+$"):
         store.crop(1)
-    assert_steps(decode(store, [shorter], LOGITS, range(2, 6))[0], alone(shorter)[2:6])
+    assert_steps(decode(store, [shorter], SPEC, range(2, 6))[0], alone(shorter)[2:6])
 
 
 @pytest.mark.parametrize("second", [0, 5])
 def test_saved_and_restored(second: int) -> None:
     rows = draw(GEOMETRY, PROMPTS, 16)
     store = make()
-    prefill(store, rows, LOGITS)
-    decode(store, rows, LOGITS, range(4))
+    prefill(store, rows, SPEC)
+    decode(store, rows, SPEC, range(4))
     if second:
         new = (torch.stack([row.tensors()[i][:, row.prompt + 4 :][:, :second] for row in rows]) for i in range(3))
-        store.prefill(*new, LOGITS)
+        store.prefill(*new, SPEC)
     other = make()
     other.restore({name: tensor.clone() for name, tensor in store.state().items()})
     other.to("cpu")
     assert other.resident_bytes() == store.resident_bytes()
     steps = range(4 + second, 16)
-    for one, two in zip(decode(store, rows, LOGITS, steps), decode(other, rows, LOGITS, steps), strict=True):
+    for one, two in zip(decode(store, rows, SPEC, steps), decode(other, rows, SPEC, steps), strict=True):
         assert_steps(one, two)
 
 
@@ -74,8 +74,8 @@ def test_layers_draw_their_own_numbers() -> None:
     outputs = []
     for layer, seed in ((0, 0), (1, 0), (0, 1)):
         store = new_store(SubGen(**SMALL, seed=seed).bind(layer, GEOMETRY.dim, None))
-        prefill(store, [row], LOGITS)
-        outputs.append(decode(store, [row], LOGITS)[0][0].output)
+        prefill(store, [row], SPEC)
+        outputs.append(decode(store, [row], SPEC)[0][0].output)
     assert not any(torch.allclose(outputs[a], outputs[b], rtol=1e-2) for a, b in ((0, 1), (0, 2), (1, 2)))
 
 

@@ -13,7 +13,7 @@ from compressed import artifact
 from torch import Tensor
 
 from kvcal.artifacts import Stage
-from kvcal.runtime.attention import Logits, attention
+from kvcal.runtime.attention import SoftmaxSpec, attention
 from kvcal.runtime.methods.subgen import SubGen, counters, merging, sketch
 from kvcal.runtime.methods.subgen.attention import normaliser, normaliser_of_values, numerator
 from kvcal.runtime.methods.subgen.sketch import Shape, Sketch
@@ -102,7 +102,7 @@ def test_the_normaliser_of_the_values_is_unbiased() -> None:
 def test_without_clusters_only_values_are_held() -> None:
     key, value = lumps(400, 2, 16, spread=0.3)
     store = after(SubGen(window=30, sinks=4, s=50, normaliser="values"), key, value)
-    store.attend(key[:, :, -1:], Logits(1.0))
+    store.attend(key[:, :, -1:], SoftmaxSpec(1.0))
     by_hand = 2 * ((34 + 50) * 2 * 16 * 4 + 8 + 34 * 4)  # a position beside each exact token
     assert store.bytes_read() == by_hand
     assert store.resident_bytes() == by_hand + 2 * (48 - 34) * (2 * 16 * 4 + 4)  # buffers grow by 16 slots
@@ -179,8 +179,8 @@ def after(settings: SubGen, key: Tensor, value: Tensor) -> Store:
     """A store that has decoded one token after a prompt."""
     store = new_store(settings.bind(0, key.shape[-1], None))
     query = torch.zeros_like(key)
-    store.prefill(query[:, :, :1], key[:, :, :1], value[:, :, :1], Logits(1.0))
-    store.prefill(query[:, :, 1:-1], key[:, :, 1:-1], value[:, :, 1:-1], Logits(1.0))
+    store.prefill(query[:, :, :1], key[:, :, :1], value[:, :, :1], SoftmaxSpec(1.0))
+    store.prefill(query[:, :, 1:-1], key[:, :, 1:-1], value[:, :, 1:-1], SoftmaxSpec(1.0))
     store.append(key[:, :, -1:], value[:, :, -1:])
     return store
 
@@ -193,13 +193,13 @@ def test_error_is_within_the_papers_bound() -> None:
     store = after(SubGen(window=1, sinks=0, clusters=64, t=48, s=64, delta=0.8, normaliser="clusters"), key, value)
     query = torch.randn(1, heads, 8, dim, generator=torch.Generator().manual_seed(5))
     query = query / query.norm(dim=-1, keepdim=True)  # r = 1
-    logits = Logits(1.0)
-    delta = float(store.index.parts["delta"].max())
-    assert delta == pytest.approx(0.8) and (store.index.parts["active"] <= 64).all()
+    spec = SoftmaxSpec(1.0)
+    delta = float(store.sequence_index.parts["delta"].max())
+    assert delta == pytest.approx(0.8) and (store.sequence_index.parts["active"] <= 64).all()
     epsilon = max(math.sqrt(math.exp(2 * delta) * math.log(count) / 48), math.sqrt(dim / 64))
     assert epsilon < 1
-    got = torch.cat([store.attend(query[:, :, at : at + 1], logits) for at in range(8)], 2)
-    error = (got - attention(query, key, value, logits)).norm(dim=-1)
+    got = torch.cat([store.attend(query[:, :, at : at + 1], spec) for at in range(8)], 2)
+    error = (got - attention(query, key, value, spec)).norm(dim=-1)
     weights = (query @ key.mT).softmax(-1).norm(dim=-1)
     bound = epsilon * weights * torch.linalg.matrix_norm(value, ord=2).unsqueeze(-1)
     assert (error <= bound).double().mean() >= 0.99
@@ -213,14 +213,16 @@ def test_memory_grows_with_clusters_and_not_with_tokens() -> None:
     for count in (1000, 4000, 16000):
         key, value = lumps(count, 2, 16, spread=0.3)
         store = after(settings, key, value)
-        assert (store.index.parts["active"] == 32).all() and (store.index.parts["count"].sum(-1) == count - 36).all()
-        tensors = [*store.index.parts.values(), *(rows.tensor for rows in store.tokens.values())]
+        assert (store.sequence_index.parts["active"] == 32).all() and (
+            store.sequence_index.parts["count"].sum(-1) == count - 36
+        ).all()
+        tensors = [*store.sequence_index.parts.values(), *(rows.tensor for rows in store.tokens.values())]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         assert sum(storages.values()) == store.resident_bytes()
         held.append(store.resident_bytes())
     assert held[0] == held[1] == held[2]
     many = after(settings, *lumps(4000, 2, 16, spread=0.3, centres=100))
-    assert (many.index.parts["active"] == 100).all() and held[0] < many.resident_bytes() < 3 * held[0]
+    assert (many.sequence_index.parts["active"] == 100).all() and held[0] < many.resident_bytes() < 3 * held[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -229,7 +231,7 @@ def test_bytes_by_hand(dtype: torch.dtype) -> None:
     key, value = (of.to(dtype) for of in lumps(400, heads, dim, spread=0.3))
     settings = SubGen(window=30, sinks=4, clusters=40, t=3, s=50, delta=3.0, normaliser="clusters")
     store = after(settings, key, value)
-    store.attend(key[:, :, -1:], Logits(1.0))
+    store.attend(key[:, :, -1:], SoftmaxSpec(1.0))
     clusters = 32  # of which buffers hold two chunks of 16
     exact, samples = 34 * (2 * dim * b + 4), clusters * 3 * dim * b + 50 * 2 * dim * b
     # Per cluster an int32 count; per head the number of clusters and Σ‖v‖², 8 bytes each.
@@ -239,9 +241,9 @@ def test_bytes_by_hand(dtype: torch.dtype) -> None:
     assert store.resident_bytes() == heads * (exact + slack + samples + numbers + update)
     assert store.bytes_read() == heads * (exact + samples + numbers + update)
     assert int(store.read_mask().sum()) == heads * 34
-    store.attend(key[:, :, -1:], Logits(1.0))
+    store.attend(key[:, :, -1:], SoftmaxSpec(1.0))
     short = after(settings, key[:, :, :20], value[:, :, :20])
-    short.attend(key[:, :, -1:], Logits(1.0))
+    short.attend(key[:, :, -1:], SoftmaxSpec(1.0))
     assert short.bytes_read() == heads * 20 * (2 * dim * b + 4)
     assert short.resident_bytes() == heads * 32 * (2 * dim * b + 4)
 
@@ -250,9 +252,9 @@ def test_values_without_norm_are_never_drawn() -> None:
     key, value = lumps(100, 2, 8, spread=0.3)
     value[:, :, ::2] = 0
     store = after(SubGen(window=4, sinks=0, clusters=8, t=1, s=20, normaliser="clusters"), key, value)
-    assert (store.index.parts["value"].norm(dim=-1) > 0).all()
+    assert (store.sequence_index.parts["value"].norm(dim=-1) > 0).all()
     none = after(SubGen(window=4, sinks=0, clusters=8, t=1, s=20, normaliser="clusters"), key, torch.zeros_like(value))
-    assert torch.equal(none.attend(key[:, :, -1:], Logits(1.0)), torch.zeros(1, 2, 1, 8))
+    assert torch.equal(none.attend(key[:, :, -1:], SoftmaxSpec(1.0)), torch.zeros(1, 2, 1, 8))
 
 
 def test_delta_of_the_artifact() -> None:
@@ -266,13 +268,13 @@ def test_delta_of_the_artifact() -> None:
     clustered = found.with_stage("clusters", Stage(tensors))
     for clusters, column in ((20, 1), (1000, 2), (3, 0)):
         store = new_store(SubGen(window=54, clusters=clusters, normaliser="clusters").bind(0, dim, clustered))
-        store.prefill(key[:, :, :-1], key[:, :, :-1], value[:, :, :-1], Logits(1.0))
+        store.prefill(key[:, :, :-1], key[:, :, :-1], value[:, :, :-1], SoftmaxSpec(1.0))
         store.append(key[:, :, -1:], value[:, :, -1:])
-        assert torch.equal(store.index.parts["delta"][0], radius[:, column].double())
+        assert torch.equal(store.sequence_index.parts["delta"][0], radius[:, column].double())
     store = new_store(SubGen(window=20, clusters=4, normaliser="clusters").bind(0, dim, found))
-    store.prefill(key[:, :, :28], key[:, :, :28], value[:, :, :28], Logits(1.0))
+    store.prefill(key[:, :, :28], key[:, :, :28], value[:, :, :28], SoftmaxSpec(1.0))
     store.append(key[:, :, 28:29], value[:, :, 28:29])  # five tokens have left, one cluster too many
     for head in range(heads):
         smallest = torch.pdist(key[0, head, 4:9].double()).min()
-        assert float(store.index.parts["delta"][0, head]) == pytest.approx(float(smallest), rel=1e-5)
-    assert (store.index.parts["active"] <= 4).all()
+        assert float(store.sequence_index.parts["delta"][0, head]) == pytest.approx(float(smallest), rel=1e-5)
+    assert (store.sequence_index.parts["active"] <= 4).all()

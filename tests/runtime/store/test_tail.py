@@ -12,22 +12,22 @@ from oracles import full
 from sequences import TOLERANCES, Geometry, Row, assert_steps, decode, draw, make, prefill
 
 from kvcal.artifacts import KvcalError
-from kvcal.runtime.attention import Logits
+from kvcal.runtime.attention import SoftmaxSpec
 from kvcal.runtime.methods.clusterkv import ClusterKV
 from kvcal.runtime.store import Store
 
 G80, SMALL = Geometry(80, 48, 2, 4), Geometry(16, 8, 2, 3)
-PLAIN = Logits(0.25)
+PLAIN = SoftmaxSpec(0.25)
 RAGGED = (1, 15, 63, 100)
 TAIL = {"tail": True, "tokens_per_cluster": 6, "window": 3, "sinks": 3}
 
 
-def built(geometry: Geometry, rows: list[Row], logits: Logits, **more: Any) -> tuple[Store, dict[str, Any]]:
+def built(geometry: Geometry, rows: list[Row], spec: SoftmaxSpec, **more: Any) -> tuple[Store, dict[str, Any]]:
     """(store after the prompts, its settings)"""
     settings = {**TAIL, **more}
     store = make("clusterkv", geometry, **settings)
     assert isinstance(store, Store)
-    prefill(store, rows, logits)
+    prefill(store, rows, spec)
     return store, settings
 
 
@@ -36,10 +36,10 @@ def built(geometry: Geometry, rows: list[Row], logits: Logits, **more: Any) -> t
 def test_equals_the_formula(select: str, kind: str) -> None:
     """A padded batch of ragged rows; the window closes twice, once as soon as the first token comes."""
     sinks = torch.linspace(-2, 3, G80.heads) if kind == "sinks" else None
-    logits = Logits(G80.scaling, softcap=10.0 if kind == "softcap" else None, sinks=sinks)
+    spec = SoftmaxSpec(G80.scaling, softcap=10.0 if kind == "softcap" else None, sink_logits=sinks)
     rows = draw(G80, RAGGED, 5)
-    store, settings = built(G80, rows, logits, keep=0.3, select=select)
-    decode_checked(store, rows, logits, whole_clusters, settings, range(5))
+    store, settings = built(G80, rows, spec, keep=0.3, select=select)
+    decode_checked(store, rows, spec, whole_clusters, settings, range(5))
 
 
 @pytest.mark.parametrize("keep", [1, 9, 40], ids=str)
@@ -104,15 +104,15 @@ def test_large_logits_of_16_bit_keys() -> None:
     """Logits of a hundred keep their digits: float32 products of what is stored, as without a tail."""
     geometry = Geometry(64, 64, 2, 2)
     (row,) = draw(geometry, [90], 1, dtype=torch.bfloat16)
-    logits = Logits(4.0)
-    store, _ = built(geometry, [row], logits, keep=85)
-    ((step,),) = decode(store, [row], logits)
-    (expected,) = full(row.double(), logits)
+    spec = SoftmaxSpec(4.0)
+    store, _ = built(geometry, [row], spec, keep=85)
+    ((step,),) = decode(store, [row], spec)
+    (expected,) = full(row.double(), spec)
     unread = ~step.read
     mass = [
         head.softmax(head.logit(head.key @ head.query))[unread[head.index]].sum()
         for kv_head in range(geometry.kv_heads)
-        for head in heads_at(row.double(), logits, kv_head, 91)
+        for head in heads_at(row.double(), spec, kv_head, 91)
     ]
     kept = torch.stack(mass) < 1e-4  # heads whose softmax lies on what was read
     assert kept.any()

@@ -8,10 +8,10 @@ from methods import EVICTING, FORMS, KEEPING
 from sequences import Geometry, Row, alone, append, assert_steps, decode, draw, fork, make, prefill
 
 from kvcal.artifacts import KvcalError
-from kvcal.runtime.attention import Logits
+from kvcal.runtime.attention import SoftmaxSpec
 
 GEOMETRY = Geometry(16, 8, 2, 3)
-LOGITS = Logits(GEOMETRY.scaling)
+SPEC = SoftmaxSpec(GEOMETRY.scaling)
 
 
 @pytest.mark.parametrize("count", [1, 4])
@@ -20,14 +20,14 @@ def test_crop_decoded_tokens(name: str, count: int) -> None:
     method, settings = FORMS[name]
     rows = draw(GEOMETRY, (9, 40, 1, 33), 10)
     store = make(method, GEOMETRY, **settings)
-    prefill(store, rows, LOGITS)
-    decode(store, rows, LOGITS, range(5))
+    prefill(store, rows, SPEC)
+    decode(store, rows, SPEC, range(5))
     store.crop(count)
     kept = 5 - count
     assert store.seen == 40 + kept and store.lengths == [row.prompt + kept for row in rows]
     forks = [fork(row, kept, seed) for seed, row in enumerate(rows)]
-    for row, got in zip(forks, decode(store, forks, LOGITS, range(kept, 10)), strict=True):
-        assert_steps(got, alone(method, GEOMETRY, row, LOGITS, **settings)[kept:])
+    for row, got in zip(forks, decode(store, forks, SPEC, range(kept, 10)), strict=True):
+        assert_steps(got, alone(method, GEOMETRY, row, SPEC, **settings)[kept:])
 
 
 @pytest.mark.parametrize("name", KEEPING)
@@ -36,10 +36,10 @@ def test_crop_leaves_the_state_of_a_shorter_row(name: str) -> None:
     method, settings = FORMS[name]
     (row,) = draw(GEOMETRY, [40], 5)
     store, never = make(method, GEOMETRY, **settings), make(method, GEOMETRY, **settings)
-    prefill(store, [row], LOGITS)
-    decode(store, [row], LOGITS)
+    prefill(store, [row], SPEC)
+    decode(store, [row], SPEC)
     store.crop(5 + 17)
-    prefill(never, [Row(*row.tensors(), prompt=23)], LOGITS)
+    prefill(never, [Row(*row.tensors(), prompt=23)], SPEC)
     state, expected = store.state(), never.state()
     assert state.keys() == expected.keys()
     for tensor in expected:
@@ -52,12 +52,12 @@ def test_crop_padded_prompts(name: str) -> None:
     method, settings = FORMS[name]
     rows = draw(GEOMETRY, (9, 40), 5)
     store = make(method, GEOMETRY, **settings)
-    prefill(store, rows, LOGITS)
+    prefill(store, rows, SPEC)
     store.crop(6)
     assert store.lengths == [3, 34]
     shorter = [Row(*row.tensors(), prompt=row.prompt - 6) for row in rows]
-    for row, got in zip(shorter, decode(store, shorter, LOGITS, range(5)), strict=True):
-        assert_steps(got, alone(method, GEOMETRY, row, LOGITS, **settings)[:5])
+    for row, got in zip(shorter, decode(store, shorter, SPEC, range(5)), strict=True):
+        assert_steps(got, alone(method, GEOMETRY, row, SPEC, **settings)[:5])
     with pytest.raises(KvcalError, match="cannot crop 100 tokens"):
         store.crop(100)
 
@@ -67,11 +67,11 @@ def test_crop_everything(name: str) -> None:
     method, settings = FORMS[name]
     first, second = draw(GEOMETRY, [30, 20], 3)
     store = make(method, GEOMETRY, **settings)
-    prefill(store, [first], LOGITS)
+    prefill(store, [first], SPEC)
     store.crop(30)
     assert store.lengths == [0] and store.seen == 0
-    prefill(store, [second], LOGITS)
-    assert_steps(decode(store, [second], LOGITS)[0], alone(method, GEOMETRY, second, LOGITS, **settings))
+    prefill(store, [second], SPEC)
+    assert_steps(decode(store, [second], SPEC)[0], alone(method, GEOMETRY, second, SPEC, **settings))
 
 
 @pytest.mark.parametrize("settled", [0, 4])
@@ -82,16 +82,16 @@ def test_guesses_come_back_out(name: str, accepted: int, settled: int) -> None:
     method, settings = FORMS[name]
     rows = draw(GEOMETRY, (9, 40, 1, 33), 10)
     store = make(method, GEOMETRY, **settings)
-    prefill(store, rows, LOGITS)
-    decode(store, rows, LOGITS, range(settled))
-    decode(store, rows, LOGITS, range(settled, settled + 3), revocable=True)
+    prefill(store, rows, SPEC)
+    decode(store, rows, SPEC, range(settled))
+    decode(store, rows, SPEC, range(settled, settled + 3), revocable=True)
     store.crop(3 - accepted)
     store.settle()
     stay = settled + accepted
     forks = [fork(row, stay, seed) for seed, row in enumerate(rows)]
     assert store.seen == 40 + stay and store.lengths == [row.prompt + stay for row in rows]
-    for row, got in zip(forks, decode(store, forks, LOGITS, range(stay, 10)), strict=True):
-        assert_steps(got, alone(method, GEOMETRY, row, LOGITS, **settings)[stay:])
+    for row, got in zip(forks, decode(store, forks, SPEC, range(stay, 10)), strict=True):
+        assert_steps(got, alone(method, GEOMETRY, row, SPEC, **settings)[stay:])
 
 
 @pytest.mark.parametrize("name", EVICTING)
@@ -99,34 +99,34 @@ def test_what_was_evicted_cannot_come_back(name: str) -> None:
     method, settings = FORMS[name]
     (row,) = draw(GEOMETRY, [40], 6)
     store = make(method, GEOMETRY, **settings)
-    prefill(store, [row], LOGITS)
-    decode(store, [row], LOGITS, range(2))
+    prefill(store, [row], SPEC)
+    decode(store, [row], SPEC, range(2))
     with pytest.raises(KvcalError, match=f"{method} cannot take back the last 1 tokens, [^\n]+$"):
         store.crop(1)
     append(store, [row], 2, revocable=True)
     with pytest.raises(KvcalError, match="cannot take back the last 2"):
         store.crop(2)
     store.crop(1)
-    got = decode(store, [row], LOGITS, range(2, 6))[0]
-    assert_steps(got, alone(method, GEOMETRY, row, LOGITS, **settings)[2:])
+    got = decode(store, [row], SPEC, range(2, 6))[0]
+    assert_steps(got, alone(method, GEOMETRY, row, SPEC, **settings)[2:])
 
 
 def test_streaming_takes_back_what_it_has_not_evicted() -> None:
     (row,) = draw(GEOMETRY, [40], 6)
     store = make("streaming", GEOMETRY, keep=0.25)
-    prefill(store, [row], LOGITS)
+    prefill(store, [row], SPEC)
     store.crop(10)
     shorter = Row(*row.tensors(), prompt=30)
     assert_steps(
-        decode(store, [shorter], LOGITS, range(6))[0], alone("streaming", GEOMETRY, shorter, LOGITS, keep=0.25)[:6]
+        decode(store, [shorter], SPEC, range(6))[0], alone("streaming", GEOMETRY, shorter, SPEC, keep=0.25)[:6]
     )
 
 
 def test_guesses_are_gone_with_what_came_before_them() -> None:
     (row,) = draw(GEOMETRY, [24], 6)
     store = make("streaming", GEOMETRY, keep=100)
-    prefill(store, [row], LOGITS)
-    decode(store, [row], LOGITS, range(2), revocable=True)
+    prefill(store, [row], SPEC)
+    decode(store, [row], SPEC, range(2), revocable=True)
     store.crop(5)
     assert store.lengths == [21]
     store.crop(1)

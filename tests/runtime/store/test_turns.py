@@ -9,10 +9,10 @@ from oracle_heads import heads_at
 from sequences import TOLERANCES, Geometry, Row, alone, assert_steps, decode, draw, make, prefill
 
 from kvcal.artifacts import KvcalError
-from kvcal.runtime.attention import Logits
+from kvcal.runtime.attention import SoftmaxSpec
 
 GEOMETRY = Geometry(16, 8, 2, 3)
-LOGITS = Logits(GEOMETRY.scaling)
+SPEC = SoftmaxSpec(GEOMETRY.scaling)
 START, TURN, END = 25, 12, 41
 """The row has 20 tokens of prompt and 5 decoded ones; then come 12 at once and 4 more."""
 
@@ -24,13 +24,13 @@ def test_turns_are_one_prompt_where_everything_is_kept(name: str) -> None:
     method, settings = FORMS[name]
     (row,) = draw(GEOMETRY, [20], END - 20)
     store = make(method, GEOMETRY, **settings)
-    prefill(store, [row], LOGITS)
-    decode(store, [row], LOGITS, range(5))
-    turn = store.prefill(*(tensor[None, :, START : START + TURN] for tensor in row.tensors()), LOGITS)
-    whole = make("full", GEOMETRY).prefill(*(tensor[None, :, : START + TURN] for tensor in row.tensors()), LOGITS)
+    prefill(store, [row], SPEC)
+    decode(store, [row], SPEC, range(5))
+    turn = store.prefill(*(tensor[None, :, START : START + TURN] for tensor in row.tensors()), SPEC)
+    whole = make("full", GEOMETRY).prefill(*(tensor[None, :, : START + TURN] for tensor in row.tensors()), SPEC)
     torch.testing.assert_close(turn, whole[:, :, START:], **TOLERANCES[torch.float32])
     resumed = Row(*row.tensors(), prompt=START + TURN)
-    assert_steps(decode(store, [resumed], LOGITS)[0], alone(method, GEOMETRY, resumed, LOGITS, **settings))
+    assert_steps(decode(store, [resumed], SPEC)[0], alone(method, GEOMETRY, resumed, SPEC, **settings))
 
 
 @pytest.mark.parametrize("name", CLUSTERED)
@@ -39,12 +39,12 @@ def test_a_turn_is_dense_whatever_was_clustered(name: str) -> None:
     method, settings = FORMS[name]
     rows = draw(GEOMETRY, (20, 9, 1), END - 20)
     store = make(method, GEOMETRY, **settings)
-    prefill(store, rows, LOGITS)
-    decode(store, rows, LOGITS, range(10))
+    prefill(store, rows, SPEC)
+    decode(store, rows, SPEC, range(10))
     new = [torch.stack([row.tensors()[which][:, row.prompt + 10 :] for row in rows]) for which in range(3)]
-    turn = store.prefill(*new, LOGITS)
+    turn = store.prefill(*new, SPEC)
     for index, row in enumerate(rows):
-        whole = make("full", GEOMETRY).prefill(*(tensor[None] for tensor in row.tensors()), LOGITS)
+        whole = make("full", GEOMETRY).prefill(*(tensor[None] for tensor in row.tensors()), SPEC)
         torch.testing.assert_close(turn[index], whole[0, :, row.prompt + 10 :], **TOLERANCES[torch.float32])
 
 
@@ -53,21 +53,21 @@ def test_a_turn_sees_what_was_not_evicted_and_itself(method: str) -> None:
     keep = 10
     (row,) = draw(GEOMETRY, [20], END - 20)
     store = make(method, GEOMETRY, keep=keep)
-    prefill(store, [row], LOGITS)
-    last = decode(store, [row], LOGITS, range(5))[0][-1]
-    turn = store.prefill(*(tensor[None, :, START : START + TURN] for tensor in row.tensors()), LOGITS)[0]
+    prefill(store, [row], SPEC)
+    last = decode(store, [row], SPEC, range(5))[0][-1]
+    turn = store.prefill(*(tensor[None, :, START : START + TURN] for tensor in row.tensors()), SPEC)[0]
     for kv_head in range(GEOMETRY.kv_heads):
         for tokens in range(START + 1, START + TURN + 1):
-            for head in heads_at(row.double(), LOGITS, kv_head, tokens):
+            for head in heads_at(row.double(), SPEC, kv_head, tokens):
                 held = last.read[head.index].nonzero().flatten()
                 expected = head.attend(torch.cat((held, torch.arange(START, tokens))))
                 got = turn[head.index, tokens - START - 1].double()
                 torch.testing.assert_close(got, expected, **TOLERANCES[torch.float32])
     resumed = Row(*row.tensors(), prompt=START + TURN)
-    for number, step in enumerate(decode(store, [resumed], LOGITS)[0]):
+    for number, step in enumerate(decode(store, [resumed], SPEC)[0]):
         tokens = START + TURN + number + 1
         recent = set(range(tokens - keep // 2, tokens))
-        for head in heads_at(row.double(), LOGITS, 0, tokens) + heads_at(row.double(), LOGITS, 1, tokens):
+        for head in heads_at(row.double(), SPEC, 0, tokens) + heads_at(row.double(), SPEC, 1, tokens):
             read = step.read[head.index].nonzero().flatten()
             torch.testing.assert_close(step.output[head.index].double(), head.attend(read), **TOLERANCES[torch.float32])
             if method == "streaming":
@@ -83,18 +83,18 @@ def test_a_turn_of_snapkv_is_chosen_among_anew() -> None:
     (row,) = draw(GEOMETRY, [20], END - 20)
     settings = {"keep": 10, "window": 3, "kernel": 1}
     store = make("snapkv", GEOMETRY, **settings)
-    prefill(store, [row], LOGITS)
-    last = decode(store, [row], LOGITS, range(5))[0][-1]
-    store.prefill(*(tensor[None, :, START : START + TURN] for tensor in row.tensors()), LOGITS)
+    prefill(store, [row], SPEC)
+    last = decode(store, [row], SPEC, range(5))[0][-1]
+    store.prefill(*(tensor[None, :, START : START + TURN] for tensor in row.tensors()), SPEC)
     resumed = Row(*row.tensors(), prompt=START + TURN)
-    (step,) = decode(store, [resumed], LOGITS, range(1))[0]
+    (step,) = decode(store, [resumed], SPEC, range(1))[0]
     for kv_head in range(GEOMETRY.kv_heads):
         first = GEOMETRY.group * kv_head
         held = [*last.read[first].nonzero().flatten().tolist(), *range(START, START + TURN)]
         received = dict.fromkeys(held, 0.0)
         for tokens in range(START + TURN - 2, START + TURN + 1):
             seen = [at for at in held if at < tokens]
-            for head in heads_at(row.double(), LOGITS, kv_head, tokens):
+            for head in heads_at(row.double(), SPEC, kv_head, tokens):
                 for at, weight in zip(seen, head.weights(torch.tensor(seen)).tolist(), strict=True):
                     received[at] += weight
         before = held[:-3]
@@ -108,6 +108,6 @@ def test_a_turn_of_another_batch_is_refused(name: str) -> None:
     method, settings = FORMS[name]
     rows = draw(GEOMETRY, (20, 9, 1), 1)
     store = make(method, GEOMETRY, **settings)
-    prefill(store, rows[:2], LOGITS)
+    prefill(store, rows[:2], SPEC)
     with pytest.raises(KvcalError, match="the cache holds 2 rows, got a batch of 3: begin a new cache"):
-        prefill(store, rows, LOGITS)
+        prefill(store, rows, SPEC)

@@ -1,4 +1,4 @@
-"""The plan cuts every unit's tokens into parts of equal length, in no more slots than the grid has."""
+"""`split` cuts every unit's tokens into parts of equal length, in no more slots than the grid has."""
 
 import pytest
 import torch
@@ -7,20 +7,20 @@ from kvcal.kernels.attend.shapes import choose_splits
 
 triton = pytest.importorskip("triton")
 tl = triton.language
-plan = pytest.importorskip("kvcal.kernels.attend.plan")
-part_of_plan, slots_of_plan = plan.part_of_plan, plan.slots_of_plan
+split = pytest.importorskip("kvcal.kernels.attend.split")
+part_of_program, parts_of_unit = split.part_of_program, split.parts_of_unit
 TOKEN_TILE = 64
 
 
 @triton.jit(do_not_specialize=["units", "most", "splits"])
 def deal(parts_ptr, slots_ptr, counts_ptr, units, most, splits, UNITS: tl.constexpr, TOKEN_TILE: tl.constexpr):
     program = tl.program_id(0)
-    unit, begin, end = part_of_plan(counts_ptr, program, units, most, splits, UNITS, TOKEN_TILE)
+    unit, begin, end = part_of_program(counts_ptr, program, units, most, splits, UNITS, TOKEN_TILE)
     tl.store(parts_ptr + program * 3, unit)
     tl.store(parts_ptr + program * 3 + 1, begin)
     tl.store(parts_ptr + program * 3 + 2, end)
     if program < units:
-        first, parts = slots_of_plan(counts_ptr, program, units, most, splits, UNITS, TOKEN_TILE)
+        first, parts = parts_of_unit(counts_ptr, program, units, most, splits, UNITS, TOKEN_TILE)
         tl.store(slots_ptr + program * 2, first)
         tl.store(slots_ptr + program * 2 + 1, parts)
 
@@ -55,7 +55,7 @@ def test_every_token_is_dealt_once_and_no_part_is_longer_than_its_share(device, 
 @pytest.mark.parametrize(
     ("groups", "most", "smallest", "splits"),
     [
-        (8, 131072, 256, 132),  # one row of Llama 3 8B: eight programs a multiprocessor
+        (8, 131072, 256, 132),  # one sequence of Llama 3 8B: eight programs a multiprocessor
         (64, 131072, 256, 17),
         (8, 8192, 256, 33),  # two programs a multiprocessor, though each has four tiles only
         (8, 2048, 128, 32),  # a tile each

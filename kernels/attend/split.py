@@ -1,7 +1,9 @@
 """Which tokens a program takes: cut on the device from counts and lengths that the host never sees.
 
 Grids follow from shapes alone. Within them a part's length follows from how many tokens there really are, so that a
-capacity far above the lengths, or one long row among short ones, leaves no program with more than its share.
+capacity far above the lengths, or one long sequence among short ones, leaves no program with more than its share.
+
+A unit is what has a count of tokens: a group of queries of `attend`, a sequence of `dense`.
 """
 
 import triton
@@ -9,8 +11,8 @@ import triton.language as tl
 
 
 @triton.jit
-def plan(counts_ptr, units, most, splits, UNITS: tl.constexpr, TOKEN_TILE: tl.constexpr):
-    """The units' tokens in parts of equal length, however unequal the units: on average `splits` of each.
+def split(counts_ptr, units, most, splits, UNITS: tl.constexpr, TOKEN_TILE: tl.constexpr):
+    """Cut the units' tokens into parts of equal length, however unequal the units: on average `splits` parts of each.
 
     Returns:
         [UNITS] tokens of each unit, [UNITS] parts of each unit, [UNITS] where its parts end in the list of all
@@ -27,9 +29,9 @@ def plan(counts_ptr, units, most, splits, UNITS: tl.constexpr, TOKEN_TILE: tl.co
 
 
 @triton.jit
-def part_of_plan(counts_ptr, program, units, most, splits, UNITS: tl.constexpr, TOKEN_TILE: tl.constexpr):
+def part_of_program(counts_ptr, program, units, most, splits, UNITS: tl.constexpr, TOKEN_TILE: tl.constexpr):
     """(unit, begin, end) of the program-th part; unit >= units where there are fewer parts."""
-    count, parts, ends, length = plan(counts_ptr, units, most, splits, UNITS, TOKEN_TILE)
+    count, parts, ends, length = split(counts_ptr, units, most, splits, UNITS, TOKEN_TILE)
     unit = tl.sum((ends <= program).to(tl.int32), 0)
     mine = tl.arange(0, UNITS) == unit
     first = tl.sum(tl.where(mine, ends - parts, 0), 0)
@@ -38,8 +40,8 @@ def part_of_plan(counts_ptr, program, units, most, splits, UNITS: tl.constexpr, 
 
 
 @triton.jit
-def slots_of_plan(counts_ptr, unit, units, most, splits, UNITS: tl.constexpr, TOKEN_TILE: tl.constexpr):
-    """(first, how many) of the parts of a unit."""
-    _, parts, ends, _ = plan(counts_ptr, units, most, splits, UNITS, TOKEN_TILE)
+def parts_of_unit(counts_ptr, unit, units, most, splits, UNITS: tl.constexpr, TOKEN_TILE: tl.constexpr):
+    """(first part, how many) of a unit."""
+    _, parts, ends, _ = split(counts_ptr, units, most, splits, UNITS, TOKEN_TILE)
     mine = tl.arange(0, UNITS) == unit
     return tl.sum(tl.where(mine, ends - parts, 0), 0), tl.sum(tl.where(mine, parts, 0), 0)

@@ -24,7 +24,7 @@ def default_stored(artifact: Artifact, group: int) -> int:
     return math.ceil(len(shareable_layers(artifact)) / group)
 
 
-def planned_map(
+def requested_map(
     artifact: Artifact, *, group: int = 2, pattern: str = "uniform", stored_layers: int | None = None
 ) -> SharingMap | None:
     """The map that these settings stand for; None for `auto`, which has to measure first. See `share`.
@@ -88,18 +88,18 @@ def refuse_to_lose(artifact: Artifact, overwrite: bool) -> None:
         )
 
 
-def check_can_share(artifact: Artifact, model: Any, planned: SharingMap | None) -> None:
-    """Raise KvcalError, with the reason, when this model's layers cannot share as planned; it is left as found.
+def check_can_share(artifact: Artifact, model: Any, requested: SharingMap | None) -> None:
+    """Raise KvcalError, with the reason, when this model's layers cannot share as requested; it is left as found.
 
     Args:
-        planned: None where the map is not chosen yet: then the first two neighbours of one shape are tried.
+        requested: None where the map is not chosen yet: then the first two neighbours of one shape are tried.
     """
     from ...runtime.integration.sharing import shared  # imports transformers
 
-    if planned is None:
+    if requested is None:
         layers = shareable_layers(artifact)
         kinds = artifact.layers
         pair = next((pair for pair in pairwise(layers) if can_share(*(kinds[layer] for layer in pair))), ())
-        planned = SharingMap((*((layer,) for layer in layers if layer not in pair), *([pair] if pair else [])))
-    with shared(model, planned, pool="first"):
+        requested = SharingMap((*((layer,) for layer in layers if layer not in pair), *([pair] if pair else [])))
+    with shared(model, requested, pool="first"):
         pass
