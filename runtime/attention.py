@@ -77,7 +77,7 @@ def causal_attention(
     """Attention of T queries to what each of them may see.
 
     Args:
-        limits: [B, T] int64, query i of a row sees its first `limits` keys; None: T == S, plainly causal.
+        limits: [B, T] int64, query i of a sequence sees its first `limits` keys; None: T == S, plainly causal.
     """
     if limits is None and spec.plain:
         return attention(query, key, value, spec, causal=query.shape[2] > 1)

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from ..artifacts import Artifact, KvcalError
-from .forgetting import ForgettingStore
+from .evicting_store import EvictingStore
 from .methods import METHODS, Method
 from .methods.base import Policy
 from .methods.evicting import EvictingPolicy
@@ -88,7 +88,7 @@ def builders(
 
 def new_store(policy: Policy) -> Store:
     """An empty store of the kind that the policy needs."""
-    return ForgettingStore(policy) if isinstance(policy, EvictingPolicy) else Store(policy)
+    return EvictingStore(policy) if isinstance(policy, EvictingPolicy) else Store(policy)
 
 
 def by_layer(name: str, value: Any, layers: Sequence[int], total: int) -> dict[int, Any]:

@@ -137,8 +137,8 @@ class Store(Sequences):
 
         Args:
             valid: [B, 1] bool on the CPU, False where a sequence gets none; None = all get one.
-            revocable: whether a later `crop` may take the token back (a guess of speculative decoding). A store that
-                keeps every token can always crop.
+            revocable: whether a later `crop` may take the token back (a guess of speculative decoding). It matters only
+                where tokens are evicted; others can always be cropped.
         """
         coming = [True] * len(key) if valid is None else valid[:, 0].tolist()
         if self.sequence_index is not None:
@@ -188,7 +188,8 @@ class Store(Sequences):
         return found.output
 
     def _observe_step(self, query: Tensor, spec: SoftmaxSpec, valid: Tensor | None) -> None:
-        """Keep the query of a decoded token, too: a cache that takes these tokens over takes them as a prompt."""
+        """Keep the query of a decoded token, too. A store that goes on from `as_they_came` treats all tokens as a
+        prompt."""
         position = self.cache().metadata.seq_lens.long().unsqueeze(1) - 1
         if valid is not None:
             position = position.masked_fill(~valid.to(query.device), -1)
@@ -200,7 +201,7 @@ class Store(Sequences):
         return self._reading(cache, self.policy.step(query, cache, spec)).bytes_read()
 
     def attend_all(self, query: Tensor, spec: SoftmaxSpec, valid: Tensor | None = None) -> Tensor:
-        """Attend densely from each of the last T tokens. The queries may be another layer's.
+        """Attend densely from each of the last T tokens. The queries may be those of a layer that reads this store.
 
         Args:
             valid: [B, T] bool on the CPU, False at padding; None = no padding.
@@ -254,8 +255,8 @@ class Store(Sequences):
         return self.policy.shared_bytes(self.buffers.widths)
 
     def as_they_came(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, LastQueries | None]:
-        """Arguments of `take` that make the same cache in another store; for stores that keep keys and values as they
-        came.
+        """The arguments of `take` with which another store takes over this one's tokens. Only for policies with
+        `keeps_keys_values`.
 
         Returns:
             Keys [B, Hkv, seen, D], values, `valid`, the attention that each token has received and the last queries;
@@ -284,14 +285,15 @@ class Store(Sequences):
     # Steps of fixed shapes, see `fixed_step`
 
     def held_metadata(self, metadata: DecodeMetadata) -> DecodeMetadata:
-        """Metadata of the tokens that are held, from that of all tokens; shapes and addresses stay at every step."""
+        """Metadata of the tokens that are held, from `metadata` of all tokens. Shapes and addresses do not change from
+        step to step."""
         return metadata
 
     def due(self, tokens: int) -> bool:
         """Whether the host has work before the next token: clusters to build, tokens to evict.
 
         Args:
-            tokens: that came by fixed steps and were not counted yet.
+            tokens: how many have come by fixed steps since the last `count`.
         """
         return self.sequence_index is not None and self.sequence_index.due([length + tokens for length in self.lengths])
 
@@ -323,10 +325,10 @@ class Store(Sequences):
     def crop(self, tokens: int) -> None:
         """Forget the last `tokens` positions, as if they had never come."""
         self._retreat(tokens)
-        if self.accumulates:  # what the cropped queries gave cannot be told from the sums
+        if self.accumulates:  # the attention that came from cropped queries cannot be subtracted
             self.accumulates = False
             self.buffers.drop(RECEIVED)
-        self.observes, self.observed = 0, None  # those before the cropped ones are gone
+        self.observes, self.observed = 0, None  # the queries before the cropped ones are not known
         self._lengths_changed()
         self.buffers.add_up_again(self.cache().metadata.valid())
         if self.sequence_index is not None:
@@ -337,8 +339,8 @@ class Store(Sequences):
         """Make the `revocable` tokens permanent."""
 
     def make_room(self) -> None:
-        """Evict now what the next token would evict. Several tokens that come at once then attend to the same tokens as
-        one that comes alone."""
+        """Evict now what the next token would evict. A call of several tokens (guesses that are verified) then attends
+        to the same tokens as a decoded step."""
 
     def reorder(self, order: Tensor) -> None:
         """Keep the sequences `order` [B'] of the batch, in that order, repeats allowed (beams)."""
@@ -365,8 +367,8 @@ class Store(Sequences):
     # Saved caches
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors of a saved cache, for `restore`. Where keys and values are kept as they came, what follows from them
-        is left out."""
+        """Tensors of a saved cache, for `restore`. With `keeps_keys_values` other buffers are left out: `encode` makes
+        them again."""
         state = {f"tokens.{name}": buffer.view for name, buffer in self.tokens.items() if self._is_saved(name)}
         state |= {} if self.sequence_index is None else self.sequence_index.state()
         if not self.policy.keeps_keys_values and self.like is not None:

@@ -43,21 +43,23 @@ class Attended:
 
 
 Widths = Mapping[str, int]
-"""By name of what is kept, the bytes of one KV head: per token, per page, or per sequence."""
+"""Bytes in one KV head, by name: of a token buffer those of a token, of a summary those of a page, of a sum or a tensor
+of the sequence index those of its last dimension."""
 
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """The user's parameters."""
+    """A method as the user names it, with its parameters."""
 
     keep_shapes_cache: ClassVar[bool] = False
-    """Whether what a cache holds depends on how many tokens a step reads."""
+    """Whether what a cache holds beside keys and values depends on `keep`, so that it cannot serve another `keep`."""
     keeps_all_tokens: ClassVar[bool] = True
     """Whether every token stays, so that any later query can read it."""
     query_aware: ClassVar[bool] = False
     """Whether the tokens that it evicts after a prompt are meant to be chosen by the question at the prompt's end."""
     planning_bases: ClassVar[Sequence[Mapping[str, object]]] = ()
-    """Parameters among which `calibrate plan` first chooses for each layer, since they change no bytes."""
+    """Choices of basis, as parameters. They read equally many bytes, so `calibrate plan` takes the best of each layer
+    before it compares the settings of `planning_grid`."""
     shared_defaults: ClassVar[Mapping[str, object]] = {}
     """Parameters whose defaults differ where layers share keys and values, with those defaults."""
 
@@ -90,7 +92,7 @@ class Method(ABC):
         """Check that the method can work in a layer whose keys are others than those that the artifact was fitted to.
 
         Args:
-            bases: of the layer's present keys, named as in the stage `pca`.
+            bases: tensors of bases that were fitted to the layer's present keys, named as in the stage `pca`.
 
         Raises:
             KvcalError: the method needs what was fitted to the present keys, and `bases` does not have it.
@@ -99,7 +101,7 @@ class Method(ABC):
 
 class SequenceIndex(ABC):
     """What is built over whole sequences, such as clusters, because it does not follow from tokens one by one. The host
-    says when to build it, and steps read its tensors. It is what a policy has of state: one object for each cache.
+    says when to build it, and steps read its tensors. Every store has one of its own.
 
     Throughout, `lengths` are the tokens of each sequence, and `buffers` has the token buffers "key" and "value".
     """
@@ -140,7 +142,7 @@ class SequenceIndex(ABC):
 
     @abstractmethod
     def tensors(self) -> Mapping[str, Tensor]:
-        """All tensors held, [B, Hkv, …]. Once `reserve` or `build` changes an address, steps are captured anew."""
+        """All tensors held, [B, Hkv, …]. A captured step is void once `reserve` or `build` gives one a new address."""
 
     @abstractmethod
     def entries(self) -> int:
@@ -152,7 +154,7 @@ class SequenceIndex(ABC):
 
     @abstractmethod
     def check(self, saved: Saved) -> None:
-        """Raises KvcalError unless the saved state can be that of the saved tokens."""
+        """Raises KvcalError where these tensors cannot belong to the tokens of the same saved cache."""
 
     @abstractmethod
     def restore(self, state: Mapping[str, Tensor], buffers: Mapping[str, TokenBuffer]) -> None: ...
@@ -164,7 +166,8 @@ class Policy(ABC):
     accumulates = False
     """Whether a cache adds up the attention that each token receives (`RECEIVED`)."""
     observes = 0
-    """How many of a prompt's last queries a cache keeps until the first decoded token."""
+    """How many of the last queries a cache keeps: where tokens are evicted those of a prompt, until its first decoded
+    token."""
 
     offloaded: tuple[str, ...] = ()
     """Names of the token buffers that are kept on the host; `LayerCache.gather` reads them together."""
@@ -173,7 +176,8 @@ class Policy(ABC):
     fitted_to: tuple[int | None, int | None, int | None] = (None, None, None)
     """KV heads, dimensions of keys and of values that the policy was fitted to; None: any."""
     largest: Mapping[str, int] = {}
-    """By name of a token buffer, the largest number that it may hold, where a larger one would read out of bounds."""
+    """By name of a token buffer, the largest value of an entry: a larger one, in a saved cache, would read out of
+    bounds."""
     keeps_keys_values = True
     """Whether "key" and "value" are kept as they came, so that everything else can be made from them again."""
 
@@ -201,8 +205,8 @@ class Policy(ABC):
         """[B, Hq, T, Dv]: dense attention of the T tokens that came last, queries [B, Hq, T, D].
 
         Args:
-            limits: [B, T] int64, how many tokens, from the first, each query sees; None: the T tokens are all that
-                there are, plainly causal.
+            limits: [B, T] int64, how many tokens, from the first, each query sees; None: the sequences are these
+                T tokens, and attention is plainly causal.
         """
         key, value = (tensor.to(query.dtype) for tensor in self.keys_values(cache))
         return causal_attention(self.query(query), key, value, spec, limits)
@@ -222,8 +226,8 @@ class Policy(ABC):
         """The summaries of n pages, [n, Hkv, …] by name, from the tokens in them, [n, PAGE, Hkv, …] by name.
 
         A summary follows from the page's token buffers in `summarised` alone. It is made again whenever
-        `summarise_every` more tokens have come to the page, and steps read only the part of it that does not depend
-        on tokens still to come.
+        `summarise_every` more tokens have come to the page. Of a page that is not full, steps read only the part that
+        will not change any more: of Quest's boxes those of full `page`s.
         """
         return {}
 
@@ -256,7 +260,7 @@ class Policy(ABC):
         return widths["key"] + widths["value"]
 
     def tokens_read(self, selected: Selected) -> Tensor:
-        """[] int64: how many times a step reads `token_bytes`, over all sequences and heads."""
+        """[] int64: how many tokens a step reads, over all sequences and heads; each is `token_bytes`."""
         return selected.valid.sum()
 
     def selection_bytes(self, reading: Reading) -> int:
@@ -264,7 +268,7 @@ class Policy(ABC):
         return 0
 
     def shared_bytes(self, widths: Widths) -> int:
-        """Bytes that a step that selects reads once for all sequences: maps, codebooks."""
+        """Bytes that a step reads once for all sequences, maps and codebooks; of steps that select tokens."""
         return 0
 
     def dense_bytes(self, reading: Reading) -> int:
@@ -285,7 +289,8 @@ class Reading:
     entries: int
     """`SequenceIndex.entries`; 0 without a sequence index."""
     position: Tensor | None = None
-    """[B, Hkv, slots] int32: the position of the token in each slot, -1 where there is none; None: the slot itself."""
+    """[B, Hkv, slots] int32: the position of the token in each slot, -1 where there is none; None: slots are
+    positions."""
 
     def tokens(self) -> int:
         """Tokens held, of all sequences. Waits for the device."""
@@ -312,4 +317,6 @@ class Reading:
             return valid.unsqueeze(1).expand(-1, self.heads, -1)
         index, valid = self.selected.index.flatten(1, 2), self.selected.valid.flatten(1, 2)
         times = torch.zeros(*index.shape[:2], metadata.longest, dtype=torch.int32, device=index.device)
-        return times.scatter_add_(2, index, valid.to(torch.int32)) > 0  # sums, since padding repeats some token
+        return (
+            times.scatter_add_(2, index, valid.to(torch.int32)) > 0
+        )  # not a plain scatter: padding names token 0, too, and would unset it

@@ -46,7 +46,7 @@ class Loki(Sampling, Method):
     sinks: int = 1
     """First tokens, always read."""
     recent: int = 16
-    """Last tokens, always read; with the sinks half of `keep` at most."""
+    """Last tokens, always read; lowered, to no less than 1, where with the sinks they exceed half of `keep`."""
 
     def check(self) -> None:
         super().check()

@@ -2,17 +2,18 @@
 
 Every token (k, v) belongs to a codeword (k′, v′) of a codebook that was calibrated offline (`calibrate/codebook.py`).
 Kept beside its key and value are the codeword's number and a code of k − k′ in the basis that is best for q·(k − k′),
-rotated so that few bits serve all dimensions alike (`kernels/codes`). A step
+rotated so that its dimensions vary alike and each can have the same few bits (`kernels/codes`). A step
 
-1. estimates every logit from codeword and code, ŝ = q·k′ + (q A)·(s · levels), where A maps queries to that basis and
-   s is the code's scale,
+1. estimates q·k of every token from codeword and code, ŝ = q·k′ + (q A)·(s c), where A maps queries to the code's
+   basis, c are the numbers that the code stands for, and s is its scale,
 2. selects the first tokens, the most recent ones and the best by ŝ, and reads them exactly,
 3. lets the codeword's value stand for each unselected token, and corrects it by page:
 
     out = (Σ_read e^{q·k} v + Σ_other e^{ŝ} (v′ + d)) / (Σ_read e^{q·k} + Σ_other e^{ŝ})
 
-with d the mean of v − v′ over the token's page, 0 until the page is full. The sums over unselected tokens are computed
-from their summed weights by codeword and by page, with one matrix product each.
+with d the mean of v − v′ over the token's page, 0 until the page is full. (q·k and ŝ are scaled and soft-capped as in
+the model; its sink logits join the denominator.) Weights of unselected tokens are added up by codeword and by page, so
+that the sum over these tokens takes two small matrix products.
 
 With `rows=8` keys and values are kept as codeword and rotated 8-bit code of the difference: half the memory and bytes.
 """
@@ -40,11 +41,11 @@ from .full import attend_all
 Tables = Mapping[str, Tensor]
 """The tables of a layer by name, see `Codewords.on`."""
 STEP = 16
-"""Ranks are multiples of it: what one tile of a kernel takes."""
+"""Ranks are multiples of it where the head dim is: the least that a tensor core multiplies."""
 PLANNING_CODES = ((0.25, 2), (0.5, 2), (1.0, 2), (0.5, 4))
 """Of `planning_grid`: share of the head dim, and bits of each dimension."""
 PLANNING_RICHEST = (1.0, 2, 1 / 2)
-"""One more setting for large budgets: the same two, and `keep`."""
+"""One more setting, for large budgets: share of the head dim, bits, and `keep`."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,16 @@ class Spectral(Sampling, Method):
     """Tokens read exactly per step, first and recent ones included: a fraction of the sequence's tokens, or a count."""
     choice: str = "sampled"
     rank: Amount | str = 0.5
-    """Dimensions of a code: a fraction of the head dim, a count, or "variance:0.9"; a multiple of 16."""
+    """Dimensions of a code: a fraction of the head dim, a count, or "variance:0.9". Codes take multiples of 16: other
+    fractions are rounded up, other counts refused."""
     bits: int = 2
     """Bits of each dimension of a code: 2, 4 or 8."""
     rows: int = 16
-    """Bits of keys and values: 16 as the model gives them, whatever its dtype; or 8."""
+    """Bits of keys and values: 16 keeps them in the model's dtype, 8 as codes."""
     sinks: int = 1
     """First tokens, always read."""
     recent: int = 16
-    """Last tokens, always read; with the sinks half of `keep` at most."""
+    """Last tokens, always read; lowered, to no less than 1, where with the sinks they exceed half of `keep`."""
     residual: bool = True
     """Whether codewords stand for unselected tokens."""
     offload: str = "none"
@@ -82,7 +84,7 @@ class Spectral(Sampling, Method):
 
     @classmethod
     def planning_grid(cls, head_dim: int, keeps: Sequence[float]) -> list[dict[str, Any]]:
-        """With `rows=8`: half as many rows of 16 bits are as many bytes, and lose more (docs/results/real.md)."""
+        """With `rows=8`: at equal bytes 16 bits leave half as many tokens, and lose more (docs/results/real.md)."""
         settings = [(share, bits, keep) for share, bits in PLANNING_CODES for keep in keeps]
         grid = []
         for share, bits, keep in (*settings, PLANNING_RICHEST):
@@ -183,7 +185,7 @@ class SpectralPolicy(Policy):
         if settings.residual:
             part = merge(part, self._residual(tables, without(estimated, selected), cache, words, counts))
         out, lse = part
-        if spec.sink_logits is not None:
+        if spec.sink_logits is not None:  # o · e^lse / (e^lse + e^sink)
             out = out * torch.sigmoid(lse - spec.sink_logits.float().view(1, *lse.shape[1:])).unsqueeze(-1)
         return Attended(out.flatten(1, 2).unsqueeze(2).to(query.dtype), selected)
 
@@ -250,7 +252,7 @@ class SpectralPolicy(Policy):
         return reading.heads * (int(lengths.sum()) * token + int((lengths // PAGE).sum()) * page)
 
     def shared_bytes(self, widths: Widths) -> int:
-        # Not the rotations: see `Codewords`.
+        # Without the rotations, which a kernel need not read (`Codewords`).
         return self.codewords.nbytes("key", "value", "half", "query_map", "key_map")
 
 
@@ -277,14 +279,14 @@ def without(logits: Tensor, chosen: Selected) -> Tensor:
 
 
 def coded_rank(asked: Amount | str, dims: int, width: int, bits: int) -> int:
-    """How many dimensions of a head dim `width` are coded: `dims`, rounded up to a multiple that codes are packed in.
+    """How many dimensions of a head dim `width` are coded: `dims`, rounded up to the multiple that codes are packed in.
 
     Args:
         asked: the user's rank, of which a count has to be such a multiple.
         dims: how many dimensions it means.
 
     Raises:
-        KvcalError: a count that is no such multiple, or a head dim that is none.
+        KvcalError: a count that is not such a multiple, or a head dim of which no such multiple exists.
     """
     step = STEP if width % STEP == 0 else fields_of(bits)
     if isinstance(asked, int) and dims % step and dims != width:

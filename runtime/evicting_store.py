@@ -20,8 +20,8 @@ from .methods.evicting import Evicted, EvictingPolicy
 from .store import Store, gather
 
 
-class ForgettingStore(Store):
-    """The tokens of a sequence lie in its first `held` slots, in any order; the buffer "position" tells them apart."""
+class EvictingStore(Store):
+    """The tokens of a sequence lie in its first `held` slots, in any order; the buffer "position" says which."""
 
     policy: EvictingPolicy
 
@@ -29,8 +29,8 @@ class ForgettingStore(Store):
         super().__init__(policy)
         self._held: list[int] = []
         self._prompt_waits: list[bool] = []
-        """Of each sequence, whether tokens have come by prefill since its last decoded one. Not saved: where a policy
-        asks for it, it has kept the last queries of such prompts, which are."""
+        """Of each sequence, whether tokens have come by prefill since its last decoded one. It need not be saved: it
+        matters only to policies that observe, and for these `observed`, which is saved, says the same."""
         self._evicted: Evicted | None = None
         """How many tokens each sequence had lost at the last `reserve`."""
         self._before: list[dict[str, Tensor]] = []
@@ -51,7 +51,7 @@ class ForgettingStore(Store):
         new = self.encoded(key, value)
         if self.tokens and any(coming) and (not all(coming) or self._due()):
             self._make_room(coming)
-        self._forget_queries(coming)
+        self._drop_queries(coming)
         if not self.tokens or not all(coming):
             self._write(new, valid)
             return
@@ -62,10 +62,10 @@ class ForgettingStore(Store):
             self.buffers.reserve(max(self.held), {**new, POSITION: self.tokens[POSITION].view})
         self._lengths_changed()
         self.policy.write(self.cache(), new)
-        if self.sequence_index is not None:  # it takes in what is evicted, and may have grown
+        if self.sequence_index is not None:  # SubGen's takes in what is evicted, and may have grown
             self.buffers.moved()
 
-    def _forget_queries(self, coming: Sequence[bool]) -> None:
+    def _drop_queries(self, coming: Sequence[bool]) -> None:
         """Drop the last queries of prompts whose tokens were just chosen. Sequences that still wait for their first
         decoded token keep theirs."""
         if self.observed is not None:
@@ -92,14 +92,15 @@ class ForgettingStore(Store):
         every = [True] * len(self.lengths)
         if self.lengths and self._loses_more_than(0):
             self._make_room(every)
-            self._forget_queries(every)
+            self._drop_queries(every)
 
     def _most_held(self, coming: Sequence[bool], after: int = 0) -> list[int]:
-        """How many tokens each sequence may hold after its next one. A sequence that gets none keeps all.
+        """How many tokens each sequence may hold after its next one; for a sequence that gets none one more than it
+        holds, so that nothing is evicted.
 
         Args:
             coming: whether a sequence gets a token.
-            after: decoded tokens that come before that one.
+            after: how many other tokens are decoded before that next one.
         """
         most = []
         for length, held, waits, comes in zip(
@@ -118,7 +119,8 @@ class ForgettingStore(Store):
         return [self.policy.most_held(length + tokens, length - held, False) for length, held in counts]
 
     def _due(self, after: int = 0) -> bool:
-        """Whether the host has to evict before the next token, because overwriting one slot is not enough."""
+        """Whether the host has to evict before the next token, because `Policy.write` cannot make the room: it
+        overwrites one slot, or none."""
         return self._loses_more_than(1 if self.policy.replaces else 0, after)
 
     def _loses_more_than(self, count: int, after: int = 0) -> bool:
@@ -141,7 +143,7 @@ class ForgettingStore(Store):
         on_device = [torch.tensor(counts, device=position.device).view(-1, 1, 1) for counts in (lengths, kept, held)]
         worth = self.policy.worth(self.cache(), on_device[0], on_device[1], self.observed)
         worth = worth.masked_fill(position < 0, -torch.inf)
-        # Where tokens are of equal worth, as after pooling, the earlier ones stay, whatever their slots.
+        # Where tokens are of equal worth (SnapKV pools it), the earlier ones stay, whatever their slots.
         order = position.argsort(-1)
         ranked = worth.gather(2, order).argsort(dim=-1, descending=True, stable=True)
         slot = order.gather(2, ranked[:, :, : max(1, *held)])
@@ -196,7 +198,7 @@ class ForgettingStore(Store):
         super().reorder(order)
 
     def resident_bytes(self) -> int:
-        """The states kept before guesses included."""
+        """Includes the states that are kept to take guesses back."""
         return super().resident_bytes() + sum(tensor.nbytes for state in self._before for tensor in state.values())
 
     # What a step sees
@@ -205,7 +207,7 @@ class ForgettingStore(Store):
         """Only queries of prompts are kept."""
 
     def _reading(self, cache: LayerCache, found: Attended) -> Reading:
-        """With a copy of the positions, since later tokens overwrite slots."""
+        """With a copy of the positions: later tokens overwrite them."""
         position = self.tokens[POSITION].view.squeeze(-1).clone()
         return dataclasses.replace(super()._reading(cache, found), position=position)
 
@@ -280,7 +282,7 @@ class ForgettingStore(Store):
         saved.held = held = saved.counts("held", saved.lengths)
         if slots < max(held) or slots > max(1, *held):
             raise KvcalError(f"tokens.key: {slots} slots, the row that holds most has {max(held)} tokens")
-        # Sequences lose tokens only when they get one, and then hold what their budget allows.
+        # At least: after `make_room` a sequence holds one token less than its budget allows.
         enough = [min(length, self.policy.least_held(length)) for length in saved.lengths]
         require("held", torch.tensor(held) >= torch.tensor(enough), "at least the budget of the row")
         position = saved.take("tokens.position", torch.int32, *saved.key.shape[:3], 1).squeeze(-1)
