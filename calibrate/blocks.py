@@ -142,7 +142,7 @@ def read_tokens(
         mixed = mix(opened, wanted, max(1, longest - len(separator)), separator, documents.seed)
         if texts is not None:
             texts.append(tokenizer.decode(mixed.ids))
-        return mixed.ids, mixed.own, documents.state(mixed.counts)
+        return mixed.ids, mixed.from_text, documents.state(mixed.counts)
     ids: list[int] = []
     from_text: list[bool] = []
     count = 0

@@ -23,7 +23,7 @@ Pieces = Iterator[tuple[list[int], bool]]
 @dataclass(frozen=True)
 class Mixed:
     ids: list[int]
-    own: list[bool]
+    from_text: list[bool]
     """False at separators."""
     counts: list[tuple[int, int]]
     """(documents, tokens) of each text in `ids`, without separators."""

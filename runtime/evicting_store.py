@@ -21,7 +21,7 @@ from .store import Store, gather
 
 
 class EvictingStore(Store):
-    """The tokens of a sequence lie in its first `held` slots, in any order; the buffer "position" says which."""
+    """The tokens of a sequence lie in its first `held` slots, in any order; "position" says which is where."""
 
     policy: EvictingPolicy
 

@@ -73,7 +73,7 @@ class FixedStep:
         return DecodeMetadata(self._table, self.clock.lengths, longest, shortest, contiguous=True, lengths=lengths)
 
     def reserve(self, capacity: int) -> None:
-        """Make room for sequences of `capacity` tokens, and see to what is due. Addresses may change."""
+        """Make room for sequences of `capacity` tokens, and do what is `due`. Addresses may change."""
         self.capacity = capacity
         self.store.reserve(capacity)
         pages = self.buffer("key").shape[2] // PAGE

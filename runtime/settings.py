@@ -64,7 +64,7 @@ def methods_by_layer(
         chosen[layer] = METHODS[name](**{**shared, **own})
     for name in values:
         if name not in used:
-            names = sorted({name_of(method) for method in chosen.values()})
+            names = sorted({name_of(used_method) for used_method in chosen.values()})
             raise _unknown(name, ", ".join(names), sorted({key for each in names for key in _parameters(each)}))
     return chosen
 

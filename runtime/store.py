@@ -39,7 +39,7 @@ class Store(Sequences):
         """What the last `attend` read."""
         self.observes = policy.observes
         self.observed: LastQueries | None = None
-        """The last `observes` queries of the prompt."""
+        """The last `observes` queries; where tokens are evicted those of a prompt, until its first decoded token."""
         self.accumulates = policy.accumulates
         """Whether the buffer "received" adds up the attention that each token receives."""
         self.like: tuple[Tensor, Tensor] | None = None
@@ -228,7 +228,7 @@ class Store(Sequences):
     # What was read, and what is held
 
     def bytes_read(self) -> int:
-        """Bytes that the last `attend` read: keys and values, what it selected them by, and calibrated maps."""
+        """Bytes that the last `attend` read: of selected tokens, of what is kept beside them, and of maps."""
         return 0 if self.last is None else self.last.bytes_read()
 
     def read_mask(self) -> Tensor:
@@ -328,7 +328,7 @@ class Store(Sequences):
         if self.accumulates:  # the attention that came from cropped queries cannot be subtracted
             self.accumulates = False
             self.buffers.drop(RECEIVED)
-        self.observes, self.observed = 0, None  # the queries before the cropped ones are not known
+        self.observes, self.observed = 0, None  # older queries, which would take their place, are gone
         self._lengths_changed()
         self.buffers.add_up_again(self.cache().metadata.valid())
         if self.sequence_index is not None:

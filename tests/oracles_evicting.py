@@ -1,4 +1,4 @@
-"""The methods that forget tokens, written down from their papers; see `oracles`."""
+"""The methods that evict tokens, written down from their papers; see `oracles`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def evicting(
     spec: SoftmaxSpec,
     settings: dict,
 ) -> list[Step]:
-    """The steps of a method that forgets: before each step the tokens of least worth go until k are left.
+    """The steps of a method that evicts: before each step the tokens of least worth go until k are left.
 
     Args:
         protect: (position, n, k, settings) -> whether it may not go.

@@ -70,7 +70,7 @@ def loki(copy: Copy, sizes: Sizes, basis: str) -> Method:
 
 
 def clusterkv(copy: Copy, sizes: Sizes, per_cluster: int) -> Method:
-    """The recall of clusters is the rest."""
+    """The selection of clusters is the rest."""
     policy, spec = ClusterKVPolicy(cluster_settings(sizes, per_cluster), None), SoftmaxSpec(sizes.scaling)
     step = stepped(Store(policy), copy, partial(fill_clustered, sizes=sizes))
     cache = step.cache()

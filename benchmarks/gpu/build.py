@@ -37,11 +37,13 @@ def build_row(sizes: Sizes, length: int, per_cluster: int, calibrated: bool, tim
 
     def build() -> None:
         nonlocal passes
-        index = policy.sequence_index()
-        index.begin(1, timer.device)
-        index.prefilled([0], [length], store.tokens)
-        index.build([length], [True], store.tokens)  # before the first decoded token: what no whole segment has
-        passes = index.most_passes
+        sequence_index = policy.sequence_index()
+        sequence_index.begin(1, timer.device)
+        sequence_index.prefilled([0], [length], store.tokens)
+        sequence_index.build(
+            [length], [True], store.tokens
+        )  # before the first decoded token: what no whole segment has
+        passes = sequence_index.most_passes
 
     row: Row = {"per_cluster": per_cluster}
     built = timer.milliseconds(build)

@@ -105,20 +105,20 @@ def fill_clustered(store: Store, key: Tensor, value: Tensor, sizes: Sizes, seed:
 
     Clusters are random: which tokens they have matters to no time, and k-means would take most of it.
     """
-    index, store.sequence_index = store.sequence_index, None
+    sequence_index, store.sequence_index = store.sequence_index, None
     fill_pages(store, key, value)
-    store.sequence_index = index
-    assert isinstance(index, Clusters)
+    store.sequence_index = sequence_index
+    assert isinstance(sequence_index, Clusters)
     batch, heads, length, _ = key.shape
     upto = length - sizes.window // 2
-    count = max(1, round((upto - sizes.sinks) / index.tokens_per_cluster))
+    count = max(1, round((upto - sizes.sinks) / sequence_index.tokens_per_cluster))
     generator = torch.Generator(key.device).manual_seed(seed)
     shape, like = (batch, heads, length), {"device": key.device, "dtype": torch.int32}
     owner = torch.randint(count, shape, generator=generator, **like)
     closed = torch.tensor([[row, upto, count] for row in range(batch)])
-    index.begin(batch, key.device)
+    sequence_index.begin(batch, key.device)
     books = {"lengths": closed[:, 0], "clusters.closed": closed, "clusters.prompts": closed.new_zeros(0, 3)}
-    index.restore({**books, "clusters.of": owner}, store.tokens)
+    sequence_index.restore({**books, "clusters.of": owner}, store.tokens)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ PAGE = 64
 """Tokens of the runtime's pages."""
 OF_ENCODING, OF_SPECTRAL = 93, 118
 """Of torch, about, as a spectral step writes a token and as it attends from it."""
-OF_CHOICE, OF_RECALL, OF_SELECTED = 6, 51, 2
+OF_CHOICE, OF_CLUSTERS, OF_SELECTED = 6, 51, 2
 """Of torch, beside the kernels: as the best tokens are chosen, as clusters are (about), and as what is chosen is
 attended to."""
 AT_ONCE = 8192
@@ -114,8 +114,8 @@ def parts(sizes: Sizes, method: str, length: int, batch: int) -> dict[str, Work]
     if kind == "clusterkv":
         clusters = pairs * clusters_of(sizes, length, int(method.split()[1]))
         # What it has to read: of every cluster the mean and the size, of every chosen token where it lies.
-        recall = Work(clusters * (sizes.dims * sizes.itemsize + 4) + kept * 4, 0, OF_RECALL)
-        return {"append": Work(0, 1), "rest": recall, "attend": rows}
+        chosen = Work(clusters * (sizes.dims * sizes.itemsize + 4) + kept * 4, 0, OF_CLUSTERS)
+        return {"append": Work(0, 1), "rest": chosen, "attend": rows}
     return spectral(sizes, length, batch)
 
 

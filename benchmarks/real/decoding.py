@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from settings import AIMS, BY_ANSWERS, LEVELS, PAPERS, PUBLISHED, QUESTIONS, WHY_LOKI, at_equal_bytes
+from settings import AIMS, BY_ANSWERS, LEVELS, PAPERS, PUBLISHED, QUESTIONS, SEES_QUESTION, WHY_LOKI, at_equal_bytes
 from settings import aims as settings_of_aims
 from subjects import UNSEEN, Bench, name_of, uncentred
 
@@ -95,6 +95,13 @@ def questions(bench: Bench, only: str | None = None) -> None:
     _decode(bench, "questions", _text_and_passkey(bench), grid, artifact)
 
 
+def question_seen(bench: Bench, only: str | None = None) -> None:
+    """Passkey with the question in the prompt: SnapKV is made for that."""
+    grid = [setting for setting in SEES_QUESTION if only in (None, setting["method"])]
+    prompts = _on_text(bench, bench.subject.shortest, ("passkey",))
+    _decode(bench, "question-seen", prompts, grid, bench.artifact(), question="prefilled")
+
+
 def aims(bench: Bench, only: str | None = None) -> None:
     """`spectral` where it is to lose nothing: more questions, also of a task of which the model answers most."""
     for length in AIMS:
@@ -143,7 +150,12 @@ def _on_text(bench: Bench, length: int, tasks: Sequence[str], samples: int | Non
 
 
 def _decode(
-    bench: Bench, part: str, prompts: Prompts, grid: Sequence[Setting], artifact: Artifact | None
+    bench: Bench,
+    part: str,
+    prompts: Prompts,
+    grid: Sequence[Setting],
+    artifact: Artifact | None,
+    question: str = "decoded",
 ) -> list[dict[str, Any]]:
     """What `calibrate evaluate` does; settings that were measured already are not measured again."""
     model = bench.loaded.model
@@ -156,6 +168,8 @@ def _decode(
         "batch_size": 8,
         "data": prompts.source,
     }
+    if question != "decoded":
+        settings["question"] = question
     results = Results.open(settings, bench.path(part))
     return evaluate(
         model,
@@ -163,6 +177,7 @@ def _decode(
         prompts,
         grid,
         tokenizer=bench.loaded.tokenizer,
+        question=question,
         results=results,
         say=lambda line: print(f"{part}: {line}", flush=True),
     )

@@ -228,6 +228,7 @@ PARTS: Mapping[str, tuple[str, Part]] = {
     "uncentred": ("Without subtracting the mean", page_decoding.uncentred),
     "by-answers": ("Chosen by answers", page_decoding.by_answers),
     "questions": ("Calibrated on questions", page_decoding.questions),
+    "question-seen": ("The question in the prompt", page_decoding.question_seen),
     "ruler-full": ("RULER, the model itself", page_decoding.ruler_full),
     "ruler": ("RULER, methods", page_decoding.ruler),
     "aims": ("What spectral keeps of long contexts", page_decoding.aims),

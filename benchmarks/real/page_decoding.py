@@ -83,6 +83,12 @@ def questions(folder: Path, subject: Subject) -> str:
     return _of_part(folder, subject, "questions")
 
 
+def question_seen(folder: Path, subject: Subject) -> str:
+    """Passkey with the question in the prompt. SnapKV then chooses by the question; H2O's attention sums end before it;
+    with spectral the first token of an answer is the dense prefill's."""
+    return _scores(folder, f"{subject.model}-question-seen.json")
+
+
 def ruler_full(folder: Path, subject: Subject) -> str:
     """What the model itself answers of RULER's tasks."""
     return _scores(folder, f"{subject.model}-ruler-full-*.json")

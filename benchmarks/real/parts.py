@@ -10,7 +10,19 @@ from typing import Any
 from alternatives import alternatives as alternatives_of
 from attention import errors, of_rows, unseen
 from choices import CHOICES
-from decoding import aims, by_answers, defaults, forget, methods, papers, questions, ruler, short_blocks, why_loki
+from decoding import (
+    aims,
+    by_answers,
+    defaults,
+    forget,
+    methods,
+    papers,
+    question_seen,
+    questions,
+    ruler,
+    short_blocks,
+    why_loki,
+)
 from first_token import first_token, standing_out
 from plans import plans as plans_of
 from settings import AIMS, GROUP, LEVELS, ONLY_CHOSEN, at_equal_bytes, spectral_of
@@ -209,6 +221,7 @@ PARTS: Mapping[str, Callable[[Bench, str | None], None]] = {
     "why-loki": why_loki,
     "by-answers": by_answers,
     "questions": questions,
+    "question-seen": question_seen,
     "ruler": ruler,
     "aims": aims,
     "plans": plans,
@@ -222,6 +235,7 @@ OF_METHODS = (
     "defaults",
     "by-answers",
     "questions",
+    "question-seen",
     "ruler",
     "aims",
 )

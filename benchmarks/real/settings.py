@@ -157,6 +157,17 @@ dimensions. ClusterKV, spectral (at 1/16 and 1/8), StreamingLLM and SubGen are c
 QUESTIONS: list[Setting] = [PUBLISHED, *BY_ANSWERS[:2], *_spectral(1 / 16, 64, 2048)]
 """Decoded with a calibration on questions, too."""
 
+SEES_QUESTION: list[Setting] = [
+    setting
+    for level in ("1/16", "1/8", "1/4")
+    for setting in (
+        {"method": "snapkv", "keep": LEVELS[level]},
+        {"method": "h2o", "keep": LEVELS[level]},
+        *_spectral(LEVELS[level], 64, 2048),
+    )
+]
+"""Asked with the question in the prompt, by whose last queries SnapKV chooses."""
+
 AIMS: dict[int, tuple[str, ...]] = {4096: ("1/16", "1/12"), 7680: ("1/16",)}
 """By tokens of the context: the levels of bytes at which `spectral` is asked more questions, or of more tasks."""
 

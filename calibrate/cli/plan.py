@@ -50,7 +50,7 @@ def _is_kept(path: Path) -> bool:
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="Instead: the fewest bytes that keep full's perplexity over the plan's at this or above, e.g. 0.99.",
 )
-@click.option("--method", default="spectral", show_default=True, help="spectral, loki or clusterkv.")
+@click.option("--method", default="spectral", show_default=True, help="The one to plan, e.g. loki or clusterkv.")
 @click.option(
     "--prefix", type=click.IntRange(32), default=1024, show_default=True, help="Tokens of context to plan for."
 )
@@ -121,7 +121,7 @@ def plan_command(
     from ..planning.body import plan_body
     from ..planning.kept import beside
     from ..planning.prompts import QUESTIONS
-    from ..planning.settings import check_artifact, check_method
+    from ..planning.settings import check_fitted, check_method
     from ..planning.subject import Subject
 
     if not data_spec:
@@ -140,7 +140,7 @@ def plan_command(
     if output is None:
         check_new_file(path, _is_plan, "a plan")
     check_new_file(beside(path), _is_kept, "what a plan was made from")
-    check_artifact(method, found)
+    check_fitted(method, found, str(artifact))
     with working("finding the text"):
         data = open_data(data_spec, split, text_column=text_column, seed=prompt_options["seed"])
     loaded = load_calibrated(found, model_spec, device=device, dtype=dtype)

@@ -101,7 +101,8 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _has_numbers(row: Mapping[str, Any]) -> bool:
-    """Whether all that tables and figures show of a row has the type that they need; None: it was not measured."""
+    """Whether all that tables and figures show of a row has the type that they need; None, of what was not
+    measured, has it."""
     for name in MEASURED:
         value = row.get(name)
         if value is None:

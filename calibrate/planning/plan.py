@@ -72,10 +72,10 @@ def measure_points(
 
     points: dict[int, list[Point]] = {}
     for done, layer in enumerate(layers):
-        # The basis is chosen once per layer, all else being equal: it costs the same bytes whichever it is.
+        # The basis is chosen once per layer, all else being equal: of any basis nearly the same bytes are read.
         best = min(measured(layer.index, bases(method)), key=lambda point: point.loss, default=None)
-        basis = {name: best.setting[name] for name in ("stage", "basis")} if best else None
-        points[layer.index] = [*measured(layer.index, grid(method, layer.head_dim, basis)), DENSE]
+        settings = grid(method, layer.head_dim, best.setting if best else None)
+        points[layer.index] = [*measured(layer.index, settings), DENSE]
         if progress:
             progress(done + 1, len(layers))
     return points

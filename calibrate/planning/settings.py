@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...artifacts import Artifact, KvcalError
+from ...artifacts import Artifact, ArtifactError, KvcalError
 from ...runtime.methods import METHODS
 
 Setting = dict[str, Any]
@@ -23,23 +23,29 @@ def check_method(method: str) -> None:
         raise KvcalError(f"no plans for method {method!r}: choose among {', '.join(planned_methods())}")
 
 
-def check_artifact(method: str, artifact: Artifact) -> None:
-    """Raise KvcalError where an artifact lacks what a method decodes with."""
+def check_fitted(method: str, artifact: Artifact, place: str) -> None:
+    """Raise KvcalError where an artifact lacks what a method decodes with.
+
+    Args:
+        place: its folder, as commands take it.
+    """
     for layer in artifact.full_layers[:1]:
         first = METHODS[method](**METHODS[method].planning_grid(layer.head_dim, KEEP)[0])
-        first.bind(layer.index, layer.head_dim, artifact)
+        try:
+            first.bind(layer.index, layer.head_dim, artifact)
+        except ArtifactError as error:
+            raise ArtifactError(f"{str(error).replace('ARTIFACT', place)}, then plan") from None
 
 
 def bases(method: str) -> list[Setting]:
     """The settings by which a layer's basis is chosen, all else being equal; none where there is no choice."""
-    same = {"rank": 0.25, "keep": 1 / 16, "select": "group"}
-    return [{"method": method, **same, **basis} for basis in METHODS[method].planning_bases]
+    return [{"method": method, **basis} for basis in METHODS[method].planning_bases]
 
 
 def grid(method: str, head_dim: int, basis: Setting | None = None) -> list[Setting]:
     """The settings of a layer between which bytes are dealt.
 
     Args:
-        basis: the stage and basis of the best of `bases`.
+        basis: the best of `bases`, of which the basis is taken.
     """
     return [{"method": method, **(basis or {}), **each} for each in METHODS[method].planning_grid(head_dim, KEEP)]

@@ -18,7 +18,7 @@ from ..moments import MomentsFitter
 from ..pca import fit_pca, spectrum
 from ..pre_rotary import PreRotary
 
-QUANTITIES = ("key_pre", "key_post")
+KEY_QUANTITIES = ("key_pre", "key_post")
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def refit_keys(
     def observe(seen: LayerTensors) -> None:
         if seen.layer not in sharing_map.storing:
             return
-        for quantity in QUANTITIES:
+        for quantity in KEY_QUANTITIES:
             keys = getattr(seen, quantity)
             _, heads, _, dim = keys.shape
             fitter = fitters.setdefault((seen.layer, quantity), MomentsFitter(heads, dim))

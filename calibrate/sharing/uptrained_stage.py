@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...artifacts import Artifact, KvcalError, Stage
 from ...runtime.cla import STAGE, WEIGHTS, Cla, resolve, stage_map
-from .refit import QUANTITIES
+from .refit import KEY_QUANTITIES
 from .uptraining import Uptrained
 
 
@@ -58,4 +58,4 @@ def steps_in_all(uptraining: Mapping[str, Any]) -> int:
 
 
 def _is_trained(name: str) -> bool:
-    return name.startswith(WEIGHTS) or (name.startswith("layers.") and name.split(".")[2] in QUANTITIES)
+    return name.startswith(WEIGHTS) or (name.startswith("layers.") and name.split(".")[2] in KEY_QUANTITIES)

@@ -185,8 +185,10 @@ def update(values: Tensor, labels: Tensor, lengths: Tensor, sums: Tensor, sizes:
 
 
 def strides(tokens: Tensor) -> tuple[int, int, int, int]:
-    """(stride of a sequence and of a head, both in units; stride of a token; the unit): 16 bytes where both strides are
-    multiples, so that the compiler knows every key to be aligned."""
+    """(stride of a sequence and of a head, both in units; stride of a token; the unit).
+
+    The unit is 16 bytes where both strides are multiples, so that the compiler knows every key to be aligned.
+    """
     if tokens.shape[2] * tokens.stride(2) >= 2**31:
         raise ValueError(
             f"keys: received {tokens.shape[2]} tokens of stride {tokens.stride(2)}, expected a product below 2^31"

@@ -11,7 +11,7 @@ BITS = (2, 4, 8)
 STEP = {2: 0.9957, 4: 0.3352}
 """Distance of neighbouring levels that loses least of a normal distribution of deviation 1 (Max 1960)."""
 OFFSET = {2: 1.5, 4: 7.5, 8: 127.5}
-"""What a whole number, as it is stored, exceeds its level by."""
+"""Stored whole number minus level."""
 LARGEST_SCALE = 65504.0
 """float16's largest number."""
 

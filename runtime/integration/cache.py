@@ -80,7 +80,7 @@ class Blueprint:
             if not methods[group[0]].keeps_all_tokens:
                 raise KvcalError(
                     f"layers {', '.join(map(str, group))} share keys and values, and {name_of(methods[group[0]])} "
-                    f"forgets tokens that the others still want: take a method that keeps every token ({KEEPING})"
+                    f"evicts tokens that the others still want: take a method that keeps every token ({KEEPING})"
                 )
         return cls(methods, made, artifact, total, groups, sharing.identity if sharing else None)
 

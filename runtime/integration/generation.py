@@ -94,7 +94,8 @@ class GenerationCheck:
                 f"{kind(model)}: generate() leaves out a cache that it is given for a prompt of {first} tokens: use "
                 "compress(), or decode()"
             )
-        # Such a model drops only a cache that generate() made itself, must not take guesses back, and counts padding.
+        # Exempt where no one is left with the dropped cache: one that the user gave would stay behind, and guesses
+        # would be taken back from it; and such a model counts padding, too.
         anew = drops and "next_sequence_length" in type(model).prepare_inputs_for_generation.__code__.co_consts
         if anew and past is None and not guesses and first == real == width:
             return

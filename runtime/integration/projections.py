@@ -81,12 +81,12 @@ class SharedOutput:
 class Read(nn.Module):
     """Replaces a reading layer's key or value projection, or its norm: gives what the storing layer's gave."""
 
-    def __init__(self, shared: SharedOutput):
+    def __init__(self, source: SharedOutput):
         super().__init__()
-        self.shared = shared
+        self.source = source
 
     def forward(self, *args: Any) -> Tensor:
-        return self.shared.take()
+        return self.source.take()
 
 
 class ReadFused(nn.Module):
@@ -95,9 +95,9 @@ class ReadFused(nn.Module):
     rows: Tensor
     """[Hq·D] int64: where queries are in the joint output."""
 
-    def __init__(self, shared: SharedOutput, projection: nn.Module, rows: Tensor):
+    def __init__(self, source: SharedOutput, projection: nn.Module, rows: Tensor):
         super().__init__()
-        self.shared = shared
+        self.source = source
         self.transposed = isinstance(projection, Conv1D)
         part = {name: _query_part(projection, name, tensor, rows) for name, tensor in projection.named_parameters()}
         self.weight = nn.Parameter(part["weight"], requires_grad=False)
@@ -106,7 +106,7 @@ class ReadFused(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         query = F.linear(hidden, self.weight.T if self.transposed else self.weight, self.bias)
-        return self.shared.take().index_copy(-1, self.rows, query)
+        return self.source.take().index_copy(-1, self.rows, query)
 
 
 @dataclass(frozen=True)

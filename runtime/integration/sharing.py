@@ -120,7 +120,7 @@ class Sharing:
                 outputs[name] = SharedOutput(f"{prefix}.{name}", self._threads_in_call)
                 self._hooks.append(storing.attention.get_submodule(name).register_forward_hook(outputs[name].keep))
             # Hooks of the attention, not of the stand-in, which the calibration pass calls twice.
-            self._hooks += [attentions[group[-1]].register_forward_hook(shared.drop) for shared in outputs.values()]
+            self._hooks += [attentions[group[-1]].register_forward_hook(source.drop) for source in outputs.values()]
             self._shared_outputs += outputs.values()
             for reading in projections[1:]:
                 for name, module in reading.replacements(storing, outputs).items():
@@ -169,8 +169,8 @@ class Sharing:
 
     def _drop(self, *args: Any) -> None:
         self._threads_in_call.end()
-        for shared in self._shared_outputs:
-            shared.drop()
+        for source in self._shared_outputs:
+            source.drop()
 
 
 def share(

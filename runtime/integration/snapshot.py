@@ -23,7 +23,7 @@ from ..methods import METHODS, Method
 from ..sharing import SharingMap
 
 FILE = "cache.safetensors"
-_VERSION = 4
+_VERSION = 5
 _MOST_HEADER = 16 << 20
 """Bytes."""
 

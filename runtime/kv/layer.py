@@ -127,8 +127,7 @@ class LayerBuffers:
         every, table = self.layout.summarise_every, cache.metadata.block_table
         ends = [-(-(length // every * every) // PAGE) for length in after]
         due = [
-            table[sequence, length // PAGE : end]
-            for sequence, (length, end) in enumerate(zip(before, ends, strict=True))
+            table[sequence, first // PAGE : end] for sequence, (first, end) in enumerate(zip(before, ends, strict=True))
         ]
         cache.summarise(torch.cat(due), self.layout.summarised, self.layout.summarise)
 

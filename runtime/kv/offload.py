@@ -123,7 +123,7 @@ class DeviceCache:
 
 @dataclass(frozen=True)
 class Offloaded:
-    """A layer's buffers on the host, all read at the same positions, and the cache on the device of their tokens."""
+    """A layer's buffers on the host, all read at the same positions, and the device's cache of their tokens."""
 
     buffers: dict[str, TokenBuffer]
     cache: DeviceCache

@@ -58,8 +58,8 @@ class Method(ABC):
     query_aware: ClassVar[bool] = False
     """Whether the tokens that it evicts after a prompt are meant to be chosen by the question at the prompt's end."""
     planning_bases: ClassVar[Sequence[Mapping[str, object]]] = ()
-    """Choices of basis, as parameters. They read equally many bytes, so `calibrate plan` takes the best of each layer
-    before it compares the settings of `planning_grid`."""
+    """Choices of basis, as parameters. They read nearly as many bytes, so `calibrate plan` takes the best of each
+    layer before it compares the settings of `planning_grid`."""
     shared_defaults: ClassVar[Mapping[str, object]] = {}
     """Parameters whose defaults differ where layers share keys and values, with those defaults."""
 
@@ -260,11 +260,12 @@ class Policy(ABC):
         return widths["key"] + widths["value"]
 
     def tokens_read(self, selected: Selected) -> Tensor:
-        """[] int64: how many tokens a step reads, over all sequences and heads; each is `token_bytes`."""
+        """[] int64: how many tokens a step reads, over all sequences and heads; each costs `token_bytes`."""
         return selected.valid.sum()
 
     def selection_bytes(self, reading: Reading) -> int:
-        """Bytes that a step reads to select tokens, of all sequences. Waits for the device."""
+        """Bytes that a step reads beside selected tokens, of all sequences: to select them, and for what stands for the
+        others. Waits for the device."""
         return 0
 
     def shared_bytes(self, widths: Widths) -> int:
@@ -317,6 +318,5 @@ class Reading:
             return valid.unsqueeze(1).expand(-1, self.heads, -1)
         index, valid = self.selected.index.flatten(1, 2), self.selected.valid.flatten(1, 2)
         times = torch.zeros(*index.shape[:2], metadata.longest, dtype=torch.int32, device=index.device)
-        return (
-            times.scatter_add_(2, index, valid.to(torch.int32)) > 0
-        )  # not a plain scatter: padding names token 0, too, and would unset it
+        # Sums, not a plain scatter: padding names token 0, too, and would unset it.
+        return times.scatter_add_(2, index, valid.to(torch.int32)) > 0

@@ -138,13 +138,13 @@ def highest(scores: Tensor, wanted: Tensor, most: int, even: bool = False) -> Se
     """
     most = min(most, scores.shape[-1])
     if backend("auto", scores) == "triton":
-        heads = scores.shape[1:-1]
+        sizes = scores.shape[1:-1]
         lengths = torch.full_like(wanted, scores.shape[-1], dtype=torch.int32)
         index, count = selecting.select(
             scores.flatten(1, 2).contiguous(), wanted.to(torch.int32), lengths, capacity_out=most
         )
         valid = torch.arange(most, device=scores.device) < count.unsqueeze(-1)
-        return Selected(index.long().unflatten(1, heads), valid.unflatten(1, heads))
+        return Selected(index.long().unflatten(1, sizes), valid.unflatten(1, sizes))
     if even:
         index = scores.topk(most, sorted=False).indices
         return Selected(index, torch.ones_like(index, dtype=torch.bool), padded=False)

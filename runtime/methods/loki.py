@@ -34,7 +34,11 @@ STAGES = ("pre", "post")
 @dataclass(frozen=True)
 class Loki(Sampling, Method):
     shared_defaults = {"basis": "pca"}  # noqa: RUF012 (the type is the base's)
-    planning_bases = tuple({"basis": basis, "stage": stage} for basis in reversed(BASES) for stage in reversed(STAGES))
+    planning_bases = tuple(
+        {"rank": 0.25, "keep": 1 / 16, "select": "group", "basis": basis, "stage": stage}
+        for basis in reversed(BASES)
+        for stage in reversed(STAGES)
+    )
     rank: Amount | str = 0.25
     """Dimensions that are scored: a fraction, a count, or "variance:0.9", the fewest that hold 90 % of what
     the basis is ordered by, in every KV head of the layer."""

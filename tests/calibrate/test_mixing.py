@@ -46,7 +46,7 @@ class _Texts:
 
 def _passages(found: Mixed) -> list[list[int]]:
     passages: list[list[int]] = [[]]
-    for token, own in zip(found.ids, found.own, strict=True):
+    for token, own in zip(found.ids, found.from_text, strict=True):
         assert own == (token != EOS)
         if own:
             passages[-1].append(token)
@@ -136,5 +136,5 @@ def test_no_second_separator_behind_a_passage_that_ends_with_it() -> None:
 
     found = mix([Text(partial(chats, 100)), Text(partial(chats, 200))], 32, 100, [EOS], 0)
     assert len(found.ids) == 32 and found.ids[1::2] == [EOS] * 16
-    assert found.own.count(False) <= 2, "behind a chat of each that was cut off"
+    assert found.from_text.count(False) <= 2, "behind a chat of each that was cut off"
     assert all(tokens >= 12 for _, tokens in found.counts)

@@ -27,7 +27,7 @@ KINDS = {
 
 
 @pytest.fixture(params=KINDS)
-def logits(request: pytest.FixtureRequest) -> SoftmaxSpec:
+def spec(request: pytest.FixtureRequest) -> SoftmaxSpec:
     return KINDS[request.param]
 
 

@@ -162,7 +162,7 @@ def test_equals_the_store(method, on, device):
     "method", ["full", "loki-sinks", "quest", "clusterkv", "spectral", "streaming", "h2o", "snapkv"]
 )
 def test_a_step_can_be_taken_again(method, on, device):
-    """As a graph's is, which is run to warm up and then, from the same state, in earnest."""
+    """As a graph's is, which is run to warm up and then, from the same state, for real."""
     text, spec = Text(torch.float32, device), SoftmaxSpec(DIMS**-0.5)
     on("reference")
     store = make_store(METHODS[method], text.basis)

@@ -94,7 +94,7 @@ class _Maker:
     sample: Callable[[], None]
     """Called before each sample."""
 
-    def make(self, name: str, spec: RulerTask, length: int) -> tuple[Task, dict[str, Any]]:
+    def make(self, name: str, ruler_task: RulerTask, length: int) -> tuple[Task, dict[str, Any]]:
         """A task, and what it was made by.
 
         Asks for less until all of a sample fits: some scripts count without the answer, or change words afterwards. The
@@ -107,31 +107,31 @@ class _Maker:
         spare = len(bos_tokens(self.tokenizer))
         if self.chat:
             spare = len(encode(self.tokenizer, "".join(as_chat(self.tokenizer, (), "", "x", name))))
-        written, samples = self._write(name, spec, length, spare)
+        written, samples = self._write(name, ruler_task, length, spare)
         for tries in range(_ROUNDS):
-            over = max(map(_tokens, samples)) + spec.new_tokens - length
+            over = max(map(_tokens, samples)) + ruler_task.new_tokens - length
             if over <= 0:
                 break
             spare += over << tries  # a script that leaves no room for the answer notices only more than that room
-            written, samples = self._write(name, spec, length, spare)
+            written, samples = self._write(name, ruler_task, length, spare)
         else:
             raise TooShort("too long")
         sizes = [_tokens(sample) for sample in samples]
-        if 2 * sum(sizes) < (length - spec.new_tokens) * len(sizes):
+        if 2 * sum(sizes) < (length - ruler_task.new_tokens) * len(sizes):
             raise TooShort("text comes in larger pieces")
-        source = {"task": f"{name}@{length}", "arguments": spec.arguments, "tokens": [min(sizes), max(sizes)]}
+        source = {"task": f"{name}@{length}", "arguments": ruler_task.arguments, "tokens": [min(sizes), max(sizes)]}
         if written.sentences is not None:
             source["sentences"] = written.sentences
-        return Task(name, length, tuple(samples), spec.new_tokens, spec.scoring), source
+        return Task(name, length, tuple(samples), ruler_task.new_tokens, ruler_task.scoring), source
 
-    def _write(self, name: str, spec: RulerTask, length: int, spare: int) -> tuple[Written, list[Sample]]:
-        template = spec.template.replace("{context}", "{context}" + _QUESTION)
-        prefix = _PREFIX + spec.answer_prefix
+    def _write(self, name: str, ruler_task: RulerTask, length: int, spare: int) -> tuple[Written, list[Sample]]:
+        template = ruler_task.template.replace("{context}", "{context}" + _QUESTION)
+        prefix = _PREFIX + ruler_task.answer_prefix
         arguments = {
-            **{"max_seq_length": length, "tokens_to_generate": spec.new_tokens, "num_samples": self.episodes},
-            **{"random_seed": self.seed % 2**32, "template": template + prefix, **spec.arguments},
+            **{"max_seq_length": length, "tokens_to_generate": ruler_task.new_tokens, "num_samples": self.episodes},
+            **{"random_seed": self.seed % 2**32, "template": template + prefix, **ruler_task.arguments},
         }
-        templates = {spec.kind: {"template": template, "answer_prefix": prefix}}
+        templates = {ruler_task.kind: {"template": template, "answer_prefix": prefix}}
         written = self.scripts.run(
             arguments, templates, lambda text: len(encode(self.tokenizer, _unmarked(text))) + spare, self.sample
         )

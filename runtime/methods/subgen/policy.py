@@ -22,7 +22,7 @@ from .attention import attention_with_sketch
 from .sketch import Shape, Sketch
 
 MOST_LAYERS = 1 << 16
-"""Layers of different seeds draw different numbers, in models of up to so many layers."""
+"""No two pairs of seed and layer draw the same numbers, in models of up to so many layers."""
 MOST_SAMPLES = 1 << 16
 """Per KV head and of each kind: room for all samples is made at once."""
 

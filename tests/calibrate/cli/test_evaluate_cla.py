@@ -78,7 +78,7 @@ def test_what_is_not_there_is_told_in_one_line(artifact, text):
     for options, message in (
         (("--method", "cla", "--set", "groups=4"), "groups '4': give a text"),
         (("--method", "cla+loki", "--set", "uptrained=false"), "calibrate share ARTIFACT"),
-        (("--method", "cla+h2o"), "h2o forgets"),
+        (("--method", "cla+h2o"), "h2o evicts"),
         (("--method", "cla", "--set", "groups=0-2"), "this model has layers 0 to 1"),
     ):
         result = invoke("evaluate", artifact, "--data", text, *QUICK, *options)

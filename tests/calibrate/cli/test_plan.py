@@ -179,7 +179,8 @@ def test_an_artifact_without_a_codebook_says_how_to_make_one(artifact, text, tmp
     bare = tmp_path / "bare"
     save(type(found)(found.model, found.layers, found.data, found.settings, found.versions, stages), bare)
     line = refused("plan", bare, "--data", text, *QUICK)
-    assert "no stage 'codebook'" in line and line.endswith("make it with `calibrate cluster ARTIFACT --metric joint`")
+    assert "no stage 'codebook'" in line
+    assert line.endswith(f"make it with `calibrate cluster {bare} --metric joint`, then plan")
 
 
 def test_every_method_of_a_grid_is_one():

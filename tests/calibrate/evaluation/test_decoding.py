@@ -31,8 +31,8 @@ LOSSY: list[dict[str, Any]] = [
     {"method": "streaming", "keep": 0.25},
     {"method": "subgen", "clusters": 4, "t": 2, "s": 8, "normaliser": "clusters", **TINY},
 ]
-FORGETTING = [setting for setting in LOSSY if setting["method"] in ("h2o", "streaming", "subgen")]
-KEEPING = [setting for setting in LOSSY if setting not in FORGETTING]
+EVICTING = [setting for setting in LOSSY if setting["method"] in ("h2o", "streaming", "subgen")]
+KEEPING = [setting for setting in LOSSY if setting not in EVICTING]
 
 
 def named(setting: dict[str, Any]) -> str:
@@ -142,8 +142,8 @@ def test_a_prefilled_question_is_part_of_the_prompt_of_methods_that_keep_all(mod
     assert expected != answered(model, artifact, "decoded", setting)
 
 
-@pytest.mark.parametrize("setting", FORGETTING, ids=named)
-def test_methods_that_forget_have_forgotten_before_a_prefilled_question(model, setting):
+@pytest.mark.parametrize("setting", EVICTING, ids=named)
+def test_methods_that_evict_have_done_so_before_a_prefilled_question(model, setting):
     """Against calls by hand, one row at a time."""
     expected = []
     for sample in SAMPLES:
@@ -168,7 +168,7 @@ def test_a_method_that_says_that_it_is_query_aware_sees_the_question(model, monk
     assert answered(model, None, "prefilled", setting) == expected
 
 
-def test_what_h2o_forgets_is_chosen_by_the_queries_of_the_context_alone():
+def test_what_h2o_evicts_is_chosen_by_the_queries_of_the_context_alone():
     """The positions held, against the attention of the model itself (`output_attentions`)."""
     model, eager = build("llama").requires_grad_(False), build("llama", attention="eager").requires_grad_(False)
     for layer in (*model.model.layers, *eager.model.layers):  # else attention is almost uniform

@@ -133,7 +133,7 @@ def test_an_interrupted_run_goes_on_to_the_same_figures(tmp_path, model, windows
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("cla+h2o", "h2o forgets tokens that the others still want"),
+        ("cla+h2o", "h2o evicts tokens that the others still want"),
         ("cla+loki", "loki needs a basis of the keys as shared in layer 0"),
     ],
 )
@@ -171,7 +171,7 @@ def test_a_model_that_shares_for_good_is_evaluated_as_one_that_shares_for_the_se
         assert row["resident_bytes"] == same["resident_bytes"]
 
 
-def test_methods_that_forget_are_evaluated_where_nothing_is_shared(model, windows):
+def test_methods_that_evict_are_evaluated_where_nothing_is_shared(model, windows):
     grid = make_grid(["h2o", "cla+h2o"], {"groups": ["0,1,2,3"], "keep": [0.25]})
     rows = evaluate(model, None, Prompts(windows, ()), grid)
     assert rows[1]["perplexity"] == pytest.approx(rows[2]["perplexity"], rel=1e-6)

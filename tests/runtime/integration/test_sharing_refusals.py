@@ -168,7 +168,7 @@ def test_methods_that_forget(method):
     before = inventory(of)
     settings = {**small(method), "method": f"cla+{method}"}
     with (
-        pytest.raises(KvcalError, match=f"layers 0, 1 share keys and values, and {method} forgets tokens"),
+        pytest.raises(KvcalError, match=f"layers 0, 1 share keys and values, and {method} evicts tokens"),
         compress(of, None, **settings, groups="0-1,2"),
     ):
         pass

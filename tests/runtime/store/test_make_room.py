@@ -16,7 +16,7 @@ from kvcal.runtime.store import Store
 
 HKV, G, D, TOKENS, COMING = 2, 2, 8, (24, 17), 5
 SPEC = SoftmaxSpec(0.3)
-FORGETTING: list[dict[str, Any]] = [
+EVICTING: list[dict[str, Any]] = [
     {"method": "streaming", "keep": 9, "sinks": 2},
     {"method": "h2o", "keep": 9},
     {"method": "h2o", "keep": 0.4},
@@ -44,7 +44,7 @@ def step(store: Store) -> Tensor:
     return store.attend(drawn(HKV * G, 1, 5), SPEC)
 
 
-@pytest.mark.parametrize("setting", FORGETTING, ids=str)
+@pytest.mark.parametrize("setting", EVICTING, ids=str)
 def test_a_step_after_it_is_the_step_that_it_would_have_been(setting):
     plain, room = prefilled(setting), prefilled(setting)
     room.make_room()
@@ -58,7 +58,7 @@ def test_a_step_after_it_is_the_step_that_it_would_have_been(setting):
 
 def test_several_tokens_then_see_what_is_held_and_one_another():
     """`streaming`: two sinks and the six most recent of nine, and of the coming ones those up to their own."""
-    store = prefilled(FORGETTING[0])
+    store = prefilled(EVICTING[0])
     store.make_room()
     query, key, value = (drawn(heads, COMING, seed) for heads, seed in ((HKV * G, 3), (HKV, 4), (HKV, 5)))
     out = store.prefill(query, key, value, SPEC)
@@ -84,7 +84,7 @@ def test_methods_that_keep_all_keep_all():
     assert store.tokens["key"].used == TOKENS[0]
 
 
-@pytest.mark.parametrize("setting", FORGETTING, ids=str)
+@pytest.mark.parametrize("setting", EVICTING, ids=str)
 def test_it_can_be_saved_after_it(setting):
     room = prefilled(setting)
     room.make_room()
