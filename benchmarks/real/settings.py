@@ -162,11 +162,13 @@ SEES_QUESTION: list[Setting] = [
     for level in ("1/16", "1/8", "1/4")
     for setting in (
         {"method": "snapkv", "keep": LEVELS[level]},
+        {"method": "snapkv", "keep": LEVELS[level], "kernel": 11},
         {"method": "h2o", "keep": LEVELS[level]},
         *_spectral(LEVELS[level], 64, 2048),
     )
 ]
-"""Asked with the question in the prompt, by whose last queries SnapKV chooses."""
+"""Asked with the question in the prompt, by whose last queries SnapKV chooses; of an answer of five digits these attend
+to the first, and pooling over `kernel` neighbours keeps those behind it."""
 
 AIMS: dict[int, tuple[str, ...]] = {4096: ("1/16", "1/12"), 7680: ("1/16",)}
 """By tokens of the context: the levels of bytes at which `spectral` is asked more questions, or of more tasks."""
