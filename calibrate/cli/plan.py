@@ -50,7 +50,7 @@ def _is_kept(path: Path) -> bool:
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="Instead: the fewest bytes that keep full's perplexity over the plan's at this or above, e.g. 0.99.",
 )
-@click.option("--method", default="spectral", show_default=True, help="The one to plan, e.g. loki or clusterkv.")
+@click.option("--method", default="spectral", show_default=True, help="Method to plan for, e.g. loki or clusterkv.")
 @click.option(
     "--prefix", type=click.IntRange(32), default=1024, show_default=True, help="Tokens of context to plan for."
 )
