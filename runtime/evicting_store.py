@@ -242,6 +242,8 @@ class EvictingStore(Store):
 
     def count(self, tokens: int) -> None:
         self._held = self._held_after(tokens)
+        if tokens:
+            self._drop_queries([True] * len(self.held))
         self._prompt_waits = [False] * len(self.held)
         super().count(tokens)
 

@@ -74,8 +74,8 @@ def test_rows_grow_by_buckets(method, monkeypatch):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_cache_goes_on(method):
-    """A second turn on the cache is the second turn on the cache of generate()."""
+def test_the_cache_goes_on(method, tmp_path):
+    """A second turn on the cache, or on it saved and loaded, is the second turn on the cache of generate()."""
     inputs = padded(9, 23, 40)
     out = decode(model(), artifact=artifact(), max_new_tokens=STEPS, **inputs, **METHODS[method])
     assert out.cache.get_seq_length() == out.tokens.shape[1] - 1
@@ -86,11 +86,13 @@ def test_the_cache_goes_on(method):
     turn = torch.cat((tokens, torch.cat([random_ids(5, seed=row) for row in range(3)])), 1)
     mask = torch.ones_like(turn)
     mask[:, :40] = inputs["attention_mask"]
-    again = [
-        model().generate(turn, attention_mask=mask, past_key_values=of, max_new_tokens=8, do_sample=False)
-        for of in (cache, out.cache)
-    ]
-    assert torch.equal(*again)
+    out.cache.save(tmp_path)
+    loaded = CompressedCache.load(tmp_path, model(), artifact())
+    expected, *others = (
+        model().generate(turn, attention_mask=mask, past_key_values=each, max_new_tokens=8, do_sample=False)
+        for each in (cache, out.cache, loaded)
+    )
+    assert all(torch.equal(other, expected) for other in others)
     assert cache.resident_bytes() <= out.cache.resident_bytes()  # reserved in buckets
 
 
