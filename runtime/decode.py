@@ -6,6 +6,7 @@ where the next replay finds it. The host waits for nothing but, now and then, wh
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,16 @@ import torch
 from torch import Tensor
 
 from ..artifacts import Artifact, KvcalError
+from ..kernels import backend
 from .methods.amounts import check_count
 from .replay import Replay, State
 from .sampling import Sampler
 from .wrapped import unwrapped
 
+WITHOUT_NUMBA = (
+    "numba is not installed: on this CPU attention of full, loki and spectral runs in torch, which takes longer: "
+    "pip install 'kvcal[cpu]'"
+)
 CHECK_EVERY = 16
 """Steps between two looks at whether all rows have ended."""
 
@@ -98,6 +104,8 @@ def _decode(
 
     artifact, method, settings = arguments
     cache = CompressedCache(model, artifact, method, **settings)
+    if input_ids.device.type == "cpu" and not backend.has_numba():
+        warnings.warn(WITHOUT_NUMBA, stacklevel=3)
     # As generate() does: a model that does not name them counts them by what its cache holds.
     positions = {"position_ids": position} if takes_positions(model) else {}
     out = model(input_ids=input_ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1, **positions)

@@ -9,9 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STDLIB = sys.stdlib_module_names | {"__future__"}
+ON_A_CPU = {"numba", "numpy", "llvmlite"}
+"""What kernels in numba import, which nothing imports before one is chosen."""
 ROOMS = {
     "artifacts": ({"torch", "safetensors"}, set()),
-    "kernels": ({"torch", "triton"}, set()),
+    "kernels": ({"torch", "triton", *ON_A_CPU}, set()),
     "runtime": ({"torch", "safetensors", "huggingface_hub"}, {"artifacts", "kernels"}),
 }
 WITH_TRANSFORMERS = ROOT / "runtime" / "integration"
@@ -40,6 +42,12 @@ def test_a_room_imports_only_what_it_may(room):
         allowed = STDLIB | packages | ({"transformers"} if WITH_TRANSFORMERS in path.parents else set())
         assert names <= allowed, path
         assert rooms <= below, path
+
+
+def test_numba_is_asked_for_where_its_kernels_are_and_nowhere_else():
+    for path in (ROOT / "kernels").rglob("*.py"):
+        if path.parent.name != "cpu" and not path.name.startswith(("cpu", "launch")):
+            assert not imports(path)[0] & ON_A_CPU, path
 
 
 def test_memory_knows_no_method():

@@ -17,7 +17,7 @@ from kvcal.runtime.attention import SoftmaxSpec
 from kvcal.runtime.fixed_step import Clock, FixedStep
 from kvcal.runtime.methods.base import Selected
 from kvcal.runtime.methods.basis import Basis
-from kvcal.runtime.methods.choosing import Counts, attend_selected, choose, shared
+from kvcal.runtime.methods.choosing import Counts, attend_selected, choose
 from kvcal.runtime.methods.clusterkv import ClusterKV, ClusterKVPolicy
 from kvcal.runtime.methods.full import Full
 from kvcal.runtime.methods.loki import Loki, LokiPolicy
@@ -63,7 +63,7 @@ def loki(copy: Copy, sizes: Sizes, basis: str) -> Method:
     scores = scored()
 
     def select() -> Selected:
-        return choose(shared(scores, of.select), counts)
+        return choose(scores, counts, of.select)
 
     attend = partial(attend_selected, policy.query(copy.query), cache, select(), SoftmaxSpec(sizes.scaling))
     return made(step, copy, sizes, {"score": scored, "select": select, "attend": attend})

@@ -128,5 +128,5 @@ def forced(backend: str) -> Iterator[None]:
         for name, module in list(sys.modules.items()):
             if name.startswith("kvcal.") and module is not dispatcher:
                 for known in [known for known, of in vars(module).items() if of is dispatcher.choose]:
-                    stack.enter_context(mock.patch.object(module, known, lambda *_: backend))
+                    stack.enter_context(mock.patch.object(module, known, lambda *_, **__: backend))
         yield

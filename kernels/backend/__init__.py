@@ -9,21 +9,38 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "triton", "reference")
+_refused = False
+NUMBA_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("auto", "triton", "numba", "reference")
 
 
-def choose(backend: str, tensor: Tensor) -> str:
-    """`"triton"` or `"reference"` for a call whose operands live where `tensor` does.
+def choose(backend: str, tensor: Tensor, *, triton: bool = True, numba: bool = False) -> str:
+    """`"triton"`, `"numba"` or `"reference"` for a call whose operands live where `tensor` does.
 
-    `"auto"` takes Triton for CUDA tensors (where triton is installed) and the reference otherwise. `"triton"` and
-    `"reference"` are taken at their word: ValueError where Triton cannot run, never the other one in silence.
+    `"auto"` takes Triton for CUDA tensors and numba on a CPU, where they are installed, and the reference otherwise.
+    Others are taken at their word: ValueError where one cannot run, never another in silence.
+
+    Args:
+        triton, numba: whether the operation has a kernel of it.
     """
     if backend == "reference":
         return "reference"
     if backend == "auto":
-        return "triton" if tensor.is_cuda and has_triton() else "reference"
-    if backend != "triton":
-        raise ValueError(f"backend: received {backend!r}, expected one of {', '.join(BACKENDS)}")
+        if triton and tensor.is_cuda and has_triton():
+            return "triton"
+        return "numba" if numba and not tensor.is_cuda and takes_numba(tensor) else "reference"
+    if backend == "numba" and numba:
+        if not has_numba():
+            raise ValueError("backend: received 'numba', which is not installed: pip install numba, or use 'auto'")
+        if not takes_numba(tensor):
+            raise ValueError(
+                f"backend: received 'numba' for {tensor.dtype} on {tensor.device}, expected numbers of at most 32 bits "
+                "on a CPU without gradients"
+            )
+        return "numba"
+    known = [name for name, has in zip(BACKENDS, (True, triton, numba, True), strict=True) if has]
+    if backend not in known:
+        raise ValueError(f"backend: received {backend!r}, expected one of {', '.join(known)}")
     if not has_triton():
         raise ValueError("backend: received 'triton', which is not installed: pip install triton, or use 'auto'")
     if not (tensor.is_cuda or interpreting()):
@@ -47,6 +64,29 @@ def check_operand(name: str, operand: Tensor, dtype: torch.dtype, shape: Sequenc
 @cache
 def has_triton() -> bool:
     return find_spec("triton") is not None
+
+
+@cache
+def has_numba() -> bool:
+    return find_spec("numba") is not None
+
+
+def refuse_numba() -> None:
+    """Let this process run no kernel in numba."""
+    global _refused
+    _refused = True
+
+
+def takes_numba(tensor: Tensor) -> bool:
+    """Whether numba is installed and can work on this tensor, whose gradients it would lose."""
+    needs_gradient = tensor.requires_grad and torch.is_grad_enabled()
+    return (
+        has_numba()
+        and not _refused
+        and tensor.device.type == "cpu"
+        and tensor.dtype in NUMBA_FLOATS
+        and not needs_gradient
+    )
 
 
 def interpreting() -> bool:

@@ -41,7 +41,14 @@ def dense(
     check_cache(query, key, value)
     check_result(query, value.shape[-1], sink_logits, out)
     check("lengths", lengths, torch.int32, [query.shape[0]])
-    if choose(backend, query) == "reference":
+    chosen = choose(backend, query, numba=True)
+    if chosen == "numba" and fits(key, value):
+        from .launch import dense as on_cpu
+
+        return on_cpu(query, key, value, lengths, scaling=scaling, softcap=softcap, sink_logits=sink_logits, out=out)
+    if chosen == "numba" and backend == "numba":
+        raise ValueError("key, value: backend 'numba' takes caches with heads first in memory: use 'reference'")
+    if chosen != "triton":
         result = reference.dense(query, key, value, lengths, scaling=scaling, softcap=softcap, sink_logits=sink_logits)
         return result if out is None else out.copy_(result)
     from . import triton_kernel
@@ -49,3 +56,10 @@ def dense(
     return triton_kernel.dense(
         query, key, value, lengths, scaling=scaling, softcap=softcap, sink_logits=sink_logits, out=out
     )
+
+
+def fits(key: Tensor, value: Tensor) -> bool:
+    """Whether the kernel in numba takes these caches: token buffers, which have heads first in memory."""
+    from ..cpu import buffer_of
+
+    return buffer_of(key) is not None and buffer_of(value) is not None

@@ -144,14 +144,20 @@ class LayerCache:
     """Those of `pages` that lie on the host; None: none do."""
     sequence_index: object = None
     """What a method has built over whole sequences."""
-    _ordered: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    """Views of contiguous pages by name, [B, Hkv, P · PAGE, …]."""
+    _prepared: dict[Hashable, object] = field(default_factory=dict, repr=False)
+    """What was made of the buffers where they lie, see `prepared`."""
 
     def at(self, metadata: DecodeMetadata) -> LayerCache:
         """The same buffers and the same block table, at another step."""
         return LayerCache(
-            self.pages, self.summaries, self.sums, metadata, self.offloaded, self.sequence_index, self._ordered
+            self.pages, self.summaries, self.sums, metadata, self.offloaded, self.sequence_index, self._prepared
         )
+
+    def prepared(self, name: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, called once as long as the buffers stand still: views of them, say."""
+        if name not in self._prepared:
+            self._prepared[name] = make()
+        return self._prepared[name]  # type: ignore[return-value]
 
     @property
     def heads(self) -> int:
@@ -160,19 +166,20 @@ class LayerCache:
 
     def tokens(self, name: str) -> Tensor:
         """[B, Hkv, longest, …] on the device: every token in order; where the table is contiguous, a view."""
-        ordered = self._ordered[name] if name in self._ordered else self._in_order(name)
+        ordered = self.buffer(name)
         ordered = ordered.narrow(2, 0, self.metadata.longest)
         if self.offloaded is not None and name in self.offloaded.names:
             return ordered.to(self.metadata.seq_lens.device)
         return ordered
 
-    def _in_order(self, name: str) -> Tensor:
-        """[B, Hkv, P · PAGE, …]"""
+    def buffer(self, name: str) -> Tensor:
+        """[B, Hkv, P · PAGE, …]: every token in order, up to the capacity; where the table is contiguous, a view."""
+        if name in self._prepared:
+            return self._prepared[name]  # type: ignore[return-value]
         pages, table = self.pages[name], self.metadata.block_table
         if not self.metadata.contiguous:
             return pages[table].flatten(1, 2).transpose(1, 2)
-        self._ordered[name] = pages.view(table.shape[0], -1, *pages.shape[2:]).transpose(1, 2)
-        return self._ordered[name]
+        return self.prepared(name, lambda: pages.view(table.shape[0], -1, *pages.shape[2:]).transpose(1, 2))
 
     def gather(self, names: Sequence[str], index: Tensor, valid: Tensor | None = None) -> list[Tensor]:
         """[B, Hkv, K, …] of each name: the tokens at positions `index` [B, Hkv, K] int64 of their sequences.
@@ -187,7 +194,7 @@ class LayerCache:
         slots = metadata.slots(index)
         return [self.pages[name].flatten(0, 1)[slots, head] for name in names]
 
-    def of_pages(self, name: str) -> Tensor:
+    def summary(self, name: str) -> Tensor:
         """[B, Hkv, P, …]: the summaries of every sequence's pages in order; where the table is contiguous, a view."""
         table, pages = self.metadata.block_table, self.summaries[name]
         ordered = pages.unflatten(0, table.shape) if self.metadata.contiguous else pages[table]
@@ -199,7 +206,7 @@ class LayerCache:
         if metadata.contiguous and {"key", "value"} <= new.keys() and choose("auto", new["key"]) == "triton":
             held = metadata.once("held", lambda: metadata.seq_lens - 1)
             key, value = new.pop("key").squeeze(2), new.pop("value").squeeze(2)
-            append(key, value, self._in_order("key"), self._in_order("value"), held)  # one launch
+            append(key, value, self.buffer("key"), self.buffer("value"), held)  # one launch
         if not new:
             return
         slots = metadata.once("last slots", metadata.last_slots)
@@ -211,7 +218,7 @@ class LayerCache:
         """Put [B, Hkv, 1, …] of each name into slots [B, Hkv] int64 of contiguous pages."""
         for name, tensor in new.items():
             index = slot[:, :, None, None].expand(-1, -1, 1, tensor.shape[3])
-            self._in_order(name).scatter_(2, index, tensor)
+            self.buffer(name).scatter_(2, index, tensor)
 
     def receive(self, attention: Tensor) -> None:
         """Add [B, Hkv, n] float32 to the attention that the first n tokens have received so far."""

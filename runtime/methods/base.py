@@ -28,6 +28,32 @@ class Selected:
     padded: bool = True
     """Whether there may be padding; False where the host knows that all entries are valid."""
 
+    def count(self) -> Tensor:
+        """[] int64: how many tokens, over all sequences and heads."""
+        return self.valid.sum()
+
+    def mask(self, longest: int) -> Tensor:
+        """[B, Hkv or Hq, longest] bool."""
+        index, valid = self.index.flatten(1, 2), self.valid.flatten(1, 2)
+        times = torch.zeros(*index.shape[:2], longest, dtype=torch.int32, device=index.device)
+        # Sums, not a plain scatter: padding names token 0, too, and would unset it.
+        return times.scatter_add_(2, index, valid.to(torch.int32)) > 0
+
+
+@dataclass(frozen=True)
+class Marked:
+    """The same, as a mark of every token."""
+
+    read: Tensor
+    """[B, Hkv, G or 1, longest] bool."""
+
+    def count(self) -> Tensor:
+        return self.read.sum()
+
+    def mask(self, longest: int) -> Tensor:
+        assert longest == self.read.shape[-1]
+        return self.read.flatten(1, 2)
+
 
 @dataclass(frozen=True)
 class Attended:
@@ -35,7 +61,7 @@ class Attended:
 
     output: Tensor
     """[B, Hq, 1, Dv]"""
-    selected: Selected | None
+    selected: Selected | Marked | None
     """None: every token that is held was read."""
     received: Tensor | None = None
     """[B, Hkv, longest] float32: the attention that each token receives in this step, added over a KV head's query
@@ -259,9 +285,9 @@ class Policy(ABC):
         """Bytes that a step reads of one selected token, per KV head."""
         return widths["key"] + widths["value"]
 
-    def tokens_read(self, selected: Selected) -> Tensor:
+    def tokens_read(self, selected: Selected | Marked) -> Tensor:
         """[] int64: how many tokens a step reads, over all sequences and heads; each costs `token_bytes`."""
-        return selected.valid.sum()
+        return selected.count()
 
     def selection_bytes(self, reading: Reading) -> int:
         """Bytes that a step reads beside selected tokens, of all sequences: to select them, and for what stands for the
@@ -283,7 +309,7 @@ class Reading:
 
     policy: Policy
     metadata: DecodeMetadata
-    selected: Selected | None
+    selected: Selected | Marked | None
     heads: int
     """Hkv"""
     widths: Widths
@@ -316,7 +342,4 @@ class Reading:
         if self.selected is None:
             valid = metadata.positions() < metadata.seq_lens.unsqueeze(1)
             return valid.unsqueeze(1).expand(-1, self.heads, -1)
-        index, valid = self.selected.index.flatten(1, 2), self.selected.valid.flatten(1, 2)
-        times = torch.zeros(*index.shape[:2], metadata.longest, dtype=torch.int32, device=index.device)
-        # Sums, not a plain scatter: padding names token 0, too, and would unset it.
-        return times.scatter_add_(2, index, valid.to(torch.int32)) > 0
+        return self.selected.mask(metadata.longest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from ...kernels import attend as attending
 from ...kernels import select as selecting
 from ...kernels.backend import choose as backend
+from ...kernels.scan import Budget as ScanBudget
 from ..attention import SoftmaxSpec, attention
 from ..kv.pages import PAGE, DecodeMetadata, LayerCache
 from .amounts import Amount, Budget, check_choice, check_count
@@ -19,7 +21,7 @@ from .budgets import budgets
 SELECTS = ("head", "group", "max")
 CHOICES = ("exact", "sampled")
 SLACK = 1.5
-"""A sampled choice reads at most so many times its budget."""
+"""In torch a sampled choice reads at most so many times its budget."""
 
 
 @dataclass(frozen=True)
@@ -50,28 +52,26 @@ class Sampling(Selection):
         check_count("sample", self.sample, 16)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Counts:
     """How many tokens of each sequence a step reads, the same in all layers of equal settings."""
 
     lengths: Tensor
     """[B] int64"""
+    longest: int
+    """No sequence has more tokens."""
     wanted: Tensor
     """[B] int64: tokens that are read."""
     most: int
     """`wanted` is nowhere larger."""
     even: bool
     """Whether `wanted` is `most` everywhere, and all sequences are equally long."""
-    candidate: Tensor
-    """[B, 1, 1, S] bool: the tokens among which scores choose."""
-    candidates: Tensor
-    """[B] int64: how many candidates there are."""
-    room: Tensor
-    """[B] int64: how many candidates are read."""
-    always: Tensor | None
-    """[B, 1, 1, S] bool: first and last tokens, which are read whatever their scores; None: there are none."""
-    full: Tensor
-    """[B, 1, 1, S // PAGE] bool: which pages are full."""
+    first: Tensor
+    """[B] int64: the first tokens, so many, are read whatever their scores."""
+    begin: Tensor
+    """[B] int64: from here to the end tokens are read whatever their scores."""
+    has_always: bool
+    """Whether there are such tokens."""
 
     @classmethod
     def of(cls, budget: Budget, metadata: DecodeMetadata, sinks: int = 0, recent: Amount = 0) -> Counts | None:
@@ -89,39 +89,87 @@ class Counts:
         first = lengths.clamp_max(sinks)
         last = (wanted * recent).long() if isinstance(recent, float) else (wanted // 2 - first).clamp(1, recent)
         begin = torch.maximum(first, lengths - last)
-        position = metadata.positions()
-        candidate = ((position >= first.unsqueeze(1)) & (position < begin.unsqueeze(1)))[:, None, None]
-        always = None
-        most = budget.of(metadata.longest) if even else budget.most(metadata.longest)
-        if sinks or recent:
-            always = (position < lengths.unsqueeze(1))[:, None, None] & ~candidate
-            wanted, most = (
-                wanted.maximum(lengths - (begin - first)),
-                max(most, min(metadata.longest, sinks + bool(recent))),
-            )
-        candidates = begin - first
-        full = torch.arange(metadata.longest // PAGE, device=lengths.device) < (lengths // PAGE).unsqueeze(1)
-        room = wanted - (lengths - candidates)
-        return cls(lengths, wanted, most, even, candidate, candidates, room, always, full[:, None, None])
+        most, has_always = budget.of(metadata.longest) if even else budget.most(metadata.longest), bool(sinks or recent)
+        if has_always:
+            wanted = wanted.maximum(lengths - (begin - first))
+            most = max(most, min(metadata.longest, sinks + bool(recent)))
+        return cls(lengths, metadata.longest, wanted, most, even, first, begin, has_always)
+
+    @cached_property
+    def candidates(self) -> Tensor:
+        """[B] int64: how many tokens scores choose among."""
+        return self.begin - self.first
+
+    @cached_property
+    def room(self) -> Tensor:
+        """[B] int64: how many of them are read."""
+        return self.wanted - (self.lengths - self.candidates)
+
+    @cached_property
+    def position(self) -> Tensor:
+        """[S] int64: 0, 1, 2, …"""
+        return torch.arange(self.longest, device=self.lengths.device)
+
+    @cached_property
+    def candidate(self) -> Tensor:
+        """[B, 1, 1, S] bool"""
+        position = self.position
+        return ((position >= self.first.unsqueeze(1)) & (position < self.begin.unsqueeze(1)))[:, None, None]
+
+    @cached_property
+    def always(self) -> Tensor | None:
+        """[B, 1, 1, S] bool: tokens that are read whatever their scores; None: there are none."""
+        if not self.has_always:
+            return None
+        return (self.position < self.lengths.unsqueeze(1))[:, None, None] & ~self.candidate
+
+    @cached_property
+    def full(self) -> Tensor:
+        """[B, 1, 1, S // PAGE] bool: which pages are full."""
+        page = self.position[: self.longest // PAGE]
+        return (page < (self.lengths // PAGE).unsqueeze(1))[:, None, None]
+
+    def sampled(self, sample: int) -> tuple[Tensor, Tensor]:
+        """(stride, rank) [B] int64 each: the threshold is the score of the rank-th best of every stride-th token."""
+        stride = (self.lengths // sample).clamp_min(1)
+        return stride, ((self.room + stride // 2) // stride).clamp_min(1).masked_fill(self.room <= 0, 0)
+
+    def scan_budget(self, sample: int) -> ScanBudget:
+        """The budget of a scan.
+
+        Args:
+            sample: tokens of the sample, at least; 0: every token.
+        """
+        stride, rank = self.sampled(sample) if sample else (torch.ones_like(self.room), self.room)
+        rank = rank.masked_fill(self.room >= self.candidates, -1)
+        return ScanBudget(self.lengths, self.first, self.begin, stride, rank, self.longest)
 
 
-def shared(scores: Tensor, select: str) -> Tensor:
-    """[B, Hkv, G, S] -> [B, Hkv, G or 1, S]: the scores by which tokens are chosen, see `Selection.select`."""
+def shared(logits: Tensor, select: str, normaliser: Tensor | None = None) -> Tensor:
+    """[B, Hkv, G, S] -> [B, Hkv, G or 1, S]: the scores by which tokens are chosen, see `Selection.select`.
+
+    Args:
+        normaliser: [B, Hkv, G, 1], the logarithm of the mass that softmaxes are over; None: that of these tokens.
+    """
     if select == "group":
-        return scores.log_softmax(-1).logsumexp(2, keepdim=True)  # in logarithms, where nothing underflows
-    return scores.amax(2, keepdim=True) if select == "max" else scores
+        normaliser = logits.logsumexp(-1, keepdim=True) if normaliser is None else normaliser
+        return (logits - normaliser).logsumexp(2, keepdim=True)  # in logarithms, where nothing underflows
+    return logits.amax(2, keepdim=True) if select == "max" else logits
 
 
-def choose(scores: Tensor, counts: Counts, sample: int = 0) -> Selected:
+def choose(logits: Tensor, counts: Counts, select: str, sample: int = 0) -> Selected:
     """The tokens that a step reads.
 
     Args:
-        scores: [B, Hkv, G or 1, S], -inf beyond the tokens of a sequence; at tokens that are always read, any number.
+        logits: [B, Hkv, G, S], -inf beyond the tokens of a sequence.
         sample: where S is larger, the tokens that reach a threshold are read, taken from a sample of at least so many
-            scores; 0: the best tokens are read.
+            tokens; 0: the best tokens are read.
     """
-    if sample and scores.shape[-1] > sample:
-        return above_sampled(scores.masked_fill(~counts.candidate, -torch.inf), counts, sample)
+    if counts.has_always:
+        logits = logits.masked_fill(~counts.candidate, -torch.inf)
+    if sample and logits.shape[-1] > sample:
+        return above_sampled(logits, counts, select, sample)
+    scores = shared(logits, select)
     if counts.always is not None:
         # The masks also replace NaN, the softmax of a sequence without candidates.
         scores = scores.masked_fill(~counts.candidate, -torch.inf).masked_fill(counts.always, torch.inf)
@@ -154,26 +202,27 @@ def highest(scores: Tensor, wanted: Tensor, most: int, even: bool = False) -> Se
     return Selected(best.indices.masked_fill(~valid, 0), valid)
 
 
-def above_sampled(scores: Tensor, counts: Counts, sample: int) -> Selected:
+def above_sampled(logits: Tensor, counts: Counts, select: str, sample: int) -> Selected:
     """About `counts.room` of the best candidates: those that reach a threshold, which is the score that the same share
-    of a strided sample reaches.
+    of a strided sample reaches. Softmaxes are over the sample, too.
 
     So no sort of all scores is needed, and once the sample is known, each token is read or not by its own score. Where
     more than `SLACK · room` candidates reach the threshold, the first of them are read.
 
     Args:
-        scores: [B, Hkv, G or 1, S], -inf at tokens that are no candidates.
+        logits: [B, Hkv, G, S], -inf at tokens that are no candidates.
         sample: the sample has at least so many tokens, and fewer than twice as many: every `length // sample`-th token
             of a sequence.
     """
-    total, lengths, room = scores.shape[-1], counts.lengths, counts.room
-    stride = (lengths // sample).clamp_min(1)
-    strided = torch.arange(min(total, 2 * sample), device=scores.device) * stride.unsqueeze(1)
-    shape = (*scores.shape[:3], -1)
-    sampled = scores.gather(-1, strided.clamp_max(total - 1)[:, None, None].expand(shape))
+    total, lengths, room = logits.shape[-1], counts.lengths, counts.room
+    stride, rank = counts.sampled(sample)
+    strided = torch.arange(min(total, 2 * sample), device=logits.device) * stride.unsqueeze(1)
+    sampled = logits.gather(-1, strided.clamp_max(total - 1)[:, None, None].expand(*logits.shape[:3], -1))
     sampled = sampled.masked_fill((strided >= lengths.unsqueeze(1))[:, None, None], -torch.inf)
-    best = sampled.topk(min(counts.most, strided.shape[1])).values
-    rank = ((room + stride // 2) // stride).clamp(1, best.shape[-1]).view(-1, 1, 1, 1)
+    normaliser = sampled.logsumexp(-1, keepdim=True)
+    scores = shared(logits, select, normaliser)
+    best = shared(sampled, select, normaliser).topk(min(counts.most, strided.shape[1])).values
+    rank = rank.clamp(1, best.shape[-1]).view(-1, 1, 1, 1)
     threshold = best.gather(-1, (rank - 1).expand(*best.shape[:3], 1))
     threshold = threshold.masked_fill((room >= counts.candidates).view(-1, 1, 1, 1), -torch.inf)
     reached = (scores >= threshold) & (scores > -torch.inf)

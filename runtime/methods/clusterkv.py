@@ -210,7 +210,7 @@ class ClusterKVPolicy(Policy):
 
     def selection_bytes(self, reading: Reading) -> int:
         """Of every cluster the mean key and size, with a tail the mean value, too; of selected tokens the position."""
-        assert reading.selected is not None
+        assert isinstance(reading.selected, Selected)
         names = (KEY, SIZE, VALUE) if self.settings.tail else (KEY, SIZE)
         clusters = reading.entries * reading.heads * sum(reading.widths[name] for name in names)
         return clusters + int(self.tokens_read(reading.selected)) * reading.widths[MEMBERS]

@@ -11,7 +11,7 @@ from ...artifacts import Artifact
 from ..attention import SoftmaxSpec
 from ..kv.pages import LayerCache
 from .base import Attended, Method, Policy, Reading, Widths
-from .choosing import Counts, Selection, choose, shared
+from .choosing import Counts, Selection, choose
 from .full import attend_all
 
 
@@ -39,7 +39,7 @@ class ExactTopkPolicy(Policy):
         exact = spec.logits(grouped.float() @ key.float().mT)
         if (valid := metadata.valid()) is not None:
             exact = exact.masked_fill(~valid[:, None, None], -torch.inf)
-        selected = choose(shared(exact, settings.select), counts)
+        selected = choose(exact, counts, settings.select)
         index = selected.index
         weights = exact.gather(-1, index.expand(*exact.shape[:3], -1)).masked_fill(~selected.valid, -torch.inf)
         (value,) = cache.gather(("value",), index.flatten(2), selected.valid.flatten(2))

@@ -8,11 +8,14 @@ from torch import Tensor
 
 from ...artifacts import Artifact
 from ...kernels.backend import choose
-from ...kernels.dense import dense
+from ...kernels.dense import dense, fits
 from ..attention import SoftmaxSpec, attention, probabilities
 from ..kv.pages import RECEIVED, DecodeMetadata, LayerCache
 from .amounts import check_count, check_flag
 from .base import Attended, Method, Policy
+
+MANY = 1024
+"""Tokens from which dense attention in numba on a CPU is no slower than torch's."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class FullPolicy(Policy):
 
 def attend_all(query: Tensor, key: Tensor, value: Tensor, metadata: DecodeMetadata, spec: SoftmaxSpec) -> Tensor:
     """[B, Hq, 1, Dv]: attention of the last tokens to all of their sequences, keys [B, Hkv, longest, D]."""
-    if choose("auto", query) == "triton":
+    kernel = choose("auto", query, numba=metadata.longest >= MANY)
+    if kernel == "triton" or (kernel == "numba" and query.dtype == key.dtype == value.dtype and fits(key, value)):
         grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))
         sink_logits = None if spec.sink_logits is None else spec.sink_logits.float()
         out = dense(

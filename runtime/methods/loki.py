@@ -18,14 +18,16 @@ from torch import Tensor
 
 from ...artifacts import Artifact, KvcalError
 from ...kernels.backend import choose as backend
+from ...kernels.scan import Tables, Tokens
 from ...kernels.score import score
 from ..attention import SoftmaxSpec
 from ..kv.pages import LayerCache
 from .amounts import Amount, check_choice, check_count
 from .base import Attended, Method, Policy, Reading, Widths
 from .basis import UPTRAIN, Basis
-from .choosing import Counts, Sampling, attend_selected, choose, shared
+from .choosing import Counts, Sampling, attend_selected, choose
 from .full import attend_all
+from .scanning import Scan
 
 BASES = ("pca", "score")
 STAGES = ("pre", "post")
@@ -106,12 +108,22 @@ class LokiPolicy(Policy):
         counts = metadata.once(
             (settings, type(settings.keep)), lambda: Counts.of(settings, metadata, settings.sinks, settings.recent)
         )
-        query = self.query(query)
+        query, sample = self.query(query), settings.sample if settings.choice == "sampled" else 0
         if counts is None:
             return Attended(attend_all(query, *self.keys_values(cache), metadata, spec), None)
-        scores = shared(self._scores(query, cache, spec), settings.select)
-        selected = choose(scores, counts, settings.sample if settings.choice == "sampled" else 0)
+        scan = Scan.of(cache, lambda: self._scan(cache))
+        if scan is not None and scan.takes(query):
+            return scan.step(query, cache, counts, settings.select, sample, spec)
+        selected = choose(self._scores(query, cache, spec), counts, settings.select, sample)
         return Attended(attend_selected(query, cache, selected, spec), selected)
+
+    def _scan(self, cache: LayerCache) -> Scan:
+        reduced = cache.buffer("key" if self.rotates else "projected")
+        query_map = self.basis.query_map.mT
+        if self.rotates:  # keys and queries lie in the basis, whose first dimensions are scored
+            query_map = torch.eye(*query_map.shape[1:], device=query_map.device).expand_as(query_map)
+        held = Tokens(cache.buffer("key"), cache.buffer("value"), reduced)
+        return Scan(held, Tables(query_map[..., : self.basis.rank].float().contiguous()))
 
     def _scores(self, query: Tensor, cache: LayerCache, spec: SoftmaxSpec) -> Tensor:
         """[B, Hkv, G, S] float32: logits from the first dimensions of the basis, -inf beyond a sequence's tokens."""

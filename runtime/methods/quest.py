@@ -12,7 +12,7 @@ from ...artifacts import Artifact, KvcalError
 from ..attention import SoftmaxSpec
 from ..kv.pages import PAGE, LayerCache
 from .amounts import check_count
-from .base import Attended, Method, Policy, Reading, Selected
+from .base import Attended, Marked, Method, Policy, Reading, Selected
 from .budgets import budgets
 from .choosing import Selection, attend_selected, highest, shared
 from .full import attend_all
@@ -103,7 +103,7 @@ class QuestPolicy(Policy):
 
     def _bounds(self, query: Tensor, cache: LayerCache, pages: Pages, spec: SoftmaxSpec) -> Tensor:
         """[B, Hkv, G, U] float32: upper bounds of q·k within each page; -inf where a sequence has no such page."""
-        low, high = (cache.of_pages(name) for name in ("low", "high"))
+        low, high = (cache.summary(name) for name in ("low", "high"))
         count, (batch, heads), dims = pages.absent.shape[-1], low.shape[:2], query.shape[-1]
         low, high = (corner.reshape(batch, heads, -1, dims)[:, :, :count].float() for corner in (low, high))
         grouped = query.squeeze(2).unflatten(1, (heads, -1)).float()
@@ -122,8 +122,9 @@ class QuestPolicy(Policy):
         (key,) = cache.gather(("key",), index)
         return key.amin(2, keepdim=True).float(), key.amax(2, keepdim=True).float()
 
-    def tokens_read(self, selected: Selected) -> Tensor:
+    def tokens_read(self, selected: Selected | Marked) -> Tensor:
         """Pages count whole, the growing one, too."""
+        assert isinstance(selected, Selected)
         return selected.valid.unflatten(-1, (-1, self.page)).any(-1).sum() * self.page
 
     def selection_bytes(self, reading: Reading) -> int:

@@ -13,8 +13,8 @@ from ...artifacts import Artifact
 from ..attention import SoftmaxSpec
 from ..kv.pages import LayerCache
 from .amounts import Amount, check_amount, check_choice, count_of
-from .base import Attended, Method, Policy, Reading
-from .choosing import Counts, Selection, attend_selected, choose, shared
+from .base import Attended, Method, Policy, Reading, Selected
+from .choosing import Counts, Selection, attend_selected, choose
 from .full import attend_all
 
 RECENT = 0.25
@@ -52,7 +52,7 @@ class SparqPolicy(Policy):
         if counts is None:
             return Attended(attend_all(query, *self.keys_values(cache), metadata, spec), None)
         scores = self._scores(query, cache, spec)
-        selected = choose(shared(scores, settings.select), counts)
+        selected = choose(scores, counts, settings.select)
         exact = attend_selected(query, cache, selected, spec)
         share = (1 - self._unread(scores, selected.index, selected.valid, spec))[..., None, None]
         mean = (cache.sums["value_sum"] / counts.lengths.view(-1, 1, 1))[:, :, None, None]
@@ -84,7 +84,7 @@ class SparqPolicy(Policy):
         return approximate.sum(-1) - read.sum(-1)
 
     def selection_bytes(self, reading: Reading) -> int:
-        assert reading.selected is not None
+        assert isinstance(reading.selected, Selected)
         readers = reading.selected.index.shape[1] * reading.selected.index.shape[2]
         scored = reading.tokens() * readers * reading.widths["key"] // self.dims * self.channels
         return scored + len(reading.metadata.seq_lens) * reading.heads * reading.widths["value_sum"]

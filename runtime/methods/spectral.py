@@ -28,18 +28,23 @@ import torch
 from torch import Tensor
 
 from ...artifacts import Artifact, KvcalError
+from ...kernels.backend import choose as choose_backend
 from ...kernels.codes import BITS, decode, encode, fields_of, products
+from ...kernels.scan import Tables, Tokens
 from ..attention import SoftmaxSpec
 from ..kv.pages import PAGE, LayerCache
 from .amounts import Amount, check_choice, check_count, check_flag
 from .base import Attended, Method, Policy, Reading, Selected, Widths
 from .basis import rank_of
-from .choosing import Counts, Sampling, choose, shared
+from .choosing import Counts, Sampling, choose
 from .codewords import Codewords, nearest
 from .full import attend_all
+from .scanning import Scan
 
-Tables = Mapping[str, Tensor]
+ByName = Mapping[str, Tensor]
 """The tables of a layer by name, see `Codewords.on`."""
+FEW = 16
+"""Tokens up to which a CPU encodes them in numba; more are faster as products of matrices."""
 STEP = 16
 """Ranks are multiples of it where the head dim is: the least that a tensor core multiplies."""
 PLANNING_CODES = ((0.25, 2), (0.5, 2), (1.0, 2), (0.5, 4))
@@ -117,6 +122,8 @@ class Spectral(Sampling, Method):
 class SpectralPolicy(Policy):
     def __init__(self, settings: Spectral, codewords: Codewords):
         self.settings, self.codewords = settings, codewords
+        self._code_tables: Any = None
+        """The tables for the kernel in numba; None: it did not run yet."""
         self.keeps_keys_values = settings.rows == 16
         self.largest = {"codeword": codewords.count - 1}
         self.fitted_to = codewords.heads, codewords.dims, codewords.value_dims
@@ -128,6 +135,9 @@ class SpectralPolicy(Policy):
     def encode(self, key: Tensor, value: Tensor) -> Mapping[str, Tensor]:
         """Beside "key" and "value" also "codeword", "code" (both uint8) and "scale" (float16). With `rows=8` keys and
         values are uint8, and "key_scale" and "value_scale" are kept, too."""
+        if key.shape[2] <= FEW and choose_backend("auto", key, triton=False, numba=True) == "numba":
+            found = self._encode_few(key, value)
+            return found if self.settings.rows == 8 else {"key": key, "value": value, **found}
         tables = self.codewords.on(key.device)
         words = nearest(tables, key, value)
         key_difference = key.float() - tables["key"][tables["head"], words]
@@ -142,6 +152,13 @@ class SpectralPolicy(Policy):
             kept[name], token_scale = encode(difference @ tables[f"turn_{name}"].mT, 8)
             kept[f"{name}_scale"] = token_scale.unsqueeze(-1)
         return kept
+
+    def _encode_few(self, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+        from ...kernels.codes.launch import keep, tables_of
+
+        if self._code_tables is None:
+            self._code_tables = tables_of(self.codewords.on(key.device), self.settings.rows == 8)
+        return keep(key, value, self._code_tables, self.settings.bits)
 
     def summarise(self, page: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """ "correction" (uint8) and "correction_scale": the mean of v − v′ over a page's tokens, in 8 bits."""
@@ -176,11 +193,14 @@ class SpectralPolicy(Policy):
         if counts is None:
             key, value = (tensor.to(query.dtype) for tensor in self.keys_values(cache))
             return Attended(attend_all(query, key, value, metadata, spec), None)
+        sample = settings.sample if settings.choice == "sampled" else 0
+        scan = Scan.of(cache, lambda: self._scan(cache))
+        if scan is not None and scan.takes(query):
+            return scan.step(query, cache, counts, settings.select, sample, spec)
         grouped = query.squeeze(2).unflatten(1, (self.codewords.heads, -1)).float()
         tables, words = self.codewords.on(query.device), cache.tokens("codeword").squeeze(-1).long()
         estimated = self._estimate(tables, grouped, cache, words, spec).masked_fill(~counts.candidate, -torch.inf)
-        scores = shared(estimated, settings.select)
-        selected = choose(scores, counts, settings.sample if settings.choice == "sampled" else 0)
+        selected = choose(estimated, counts, settings.select, sample)
         part = self._read(tables, grouped, cache, selected, words, spec)
         if settings.residual:
             part = merge(part, self._residual(tables, without(estimated, selected), cache, words, counts))
@@ -189,7 +209,18 @@ class SpectralPolicy(Policy):
             out = out * torch.sigmoid(lse - spec.sink_logits.float().view(1, *lse.shape[1:])).unsqueeze(-1)
         return Attended(out.flatten(1, 2).unsqueeze(2).to(query.dtype), selected)
 
-    def _estimate(self, tables: Tables, grouped: Tensor, cache: LayerCache, words: Tensor, spec: SoftmaxSpec) -> Tensor:
+    def _scan(self, cache: LayerCache) -> Scan:
+        names = {"reduced": "code", "scale": "scale", "codeword": "codeword"}
+        held = {part: cache.buffer(name) for part, name in names.items()}
+        held |= {name: cache.buffer(name) for name in self.token_names}
+        if self.settings.residual:
+            held |= {name: cache.summary(name) for name in ("correction", "correction_scale")}
+        tables = self.codewords.on(held["key"].device)
+        turns = (tables["turn_key"], tables["turn_value"]) if self.settings.rows == 8 else ()
+        scanned = Tables(tables["query_map"], tables["key"], tables["value"], *turns)
+        return Scan(Tokens(**held), scanned, self.settings.bits, self.settings.residual)
+
+    def _estimate(self, tables: ByName, grouped: Tensor, cache: LayerCache, words: Tensor, spec: SoftmaxSpec) -> Tensor:
         """[B, Hkv, G, S] float32: estimated logits of all tokens, from codeword and code."""
         codes, scale = cache.tokens("code").contiguous(), cache.tokens("scale").squeeze(-1)
         dots = products(grouped @ tables["query_map"], codes, scale, self.settings.bits)
@@ -197,7 +228,7 @@ class SpectralPolicy(Policy):
         return spec.logits(dots)
 
     def _read(
-        self, tables: Tables, grouped: Tensor, cache: LayerCache, selected: Selected, words: Tensor, spec: SoftmaxSpec
+        self, tables: ByName, grouped: Tensor, cache: LayerCache, selected: Selected, words: Tensor, spec: SoftmaxSpec
     ) -> tuple[Tensor, Tensor]:
         """Exact attention to the selected tokens, in the form that `merge` takes. Keys and values of 8 bits stay
         rotated: the query and the output, which are fewer, are rotated instead."""
@@ -219,13 +250,13 @@ class SpectralPolicy(Policy):
             out = out @ tables["turn_value"] + self._by_codeword(tables, weights, selected_words)
         return out, lse
 
-    def _by_codeword(self, tables: Tables, weights: Tensor, words: Tensor) -> Tensor:
+    def _by_codeword(self, tables: ByName, weights: Tensor, words: Tensor) -> Tensor:
         """[B, Hkv, G, Dv]: the sum of codewords' values with weights [B, Hkv, G, K], for `words` of the same shape."""
         sums = weights.new_zeros(*weights.shape[:3], self.codewords.count).scatter_add_(-1, words, weights)
         return sums @ tables["value"]
 
     def _residual(
-        self, tables: Tables, estimated: Tensor, cache: LayerCache, words: Tensor, counts: Counts
+        self, tables: ByName, estimated: Tensor, cache: LayerCache, words: Tensor, counts: Counts
     ) -> tuple[Tensor, Tensor]:
         """Residual attention: unselected tokens, approximated by their codewords' values and corrected by page, in the
         form that `merge` takes.
@@ -238,7 +269,7 @@ class SpectralPolicy(Policy):
         pages = estimated.shape[-1] // PAGE
         if pages:
             by_page = weights[..., : pages * PAGE].unflatten(-1, (pages, PAGE)).sum(-1).masked_fill(~counts.full, 0)
-            codes, scale = cache.of_pages("correction"), cache.of_pages("correction_scale").squeeze(-1)
+            codes, scale = cache.summary("correction"), cache.summary("correction_scale").squeeze(-1)
             out = out + by_page @ decode(codes[:, :, :pages], scale[:, :, :pages], 8)
         return out, lse
 

@@ -23,6 +23,27 @@ def test_auto_takes_triton_on_a_gpu(monkeypatch):
     assert choose("auto", on_a_gpu()) == "reference"
 
 
+def test_auto_takes_numba_on_a_cpu_where_the_operation_has_it(monkeypatch):
+    assert choose("auto", ON_CPU, numba=True) == choose("numba", ON_CPU, numba=True) == "numba"
+    assert choose("auto", on_a_gpu(), numba=True) == "triton"
+    assert choose("auto", on_a_gpu(), triton=False, numba=True) == "reference"
+    for other in (ON_CPU.double(), ON_CPU.clone().requires_grad_()):
+        assert choose("auto", other, numba=True) == "reference"
+        with pytest.raises(ValueError, match="expected numbers of at most 32 bits on a CPU without gradients"):
+            choose("numba", other, numba=True)
+    monkeypatch.setattr(dispatcher, "has_numba", lambda: False)
+    assert choose("auto", ON_CPU, numba=True) == "reference"
+    with pytest.raises(ValueError, match="'numba', which is not installed"):
+        choose("numba", ON_CPU, numba=True)
+
+
+def test_a_kernel_that_an_operation_has_not_is_refused():
+    with pytest.raises(ValueError, match="received 'numba', expected one of auto, triton, reference"):
+        choose("numba", ON_CPU)
+    with pytest.raises(ValueError, match="received 'triton', expected one of auto, numba, reference"):
+        choose("triton", ON_CPU, triton=False, numba=True)
+
+
 def test_the_reference_is_taken_anywhere():
     assert choose("reference", ON_CPU) == choose("reference", on_a_gpu()) == "reference"
 
@@ -51,17 +72,17 @@ def test_these_tests_interpret_where_there_is_no_gpu():
 
 
 @pytest.mark.parametrize("module", ["kvcal.runtime", "kvcal.kernels.backend"])
-def test_importing_loads_no_triton(module):
-    script = f"import sys, {module}; print('triton' in sys.modules)"
+def test_importing_loads_no_compiler(module):
+    script = f"import sys, {module}; print({{'triton', 'numba'}} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "False"
+    assert out.stdout.strip() == "set()"
 
 
 def on_a_gpu():
     """What the dispatcher reads of a CUDA tensor."""
 
     class OnAGpu:
-        is_cuda = True
+        is_cuda, requires_grad, dtype = True, False, torch.float32
         device = torch.device("cuda", 0)
 
     return OnAGpu()

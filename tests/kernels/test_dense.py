@@ -11,6 +11,7 @@ from kvcal.runtime.attention import SoftmaxSpec, probabilities
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="long sequences take a GPU")
 BOTH = pytest.mark.parametrize("backend", ["reference", "triton"])
+ALL = pytest.mark.parametrize("backend", ["reference", "triton", "numba"])
 
 
 @pytest.fixture(autouse=True)
@@ -26,14 +27,15 @@ def problem(device, lengths, capacity, heads=2, group=4, width=64, value_width=N
     lengths = torch.tensor(lengths, dtype=torch.int32)
     held = (torch.arange(capacity) < lengths.unsqueeze(-1)).unsqueeze(1)
     key, value = poison(key, held), poison(value, held)
-    return tuple(tensor.to(device) for tensor in (query, key, value, lengths))
+    by_head = (cache.transpose(0, 1).contiguous().transpose(0, 1) for cache in (key, value))  # as numba takes them
+    return tuple(tensor.to(device) for tensor in (query, *by_head, lengths))
 
 
 def expected(query, key, value, lengths, **logits):
     return attention(query, key, value, lambda sequence, *_: range(int(lengths[sequence])), **logits)
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize(
     ("group", "width", "value_width"),
@@ -54,7 +56,7 @@ def test_sequences_of_unequal_lengths(device, backend, splits, set_splits):
     assert_close(out, expected(*operands, scaling=0.125))
 
 
-@BOTH
+@ALL
 def test_softcap_and_sinks_are_those_of_the_runtime(device, backend):
     query, key, value, lengths = problem(device, [40, 3], 40)
     sink_logits = torch.tensor([0.0, 3.0, -2.0, 1.0, 5.0, -40.0, 0.5, 2.0], device=device)
@@ -149,3 +151,11 @@ def test_a_captured_call_follows_lengths_and_contents(device):
         query.normal_()
         graph.replay()
         assert_close(out, expected(query, key, value, lengths, scaling=0.125))
+
+
+def test_numba_takes_sequences_of_unequal_lengths():
+    operands = problem(torch.device("cpu"), [1, 2100, 64, 65], 2110, heads=3, group=2, width=32, value_width=24)
+    out = dense(*operands, scaling=0.125, backend="numba")
+    assert_close(out, expected(*operands, scaling=0.125))
+    with pytest.raises(ValueError, match="heads first in memory"):
+        dense(operands[0], operands[1].contiguous(), *operands[2:], scaling=0.125, backend="numba")

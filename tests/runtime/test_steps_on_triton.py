@@ -58,6 +58,10 @@ METHODS = {
     "snapkv": SnapKV(keep=0.4, window=4),
 }
 STEPPED = 2
+CALLERS = (
+    "methods.full.choose", "methods.scanning.choose", "methods.choosing.backend", "methods.loki.backend",
+    "kv.pages.choose",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -66,9 +70,9 @@ def on(monkeypatch, device):
 
     def choose(backend):
         for kernel in KERNELS:
-            monkeypatch.setattr(f"kvcal.kernels.{kernel}.choose", lambda *_: backend)
-        for caller in ("methods.full.choose", "kv.pages.choose", "methods.choosing.backend", "methods.loki.backend"):
-            monkeypatch.setattr(f"kvcal.runtime.{caller}", lambda *_: backend)
+            monkeypatch.setattr(f"kvcal.kernels.{kernel}.choose", lambda *_, **__: backend)
+        for caller in CALLERS:
+            monkeypatch.setattr(f"kvcal.runtime.{caller}", lambda *_, **__: backend)
 
     return choose
 

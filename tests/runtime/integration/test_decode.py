@@ -9,6 +9,7 @@ from compressed import artifact, model, padded, random_ids
 from methods import by_form
 
 from kvcal.artifacts import KvcalError
+from kvcal.kernels import backend
 from kvcal.runtime import CompressedCache, Sampler, compress, decode, shared_for
 from kvcal.runtime.integration import stepping
 
@@ -265,3 +266,10 @@ def test_a_captured_step_equals_generate(method):
     assert out.why_not_captured is None
     with compress(gpu, artifact(), **METHODS[method]):
         assert torch.equal(out.tokens, gpu.generate(**inputs, max_new_tokens=STEPS, do_sample=False))
+
+
+def test_it_says_what_runs_without_numba(monkeypatch):
+    monkeypatch.setattr(backend, "has_numba", lambda: False)
+    with pytest.warns(UserWarning, match=r"in torch, which takes longer: pip install 'kvcal\[cpu\]'"):
+        out = decode(model(), random_ids(20), artifact(), "spectral", max_new_tokens=2, rank=16, keep=0.3)
+    assert out.tokens.shape == (1, 22)

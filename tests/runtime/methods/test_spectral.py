@@ -12,6 +12,7 @@ from sequences import TOLERANCES
 from torch import Tensor
 
 from kvcal.calibrate.codebook_stage import codebook
+from kvcal.kernels import backend
 from kvcal.runtime.attention import SoftmaxSpec, attention
 from kvcal.runtime.methods.spectral import Spectral
 from kvcal.runtime.store import Store
@@ -73,9 +74,17 @@ def stepped(store: Store, sequences: list[tuple[Tensor, Tensor, Tensor]], spec: 
     return store.attend(query, spec).squeeze(2)
 
 
+@pytest.fixture(params=[True, False], ids=["numba", "torch"])
+def numba(request, monkeypatch):
+    """Whether a kernel in numba takes the step, or torch."""
+    if not request.param:
+        monkeypatch.setattr(backend, "has_numba", lambda: False)
+    return request.param
+
+
 @pytest.mark.parametrize("spec", [SPEC, CAPPED], ids=["plain", "soft-capped with sink logits"])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_step_is_the_formula(fitted, form, spec):
+def test_a_step_is_the_formula(fitted, form, spec, numba):
     policy = Spectral(**{**SMALL, **FORMS[form]}).bind(1, D, fitted)
     store, sequences = Store(policy), rows()
     prefilled(store, sequences, spec)
@@ -188,7 +197,8 @@ def test_what_no_token_wrote_is_never_read(fitted):
     assert torch.equal(*outs)
 
 
-def test_a_sampled_choice_reads_about_its_budget_and_never_more_than_half_as_much_again(fitted):
+def test_a_sampled_choice_reads_about_its_budget(fitted, numba):
+    """In torch never more than half as much again."""
     settings = Spectral(keep=0.1, rank=16, select="max", choice="sampled", sample=64)
     [(query, key, value)] = rows((1500,))
     exact, sampled = (Store(replace(settings, choice=choice).bind(0, D, fitted)) for choice in ("exact", "sampled"))
@@ -202,3 +212,35 @@ def test_a_sampled_choice_reads_about_its_budget_and_never_more_than_half_as_muc
     every = Store(replace(settings, sample=1500).bind(0, D, fitted))
     prefilled(every, [(query, key, value)], SPEC)
     torch.testing.assert_close(stepped(every, [(query, key, value)], SPEC), outs[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows_of", [16, 8])
+@pytest.mark.parametrize("select", ["group", "max", "head"])
+def test_numba_and_torch_read_the_same(fitted, monkeypatch, rows_of, select):
+    """Sampled, with budgets that sinks alone exceed, too."""
+    for keep in (0.3, 20, 2):
+        settings = Spectral(keep=keep, rank=16, select=select, rows=rows_of, sinks=4, sample=64)
+        stores, outs = [Store(settings.bind(0, D, fitted)) for _ in range(2)], []
+        for store, numba in zip(stores, (True, False), strict=True):
+            monkeypatch.setattr(backend, "has_numba", lambda numba=numba: numba)
+            prefilled(store, rows((500, 130, 3)), SPEC)
+            outs.append(stepped(store, rows((500, 130, 3)), SPEC))
+        torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
+        first, second = (store.read_mask() for store in stores)
+        if keep != 2:
+            first, second = first[1:], second[1:]  # of the longest one a sample may read more in numba
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("rows_of", [16, 8])
+def test_numba_and_torch_keep_the_same(fitted, monkeypatch, bits, rows_of):
+    policy = Spectral(**{**SMALL, "bits": bits, "rows": rows_of}).bind(1, D, fitted)
+    key, value = drawn(2, HEADS, 5, D, seed=1) * 2, drawn(2, HEADS, 5, DV, seed=2)
+    key[0, 0, 3] = 0
+    found = policy.encode(key, value)
+    monkeypatch.setattr(backend, "has_numba", lambda: False)
+    expected = policy.encode(key, value)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name

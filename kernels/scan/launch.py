@@ -1,0 +1,115 @@
+"""The kernel in numba, called with tensors."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..codes import OFFSET
+from ..cpu import LOG2_E, array, by_head_and_query, cut, float_kind, nothing, run, words
+from ..cpu.rows import CODES
+from . import cpu, cpu_choice
+from .cpu_codes import BLOCK, LANES, ROWS
+from .operands import Budget, Tables, Tokens
+
+SELECTS = {"group": cpu_choice.GROUP, "max": cpu_choice.MAX, "head": cpu_choice.HEAD}
+SAMPLE_STEP = 1024
+"""The workspace has place for a multiple of so many sampled tokens."""
+LEAST_RANGE = 1024
+"""Tokens below which a range is not worth its partial result."""
+
+
+def tokens_of(tokens: Tokens) -> cpu.Tokens:
+    batch, heads = tokens.key.shape[:2]
+
+    def per_token(tensor: Tensor | None) -> Any:
+        return nothing(heads, batch, 0, dtype=np.int16) if tensor is None else array(by_head(tensor).squeeze(-1))
+
+    codeword = nothing(heads, batch, 0) if tokens.codeword is None else array(by_head(tokens.codeword).squeeze(-1))
+    correction = nothing(heads, batch, 0, 0) if tokens.correction is None else array(by_head(tokens.correction))
+    return cpu.Tokens(
+        words(by_head(tokens.reduced)), per_token(tokens.scale), codeword, array(by_head(tokens.key)),
+        array(by_head(tokens.value)), per_token(tokens.key_scale), per_token(tokens.value_scale), correction,
+        per_token(tokens.correction_scale),
+    )  # fmt: skip
+
+
+def by_head(tensor: Tensor) -> Tensor:
+    """[B, Hkv, …] -> [Hkv, B, …], as token buffers lie in memory."""
+    return tensor.transpose(0, 1)
+
+
+def tables_of(tables: Tables) -> cpu.Tables:
+    heads, width, _ = tables.query_map.shape
+    none = nothing(heads, 0, width, dtype=np.float32), nothing(0, 0, dtype=np.float32)
+    key, value = (none[0] if part is None else part.numpy() for part in (tables.key, tables.value))
+    turn_key, turn_value = (none[1] if part is None else part.numpy() for part in (tables.turn_key, tables.turn_value))
+    return cpu.Tables(tables.query_map.numpy(), key, value, turn_key, turn_value)
+
+
+def budget_of(budget: Budget) -> cpu.Budget:
+    parts = budget.first, budget.begin, budget.lengths, budget.stride, budget.rank
+    return cpu.Budget(*(part.long().numpy() for part in parts))
+
+
+def scan(
+    query: Tensor, tokens: Tokens, tables: Tables, budget: Budget, *, bits: int | None, select: str, residual: bool,
+    scaling: float, softcap: float | None, sink_logits: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `kvcal.kernels.scan.scan`; the operands are checked."""
+    batch, heads, group, _ = query.shape
+    settings = cpu.Settings(
+        bits=float_kind(tokens.reduced) if bits is None else bits,
+        offset=np.float32(0 if bits is None else OFFSET[bits]),
+        kind=CODES if tokens.key.dtype == torch.uint8 else float_kind(tokens.key),
+        mode=SELECTS[select],
+        residual=residual,
+        factor=np.float32(scaling * LOG2_E),
+        cap=np.float32(0 if softcap is None else softcap * LOG2_E),
+    )
+    sink_logits_of = by_head_and_query(sink_logits, heads, group)
+    ranges, per_range = cut(batch * heads, budget.longest, torch.get_num_threads(), LEAST_RANGE, BLOCK)
+    out = torch.empty(batch, heads, group, tokens.value.shape[-1])
+    read = torch.empty(batch, heads, group if select == "head" else 1, budget.longest, dtype=torch.uint8)
+    units, parts = workspace(
+        batch * heads, group, ranges, read.shape[2], -(-budget.longest // SAMPLE_STEP) * SAMPLE_STEP, query.shape[-1],
+        tokens.value.shape[-1], tables.query_map.shape[-1], 0 if tables.key is None else tables.key.shape[1],
+        tokens.key.dtype == torch.uint8,
+    )  # fmt: skip
+    run(
+        cpu.scan, query.detach().float().contiguous().numpy(), tokens.arrays, tables.arrays, budget.arrays, settings,
+        sink_logits_of, units, parts, ranges, per_range, read.numpy(), out.numpy(),
+    )  # fmt: skip
+    return out, read.view(torch.bool)
+
+
+@lru_cache(maxsize=4)
+def workspace(
+    units: int, group: int, ranges: int, marks: int, longest: int, width: int, values: int, rank: int, codewords: int,
+    coded: bool,
+) -> tuple[cpu.Units, cpu.Parts]:  # fmt: skip
+    """What the kernel writes beside its results; the same for all layers and steps."""
+    parts, lanes, exact_words = units * ranges, -(-group // LANES) * LANES, codewords if coded else 0
+
+    def floats(*shape: int) -> Any:
+        return np.empty(shape, np.float32)
+
+    of_units = cpu.Units(
+        floats(units, group, rank), floats(units, group), floats(units, codewords, lanes), floats(units, group, width),
+        floats(units, group), floats(units, group), floats(units, group, longest), floats(units, longest),
+    )  # fmt: skip
+    of_parts = cpu.Parts(
+        best=floats(parts, group), mass=floats(parts, group), rows=floats(parts, group, values),
+        exact_words=floats(parts, exact_words, group), other_mass=floats(parts, group),
+        words=floats(parts, codewords, lanes), pages=floats(parts, group, values),
+        codes=np.empty((parts, BLOCK), np.int32), numbers=floats(parts, ROWS, BLOCK), spread=floats(parts, BLOCK),
+        logits=floats(parts, lanes, BLOCK), score=floats(parts, group, BLOCK), exact=floats(parts, group, BLOCK),
+        reads=np.empty((parts, marks, BLOCK), np.uint8), marks=np.empty((parts, marks, BLOCK), np.uint8),
+        some=np.empty((parts, BLOCK), np.uint8), chosen=np.empty((parts, BLOCK), np.int64),
+        lines=floats(parts, 4, max(width, values)),
+    )  # fmt: skip
+    return of_units, of_parts

@@ -1,0 +1,60 @@
+"""The step of a method in one kernel, which scores tokens, chooses among them and attends (`kernels/scan`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ...kernels.backend import choose
+from ...kernels.scan import Tables, Tokens, fits, scan
+from ..attention import SoftmaxSpec
+from ..kv.pages import LayerCache
+from .base import Attended, Marked
+from .choosing import Counts
+
+SCAN = "scan"
+"""Where a cache keeps its `Scan`, see `LayerCache.prepared`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """What is scanned of one layer: made once, as long as its buffers stand still."""
+
+    tokens: Tokens
+    tables: Tables
+    bits: int | None = None
+    """Of codes; None: tokens are scored by reduced keys."""
+    residual: bool = False
+
+    @classmethod
+    def of(cls, cache: LayerCache, made: Callable[[], Scan]) -> Scan | None:
+        """What `made` gives, once as long as the buffers stand still; None: no kernel takes what this cache holds."""
+
+        def make() -> Scan | None:
+            if cache.pages["key"].is_cuda or not cache.metadata.contiguous or cache.offloaded is not None:
+                return None
+            scan = made()
+            return scan if fits(scan.tokens, scan.tables) else None
+
+        return cache.prepared(SCAN, make)
+
+    def takes(self, query: Tensor) -> bool:
+        return choose("auto", query, triton=False, numba=True) == "numba"
+
+    def step(
+        self, query: Tensor, cache: LayerCache, counts: Counts, select: str, sample: int, spec: SoftmaxSpec
+    ) -> Attended:
+        """
+        Args:
+            query: [B, Hq, 1, D], in the basis of the keys that are kept.
+            sample: see `Counts.scan_budget`.
+        """
+        budget = cache.metadata.once((counts, sample), lambda: counts.scan_budget(sample))
+        grouped = query.squeeze(2).unflatten(1, (self.tokens.key.shape[1], -1))
+        out, read = scan(
+            grouped, self.tokens, self.tables, budget, bits=self.bits, select=select, residual=self.residual,
+            scaling=spec.scaling, softcap=spec.softcap, sink_logits=spec.sink_logits,
+        )  # fmt: skip
+        return Attended(out.flatten(1, 2).unsqueeze(2).to(query.dtype), Marked(read))

@@ -1,0 +1,212 @@
+"""The scan in numba against its definition in float64, and the definition against attention written down."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from scan_problem import PAGE, Problem, drawn
+from torch import Tensor
+
+from kvcal.kernels.codes import decode
+from kvcal.kernels.scan import scan
+
+SCALING = 0.25
+LENGTHS = [1500, 70, 3, 64]
+FORMS = {
+    "4 bits": {},
+    "2 bits, the largest logit": {"bits": 2, "select": "max"},
+    "8 bits, each query": {"bits": 8, "select": "head", "group": 3},
+    "rows of 8 bits": {"rows": 8, "value_dim": 12, "group": 3},
+    "rows of 8 bits, each query, soft-capped": {"rows": 8, "select": "head", "softcap": 4.0},
+    "bfloat16, sampled": {"dtype": torch.bfloat16, "sample": 64},
+    "float16, sampled, sinks": {"dtype": torch.float16, "sample": 100, "group": 1, "sink_logits": True},
+    "reduced keys": {"bits": None, "rank": 8, "residual": False},
+    "reduced keys in bfloat16": {"bits": None, "dtype": torch.bfloat16, "residual": False, "select": "max", "group": 5},
+    "reduced keys in float16": {"bits": None, "dtype": torch.float16, "residual": False, "sample": 64},
+    "no residual, everything": {"keep": 1.0, "residual": False, "group": 16},
+}
+OPTIONS = ("select", "softcap", "residual")
+
+
+def problem(form: str, lengths: list[int] = LENGTHS, **more: object) -> tuple[Problem, dict]:
+    asked = {**FORMS[form], **more}
+    options = {name: asked.pop(name) for name in OPTIONS if name in asked}
+    with_sinks = asked.pop("sink_logits", False)
+    made = drawn(lengths, **asked)
+    if with_sinks:
+        options["sink_logits"] = torch.linspace(-1, 3, made.query.shape[1] * made.query.shape[2])
+    return made, {"bits": asked.get("bits", 4), "scaling": SCALING, **options}
+
+
+def in_float64(made: Problem) -> Problem:
+    return replace(made, query=made.query.double())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_numba_is_the_definition(form):
+    made, options = problem(form)
+    out, read = scan(*made.operands, **options, backend="numba")
+    expected, same = scan(*in_float64(made).operands, **options, backend="reference")
+    assert torch.equal(read, same)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["4 bits", "rows of 8 bits", "reduced keys"])
+def test_what_nobody_wrote_is_not_read(form):
+    made, options = problem(form, capacity=2048)
+    held = torch.arange(2048) < made.budget.lengths.unsqueeze(1)
+    outs = []
+    for junk in (0, 7):
+        changed = {
+            name: part.masked_fill(~held[:, None, :, None], float("nan") if junk and part.is_floating_point() else junk)
+            if name not in ("correction", "correction_scale")
+            else part
+            for name, part in vars(made.tokens).items()
+            if isinstance(part, Tensor)
+        }
+        tokens = type(made.tokens)(**{name: heads_first(part) for name, part in changed.items()})
+        outs.append(scan(made.query, tokens, made.tables, made.budget, **options, backend="numba"))
+    assert torch.equal(outs[0][0], outs[1][0]) and torch.equal(outs[0][1], outs[1][1])
+
+
+def heads_first(tensor: Tensor) -> Tensor:
+    return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def test_the_definition_is_what_readme_says():
+    """One sequence and head, token by token in float64."""
+    made, options = problem("4 bits", [200], heads=1, group=1)
+    out, read = scan(*in_float64(made).operands, **options, backend="reference")
+    tokens, tables = made.tokens, made.tables
+    query, word = made.query[0, 0, 0].double(), tokens.codeword[0, 0, :200, 0].long()
+    code = decode(tokens.reduced[0, 0, :200], tokens.scale[0, 0, :200, 0], 4).double()
+    mean = decode(tokens.correction[0, 0], tokens.correction_scale[0, 0, :, 0], 8).double()
+    estimated = tables.key[0].double()[word] @ query + code @ (query @ tables.query_map[0].double())
+    top, bottom = torch.zeros_like(out[0, 0, 0]), 0.0
+    for token in range(200):
+        exact = bool(read[0, 0, 0, token])
+        logit = query @ tokens.key[0, 0, token].double() if exact else estimated[token]
+        value = tokens.value[0, 0, token].double()
+        if not exact:
+            value = tables.value[0, word[token]].double() + (mean[token // PAGE] if token < 192 else 0)
+        top, bottom = top + (logit * SCALING).exp() * value, bottom + (logit * SCALING).exp()
+    torch.testing.assert_close(out[0, 0, 0], top / bottom)
+    chosen = estimated[1:192].topk(20).indices + 1
+    assert read[0, 0, 0].nonzero().flatten().tolist() == sorted({0, *range(192, 200), *chosen.tolist()})
+
+
+def test_a_sample_reads_about_the_budget():
+    """With a rank of r in the sample the share that is read is that of a beta distribution: its deviation is 1/sqrt(r)
+    of it. The mean of 16 heads is within three of its own."""
+    made, options = problem("4 bits", [16384], heads=16, keep=1 / 32, sample=1024, capacity=16384)
+    _, read = scan(*made.operands, **options, backend="numba")
+    rank = int(made.budget.rank)
+    share = (read.sum(-1).float() - 9) / (16384 / 32)
+    assert abs(float(share.mean()) - 1) < 3 / (16 * rank) ** 0.5
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_any_number_of_threads(threads):
+    before = torch.get_num_threads()
+    import numba
+
+    before_numba = numba.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        made, options = problem("4 bits", [5000, 4100])
+        out, _ = scan(*made.operands, **options, backend="numba")
+        expected, _ = scan(*made.operands, **options, backend="reference")
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert numba.get_num_threads() == before_numba
+
+
+@pytest.mark.parametrize("backend", ["numba", "reference"])
+def test_a_token_that_outweighs_the_sample_is_read(backend):
+    """Also with a rank of 0, which reads no other candidate: else its weight would overflow."""
+    made, options = problem("4 bits", [1500], group=1, sample=64)
+    token = 1001  # no multiple of the stride, 23
+    code = decode(made.tokens.reduced[0, :, token], made.tokens.scale[0, :, token, 0] * 0 + 1, 4)
+    along = torch.einsum("hd,hdr,hr->h", made.query[0, :, 0], made.tables.query_map, code)
+    made.tokens.scale[0, :, token, 0] = (1000 / along).half()  # estimates of about 1000
+    none = replace(made.budget, rank=torch.zeros_like(made.budget.rank))
+    out, read = scan(made.query, made.tokens, made.tables, none, **options, backend=backend)
+    assert out.isfinite().all() and read[0, :, 0, token].all()
+    assert read.sum(-1).flatten().tolist() == [10, 10], "and the nine that always are"
+
+
+@pytest.mark.parametrize("backend", ["numba", "reference"])
+def test_a_group_reads_the_largest_means_of_softmaxes_over_the_sample(backend):
+    made, options = problem("reduced keys", [800], heads=1, group=3, sample=100, keep=0.2)
+    _, read = scan(*made.operands, **options, backend=backend)
+    logits = SCALING * (made.query[0, 0] @ made.tables.query_map[0]) @ made.tokens.reduced[0, 0, :800].T
+    sample = torch.arange(8, 792, 8)
+    scores = (logits.double().exp() / logits[:, sample].double().exp().sum(1, keepdim=True)).sum(0)
+    threshold = scores[sample].sort(descending=True).values[int(made.budget.rank) - 1]
+    expected = [0, *(scores[1:792] >= threshold).nonzero().flatten().add(1).tolist(), *range(792, 800)]
+    assert read[0, 0, 0].nonzero().flatten().tolist() == expected
+
+
+def test_softmaxes_with_a_sharp_peak():
+    """Most scores are too small for float32; what is not read for that has no weight either."""
+    made, options = problem("4 bits", [1500, 900])
+    out, read = scan(*made.operands, **{**options, "scaling": 20.0}, backend="numba")
+    expected, _ = scan(*in_float64(made).operands, **{**options, "scaling": 20.0}, backend="reference")
+    assert int(read.sum(-1).max()) <= 160
+    torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_sequence_without_tokens():
+    made, options = problem("4 bits", [300, 4])
+    zero = torch.tensor([300, 0])
+    empty = replace(made.budget, lengths=zero, first=zero.clamp_max(1), begin=zero.clamp_max(292))
+    for backend in ("numba", "reference"):
+        out, read = scan(made.query, made.tokens, made.tables, empty, **options, backend=backend)
+        assert not out[1].any() and not read[1].any() and read[0].any()
+
+
+def test_operands_that_do_not_fit_together_are_named():
+    made, options = problem("4 bits")
+    reduced, of_reduced = problem("reduced keys")
+    asked = [
+        (made, {**options, "select": "all"}, "select: received 'all'"),
+        (made, {**options, "bits": 2}, "reduced: received 8 numbers"),
+        (made, {**options, "bits": None}, "expected with bits, and none of them without"),
+        (reduced, {**of_reduced, "residual": True}, "received what takes codewords"),
+        (replace(made, budget=replace(made.budget, longest=5000)), options, "longest: received 5000"),
+        (replace(made, query=made.query[..., :8]), options, "for queries"),
+    ]
+    for wrong, given, said in asked:
+        with pytest.raises(ValueError, match=said):
+            scan(*wrong.operands, **given)
+
+
+def test_what_does_not_fit_is_refused():
+    made, options = problem("4 bits")
+    plain = replace(made.tokens, key=made.tokens.key.contiguous())
+    with pytest.raises(ValueError, match="heads first in memory"):
+        scan(made.query, plain, made.tables, made.budget, **options, backend="numba")
+    with pytest.raises(ValueError, match="expected numbers of at most 32 bits"):
+        scan(*in_float64(made).operands, **options, backend="numba")
+    out, _ = scan(*in_float64(made).operands, **options)
+    assert out.dtype == torch.float64
+
+
+def test_the_first_kernel_leaves_torch_its_threads():
+    script = """
+import torch
+from scan_problem import drawn
+from kvcal.kernels.scan import scan
+torch.set_num_threads(1)
+scan(*drawn([64]).operands, bits=4, scaling=1.0, backend="numba")
+print(torch.get_num_threads())
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip() == "1"
