@@ -22,7 +22,8 @@ from .sampling import Sampler
 from .wrapped import unwrapped
 
 WITHOUT_NUMBA = (
-    "numba is not installed: on this CPU attention of full, loki and spectral runs in torch, which takes longer: "
+    "numba is not installed: on this CPU attention of full, loki and spectral runs in torch, which takes longer where "
+    "much is held: "
     "pip install 'kvcal[cpu]'"
 )
 CHECK_EVERY = 16

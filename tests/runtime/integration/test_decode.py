@@ -270,6 +270,6 @@ def test_a_captured_step_equals_generate(method):
 
 def test_it_says_what_runs_without_numba(monkeypatch):
     monkeypatch.setattr(backend, "has_numba", lambda: False)
-    with pytest.warns(UserWarning, match=r"in torch, which takes longer: pip install 'kvcal\[cpu\]'"):
+    with pytest.warns(UserWarning, match=r"in torch, which takes longer .*: pip install 'kvcal\[cpu\]'"):
         out = decode(model(), random_ids(20), artifact(), "spectral", max_new_tokens=2, rank=16, keep=0.3)
     assert out.tokens.shape == (1, 22)
