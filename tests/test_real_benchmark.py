@@ -90,8 +90,8 @@ def test_errors_have_the_standard_error_over_texts(module):
 
 
 def test_a_sampled_choice_is_measured_against_the_exact_one(module):
-    """A sample of more than half of the tokens is all of them, and the choice exact; a smaller one reads half as much
-    again at most."""
+    """A sample of more than half of the tokens is all of them, and the choice exact; of a smaller one, of 143, the 15th
+    best is the threshold, and what a head reads has a deviation of 1/√15."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, heads, tokens, HEAD_DIM) for heads, tokens in ((4, 3), (2, 1003), (2, 1003)))
     problem = Problem(0, query, key, value, SoftmaxSpec(HEAD_DIM**-0.5), 2)
@@ -102,8 +102,8 @@ def test_a_sampled_choice_is_measured_against_the_exact_one(module):
         same = {name: value for name, value in row.items() if name not in ("choice", "sample")}
         assert same == pytest.approx({name: exact[name] for name in same}, rel=1e-5)  # not summed in the same order
     for row in sampled[:2]:
-        assert row["read"] == pytest.approx(1, abs=0.15) and 1 < row["most"] <= 1.5
-        assert row["mass"] == pytest.approx(exact["mass"], abs=0.02)
+        assert row["read"] == pytest.approx(1, abs=0.15) and 1 < row["most"] <= 1 + 3 / 15**0.5
+        assert row["mass"] == pytest.approx(exact["mass"], rel=0.15)  # as what is read
 
 
 @pytest.fixture

@@ -161,14 +161,12 @@ def choose(logits: Tensor, counts: Counts, select: str, sample: int = 0) -> Sele
     """The tokens that a step reads.
 
     Args:
-        logits: [B, Hkv, G, S], -inf beyond the tokens of a sequence.
+        logits: [B, Hkv, G, S], -inf beyond the tokens of a sequence, and at other tokens that softmaxes leave out.
         sample: where S is larger, the tokens that reach a threshold are read, taken from a sample of at least so many
             tokens; 0: the best tokens are read.
     """
-    if counts.has_always:
-        logits = logits.masked_fill(~counts.candidate, -torch.inf)
     if sample and logits.shape[-1] > sample:
-        return above_sampled(logits, counts, select, sample)
+        return above_sampled(logits.masked_fill(~counts.candidate, -torch.inf), counts, select, sample)
     scores = shared(logits, select)
     if counts.always is not None:
         # The masks also replace NaN, the softmax of a sequence without candidates.

@@ -114,7 +114,10 @@ class LokiPolicy(Policy):
         scan = Scan.of(cache, lambda: self._scan(cache))
         if scan is not None and scan.takes(query):
             return scan.step(query, cache, counts, settings.select, sample, spec)
-        selected = choose(self._scores(query, cache, spec), counts, settings.select, sample)
+        scores = self._scores(query, cache, spec)
+        if counts.has_always:
+            scores = scores.masked_fill(~counts.candidate, -torch.inf)
+        selected = choose(scores, counts, settings.select, sample)
         return Attended(attend_selected(query, cache, selected, spec), selected)
 
     def _scan(self, cache: LayerCache) -> Scan:

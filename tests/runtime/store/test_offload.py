@@ -8,6 +8,7 @@ import pytest
 import torch
 from sequences import Geometry, Row, append, assert_steps, decode, draw, fork, make, prefill
 
+from kvcal.kernels import backend
 from kvcal.runtime.attention import SoftmaxSpec
 from kvcal.runtime.kv.offload import DeviceCache
 from kvcal.runtime.kv.pages import HostPages
@@ -19,6 +20,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "clusterkv": {"keep": 20, "tokens_per_cluster": 4, "sinks": 3, "window": 5},
     "spectral": {"keep": 20, "sinks": 3, "rank": 1.0, "recent": 2},
 }
+
+
+@pytest.fixture(autouse=True)
+def _in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As offloaded steps are: only the same operations give the same bits."""
+    monkeypatch.setattr(backend, "has_numba", lambda: False)
+
+
 SPECTRAL = {"method": "spectral"}
 EIGHT = {"method": "spectral", "rows": 8, "select": "head"}
 
