@@ -16,7 +16,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -126,7 +125,7 @@ def baselines(copy: Copy, sizes: Sizes) -> dict[str, Routine]:
 def stores(copy: Copy, sizes: Sizes) -> dict[str, Any]:
     artifact = fitted(sizes, copy.basis)
     policies = {"full": Full().bind(0, sizes.dims, None)}
-    policies |= {name: replace(method).bind(0, sizes.dims, artifact) for name, method in SPECTRAL.items()}
+    policies |= {name: method.bind(0, sizes.dims, artifact) for name, method in SPECTRAL.items()}
     made = {name: new_store(policy) for name, policy in policies.items()}
     for store in made.values():
         fill_pages(store, copy.key, copy.value)

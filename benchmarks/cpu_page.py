@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,62 +40,47 @@ def about(found: Mapping[str, Any]) -> list[str]:
 def attention(found: Mapping[str, Any]) -> list[str]:
     lines = []
     for shape, lengths in found.get("attention", {}).items():
-        lines += [
-            f"## An attention step of one layer, {shape}",
-            "",
-            OF_LAYERS,
-            "",
-            *header(lengths),
-        ]
-        for name in next(iter(lengths.values()))["ms"]:
-            cells = [cell(measured["ms"], name) for measured in lengths.values()]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        read = [
-            ", ".join(
-                f"{name} {100 * count / measured['bytes_read']['full']:.1f} %" for name, count in others(measured)
-            )
-            for measured in lengths.values()
-        ]
-        lines += ["", "Bytes read, of those of `full`: " + "; ".join(read) + ".", ""]
+        first = next(iter(lengths.values()))
+        rows = {name: partial(step_cell, name) for name in first["ms"]}
+        rows |= {f"bytes of {name}, of `full`'s": partial(bytes_cell, name) for name in first["bytes_read"]}
+        lines += [f"## An attention step of one layer, {shape}", "", OF_LAYERS, "", *table(lengths, rows), ""]
     return lines
 
 
-def others(measured: Mapping[str, Any]) -> list[tuple[str, int]]:
-    return [(name, count) for name, count in measured["bytes_read"].items() if name != "full"]
-
-
-def cell(ms: Mapping[str, Sequence[float]], name: str) -> str:
-    low, median, high = ms[name]
+def step_cell(name: str, measured: Mapping[str, Any]) -> str:
+    low, median, high = measured["ms"][name]
     text = f"{median:.2f} [{low:.2f}, {high:.2f}]"
     if name in TORCH:
         return text
-    usual, all_four = (min(ms[known][1] for known in some) for some in (TORCH[:3], TORCH))
+    usual, all_four = (min(measured["ms"][known][1] for known in some) for some in (TORCH[:3], TORCH))
     return f"{text}: **{usual / median:.1f}×**, {all_four / median:.1f}×"
 
 
-def header(lengths: Mapping[str, Any]) -> list[str]:
-    return ["| | " + " | ".join(f"{int(length):,}" for length in lengths) + " |", "| --- |" + " --- |" * len(lengths)]
+def bytes_cell(name: str, measured: Mapping[str, Any]) -> str:
+    return f"{100 * measured['bytes_read'][name] / measured['bytes_read']['full']:.1f} %"
 
 
 def models(found: Mapping[str, Any]) -> list[str]:
     lines = []
     for model, lengths in found.get("model", {}).items():
-        lines += [
-            f"## A decoded token of {model}",
-            "",
-            OF_MODELS,
-            "",
-            *header(lengths),
-        ]
-        for name in next(iter(lengths.values()))["ms"]:
-            cells = []
-            for measured in lengths.values():
-                low, median, high = measured["ms"][name]
-                cells.append(f"{median:.1f} [{low:.1f}, {high:.1f}]: {measured['ms'][STOCK][1] / median:.2f}×")
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        held = [
-            ", ".join(f"{name} {count / 2**20:.1f}" for name, count in measured["resident_bytes"].items())
-            for measured in lengths.values()
-        ]
-        lines += ["", "MiB that caches hold: " + "; ".join(held) + ".", ""]
+        first = next(iter(lengths.values()))
+        rows = {name: partial(token_cell, name) for name in first["ms"]}
+        rows |= {f"MiB that {name} holds": partial(held_cell, name) for name in first["resident_bytes"]}
+        lines += [f"## A decoded token of {model}", "", OF_MODELS, "", *table(lengths, rows), ""]
     return lines
+
+
+def token_cell(name: str, measured: Mapping[str, Any]) -> str:
+    low, median, high = measured["ms"][name]
+    return f"{median:.1f} [{low:.1f}, {high:.1f}]: {measured['ms'][STOCK][1] / median:.2f}×"
+
+
+def held_cell(name: str, measured: Mapping[str, Any]) -> str:
+    return f"{measured['resident_bytes'][name] / 2**20:.1f}"
+
+
+def table(lengths: Mapping[str, Any], rows: Mapping[str, Callable[[Mapping[str, Any]], str]]) -> list[str]:
+    """Columns by tokens held; a row's function gives a cell from what was measured at that length."""
+    head = "| | " + " | ".join(f"{int(length):,}" for length in lengths) + " |"
+    body = [f"| {name} | " + " | ".join(cell(part) for part in lengths.values()) + " |" for name, cell in rows.items()]
+    return [head, "| --- |" + " --- |" * len(lengths), *body]

@@ -22,8 +22,7 @@ from .sampling import Sampler
 from .wrapped import unwrapped
 
 WITHOUT_NUMBA = (
-    "numba is not installed: on this CPU attention of full, loki and spectral runs in torch, which takes longer where "
-    "much is held: "
+    "numba is not installed: on this CPU attention runs in torch, which takes longer where much is held: "
     "pip install 'kvcal[cpu]'"
 )
 CHECK_EVERY = 16
@@ -105,7 +104,8 @@ def _decode(
 
     artifact, method, settings = arguments
     cache = CompressedCache(model, artifact, method, **settings)
-    if input_ids.device.type == "cpu" and not backend.has_numba():
+    in_numba = any(bound.in_numba for bound in cache.blueprint.methods.values())
+    if in_numba and input_ids.device.type == "cpu" and not backend.has_numba():
         warnings.warn(WITHOUT_NUMBA, stacklevel=3)
     # As generate() does: a model that does not name them counts them by what its cache holds.
     positions = {"position_ids": position} if takes_positions(model) else {}

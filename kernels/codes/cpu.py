@@ -18,7 +18,7 @@ uint8 and [2, B, H, T] float32."""
 
 
 @compiled(parallel=True)
-def keep(key, value, tables, bits, step, row_step, workspace, kept):
+def encode_tokens(key, value, tables, bits, step, row_step, workspace, kept):
     """Writes all of `kept`.
 
     Args:
@@ -28,11 +28,11 @@ def keep(key, value, tables, bits, step, row_step, workspace, kept):
     """
     count = key.shape[0] * key.shape[1] * key.shape[2]
     for at in prange(count):
-        keep_one(np.int64(at), key, value, tables, bits, step, row_step, workspace, kept)
+        encode_token(np.int64(at), key, value, tables, bits, step, row_step, workspace, kept)
 
 
 @compiled()
-def keep_one(at, key, value, tables, bits, step, row_step, workspace, kept):
+def encode_token(at, key, value, tables, bits, step, row_step, workspace, kept):
     """A token of one head."""
     heads, tokens, rank = key.shape[1], key.shape[2], tables.key_map.shape[2]
     sequence, head, token = at // (heads * tokens), at // tokens % heads, at % tokens

@@ -25,7 +25,7 @@ def tables_of(tables: Mapping[str, Tensor], coded: bool) -> cpu.Tables:
     return cpu.Tables(*(tables[name].numpy() for name in NAMES), *turns)
 
 
-def keep(key: Tensor, value: Tensor, tables: cpu.Tables, bits: int) -> dict[str, Tensor]:
+def encode_tokens(key: Tensor, value: Tensor, tables: cpu.Tables, bits: int) -> dict[str, Tensor]:
     """What is kept beside keys [B, Hkv, T, D] and values [B, Hkv, T, Dv]: "codeword", "code", "scale"; and in place of
     them, where tables have rotations, "key", "value", "key_scale", "value_scale"."""
     shape, coded, rank = tuple(key.shape[:3]), tables.turn_key.size > 0, tables.key_map.shape[2]
@@ -37,8 +37,8 @@ def keep(key: Tensor, value: Tensor, tables: cpu.Tables, bits: int) -> dict[str,
     )  # fmt: skip
     workspace = np.empty((math.prod(shape), 2, max(width, value_width)), np.float32)
     run(
-        cpu.keep, key.detach().float().contiguous().numpy(), value.detach().float().contiguous().numpy(), tables, bits,
-        np.float32(STEP.get(bits, np.inf)), np.float32(np.inf), workspace, kept,
+        cpu.encode_tokens, key.detach().float().contiguous().numpy(), value.detach().float().contiguous().numpy(),
+        tables, bits, np.float32(STEP.get(bits, np.inf)), np.float32(np.inf), workspace, kept,
     )  # fmt: skip
     found = {"codeword": torch.from_numpy(kept.codeword), "code": torch.from_numpy(kept.code)}
     found["scale"] = scales(kept.scale)

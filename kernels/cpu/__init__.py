@@ -36,10 +36,10 @@ os.register_at_fork(after_in_child=refuse_numba)
 
 
 def cache_folder() -> str:
-    """Where what was compiled is kept; "" where no such folder can be written. Named by the sources of all kernels in
-    numba, which by itself compiles a function again when its own file changes, not one that it calls."""
+    """Where what was compiled is kept; "" where no such folder can be written. Named by the sources of all kernels: by
+    itself numba compiles a function again when its own file changes, not when one does that it calls."""
     kernels = Path(__file__).parent.parent
-    sources = sorted((*kernels.glob("cpu/*.py"), *kernels.glob("*/cpu*.py")))
+    sources = sorted(kernels.rglob("*.py"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     for base in filter(None, (numba.config.CACHE_DIR, kernels / "__pycache__", Path.home() / ".cache" / "kvcal")):
         folder = Path(base) / f"numba-{digest}"
@@ -120,7 +120,7 @@ def buffer_of(tokens: Tensor) -> Tensor | None:
     )
 
 
-def words(tensor: Tensor) -> Any:
+def as_int32(tensor: Tensor) -> Any:
     """[..., n] of any dtype -> the same memory as int32 [..., n · itemsize / 4]."""
     return tensor.detach().view(torch.int32).numpy()
 

@@ -10,10 +10,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from . import LOG2_E as LOG2_E_EXACT
 from . import compiled
 
-LOG2_E = np.float32(LOG2_E_EXACT)
 NONE = np.float32(-np.inf)
 LEAST, LARGEST = np.float32(-126.0), np.float32(127.0)
 """Exponents of `exp2`."""
@@ -62,6 +60,12 @@ def exp2(x):
     value = value * part + np.float32(0.69314694)
     value = value * part + np.float32(1.0)
     return value * float_of_bits((np.int32(whole) + np.int32(127)) << np.int32(23))
+
+
+@compiled()
+def share(logit, most):
+    """2^(logit - most); 0 of none."""
+    return exp2(logit - most) if logit > NONE else np.float32(0.0)
 
 
 @compiled()

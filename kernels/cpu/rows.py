@@ -6,12 +6,13 @@ from collections import namedtuple
 
 import numpy as np
 
-from . import BFLOAT16, compiled
-from .arithmetic import LOG2_E, NONE, exp2, float_of_bits, of_brain, of_half, prefetch
+from . import BFLOAT16, LOG2_E, compiled
+from .arithmetic import NONE, exp2, float_of_bits, of_brain, of_half, prefetch, share
 
 CODES = 8
 """The kind of rows that are 8-bit codes; other kinds are those of `kernels.cpu`."""
 CODES_OFFSET = np.float32(127.5)
+TWICE_LOG2_E = np.float32(2 * LOG2_E)
 LINE = 64
 """Bytes of a cache line."""
 
@@ -54,7 +55,7 @@ def approach(rows, token):
 @compiled()
 def capped(logit, cap):
     """cap · tanh(logit / cap), both in units of log 2."""
-    return cap * (np.float32(1.0) - np.float32(2.0) / (np.float32(1.0) + exp2(np.float32(2.0) * LOG2_E * logit / cap)))
+    return cap * (np.float32(1.0) - np.float32(2.0) / (np.float32(1.0) + exp2(TWICE_LOG2_E * logit / cap)))
 
 
 @compiled()
@@ -118,7 +119,7 @@ def weigh(reads, count, cap, running, row, logits):
         rise(running, row, most)
     total = np.float32(0.0)
     for place in range(count):
-        weight = exp2(logits[place] - most) if logits[place] > NONE else np.float32(0.0)
+        weight = share(logits[place], most)
         logits[place] = weight
         total += weight
     running.mass[row] += total
@@ -129,7 +130,7 @@ def weigh(reads, count, cap, running, row, logits):
 @compiled()
 def rise(running, row, most):
     """Let `most` be the largest logit of query `row`."""
-    fade = exp2(running.best[row] - most) if running.best[row] > NONE else np.float32(0.0)
+    fade = share(running.best[row], most)
     running.best[row] = most
     running.mass[row] *= fade
     for dim in range(running.rows.shape[1]):

@@ -12,7 +12,7 @@ import numpy as np
 from numba import prange
 
 from ..cpu import compiled
-from ..cpu.arithmetic import NONE, exp2
+from ..cpu.arithmetic import NONE, share
 from ..cpu.rows import Rows, Running, attend
 
 BLOCK = 64
@@ -67,14 +67,13 @@ def join(parts, first, ranges, sink_logits, out):
         most = sink_logits[row]
         for part in range(first, first + ranges):
             most = max(most, parts.best[part, row])
-        total = exp2(sink_logits[row] - most) if sink_logits[row] > NONE else np.float32(0.0)
+        total = share(sink_logits[row], most)
         out[row] = np.float32(0.0)
         for part in range(first, first + ranges):
-            if parts.best[part, row] > NONE:
-                share = exp2(parts.best[part, row] - most)
-                total += share * parts.mass[part, row]
-                for dim in range(out.shape[1]):
-                    out[row, dim] += share * parts.rows[part, row, dim]
+            weight = share(parts.best[part, row], most)
+            total += weight * parts.mass[part, row]
+            for dim in range(out.shape[1]):
+                out[row, dim] += weight * parts.rows[part, row, dim]
         if total > 0:
             for dim in range(out.shape[1]):
                 out[row, dim] /= total

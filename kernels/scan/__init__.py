@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ..backend import choose
-from .operands import FLOATS, Budget, Tables, Tokens
+from .operands import Budget, Tables, Tokens
 from .reference import scan as reference
 
-__all__ = ["FLOATS", "Budget", "Tables", "Tokens", "fits", "scan"]
+__all__ = ["Budget", "Tables", "Tokens", "fits", "scan"]
 
 
 def scan(
@@ -34,7 +34,7 @@ def scan(
     check(query, tokens, tables, budget, bits, select, residual)
     run = reference
     if choose(backend, query, triton=False, numba=True) == "numba":
-        if not (query.dtype in FLOATS and fits(tokens, tables)):
+        if not fits(tokens, tables):
             raise ValueError(REFUSED)
         from .launch import scan as run
     return run(

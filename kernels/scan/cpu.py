@@ -12,7 +12,7 @@ import numpy as np
 from numba import prange
 
 from ..cpu import compiled
-from ..cpu.arithmetic import NONE, exp2, of_half
+from ..cpu.arithmetic import NONE, of_half, share
 from ..cpu.rows import CODES, CODES_OFFSET, Rows, Running, approach, attend
 from .cpu_choice import mark_read, thresholds
 from .cpu_codes import BLOCK, LANES, Query, Scored, Scratch, dimension, estimate
@@ -246,9 +246,3 @@ def finish(parts, first, ranges, base, tables, settings, head, sink_logits, out)
         if total > 0:
             for dim in range(len(joined)):
                 out[row, dim] /= total
-
-
-@compiled()
-def share(logit, most):
-    """2^(logit - most); 0 of none."""
-    return exp2(logit - most) if logit > NONE else np.float32(0.0)

@@ -13,7 +13,7 @@ from .operands import OUTWEIGHS
 
 GROUP, MAX, HEAD = 0, 1, 2
 """Whose score counts: the mean of the group's softmaxes, the largest of its logits, or each query's own."""
-LEAST = np.float32(2.0**-120)
+LEAST_SCORE = np.float32(2.0**-120)
 """The least score of a group's token that is read: below it all scores are alike, because `exp2` ends there."""
 OUTWEIGHING = np.float32(OUTWEIGHS)
 
@@ -54,7 +54,7 @@ def thresholds(logits, scores, count, rank, mode, base, threshold):
                 scores[token] += exp2(logits[row, token] - base[row])
             else:
                 scores[token] = max(scores[token], logits[row, token])
-    threshold[:] = max(largest(scores, count, rank), LEAST) if mode == GROUP else largest(scores, count, rank)
+    threshold[:] = max(largest(scores, count, rank), LEAST_SCORE) if mode == GROUP else largest(scores, count, rank)
 
 
 @compiled()

@@ -6,7 +6,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from ..cpu import BFLOAT16, FLOAT32, compiled
+from ..cpu import BFLOAT16, FLOAT16, FLOAT32, compiled
 from ..cpu.arithmetic import float_of_bits, of_brain, of_half
 from ..cpu.rows import capped
 
@@ -30,8 +30,8 @@ ROWS = 16
 
 @compiled()
 def fields(bits):
-    """Numbers in a word of 32 bits; 16 and 17 are the kinds of floats in `kernels.cpu`."""
-    return 2 if bits == 17 else 32 // bits
+    """Numbers in a word of 32 bits, of codes or of a kind of floats."""
+    return 2 if bits == FLOAT16 else 32 // bits
 
 
 @compiled()

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from ..codes import OFFSET
-from ..cpu import LOG2_E, array, by_head_and_query, cut, float_kind, nothing, run, words
+from ..cpu import LOG2_E, array, as_int32, by_head_and_query, cut, float_kind, nothing, run
 from ..cpu.rows import CODES
 from . import cpu, cpu_choice
 from .cpu_codes import BLOCK, LANES, ROWS
 from .operands import Budget, Tables, Tokens
 
 SELECTS = {"group": cpu_choice.GROUP, "max": cpu_choice.MAX, "head": cpu_choice.HEAD}
-SAMPLE_STEP = 1024
-"""The workspace has place for a multiple of so many sampled tokens."""
 LEAST_RANGE = 1024
 """Tokens below which a range is not worth its partial result."""
 
@@ -32,7 +30,7 @@ def tokens_of(tokens: Tokens) -> cpu.Tokens:
     codeword = nothing(heads, batch, 0) if tokens.codeword is None else array(by_head(tokens.codeword).squeeze(-1))
     correction = nothing(heads, batch, 0, 0) if tokens.correction is None else array(by_head(tokens.correction))
     return cpu.Tokens(
-        words(by_head(tokens.reduced)), per_token(tokens.scale), codeword, array(by_head(tokens.key)),
+        as_int32(by_head(tokens.reduced)), per_token(tokens.scale), codeword, array(by_head(tokens.key)),
         array(by_head(tokens.value)), per_token(tokens.key_scale), per_token(tokens.value_scale), correction,
         per_token(tokens.correction_scale),
     )  # fmt: skip
@@ -76,7 +74,7 @@ def scan(
     out = torch.empty(batch, heads, group, tokens.value.shape[-1])
     read = torch.empty(batch, heads, group if select == "head" else 1, budget.longest, dtype=torch.uint8)
     units, parts = workspace(
-        batch * heads, group, ranges, read.shape[2], -(-budget.longest // SAMPLE_STEP) * SAMPLE_STEP, query.shape[-1],
+        batch * heads, group, ranges, read.shape[2], budget.sampled, query.shape[-1],
         tokens.value.shape[-1], tables.query_map.shape[-1], 0 if tables.key is None else tables.key.shape[1],
         tokens.key.dtype == torch.uint8,
     )  # fmt: skip
@@ -89,7 +87,7 @@ def scan(
 
 @lru_cache(maxsize=4)
 def workspace(
-    units: int, group: int, ranges: int, marks: int, longest: int, width: int, values: int, rank: int, codewords: int,
+    units: int, group: int, ranges: int, marks: int, sampled: int, width: int, values: int, rank: int, codewords: int,
     coded: bool,
 ) -> tuple[cpu.Units, cpu.Parts]:  # fmt: skip
     """What the kernel writes beside its results; the same for all layers and steps."""
@@ -100,7 +98,7 @@ def workspace(
 
     of_units = cpu.Units(
         floats(units, group, rank), floats(units, group), floats(units, codewords, lanes), floats(units, group, width),
-        floats(units, group), floats(units, group), floats(units, group, longest), floats(units, longest),
+        floats(units, group), floats(units, group), floats(units, group, sampled), floats(units, sampled),
     )  # fmt: skip
     of_parts = cpu.Parts(
         best=floats(parts, group), mass=floats(parts, group), rows=floats(parts, group, values),

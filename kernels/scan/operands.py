@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backend import NUMBA_FLOATS
+
 OUTWEIGHS = 2.0**60
 """A token with so many times the weight of the whole sample is read whatever the threshold: no sum overflows then."""
 PAGE = 64
 """Tokens that a correction is of."""
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +47,7 @@ class Tokens:
         held = [part for part in vars(self).values() if isinstance(part, Tensor)]
         return (
             self.key.dtype == self.value.dtype
-            and self.key.dtype in (*FLOATS, torch.uint8)
+            and self.key.dtype in (*NUMBA_FLOATS, torch.uint8)
             and self.reduced.shape[-1] * self.reduced.element_size() % 4 == 0
             and all(part.transpose(0, 1).is_contiguous() for part in held)
         )
@@ -98,6 +99,13 @@ class Budget:
     sample has fewer candidates: all."""
     longest: int
     """The longest sequence, known on the host."""
+
+    @cached_property
+    def sampled(self) -> int:
+        """Tokens that are sampled of a sequence, at most; a power of two, so that few workspaces are made as sequences
+        grow. Waits for the device."""
+        most = int((-(-self.lengths // self.stride)).max())
+        return 1 << max(0, most - 1).bit_length()
 
     @cached_property
     def arrays(self) -> Any:

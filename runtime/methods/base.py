@@ -81,6 +81,8 @@ class Method(ABC):
     """Whether what a cache holds beside keys and values depends on `keep`, so that it cannot serve another `keep`."""
     keeps_all_tokens: ClassVar[bool] = True
     """Whether every token stays, so that any later query can read it."""
+    in_numba: ClassVar[bool] = False
+    """Whether a CPU runs its step in numba, where that is installed."""
     query_aware: ClassVar[bool] = False
     """Whether the tokens that it evicts after a prompt are meant to be chosen by the question at the prompt's end."""
     planning_bases: ClassVar[Sequence[Mapping[str, object]]] = ()

@@ -22,6 +22,7 @@ MANY = 4096
 class Full(Method):
     """Every token is read at every step."""
 
+    in_numba = True
     record_mass: bool = False
     """Also add up the attention that each token receives, so that `h2o` can adopt what this cache prefilled."""
 

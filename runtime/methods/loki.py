@@ -35,6 +35,7 @@ STAGES = ("pre", "post")
 
 @dataclass(frozen=True)
 class Loki(Sampling, Method):
+    in_numba = True
     shared_defaults = {"basis": "pca"}  # noqa: RUF012 (the type is the base's)
     planning_bases = tuple(
         {"rank": 0.25, "keep": 1 / 16, "select": "group", "basis": basis, "stage": stage}

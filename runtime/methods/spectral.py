@@ -55,6 +55,7 @@ PLANNING_RICHEST = (1.0, 2, 1 / 2)
 
 @dataclass(frozen=True)
 class Spectral(Sampling, Method):
+    in_numba = True
     keep: Amount = 0.0625
     """Tokens read exactly per step, first and recent ones included: a fraction of the sequence's tokens, or a count."""
     choice: str = "sampled"
@@ -154,11 +155,11 @@ class SpectralPolicy(Policy):
         return kept
 
     def _encode_few(self, key: Tensor, value: Tensor) -> dict[str, Tensor]:
-        from ...kernels.codes.launch import keep, tables_of
+        from ...kernels.codes.launch import encode_tokens, tables_of
 
         if self._code_tables is None:
             self._code_tables = tables_of(self.codewords.on(key.device), self.settings.rows == 8)
-        return keep(key, value, self._code_tables, self.settings.bits)
+        return encode_tokens(key, value, self._code_tables, self.settings.bits)
 
     def summarise(self, page: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """ "correction" (uint8) and "correction_scale": the mean of v − v′ over a page's tokens, in 8 bits."""

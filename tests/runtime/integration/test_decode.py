@@ -1,6 +1,7 @@
 """The loop of fixed addresses gives what plain generate() gives with the same cache."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -273,3 +274,6 @@ def test_it_says_what_runs_without_numba(monkeypatch):
     with pytest.warns(UserWarning, match=r"in torch, which takes longer .*: pip install 'kvcal\[cpu\]'"):
         out = decode(model(), random_ids(20), artifact(), "spectral", max_new_tokens=2, rank=16, keep=0.3)
     assert out.tokens.shape == (1, 22)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decode(model(), random_ids(20), artifact(), "quest", max_new_tokens=2, keep=0.3)
