@@ -51,7 +51,9 @@ class FixedStep:
 
     def write(self, key: Tensor, value: Tensor) -> None:
         """The new tokens [B, Hkv, 1, D | Dv], each to the end of its sequence."""
-        self.store.policy.write(self.cache(), self.store.encoded(key, value))
+        cache, policy = self.cache(), self.store.policy
+        if not policy.append(cache, key, value):
+            policy.write(cache, self.store.encoded(key, value))
 
     def read(self, query: Tensor, spec: SoftmaxSpec) -> Tensor:
         """[B, Hq, 1, D] -> [B, Hq, 1, Dv], after `write`: all that a layer does that reads another's store."""
@@ -70,7 +72,10 @@ class FixedStep:
         shortest, longest = self.clock.told or (0, self.capacity)
         # Of a step that is replayed the host knows no lengths.
         lengths = (longest,) * len(self._table) if shortest == longest else None
-        return DecodeMetadata(self._table, self.clock.lengths, longest, shortest, contiguous=True, lengths=lengths)
+        return DecodeMetadata(
+            self._table, self.clock.lengths, longest, shortest, contiguous=True, lengths=lengths,
+            replayed=self.clock.told is None,
+        )  # fmt: skip
 
     def reserve(self, capacity: int) -> None:
         """Make room for sequences of `capacity` tokens, and do what is `due`. Addresses may change."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from caches import Copy, fill_clustered, fill_pages
 from codebook import fitted, settings
-from sizes import Sizes
+from sizes import SPECTRAL, Sizes
 from torch import Tensor
 
 from kvcal.kernels.score import score
@@ -40,23 +40,24 @@ def dense(copy: Copy, sizes: Sizes) -> Method:
     return made(stepped(store, copy, fill_pages), copy, sizes)
 
 
-def spectral(copy: Copy, sizes: Sizes) -> Method:
-    store = new_store(settings(sizes).bind(0, sizes.dims, fitted(sizes, copy.basis)))
+def spectral(copy: Copy, sizes: Sizes, name: str) -> Method:
+    store = new_store(settings(sizes, name).bind(0, sizes.dims, fitted(sizes, copy.basis)))
     return made(stepped(store, copy, fill_pages), copy, sizes)
 
 
-def loki(copy: Copy, sizes: Sizes, basis: str) -> Method:
+def loki(copy: Copy, sizes: Sizes, basis: str, sampled: bool = False) -> Method:
     """
     Args:
         basis: "pca": keys lie in it, and their first dimensions are the index; "score": an index of its own.
+        sampled: the tokens are chosen by a threshold, in the kernel that attends to them.
     """
-    of, map = loki_settings(sizes, basis), copy.basis[:, : sizes.rank].contiguous()
+    of, map = loki_settings(sizes, basis, sampled), copy.basis[:, : sizes.rank].contiguous()
     maps = copy.basis if basis == "pca" else map
     policy = LokiPolicy(of, Basis(maps, maps, sizes.rank))
     step = stepped(Store(policy), copy, fill_pages)
     cache = step.cache()
     counts = Counts.of(of, cache.metadata)
-    if counts is None:
+    if counts is None or sampled:
         return made(step, copy, sizes)
     reduced = cache.tokens("key" if basis == "pca" else "projected")[..., : sizes.rank]
     scored = partial(score, copy.grouped @ map.mT, reduced, cache.metadata.seq_lens, scaling=sizes.scaling)
@@ -80,8 +81,11 @@ def clusterkv(copy: Copy, sizes: Sizes, per_cluster: int) -> Method:
     return made(step, copy, sizes, {"attend": partial(attend_selected, copy.query, cache, selected, spec)})
 
 
-def loki_settings(sizes: Sizes, basis: str) -> Loki:
-    return Loki(rank=sizes.rank, keep=sizes.keep, select="max", basis=basis, sinks=0, recent=0)
+def loki_settings(sizes: Sizes, basis: str, sampled: bool = False) -> Loki:
+    return Loki(
+        rank=sizes.rank, keep=sizes.keep, select="max", basis=basis, sinks=0, recent=0, sample=sizes.sample,
+        choice="sampled" if sampled else "exact",
+    )  # fmt: skip
 
 
 def cluster_settings(sizes: Sizes, per_cluster: int) -> ClusterKV:
@@ -95,8 +99,10 @@ def methods(sizes: Sizes) -> dict[str, Callable[[Copy], Method]]:
         "dense": partial(dense, sizes=sizes),
         "loki": partial(loki, sizes=sizes, basis="pca"),
         "loki, own index": partial(loki, sizes=sizes, basis="score"),
-        "spectral": partial(spectral, sizes=sizes),
+        "loki, sampled": partial(loki, sizes=sizes, basis="score", sampled=True),
     }
+    for name in SPECTRAL:
+        found[name] = partial(spectral, sizes=sizes, name=name)
     for per_cluster in sizes.per_cluster:
         found[f"clusterkv {per_cluster}"] = partial(clusterkv, sizes=sizes, per_cluster=per_cluster)
     return found

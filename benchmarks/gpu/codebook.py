@@ -6,17 +6,22 @@ Built by hand, since a machine with a GPU need not have what calibration cluster
 from __future__ import annotations
 
 import torch
-from sizes import BITS, CODEWORDS, RANK, Sizes
+from sizes import CODEWORDS, SPECTRAL, Sizes
 from torch import Tensor
 
 from kvcal.artifacts import Artifact, Layer, ModelIdentity, Stage
 from kvcal.runtime.methods.spectral import Spectral
 
 
-def settings(sizes: Sizes) -> Spectral:
+def settings(sizes: Sizes, name: str = "spectral") -> Spectral:
+    """
+    Args:
+        name: of `SPECTRAL`.
+    """
     return Spectral(
-        keep=sizes.keep, select="max", rank=RANK, bits=BITS, sinks=sizes.sinks, recent=sizes.recent, sample=sizes.sample
-    )
+        keep=sizes.keep, select="max", sinks=sizes.sinks, recent=sizes.recent, sample=sizes.sample,
+        **SPECTRAL[name],  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 def fitted(sizes: Sizes, basis: Tensor, layers: int = 1) -> Artifact:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sizes import BITS, CODEWORDS, RANK, Sizes
+from sizes import CODEWORDS, SPECTRAL, Sizes
 
 LAUNCH_US, OPERATION_US, EAGER_US = 2.5, 1.7, 6.0
 """Of a kernel of ours, which waits for its operands, and of a small operation of torch, in a graph; of one outside."""
@@ -22,8 +22,6 @@ LAYER_OPERATIONS = 37
 """Of torch, in a layer of the model beside its attention step: norms, rotary embedding, projections, gated MLP."""
 PAGE = 64
 """Tokens of the runtime's pages."""
-OF_ENCODING, OF_SPECTRAL = 93, 118
-"""Of torch, about, as a spectral step writes a token and as it attends from it."""
 OF_CHOICE, OF_CLUSTERS, OF_SELECTED = 6, 51, 2
 """Of torch, beside the kernels: as the best tokens are chosen, as clusters are (about), and as what is chosen is
 attended to."""
@@ -109,6 +107,8 @@ def parts(sizes: Sizes, method: str, length: int, batch: int) -> dict[str, Work]
     rows = Work(kept * (2 * sizes.dims * sizes.itemsize + 4), 2, OF_SELECTED)
     if kind == "dense":
         return {"append": Work(0, 1), "attend": Work(dense_bytes(sizes, length, batch), 2)}
+    if method == "loki, sampled":
+        return loki_sampled(sizes, length, batch)
     if kind == "loki":
         return {**loki(sizes, method, length, batch), "attend": rows}
     if kind == "clusterkv":
@@ -116,7 +116,7 @@ def parts(sizes: Sizes, method: str, length: int, batch: int) -> dict[str, Work]
         # What it has to read: of every cluster the mean and the size, of every chosen token where it lies.
         chosen = Work(clusters * (sizes.dims * sizes.itemsize + 4) + kept * 4, 0, OF_CLUSTERS)
         return {"append": Work(0, 1), "rest": chosen, "attend": rows}
-    return spectral(sizes, length, batch)
+    return spectral(sizes, method, length, batch)
 
 
 def dense_bytes(sizes: Sizes, length: int, batch: int) -> int:
@@ -138,14 +138,22 @@ def loki(sizes: Sizes, method: str, length: int, batch: int) -> dict[str, Work]:
     }
 
 
-def spectral(sizes: Sizes, length: int, batch: int) -> dict[str, Work]:
+def loki_sampled(sizes: Sizes, length: int, batch: int) -> dict[str, Work]:
+    pairs = batch * sizes.heads
+    read = pairs * (length * sizes.rank + min(sizes.keep, length) * 2 * sizes.dims) * sizes.itemsize
+    return {"append": Work(0, 1, 2 + (batch > 1)), "attend": Work(read, 2)}
+
+
+def spectral(sizes: Sizes, method: str, length: int, batch: int) -> dict[str, Work]:
     """What it has to read: of every token the code, of every page the mean error, of every head the codebook."""
-    rank = int(RANK * sizes.dims)
-    token, page = rank * BITS / 8 + 2 + 1, sizes.dims + 2
+    of = SPECTRAL[method]
+    rank = int(of["rank"] * sizes.dims)
+    token, page = rank * of["bits"] / 8 + 2 + 1, sizes.dims + 2
+    row = 2 * (sizes.dims + 2) if of["rows"] == 8 else 2 * sizes.dims * sizes.itemsize
     shared = sizes.heads * 2 * (CODEWORDS * (4 * sizes.dims + 1) + 2 * rank * sizes.dims)
     pairs, kept = batch * sizes.heads, min(sizes.keep, length)
-    read = pairs * (length * token + length // PAGE * page + kept * 2 * sizes.dims * sizes.itemsize)
-    return {"append": Work(0, 1, OF_ENCODING), "attend": Work(read + shared, 0, OF_SPECTRAL)}
+    read = pairs * (length * token + length // PAGE * page + kept * row)
+    return {"append": Work(0, 1), "attend": Work(read + shared, 2)}
 
 
 def build(sizes: Sizes, length: int, calibrated: bool, passes: int) -> Work:

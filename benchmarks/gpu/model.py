@@ -10,7 +10,7 @@ import torch
 from attention_steps import cluster_settings, loki_settings
 from caches import fill_clustered, fill_pages
 from codebook import fitted, settings
-from sizes import Sizes
+from sizes import SPECTRAL, Sizes
 from timing import tidy
 from torch import Tensor
 
@@ -122,4 +122,6 @@ def method_of(sizes: Sizes, name: str) -> Any:
     kind, _, per_cluster = name.partition(" ")
     if kind == "clusterkv":
         return cluster_settings(sizes, int(per_cluster))
-    return {"full": Full(), "loki": loki_settings(sizes, "pca"), "spectral": settings(sizes)}[kind]
+    if name in SPECTRAL:
+        return settings(sizes, name)
+    return {"full": Full(), "loki": loki_settings(sizes, "pca")}[name]

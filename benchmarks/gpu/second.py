@@ -14,19 +14,20 @@ from first import Rows
 from run import Phase
 from sizes import Sizes
 
-COUNTED = ("dense", "loki")
-SANITIZED = ("select", "attend", "score")
+COUNTED = ("dense", "loki", "spectral")
+SANITIZED = ("select", "attend", "step spectral, rows 8")
 
 
 def phases(sizes: Sizes) -> list[Phase]:
     longest, middle, *_ = sizes.lengths
     most, least = (f"clusterkv {tokens}" for tokens in sizes.per_cluster)
     telling = ("full", most, "spectral", "loki")
+    fitting = ("full", most, "spectral, rows 8")
     models = [
         *model(longest, 1, telling),
-        *model(longest, None, telling[:3]),
+        *model(longest, None, fitting),
         *model(longest, 1, (least,)),
-        *model(middle, None, telling[:3]),
+        *model(middle, None, fitting),
         *model(middle, 1, telling[:3]),
     ]
     builds = [

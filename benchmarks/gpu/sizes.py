@@ -5,9 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-RANK, BITS, CODEWORDS = 0.5, 2, 64
-"""Of spectral: dimensions of a code as a share of the head's, bits of each, codewords of a head: all as they are unless
-told otherwise."""
+CODEWORDS = 64
+"""Of a head's codebook, as they are unless told otherwise."""
+SPECTRAL = {
+    "spectral": {"rank": 0.5, "bits": 2, "rows": 16},
+    "spectral, rows 8": {"rank": 0.5, "bits": 2, "rows": 8},
+    "spectral, quarter of 4 bits": {"rank": 0.25, "bits": 4, "rows": 16},
+}
+"""Dimensions of a code as a share of the head's, bits of each, bits of keys and values."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,8 @@ class Sizes:
     def methods(self) -> tuple[str, ...]:
         """Whose attention steps are measured, the most telling first."""
         most, least = (f"clusterkv {tokens}" for tokens in self.per_cluster)
-        return ("dense", most, "spectral", "loki", least, "loki, own index")
+        _, *more = SPECTRAL
+        return ("dense", most, "spectral", "loki", more[0], least, "loki, own index", "loki, sampled", *more[1:])
 
     def config(self, length: int) -> Any:
         """Of the model whose attention has this shape."""

@@ -1,12 +1,14 @@
-"""One launch per decoded token: the new key and value into the cache."""
+"""One launch per decoded token: the new key and value into the cache, and what a method keeps beside them."""
 
 import torch
 from torch import Tensor
 
 from ..backend import choose
-from .reference import append as reference
+from ..codes import Calibrated
+from ..scan.operands import Tokens
+from . import reference
 
-__all__ = ["append"]
+__all__ = ["append", "append_coded"]
 
 
 def append(
@@ -35,10 +37,41 @@ def append(
         raise ValueError(f"value: received {list(value.shape)}, expected {list(key.shape[:3])} before its last")
     if lengths.dtype != torch.int32 or lengths.device != key.device:
         raise ValueError(f"lengths: received {lengths.dtype} on {lengths.device}, expected int32 on {key.device}")
-    run = reference
+    run = reference.append
     if choose(backend, key) == "triton":
         from .triton_kernel import append as run
     run(key_new, value_new, key, value, lengths)
+
+
+def append_coded(
+    key_new: Tensor, value_new: Tensor, tokens: Tokens, tables: Calibrated, lengths: Tensor, *, bits: int,
+    backend: str = "auto",
+) -> None:  # fmt: skip
+    """The same with what is kept of tokens to scan them: codewords, codes, rows in 8 bits where they are kept so, and
+    the correction of a page that the token fills (see `kernels/scan` and `kernels/codes`).
+
+    Args:
+        key_new: [B, Hkv, D], as it came.
+        value_new: [B, Hkv, Dv].
+        tables: of the layer.
+        lengths: as of `append`.
+        bits: of the codes, 2, 4 or 8.
+    """
+    shapes = [*tokens.key.shape[1::2]], [*tokens.value.shape[1::2]]
+    if ([*key_new.shape[1:]], [*value_new.shape[1:]]) != shapes or lengths.shape != key_new.shape[:1]:
+        raise ValueError(
+            f"key_new: received {list(key_new.shape)}, values {list(value_new.shape)}, lengths {list(lengths.shape)} "
+            f"for heads and dimensions {shapes}"
+        )
+    if tokens.codeword is None or tokens.scale is None:
+        raise ValueError("tokens: received some without codewords, expected codes")
+    if choose(backend, key_new) == "triton":
+        if not tokens.fits_triton or key_new.stride(-1) != 1 or value_new.stride(-1) != 1:
+            raise ValueError("backend: 'triton' takes tokens of one order, and numbers of a token that are contiguous")
+        from .coded_kernel import append_coded as run
+    else:
+        run = reference.append_coded
+    run(key_new, value_new, tokens, tables, lengths, bits)
 
 
 def check_cache(name: str, new: Tensor, cache: Tensor, lengths: Tensor) -> None:

@@ -58,14 +58,15 @@ def choose_splits(groups: int, most: int, smallest: int, device: torch.device) -
         most: tokens that a group can have.
         smallest: tokens below which a part is not worth its partial result, once the GPU is full without it.
     """
-    multiprocessors = _multiprocessors(device)
-    eight_each = min(_ceil(8 * multiprocessors, groups), _ceil(most, smallest))
-    two_each = min(_ceil(2 * multiprocessors, groups), _ceil(most, TOKEN_TILE))
+    count = multiprocessors(device)
+    eight_each = min(_ceil(8 * count, groups), _ceil(most, smallest))
+    two_each = min(_ceil(2 * count, groups), _ceil(most, TOKEN_TILE))
     return max(1, eight_each, two_each)
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; without one those of an H100."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 

@@ -1,11 +1,20 @@
 """Low-bit codes of vectors whose dimensions are alike: a level for each dimension, one scale for all."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-__all__ = ["BITS", "decode", "encode", "fields_of", "products", "rotation"]
+__all__ = [
+    "BITS", "Calibrated", "correction_of", "decode", "encode", "encode_tokens", "fields_of", "nearest", "products",
+    "rotation",
+]  # fmt: skip
+
+Calibrated = Mapping[str, Tensor]
+"""Tensors of a layer by name, float32: "key" [Hkv, C, D], "value" [Hkv, C, Dv], the codewords; "half" [Hkv, 1, C],
+"inverse" [Hkv, 2, 1, 1], by which they are found; "key_map" [Hkv, D, r], the basis of codes; "turn_key" [D, D],
+"turn_value" [Dv, Dv], rotations of what is kept in 8 bits; "head" [Hkv, 1], 0, 1, 2, …"""
 
 BITS = (2, 4, 8)
 STEP = {2: 0.9957, 4: 0.3352}
@@ -52,6 +61,46 @@ def encode(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def decode(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
     """[..., n] float32."""
     return (_stored(codes, bits) - OFFSET[bits]) * scales.float().unsqueeze(-1)
+
+
+def nearest(tables: Calibrated, key: Tensor, value: Tensor) -> Tensor:
+    """[B, Hkv, T] int64: the nearest codeword of each token, of keys [B, Hkv, T, D] and values [B, Hkv, T, Dv]."""
+    by_key, by_value = key.float() * tables["inverse"][:, 0], value.float() * tables["inverse"][:, 1]
+    return (tables["half"] - by_key @ tables["key"].mT - by_value @ tables["value"].mT).argmin(-1)
+
+
+def encode_tokens(key: Tensor, value: Tensor, tables: Calibrated, bits: int, coded: bool) -> dict[str, Tensor]:
+    """What is kept beside keys [B, Hkv, T, D] and values [B, Hkv, T, Dv]: "codeword", "code" [B, Hkv, T, …] uint8,
+    "scale" [B, Hkv, T, 1] float16; where `coded`, also "key", "value", "key_scale", "value_scale", in 8 bits."""
+    words = nearest(tables, key, value)
+    rest = {
+        "key": key.float() - tables["key"][tables["head"], words],
+        "value": value.float() - tables["value"][tables["head"], words],
+    }
+    code, scale = encode(rest["key"] @ tables["key_map"], bits)
+    kept = {"codeword": words.unsqueeze(-1).to(torch.uint8), "code": code, "scale": scale.unsqueeze(-1)}
+    for name, difference in rest.items() if coded else ():
+        kept[name], token_scale = encode(difference @ tables[f"turn_{name}"].mT, 8)
+        kept[f"{name}_scale"] = token_scale.unsqueeze(-1)
+    return kept
+
+
+def correction_of(
+    value: Tensor, scale: Tensor | None, codeword: Tensor | None, tables: Calibrated
+) -> dict[str, Tensor]:
+    """ "correction" [n, Hkv, Dv] uint8 and "correction_scale" [n, Hkv, 1] float16: the mean of v − v′ over pages.
+
+    Args:
+        value: [n, Hkv, tokens, Dv], rotated codes of v − v′ where there is a `scale` of them, [n, Hkv, tokens, 1].
+        codeword: [n, Hkv, tokens, 1]; used without `scale` only.
+    """
+    if scale is None:
+        assert codeword is not None
+        mean = (value.float() - tables["value"][tables["head"], codeword.squeeze(-1).long()]).mean(2)
+    else:
+        mean = decode(value, scale.squeeze(-1), 8).mean(2) @ tables["turn_value"]
+    code, mean_scale = encode(mean, 8)
+    return {"correction": code, "correction_scale": mean_scale.unsqueeze(-1)}
 
 
 def products(query: Tensor, codes: Tensor, scales: Tensor, bits: int) -> Tensor:

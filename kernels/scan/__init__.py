@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..backend import choose
-from .operands import Budget, Tables, Tokens
+from ..backend import FLOATS, choose
+from .operands import PAGE, Budget, Tables, Tokens
 from .reference import scan as reference
 
 __all__ = ["Budget", "Tables", "Tokens", "fits", "scan"]
@@ -15,8 +17,8 @@ __all__ = ["Budget", "Tables", "Tokens", "fits", "scan"]
 def scan(
     query: Tensor, tokens: Tokens, tables: Tables, budget: Budget, *, bits: int | None = None, select: str = "group",
     residual: bool = True, scaling: float, softcap: float | None = None, sink_logits: Tensor | None = None,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    marked: bool = True, backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Attend from one query per sequence and head. README.md has the formula.
 
     Args:
@@ -27,20 +29,29 @@ def scan(
         residual: whether codewords stand for tokens that are not read.
         scaling: of q·k, before `softcap`.
         sink_logits: [Hkv · G], one more logit for each query, of a value of zeros.
+        marked: whether to tell the tokens that were read.
 
     Returns:
-        [B, Hkv, G, Dv] float32, and [B, Hkv, G or 1, longest] bool: the tokens that were read.
+        [B, Hkv, G, Dv] float32, on a GPU in the query's dtype; and [B, Hkv, G or 1, longest] bool: the tokens that were
+        read, None where not `marked`.
     """
     check(query, tokens, tables, budget, bits, select, residual)
+    options: dict[str, Any] = {
+        "bits": bits, "select": select, "residual": residual, "scaling": scaling, "softcap": softcap,
+        "sink_logits": sink_logits,
+    }  # fmt: skip
+    chosen = choose(backend, query, numba=True)
+    if chosen in REFUSED and not fits(query, tokens, tables, budget, chosen):
+        raise ValueError(REFUSED[chosen])
+    if chosen == "triton":
+        from . import triton_launch
+
+        return triton_launch.scan(query, tokens, tables, budget, marked=marked, **options)
     run = reference
-    if choose(backend, query, triton=False, numba=True) == "numba":
-        if not fits(tokens, tables):
-            raise ValueError(REFUSED)
+    if chosen == "numba":
         from .launch import scan as run
-    return run(
-        query, tokens, tables, budget, bits=bits, select=select, residual=residual, scaling=scaling, softcap=softcap,
-        sink_logits=sink_logits,
-    )  # fmt: skip
+    out, read = run(query, tokens.ordered(), tables, budget, **options)
+    return out, read if marked else None
 
 
 def check(
@@ -48,17 +59,21 @@ def check(
 ) -> None:
     """ValueError unless the operands fit together."""
     batch, heads, _, width = query.shape
-    expected = (batch, heads, tokens.key.shape[2])
-    for name, part in vars(tokens).items():
-        if isinstance(part, Tensor) and not name.startswith("correction") and part.shape[:3] != expected:
+    expected = (batch, heads, tokens.capacity)
+    if tokens.table is not None:
+        expected = (len(tokens.key), heads, PAGE)
+        if len(tokens.table) != batch:
+            raise ValueError(f"table: received {list(tokens.table.shape)} for {batch} sequences")
+    for name, part in tokens.of_tokens().items():
+        if part.shape[:3] != expected:
             raise ValueError(f"{name}: received {list(part.shape)}, expected {list(expected)} and one more")
     if tokens.key.shape[3] != width or tables.query_map.shape[:2] != (heads, width):
         raise ValueError(
             f"key, query_map: received {list(tokens.key.shape)} and {list(tables.query_map.shape)} for queries "
             f"{list(query.shape)}"
         )
-    if budget.longest > tokens.key.shape[2]:
-        raise ValueError(f"longest: received {budget.longest}, expected at most the capacity {tokens.key.shape[2]}")
+    if budget.longest > tokens.capacity:
+        raise ValueError(f"longest: received {budget.longest}, expected at most the capacity {tokens.capacity}")
     if select not in SELECTS:
         raise ValueError(f"select: received {select!r}, expected one of {', '.join(SELECTS)}")
     lacking = {tokens.scale is None, tokens.codeword is None, tables.key is None, tables.value is None}
@@ -72,12 +87,26 @@ def check(
 
 
 SELECTS = ("group", "max", "head")
-REFUSED = (
-    "backend: 'numba' takes float32, bfloat16 or float16 with heads first in memory, and a multiple of 4 dimensions "
-    "and of 4 bytes of codes: use 'reference'"
-)
+MOST_SAMPLED = 4096
+"""Tokens of a sample whose scores a program of the kernels for a GPU holds in registers, at most."""
+MOST_QUERIES = 16
+"""Query heads of a KV head in these, at most."""
+REFUSED = {
+    "numba": (
+        "backend: 'numba' takes float32, bfloat16 or float16 with heads first in memory, and a multiple of 4 "
+        "dimensions and of 4 bytes of codes: use 'reference'"
+    ),
+    "triton": (
+        f"backend: 'triton' takes tokens of one order, codes in multiples of 4 bytes, at most {MOST_QUERIES} queries "
+        f"of a head and a sample of at most {MOST_SAMPLED} tokens: use 'reference'"
+    ),
+}
 
 
-def fits(tokens: Tokens, tables: Tables) -> bool:
-    """Whether the kernel in numba takes these operands."""
-    return tokens.fits_numba and tables.query_map.shape[-1] % 4 == 0
+def fits(query: Tensor, tokens: Tokens, tables: Tables, budget: Budget, backend: str = "auto") -> bool:
+    """Whether a kernel takes these operands, of those that this backend means."""
+    chosen = choose(backend, query, numba=True)
+    if chosen == "triton":
+        small = budget.sampled <= MOST_SAMPLED and query.shape[2] <= MOST_QUERIES
+        return small and query.dtype in FLOATS and tokens.fits_triton
+    return chosen == "numba" and tokens.fits_numba and tables.query_map.shape[-1] % 4 == 0

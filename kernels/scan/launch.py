@@ -73,8 +73,10 @@ def scan(
     ranges, per_range = cut(batch * heads, budget.longest, torch.get_num_threads(), LEAST_RANGE, BLOCK)
     out = torch.empty(batch, heads, group, tokens.value.shape[-1])
     read = torch.empty(batch, heads, group if select == "head" else 1, budget.longest, dtype=torch.uint8)
+    # A power of two, so that few workspaces are made as sequences grow.
+    sampled = 1 << max(0, budget.sampled - 1).bit_length()
     units, parts = workspace(
-        batch * heads, group, ranges, read.shape[2], budget.sampled, query.shape[-1],
+        batch * heads, group, ranges, read.shape[2], sampled, query.shape[-1],
         tokens.value.shape[-1], tables.query_map.shape[-1], 0 if tables.key is None else tables.key.shape[1],
         tokens.key.dtype == torch.uint8,
     )  # fmt: skip

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backend import NUMBA_FLOATS
+from ..backend import FLOATS
 
 OUTWEIGHS = 2.0**60
 """A token with so many times the weight of the whole sample is read whatever the threshold: no sum overflows then."""
@@ -39,17 +40,55 @@ class Tokens:
     """[B, Hkv, capacity / PAGE, Dv] uint8: of each full page the mean of what codewords leave of values."""
     correction_scale: Tensor | None = None
     """[B, Hkv, capacity / PAGE, 1] float16."""
+    table: Tensor | None = None
+    """[B, P] int: token t of sequence b lies in page table[b, t // PAGE], and all tensors are by page,
+    [N, Hkv, PAGE, …], corrections [N, Hkv, 1, …]. None: tensors are by sequence."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a sequence may have."""
+        return self.key.shape[2] if self.table is None else self.table.shape[1] * PAGE
+
+    def of_tokens(self) -> dict[str, Tensor]:
+        """What is kept of single tokens, by name."""
+        apart = ("correction", "correction_scale", "table")
+        return {name: part for name, part in vars(self).items() if isinstance(part, Tensor) and name not in apart}
+
+    def ordered(self) -> Tokens:
+        """The same by sequence, a copy where there is a table."""
+        if self.table is None:
+            return self
+        index, held = self.table.long(), {**self.of_tokens(), **self.of_pages()}
+        return Tokens(**{name: part[index].transpose(1, 2).flatten(2, 3) for name, part in held.items()})
+
+    def of_pages(self) -> dict[str, Tensor]:
+        """What is kept of whole pages, by name."""
+        held = {"correction": self.correction, "correction_scale": self.correction_scale}
+        return {name: part for name, part in held.items() if part is not None}
 
     @cached_property
     def fits_numba(self) -> bool:
         """Whether the kernel in numba takes them: heads first in memory, known dtypes, and what tokens are scored by in
         words of 4 bytes."""
-        held = [part for part in vars(self).values() if isinstance(part, Tensor)]
+        held = [*self.of_tokens().values(), *self.of_pages().values()]
         return (
-            self.key.dtype == self.value.dtype
-            and self.key.dtype in (*NUMBA_FLOATS, torch.uint8)
+            self.table is None
+            and self.key.dtype == self.value.dtype
+            and self.key.dtype in (*FLOATS, torch.uint8)
             and self.reduced.shape[-1] * self.reduced.element_size() % 4 == 0
             and all(part.transpose(0, 1).is_contiguous() for part in held)
+        )
+
+    @cached_property
+    def fits_triton(self) -> bool:
+        """Whether the kernels for a GPU take them: known dtypes, one order of tokens, and codes in words of 4 bytes."""
+        parts, sums = [*self.of_tokens().values()], [*self.of_pages().values()]
+        coded = self.codeword is not None
+        return (
+            self.key.dtype == self.value.dtype
+            and self.key.dtype in (*FLOATS, torch.uint8)
+            and all(same_order(of) for of in (parts, sums))
+            and (not coded or (self.reduced.shape[-1] % 4 == 0 and self.reduced.data_ptr() % 4 == 0))
         )
 
     @cached_property
@@ -58,6 +97,12 @@ class Tokens:
         from .launch import tokens_of
 
         return tokens_of(self)
+
+
+def same_order(parts: Sequence[Tensor]) -> bool:
+    """Whether tokens, or pages, of these buffers lie in one order, the numbers of each next to one another."""
+    strides = {tuple(stride / part.shape[3] for stride in part.stride()[:3]) for part in parts}
+    return len(strides) < 2 and all(part.stride(3) == 1 or part.shape[3] == 1 for part in parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,12 +119,19 @@ class Tables:
     """[D, D], the rotation of keys in 8 bits."""
     turn_value: Tensor | None = None
     """[Dv, Dv]"""
+    _prepared: dict[Hashable, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def arrays(self) -> Any:
         from .launch import tables_of
 
         return tables_of(self)
+
+    def prepared(self, name: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` makes of these tensors for a kernel, made once."""
+        if name not in self._prepared:
+            self._prepared[name] = make()
+        return self._prepared[name]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,14 +150,9 @@ class Budget:
     """Candidates are read whose score reaches that of the rank-th best of the sample; 0: none, -1: all. Where the
     sample has fewer candidates: all."""
     longest: int
-    """The longest sequence, known on the host."""
-
-    @cached_property
-    def sampled(self) -> int:
-        """Tokens that are sampled of a sequence, at most; a power of two, so that few workspaces are made as sequences
-        grow. Waits for the device."""
-        most = int((-(-self.lengths // self.stride)).max())
-        return 1 << max(0, most - 1).bit_length()
+    """The longest sequence, or a bound of it, known on the host."""
+    sampled: int
+    """Tokens that are sampled of a sequence, at most, likewise."""
 
     @cached_property
     def arrays(self) -> Any:

@@ -27,7 +27,7 @@ def scan(
     key, value = rows(tokens, held, tables, words, query.dtype)
     exact = logits(query @ key.mT)
     estimated = logits(estimate(query, held, tables, words, bits))
-    position = torch.arange(longest)
+    position = torch.arange(longest, device=query.device)
     present = position < budget.lengths.view(-1, 1, 1, 1)
     candidate = (position >= budget.first.view(-1, 1, 1, 1)) & (position < budget.begin.view(-1, 1, 1, 1))
     candidates = estimated.masked_fill(~candidate, -torch.inf)
@@ -43,7 +43,7 @@ def scan(
     if residual:
         assert words is not None and tables.value is not None
         others = weights.where(~read, 0)
-        stand_in = tables.value.to(query)[torch.arange(len(tables.value)).unsqueeze(1), words]
+        stand_in = of_words(tables.value.to(query), words)
         out = out + others @ (stand_in + corrections(tokens, budget, stand_in))
     return out.to(torch.promote_types(query.dtype, torch.float32)), read
 
@@ -59,8 +59,13 @@ def rows(
     for name, table, turn in (("key", tables.key, tables.turn_key), ("value", tables.value, tables.turn_value)):
         assert table is not None and turn is not None
         difference = decode(held[name], held[f"{name}_scale"].squeeze(-1), 8).to(dtype) @ turn.to(dtype)
-        found.append(difference + table.to(dtype)[torch.arange(len(table)).unsqueeze(1), words])
+        found.append(difference + of_words(table.to(dtype), words))
     return found[0], found[1]
+
+
+def of_words(table: Tensor, words: Tensor) -> Tensor:
+    """[B, Hkv, S, n]: rows of a table [Hkv, C, n] by numbers [B, Hkv, S]."""
+    return table[torch.arange(len(table), device=table.device).unsqueeze(1), words]
 
 
 def estimate(query: Tensor, held: dict[str, Tensor], tables: Tables, words: Tensor | None, bits: int | None) -> Tensor:
@@ -104,6 +109,6 @@ def corrections(tokens: Tokens, budget: Budget, like: Tensor) -> Tensor:
     if tokens.correction is None or tokens.correction_scale is None:
         return torch.zeros_like(like)
     mean = decode(tokens.correction, tokens.correction_scale.squeeze(-1), 8).to(like)
-    full = torch.arange(mean.shape[2]) < (budget.lengths // PAGE).unsqueeze(1)
+    full = torch.arange(mean.shape[2], device=like.device) < (budget.lengths // PAGE).unsqueeze(1)
     mean = mean.where(full[:, None, :, None], 0)
     return mean.repeat_interleave(PAGE, 2)[:, :, : like.shape[2]]

@@ -62,6 +62,8 @@ class DecodeMetadata(OncePerStep):
     one view."""
     lengths: tuple[int, ...] | None = None
     """`seq_lens` on the host; None: the host does not know them."""
+    replayed: bool = False
+    """Whether the step is captured and replayed, after which nobody can ask what it has read."""
     whole: DecodeMetadata | None = None
     """Where tokens were evicted the other fields describe the slots that are held, and this tells the lengths with all
     tokens so far (its block table means nothing)."""
@@ -90,6 +92,10 @@ class DecodeMetadata(OncePerStep):
         """The slot mapping, page · PAGE + offset, of positions [B, …] int64 of the sequences."""
         page = self.block_table.gather(1, index.flatten(1) // PAGE).view_as(index)
         return page * PAGE + index % PAGE
+
+    def held(self) -> Tensor:
+        """[B] int32: tokens of each sequence before the new one."""
+        return self.once("held", lambda: self.seq_lens - 1)
 
     def last_slots(self) -> Tensor:
         """[B] int64: the slot of each sequence's last token."""
@@ -204,7 +210,7 @@ class LayerCache:
         """Put [B, Hkv, 1, …] of each name where the last token of each sequence belongs."""
         metadata, new = self.metadata, dict(new)
         if metadata.contiguous and {"key", "value"} <= new.keys() and choose("auto", new["key"]) == "triton":
-            held = metadata.once("held", lambda: metadata.seq_lens - 1)
+            held = metadata.held()
             key, value = new.pop("key").squeeze(2), new.pop("value").squeeze(2)
             append(key, value, self.buffer("key"), self.buffer("value"), held)  # one launch
         if not new:

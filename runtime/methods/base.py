@@ -250,6 +250,11 @@ class Policy(ABC):
         if cache.summaries and cache.metadata.may_fill(self.summarise_every):
             cache.summarise_last(self.summarised, self.summarise, self.summarise_every)
 
+    def append(self, cache: LayerCache, key: Tensor, value: Tensor) -> bool:
+        """Do what `write` does with what `encode` makes of a token [B, Hkv, 1, D | Dv], in one kernel; False: none does
+        it."""
+        return False
+
     def summarise(self, page: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The summaries of n pages, [n, Hkv, …] by name, from the tokens in them, [n, PAGE, Hkv, …] by name.
 

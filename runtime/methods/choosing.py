@@ -142,7 +142,8 @@ class Counts:
         """
         stride, rank = self.sampled(sample) if sample else (torch.ones_like(self.room), self.room)
         rank = rank.masked_fill(self.room >= self.candidates, -1)
-        return ScanBudget(self.lengths, self.first, self.begin, stride, rank, self.longest)
+        sampled = min(self.longest, 2 * sample) if sample else self.longest
+        return ScanBudget(self.lengths, self.first, self.begin, stride, rank, self.longest, sampled)
 
 
 def shared(logits: Tensor, select: str, normaliser: Tensor | None = None) -> Tensor:

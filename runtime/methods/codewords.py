@@ -3,8 +3,6 @@ codeword."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -47,13 +45,9 @@ class Codewords:
         self._tensors = {torch.device("cpu"): rounded}
 
     def on(self, device: torch.device) -> dict[str, Tensor]:
-        """The tables by name, float32.
-
-        "key" [Hkv, C, D], "value" [Hkv, C, Dv]: the codewords; `tables["key"][tables["head"], words]` are those of the
-        numbers `words` [B, Hkv, T]. "half" [Hkv, 1, C], "inverse" [Hkv, 2, 1, 1]: what `nearest` finds codewords by.
-        "query_map", "key_map" [Hkv, D, r]: q·(k − k′) ≈ (q query_map)·((k − k′) key_map), rotated so that the r
-        dimensions are alike. "turn_key" [D, D], "turn_value" [Dv, Dv]: the rotations of what is kept in 8 bits.
-        """
+        """`kernels.codes.Calibrated`, and "query_map" [Hkv, D, r]: q·(k − k′) ≈ (q query_map)·((k − k′) key_map),
+        rotated so that the r dimensions are alike. `tables["key"][tables["head"], words]` are the codewords of the
+        numbers `words` [B, Hkv, T]."""
         if device not in self._tensors:
             on_cpu = self._tensors[torch.device("cpu")]
             self._tensors[device] = {name: tensor.to(device) for name, tensor in on_cpu.items()}
@@ -61,13 +55,3 @@ class Codewords:
 
     def nbytes(self, *names: str) -> int:
         return sum(2 * self.on(torch.device("cpu"))[name].numel() for name in names)
-
-
-def nearest(tables: Mapping[str, Tensor], key: Tensor, value: Tensor) -> Tensor:
-    """[B, Hkv, T] int64: the nearest codeword of each token, of keys [B, Hkv, T, D] and values [B, Hkv, T, Dv].
-
-    Args:
-        tables: of `Codewords.on`.
-    """
-    by_key, by_value = key.float() * tables["inverse"][:, 0], value.float() * tables["inverse"][:, 1]
-    return (tables["half"] - by_key @ tables["key"].mT - by_value @ tables["value"].mT).argmin(-1)

@@ -86,6 +86,7 @@ class Loki(Sampling, Method):
 class LokiPolicy(Policy):
     def __init__(self, settings: Loki, basis: Basis):
         self.settings, self.basis = settings, basis
+        self._scanned: dict[torch.device, Tables] = {}
         self.rotates = settings.basis == "pca"
         self.keeps_keys_values = not self.rotates
         heads, _, dims = basis.key_map.shape
@@ -113,8 +114,8 @@ class LokiPolicy(Policy):
         if counts is None:
             return Attended(attend_all(query, *self.keys_values(cache), metadata, spec), None)
         scan = Scan.of(cache, lambda: self._scan(cache))
-        if scan is not None and scan.takes(query):
-            return scan.step(query, cache, counts, settings.select, sample, spec)
+        if scan is not None and (found := scan.step(query, cache, counts, settings.select, sample, spec)):
+            return found
         scores = self._scores(query, cache, spec)
         if counts.has_always:
             scores = scores.masked_fill(~counts.candidate, -torch.inf)
@@ -123,11 +124,14 @@ class LokiPolicy(Policy):
 
     def _scan(self, cache: LayerCache) -> Scan:
         reduced = cache.buffer("key" if self.rotates else "projected")
-        query_map = self.basis.query_map.mT
-        if self.rotates:  # keys and queries lie in the basis, whose first dimensions are scored
-            query_map = torch.eye(*query_map.shape[1:], device=query_map.device).expand_as(query_map)
         held = Tokens(cache.buffer("key"), cache.buffer("value"), reduced)
-        return Scan(held, Tables(query_map[..., : self.basis.rank].float().contiguous()))
+        device = reduced.device
+        if device not in self._scanned:  # where a captured step finds what was made of them, whatever buffers do
+            query_map = self.basis.maps(torch.empty(0, device=device))[0].mT
+            if self.rotates:  # keys and queries lie in the basis, whose first dimensions are scored
+                query_map = torch.eye(*query_map.shape[1:], device=device).expand_as(query_map)
+            self._scanned[device] = Tables(query_map[..., : self.basis.rank].contiguous())
+        return Scan(held, self._scanned[device])
 
     def _scores(self, query: Tensor, cache: LayerCache, spec: SoftmaxSpec) -> Tensor:
         """[B, Hkv, G, S] float32: logits from the first dimensions of the basis, -inf beyond a sequence's tokens."""

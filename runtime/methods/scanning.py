@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ...kernels.backend import choose
 from ...kernels.scan import Tables, Tokens, fits, scan
 from ..attention import SoftmaxSpec
 from ..kv.pages import LayerCache
@@ -33,28 +32,28 @@ class Scan:
         """What `made` gives, once as long as the buffers stand still; None: no kernel takes what this cache holds."""
 
         def make() -> Scan | None:
-            if cache.pages["key"].is_cuda or not cache.metadata.contiguous or cache.offloaded is not None:
-                return None
-            scan = made()
-            return scan if fits(scan.tokens, scan.tables) else None
+            return made() if cache.metadata.contiguous and cache.offloaded is None else None
 
         return cache.prepared(SCAN, make)
 
-    def takes(self, query: Tensor) -> bool:
-        return choose("auto", query, triton=False, numba=True) == "numba"
-
     def step(
         self, query: Tensor, cache: LayerCache, counts: Counts, select: str, sample: int, spec: SoftmaxSpec
-    ) -> Attended:
+    ) -> Attended | None:
         """
         Args:
             query: [B, Hq, 1, D], in the basis of the keys that are kept.
             sample: see `Counts.scan_budget`.
+
+        Returns:
+            None: no kernel takes it.
         """
         budget = cache.metadata.once((counts, sample), lambda: counts.scan_budget(sample))
         grouped = query.squeeze(2).unflatten(1, (self.tokens.key.shape[1], -1))
+        if not fits(grouped, self.tokens, self.tables, budget):
+            return None
         out, read = scan(
             grouped, self.tokens, self.tables, budget, bits=self.bits, select=select, residual=self.residual,
             scaling=spec.scaling, softcap=spec.softcap, sink_logits=spec.sink_logits,
+            marked=not cache.metadata.replayed,
         )  # fmt: skip
-        return Attended(out.flatten(1, 2).unsqueeze(2).to(query.dtype), Marked(read))
+        return Attended(out.flatten(1, 2).unsqueeze(2).to(query.dtype), None if read is None else Marked(read))

@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from ...artifacts import Artifact, KvcalError
+from ...kernels.append import append_coded
 from ...kernels.backend import choose as choose_backend
-from ...kernels.codes import BITS, decode, encode, fields_of, products
+from ...kernels.codes import BITS, correction_of, decode, encode_tokens, fields_of, products
 from ...kernels.scan import Tables, Tokens
 from ..attention import SoftmaxSpec
 from ..kv.pages import PAGE, LayerCache
@@ -37,7 +38,7 @@ from .amounts import Amount, check_choice, check_count, check_flag
 from .base import Attended, Method, Policy, Reading, Selected, Widths
 from .basis import rank_of
 from .choosing import Counts, Sampling, choose
-from .codewords import Codewords, nearest
+from .codewords import Codewords
 from .full import attend_all
 from .scanning import Scan
 
@@ -125,6 +126,7 @@ class SpectralPolicy(Policy):
         self.settings, self.codewords = settings, codewords
         self._code_tables: Any = None
         """The tables for the kernel in numba; None: it did not run yet."""
+        self._scanned: dict[torch.device, Tables] = {}
         self.keeps_keys_values = settings.rows == 16
         self.largest = {"codeword": codewords.count - 1}
         self.fitted_to = codewords.heads, codewords.dims, codewords.value_dims
@@ -139,20 +141,9 @@ class SpectralPolicy(Policy):
         if key.shape[2] <= FEW and choose_backend("auto", key, triton=False, numba=True) == "numba":
             found = self._encode_few(key, value)
             return found if self.settings.rows == 8 else {"key": key, "value": value, **found}
-        tables = self.codewords.on(key.device)
-        words = nearest(tables, key, value)
-        key_difference = key.float() - tables["key"][tables["head"], words]
-        code, scale = encode(key_difference @ tables["key_map"], self.settings.bits)
-        kept = {"codeword": words.unsqueeze(-1).to(torch.uint8), "code": code, "scale": scale.unsqueeze(-1)}
-        if self.settings.rows == 16:
-            return {"key": key, "value": value, **kept}
-        for name, difference in (
-            ("key", key_difference),
-            ("value", value.float() - tables["value"][tables["head"], words]),
-        ):
-            kept[name], token_scale = encode(difference @ tables[f"turn_{name}"].mT, 8)
-            kept[f"{name}_scale"] = token_scale.unsqueeze(-1)
-        return kept
+        tables, coded = self.codewords.on(key.device), self.settings.rows == 8
+        kept = encode_tokens(key, value, tables, self.settings.bits, coded)
+        return kept if coded else {"key": key, "value": value, **kept}
 
     def _encode_few(self, key: Tensor, value: Tensor) -> dict[str, Tensor]:
         from ...kernels.codes.launch import encode_tokens, tables_of
@@ -165,14 +156,18 @@ class SpectralPolicy(Policy):
         """ "correction" (uint8) and "correction_scale": the mean of v − v′ over a page's tokens, in 8 bits."""
         if not self.settings.residual:
             return {}
-        value, tables = page["value"].transpose(1, 2), self.codewords.on(page["value"].device)
-        if self.settings.rows == 16:
-            words = page["codeword"].squeeze(-1).transpose(1, 2).long()
-            mean = (value.float() - tables["value"][tables["head"], words]).mean(2)
-        else:
-            mean = decode(value, page["value_scale"].transpose(1, 2).squeeze(-1), 8).mean(2) @ tables["turn_value"]
-        code, scale = encode(mean, 8)
-        return {"correction": code, "correction_scale": scale.unsqueeze(-1)}
+        of_head = {name: tensor.transpose(1, 2) for name, tensor in page.items()}
+        tables = self.codewords.on(page["value"].device)
+        return correction_of(of_head["value"], of_head.get("value_scale"), of_head.get("codeword"), tables)
+
+    def append(self, cache: LayerCache, key: Tensor, value: Tensor) -> bool:
+        scan = Scan.of(cache, lambda: self._scan(cache))
+        if scan is None or choose_backend("auto", key) != "triton" or not scan.tokens.fits_triton:
+            return False
+        tables, held = self.codewords.on(key.device), cache.metadata.held()
+        key, value = key.squeeze(2).contiguous(), value.squeeze(2).contiguous()
+        append_coded(key, value, scan.tokens, tables, held, bits=self.settings.bits)
+        return True
 
     def keys_values(self, cache: LayerCache) -> tuple[Tensor, Tensor]:
         if self.settings.rows == 16:
@@ -196,8 +191,8 @@ class SpectralPolicy(Policy):
             return Attended(attend_all(query, key, value, metadata, spec), None)
         sample = settings.sample if settings.choice == "sampled" else 0
         scan = Scan.of(cache, lambda: self._scan(cache))
-        if scan is not None and scan.takes(query):
-            return scan.step(query, cache, counts, settings.select, sample, spec)
+        if scan is not None and (found := scan.step(query, cache, counts, settings.select, sample, spec)):
+            return found
         grouped = query.squeeze(2).unflatten(1, (self.codewords.heads, -1)).float()
         tables, words = self.codewords.on(query.device), cache.tokens("codeword").squeeze(-1).long()
         estimated = self._estimate(tables, grouped, cache, words, spec).masked_fill(~counts.candidate, -torch.inf)
@@ -216,10 +211,12 @@ class SpectralPolicy(Policy):
         held |= {name: cache.buffer(name) for name in self.token_names}
         if self.settings.residual:
             held |= {name: cache.summary(name) for name in ("correction", "correction_scale")}
-        tables = self.codewords.on(held["key"].device)
-        turns = (tables["turn_key"], tables["turn_value"]) if self.settings.rows == 8 else ()
-        scanned = Tables(tables["query_map"], tables["key"], tables["value"], *turns)
-        return Scan(Tokens(**held), scanned, self.settings.bits, self.settings.residual)
+        device = held["key"].device
+        if device not in self._scanned:  # where a captured step finds what was made of them, whatever buffers do
+            tables = self.codewords.on(device)
+            turns = (tables["turn_key"], tables["turn_value"]) if self.settings.rows == 8 else ()
+            self._scanned[device] = Tables(tables["query_map"], tables["key"], tables["value"], *turns)
+        return Scan(Tokens(**held), self._scanned[device], self.settings.bits, self.settings.residual)
 
     def _estimate(self, tables: ByName, grouped: Tensor, cache: LayerCache, words: Tensor, spec: SoftmaxSpec) -> Tensor:
         """[B, Hkv, G, S] float32: estimated logits of all tokens, from codeword and code."""

@@ -42,7 +42,7 @@ def budget(lengths: list[int], keep: float, sample: int | None = None, sinks: in
     room = (held * keep).long().clamp_min(1)
     stride = torch.ones_like(held) if sample is None else (held // sample).clamp_min(1)
     rank = (room // stride).clamp_min(1).masked_fill(room >= begin - first, -1)
-    return Budget(held, first, begin, stride, rank, max(lengths))
+    return Budget(held, first, begin, stride, rank, max(lengths), int((-(-held // stride)).max()))
 
 
 def drawn(

@@ -1,4 +1,4 @@
-"""The scan in numba against its definition in float64, and the definition against attention written down."""
+"""The scan in numba and Triton against its definition in float64, and the definition against attention written down."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from scan_problem import PAGE, Problem, drawn
+from compiling import compiled
+from scan_problem import PAGE, Problem, by_head, drawn
+from tolerances import assert_close
 from torch import Tensor
 
 from kvcal.kernels.codes import decode
@@ -31,6 +33,8 @@ FORMS = {
     "no residual, everything": {"keep": 1.0, "residual": False, "group": 16},
 }
 OPTIONS = ("select", "softcap", "residual")
+KERNELS = ("numba", "triton")
+BACKENDS = pytest.mark.parametrize("backend", [*KERNELS, "reference"])
 
 
 def problem(form: str, lengths: list[int] = LENGTHS, **more: object) -> tuple[Problem, dict]:
@@ -47,17 +51,57 @@ def in_float64(made: Problem) -> Problem:
     return replace(made, query=made.query.double())
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("form", FORMS)
-def test_numba_is_the_definition(form):
+def test_kernels_are_the_definition(form, backend):
     made, options = problem(form)
-    out, read = scan(*made.operands, **options, backend="numba")
+    out, read = scan(*made.operands, **options, backend=backend)
     expected, same = scan(*in_float64(made).operands, **options, backend="reference")
     assert torch.equal(read, same)
-    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+    if out.dtype == torch.float32:
+        torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+    else:
+        assert_close(out, expected)
+
+
+@pytest.mark.parametrize(
+    "form", ["4 bits", "8 bits, each query", "rows of 8 bits", "float16, sampled, sinks", "more codewords"]
+)
+def test_numbers_of_16_bits(form, monkeypatch):
+    """As on a GPU, where bits of codes are those of floats. A token whose score is nearly the threshold may be read by
+    the one and not by the other."""
+    monkeypatch.setattr("kvcal.kernels.scan.triton_launch.kinds", lambda query: (torch.float16, torch.float16))
+    made, options = problem("2 bits, the largest logit", codewords=100) if form == "more codewords" else problem(form)
+    out, read = scan(*made.operands, **options, backend="triton")
+    expected, same = scan(*in_float64(made).operands, **options, backend="reference")
+    assert (read != same).float().mean() < 1e-3
+    error = (out.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.median() < 2e-3 and error.max() < 0.05
 
 
 @pytest.mark.parametrize("form", ["4 bits", "rows of 8 bits", "reduced keys"])
-def test_what_nobody_wrote_is_not_read(form):
+def test_pages_in_any_order(form):
+    """The same tokens by page, found through a block table."""
+    made, options = problem(form)
+    held = {**made.tokens.of_tokens(), **made.tokens.of_pages()}
+    batch, pages = len(LENGTHS), made.tokens.capacity // PAGE
+    table = torch.randperm(batch * pages + 3, generator=torch.Generator().manual_seed(2))[: batch * pages]
+    paged = {}
+    for name, part in held.items():
+        by_page = part.unflatten(2, (pages, -1)).transpose(1, 2).flatten(0, 1)
+        paged[name] = torch.zeros(batch * pages + 3, *by_page.shape[1:], dtype=part.dtype)
+        paged[name][table] = by_page
+    tokens = type(made.tokens)(**paged, table=table.view(batch, pages).to(torch.int32))
+    expected, same = scan(*made.operands, **options, backend="triton")
+    for backend in ("triton", "reference"):
+        out, read = scan(made.query, tokens, made.tables, made.budget, **options, backend=backend)
+        assert torch.equal(read, same)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("form", ["4 bits", "rows of 8 bits", "reduced keys"])
+def test_what_nobody_wrote_is_not_read(form, backend):
     made, options = problem(form, capacity=2048)
     held = torch.arange(2048) < made.budget.lengths.unsqueeze(1)
     outs = []
@@ -69,13 +113,9 @@ def test_what_nobody_wrote_is_not_read(form):
             for name, part in vars(made.tokens).items()
             if isinstance(part, Tensor)
         }
-        tokens = type(made.tokens)(**{name: heads_first(part) for name, part in changed.items()})
-        outs.append(scan(made.query, tokens, made.tables, made.budget, **options, backend="numba"))
+        tokens = type(made.tokens)(**{name: by_head(part) for name, part in changed.items()})
+        outs.append(scan(made.query, tokens, made.tables, made.budget, **options, backend=backend))
     assert torch.equal(outs[0][0], outs[1][0]) and torch.equal(outs[0][1], outs[1][1])
-
-
-def heads_first(tensor: Tensor) -> Tensor:
-    return tensor.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 def test_the_definition_is_what_readme_says():
@@ -127,7 +167,7 @@ def test_any_number_of_threads(threads):
     assert numba.get_num_threads() == before_numba
 
 
-@pytest.mark.parametrize("backend", ["numba", "reference"])
+@BACKENDS
 def test_a_token_that_outweighs_the_sample_is_read(backend):
     """Also with a rank of 0, which reads no other candidate: else its weight would overflow."""
     made, options = problem("4 bits", [1500], group=1, sample=64)
@@ -141,7 +181,7 @@ def test_a_token_that_outweighs_the_sample_is_read(backend):
     assert read.sum(-1).flatten().tolist() == [10, 10], "and the nine that always are"
 
 
-@pytest.mark.parametrize("backend", ["numba", "reference"])
+@BACKENDS
 def test_a_group_reads_the_largest_means_of_softmaxes_over_the_sample(backend):
     made, options = problem("reduced keys", [800], heads=1, group=3, sample=100, keep=0.2)
     _, read = scan(*made.operands, **options, backend=backend)
@@ -153,10 +193,11 @@ def test_a_group_reads_the_largest_means_of_softmaxes_over_the_sample(backend):
     assert read[0, 0, 0].nonzero().flatten().tolist() == expected
 
 
-def test_softmaxes_with_a_sharp_peak():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_softmaxes_with_a_sharp_peak(backend):
     """Most scores are too small for float32; what is not read for that has no weight either."""
     made, options = problem("4 bits", [1500, 900])
-    out, read = scan(*made.operands, **{**options, "scaling": 20.0}, backend="numba")
+    out, read = scan(*made.operands, **{**options, "scaling": 20.0}, backend=backend)
     expected, _ = scan(*in_float64(made).operands, **{**options, "scaling": 20.0}, backend="reference")
     assert int(read.sum(-1).max()) <= 160
     torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=1e-3)
@@ -166,7 +207,7 @@ def test_a_sequence_without_tokens():
     made, options = problem("4 bits", [300, 4])
     zero = torch.tensor([300, 0])
     empty = replace(made.budget, lengths=zero, first=zero.clamp_max(1), begin=zero.clamp_max(292))
-    for backend in ("numba", "reference"):
+    for backend in (*KERNELS, "reference"):
         out, read = scan(made.query, made.tokens, made.tables, empty, **options, backend=backend)
         assert not out[1].any() and not read[1].any() and read[0].any()
 
@@ -196,6 +237,49 @@ def test_what_does_not_fit_is_refused():
         scan(*in_float64(made).operands, **options, backend="numba")
     out, _ = scan(*in_float64(made).operands, **options)
     assert out.dtype == torch.float64
+    wide, of_wide = problem("4 bits", [40], group=17)
+    with pytest.raises(ValueError, match="at most 16 queries"):
+        scan(*wide.operands, **of_wide, backend="triton")
+    much = replace(made.budget, sampled=5000)
+    with pytest.raises(ValueError, match="a sample of at most 4096 tokens"):
+        scan(made.query, made.tokens, made.tables, much, **options, backend="triton")
+    with pytest.raises(ValueError, match="tokens of one order"):
+        scan(made.query, plain, made.tables, made.budget, **options, backend="triton")
+
+
+def test_marks_are_made_for_those_who_ask():
+    made, options = problem("4 bits", [300])
+    for backend in ("numba", "triton", "reference"):
+        assert scan(*made.operands, **options, backend=backend, marked=False)[1] is None
+
+
+COMPILED = {
+    "spectral": {},
+    "quarter of 4 bits": {"bits": 4, "rank": 32},
+    "rows of 8 bits, 256 dimensions, soft-capped": {"rows": 8, "head_dim": 256, "rank": 128, "softcap": 30.0},
+    "each of 16 queries": {"group": 16, "select": "head", "bits": 8, "rank": 32},
+    "Loki": {"bits": None, "residual": False, "rank": 32, "group": 8, "head_dim": 64, "select": "max"},
+    "Loki, float32": {"bits": None, "residual": False, "rank": 32, "dtype": "float32", "group": 1},
+}
+
+
+@pytest.mark.parametrize("form", COMPILED)
+def test_nothing_is_spilled_and_lengths_compile_nothing_anew(form):
+    """For sm_90, of Llama-3-8B's shape but for what is said."""
+    asked = {"group": 4, "head_dim": 128, "rank": 64, "bits": 2, "dtype": "bfloat16", **COMPILED[form]}
+    options = {name: asked.pop(name) for name in OPTIONS if name in asked}
+    asked["dtype"] = getattr(torch, asked["dtype"])
+    launches = compiled(f"""
+import torch
+from scan_problem import drawn
+from kvcal.kernels.scan import scan
+for lengths, capacity in (([3000], 3072), ([3100, 9000], 9216)):
+    made = drawn(lengths, heads=1, codewords=256, sample=1024, capacity=capacity, **{asked!r})
+    scan(*made.operands, bits={asked["bits"]}, scaling=0.1, marked=False, backend="triton", **{options!r})
+""")
+    assert all(launch["stack"] == 0 for launch in launches), launches
+    assert all(2 * launch["shared"] <= 227 * 1024 for launch in launches)  # two programs on a multiprocessor
+    assert len(launches) == 4 and len({launch["hash"] for launch in launches}) == 2
 
 
 def test_the_first_kernel_leaves_torch_its_threads():

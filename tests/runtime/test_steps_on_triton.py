@@ -22,7 +22,7 @@ from kvcal.runtime.methods.streaming import Streaming
 from kvcal.runtime.settings import new_store
 from kvcal.runtime.store import Store
 
-KERNELS = ("append", "attend", "dense", "score", "select")
+KERNELS = ("append", "attend", "dense", "scan", "score", "select")
 HEADS, GROUP, DIMS, RANK = 2, 4, 32, 16
 LENGTHS = (37, 9, 62)
 """The last of them fills its page, of which what `spectral` keeps is read from there on."""
@@ -36,6 +36,7 @@ METHODS = {
     "loki-index": Loki(rank=RANK, keep=12, select="max", basis="score"),
     "loki-index-group": Loki(rank=RANK, keep=12, select="group", basis="score"),
     "loki-sinks": Loki(rank=RANK, keep=12, select="max", basis="score", sinks=2, recent=3),
+    "loki-index-sampled": Loki(rank=RANK, keep=12, basis="score", choice="sampled", sample=16, recent=2),
     "loki-sampled": Loki(rank=RANK, keep=0.5, basis="pca", choice="sampled", sample=16),
     "exact_topk": ExactTopk(keep=12, select="head"),
     "exact_topk-group": ExactTopk(keep=0.4, dense_below=20),
@@ -53,13 +54,14 @@ METHODS = {
     "spectral-head-no-residual": Spectral(**CODED, bits=8, select="head", residual=False),
     "spectral-8-bit-rows": Spectral(**CODED, rows=8, dense_below=20),
     "spectral-sampled": Spectral(**CODED, sample=16),
+    "spectral-8-bit-rows-sampled": Spectral(**CODED, rows=8, sample=16, select="head"),
     "streaming": Streaming(keep=12),
     "h2o": H2O(keep=0.4),
     "snapkv": SnapKV(keep=0.4, window=4),
 }
 STEPPED = 2
 CALLERS = (
-    "methods.full.choose", "methods.scanning.choose", "methods.choosing.backend", "methods.loki.backend",
+    "methods.full.choose", "methods.spectral.choose_backend", "methods.choosing.backend", "methods.loki.backend",
     "kv.pages.choose",
 )  # fmt: skip
 
@@ -67,6 +69,7 @@ CALLERS = (
 @pytest.fixture
 def on(monkeypatch, device):
     """Makes every kernel run on one backend, whatever its tensors' device."""
+    monkeypatch.setattr("kvcal.runtime.methods.choosing.SLACK", 1000.0)  # kernels read all that reaches a threshold
 
     def choose(backend):
         for kernel in KERNELS:
