@@ -17,9 +17,9 @@ from torch import Tensor
 
 from kvcal.artifacts import Artifact
 from kvcal.calibrate.planning.points import Problem, relative_error
-from kvcal.kernels.codes import decode, encode, rotation
+from kvcal.kernels.codes import decode, encode, nearest, rotation
 from kvcal.runtime.methods.choosing import shared
-from kvcal.runtime.methods.codewords import Codewords, nearest
+from kvcal.runtime.methods.codewords import Codewords
 from kvcal.runtime.methods.spectral import Spectral
 
 LEVEL = 1 / 8

@@ -11,7 +11,7 @@ from ..backend import FLOATS, choose
 from .operands import PAGE, Budget, Tables, Tokens
 from .reference import scan as reference
 
-__all__ = ["Budget", "Tables", "Tokens", "fits", "scan"]
+__all__ = ["Budget", "Tables", "Tokens", "kernel_for", "run", "scan"]
 
 
 def scan(
@@ -36,21 +36,26 @@ def scan(
         read, None where not `marked`.
     """
     check(query, tokens, tables, budget, bits, select, residual)
-    options: dict[str, Any] = {
-        "bits": bits, "select": select, "residual": residual, "scaling": scaling, "softcap": softcap,
-        "sink_logits": sink_logits,
-    }  # fmt: skip
-    chosen = choose(backend, query, numba=True)
-    if chosen in REFUSED and not fits(query, tokens, tables, budget, chosen):
-        raise ValueError(REFUSED[chosen])
-    if chosen == "triton":
+    return run(
+        kernel_for(query, tokens, tables, budget, backend), query, tokens, tables, budget, bits=bits, select=select,
+        residual=residual, scaling=scaling, softcap=softcap, sink_logits=sink_logits, marked=marked,
+    )  # fmt: skip
+
+
+def run(
+    kernel: str, query: Tensor, tokens: Tokens, tables: Tables, budget: Budget, *, marked: bool, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """`scan` of operands that fit together, with what `kernel_for` says, and every option."""
+    if kernel == "triton":
         from . import triton_launch
 
         return triton_launch.scan(query, tokens, tables, budget, marked=marked, **options)
-    run = reference
-    if chosen == "numba":
-        from .launch import scan as run
-    out, read = run(query, tokens.ordered(), tables, budget, **options)
+    if kernel == "numba":
+        from .launch import scan as kernel_of
+
+        out, read = kernel_of(query, tokens, tables, budget, **options)
+    else:
+        out, read = reference(query, tokens.ordered(), tables, budget, **options)
     return out, read if marked else None
 
 
@@ -103,10 +108,18 @@ REFUSED = {
 }
 
 
-def fits(query: Tensor, tokens: Tokens, tables: Tables, budget: Budget, backend: str = "auto") -> bool:
-    """Whether a kernel takes these operands, of those that this backend means."""
+def kernel_for(query: Tensor, tokens: Tokens, tables: Tables, budget: Budget, backend: str = "auto") -> str:
+    """ "triton" or "numba"; "reference" where neither takes these operands.
+
+    Raises:
+        ValueError: `backend` names one that does not.
+    """
     chosen = choose(backend, query, numba=True)
     if chosen == "triton":
         small = budget.sampled <= MOST_SAMPLED and query.shape[2] <= MOST_QUERIES
-        return small and query.dtype in FLOATS and tokens.fits_triton
-    return chosen == "numba" and tokens.fits_numba and tables.query_map.shape[-1] % 4 == 0
+        fits = small and query.dtype in FLOATS and tokens.fits_triton
+    else:
+        fits = chosen == "reference" or (tokens.fits_numba and tables.query_map.shape[-1] % 4 == 0)
+    if not fits and backend != "auto":
+        raise ValueError(REFUSED[chosen])
+    return chosen if fits else "reference"

@@ -87,7 +87,8 @@ class Tokens:
         return (
             self.key.dtype == self.value.dtype
             and self.key.dtype in (*FLOATS, torch.uint8)
-            and all(same_order(of) for of in (parts, sums))
+            and same_order(parts)
+            and same_order(sums)
             and (not coded or (self.reduced.shape[-1] % 4 == 0 and self.reduced.data_ptr() % 4 == 0))
         )
 

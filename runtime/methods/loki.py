@@ -130,7 +130,7 @@ class LokiPolicy(Policy):
             query_map = self.basis.maps(torch.empty(0, device=device))[0].mT
             if self.rotates:  # keys and queries lie in the basis, whose first dimensions are scored
                 query_map = torch.eye(*query_map.shape[1:], device=device).expand_as(query_map)
-            self._scanned[device] = Tables(query_map[..., : self.basis.rank].contiguous())
+            self._scanned[device] = Tables(query_map[..., : self.basis.rank].float().contiguous())
         return Scan(held, self._scanned[device])
 
     def _scores(self, query: Tensor, cache: LayerCache, spec: SoftmaxSpec) -> Tensor:

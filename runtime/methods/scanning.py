@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ...kernels.scan import Tables, Tokens, fits, scan
+from ...kernels.scan import Tables, Tokens, kernel_for, run
 from ..attention import SoftmaxSpec
 from ..kv.pages import LayerCache
 from .base import Attended, Marked
@@ -49,10 +49,11 @@ class Scan:
         """
         budget = cache.metadata.once((counts, sample), lambda: counts.scan_budget(sample))
         grouped = query.squeeze(2).unflatten(1, (self.tokens.key.shape[1], -1))
-        if not fits(grouped, self.tokens, self.tables, budget):
+        kernel = kernel_for(grouped, self.tokens, self.tables, budget)
+        if kernel == "reference":
             return None
-        out, read = scan(
-            grouped, self.tokens, self.tables, budget, bits=self.bits, select=select, residual=self.residual,
+        out, read = run(
+            kernel, grouped, self.tokens, self.tables, budget, bits=self.bits, select=select, residual=self.residual,
             scaling=spec.scaling, softcap=spec.softcap, sink_logits=spec.sink_logits,
             marked=not cache.metadata.replayed,
         )  # fmt: skip
