@@ -10,12 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import device_of
-from ..codes import LARGEST_SCALE, STEP
-from ..scan.operands import PAGE, Tokens
+from ..codes import LARGEST_SCALE, OFFSET, STEP
+from ..scan.operands import PAGE, Place, Tokens
 
 STEP_2, STEP_4 = tl.constexpr(STEP[2]), tl.constexpr(STEP[4])
 LARGEST = tl.constexpr(LARGEST_SCALE)
-OFFSET_8 = tl.constexpr(127.5)
+OFFSET_8 = tl.constexpr(OFFSET[8])
 DIMS = tl.constexpr(16)
 """Dimensions that are multiplied at a time."""
 WARPS = 8
@@ -199,18 +199,17 @@ def append_coded(
     none = key_new  # in place of what the kernel does not touch
     held = {name: none if part is None else part for name, part in vars(tokens).items()}
     coded, corrected = tokens.key_scale is not None, tokens.correction is not None
-    place = [stride // width for stride in tokens.key.stride()[:3]]
-    of_pages = (
-        [stride // values for stride in tokens.correction.stride()[:3]] if tokens.correction is not None else 3 * [0]
-    )
+    place = Place.of(tokens.key)
+    of_pages = Place(0, 0, 1) if tokens.correction is None else Place.of(tokens.correction)
     with device_of(key_new):
         append_coded_kernel[(heads, batch)](
             key_new, value_new, *(tables[name] for name in ("key", "value", "half", "inverse", "key_map")),
             tables["turn_key"], tables["turn_value"], tokens.key, tokens.value, tokens.reduced, held["scale"],
             held["codeword"], held["key_scale"], held["value_scale"], held["correction"], held["correction_scale"],
             held["table"], lengths, tokens.capacity, 0 if tokens.table is None else tokens.table.shape[1],
-            place[0], place[1], of_pages[0], of_pages[1], *key_new.stride()[:2], *value_new.stride()[:2],
-            OF_TOKEN=place[2], OF_PAGE=of_pages[2], PAGED=tokens.table is not None, PAGE=PAGE,
+            place.sequence, place.head, of_pages.sequence, of_pages.head, *key_new.stride()[:2],
+            *value_new.stride()[:2],
+            OF_TOKEN=place.token, OF_PAGE=of_pages.token, PAGED=tokens.table is not None, PAGE=PAGE,
             D=width, D_TILE=triton.next_power_of_2(width), DV=values, DV_TILE=triton.next_power_of_2(values),
             RANK=rank, BITS=bits, BYTES_TILE=triton.next_power_of_2(rank * bits // 8), WORDS=words,
             WORDS_TILE=triton.next_power_of_2(words), CODED=coded, CORRECTED=corrected, num_warps=WARPS,

@@ -100,6 +100,20 @@ class Tokens:
         return tokens_of(self)
 
 
+@dataclass(frozen=True)
+class Place:
+    """How many tokens, or pages, lie between neighbours."""
+
+    sequence: int
+    head: int
+    token: int
+
+    @classmethod
+    def of(cls, part: Tensor) -> Place:
+        """Of a buffer, and of all that lie like it."""
+        return cls(*(stride // part.shape[3] for stride in part.stride()[:3]))
+
+
 def same_order(parts: Sequence[Tensor]) -> bool:
     """Whether tokens, or pages, of these buffers lie in one order, the numbers of each next to one another."""
     strides = {tuple(stride / part.shape[3] for stride in part.stride()[:3]) for part in parts}

@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 
 from ..attend.split import part_of_program, parts_of_unit
+from ..codes import OFFSET
 from .digits import digit_at, one_hot, spread
 from .parts import QUERIES, join, leave_part
 from .tile import NONE, capped, estimate, slots_of
 
-CODE_OFFSET = tl.constexpr(127.5)
-"""Of 8-bit codes, see `kernels.codes.OFFSET`."""
+CODE_OFFSET = tl.constexpr(OFFSET[8])
 VARYING = [
     "longest", "sequences", "splits", "capacity", "pages", "of_sequence", "of_head", "corrections",
     "correction_sequence", "correction_head",

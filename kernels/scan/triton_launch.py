@@ -15,7 +15,7 @@ from ..attend.launch import units_tile
 from ..attend.shapes import multiprocessors
 from ..backend import device_of, interpreting
 from ..codes import OFFSET
-from .operands import PAGE, Budget, Tables, Tokens
+from .operands import PAGE, Budget, Place, Tables, Tokens
 from .prepare_kernel import prepare_kernel
 from .range_kernel import range_kernel
 from .tile import order_of
@@ -40,7 +40,7 @@ def scan(
     scaling: float, softcap: float | None, sink_logits: Tensor | None, marked: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """See `kvcal.kernels.scan.scan`; the operands are checked."""
-    call = Call(query.contiguous(), tokens, tables, budget, bits, select, residual, softcap is not None)
+    call = Call(query.contiguous(), tokens, tables, bits, select, residual, softcap is not None)
     factor, cap = scaling * LOG2_E, (softcap or 1.0) * LOG2_E
     (batch, heads, group, _), values, longest = query.shape, tokens.value.shape[-1], budget.longest
     units, none = batch * heads, call.query  # `none` is in place of what a kernel does not read
@@ -99,20 +99,6 @@ def scan(
     return out, None if read is None else read.view(torch.bool)
 
 
-@dataclass(frozen=True)
-class Place:
-    """How many tokens, or pages, lie between neighbours."""
-
-    sequence: int
-    head: int
-    token: int
-
-    @classmethod
-    def of(cls, part: Tensor) -> Place:
-        """Of a buffer, and of all that lie like it."""
-        return cls(*(stride // part.shape[3] for stride in part.stride()[:3]))
-
-
 @dataclass(frozen=True, eq=False)
 class Call:
     """The operands of a call, and the sizes that follow from them."""
@@ -120,7 +106,6 @@ class Call:
     query: Tensor
     tokens: Tokens
     tables: Tables
-    budget: Budget
     bits: int | None
     select: str
     residual: bool
