@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--artifact", type=Path)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--no-first", action="store_true", help="do not measure the time to the first token")
     options = parser.parse_args()
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if options.part == "attention":
@@ -76,7 +77,7 @@ def main() -> None:
         from cpu_model import steps
 
         for length in options.length or (256, 7680):
-            measured = steps(options.model, options.artifact, options.dtype, length)
+            measured = steps(options.model, options.artifact, options.dtype, length, not options.no_first)
             name = f"{options.model}, {options.dtype}"
             found.setdefault("model", {}).setdefault(name, {})[str(length)] = measured
             save(RESULTS, found)

@@ -14,7 +14,7 @@ OF_LAYERS = """Random keys and values, one sequence. Milliseconds by tokens held
 torch's three usual ways (SDPA with `enable_gqa`, with repeated heads, matrix products), and as the fastest of all
 four: a group's queries as rows of one product is what `full` does without numba."""
 OF_MODELS = """Milliseconds by tokens held, text of the standard library; times as fast as transformers with its own
-cache and SDPA."""
+cache and SDPA, and as our `full`. Below, seconds from an empty cache to the first decoded token, the prompt included."""
 TORCH = ("SDPA, enable_gqa", "SDPA, repeated heads", "matmul", "SDPA, a group's queries as rows")
 """What `attention` measures of torch."""
 STOCK = "transformers"
@@ -65,6 +65,7 @@ def models(found: Mapping[str, Any]) -> list[str]:
     for model, lengths in found.get("model", {}).items():
         first = next(iter(lengths.values()))
         rows = {name: partial(token_cell, name) for name in first["ms"]}
+        rows |= {f"first token, {name}": partial(first_cell, name) for name in first.get("first_ms", ())}
         rows |= {f"MiB that {name} holds": partial(held_cell, name) for name in first["resident_bytes"]}
         lines += [f"## A decoded token of {model}", "", OF_MODELS, "", *table(lengths, rows), ""]
     return lines
@@ -72,7 +73,13 @@ def models(found: Mapping[str, Any]) -> list[str]:
 
 def token_cell(name: str, measured: Mapping[str, Any]) -> str:
     low, median, high = measured["ms"][name]
-    return f"{median:.1f} [{low:.1f}, {high:.1f}]: {measured['ms'][STOCK][1] / median:.2f}×"
+    stock, full = (measured["ms"][known][1] / median for known in (STOCK, "full"))
+    return f"{median:.1f} [{low:.1f}, {high:.1f}]: **{stock:.2f}×**, {full:.2f}×"
+
+
+def first_cell(name: str, measured: Mapping[str, Any]) -> str:
+    low, median, high = (number / 1000 for number in measured["first_ms"][name])
+    return f"{median:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def held_cell(name: str, measured: Mapping[str, Any]) -> str:

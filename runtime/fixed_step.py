@@ -51,9 +51,7 @@ class FixedStep:
 
     def write(self, key: Tensor, value: Tensor) -> None:
         """The new tokens [B, Hkv, 1, D | Dv], each to the end of its sequence."""
-        cache, policy = self.cache(), self.store.policy
-        if not policy.append(cache, key, value):
-            policy.write(cache, self.store.encoded(key, value))
+        self.store.write_last(self.cache(), key, value)
 
     def read(self, query: Tensor, spec: SoftmaxSpec) -> Tensor:
         """[B, Hq, 1, D] -> [B, Hq, 1, Dv], after `write`: all that a layer does that reads another's store."""

@@ -140,22 +140,31 @@ class Store(Sequences):
             revocable: whether a later `crop` may take the token back (a guess of speculative decoding). It matters only
                 where tokens are evicted; others can always be cropped.
         """
-        coming = [True] * len(key) if valid is None else valid[:, 0].tolist()
+        batch = key.shape[0]
+        coming = [True] * batch if valid is None else valid[:, 0].tolist()
         if self.sequence_index is not None:
             self._before_token(coming, key.device)
-        new = self.encoded(key, value)
         if not self.tokens or not all(coming):
-            self._write(new, valid)
+            self._write(self.encoded(key, value), valid)
             return
         before = self.lengths
-        self._advance(len(key), 1)
+        self._advance(batch, 1)
         if max(self.lengths) > self.buffers.capacity:
-            self.buffers.reserve(max(self.lengths), new)
+            self.buffers.reserve(max(self.lengths), {name: buffer.view for name, buffer in self.tokens.items()})
         self._metadata = None
         self.buffers.lengths_changed(self.lengths)
+        if not self.policy.offloaded:
+            self.write_last(self.cache(), key, value)
+            return
+        new = self.encoded(key, value)
         for name in self.policy.offloaded:
             self.tokens[name].write(new.pop(name), find_places(before, 1, None, key.device))
         self.policy.write(self.cache(), new)
+
+    def write_last(self, cache: LayerCache, key: Tensor, value: Tensor) -> None:
+        """Write the last token of each sequence, [B, Hkv, 1, D | Dv], which the cache counts already."""
+        if not self.policy.append(cache, key, value):
+            self.policy.write(cache, self.encoded(key, value))
 
     def encoded(self, key: Tensor, value: Tensor) -> dict[str, Tensor]:
         """What the token buffers hold of new tokens, by name."""

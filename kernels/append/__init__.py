@@ -1,4 +1,4 @@
-"""One launch per decoded token: the new key and value into the cache, and what a method keeps beside them."""
+"""One call per decoded token: the new key and value into the cache, and what a method keeps beside them."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from ..codes import Calibrated
 from ..scan.operands import Tokens
 from . import reference
 
-__all__ = ["append", "append_coded"]
+__all__ = ["append", "append_coded", "kernel_for", "run_coded"]
 
 
 def append(
@@ -65,13 +65,48 @@ def append_coded(
         )
     if tokens.codeword is None or tokens.scale is None:
         raise ValueError("tokens: received some without codewords, expected codes")
-    if choose(backend, key_new) == "triton":
-        if not tokens.fits_triton or key_new.stride(-1) != 1 or value_new.stride(-1) != 1:
-            raise ValueError("backend: 'triton' takes tokens of one order, and numbers of a token that are contiguous")
+    run_coded(kernel_for(key_new, value_new, tokens, backend), key_new, value_new, tokens, tables, lengths, bits)
+
+
+def run_coded(
+    kernel: str, key_new: Tensor, value_new: Tensor, tokens: Tokens, tables: Calibrated, lengths: Tensor, bits: int
+) -> None:
+    """`append_coded` of operands that fit together, with what `kernel_for` says."""
+    if kernel == "triton":
         from .coded_kernel import append_coded as run
+    elif kernel == "numba":
+        from .launch import append_coded as run
     else:
         run = reference.append_coded
     run(key_new, value_new, tokens, tables, lengths, bits)
+
+
+REFUSED = {
+    "triton": "backend: 'triton' takes tokens of one order, and numbers of a token that are contiguous: use 'reference'",
+    "numba": (
+        "backend: 'numba' takes float32, bfloat16 or float16 with heads first in memory, contiguous new tokens of the dtype "
+        "of those that are kept, and a multiple of 4 bytes of codes: use 'reference'"
+    ),
+}
+
+
+def kernel_for(key_new: Tensor, value_new: Tensor, tokens: Tokens, backend: str = "auto") -> str:
+    """ "triton" or "numba" for `append_coded`; "reference" where neither takes these operands.
+
+    Raises:
+        ValueError: `backend` names one that does not.
+    """
+    chosen = choose(backend, key_new, numba=True)
+    if chosen == "triton":
+        fits = tokens.fits_triton and key_new.stride(-1) == value_new.stride(-1) == 1
+    elif chosen == "numba":
+        alike = key_new.dtype == value_new.dtype and tokens.key.dtype in (key_new.dtype, torch.uint8)
+        fits = tokens.fits_numba and alike and key_new.is_contiguous() and value_new.is_contiguous()
+    else:
+        fits = True
+    if not fits and backend != "auto":
+        raise ValueError(REFUSED[chosen])
+    return chosen if fits else "reference"
 
 
 def check_cache(name: str, new: Tensor, cache: Tensor, lengths: Tensor) -> None:

@@ -81,7 +81,7 @@ def takes_numba(tensor: Tensor) -> bool:
     """Whether numba is installed and can work on this tensor, whose gradients it would lose."""
     needs_gradient = tensor.requires_grad and torch.is_grad_enabled()
     return (
-        has_numba() and not _refused and tensor.device.type == "cpu" and tensor.dtype in FLOATS and not needs_gradient
+        has_numba() and not _refused and tensor.is_cpu and tensor.dtype in FLOATS and not needs_gradient
     )
 
 

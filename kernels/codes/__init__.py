@@ -1,7 +1,8 @@
 """Low-bit codes of vectors whose dimensions are alike: a level for each dimension, one scale for all."""
 
 import math
-from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +12,6 @@ __all__ = [
     "rotation",
 ]  # fmt: skip
 
-Calibrated = Mapping[str, Tensor]
-"""Tensors of a layer by name, float32: "key" [Hkv, C, D], "value" [Hkv, C, Dv], the codewords; "half" [Hkv, 1, C],
-"inverse" [Hkv, 2, 1, 1], by which they are found; "key_map" [Hkv, D, r], the basis of codes; "turn_key" [D, D],
-"turn_value" [Dv, Dv], rotations of what is kept in 8 bits; "head" [Hkv, 1], 0, 1, 2, …"""
-
 BITS = (2, 4, 8)
 STEP = {2: 0.9957, 4: 0.3352}
 """Distance of neighbouring levels that loses least of a normal distribution of deviation 1 (Max 1960)."""
@@ -23,6 +19,19 @@ OFFSET = {2: 1.5, 4: 7.5, 8: 127.5}
 """Stored whole number minus level."""
 LARGEST_SCALE = 65504.0
 """float16's largest number."""
+
+
+class Calibrated(dict[str, Tensor]):
+    """Tensors of a layer by name, float32: "key" [Hkv, C, D], "value" [Hkv, C, Dv], the codewords; "half" [Hkv, 1, C],
+    "inverse" [Hkv, 2, 1, 1], by which they are found; "key_map" [Hkv, D, r], the basis of codes; "turn_key" [D, D],
+    "turn_value" [Dv, Dv], rotations of what is kept in 8 bits; "head" [Hkv, 1], 0, 1, 2, …"""
+
+    @cached_property
+    def arrays(self) -> Any:
+        """The same memory for kernels in numba."""
+        from .cpu import tables_of
+
+        return tables_of(self)
 
 
 def encode(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -1,73 +1,43 @@
-"""Codewords and codes of a few tokens in numba, where one call takes the time of a single operation of torch."""
+"""Codewords and codes of one vector, in numba."""
 
 from __future__ import annotations
 
 import math
 from collections import namedtuple
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numba import prange
 
-from ..cpu import compiled
+from ..cpu import compiled, short
+from ..cpu.arithmetic import float_in
+from . import LARGEST_SCALE
+
+if TYPE_CHECKING:
+    from . import Calibrated
 
 Tables = namedtuple("Tables", "key value half inverse key_map turn_key turn_value")
-"""`runtime.methods.codewords.Codewords.on`, by the names there; rotations are [0, 0] where rows are no codes."""
-Kept = namedtuple("Kept", "codeword code scale key value row_scales")
-"""[B, H, T, 1], [B, H, T, bytes] uint8 and [B, H, T] float32; and of rows that are codes [B, H, T, D], [B, H, T, Dv]
-uint8 and [2, B, H, T] float32."""
+"""`Calibrated`, by the names there; codewords as `short` has them."""
+LARGEST = np.float32(LARGEST_SCALE)
 
 
-@compiled(parallel=True)
-def encode_tokens(key, value, tables, bits, step, row_step, workspace, kept):
-    """Writes all of `kept`.
-
-    Args:
-        key, value: [B, H, T, D] and [B, H, T, Dv] float32.
-        step, row_step: see `encode`, of codes and of 8-bit rows.
-        workspace: [B · H · T, 2, max(D, Dv)] float32, for what is at work.
-    """
-    count = key.shape[0] * key.shape[1] * key.shape[2]
-    for at in prange(count):
-        encode_token(np.int64(at), key, value, tables, bits, step, row_step, workspace, kept)
-
-
-@compiled()
-def encode_token(at, key, value, tables, bits, step, row_step, workspace, kept):
-    """A token of one head."""
-    heads, tokens, rank = key.shape[1], key.shape[2], tables.key_map.shape[2]
-    sequence, head, token = at // (heads * tokens), at // tokens % heads, at % tokens
-    difference, turned = workspace[at, 0], workspace[at, 1]
-    new_key, new_value = key[sequence, head, token], value[sequence, head, token]
-    word = nearest(new_key, new_value, tables, head)
-    kept.codeword[sequence, head, token, 0] = word
-    for dim in range(len(new_key)):
-        difference[dim] = new_key[dim] - tables.key[head, word, dim]
-    multiply(difference, len(new_key), tables.key_map[head], turned)
-    kept.scale[sequence, head, token] = encode(turned, rank, bits, step, kept.code[sequence, head, token])
-    if kept.key.shape[3]:
-        multiply(difference, len(new_key), tables.turn_key.T, turned)
-        scale = encode(turned, len(new_key), 8, row_step, kept.key[sequence, head, token])
-        kept.row_scales[0, sequence, head, token] = scale
-        for dim in range(len(new_value)):
-            difference[dim] = new_value[dim] - tables.value[head, word, dim]
-        multiply(difference, len(new_value), tables.turn_value.T, turned)
-        scale = encode(turned, len(new_value), 8, row_step, kept.value[sequence, head, token])
-        kept.row_scales[1, sequence, head, token] = scale
+def tables_of(tables: Calibrated) -> Tables:
+    words = {name: short(tables[name]) for name in ("key", "value")}
+    return Tables(**words, **{name: tables[name].numpy() for name in Tables._fields if name not in words})
 
 
 @compiled()
 def nearest(key, value, tables, head):
     """The codeword with the least ½|c|² − x·c, keys and values divided by their spreads."""
-    word, least = 0, np.float32(np.inf)
+    keys, values, word, least = tables.key[head], tables.value[head], 0, np.float32(np.inf)
     by_key, by_value = tables.inverse[head, 0, 0, 0], tables.inverse[head, 1, 0, 0]
-    for candidate in range(tables.key.shape[1]):
+    for candidate in range(len(keys)):
         along = np.float32(0.0)
         for dim in range(len(key)):
-            along += key[dim] * tables.key[head, candidate, dim]
+            along += key[dim] * float_in(keys, candidate, dim)
         along *= by_key
         along_value = np.float32(0.0)
         for dim in range(len(value)):
-            along_value += value[dim] * tables.value[head, candidate, dim]
+            along_value += value[dim] * float_in(values, candidate, dim)
         distance = tables.half[head, 0, candidate] - along - along_value * by_value
         if distance < least:
             word, least = candidate, distance
@@ -87,7 +57,7 @@ def multiply(vector, count, matrix, out):
 
 @compiled()
 def encode(values, count, bits, step_of_deviation, codes):
-    """As `kernels.codes.encode`: writes codes [bytes], returns the scale.
+    """As `kernels.codes.encode`: writes codes [bytes], returns the scale, float32.
 
     Args:
         step_of_deviation: the largest distance of levels, over the root mean square.
@@ -110,4 +80,14 @@ def encode(values, count, bits, step_of_deviation, codes):
             along += value * np.float32(level + 0.5)
             byte |= (level + half) << (field * bits)
         codes[place] = byte
-    return square / along if square > 0 else np.float32(0.0)
+    return min(square / along, LARGEST) if square > 0 else np.float32(0.0)
+
+
+@compiled()
+def pack(codes, words):
+    """Bytes as words of 32 bits, the first lowest."""
+    for word in range(len(words)):
+        packed = np.int32(0)
+        for byte in range(4):
+            packed |= np.int32(codes[4 * word + byte]) << np.int32(8 * byte)
+        words[word] = packed

@@ -10,6 +10,7 @@ import math
 import os
 import threading
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +81,16 @@ def run(kernel: Callable[..., Any], *operands: Any) -> Any:
     One at a time: numba's own pool of threads, where OpenMP is missing, ends the process otherwise.
     """
     threads = torch.get_num_threads()
+    wanted = min(threads, numba.config.NUMBA_NUM_THREADS)
     with _running:
         before = numba.get_num_threads()
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        if before != wanted:
+            numba.set_num_threads(wanted)
         try:
             return kernel(*operands)
         finally:
-            numba.set_num_threads(before)
+            if before != wanted:
+                numba.set_num_threads(before)
             if torch.get_num_threads() != threads:  # numba starts its threads, and tells the OpenMP of torch how many
                 torch.set_num_threads(threads)
 
@@ -100,6 +104,12 @@ def array(tensor: Tensor) -> Any:
     tensor = tensor.detach()
     as_dtype = BITS_AS[tensor.element_size()]
     return (tensor if tensor.dtype == as_dtype else tensor.view(as_dtype)).numpy()
+
+
+def short(table: Tensor) -> Any:
+    """As `array`: a float32 table in bfloat16, half the memory, where that loses nothing."""
+    rounded = table.detach().bfloat16()
+    return array(rounded if torch.equal(rounded.float(), table) else table)
 
 
 def buffer_of(tokens: Tensor) -> Tensor | None:
@@ -128,8 +138,13 @@ def as_int32(tensor: Tensor) -> Any:
 def by_head_and_query(sink_logits: Tensor | None, heads: int, group: int) -> Any:
     """[Hkv, G] float32 in units of log 2; -inf of none."""
     if sink_logits is None:
-        return np.full((heads, group), -np.inf, np.float32)
+        return _without_sinks(heads, group)
     return (sink_logits.detach().float() * LOG2_E).view(heads, group).numpy()
+
+
+@lru_cache(maxsize=8)
+def _without_sinks(heads: int, group: int) -> Any:
+    return np.full((heads, group), -np.inf, np.float32)
 
 
 def cut(units: int, longest: int, threads: int, least: int, block: int) -> tuple[int, int]:

@@ -28,6 +28,26 @@ def float_of_bits(typing: Any, bits: Any) -> Any:
 
 
 @intrinsic
+def field(typing: Any, word: Any, shift: Any, mask: Any) -> Any:
+    """word >> shift & mask in 32 bits, word unsigned. numba's own operators make 64 of them, and vectors half as long."""
+
+    def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
+        return builder.and_(builder.lshr(operands[0], operands[1]), operands[2])
+
+    return types.int32(types.int32, types.int32, types.int32), generate
+
+
+@intrinsic
+def bits_of_float(typing: Any, number: Any) -> Any:
+    """The bits of a float32 as an int32."""
+
+    def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
+        return builder.bitcast(operands[0], ir.IntType(32))
+
+    return types.int32(types.float32), generate
+
+
+@intrinsic
 def prefetch(typing: Any, rows: Any, row: Any, column: Any) -> Any:
     """Bring the cache line of `rows[row, column]` near."""
 
@@ -71,11 +91,30 @@ def share(logit, most):
 @compiled()
 def of_half(bits):
     """The float32 of a finite float16, given as int32 whose low 16 bits are its bits."""
-    magnitude = float_of_bits((bits & np.int32(0x7FFF)) << np.int32(13)) * np.float32(2.0**112)
-    return -magnitude if bits & np.int32(0x8000) else magnitude
+    sign = field(bits, np.int32(15), np.int32(1)) << np.int32(31)
+    return float_of_bits(np.int32(sign | field(bits, np.int32(0), np.int32(0x7FFF)) << np.int32(13))) * np.float32(2.0**112)
+
+
+@compiled()
+def half_of(number):
+    """The bits of the float16 nearest to a float32 from 0 to 65504, as int16."""
+    if number < np.float32(2.0**-14):
+        # Beside 1/2 the last bit of a float32 counts 2^-24, as that of such a float16 does.
+        return np.int16(bits_of_float(number + np.float32(0.5)) - np.int32(0x3F000000))
+    bits = bits_of_float(number)
+    odd = (bits >> np.int32(13)) & np.int32(1)  # halves are rounded to even
+    return np.int16((bits - np.int32(0x38000000) + np.int32(0xFFF) + odd) >> np.int32(13))
 
 
 @compiled()
 def of_brain(bits):
     """The float32 of a bfloat16, given as int32 whose low 16 bits are its bits."""
     return float_of_bits(bits << np.int32(16))
+
+
+@compiled()
+def float_in(table, row, column):
+    """The number of a table that is kept in float32 or in bfloat16, see `short`."""
+    if table.itemsize == 4:
+        return float_of_bits(np.int32(table[row, column]))
+    return of_brain(np.int32(table[row, column]))

@@ -12,7 +12,7 @@ import numpy as np
 from numba import prange
 
 from ..cpu import compiled
-from ..cpu.arithmetic import NONE, of_half, share
+from ..cpu.arithmetic import NONE, float_in, of_half, share
 from ..cpu.rows import CODES, CODES_OFFSET, Rows, Running, approach, attend
 from .cpu_choice import mark_read, thresholds
 from .cpu_codes import BLOCK, LANES, Query, Scored, Scratch, dimension, estimate
@@ -94,19 +94,19 @@ def scored_of(tokens, head, sequence):
 def prepare(query, tokens, tables, budget, settings, head, sequence, units, unit, parts, ranges):
     """What a unit's parts share: queries [G, D] in the bases of codes and of rows, and thresholds."""
     scored, shared, work = scored_of(tokens, head, sequence), shared_of(units, unit), scratch_of(parts, unit * ranges)
-    logits, rank = units.logits[unit], tables.query_map.shape[2]
-    shared.by_word[:] = np.float32(0.0)
+    logits, rank, line = units.logits[unit], tables.query_map.shape[2], parts.lines[unit * ranges, 0]
     for row in range(len(query)):
+        project(query[row], tables.query_map[head], settings.factor, line)
         shared.sums[row] = np.float32(0.0)
         for place in range(rank):
-            dim = dimension(place, rank, settings.bits)
-            shared.projected[row, place] = dot(query[row], tables.query_map[head], dim) * settings.factor
+            shared.projected[row, place] = line[dimension(place, rank, settings.bits)]
             shared.sums[row] += shared.projected[row, place]
-        for dim in range(query.shape[1]):
-            turned = dot(query[row], tables.turn_key.T, dim) if settings.kind == CODES else query[row, dim]
-            shared.turned[row, dim] = turned * settings.factor
-        for word in range(tables.keys.shape[1]):
-            shared.by_word[word, row] = dot(query[row], tables.keys[head].T, word) * settings.factor
+        if settings.kind == CODES:
+            project(query[row], tables.turn_key.T, settings.factor, shared.turned[row])
+        else:
+            for dim in range(query.shape[1]):
+                shared.turned[row, dim] = query[row, dim] * settings.factor
+    logits_of_codewords(query, tables.keys[head], settings.factor, shared.by_word)
     first, begin, stride = budget.first[sequence], budget.begin[sequence], budget.stride[sequence]
     at, sampled = -(-first // stride) * stride, 0
     while at < begin:
@@ -122,12 +122,31 @@ def prepare(query, tokens, tables, budget, settings, head, sequence, units, unit
 
 
 @compiled()
-def dot(query, matrix, column):
-    """query [D] · matrix [D, n], one column."""
-    total = np.float32(0.0)
-    for dim in range(query.shape[0]):
-        total += query[dim] * matrix[dim, column]
-    return total
+def project(query, matrix, factor, out):
+    """out [n] = query [D] · matrix [D, n] · factor."""
+    for column in range(matrix.shape[1]):
+        out[column] = np.float32(0.0)
+    for dim in range(len(query)):
+        weight = query[dim] * factor
+        for column in range(matrix.shape[1]):
+            out[column] += weight * matrix[dim, column]
+
+
+@compiled()
+def logits_of_codewords(query, keys, factor, out):
+    """out [C, G or more] = keys [C, D] · query [G, D] · factor, four queries at a time."""
+    last = len(query) - 1
+    for word in range(len(keys)):
+        for row in range(0, out.shape[1], LANES):
+            a, b, c, d = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
+            for dim in range(query.shape[1]):
+                number = float_in(keys, word, dim)
+                a += query[min(row, last), dim] * number
+                b += query[min(row + 1, last), dim] * number
+                c += query[min(row + 2, last), dim] * number
+                d += query[min(row + 3, last), dim] * number
+            out[word, row], out[word, row + 1] = a * factor, b * factor
+            out[word, row + 2], out[word, row + 3] = c * factor, d * factor
 
 
 @compiled()
@@ -145,16 +164,26 @@ def scan_range(tokens, budget, settings, head, sequence, units, unit, parts, par
     running.best[:], running.mass[:] = NONE, np.float32(0.0)
     running.rows[:], running.words[:] = np.float32(0.0), np.float32(0.0)
     others.mass[:], others.words[:], others.pages[:] = np.float32(0.0), np.float32(0.0), np.float32(0.0)
-    for at in range(start, min(stop, length), BLOCK):
-        count = min(BLOCK, length - at)
-        estimate(scored, at, np.int64(1), count, settings.bits, settings.offset, settings.cap, shared, work)
+    end, many = min(stop, length), 0
+    for at in range(start, end + BLOCK, BLOCK):
+        count = min(BLOCK, end - at)
+        if count > 0:
+            estimate(scored, at, np.int64(1), count, settings.bits, settings.offset, settings.cap, shared, work)
+        if many:  # of the block before: their keys and values have come near meanwhile
+            attend(
+                rows, settings.kind, chosen, many, marks, shared.turned, shared.by_word, settings.cap, running,
+                parts.exact[part], parts.lines[part],
+            )  # fmt: skip
+        if count <= 0:
+            break
         mark_read(
             work.logits, at, count, first, begin, shared.base, shared.threshold, settings.mode, parts.score[part], reads
         )
         some[:] = 0
         for mark in range(len(reads)):
+            to = read[mark, at : at + count]
             for token in range(count):
-                read[mark, at + token] = reads[mark, token]
+                to[token] = reads[mark, token]
                 some[token] |= reads[mark, token]
         many = 0
         for token in range(count):
@@ -169,11 +198,6 @@ def scan_range(tokens, budget, settings, head, sequence, units, unit, parts, par
                 work.logits, at, count, length, reads, scored.codewords, tokens.correction[head, sequence],
                 tokens.correction_scale[head, sequence], others,
             )  # fmt: skip
-        if many:
-            attend(
-                rows, settings.kind, chosen, many, marks, shared.turned, shared.by_word, settings.cap, running,
-                parts.exact[part], parts.lines[part],
-            )  # fmt: skip
     for mark in range(len(read)):
         for token in range(max(start, length), min(stop, read.shape[1])):
             read[mark, token] = 0
@@ -184,20 +208,22 @@ def take_others(weights, at, count, length, reads, codewords, correction, correc
     """Let the block's tokens that are not read count by their estimated weights [G or more, BLOCK], codeword by
     codeword; and the corrections of full pages, page by page."""
     for row in range(len(others.mass)):
-        mark = min(row, len(reads) - 1)
-        total = np.float32(0.0)
-        for token in range(BLOCK):
-            present = token < count and reads[mark, token] == 0
-            weights[row, token] = weights[row, token] if present else np.float32(0.0)
-            total += weights[row, token]
+        line, marks, total = weights[row], reads[min(row, len(reads) - 1)], np.float32(0.0)
+        for token in range(count):
+            weight = line[token] if marks[token] == 0 else np.float32(0.0)
+            line[token] = weight
+            total += weight
+        line[count:] = np.float32(0.0)
         others.mass[row] += total
-    for token in range(count):
-        word = codewords[at + token]
-        for row in range(0, len(weights), LANES):
-            others.words[word, row] += weights[row, token]
-            others.words[word, row + 1] += weights[row + 1, token]
-            others.words[word, row + 2] += weights[row + 2, token]
-            others.words[word, row + 3] += weights[row + 3, token]
+    held = codewords[at : at + count]
+    for row in range(0, len(weights), LANES):
+        a, b, c, d = weights[row], weights[row + 1], weights[row + 2], weights[row + 3]
+        for token in range(count):
+            word = held[token]
+            others.words[word, row] += a[token]
+            others.words[word, row + 1] += b[token]
+            others.words[word, row + 2] += c[token]
+            others.words[word, row + 3] += d[token]
     for page in range(at // PAGE, min((at + BLOCK) // PAGE, length // PAGE, len(correction))):
         scale, begin = of_half(np.int32(correction_scale[page])), page * PAGE - at
         for row in range(len(others.mass)):
@@ -212,7 +238,6 @@ def take_others(weights, at, count, length, reads, codewords, correction, correc
 @compiled()
 def finish(parts, first, ranges, base, tables, settings, head, sink_logits, out):
     """out [G, Dv], from the partial results of a unit, parts `first` to first + ranges."""
-    values = tables.values[head]
     for row in range(out.shape[0]):
         most = sink_logits[row]
         for part in range(first, first + ranges):
@@ -234,9 +259,6 @@ def finish(parts, first, ranges, base, tables, settings, head, sink_logits, out)
                 if settings.kind == CODES:
                     weight += exact * parts.exact_words[part, word, row]
                 words[word, row] = weight + (words[word, row] if part > first else np.float32(0.0))
-        for word in range(len(words)):
-            for dim in range(len(joined)):
-                out[row, dim] += words[word, row] * values[word, dim]
         for place in range(len(joined)):
             if settings.kind == CODES:
                 for dim in range(len(joined)):
@@ -246,3 +268,16 @@ def finish(parts, first, ranges, base, tables, settings, head, sink_logits, out)
         if total > 0:
             for dim in range(len(joined)):
                 out[row, dim] /= total
+            for word in range(len(words)):
+                words[word, row] /= total
+    add_values(parts.words[first], tables.values[head], out)
+
+
+@compiled()
+def add_values(weights, values, out):
+    """out [G, Dv] += weights [C, G or more] of values [C, Dv]."""
+    for word in range(len(values)):
+        for row in range(len(out)):
+            weight = weights[word, row]
+            for dim in range(out.shape[1]):
+                out[row, dim] += weight * float_in(values, word, dim)

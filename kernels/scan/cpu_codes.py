@@ -1,4 +1,8 @@
-"""Estimated logits of a block of tokens, from their codes or from reduced keys."""
+"""Estimated logits of a block of tokens, from their codes or from reduced keys.
+
+Inner loops count tokens from 0, along slices: an index that is a sum could be negative as far as numba knows, and is
+then checked for every token. For the same reason a step of 1 has loops of its own.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from collections import namedtuple
 import numpy as np
 
 from ..cpu import BFLOAT16, FLOAT16, FLOAT32, compiled
-from ..cpu.arithmetic import float_of_bits, of_brain, of_half
+from ..cpu.arithmetic import field, float_of_bits, of_brain, of_half
 from ..cpu.rows import capped
 
 BLOCK = 256
@@ -15,6 +19,9 @@ BLOCK = 256
 
 LANES = 4
 """Queries that are handled at a time where each token goes to another place; a group is filled up to a multiple."""
+
+HALF_WORD = np.int32(0xFFFF)
+"""The low 16 bits of a word."""
 
 Scored = namedtuple("Scored", "codes scales codewords")
 """What tokens of one head are scored by: [tokens, words] int32, [tokens] float16, [tokens] uint8."""
@@ -46,25 +53,30 @@ def dimension(row, rank, bits):
 @compiled()
 def unpack(codes, first, step, count, word, bits, to, words, numbers):
     """numbers [ROWS, BLOCK], from row `to`: those in one word of tokens first, first + step, …, `count` of them."""
-    for token in range(count):
-        words[token] = codes[first + token * step, word]
+    held = codes[first:, word]
+    if step == 1:
+        for token in range(count):
+            words[token] = held[token]
+    else:
+        for token in range(count):
+            words[token] = held[token * step]
     if bits <= 8:
         mask = np.int32((1 << bits) - 1)
-        for field in range(32 // bits):
-            shift = np.int32(field * bits)
+        for number in range(32 // bits):
+            line, shift = numbers[to + number], np.int32(number * bits)
             for token in range(BLOCK):
-                numbers[to + field, token] = np.float32((words[token] >> shift) & mask)
+                line[token] = np.float32(field(words[token], shift, mask))
     elif bits == FLOAT32:
         for token in range(BLOCK):
             numbers[to, token] = float_of_bits(words[token])
     elif bits == BFLOAT16:
         for token in range(BLOCK):
             numbers[to, token] = of_brain(words[token])
-            numbers[to + 1, token] = of_brain(words[token] >> np.int32(16))
+            numbers[to + 1, token] = of_brain(field(words[token], np.int32(16), HALF_WORD))
     else:
         for token in range(BLOCK):
             numbers[to, token] = of_half(words[token])
-            numbers[to + 1, token] = of_half(words[token] >> np.int32(16))
+            numbers[to + 1, token] = of_half(field(words[token], np.int32(16), HALF_WORD))
 
 
 @compiled()
@@ -107,19 +119,25 @@ def estimate(scored, first, step, count, bits, offset, cap, query, work):
             unpack(scored.codes, first, step, count, word + other, bits, other * per_word, work.words, work.numbers)
         multiply(query.projected, word * per_word, together * per_word, work.numbers, work.logits)
     if query.by_word.shape[0]:
-        for token in range(count):
-            work.spread[token] = of_half(np.int32(scored.scales[first + token * step]))
+        scales, codewords = scored.scales[first:], scored.codewords[first:]
+        if step == 1:
+            for token in range(count):
+                work.spread[token] = of_half(np.int32(scales[token]))
+        else:
+            for token in range(count):
+                work.spread[token] = of_half(np.int32(scales[token * step]))
         for row in range(len(query.projected)):
             shift = offset * query.sums[row]
             for token in range(BLOCK):
                 work.logits[row, token] = (work.logits[row, token] - shift) * work.spread[token]
-        for token in range(count):
-            codeword = scored.codewords[first + token * step]
-            for row in range(0, len(work.logits), LANES):
-                work.logits[row, token] += query.by_word[codeword, row]
-                work.logits[row + 1, token] += query.by_word[codeword, row + 1]
-                work.logits[row + 2, token] += query.by_word[codeword, row + 2]
-                work.logits[row + 3, token] += query.by_word[codeword, row + 3]
+        for row in range(0, len(work.logits), LANES):
+            a, b, c, d = work.logits[row], work.logits[row + 1], work.logits[row + 2], work.logits[row + 3]
+            for token in range(count):
+                codeword = codewords[token * step]
+                a[token] += query.by_word[codeword, row]
+                b[token] += query.by_word[codeword, row + 1]
+                c[token] += query.by_word[codeword, row + 2]
+                d[token] += query.by_word[codeword, row + 3]
     if cap > 0:
         for row in range(len(query.projected)):
             for token in range(BLOCK):

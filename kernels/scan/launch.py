@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..codes import OFFSET
-from ..cpu import LOG2_E, array, as_int32, by_head_and_query, cut, float_kind, nothing, run
+from ..cpu import KINDS, LOG2_E, array, as_int32, by_head_and_query, cut, nothing, run, short
 from ..cpu.rows import CODES
 from . import cpu, cpu_choice
 from .cpu_codes import BLOCK, LANES, ROWS
@@ -43,8 +43,8 @@ def by_head(tensor: Tensor) -> Tensor:
 
 def tables_of(tables: Tables) -> cpu.Tables:
     heads, width, _ = tables.query_map.shape
-    none = nothing(heads, 0, width, dtype=np.float32), nothing(0, 0, dtype=np.float32)
-    key, value = (none[0] if part is None else part.numpy() for part in (tables.key, tables.value))
+    none = nothing(heads, 0, width, dtype=np.int16), nothing(0, 0, dtype=np.float32)
+    key, value = (none[0] if part is None else short(part) for part in (tables.key, tables.value))
     turn_key, turn_value = (none[1] if part is None else part.numpy() for part in (tables.turn_key, tables.turn_value))
     return cpu.Tables(tables.query_map.numpy(), key, value, turn_key, turn_value)
 
@@ -60,15 +60,7 @@ def scan(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `kvcal.kernels.scan.scan`; the operands are checked."""
     batch, heads, group, _ = query.shape
-    settings = cpu.Settings(
-        bits=float_kind(tokens.reduced) if bits is None else bits,
-        offset=np.float32(0 if bits is None else OFFSET[bits]),
-        kind=CODES if tokens.key.dtype == torch.uint8 else float_kind(tokens.key),
-        mode=SELECTS[select],
-        residual=residual,
-        factor=np.float32(scaling * LOG2_E),
-        cap=np.float32(0 if softcap is None else softcap * LOG2_E),
-    )
+    settings = settings_of(bits, tokens.reduced.dtype, tokens.key.dtype, select, residual, scaling, softcap)
     sink_logits_of = by_head_and_query(sink_logits, heads, group)
     ranges, per_range = cut(batch * heads, budget.longest, torch.get_num_threads(), LEAST_RANGE, BLOCK)
     out = torch.empty(batch, heads, group, tokens.value.shape[-1])
@@ -85,6 +77,22 @@ def scan(
         sink_logits_of, units, parts, ranges, per_range, read.numpy(), out.numpy(),
     )  # fmt: skip
     return out, read.view(torch.bool)
+
+
+@lru_cache(maxsize=64)
+def settings_of(
+    bits: int | None, reduced: torch.dtype, rows: torch.dtype, select: str, residual: bool, scaling: float,
+    softcap: float | None,
+) -> cpu.Settings:  # fmt: skip
+    return cpu.Settings(
+        bits=KINDS[reduced] if bits is None else bits,
+        offset=np.float32(0 if bits is None else OFFSET[bits]),
+        kind=CODES if rows == torch.uint8 else KINDS[rows],
+        mode=SELECTS[select],
+        residual=residual,
+        factor=np.float32(scaling * LOG2_E),
+        cap=np.float32(0 if softcap is None else softcap * LOG2_E),
+    )
 
 
 @lru_cache(maxsize=4)

@@ -14,6 +14,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from ...artifacts import KvcalError
 from ..attention import SoftmaxSpec
 from ..store import Store
+from .eagerly import eagerly
 from .masks import Padding
 from .rotation import Rotation
 
@@ -98,9 +99,7 @@ class CompressedLayer(CacheLayerMixin):
         key.kvcal_layer = self  # type: ignore[attr-defined]
         return key, value_states
 
-    @torch.compiler.disable
-    @torch.inference_mode(False)  # the cache outlives the caller's mode, and is written in place
-    @torch.no_grad()
+    @eagerly
     def attend(self, query: Tensor, mask: Tensor | None, spec: SoftmaxSpec) -> Tensor:
         """[B, Hq, T, D] -> [B, Hq, T, Dv], the T new tokens taken in."""
         assert self._new is not None
@@ -112,8 +111,11 @@ class CompressedLayer(CacheLayerMixin):
             store.settle()
         prompt = tokens - drafts
         if prompt == 1 and store.seen:
-            prompt = 0  # the usual step
+            prompt = 0  # a step
         self.taken = Taken(tokens, prompt, valid)
+        if tokens == 1 and not prompt:
+            store.append(key, value, valid, revocable)
+            return self._step(store, query, key, value, spec, valid)
         parts = []
         if prompt:
             new = slice(None, prompt)

@@ -9,6 +9,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ...artifacts import KvcalError
 from ..attention import SoftmaxSpec
 from ..store import Store
+from .eagerly import eagerly
 from .layer import Call, CompressedLayer, Taken, nothing_read, part
 
 
@@ -26,9 +27,7 @@ class ReadingLayer(CompressedLayer):
     def store(self) -> Store:
         return self._storing.store
 
-    @torch.compiler.disable
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @eagerly
     def attend(self, query: Tensor, mask: Tensor | None, spec: SoftmaxSpec) -> Tensor:
         assert self._new is not None
         (key, value), self._new = self._new, None

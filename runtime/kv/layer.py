@@ -137,10 +137,11 @@ class LayerBuffers:
         """Take note that sequences hold so many tokens now."""
         if self.device_cache:  # new tokens take the slots of those that are gone
             self.device_cache.drop([range(length, self.tokens["key"].used) for length in held])
+        longest = max(held)
         for buffer in self.tokens.values():
-            buffer.used = max(held)
+            buffer.used = longest
         for summary in self.summaries.values():
-            summary.used = -(-max(held) // PAGE)
+            summary.used = -(-longest // PAGE)
 
     def add_up_again(self, valid: Tensor | None) -> None:
         """Make the sums anew from the tokens that are left.

@@ -4,10 +4,9 @@ codeword."""
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ...artifacts import Artifact
-from ...kernels.codes import rotation
+from ...kernels.codes import Calibrated, rotation
 
 
 class Codewords:
@@ -42,15 +41,15 @@ class Codewords:
         self.heads, self.count, self.dims = key.shape
         self.value_dims, self.rank = value.shape[-1], rank
         rounded["head"] = torch.arange(self.heads).unsqueeze(1)
-        self._tensors = {torch.device("cpu"): rounded}
+        self._tensors = {torch.device("cpu"): Calibrated(rounded)}
 
-    def on(self, device: torch.device) -> dict[str, Tensor]:
-        """`kernels.codes.Calibrated`, and "query_map" [Hkv, D, r]: q·(k − k′) ≈ (q query_map)·((k − k′) key_map),
+    def on(self, device: torch.device) -> Calibrated:
+        """Also "query_map" [Hkv, D, r]: q·(k − k′) ≈ (q query_map)·((k − k′) key_map),
         rotated so that the r dimensions are alike. `tables["key"][tables["head"], words]` are the codewords of the
         numbers `words` [B, Hkv, T]."""
         if device not in self._tensors:
             on_cpu = self._tensors[torch.device("cpu")]
-            self._tensors[device] = {name: tensor.to(device) for name, tensor in on_cpu.items()}
+            self._tensors[device] = Calibrated((name, tensor.to(device)) for name, tensor in on_cpu.items())
         return self._tensors[device]
 
     def nbytes(self, *names: str) -> int:

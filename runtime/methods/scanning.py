@@ -48,7 +48,8 @@ class Scan:
             None: no kernel takes it.
         """
         budget = cache.metadata.once((counts, sample), lambda: counts.scan_budget(sample))
-        grouped = query.squeeze(2).unflatten(1, (self.tokens.key.shape[1], -1))
+        batch, _, _, width = query.shape
+        grouped = query.reshape(batch, self.tokens.key.shape[1], -1, width)
         kernel = kernel_for(grouped, self.tokens, self.tables, budget)
         if kernel == "reference":
             return None
@@ -57,4 +58,5 @@ class Scan:
             scaling=spec.scaling, softcap=spec.softcap, sink_logits=spec.sink_logits,
             marked=not cache.metadata.replayed,
         )  # fmt: skip
-        return Attended(out.flatten(1, 2).unsqueeze(2).to(query.dtype), None if read is None else Marked(read))
+        out = out.view(batch, -1, 1, out.shape[-1]).to(query.dtype)
+        return Attended(out, None if read is None else Marked(read))

@@ -28,8 +28,7 @@ import torch
 from torch import Tensor
 
 from ...artifacts import Artifact, KvcalError
-from ...kernels.append import append_coded
-from ...kernels.backend import choose as choose_backend
+from ...kernels.append import kernel_for, run_coded
 from ...kernels.codes import BITS, correction_of, decode, encode_tokens, fields_of, products
 from ...kernels.scan import Tables, Tokens
 from ..attention import SoftmaxSpec
@@ -44,8 +43,6 @@ from .scanning import Scan
 
 ByName = Mapping[str, Tensor]
 """The tables of a layer by name, see `Codewords.on`."""
-FEW = 16
-"""Tokens up to which a CPU encodes them in numba; more are faster as products of matrices."""
 STEP = 16
 """Ranks are multiples of it where the head dim is: the least that a tensor core multiplies."""
 PLANNING_CODES = ((0.25, 2), (0.5, 2), (1.0, 2), (0.5, 4))
@@ -124,8 +121,6 @@ class Spectral(Sampling, Method):
 class SpectralPolicy(Policy):
     def __init__(self, settings: Spectral, codewords: Codewords):
         self.settings, self.codewords = settings, codewords
-        self._code_tables: Any = None
-        """The tables for the kernel in numba; None: it did not run yet."""
         self._scanned: dict[torch.device, Tables] = {}
         self.keeps_keys_values = settings.rows == 16
         self.largest = {"codeword": codewords.count - 1}
@@ -138,19 +133,9 @@ class SpectralPolicy(Policy):
     def encode(self, key: Tensor, value: Tensor) -> Mapping[str, Tensor]:
         """Beside "key" and "value" also "codeword", "code" (both uint8) and "scale" (float16). With `rows=8` keys and
         values are uint8, and "key_scale" and "value_scale" are kept, too."""
-        if key.shape[2] <= FEW and choose_backend("auto", key, triton=False, numba=True) == "numba":
-            found = self._encode_few(key, value)
-            return found if self.settings.rows == 8 else {"key": key, "value": value, **found}
         tables, coded = self.codewords.on(key.device), self.settings.rows == 8
         kept = encode_tokens(key, value, tables, self.settings.bits, coded)
         return kept if coded else {"key": key, "value": value, **kept}
-
-    def _encode_few(self, key: Tensor, value: Tensor) -> dict[str, Tensor]:
-        from ...kernels.codes.launch import encode_tokens, tables_of
-
-        if self._code_tables is None:
-            self._code_tables = tables_of(self.codewords.on(key.device), self.settings.rows == 8)
-        return encode_tokens(key, value, self._code_tables, self.settings.bits)
 
     def summarise(self, page: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """ "correction" (uint8) and "correction_scale": the mean of v − v′ over a page's tokens, in 8 bits."""
@@ -162,11 +147,14 @@ class SpectralPolicy(Policy):
 
     def append(self, cache: LayerCache, key: Tensor, value: Tensor) -> bool:
         scan = Scan.of(cache, lambda: self._scan(cache))
-        if scan is None or choose_backend("auto", key) != "triton" or not scan.tokens.fits_triton:
+        if scan is None:
+            return False
+        key, value = key.squeeze(2).contiguous(), value.squeeze(2).contiguous()
+        kernel = kernel_for(key, value, scan.tokens)
+        if kernel == "reference":
             return False
         tables, held = self.codewords.on(key.device), cache.metadata.held()
-        key, value = key.squeeze(2).contiguous(), value.squeeze(2).contiguous()
-        append_coded(key, value, scan.tokens, tables, held, bits=self.settings.bits)
+        run_coded(kernel, key, value, scan.tokens, tables, held, self.settings.bits)
         return True
 
     def keys_values(self, cache: LayerCache) -> tuple[Tensor, Tensor]:

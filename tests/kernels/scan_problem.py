@@ -48,8 +48,12 @@ def budget(lengths: list[int], keep: float, sample: int | None = None, sinks: in
 def drawn(
     lengths: list[int], *, heads: int = 2, group: int = 2, head_dim: int = 16, value_dim: int | None = None,
     rank: int = 16, bits: int | None = 4, codewords: int = 6, rows: int = 16, dtype: torch.dtype = torch.float32,
-    keep: float = 0.1, sample: int | None = None, capacity: int | None = None, seed: int = 0,
+    keep: float = 0.1, sample: int | None = None, capacity: int | None = None, seed: int = 0, rounded: bool = True,
 ) -> Problem:  # fmt: skip
+    """
+    Args:
+        rounded: whether codewords are numbers of bfloat16, as calibrated ones.
+    """
     random = torch.Generator().manual_seed(seed)
     batch, value_dim = len(lengths), head_dim if value_dim is None else value_dim
     capacity = capacity or -(-max(lengths) // 256) * 256
@@ -59,6 +63,8 @@ def drawn(
 
     query = normal(batch, heads, group, head_dim).to(dtype)
     word_key, word_value = normal(heads, codewords, head_dim), normal(heads, codewords, value_dim)
+    if rounded:
+        word_key, word_value = word_key.bfloat16().float(), word_value.bfloat16().float()
     word = torch.randint(codewords, (batch, heads, capacity, 1), generator=random, dtype=torch.uint8)
     of_head = torch.arange(heads).unsqueeze(1)
     key_rest, value_rest = normal(batch, heads, capacity, head_dim), normal(batch, heads, capacity, value_dim) / 2

@@ -10,7 +10,7 @@ from compiling import compiled
 from scan_problem import PAGE, Problem, by_head, drawn
 
 from kvcal.kernels.append import append_coded
-from kvcal.kernels.codes import correction_of, decode, encode_tokens, rotation
+from kvcal.kernels.codes import Calibrated, correction_of, decode, encode_tokens, rotation
 from kvcal.kernels.scan import Tokens
 
 CAPACITY, CODEWORDS = 4 * PAGE, 6
@@ -20,21 +20,22 @@ FORMS = {
     "4 bits": {},
     "2 bits, 32 of 40 dimensions": {"bits": 2, "head_dim": 40, "rank": 32, "value_dim": 24},
     "rows of 8 bits": {"rows": 8, "value_dim": 12},
+    "codewords of float32": {"rounded": False},
     "8 bits, bfloat16": {"bits": 8, "dtype": torch.bfloat16},
 }
 
 
-def problem(form: str) -> tuple[Problem, dict, torch.Tensor, torch.Tensor]:
+def problem(form: str) -> tuple[Problem, Calibrated, torch.Tensor, torch.Tensor]:
     """(what is held, calibrated tables, new keys, new values)"""
     made = drawn([PAGE] * 4, capacity=CAPACITY, codewords=CODEWORDS, **FORMS[form])
     random = torch.Generator().manual_seed(1)
     width, values = made.query.shape[-1], made.tokens.value.shape[-1]
-    tables = {
+    tables = Calibrated({
         "key": made.tables.key, "value": made.tables.value, "half": torch.randn(2, 1, CODEWORDS, generator=random),
         "inverse": torch.rand(2, 2, 1, 1, generator=random) + 0.5, "key_map": made.tables.query_map,
         "turn_key": rotation(width).float(), "turn_value": rotation(values).float(),
         "head": torch.arange(2).unsqueeze(1),
-    }  # fmt: skip
+    })  # fmt: skip
     key, value = (torch.randn(4, 2, dims, generator=random).to(made.query.dtype) for dims in (width, values))
     return made, tables, key, value
 
@@ -44,7 +45,7 @@ def copied(tokens: Tokens) -> Tokens:
     return Tokens(**{name: by_head(part.clone()) for name, part in held.items()})
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "numba", "reference"])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_token_is_kept_as_it_is_encoded(form, backend):
     made, tables, key, value = problem(form)

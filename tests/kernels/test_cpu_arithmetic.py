@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from kvcal.kernels.cpu.arithmetic import exp2, of_brain, of_half, share
+from kvcal.kernels.cpu.arithmetic import exp2, half_of, of_brain, of_half, share
 
 ALL_BITS = np.arange(1 << 16, dtype=np.int32)
 
@@ -22,3 +22,12 @@ def test_floats_of_16_bits_are_those_of_torch():
         finite = np.isfinite(expected)
         found = np.array([of_bits(bits) for bits in ALL_BITS[finite]], np.float32)
         assert (found == expected[finite]).all()
+
+
+def test_half_of_rounds_as_torch_does():
+    """Every float16 that is not negative, what lies half-way to the next one, and what is next to that."""
+    halves = torch.arange(0x7C00, dtype=torch.int16).view(torch.float16).double()
+    between = (halves[:-1] + halves[1:]) / 2
+    numbers = torch.cat((halves, between, between * (1 + 2**-20), between * (1 - 2**-20))).float()
+    found = np.array([half_of(number) for number in numbers.numpy()], np.int16)
+    assert (found == numbers.half().view(torch.int16).numpy()).all()

@@ -30,6 +30,7 @@ FORMS = {
     "reduced keys": {"bits": None, "rank": 8, "residual": False},
     "reduced keys in bfloat16": {"bits": None, "dtype": torch.bfloat16, "residual": False, "select": "max", "group": 5},
     "reduced keys in float16": {"bits": None, "dtype": torch.float16, "residual": False, "sample": 64},
+    "codewords of float32": {"rounded": False},
     "no residual, everything": {"keep": 1.0, "residual": False, "group": 16},
 }
 OPTIONS = ("select", "softcap", "residual")

@@ -1,0 +1,36 @@
+"""The kernel in numba, called with tensors."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..codes import BITS, STEP, Calibrated
+from ..cpu import array, float_kind, run
+from ..cpu.rows import CODES
+from ..scan.operands import Tokens
+from . import cpu
+
+STEPS = {bits: cpu.Steps(bits, np.float32(STEP.get(bits, np.inf)), np.float32(np.inf)) for bits in BITS}
+
+
+def append_coded(
+    key_new: Tensor, value_new: Tensor, tokens: Tokens, tables: Calibrated, lengths: Tensor, bits: int
+) -> None:
+    """See `kvcal.kernels.append.append_coded`; the operands are checked."""
+    batch, heads, width = key_new.shape
+    kind = CODES if tokens.key_scale is not None else float_kind(tokens.key)
+    lines, codes = workspace(batch * heads, max(width, value_new.shape[-1]), tokens.reduced.shape[-1])
+    run(
+        cpu.append_coded, array(key_new), array(value_new), kind, float_kind(key_new), tokens.arrays,
+        tables.arrays, lengths.numpy(), STEPS[bits], lines, codes,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4)
+def workspace(units: int, width: int, code: int) -> tuple[Any, Any]:
+    """What the kernel writes beside its results; the same for all layers and steps."""
+    return np.empty((units, 4, width), np.float32), np.empty((units, code), np.uint8)
