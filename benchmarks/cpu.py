@@ -79,7 +79,8 @@ def main() -> None:
         for length in options.length or (256, 7680):
             measured = steps(options.model, options.artifact, options.dtype, length, not options.no_first)
             name = f"{options.model}, {options.dtype}"
-            found.setdefault("model", {}).setdefault(name, {})[str(length)] = measured
+            of_model = found.setdefault("model", {}).setdefault(name, {})
+            of_model[str(length)] = of_model.get(str(length), {}) | measured
             save(RESULTS, found)
     from cpu_page import write
 

@@ -14,7 +14,8 @@ OF_LAYERS = """Random keys and values, one sequence. Milliseconds by tokens held
 torch's three usual ways (SDPA with `enable_gqa`, with repeated heads, matrix products), and as the fastest of all
 four: a group's queries as rows of one product is what `full` does without numba."""
 OF_MODELS = """Milliseconds by tokens held, text of the standard library; times as fast as transformers with its own
-cache and SDPA, and as our `full`. Below, seconds from an empty cache to the first decoded token, the prompt included."""
+cache and SDPA, and as our `full`. Below, where it was measured, seconds from an empty cache to the first decoded token,
+the prompt included."""
 TORCH = ("SDPA, enable_gqa", "SDPA, repeated heads", "matmul", "SDPA, a group's queries as rows")
 """What `attention` measures of torch."""
 STOCK = "transformers"
@@ -63,12 +64,16 @@ def bytes_cell(name: str, measured: Mapping[str, Any]) -> str:
 def models(found: Mapping[str, Any]) -> list[str]:
     lines = []
     for model, lengths in found.get("model", {}).items():
-        first = next(iter(lengths.values()))
-        rows = {name: partial(token_cell, name) for name in first["ms"]}
-        rows |= {f"first token, {name}": partial(first_cell, name) for name in first.get("first_ms", ())}
-        rows |= {f"MiB that {name} holds": partial(held_cell, name) for name in first["resident_bytes"]}
+        rows = {name: partial(token_cell, name) for name in names(lengths, "ms")}
+        rows |= {f"first token, {name}": partial(first_cell, name) for name in names(lengths, "first_ms")}
+        rows |= {f"MiB that {name} holds": partial(held_cell, name) for name in names(lengths, "resident_bytes")}
         lines += [f"## A decoded token of {model}", "", OF_MODELS, "", *table(lengths, rows), ""]
     return lines
+
+
+def names(lengths: Mapping[str, Any], part: str) -> list[str]:
+    """What was measured of this part at any length."""
+    return list(dict.fromkeys(name for measured in lengths.values() for name in measured.get(part, ())))
 
 
 def token_cell(name: str, measured: Mapping[str, Any]) -> str:
@@ -78,12 +83,14 @@ def token_cell(name: str, measured: Mapping[str, Any]) -> str:
 
 
 def first_cell(name: str, measured: Mapping[str, Any]) -> str:
+    if name not in measured.get("first_ms", ()):
+        return ""
     low, median, high = (number / 1000 for number in measured["first_ms"][name])
     return f"{median:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def held_cell(name: str, measured: Mapping[str, Any]) -> str:
-    return f"{measured['resident_bytes'][name] / 2**20:.1f}"
+    return f"{measured['resident_bytes'][name] / 2**20:.1f}" if name in measured["resident_bytes"] else ""
 
 
 def table(lengths: Mapping[str, Any], rows: Mapping[str, Callable[[Mapping[str, Any]], str]]) -> list[str]:

@@ -149,17 +149,22 @@ class Store(Sequences):
             return
         before = self.lengths
         self._advance(batch, 1)
-        if max(self.lengths) > self.buffers.capacity:
-            self.buffers.reserve(max(self.lengths), {name: buffer.view for name, buffer in self.tokens.items()})
-        self._metadata = None
-        self.buffers.lengths_changed(self.lengths)
-        if not self.policy.offloaded:
-            self.write_last(self.cache(), key, value)
-            return
-        new = self.encoded(key, value)
-        for name in self.policy.offloaded:
-            self.tokens[name].write(new.pop(name), find_places(before, 1, None, key.device))
-        self.policy.write(self.cache(), new)
+        try:
+            if max(self.lengths) > self.buffers.capacity:
+                self.buffers.reserve(max(self.lengths), {name: buffer.view for name, buffer in self.tokens.items()})
+            self._metadata = None
+            self.buffers.lengths_changed(self.lengths)
+            if self.policy.offloaded:
+                new = self.encoded(key, value)
+                for name in self.policy.offloaded:
+                    self.tokens[name].write(new.pop(name), find_places(before, 1, None, key.device))
+                self.policy.write(self.cache(), new)
+            else:
+                self.write_last(self.cache(), key, value)
+        except BaseException:  # also Ctrl-C, while a kernel is compiled: the token has not come
+            self._retreat(1)
+            self._lengths_changed()
+            raise
 
     def write_last(self, cache: LayerCache, key: Tensor, value: Tensor) -> None:
         """Write the last token of each sequence, [B, Hkv, 1, D | Dv], which the cache counts already."""

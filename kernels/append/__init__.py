@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..backend import choose
-from ..codes import Calibrated
+from ..codes import BITS, Calibrated, fields_of
 from ..scan.operands import Tokens
 from . import reference
 
@@ -57,21 +57,32 @@ def append_coded(
         lengths: as of `append`.
         bits: of the codes, 2, 4 or 8.
     """
-    shapes = [*tokens.key.shape[1::2]], [*tokens.value.shape[1::2]]
-    if ([*key_new.shape[1:]], [*value_new.shape[1:]]) != shapes or lengths.shape != key_new.shape[:1]:
-        raise ValueError(
-            f"key_new: received {list(key_new.shape)}, values {list(value_new.shape)}, lengths {list(lengths.shape)} "
-            f"for heads and dimensions {shapes}"
-        )
     if tokens.codeword is None or tokens.scale is None:
         raise ValueError("tokens: received some without codewords, expected codes")
+    if bits not in BITS or tokens.reduced.shape[3] * fields_of(bits) != tables["key_map"].shape[2]:
+        raise ValueError(
+            f"bits: received {bits} for {tokens.reduced.shape[3]} bytes of a code, expected one of {BITS} that gives "
+            f"the {tables['key_map'].shape[2]} dimensions of key_map"
+        )
+    for name, held in (("key", tokens.key), ("value", tokens.value)):
+        if tables[name].shape[::2] != held.shape[1::2]:
+            raise ValueError(f"{name}: received codewords {list(tables[name].shape)} for tokens {list(held.shape)}")
     run_coded(kernel_for(key_new, value_new, tokens, backend), key_new, value_new, tokens, tables, lengths, bits)
 
 
 def run_coded(
     kernel: str, key_new: Tensor, value_new: Tensor, tokens: Tokens, tables: Calibrated, lengths: Tensor, bits: int
 ) -> None:
-    """`append_coded` of operands that fit together, with what `kernel_for` says."""
+    """`append_coded` with what `kernel_for` says, of tables and bits that fit what is kept."""
+    fits = key_new.shape[1:] == tokens.key.shape[1::2] and value_new.shape[1:] == tokens.value.shape[1::2]
+    whole = tokens.table is not None or key_new.shape[0] == tokens.key.shape[0]
+    if not (fits and whole and lengths.shape == key_new.shape[:1] == value_new.shape[:1]):
+        raise ValueError(
+            f"key_new: received {list(key_new.shape)}, values {list(value_new.shape)}, lengths {list(lengths.shape)} "
+            f"for tokens {list(tokens.key.shape)} and {list(tokens.value.shape)}"
+        )
+    if lengths.dtype != torch.int32:
+        raise ValueError(f"lengths: received {lengths.dtype}, expected int32")
     if kernel == "triton":
         from .coded_kernel import append_coded as run
     elif kernel == "numba":
@@ -82,10 +93,10 @@ def run_coded(
 
 
 REFUSED = {
-    "triton": "backend: 'triton' takes tokens of one order, and numbers of a token that are contiguous: use 'reference'",
+    "triton": "backend: 'triton' takes tokens of one order, and contiguous numbers of a token: use 'reference'",
     "numba": (
-        "backend: 'numba' takes float32, bfloat16 or float16 with heads first in memory, contiguous new tokens of the dtype "
-        "of those that are kept, and a multiple of 4 bytes of codes: use 'reference'"
+        "backend: 'numba' takes float32, bfloat16 or float16 with heads first in memory, contiguous new tokens of the "
+        "dtype of those that are kept, and a multiple of 4 bytes of codes: use 'reference'"
     ),
 }
 

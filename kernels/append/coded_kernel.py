@@ -3,14 +3,12 @@ fills."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..backend import device_of
-from ..codes import LARGEST_SCALE, OFFSET, STEP
+from ..codes import LARGEST_SCALE, OFFSET, STEP, Calibrated
 from ..scan.operands import PAGE, Place, Tokens
 
 STEP_2, STEP_4 = tl.constexpr(STEP[2]), tl.constexpr(STEP[4])
@@ -191,7 +189,7 @@ def put_correction(
 
 
 def append_coded(
-    key_new: Tensor, value_new: Tensor, tokens: Tokens, tables: Mapping[str, Tensor], lengths: Tensor, bits: int
+    key_new: Tensor, value_new: Tensor, tokens: Tokens, tables: Calibrated, lengths: Tensor, bits: int
 ) -> None:  # fmt: skip
     """See `kvcal.kernels.append.append_coded`; the operands are checked."""
     batch, heads, width = key_new.shape

@@ -10,7 +10,7 @@ from numba import prange
 from ..codes.cpu import encode, multiply, nearest, pack
 from ..cpu import compiled
 from ..cpu.arithmetic import float_in, half_of, of_half
-from ..cpu.rows import CODES, CODES_OFFSET, convert
+from ..cpu.rows import CODES, convert
 from ..scan.operands import PAGE
 
 Steps = namedtuple("Steps", "bits code row")
@@ -22,10 +22,10 @@ def append_coded(key_new, value_new, kind, new_kind, tokens, tables, lengths, st
     """
     Args:
         key_new, value_new: [B, Hkv, D] and [B, Hkv, Dv], as whole numbers.
-        kind, new_kind: of the rows that are kept, and of the new token's numbers, see `kernels.cpu`.
+        kind, new_kind: what numbers are kept as keys and values, and what those of `key_new` are, see `kernels.cpu`.
         tokens, tables: `kernels.scan.cpu.Tokens`, heads first, and `kernels.codes.cpu.Tables`.
         lengths: [B] int32.
-        lines, codes: [B · Hkv, 4, max(D, Dv)] float32 and [B · Hkv, bytes of a code] uint8, for what is at work.
+        lines, codes: [B · Hkv, 4, max(D, Dv, r)] float32 and [B · Hkv, bytes of a code] uint8, for what is at work.
     """
     batch, heads = key_new.shape[:2]
     for at in prange(batch * heads):
@@ -76,7 +76,11 @@ def append_token(
 
 @compiled()
 def correct(head, sequence, page, kind, tokens, tables, steps, line, mean, turned):
-    """The mean over a page of what codewords leave of values, in 8 bits."""
+    """The mean over a page of what codewords leave of values, in 8 bits.
+
+    Args:
+        line, mean, turned: [Dv or more] float32, for what is at work.
+    """
     rows, values = tokens.value[head, sequence], tables.value.shape[2]
     for dim in range(values):
         mean[dim] = np.float32(0.0)

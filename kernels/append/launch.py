@@ -14,7 +14,7 @@ from ..cpu.rows import CODES
 from ..scan.operands import Tokens
 from . import cpu
 
-STEPS = {bits: cpu.Steps(bits, np.float32(STEP.get(bits, np.inf)), np.float32(np.inf)) for bits in BITS}
+STEPS_OF = {bits: cpu.Steps(bits, np.float32(STEP.get(bits, np.inf)), np.float32(np.inf)) for bits in BITS}
 
 
 def append_coded(
@@ -23,14 +23,15 @@ def append_coded(
     """See `kvcal.kernels.append.append_coded`; the operands are checked."""
     batch, heads, width = key_new.shape
     kind = CODES if tokens.key_scale is not None else float_kind(tokens.key)
-    lines, codes = workspace(batch * heads, max(width, value_new.shape[-1]), tokens.reduced.shape[-1])
+    widest = max(width, value_new.shape[-1], tables["key_map"].shape[-1])
+    lines, codes = workspace(batch * heads, widest, tokens.reduced.shape[-1])
     run(
         cpu.append_coded, array(key_new), array(value_new), kind, float_kind(key_new), tokens.arrays,
-        tables.arrays, lengths.numpy(), STEPS[bits], lines, codes,
+        tables.arrays, lengths.numpy(), STEPS_OF[bits], lines, codes,
     )  # fmt: skip
 
 
 @lru_cache(maxsize=4)
 def workspace(units: int, width: int, code: int) -> tuple[Any, Any]:
-    """What the kernel writes beside its results; the same for all layers and steps."""
+    """`lines` and `codes` of the kernel; the same for all layers and steps."""
     return np.empty((units, 4, width), np.float32), np.empty((units, code), np.uint8)

@@ -80,9 +80,7 @@ def refuse_numba() -> None:
 def takes_numba(tensor: Tensor) -> bool:
     """Whether numba is installed and can work on this tensor, whose gradients it would lose."""
     needs_gradient = tensor.requires_grad and torch.is_grad_enabled()
-    return (
-        has_numba() and not _refused and tensor.is_cpu and tensor.dtype in FLOATS and not needs_gradient
-    )
+    return has_numba() and not _refused and tensor.is_cpu and tensor.dtype in FLOATS and not needs_gradient
 
 
 def interpreting() -> bool:

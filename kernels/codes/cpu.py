@@ -21,6 +21,7 @@ LARGEST = np.float32(LARGEST_SCALE)
 
 
 def tables_of(tables: Calibrated) -> Tables:
+    """The same memory as arrays, and codewords as `short` has them."""
     words = {name: short(tables[name]) for name in ("key", "value")}
     return Tables(**words, **{name: tables[name].numpy() for name in Tables._fields if name not in words})
 

@@ -18,6 +18,7 @@ import numba
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..backend import refuse_numba
 
@@ -32,6 +33,7 @@ PER_THREAD = 4
 FASTMATH = {"nsz", "arcp", "contract", "reassoc"}
 """Sums may be taken in another order. What is not a number is not carried through to a result."""
 _running = threading.Lock()
+_short: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # GNU's OpenMP ends a forked process that would use threads of its parent's.
 os.register_at_fork(after_in_child=refuse_numba)
 
@@ -107,9 +109,12 @@ def array(tensor: Tensor) -> Any:
 
 
 def short(table: Tensor) -> Any:
-    """As `array`: a float32 table in bfloat16, half the memory, where that loses nothing."""
-    rounded = table.detach().bfloat16()
-    return array(rounded if torch.equal(rounded.float(), table) else table)
+    """As `array`: a float32 table in bfloat16, half of what is read, where that loses nothing. One copy of a table
+    serves all kernels, as long as the table is there."""
+    if table not in _short:
+        rounded = table.detach().bfloat16()
+        _short[table] = array(rounded if torch.equal(rounded.float(), table) else table)
+    return _short[table]
 
 
 def buffer_of(tokens: Tensor) -> Tensor | None:

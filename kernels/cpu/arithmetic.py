@@ -29,7 +29,7 @@ def float_of_bits(typing: Any, bits: Any) -> Any:
 
 @intrinsic
 def field(typing: Any, word: Any, shift: Any, mask: Any) -> Any:
-    """word >> shift & mask in 32 bits, word unsigned. numba's own operators make 64 of them, and vectors half as long."""
+    """word >> shift & mask, word unsigned. numba's own operators widen to 64 bits, and vectors hold half as many."""
 
     def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
         return builder.and_(builder.lshr(operands[0], operands[1]), operands[2])
@@ -91,13 +91,15 @@ def share(logit, most):
 @compiled()
 def of_half(bits):
     """The float32 of a finite float16, given as int32 whose low 16 bits are its bits."""
-    sign = field(bits, np.int32(15), np.int32(1)) << np.int32(31)
-    return float_of_bits(np.int32(sign | field(bits, np.int32(0), np.int32(0x7FFF)) << np.int32(13))) * np.float32(2.0**112)
+    sign, rest = field(bits, np.int32(15), np.int32(1)), field(bits, np.int32(0), np.int32(0x7FFF))
+    return float_of_bits(np.int32(sign << np.int32(31) | rest << np.int32(13))) * np.float32(2.0**112)
 
 
 @compiled()
 def half_of(number):
-    """The bits of the float16 nearest to a float32 from 0 to 65504, as int16."""
+    """The bits of the float16 nearest to a float32 from 0 to 65504, as int16; of anything larger, not a number."""
+    if not number <= np.float32(65504.0):
+        return np.int16(0x7E00)
     if number < np.float32(2.0**-14):
         # Beside 1/2 the last bit of a float32 counts 2^-24, as that of such a float16 does.
         return np.int16(bits_of_float(number + np.float32(0.5)) - np.int32(0x3F000000))

@@ -134,7 +134,8 @@ def project(query, matrix, factor, out):
 
 @compiled()
 def logits_of_codewords(query, keys, factor, out):
-    """out [C, G or more] = keys [C, D] · query [G, D] · factor, four queries at a time."""
+    """out [C, G or more] = keys [C, D] · query [G, D] · factor, four queries at a time; beyond G, where nothing reads
+    them, those of the last query."""
     last = len(query) - 1
     for word in range(len(keys)):
         for row in range(0, out.shape[1], LANES):

@@ -1,7 +1,7 @@
 """Estimated logits of a block of tokens, from their codes or from reduced keys.
 
-Inner loops count tokens from 0, along slices: an index that is a sum could be negative as far as numba knows, and is
-then checked for every token. For the same reason a step of 1 has loops of its own.
+Inner loops count tokens from 0, along slices. An index like first + token, which numba does not know to be positive, is
+checked for every token, as negative ones count from the end; such a loop takes three times as long.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def dimension(row, rank, bits):
 def unpack(codes, first, step, count, word, bits, to, words, numbers):
     """numbers [ROWS, BLOCK], from row `to`: those in one word of tokens first, first + step, …, `count` of them."""
     held = codes[first:, word]
-    if step == 1:
+    if step == 1:  # nearly always, and then without a product for each token
         for token in range(count):
             words[token] = held[token]
     else:

@@ -84,6 +84,7 @@ def settings_of(
     bits: int | None, reduced: torch.dtype, rows: torch.dtype, select: str, residual: bool, scaling: float,
     softcap: float | None,
 ) -> cpu.Settings:  # fmt: skip
+    """What the kernel is told of numbers; the same for all steps of a layer."""
     return cpu.Settings(
         bits=KINDS[reduced] if bits is None else bits,
         offset=np.float32(0 if bits is None else OFFSET[bits]),
@@ -118,6 +119,6 @@ def workspace(
         logits=floats(parts, lanes, BLOCK), score=floats(parts, group, BLOCK), exact=floats(parts, group, BLOCK),
         reads=np.empty((parts, marks, BLOCK), np.uint8), marks=np.empty((parts, marks, BLOCK), np.uint8),
         some=np.empty((parts, BLOCK), np.uint8), chosen=np.empty((parts, BLOCK), np.int64),
-        lines=floats(parts, 4, max(width, values)),
+        lines=floats(parts, 4, max(width, values, rank)),
     )  # fmt: skip
     return of_units, of_parts

@@ -12,8 +12,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def eagerly(function: F) -> F:
-    """Run it outside of torch.compile, without gradients and outside of inference mode: a cache outlives its caller's
-    mode, and is written in place.
+    """Run it, called by position, outside of torch.compile, without gradients and outside of inference mode: a cache
+    outlives its caller's mode, and is written in place.
 
     Most callers decode under `torch.no_grad()`. For them nothing is switched, as switching takes longer than much of
     what a step does in a layer.

@@ -31,3 +31,4 @@ def test_half_of_rounds_as_torch_does():
     numbers = torch.cat((halves, between, between * (1 + 2**-20), between * (1 - 2**-20))).float()
     found = np.array([half_of(number) for number in numbers.numpy()], np.int16)
     assert (found == numbers.half().view(torch.int16).numpy()).all()
+    assert half_of(np.float32(np.nan)) == half_of(np.float32(np.inf)) == 0x7E00  # not a number

@@ -31,6 +31,7 @@ FORMS = {
     "reduced keys in bfloat16": {"bits": None, "dtype": torch.bfloat16, "residual": False, "select": "max", "group": 5},
     "reduced keys in float16": {"bits": None, "dtype": torch.float16, "residual": False, "sample": 64},
     "codewords of float32": {"rounded": False},
+    "group of five, wider values": {"group": 5, "value_dim": 24},
     "no residual, everything": {"keep": 1.0, "residual": False, "group": 16},
 }
 OPTIONS = ("select", "softcap", "residual")
@@ -63,6 +64,15 @@ def test_kernels_are_the_definition(form, backend):
         torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
     else:
         assert_close(out, expected)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_ends_of_blocks_and_ranges(backend):
+    made, options = problem("4 bits", lengths=[2048, 257, 256, 0], capacity=2304)
+    out, read = scan(*made.operands, **options, backend=backend)
+    expected, same = scan(*in_float64(made).operands, **options, backend="reference")
+    assert torch.equal(read, same)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -60,10 +60,7 @@ METHODS = {
     "snapkv": SnapKV(keep=0.4, window=4),
 }
 STEPPED = 2
-CALLERS = (
-    "methods.full.choose", "methods.spectral.choose_backend", "methods.choosing.backend", "methods.loki.backend",
-    "kv.pages.choose",
-)  # fmt: skip
+CALLERS = ("methods.full.choose", "methods.choosing.backend", "methods.loki.backend", "kv.pages.choose")
 
 
 @pytest.fixture

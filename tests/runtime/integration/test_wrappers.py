@@ -186,16 +186,17 @@ def generated(of, settings):
     return greedy(of, {"input_ids": IDS.repeat(1, 2)}, new=6, **settings)
 
 
-def test_a_compiled_model_that_was_called_before_gets_compressed_caches():
+@pytest.mark.parametrize("method", ["exact_topk", "spectral"])
+def test_a_compiled_model_that_was_called_before_gets_compressed_caches(method):
     """torch.compile does not look whether hooks have come; the model's config tells."""
     torch._dynamo.reset()
     plain, twin = (build("llama", num_hidden_layers=1) for _ in range(2))
     compiled = torch.compile(Around(plain), backend="eager", dynamic=True)
     with torch.no_grad():
         stock = compiled(IDS).logits
-        settings = small("exact_topk")
-        expected = step_logits(twin, IDS, CompressedCache(twin, None, **settings), START)
-        with compress(compiled, None, **settings):
+        settings, of_model = small(method), artifact() if method == "spectral" else None
+        expected = step_logits(twin, IDS, CompressedCache(twin, of_model, **settings), START)
+        with compress(compiled, of_model, **settings):
             found, cache = by_position(compiled)
         assert isinstance(cache, CompressedCache)
         torch.testing.assert_close(found, expected, **CLOSE)
