@@ -44,9 +44,9 @@ class Codewords:
         self._tensors = {torch.device("cpu"): Calibrated(rounded)}
 
     def on(self, device: torch.device) -> Calibrated:
-        """Also "query_map" [Hkv, D, r]: q·(k − k′) ≈ (q query_map)·((k − k′) key_map),
-        rotated so that the r dimensions are alike. `tables["key"][tables["head"], words]` are the codewords of the
-        numbers `words` [B, Hkv, T]."""
+        """The tables, and with them "query_map" [Hkv, D, r]: q·(k − k′) ≈ (q query_map)·((k − k′) key_map), rotated so
+        that the r dimensions are alike. `tables["key"][tables["head"], words]` are the codewords of the numbers `words`
+        [B, Hkv, T]."""
         if device not in self._tensors:
             on_cpu = self._tensors[torch.device("cpu")]
             self._tensors[device] = Calibrated((name, tensor.to(device)) for name, tensor in on_cpu.items())
