@@ -1,7 +1,7 @@
 """Estimated logits of a block of tokens, from their codes or from reduced keys.
 
 Inner loops count tokens from 0, along slices. An index like first + token, which numba does not know to be positive, is
-checked for every token, as negative ones count from the end; such a loop takes three times as long.
+checked for every token, as negative ones count from the end.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ class CompressedLayer(CacheLayerMixin):
         if prompt == 1 and store.seen:
             prompt = 0  # a step
         self.taken = Taken(tokens, prompt, valid)
-        if tokens == 1 and not prompt:  # no slices of the tensors: six operations fewer
+        if tokens == 1 and not prompt:  # without slices, of which there are five below
             store.append(key, value, valid, revocable)
             return self._step(store, query, key, value, spec, valid)
         parts = []

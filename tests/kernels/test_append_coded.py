@@ -69,10 +69,8 @@ def test_a_token_is_kept_as_it_is_encoded(form, backend):
             part[sequence, :, page] = found[name][0]
     for name, part in {**expected.of_tokens(), **expected.of_pages()}.items():
         found = getattr(tokens, name)
-        if backend == "numba":  # sums in another order: a number between two levels may get the other one
-            assert (found != part).float().mean() < 1e-3, name
-        else:
-            assert torch.equal(found, part), name
+        # numba adds up in another order: one number of all may lie between two levels, and get the other one.
+        assert (found != part).sum() <= (backend == "numba" and name != "codeword"), name
 
 
 def test_what_is_kept_means_the_token():
