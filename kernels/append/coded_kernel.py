@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ..backend import device_of
 from ..codes import LARGEST_SCALE, OFFSET, STEP, Calibrated
-from ..scan.operands import PAGE, Place, Tokens
+from ..pages import PAGE
+from ..scan.operands import Place, Tokens
+from ..scan.tile import numbers_to
 
 STEP_2, STEP_4 = tl.constexpr(STEP[2]), tl.constexpr(STEP[4])
 LARGEST = tl.constexpr(LARGEST_SCALE)
@@ -31,18 +33,18 @@ def append_coded_kernel(
     OF_TOKEN: tl.constexpr, OF_PAGE: tl.constexpr, PAGED: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr,
     D_TILE: tl.constexpr, DV: tl.constexpr, DV_TILE: tl.constexpr, RANK: tl.constexpr, BITS: tl.constexpr,
     BYTES_TILE: tl.constexpr, WORDS: tl.constexpr, WORDS_TILE: tl.constexpr, CODED: tl.constexpr,
-    CORRECTED: tl.constexpr,
+    CORRECTED: tl.constexpr, CODE_PITCH: tl.constexpr, KEY_PITCH: tl.constexpr, VALUE_PITCH: tl.constexpr,
 ):  # fmt: skip
     head, sequence = tl.program_id(0), tl.program_id(1)
     token = tl.load(lengths + sequence).to(tl.int64)
     if (token < 0) | (token >= capacity):
         return
     if PAGED:
-        page, offset = tl.load(table + sequence * pages + token // PAGE).to(tl.int64), token % PAGE
+        page, place = tl.load(table + sequence * pages + token // PAGE).to(tl.int64), token % PAGE
+        slot = page * of_sequence + head * of_head
     else:
-        page, offset = sequence.to(tl.int64), token
-    first = page * of_sequence + head * of_head  # of what lies where the token does: a page, or a sequence
-    slot = first + offset * OF_TOKEN
+        page, place = sequence.to(tl.int64), token
+        slot = page * of_sequence + head * of_head + token * OF_TOKEN
     key_new += sequence * key_new_sequence + head * key_new_head
     value_new += sequence * value_new_sequence + head * value_new_head
     words_key += head * (WORDS * D)
@@ -50,7 +52,7 @@ def append_coded_kernel(
     word = nearest(
         key_new, value_new, words_key, words_value, half + head * WORDS, inverse + head * 2, D, DV, WORDS, WORDS_TILE
     )
-    tl.store(word_ptr + slot, word.to(tl.uint8))
+    tl.store(word_ptr + numbers_to(word_ptr, slot, place, 1, PAGED), word.to(tl.uint8))
 
     FIELDS: tl.constexpr = 8 // BITS
     BYTES: tl.constexpr = RANK // FIELDS
@@ -66,30 +68,39 @@ def append_coded_kernel(
         found += tl.sum(tl.load(to, mask=held, other=0.0) * rest[:, None, None], 0)
     number, own_scale = encoded(found, RANK, BITS)
     packed = tl.sum(tl.where(inside, number << (field * BITS)[None, :], 0), 1)
-    tl.store(code + slot * BYTES + byte, packed.to(tl.uint8), mask=byte < BYTES)
-    tl.store(scale + slot, own_scale.to(tl.float16))
+    to_code = code + numbers_to(code, slot, place, CODE_PITCH, PAGED)
+    tl.store(to_code + byte, packed.to(tl.uint8), mask=byte < BYTES)
+    tl.store(scale + numbers_to(scale, slot, place, 1, PAGED), own_scale.to(tl.float16))
 
+    key += numbers_to(key, slot, place, KEY_PITCH, PAGED)
+    to_value = value + numbers_to(value, slot, place, VALUE_PITCH, PAGED)
     if CODED:
-        put_row(key_new, words_key + word * D, turn_key, key, key_scale, slot, D, D_TILE)
-        put_row(value_new, words_value + word * DV, turn_value, value, value_scale, slot, DV, DV_TILE)
+        to_scale = numbers_to(key_scale, slot, place, 1, PAGED)  # of both
+        put_row(key_new, words_key + word * D, turn_key, key, key_scale + to_scale, D, D_TILE)
+        put_row(value_new, words_value + word * DV, turn_value, to_value, value_scale + to_scale, DV, DV_TILE)
     else:
         dim, value_dim = tl.arange(0, D_TILE), tl.arange(0, DV_TILE)
         numbers = tl.load(key_new + dim, mask=dim < D)
-        tl.store(key + slot * D + dim, numbers.to(tl.float32).to(key.dtype.element_ty), mask=dim < D)
+        tl.store(key + dim, numbers.to(tl.float32).to(key.dtype.element_ty), mask=dim < D)
         numbers = tl.load(value_new + value_dim, mask=value_dim < DV)
-        to = value + slot * DV + value_dim
-        tl.store(to, numbers.to(tl.float32).to(value.dtype.element_ty), mask=value_dim < DV)
+        tl.store(to_value + value_dim, numbers.to(tl.float32).to(value.dtype.element_ty), mask=value_dim < DV)
 
     if CORRECTED:  # noqa: SIM102 (this one is the compiler's)
         if (token + 1) % PAGE == 0:
             tl.debug_barrier()  # the page holds this token now
-            in_page = slot - (PAGE - 1 - tl.arange(0, PAGE)) * OF_TOKEN
-            of_page = page * correction_sequence + head * correction_head
-            if not PAGED:
-                of_page += token // PAGE * OF_PAGE
+            back = PAGE - 1 - tl.arange(0, PAGE)
+            if PAGED:
+                slots, places = slot, place - back
+                of_page = page * correction_sequence + head * correction_head
+            else:
+                slots, places = slot - back * OF_TOKEN, place
+                of_page = page * correction_sequence + head * correction_head + token // PAGE * OF_PAGE
             put_correction(
-                value, value_scale, word_ptr, words_value, turn_value, in_page, correction, correction_scale, of_page,
-                DV, DV_TILE, PAGE, CODED,
+                value + numbers_to(value, slots, places, VALUE_PITCH, PAGED),
+                value_scale + numbers_to(value_scale, slots, places, 1, PAGED),
+                word_ptr + numbers_to(word_ptr, slots, places, 1, PAGED), words_value, turn_value,
+                correction + numbers_to(correction, of_page, 0, DV, PAGED),
+                correction_scale + numbers_to(correction_scale, of_page, 0, 1, PAGED), DV, DV_TILE, PAGE, CODED,
             )  # fmt: skip
 
 
@@ -144,9 +155,7 @@ def encoded(numbers, COUNT: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def put_row(
-    vector, codeword, turn, row, row_scale, slot, WIDTH: tl.constexpr, WIDTH_TILE: tl.constexpr
-):  # fmt: skip
+def put_row(vector, codeword, turn, row, row_scale, WIDTH: tl.constexpr, WIDTH_TILE: tl.constexpr):
     """A key or value in 8 bits: what its codeword leaves, rotated."""
     place = tl.arange(0, WIDTH_TILE)
     found = tl.zeros([WIDTH_TILE], tl.float32)
@@ -156,40 +165,45 @@ def put_row(
         tile = tl.load(turn + place[:, None] * WIDTH + dim[None, :], mask=inside, other=0.0)
         found += tl.sum(tile * difference(vector, codeword, dim, WIDTH)[None, :], 1)
     number, scale = encoded(found, WIDTH, 8)
-    tl.store(row + slot * WIDTH + place, number.to(tl.uint8), mask=place < WIDTH)
-    tl.store(row_scale + slot, scale.to(tl.float16))
+    tl.store(row + place, number.to(tl.uint8), mask=place < WIDTH)
+    tl.store(row_scale, scale.to(tl.float16))
 
 
 @triton.jit
 def put_correction(
-    value, value_scale, word_ptr, words_value, turn, in_page, correction, correction_scale, of_page,
+    values, value_scales, words, words_value, turn, correction, correction_scale,
     DV: tl.constexpr, DV_TILE: tl.constexpr, PAGE: tl.constexpr, CODED: tl.constexpr,
 ):  # fmt: skip
-    """The mean over a page of what codewords leave of values, in 8 bits."""
+    """The mean over a page of what codewords leave of values, in 8 bits.
+
+    Args:
+        values, value_scales, words: [PAGE] pointers to what is kept of its tokens.
+    """
     place = tl.arange(0, DV_TILE)
     mean = tl.zeros([DV_TILE], tl.float32)
     if CODED:
-        scale = tl.load(value_scale + in_page).to(tl.float32)
+        scale = tl.load(value_scales).to(tl.float32)
         for at in range(0, DV, DIMS):
             dim = at + tl.arange(0, DIMS)
-            number = tl.load(value + in_page[:, None] * DV + dim[None, :], mask=(dim < DV)[None, :], other=0)
+            number = tl.load(values[:, None] + dim[None, :], mask=(dim < DV)[None, :], other=0)
             rotated = tl.sum((number.to(tl.float32) - OFFSET_8) * scale[:, None], 0) / PAGE
             inside = (dim < DV)[:, None] & (place < DV)[None, :]
             tile = tl.load(turn + dim[:, None] * DV + place[None, :], mask=inside, other=0.0)
             mean += tl.sum(tile * rotated[:, None], 0)
     else:
-        word = tl.load(word_ptr + in_page).to(tl.int32)
+        word = tl.load(words).to(tl.int32)
         inside = (place < DV)[None, :]
-        numbers = tl.load(value + in_page[:, None] * DV + place[None, :], mask=inside, other=0.0).to(tl.float32)
+        numbers = tl.load(values[:, None] + place[None, :], mask=inside, other=0.0).to(tl.float32)
         stands = tl.load(words_value + word[:, None] * DV + place[None, :], mask=inside, other=0.0)
         mean += tl.sum(numbers - stands, 0) / PAGE
     number, mean_scale = encoded(mean, DV, 8)
-    tl.store(correction + of_page * DV + place, number.to(tl.uint8), mask=place < DV)
-    tl.store(correction_scale + of_page, mean_scale.to(tl.float16))
+    tl.store(correction + place, number.to(tl.uint8), mask=place < DV)
+    tl.store(correction_scale, mean_scale.to(tl.float16))
 
 
 def append_coded(
-    key_new: Tensor, value_new: Tensor, tokens: Tokens, tables: Calibrated, lengths: Tensor, bits: int
+    key_new: Tensor, value_new: Tensor, tokens: Tokens, tables: Calibrated, lengths: Tensor, bits: int,
+    table: Tensor | None,
 ) -> None:  # fmt: skip
     """See `kvcal.kernels.append.append_coded`; the operands are checked."""
     batch, heads, width = key_new.shape
@@ -197,18 +211,25 @@ def append_coded(
     none = key_new  # in place of what the kernel does not touch
     held = {name: none if part is None else part for name, part in vars(tokens).items()}
     coded, corrected = tokens.key_scale is not None, tokens.correction is not None
-    place = Place.of(tokens.key)
-    of_pages = Place(0, 0, 1) if tokens.correction is None else Place.of(tokens.correction)
+    parts, pages = (tokens.reduced, tokens.key, tokens.value), 0
+    if table is None:
+        place, of_table, pitches = Place.of(tokens.key), none, [part.shape[3] for part in parts]
+        of_pages = Place(0, 0, 1) if tokens.correction is None else Place.of(tokens.correction)
+    else:
+        assert tokens.pieces is not None
+        place = of_pages = Place(*tokens.pieces, 1)
+        of_table, pages, pitches = table.contiguous(), table.shape[1], [part.stride(2) for part in parts]
     with device_of(key_new):
         append_coded_kernel[(heads, batch)](
             key_new, value_new, *(tables[name] for name in ("key", "value", "half", "inverse", "key_map")),
             tables["turn_key"], tables["turn_value"], tokens.key, tokens.value, tokens.reduced, held["scale"],
             held["codeword"], held["key_scale"], held["value_scale"], held["correction"], held["correction_scale"],
-            held["table"], lengths, tokens.capacity, 0 if tokens.table is None else tokens.table.shape[1],
+            of_table, lengths, tokens.capacity(table), pages,
             place.sequence, place.head, of_pages.sequence, of_pages.head, *key_new.stride()[:2],
             *value_new.stride()[:2],
-            OF_TOKEN=place.token, OF_PAGE=of_pages.token, PAGED=tokens.table is not None, PAGE=PAGE,
+            OF_TOKEN=place.token, OF_PAGE=of_pages.token, PAGED=table is not None, PAGE=PAGE,
             D=width, D_TILE=triton.next_power_of_2(width), DV=values, DV_TILE=triton.next_power_of_2(values),
             RANK=rank, BITS=bits, BYTES_TILE=triton.next_power_of_2(rank * bits // 8), WORDS=words,
-            WORDS_TILE=triton.next_power_of_2(words), CODED=coded, CORRECTED=corrected, num_warps=WARPS,
+            WORDS_TILE=triton.next_power_of_2(words), CODED=coded, CORRECTED=corrected,
+            CODE_PITCH=pitches[0], KEY_PITCH=pitches[1], VALUE_PITCH=pitches[2], num_warps=WARPS,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..codes import BITS, STEP, Calibrated
 from ..cpu import array, float_kind, run
+from ..cpu.pages import table_of
 from ..cpu.rows import CODES
 from ..scan.operands import Tokens
 from . import cpu
@@ -18,8 +19,9 @@ STEPS_OF = {bits: cpu.Steps(bits, np.float32(STEP.get(bits, np.inf)), np.float32
 
 
 def append_coded(
-    key_new: Tensor, value_new: Tensor, tokens: Tokens, tables: Calibrated, lengths: Tensor, bits: int
-) -> None:
+    key_new: Tensor, value_new: Tensor, tokens: Tokens, tables: Calibrated, lengths: Tensor, bits: int,
+    table: Tensor | None,
+) -> None:  # fmt: skip
     """See `kvcal.kernels.append.append_coded`; the operands are checked."""
     batch, heads, width = key_new.shape
     kind = CODES if tokens.key_scale is not None else float_kind(tokens.key)
@@ -27,7 +29,7 @@ def append_coded(
     lines, codes = workspace(batch * heads, widest, tokens.reduced.shape[-1])
     run(
         cpu.append_coded, array(key_new), array(value_new), kind, float_kind(key_new), tokens.arrays,
-        tables.arrays, lengths.numpy(), STEPS_OF[bits], lines, codes,
+        table_of(table, batch, tokens.key.shape[2]), tables.arrays, lengths.numpy(), STEPS_OF[bits], lines, codes,
     )  # fmt: skip
 
 

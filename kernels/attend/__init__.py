@@ -23,6 +23,7 @@ def attend(
     scaling: float,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    table: Tensor | None = None,
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -31,10 +32,13 @@ def attend(
     Args:
         query: [B, Hkv, G, D].
         key, value: [B, Hkv, capacity, D] and [B, Hkv, capacity, Dv] in the query's dtype, stride 1 within a token.
-        index: [B, Hkv, K] int32 slots, or [B, Hkv, G, K] where each query head has its own.
+        index: [B, Hkv, K] int32 slots, or [B, Hkv, G, K] where each query head has its own; positions in the sequence
+            also where there is a table.
         count: [B, Hkv] or [B, Hkv, G] int32: only the first `count` entries of each are read.
         scaling, softcap: logit = q·k scaling, then softcap tanh(logit / softcap).
         sink_logits: [Hkv G] float32, one more logit per query head, of a token whose value is zero.
+        table: [B, P] int32 or int64, the pages of each sequence (see `kernels/pages`): key and value are
+            [N, Hkv, PAGE, …] with it, of any strides but the last, and the capacity is P · PAGE.
         out: contiguous, to be written and returned.
 
     Returns:
@@ -43,12 +47,12 @@ def attend(
     Raises:
         ValueError: shapes or dtypes do not fit together, or the backend cannot run.
     """
-    check_cache(query, key, value)
+    check_cache(query, key, value, table)
     check_result(query, value.shape[-1], sink_logits, out)
     check_selection(query, index, count)
     if choose(backend, query) == "reference":
         result = reference.attend(
-            query, key, value, index, count, scaling=scaling, softcap=softcap, sink_logits=sink_logits
+            query, key, value, index, count, scaling=scaling, softcap=softcap, sink_logits=sink_logits, table=table
         )
         return result if out is None else out.copy_(result)
     from . import triton_kernel
@@ -62,5 +66,6 @@ def attend(
         scaling=scaling,
         softcap=softcap,
         sink_logits=sink_logits,
+        table=table,
         out=out,
     )

@@ -6,6 +6,8 @@ Sums are taken in float32, or in float64 for float64 operands.
 import torch
 from torch import Tensor
 
+from ..pages import PAGE
+
 
 def attend(
     query: Tensor,
@@ -17,14 +19,17 @@ def attend(
     scaling: float,
     softcap: float | None,
     sink_logits: Tensor | None,
+    table: Tensor | None,
 ) -> Tensor:
     valid = torch.arange(index.shape[-1], device=index.device) < count.unsqueeze(-1)
     if index.dim() == 3:
         index, valid = index.unsqueeze(2), valid.unsqueeze(2)
-    batch = torch.arange(key.shape[0], device=key.device).view(-1, 1, 1, 1)
+    place = torch.arange(query.shape[0], device=key.device).view(-1, 1, 1, 1)
     head = torch.arange(key.shape[1], device=key.device).view(1, -1, 1, 1)
     index = index.masked_fill(~valid, 0).long()
-    return softmax(query, key[batch, head, index], value[batch, head, index], valid, scaling, softcap, sink_logits)
+    if table is not None:
+        place, index = table[place, index // PAGE].masked_fill(~valid, 0).long(), index % PAGE
+    return softmax(query, key[place, head, index], value[place, head, index], valid, scaling, softcap, sink_logits)
 
 
 def softmax(

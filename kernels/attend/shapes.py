@@ -6,17 +6,24 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..pages import PAGE
+from ..pages.table import check_table
+
 TOKEN_TILE = 64
 """Tokens of a tile: the granularity of every split."""
 
 
-def check_cache(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """query [B, Hkv, G, D], key [B, Hkv, capacity, D], value [B, Hkv, capacity, Dv]."""
+def check_cache(query: Tensor, key: Tensor, value: Tensor, table: Tensor | None = None) -> None:
+    """query [B, Hkv, G, D], key [B, Hkv, capacity, D], value [B, Hkv, capacity, Dv]; with a table [B, P] key
+    [N, Hkv, PAGE, D], value [N, Hkv, PAGE, Dv]."""
     if query.dim() != 4:
         raise ValueError(f"query: received shape {tuple(query.shape)}, expected [B, Hkv, G, D]")
     batch, heads, _, width = query.shape
-    if key.dim() != 4 or (*key.shape[:2], key.shape[3]) != (batch, heads, width):
-        raise ValueError(f"key: received shape {tuple(key.shape)}, expected [{batch}, {heads}, capacity, {width}]")
+    check_table(table, batch, query.device)
+    fits = key.dim() == 4 and key.shape[1::2] == (heads, width)
+    if not fits or (key.shape[0] != batch if table is None else key.shape[2] != PAGE):
+        expected = f"{batch}, {heads}, capacity" if table is None else f"N, {heads}, {PAGE}"
+        raise ValueError(f"key: received shape {tuple(key.shape)}, expected [{expected}, {width}]")
     if value.dim() != 4 or value.shape[:3] != key.shape[:3]:
         raise ValueError(f"value: received shape {tuple(value.shape)}, expected {[*key.shape[:3]]} and Dv")
     for name, tensor in (("key", key), ("value", value)):

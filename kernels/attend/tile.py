@@ -7,6 +7,9 @@ selection of its own. They fill the first rows of a tile of at least 16, the sma
 import triton
 import triton.language as tl
 
+from .. import pages
+
+PAGE = tl.constexpr(pages.PAGE)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NONE = tl.constexpr(float("-inf"))
@@ -72,6 +75,7 @@ def absorb(
 ):
     """The running softmax with the tokens `token` [TOKENS] where `valid`.
 
+    `key_ptr` and `value_ptr` are where tokens are counted from: of a sequence or page, or [TOKENS, 1], of each token's.
     Plain: scale = log2(e) scaling. Capped: scale = 2 log2(e) scaling / softcap and cap = log2(e) softcap, since
     tanh(x) = 1 - 2 / (2^(2 log2(e) x) + 1).
     """

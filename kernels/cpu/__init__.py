@@ -117,24 +117,6 @@ def short(table: Tensor) -> Any:
     return _short[table]
 
 
-def buffer_of(tokens: Tensor) -> Tensor | None:
-    """[Hkv, B, capacity, D]: the whole token buffer of which `tokens` [B, Hkv, n, D] are the first ones; None: they lie
-    otherwise in memory than heads first and contiguous."""
-    batch, heads, count, width = tokens.shape
-    by_sequence, by_head, by_token, one = tokens.stride()
-    if (count > 1 and by_token != width) or (width > 1 and one != 1):
-        return None
-    capacity = by_sequence // width if batch > 1 else by_head // (batch * width) if heads > 1 else count
-    if (batch > 1 and by_sequence != capacity * width) or (heads > 1 and by_head != batch * capacity * width):
-        return None
-    numbers = heads * batch * capacity * width
-    if capacity < count or tokens.storage_offset() + numbers > tokens.untyped_storage().nbytes() // tokens.itemsize:
-        return None
-    return tokens.detach().as_strided(
-        (heads, batch, capacity, width), (batch * capacity * width, capacity * width, width, 1)
-    )
-
-
 def as_int32(tensor: Tensor) -> Any:
     """[..., n] of any dtype -> the same memory as int32 [..., n · itemsize / 4]."""
     return tensor.detach().view(torch.int32).numpy()

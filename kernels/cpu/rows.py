@@ -8,6 +8,7 @@ import numpy as np
 
 from . import BFLOAT16, LOG2_E, compiled
 from .arithmetic import NONE, exp2, float_of_bits, of_brain, of_half, prefetch, share
+from .pages import row
 
 CODES = 8
 """The kind of rows that are 8-bit codes; other kinds are those of `kernels.cpu`."""
@@ -16,8 +17,11 @@ TWICE_LOG2_E = np.float32(2 * LOG2_E)
 LINE = 64
 """Bytes of a cache line."""
 
-Rows = namedtuple("Rows", "key value key_scale value_scale codewords")
-"""Of one head: [tokens, D], [tokens, Dv]; and where rows are codes [tokens] each: float16 scales, and codewords."""
+Rows = namedtuple("Rows", "key value key_scale value_scale codewords steps")
+"""Lists of rows: [rows, D], [rows, Dv]; and where these are codes [rows] each: float16 scales, and codewords. [5, 3]
+int64, the steps of each list (see `cpu.pages`)."""
+KEY, VALUE, KEY_SCALE, VALUE_SCALE, CODEWORDS = range(5)
+"""Which steps are whose."""
 Running = namedtuple("Running", "best mass rows words")
 """A running softmax: the largest logit [G], the mass Σ 2^(logit - best) [G], and with these weights Σ weight · value
 [G, Dv]. Where rows are codes, that is Σ weight · scale · level, still rotated, and words [C, G] is the mass by
@@ -43,13 +47,14 @@ def convert(rows, token, kind, line):
 
 
 @compiled()
-def approach(rows, token):
+def approach(rows, page, head, offset):
     """Bring a token's key and value near, some time before they are read."""
     step = LINE // rows.key.itemsize
+    key, value = row(rows.steps[KEY], page, head, offset), row(rows.steps[VALUE], page, head, offset)
     for dim in range(0, rows.key.shape[1], step):
-        prefetch(rows.key, token, dim)
+        prefetch(rows.key, key, dim)
     for dim in range(0, rows.value.shape[1], step):
-        prefetch(rows.value, token, dim)
+        prefetch(rows.value, value, dim)
 
 
 @compiled()
@@ -59,10 +64,11 @@ def capped(logit, cap):
 
 
 @compiled()
-def attend(rows, kind, tokens, count, reads, query, by_word, cap, running, logits, lines):
-    """Take the first `count` of `tokens` into the running softmax.
+def attend(rows, kind, head, pages, offsets, count, reads, query, by_word, cap, running, logits, lines):
+    """Take `count` tokens into the running softmax.
 
     Args:
+        pages, offsets: [count], where each token lies.
         reads: [G or 1, count] uint8, which queries read which of them.
         query: [G, D], in units of log 2.
         by_word: [C, G or more], logits of codewords, likewise.
@@ -72,38 +78,43 @@ def attend(rows, kind, tokens, count, reads, query, by_word, cap, running, logit
     group = query.shape[0]
     for place in range(0, count, 4):
         for number in range(4):
-            convert(rows.key, tokens[min(place + number, count - 1)], kind, lines[number])
-        for row in range(group):
+            at = min(place + number, count - 1)
+            convert(rows.key, row(rows.steps[KEY], pages[at], head, offsets[at]), kind, lines[number])
+        for query_head in range(group):
             a, b, c, d = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
             for dim in range(query.shape[1]):
-                a += query[row, dim] * lines[0, dim]
-                b += query[row, dim] * lines[1, dim]
-                c += query[row, dim] * lines[2, dim]
-                d += query[row, dim] * lines[3, dim]
-            logits[row, place], logits[row, place + 1] = a, b
-            logits[row, place + 2], logits[row, place + 3] = c, d
+                a += query[query_head, dim] * lines[0, dim]
+                b += query[query_head, dim] * lines[1, dim]
+                c += query[query_head, dim] * lines[2, dim]
+                d += query[query_head, dim] * lines[3, dim]
+            logits[query_head, place], logits[query_head, place + 1] = a, b
+            logits[query_head, place + 2], logits[query_head, place + 3] = c, d
     if rows.key.itemsize == 1:
         for place in range(count):
-            token = tokens[place]
-            scale, word = of_half(np.int32(rows.key_scale[token])), rows.codewords[token]
-            for row in range(group):
-                logits[row, place] = logits[row, place] * scale + by_word[word, row]
-    for row in range(group):
-        weigh(reads[min(row, len(reads) - 1)], count, cap, running, row, logits[row])
+            page, offset = pages[place], offsets[place]
+            scale = of_half(np.int32(rows.key_scale[row(rows.steps[KEY_SCALE], page, head, offset)]))
+            word = rows.codewords[row(rows.steps[CODEWORDS], page, head, offset)]
+            for query_head in range(group):
+                logits[query_head, place] = logits[query_head, place] * scale + by_word[word, query_head]
+    for query_head in range(group):
+        weigh(reads[min(query_head, len(reads) - 1)], count, cap, running, query_head, logits[query_head])
     if rows.key.itemsize == 1:
         for place in range(count):
-            token = tokens[place]
-            scale, word = of_half(np.int32(rows.value_scale[token])), rows.codewords[token]
-            for row in range(group):
-                running.words[word, row] += logits[row, place]
-                logits[row, place] *= scale
+            page, offset = pages[place], offsets[place]
+            scale = of_half(np.int32(rows.value_scale[row(rows.steps[VALUE_SCALE], page, head, offset)]))
+            word = rows.codewords[row(rows.steps[CODEWORDS], page, head, offset)]
+            for query_head in range(group):
+                running.words[word, query_head] += logits[query_head, place]
+                logits[query_head, place] *= scale
     for place in range(0, count, 4):
         for number in range(4):
-            convert(rows.value, tokens[min(place + number, count - 1)], kind, lines[number])
-        for row in range(group):
-            a, b, c, d = logits[row, place], logits[row, place + 1], logits[row, place + 2], logits[row, place + 3]
-            for dim in range(running.rows.shape[1]):
-                running.rows[row, dim] += a * lines[0, dim] + b * lines[1, dim] + c * lines[2, dim] + d * lines[3, dim]
+            at = min(place + number, count - 1)
+            convert(rows.value, row(rows.steps[VALUE], pages[at], head, offsets[at]), kind, lines[number])
+        for query_head in range(group):
+            weights, total = logits[query_head], running.rows[query_head]
+            a, b, c, d = weights[place], weights[place + 1], weights[place + 2], weights[place + 3]
+            for dim in range(len(total)):
+                total[dim] += a * lines[0, dim] + b * lines[1, dim] + c * lines[2, dim] + d * lines[3, dim]
 
 
 @compiled()

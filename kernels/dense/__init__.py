@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..attend.shapes import check, check_cache, check_result
 from ..backend import choose
+from ..pages import in_rows
 from . import reference
 
 __all__ = ["dense"]
@@ -19,6 +20,7 @@ def dense(
     scaling: float,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    table: Tensor | None = None,
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -30,6 +32,8 @@ def dense(
         lengths: [B] int32, on the device; never waited for.
         scaling, softcap: logit = q·k scaling, then softcap tanh(logit / softcap).
         sink_logits: [Hkv G] float32, one more logit per query head, of a token whose value is zero.
+        table: [B, P] int32 or int64, the pages of each sequence (see `kernels/pages`): key and value are
+            [N, Hkv, PAGE, …] with it, of any strides but the last, and the capacity is P · PAGE.
         out: contiguous, to be written and returned.
 
     Returns:
@@ -38,28 +42,30 @@ def dense(
     Raises:
         ValueError: shapes or dtypes do not fit together, or the backend cannot run.
     """
-    check_cache(query, key, value)
+    check_cache(query, key, value, table)
     check_result(query, value.shape[-1], sink_logits, out)
     check("lengths", lengths, torch.int32, [query.shape[0]])
     chosen = choose(backend, query, numba=True)
     if chosen == "numba" and fits(key, value):
         from .launch import dense as on_cpu
 
-        return on_cpu(query, key, value, lengths, scaling=scaling, softcap=softcap, sink_logits=sink_logits, out=out)
+        return on_cpu(
+            query, key, value, lengths, scaling=scaling, softcap=softcap, sink_logits=sink_logits, table=table, out=out
+        )
     if chosen == "numba" and backend == "numba":
-        raise ValueError("key, value: backend 'numba' takes caches with heads first in memory: use 'reference'")
+        raise ValueError("key, value: backend 'numba' takes tokens that lie whole rows apart: use 'reference'")
     if chosen != "triton":
-        result = reference.dense(query, key, value, lengths, scaling=scaling, softcap=softcap, sink_logits=sink_logits)
+        result = reference.dense(
+            query, key, value, lengths, scaling=scaling, softcap=softcap, sink_logits=sink_logits, table=table
+        )
         return result if out is None else out.copy_(result)
     from . import triton_kernel
 
     return triton_kernel.dense(
-        query, key, value, lengths, scaling=scaling, softcap=softcap, sink_logits=sink_logits, out=out
+        query, key, value, lengths, scaling=scaling, softcap=softcap, sink_logits=sink_logits, table=table, out=out
     )
 
 
 def fits(key: Tensor, value: Tensor) -> bool:
-    """Whether the kernel in numba takes these caches: token buffers, which have heads first in memory."""
-    from ..cpu import buffer_of
-
-    return buffer_of(key) is not None and buffer_of(value) is not None
+    """Whether the kernel in numba takes these caches."""
+    return in_rows(key) and in_rows(value)

@@ -1,7 +1,7 @@
 """Dense attention on a CPU, in numba: threads over sequences, heads and ranges of tokens.
 
-A unit is a (head, sequence); a part is a range of a unit's tokens. Caches have heads first, [Hkv, B, capacity, …], as
-token buffers have in memory; the partial results are those of `cpu.rows`.
+A unit is a (head, sequence); a part is a range of a unit's tokens. Caches are lists of rows (`cpu.pages`); the partial
+results are those of `cpu.rows`.
 """
 
 from __future__ import annotations
@@ -13,21 +13,23 @@ from numba import prange
 
 from ..cpu import compiled
 from ..cpu.arithmetic import NONE, share
-from ..cpu.rows import Rows, Running, attend
+from ..cpu.pages import find, spans_in
+from ..cpu.rows import Running, attend
 
 BLOCK = 64
 """Tokens at a time."""
-Parts = namedtuple("Parts", "best mass rows words logits reads chosen lines")
+Parts = namedtuple("Parts", "best mass rows words logits reads pages offsets spans lines")
 """`Running` of every part, and what is at work in one."""
 
 
 @compiled(parallel=True)
-def dense(query, key, value, kind, scales, codewords, lengths, cap, sink_logits, parts, ranges, per_range, out):
+def dense(query, rows, table, kind, lengths, cap, sink_logits, parts, ranges, per_range, out):
     """Phase 0 takes parts, phase 1 joins them.
 
     Args:
         query: [B, Hkv, G, D] float32, in units of log 2.
-        scales, codewords: [0] of int16 and of uint8: rows are no codes.
+        rows: `cpu.rows.Rows` of keys and values that are no codes.
+        table: see `cpu.pages`.
         lengths: [B].
         sink_logits: [Hkv, G], likewise; -inf: none.
         out: [B, Hkv, G, Dv] float32, written.
@@ -41,24 +43,26 @@ def dense(query, key, value, kind, scales, codewords, lengths, cap, sink_logits,
             head, sequence = unit // batch, unit % batch
             if phase == 0:
                 start, stop = at % ranges * per_range, min((at % ranges + 1) * per_range, lengths[sequence])
-                rows = Rows(key[head, sequence], value[head, sequence], scales, scales, codewords)
-                take(rows, kind, start, stop, query[sequence, head], cap, parts, at)
+                take(rows, table, sequence, head, kind, start, stop, query[sequence, head], cap, parts, at)
             else:
                 join(parts, unit * ranges, ranges, sink_logits[head], out[sequence, head])
 
 
 @compiled()
-def take(rows, kind, start, stop, query, cap, parts, part):
+def take(rows, table, sequence, head, kind, start, stop, query, cap, parts, part):
     running = Running(parts.best[part], parts.mass[part], parts.rows[part], parts.words)
     running.best[:], running.mass[:], running.rows[:] = NONE, np.float32(0.0), np.float32(0.0)
-    reads, chosen = parts.reads, parts.chosen[part]
+    pages, offsets, spans = parts.pages[part], parts.offsets[part], spans_in(parts.spans[part])
     for at in range(start, stop, BLOCK):
         count = min(BLOCK, stop - at)
-        for token in range(count):
-            chosen[token] = at + token
+        for span in range(find(table, sequence, at, np.int64(1), count, spans)):
+            first = spans.begin[span]
+            for token in range(spans.count[span]):
+                pages[first + token], offsets[first + token] = spans.page[span], spans.offset[span] + token
         attend(
-            rows, kind, chosen, count, reads, query, parts.words, cap, running, parts.logits[part], parts.lines[part]
-        )
+            rows, kind, head, pages, offsets, count, parts.reads, query, parts.words, cap, running, parts.logits[part],
+            parts.lines[part],
+        )  # fmt: skip
 
 
 @compiled()

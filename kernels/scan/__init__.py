@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..backend import FLOATS, choose
-from .operands import PAGE, Budget, Tables, Tokens
+from ..pages import PAGE
+from .operands import Budget, Tables, Tokens
 from .reference import scan as reference
 
 __all__ = ["Budget", "Tables", "Tokens", "kernel_for", "run", "scan"]
@@ -17,7 +18,7 @@ __all__ = ["Budget", "Tables", "Tokens", "kernel_for", "run", "scan"]
 def scan(
     query: Tensor, tokens: Tokens, tables: Tables, budget: Budget, *, bits: int | None = None, select: str = "group",
     residual: bool = True, scaling: float, softcap: float | None = None, sink_logits: Tensor | None = None,
-    marked: bool = True, backend: str = "auto",
+    table: Tensor | None = None, marked: bool = True, backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Attend from one query per sequence and head. README.md has the formula.
 
@@ -29,46 +30,51 @@ def scan(
         residual: whether codewords stand for tokens that are not read.
         scaling: of q·k, before `softcap`.
         sink_logits: [Hkv · G], one more logit for each query, of a value of zeros.
+        table: [B, P] whole numbers, the block table; None: tokens are by sequence.
         marked: whether to tell the tokens that were read.
 
     Returns:
         [B, Hkv, G, Dv] float32, on a GPU in the query's dtype; and [B, Hkv, G or 1, longest] bool: the tokens that were
         read, None where not `marked`.
     """
-    check(query, tokens, tables, budget, bits, select, residual)
+    check(query, tokens, tables, budget, table, bits, select, residual)
+    kernel = kernel_for(query, tokens, tables, budget, paged=table is not None, backend=backend)
     return run(
-        kernel_for(query, tokens, tables, budget, backend), query, tokens, tables, budget, bits=bits, select=select,
-        residual=residual, scaling=scaling, softcap=softcap, sink_logits=sink_logits, marked=marked,
+        kernel, query, tokens, tables, budget, table=table, bits=bits, select=select, residual=residual,
+        scaling=scaling, softcap=softcap, sink_logits=sink_logits, marked=marked,
     )  # fmt: skip
 
 
 def run(
-    kernel: str, query: Tensor, tokens: Tokens, tables: Tables, budget: Budget, *, marked: bool, **options: Any
-) -> tuple[Tensor, Tensor | None]:
+    kernel: str, query: Tensor, tokens: Tokens, tables: Tables, budget: Budget, *, table: Tensor | None, marked: bool,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """`scan` of operands that fit together, with what `kernel_for` says, and every option."""
     if kernel == "triton":
         from . import triton_launch
 
-        return triton_launch.scan(query, tokens, tables, budget, marked=marked, **options)
+        return triton_launch.scan(query, tokens, tables, budget, table=table, marked=marked, **options)
     if kernel == "numba":
         from .launch import scan as kernel_of
 
-        out, read = kernel_of(query, tokens, tables, budget, **options)
+        out, read = kernel_of(query, tokens, tables, budget, table=table, **options)
     else:
-        out, read = reference(query, tokens.ordered(), tables, budget, **options)
+        out, read = reference(query, tokens.ordered(table), tables, budget, **options)
     return out, read if marked else None
 
 
 def check(
-    query: Tensor, tokens: Tokens, tables: Tables, budget: Budget, bits: int | None, select: str, residual: bool
-) -> None:
+    query: Tensor, tokens: Tokens, tables: Tables, budget: Budget, table: Tensor | None, bits: int | None, select: str,
+    residual: bool,
+) -> None:  # fmt: skip
     """ValueError unless the operands fit together."""
     batch, heads, _, width = query.shape
-    expected = (batch, heads, tokens.capacity)
-    if tokens.table is not None:
+    capacity = tokens.capacity(table)
+    expected = (batch, heads, capacity)
+    if table is not None:
         expected = (len(tokens.key), heads, PAGE)
-        if len(tokens.table) != batch:
-            raise ValueError(f"table: received {list(tokens.table.shape)} for {batch} sequences")
+        if table.dim() != 2 or len(table) != batch:
+            raise ValueError(f"table: received {list(table.shape)} for {batch} sequences")
     for name, part in tokens.of_tokens().items():
         if part.shape[:3] != expected:
             raise ValueError(f"{name}: received {list(part.shape)}, expected {list(expected)} and one more")
@@ -77,8 +83,8 @@ def check(
             f"key, query_map: received {list(tokens.key.shape)} and {list(tables.query_map.shape)} for queries "
             f"{list(query.shape)}"
         )
-    if budget.longest > tokens.capacity:
-        raise ValueError(f"longest: received {budget.longest}, expected at most the capacity {tokens.capacity}")
+    if budget.longest > capacity:
+        raise ValueError(f"longest: received {budget.longest}, expected at most the capacity {capacity}")
     if select not in SELECTS:
         raise ValueError(f"select: received {select!r}, expected one of {', '.join(SELECTS)}")
     lacking = {tokens.scale is None, tokens.codeword is None, tables.key is None, tables.value is None}
@@ -98,18 +104,23 @@ MOST_QUERIES = 16
 """Query heads of a KV head in these, at most."""
 REFUSED = {
     "numba": (
-        "backend: 'numba' takes float32, bfloat16 or float16 with heads first in memory, and a multiple of 4 "
+        "backend: 'numba' takes float32, bfloat16 or float16, tokens that lie whole rows apart, and a multiple of 4 "
         "dimensions and of 4 bytes of codes: use 'reference'"
     ),
     "triton": (
-        f"backend: 'triton' takes tokens of one order, codes in multiples of 4 bytes, at most {MOST_QUERIES} queries "
-        f"of a head and a sample of at most {MOST_SAMPLED} tokens: use 'reference'"
+        "backend: 'triton' takes tokens of one order or pages in one piece, codes in multiples of 4 bytes, at most "
+        f"{MOST_QUERIES} queries of a head and a sample of at most {MOST_SAMPLED} tokens: use 'reference'"
     ),
 }
 
 
-def kernel_for(query: Tensor, tokens: Tokens, tables: Tables, budget: Budget, backend: str = "auto") -> str:
+def kernel_for(
+    query: Tensor, tokens: Tokens, tables: Tables, budget: Budget, *, paged: bool = False, backend: str = "auto"
+) -> str:
     """ "triton" or "numba"; "reference" where neither takes these operands.
+
+    Args:
+        paged: whether there is a block table.
 
     Raises:
         ValueError: `backend` names one that does not.
@@ -117,7 +128,7 @@ def kernel_for(query: Tensor, tokens: Tokens, tables: Tables, budget: Budget, ba
     chosen = choose(backend, query, numba=True)
     if chosen == "triton":
         small = budget.sampled <= MOST_SAMPLED and query.shape[2] <= MOST_QUERIES
-        fits = small and query.dtype in FLOATS and tokens.fits_triton
+        fits = small and query.dtype in FLOATS and tokens.fits_triton(paged)
     else:
         fits = chosen == "reference" or (tokens.fits_numba and tables.query_map.shape[-1] % 4 == 0)
     if not fits and backend != "auto":

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..codes import OFFSET
 from ..cpu import KINDS, LOG2_E, array, as_int32, by_head_and_query, cut, nothing, run, short
+from ..cpu.pages import lists_of, table_of
 from ..cpu.rows import CODES
 from . import cpu, cpu_choice
 from .cpu_codes import BLOCK, LANES, ROWS
@@ -22,23 +23,18 @@ LEAST_RANGE = 1024
 
 
 def tokens_of(tokens: Tokens) -> cpu.Tokens:
-    batch, heads = tokens.key.shape[:2]
+    none, numbers = nothing(0), nothing(0, dtype=np.int16)
 
-    def per_token(tensor: Tensor | None) -> Any:
-        return nothing(heads, batch, 0, dtype=np.int16) if tensor is None else array(by_head(tensor).squeeze(-1))
+    def one_each(rows: Tensor) -> Any:
+        return array(rows.squeeze(-1))
 
-    codeword = nothing(heads, batch, 0) if tokens.codeword is None else array(by_head(tokens.codeword).squeeze(-1))
-    correction = nothing(heads, batch, 0, 0) if tokens.correction is None else array(by_head(tokens.correction))
-    return cpu.Tokens(
-        as_int32(by_head(tokens.reduced)), per_token(tokens.scale), codeword, array(by_head(tokens.key)),
-        array(by_head(tokens.value)), per_token(tokens.key_scale), per_token(tokens.value_scale), correction,
-        per_token(tokens.correction_scale),
-    )  # fmt: skip
-
-
-def by_head(tensor: Tensor) -> Tensor:
-    """[B, Hkv, …] -> [Hkv, B, …], as token buffers lie in memory."""
-    return tensor.transpose(0, 1)
+    arrays, steps = lists_of((
+        (tokens.reduced, as_int32, None), (tokens.scale, one_each, numbers), (tokens.codeword, one_each, none),
+        (tokens.key, array, None), (tokens.value, array, None), (tokens.key_scale, one_each, numbers),
+        (tokens.value_scale, one_each, numbers), (tokens.correction, array, nothing(0, 0)),
+        (tokens.correction_scale, one_each, numbers),
+    ))  # fmt: skip
+    return cpu.Tokens._make([*arrays, steps, np.ascontiguousarray(steps[[3, 4, 5, 6, 2]])])
 
 
 def tables_of(tables: Tables) -> cpu.Tables:
@@ -55,8 +51,8 @@ def budget_of(budget: Budget) -> cpu.Budget:
 
 
 def scan(
-    query: Tensor, tokens: Tokens, tables: Tables, budget: Budget, *, bits: int | None, select: str, residual: bool,
-    scaling: float, softcap: float | None, sink_logits: Tensor | None,
+    query: Tensor, tokens: Tokens, tables: Tables, budget: Budget, *, table: Tensor | None, bits: int | None,
+    select: str, residual: bool, scaling: float, softcap: float | None, sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `kvcal.kernels.scan.scan`; the operands are checked."""
     batch, heads, group, _ = query.shape
@@ -73,8 +69,9 @@ def scan(
         tokens.key.dtype == torch.uint8,
     )  # fmt: skip
     run(
-        cpu.scan, query.detach().float().contiguous().numpy(), tokens.arrays, tables.arrays, budget.arrays, settings,
-        sink_logits_of, units, parts, ranges, per_range, read.numpy(), out.numpy(),
+        cpu.scan, query.detach().float().contiguous().numpy(), tokens.arrays,
+        table_of(table, batch, tokens.key.shape[2]), tables.arrays, budget.arrays, settings, sink_logits_of, units,
+        parts, ranges, per_range, read.numpy(), out.numpy(),
     )  # fmt: skip
     return out, read.view(torch.bool)
 
@@ -116,9 +113,11 @@ def workspace(
         exact_words=floats(parts, exact_words, group), other_mass=floats(parts, group),
         words=floats(parts, codewords, lanes), pages=floats(parts, group, values),
         codes=np.empty((parts, BLOCK), np.int32), numbers=floats(parts, ROWS, BLOCK), spread=floats(parts, BLOCK),
-        logits=floats(parts, lanes, BLOCK), score=floats(parts, group, BLOCK), exact=floats(parts, group, BLOCK),
+        codewords=np.empty((parts, BLOCK), np.uint8), logits=floats(parts, lanes, BLOCK),
+        score=floats(parts, group, BLOCK), exact=floats(parts, group, BLOCK),
         reads=np.empty((parts, marks, BLOCK), np.uint8), marks=np.empty((parts, marks, BLOCK), np.uint8),
-        some=np.empty((parts, BLOCK), np.uint8), chosen=np.empty((parts, BLOCK), np.int64),
+        some=np.empty((parts, BLOCK), np.uint8), chosen_page=np.empty((parts, BLOCK), np.int64),
+        chosen_offset=np.empty((parts, BLOCK), np.int64), spans=np.empty((parts, 4, BLOCK), np.int64),
         lines=floats(parts, 4, max(width, values, rank)),
     )  # fmt: skip
     return of_units, of_parts

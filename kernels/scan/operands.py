@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from ..backend import FLOATS
+from ..pages import PAGE, in_rows, ordered, page_strides
 
 OUTWEIGHS = 2.0**60
 """A token with so many times the weight of the whole sample is read whatever the threshold: no sum overflows then."""
-PAGE = 64
-"""Tokens that a correction is of."""
 
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """What is kept of tokens, [B, Hkv, capacity, …] each. One object serves as long as the buffers stand still."""
+    """What is kept of tokens, [B, Hkv, capacity, …] each; with a block table [N, Hkv, PAGE, …], see `kernels.pages`.
+    One object serves as long as the buffers stand still."""
 
     key: Tensor
     """[…, D], float16, bfloat16 or float32; or uint8: 8-bit codes of what the codeword leaves, rotated."""
@@ -37,64 +37,72 @@ class Tokens:
     """[…, 1] float16; only of keys in 8 bits."""
     value_scale: Tensor | None = None
     correction: Tensor | None = None
-    """[B, Hkv, capacity / PAGE, Dv] uint8: of each full page the mean of what codewords leave of values."""
+    """[B, Hkv, capacity / PAGE, Dv] uint8: of each full page the mean of what codewords leave of values; with a block
+    table [N, Hkv, 1, Dv]."""
     correction_scale: Tensor | None = None
-    """[B, Hkv, capacity / PAGE, 1] float16."""
-    table: Tensor | None = None
-    """[B, P] int: token t of sequence b lies in page table[b, t // PAGE], and all tensors are by page,
-    [N, Hkv, PAGE, …], corrections [N, Hkv, 1, …]. None: tensors are by sequence."""
+    """[B, Hkv, capacity / PAGE, 1] float16, or [N, Hkv, 1, 1]."""
 
-    @property
-    def capacity(self) -> int:
+    def capacity(self, table: Tensor | None) -> int:
         """Tokens that a sequence may have."""
-        return self.key.shape[2] if self.table is None else self.table.shape[1] * PAGE
+        return self.key.shape[2] if table is None else table.shape[1] * PAGE
 
     def of_tokens(self) -> dict[str, Tensor]:
         """What is kept of single tokens, by name."""
-        apart = ("correction", "correction_scale", "table")
+        apart = ("correction", "correction_scale")
         return {name: part for name, part in vars(self).items() if isinstance(part, Tensor) and name not in apart}
-
-    def ordered(self) -> Tokens:
-        """The same by sequence, a copy where there is a table."""
-        if self.table is None:
-            return self
-        index, held = self.table.long(), {**self.of_tokens(), **self.of_pages()}
-        return Tokens(**{name: part[index].transpose(1, 2).flatten(2, 3) for name, part in held.items()})
 
     def of_pages(self) -> dict[str, Tensor]:
         """What is kept of whole pages, by name."""
         held = {"correction": self.correction, "correction_scale": self.correction_scale}
         return {name: part for name, part in held.items() if part is not None}
 
-    @cached_property
-    def fits_numba(self) -> bool:
-        """Whether the kernel in numba takes them: heads first in memory, known dtypes, and what tokens are scored by in
-        words of 4 bytes."""
-        held = [*self.of_tokens().values(), *self.of_pages().values()]
-        return (
-            self.table is None
-            and self.key.dtype == self.value.dtype
-            and self.key.dtype in (*FLOATS, torch.uint8)
-            and self.reduced.shape[-1] * self.reduced.element_size() % 4 == 0
-            and all(part.transpose(0, 1).is_contiguous() for part in held)
-        )
+    def ordered(self, table: Tensor | None) -> Tokens:
+        """The same by sequence, a copy where there is a table."""
+        if table is None:
+            return self
+        held = {**self.of_tokens(), **self.of_pages()}
+        return Tokens(**{name: ordered(part, table) for name, part in held.items()})
 
     @cached_property
-    def fits_triton(self) -> bool:
-        """Whether the kernels for a GPU take them: known dtypes, one order of tokens, and codes in words of 4 bytes."""
-        parts, sums = [*self.of_tokens().values()], [*self.of_pages().values()]
+    def fits_numba(self) -> bool:
+        """Whether the kernels in numba take them: known dtypes, what is kept in whole rows, and what tokens are scored
+        by in words of 4 bytes."""
+        held = [*self.of_tokens().values(), *self.of_pages().values()]
+        words = self.reduced.shape[3] * self.reduced.itemsize
+        return (
+            self.key.dtype == self.value.dtype
+            and self.key.dtype in (*FLOATS, torch.uint8)
+            and words % 4 == 0
+            and self.reduced.storage_offset() * self.reduced.itemsize % 4 == 0
+            and all(in_rows(part) for part in held)
+        )
+
+    def fits_triton(self, paged: bool) -> bool:
+        """Whether the kernels for a GPU take them: known dtypes, codes in words of 4 bytes, and one order of tokens, or
+        pages whose parts lie in the same pieces."""
+        return self.known_to_triton and (self.pieces is not None if paged else self.in_order)
+
+    @cached_property
+    def known_to_triton(self) -> bool:
         coded = self.codeword is not None
         return (
             self.key.dtype == self.value.dtype
             and self.key.dtype in (*FLOATS, torch.uint8)
-            and same_order(parts)
-            and same_order(sums)
             and (not coded or (self.reduced.shape[-1] % 4 == 0 and self.reduced.data_ptr() % 4 == 0))
         )
 
     @cached_property
+    def in_order(self) -> bool:
+        return same_order([*self.of_tokens().values()]) and same_order([*self.of_pages().values()])
+
+    @cached_property
+    def pieces(self) -> tuple[int, int] | None:
+        """See `page_strides`."""
+        return page_strides([*self.of_tokens().values(), *self.of_pages().values()])
+
+    @cached_property
     def arrays(self) -> Any:
-        """The same memory for the kernel in numba."""
+        """The same memory for the kernels in numba."""
         from .launch import tokens_of
 
         return tokens_of(self)

@@ -75,13 +75,13 @@ def prepare_kernel(
     for at in tl.range(0, count, TILE, num_stages=3):
         number = at + tl.arange(0, TILE)
         valid = number < count
-        slot = slots_of(
+        slot, in_page = slots_of(
             start + number * stride, valid, table_ptr, sequence, head, pages, of_sequence, of_head, OF_TOKEN, PAGED,
             PAGE,
         )  # fmt: skip
         logits, _ = estimate(
-            reduced_ptr, scale_ptr, word_ptr, slot, valid, projected, sums, by_word_ptr, cap,
-            BITS, WIDTH, WIDTH_TILE, PITCH, COLUMNS, DTYPE, CAPPED,
+            reduced_ptr, scale_ptr, word_ptr, slot, in_page, valid, projected, sums, by_word_ptr, cap,
+            BITS, WIDTH, WIDTH_TILE, PITCH, PAGED, COLUMNS, DTYPE, CAPPED,
         )  # fmt: skip
         logits = tl.where(valid[:, None], logits, NONE)
         risen = tl.maximum(best, tl.max(logits, 0))

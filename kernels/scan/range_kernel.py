@@ -12,7 +12,7 @@ from ..attend.split import part_of_program, parts_of_unit
 from ..codes import OFFSET
 from .digits import digit_at, one_hot, spread
 from .parts import QUERIES, join, leave_part
-from .tile import NONE, capped, estimate, slots_of
+from .tile import NONE, capped, estimate, numbers_to, slots_of
 
 CODE_OFFSET = tl.constexpr(OFFSET[8])
 VARYING = [
@@ -31,8 +31,8 @@ def range_kernel(
     list_ptr, marks_ptr, page_ptr, other_ptr, word_sum_ptr, part_ptr, turned_part_ptr, lse_ptr, read_ptr, out_ptr,
     factor, cap, longest, sequences, splits, capacity, pages: tl.int32, of_sequence: tl.int64, of_head: tl.int64,
     corrections: tl.int32, correction_sequence: tl.int64, correction_head: tl.int64,
-    OF_TOKEN: tl.constexpr, OF_PAGE: tl.constexpr, PAGED: tl.constexpr, PAGE: tl.constexpr,
-    GROUP: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr,
+    OF_TOKEN: tl.constexpr, OF_PAGE: tl.constexpr, PAGED: tl.constexpr, PAGE: tl.constexpr, KEY_PITCH: tl.constexpr,
+    VALUE_PITCH: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr,
     DV: tl.constexpr, DV_TILE: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_TILE: tl.constexpr,
     PITCH: tl.constexpr, RANK_TILE: tl.constexpr, WORDS: tl.constexpr, WORDS_TILE: tl.constexpr, LOW: tl.constexpr,
     CODED: tl.constexpr, RESIDUAL: tl.constexpr, CORRECTED: tl.constexpr, SELECT: tl.constexpr, CAPPED: tl.constexpr,
@@ -72,12 +72,12 @@ def range_kernel(
     for at in tl.range(start, end, TILE, num_stages=STAGES):
         token = at + tl.arange(0, TILE)
         valid = token < end
-        slot = slots_of(
+        slot, in_page = slots_of(
             token, valid, table_ptr, sequence, head, pages, of_sequence, of_head, OF_TOKEN, PAGED, PAGE
         )  # fmt: skip
         logits, word = estimate(
-            reduced_ptr, scale_ptr, word_ptr, slot, valid, projected, sums, by_word_ptr, cap,
-            BITS, WIDTH, WIDTH_TILE, PITCH, COLUMNS, DTYPE, CAPPED,
+            reduced_ptr, scale_ptr, word_ptr, slot, in_page, valid, projected, sums, by_word_ptr, cap,
+            BITS, WIDTH, WIDTH_TILE, PITCH, PAGED, COLUMNS, DTYPE, CAPPED,
         )  # fmt: skip
         weights = tl.exp2(logits - base[None, :])
         always = (token < first) | (token >= begin)
@@ -124,7 +124,8 @@ def range_kernel(
         query_ptr + unit * (GROUP * D), key_ptr, value_ptr, key_scale_ptr, value_scale_ptr, word_ptr,
         by_word_ptr, values_ptr + head * (WORDS * DV), list_ptr, marks_ptr, listed,
         table_ptr, sequence, head, pages, of_sequence, of_head, factor, cap,
-        OF_TOKEN, PAGED, PAGE, GROUP, COLUMNS, D, D_TILE, DV, DV_TILE, CODED, SELECT, CAPPED, GATHERED, DTYPE, WEIGHT,
+        OF_TOKEN, PAGED, PAGE, KEY_PITCH, VALUE_PITCH, GROUP, COLUMNS, D, D_TILE, DV, DV_TILE, CODED, SELECT, CAPPED,
+        GATHERED, DTYPE, WEIGHT,
     )  # fmt: skip
     if RESIDUAL:
         others = stand_ins(
@@ -159,7 +160,8 @@ def range_kernel(
 def attend_listed(
     query_ptr, key_ptr, value_ptr, key_scale_ptr, value_scale_ptr, word_ptr, by_word_ptr, values_ptr,
     list_ptr, marks_ptr, listed, table_ptr, sequence, head, pages, of_sequence, of_head, factor, cap,
-    OF_TOKEN: tl.constexpr, PAGED: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
+    OF_TOKEN: tl.constexpr, PAGED: tl.constexpr, PAGE: tl.constexpr, KEY_PITCH: tl.constexpr,
+    VALUE_PITCH: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
     D: tl.constexpr, D_TILE: tl.constexpr, DV: tl.constexpr, DV_TILE: tl.constexpr, CODED: tl.constexpr,
     SELECT: tl.constexpr, CAPPED: tl.constexpr, GATHERED: tl.constexpr, DTYPE: tl.constexpr, WEIGHT: tl.constexpr,
 ):  # fmt: skip
@@ -177,18 +179,22 @@ def attend_listed(
         rank = at + tl.arange(0, GATHERED)
         valid = rank < listed
         token = tl.load(list_ptr + rank, mask=valid, other=0)
-        slot = slots_of(
+        slot, in_page = slots_of(
             token, valid, table_ptr, sequence, head, pages, of_sequence, of_head, OF_TOKEN, PAGED, PAGE
         )  # fmt: skip
         # All loads stand before the first use of any, so that all are under way at once.
         inside = valid[:, None] & (dim < D)[None, :]
-        keys = tl.load(key_ptr + slot[:, None] * D + dim[None, :], mask=inside, other=0)
+        to = numbers_to(key_ptr, slot, in_page, KEY_PITCH, PAGED)
+        keys = tl.load(key_ptr + to[:, None] + dim[None, :], mask=inside, other=0)
         inside = valid[:, None] & (value_dim < DV)[None, :]
-        values = tl.load(value_ptr + slot[:, None] * DV + value_dim[None, :], mask=inside, other=0)
+        to = numbers_to(value_ptr, slot, in_page, VALUE_PITCH, PAGED)
+        values = tl.load(value_ptr + to[:, None] + value_dim[None, :], mask=inside, other=0)
         if CODED:
-            key_scale = tl.load(key_scale_ptr + slot, mask=valid, other=0.0).to(tl.float32)
-            value_scale = tl.load(value_scale_ptr + slot, mask=valid, other=0.0).to(tl.float32)
-            word = tl.load(word_ptr + slot, mask=valid, other=0).to(tl.int32)
+            to = numbers_to(key_scale_ptr, slot, in_page, 1, PAGED)  # of all that are as wide
+            key_scale = tl.load(key_scale_ptr + to, mask=valid, other=0.0).to(tl.float32)
+            value_scale = tl.load(value_scale_ptr + to, mask=valid, other=0.0).to(tl.float32)
+            to = numbers_to(word_ptr, slot, in_page, 1, PAGED)
+            word = tl.load(word_ptr + to, mask=valid, other=0).to(tl.int32)
             stands = tl.load(values_ptr + word[:, None] * DV + value_dim[None, :], mask=inside, other=0.0).to(DTYPE)
             logits_of_word = tl.load(
                 by_word_ptr + word[None, :] * COLUMNS + query[:, None], mask=(query < COLUMNS)[:, None], other=0.0
@@ -251,11 +257,13 @@ def stand_ins(
                 slot = sequence.to(tl.int64) * correction_sequence + head * correction_head
                 slot = slot + page.to(tl.int64) * OF_PAGE
             valid = valid & (page < corrections)
+            to = numbers_to(correction_ptr, slot, 0, DV, PAGED)
+            to_scale = numbers_to(correction_scale_ptr, slot, 0, 1, PAGED)
             held = valid[None, :] & (query < COLUMNS)[:, None]
             weights = tl.load(page_ptr + (page - first_page)[None, :] * COLUMNS + query[:, None], mask=held, other=0.0)
-            scale = tl.load(correction_scale_ptr + slot, mask=valid, other=0.0).to(tl.float32)
+            scale = tl.load(correction_scale_ptr + to_scale, mask=valid, other=0.0).to(tl.float32)
             inside = valid[:, None] & (dim < DV)[None, :]
-            code = tl.load(correction_ptr + slot[:, None] * DV + dim[None, :], mask=inside, other=0)
+            code = tl.load(correction_ptr + to[:, None] + dim[None, :], mask=inside, other=0)
             code = tl.where(inside, code.to(tl.float32) - CODE_OFFSET, 0.0)
             total = tl.dot((weights * scale[None, :]).to(WEIGHT), code.to(WEIGHT), total, input_precision="tf32x3")
     return total

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..codes import decode
-from .operands import OUTWEIGHS, PAGE, Budget, Tables, Tokens
+from ..pages import PAGE
+from .operands import OUTWEIGHS, Budget, Tables, Tokens
 
 
 def scan(

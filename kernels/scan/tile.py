@@ -6,6 +6,9 @@ Logits are in units of log 2. COLUMNS is how many queries of a group a tile has,
 import triton
 import triton.language as tl
 
+from .. import pages
+
+ALIGNED = tl.constexpr(pages.ALIGNED)
 LOG2E = tl.constexpr(1.4426950408889634)
 NONE = tl.constexpr(float("-inf"))
 REDUCED = tl.constexpr(16)
@@ -17,13 +20,29 @@ def slots_of(
     token, valid, table_ptr, sequence, head, pages, of_sequence, of_head, of_token,
     PAGED: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """[TOKENS] int64: where tokens lie in every buffer, counted in tokens."""
+    """([TOKENS] int64, [TOKENS]): where tokens lie in every part, counted in tokens, and nothing that counts; with
+    PAGED where the piece of page and head lies, in multiples of 64 bytes, and the token's place in the page.
+
+    Args:
+        of_sequence, of_head: what the first of these grows by from one sequence, or page, to the next, and from one
+            head to the next.
+    """
     if PAGED:
         page = tl.load(table_ptr + sequence * pages + token // PAGE, mask=valid, other=0).to(tl.int64)
-        offset = token % PAGE
-    else:
-        page, offset = sequence.to(tl.int64), token
-    return page * of_sequence + head * of_head + offset.to(tl.int64) * of_token
+        return page * of_sequence + head * of_head, token % PAGE
+    return sequence.to(tl.int64) * of_sequence + head * of_head + token.to(tl.int64) * of_token, token
+
+
+@triton.jit
+def numbers_to(ptr, slot, place, PITCH: tl.constexpr, PAGED: tl.constexpr):
+    """[TOKENS] int64: numbers from `ptr` to those of tokens, where `slots_of` says.
+
+    Args:
+        PITCH: numbers from one token to the next.
+    """
+    if PAGED:
+        return slot * (ALIGNED * 8 // ptr.dtype.element_ty.primitive_bitwidth) + place * PITCH
+    return slot * PITCH
 
 
 @triton.jit
@@ -80,27 +99,30 @@ def capped(logits, cap):
 
 @triton.jit
 def estimate(
-    reduced_ptr, scale_ptr, word_ptr, slot, valid, projected, sums, by_word_ptr, cap,
-    BITS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_TILE: tl.constexpr, PITCH: tl.constexpr, COLUMNS: tl.constexpr,
-    DTYPE: tl.constexpr, CAPPED: tl.constexpr,
+    reduced_ptr, scale_ptr, word_ptr, slot, in_page, valid, projected, sums, by_word_ptr, cap,
+    BITS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_TILE: tl.constexpr, PITCH: tl.constexpr, PAGED: tl.constexpr,
+    COLUMNS: tl.constexpr, DTYPE: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """([TOKENS, COLUMNS] float32 estimated logits, [TOKENS] codewords), of tokens that are not valid any numbers.
 
     Args:
+        slot, in_page: see `slots_of`.
         projected: [r, COLUMNS], queries in the basis of the codes, in the order of `levels`.
         sums: [COLUMNS], what the levels' offset adds to products.
         WIDTH: words that are stored of a token, or numbers of a reduced key.
     """
     place = tl.arange(0, WIDTH_TILE)
     held = valid[:, None] & (place < WIDTH)[None, :]
-    number = tl.load(reduced_ptr + slot[:, None] * PITCH + place[None, :], mask=held, other=0)
+    to = numbers_to(reduced_ptr, slot, in_page, PITCH, PAGED)
+    number = tl.load(reduced_ptr + to[:, None] + place[None, :], mask=held, other=0)
     if BITS == REDUCED:
         logits = tl.dot(number.to(DTYPE), projected, input_precision="tf32x3")
         word = tl.zeros_like(slot).to(tl.int32)
     else:
         logits = tl.dot(levels(number, BITS, DTYPE), projected, input_precision="tf32x3")
-        scale = tl.load(scale_ptr + slot, mask=valid, other=0.0).to(tl.float32)
-        word = tl.load(word_ptr + slot, mask=valid, other=0).to(tl.int32)
+        scale = tl.load(scale_ptr + numbers_to(scale_ptr, slot, in_page, 1, PAGED), mask=valid, other=0.0)
+        scale = scale.to(tl.float32)
+        word = tl.load(word_ptr + numbers_to(word_ptr, slot, in_page, 1, PAGED), mask=valid, other=0).to(tl.int32)
         column = tl.arange(0, COLUMNS)
         by_word = tl.load(by_word_ptr + word[:, None] * COLUMNS + column[None, :])
         logits = (logits - sums[None, :]) * scale[:, None] + by_word

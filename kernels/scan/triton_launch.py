@@ -15,7 +15,8 @@ from ..attend.launch import units_tile
 from ..attend.shapes import multiprocessors
 from ..backend import device_of, interpreting
 from ..codes import OFFSET
-from .operands import PAGE, Budget, Place, Tables, Tokens
+from ..pages import PAGE
+from .operands import Budget, Place, Tables, Tokens
 from .prepare_kernel import prepare_kernel
 from .range_kernel import range_kernel
 from .tile import order_of
@@ -36,19 +37,22 @@ REGISTERS = 255
 
 
 def scan(
-    query: Tensor, tokens: Tokens, tables: Tables, budget: Budget, *, bits: int | None, select: str, residual: bool,
-    scaling: float, softcap: float | None, sink_logits: Tensor | None, marked: bool,
+    query: Tensor, tokens: Tokens, tables: Tables, budget: Budget, *, table: Tensor | None, bits: int | None,
+    select: str, residual: bool, scaling: float, softcap: float | None, sink_logits: Tensor | None, marked: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """See `kvcal.kernels.scan.scan`; the operands are checked."""
-    call = Call(query.contiguous(), tokens, tables, bits, select, residual, softcap is not None)
+    paged = table is not None
+    call = Call(query.contiguous(), tokens, tables, bits, select, residual, softcap is not None, paged)
     factor, cap = scaling * LOG2_E, (softcap or 1.0) * LOG2_E
     (batch, heads, group, _), values, longest = query.shape, tokens.value.shape[-1], budget.longest
     units, none = batch * heads, call.query  # `none` is in place of what a kernel does not read
     key, value = (none if part is None else part for part in (call.words("key"), call.words("value")))
     held = {name: none if part is None else part for name, part in vars(tokens).items()}
     reduced = tokens.reduced if bits is None else tokens.reduced.view(torch.int32)
-    place = Place.of(tokens.key)
-    pages = 0 if tokens.table is None else tokens.table.shape[1]
+    place, of_table = call.place(tokens.key), none
+    pages = 0
+    if table is not None:
+        of_table, pages = table.contiguous(), table.shape[1]
 
     projected, sums = call.scratch(units, call.rank_tile, call.columns, dtype=call.kind), call.per_column(units)
     by_word = call.scratch(units, call.words_tile, call.columns)
@@ -59,7 +63,7 @@ def scan(
     with device_of(query):
         prepare_kernel[(heads, batch)](
             call.query, call.query_map, key, tables.turn_key if call.coded else none,
-            reduced, held["scale"], held["codeword"], held["table"],
+            reduced, held["scale"], held["codeword"], of_table,
             budget.lengths, budget.first, budget.begin, budget.stride, budget.rank,
             projected, sums, by_word, turned, call.scratch(units, group, sample), base, threshold, arrivals, out,
             factor, cap, call.offset, pages, place.sequence, place.head,
@@ -74,11 +78,11 @@ def scan(
     programs, own_marks = heads * parts, select == "head"
     shape = batch, heads, group if own_marks else 1, longest
     read = torch.zeros(shape, dtype=torch.uint8, device=query.device) if marked else None
-    correction = Place.of(tokens.correction) if call.corrected and tokens.correction is not None else Place(0, 0, 1)
+    correction = Place(0, 0, 1) if tokens.correction is None else call.place(tokens.correction)
     with device_of(query):
         range_kernel[(parts, heads)](
             turned, tokens.key, tokens.value, reduced, held["scale"], held["codeword"], held["key_scale"],
-            held["value_scale"], held["correction"], held["correction_scale"], held["table"],
+            held["value_scale"], held["correction"], held["correction_scale"], of_table,
             value, tables.turn_value if call.coded else none,
             budget.lengths, budget.first, budget.begin, none if sink_logits is None else sink_logits.contiguous(),
             projected, sums, by_word, base, threshold, arrivals,
@@ -89,10 +93,11 @@ def scan(
             call.scratch(programs, group, values), call.scratch(programs, group if call.coded else 0, values),
             call.scratch(programs, group), out if read is None else read, out,
             factor, cap, longest, batch, splits, capacity, pages, place.sequence, place.head,
-            tokens.capacity // PAGE, correction.sequence, correction.head,
-            OF_TOKEN=place.token, OF_PAGE=correction.token, **call.constants,
-            DV=values, DV_TILE=power_of_two(values), LOW=min(32, call.words_tile // 2), RESIDUAL=residual,
-            CORRECTED=call.corrected, SINK_LOGITS=sink_logits is not None, MARKED=marked, UNITS=units_tile(batch),
+            tokens.capacity(table) // PAGE, correction.sequence, correction.head,
+            OF_TOKEN=place.token, OF_PAGE=correction.token, KEY_PITCH=call.pitch(tokens.key),
+            VALUE_PITCH=call.pitch(tokens.value), **call.constants, DV=values, DV_TILE=power_of_two(values),
+            LOW=min(32, call.words_tile // 2), RESIDUAL=residual, CORRECTED=call.corrected,
+            SINK_LOGITS=sink_logits is not None, MARKED=marked, UNITS=units_tile(batch),
             TILE=call.tile, GATHERED=call.gathered, PARTS=PARTS, STAGES=3 if call.kind.itemsize == 2 else 2,
             WEIGHT=of_triton(call.weight), num_warps=call.warps, maxnreg=REGISTERS,
         )  # fmt: skip
@@ -110,6 +115,7 @@ class Call:
     select: str
     residual: bool
     capped: bool
+    paged: bool
 
     @cached_property
     def kind(self) -> torch.dtype:
@@ -187,10 +193,10 @@ class Call:
     @cached_property
     def constants(self) -> dict[str, Any]:
         """What both kernels are compiled for."""
-        tokens, width = self.tokens, self.query.shape[-1]
-        pitch = tokens.reduced.shape[-1] if self.bits is None else self.stored
+        width, pitch = self.query.shape[-1], self.pitch(self.tokens.reduced)
+        pitch = pitch if self.bits is None else pitch // 4  # of bytes, words
         return {
-            "PAGED": tokens.table is not None, "PAGE": PAGE, "GROUP": self.query.shape[2], "COLUMNS": self.columns,
+            "PAGED": self.paged, "PAGE": PAGE, "GROUP": self.query.shape[2], "COLUMNS": self.columns,
             "D": width, "D_TILE": power_of_two(width), "BITS": self.bits or 16, "WIDTH": self.stored,
             "WIDTH_TILE": self.stored_tile, "PITCH": pitch, "RANK_TILE": self.rank_tile, "WORDS": self.codewords,
             "WORDS_TILE": self.words_tile, "CODED": self.coded, "SELECT": self.select, "CAPPED": self.capped,
@@ -215,6 +221,17 @@ class Call:
         if table is None:
             return None
         return self.tables.prepared((name, dtype), partial(table.to, dtype))
+
+    def pitch(self, part: Tensor) -> int:
+        """Numbers from one token to the next."""
+        return part.stride(2) if self.paged else part.shape[3]
+
+    def place(self, part: Tensor) -> Place:
+        """With pages in multiples of `ALIGNED` bytes."""
+        if not self.paged:
+            return Place.of(part)
+        assert self.tokens.pieces is not None
+        return Place(*self.tokens.pieces, 1)
 
     def scratch(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.query.device)

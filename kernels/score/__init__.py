@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from ..backend import check_operand, choose
+from ..pages import PAGE
+from ..pages.table import capacity_of, check_table
 from .reference import score as reference
 
 __all__ = ["score"]
@@ -21,6 +23,7 @@ def score(
     scaling: float,
     softcap: float | None = None,
     block: int = 128,
+    table: Tensor | None = None,
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -33,36 +36,41 @@ def score(
         lengths: [B] int32 on the same device: tokens of each sequence.
         scaling: positive.
         block: tokens of one tile of the kernel, a power of two from 64. 128 are few enough bytes for two or three tiles
-            on their way at once.
+            on their way at once. With a table a tile is a page.
+        table: [B, P] int32 or int64, the pages of each sequence (see `kernels/pages`): key is [N, Hkv, PAGE, r] with
+            it, and S is P · PAGE.
         out: float32, written and returned instead of a new tensor; contiguous.
 
     Returns:
         [B, Hkv, G, S] float32; -inf at tokens beyond the sequence's length.
     """
-    check(query, key, lengths)
+    check(query, key, lengths, table)
     if not (scaling > 0 and math.isfinite(scaling)):
         raise ValueError(f"scaling: received {scaling!r}, expected a positive number")
     if block < 64 or block & (block - 1):
         raise ValueError(f"block: received {block!r}, expected a power of two from 64")
-    shape = (*query.shape[:3], key.shape[2])
+    shape = (*query.shape[:3], capacity_of(key, table))
     if out is None:
         out = torch.empty(shape, dtype=torch.float32, device=query.device)
     check_operand("out", out, torch.float32, shape, query)
     run = reference
     if choose(backend, query) == "triton":
         from .triton_kernel import score as run
-    run(query, key, lengths, out, scaling=scaling, softcap=softcap, block=block)
+    run(query, key, lengths, out, scaling=scaling, softcap=softcap, block=block, table=table)
     return out
 
 
-def check(query: Tensor, key: Tensor, lengths: Tensor) -> None:
+def check(query: Tensor, key: Tensor, lengths: Tensor, table: Tensor | None) -> None:
     if query.dtype not in FLOATS:
         raise ValueError(f"query: received {query.dtype}, expected float16, bfloat16 or float32")
     if key.dtype != query.dtype:
         raise ValueError(f"key: received {key.dtype}, expected {query.dtype}")
     batch, heads, _, rank = query.shape
-    if key.dim() != 4 or key.shape[:2] != (batch, heads) or key.shape[3] != rank:
-        raise ValueError(f"key: received {list(key.shape)}, expected [{batch}, {heads}, S, {rank}]")
+    check_table(table, batch, query.device)
+    fits = key.dim() == 4 and key.shape[1::2] == (heads, rank)
+    if not fits or (key.shape[0] != batch if table is None else key.shape[2] != PAGE):
+        expected = f"{batch}, {heads}, S" if table is None else f"N, {heads}, {PAGE}"
+        raise ValueError(f"key: received {list(key.shape)}, expected [{expected}, {rank}]")
     if query.stride(-1) != 1 or key.stride(-1) != 1:
         raise ValueError("query, key: expected the last dimension to be contiguous")
     if lengths.shape != (batch,) or lengths.dtype != torch.int32 or lengths.device != query.device:

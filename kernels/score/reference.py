@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from ..pages import ordered
+from ..pages.table import within
+
 
 def score(
     query: Tensor,
@@ -13,8 +16,10 @@ def score(
     scaling: float,
     softcap: float | None,
     block: int,
+    table: Tensor | None,
 ) -> None:
     """Writes `out`, already checked; see `kvcal.kernels.score.score`."""
+    key = ordered(key, within(table, lengths))
     logits = (query.float() @ key.float().mT).mul_(scaling)
     if softcap is not None:
         logits = logits.div_(softcap).tanh_().mul_(softcap)

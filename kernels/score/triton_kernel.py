@@ -4,7 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import pages
 from ..backend import device_of, interpreting
+from ..pages.table import capacity_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LARGEST = tl.constexpr(3.4028234663852886e38)
@@ -16,7 +18,7 @@ RUN = 8
 """Tokens whose scores are written together."""
 PROGRAMS = 1056
 """Programs that a launch aims at: 8 on each of 132 multiprocessors."""
-VARYING = ["runs", "per_program", "key_sequence", "key_head"]
+VARYING = ["runs", "per_program", "key_sequence", "key_head", "table", "table_sequence"]
 """What grows with the capacity of a cache, and must not compile the kernel again."""
 
 
@@ -30,11 +32,12 @@ def finished(logit, present, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING)
 def score_kernel(
-    query, key, lengths, out, runs, per_program, scaling, softcap,
+    query, key, lengths, table, out, runs, per_program, scaling, softcap,
     query_sequence: tl.int64, query_head: tl.int64, query_stride: tl.int64, key_sequence: tl.int64, key_head: tl.int64,
+    table_sequence,
     KEY_TOKEN: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
     RANK: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr,
-    SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
     tokens = runs * RUN
     head, sequence = tl.program_id(1), tl.program_id(2)
@@ -52,13 +55,23 @@ def score_kernel(
     query += sequence * query_sequence + head * query_head + (column % GROUP)[None, :] * query_stride + dim[:, None]
     queries = tl.load(query, mask=(dim < RANK)[:, None], other=0.0).to(DTYPE)
 
-    key += (sequence * key_sequence + head * key_head) * UNIT
+    if PAGED:
+        key += head * key_head * UNIT
+        table += sequence.to(tl.int64) * table_sequence
+        page = tl.load(table + begin, mask=begin < live, other=0)
+    else:
+        key += (sequence * key_sequence + head * key_head) * UNIT
     for block in tl.range(begin, live, num_stages=STAGES):
         token = block * BLOCK + position
         run = token // RUN * RUN  # a run is read, and written, as a whole or not at all
         present = token < length
         readable = (run < length)[:, None] & (dim < RANK)[None, :]
-        tile = tl.load(key + token[:, None] * KEY_TOKEN + dim[None, :], mask=readable, other=0)
+        if PAGED:  # a block is a page, whose number the turn before loaded
+            keys = key + page.to(tl.int64) * key_sequence * UNIT + position[:, None] * KEY_TOKEN + dim[None, :]
+            page = tl.load(table + block + 1, mask=block + 1 < live, other=0)
+        else:
+            keys = key + token[:, None] * KEY_TOKEN + dim[None, :]
+        tile = tl.load(keys, mask=readable, other=0)
         logit = tl.dot(tile.to(DTYPE), queries, input_precision="ieee")
         logit = finished(logit * scaling, present[:, None], softcap, SOFTCAP)
         to = out + (pair * GROUP + column)[None, :] * tokens + token[:, None]
@@ -80,12 +93,15 @@ def score(
     scaling: float,
     softcap: float | None,
     block: int,
+    table: Tensor | None,
 ) -> None:
     """Writes `out`, already checked; see `kvcal.kernels.score.score`."""
     batch, heads, group, rank = query.shape
-    tokens = key.shape[2]
-    if tokens * key.stride(2) >= 2**31:
-        raise ValueError(f"key: received {tokens} tokens of stride {key.stride(2)}, expected a product below 2^31")
+    tokens, block = capacity_of(key, table), block if table is None else pages.PAGE
+    if key.shape[2] * key.stride(2) >= 2**31:
+        raise ValueError(
+            f"key: received {key.shape[2]} tokens of stride {key.stride(2)}, expected a product below 2^31"
+        )
     padded = max(16, triton.next_power_of_2(rank))
     # Strides in units of 16 bytes, where they are multiples: the compiler then knows every key to be aligned.
     unit = 16 // key.element_size()
@@ -96,12 +112,13 @@ def score(
     dtype = tl.float32 if interpreting() else getattr(tl, str(query.dtype).removeprefix("torch."))
     with device_of(query):
         score_kernel[(triton.cdiv(blocks, per_program), heads, batch)](
-            query, key, lengths, out, tokens // run, per_program, scaling, softcap or 1.0,
+            query, key, lengths, table, out, tokens // run, per_program, scaling, softcap or 1.0,
             *query.stride()[:3], key.stride(0) // unit, key.stride(1) // unit,
+            0 if table is None else table.stride(0),
             KEY_TOKEN=key.stride(2), UNIT=unit, RUN=run, GROUP=group,
             COLUMNS=max(COLUMNS, triton.next_power_of_2(group)), RANK=rank, PADDED=padded, DTYPE=dtype,
             SOFTCAP=softcap is not None, BLOCK=block, STAGES=stages(block * padded * key.element_size()),
-            num_warps=WARPS,
+            PAGED=table is not None, num_warps=WARPS,
         )  # fmt: skip
 
 

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from ...kernels.append import append
 from ...kernels.backend import choose
+from ...kernels.pages import PAGE
 from .buffers import CHUNK, Places, TokenBuffer
 from .offload import Offloaded, on_host
 
-PAGE = 64
-"""Tokens of a page."""
 POSITION = "position"
 """The buffer of this name tells which token's keys and values a slot holds, [B, Hkv, slots, 1] int32, -1 where it is
 free; only where fewer tokens are held than came."""
@@ -88,10 +87,15 @@ class DecodeMetadata(OncePerStep):
         """[longest] int64: 0, 1, 2, …"""
         return self.once("positions", lambda: torch.arange(self.longest, device=self.seq_lens.device))
 
-    def slots(self, index: Tensor) -> Tensor:
-        """The slot mapping, page · PAGE + offset, of positions [B, …] int64 of the sequences."""
+    def places(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """(pages, places in them) of positions [B, …] int64 of the sequences."""
         page = self.block_table.gather(1, index.flatten(1) // PAGE).view_as(index)
-        return page * PAGE + index % PAGE
+        return page, index % PAGE
+
+    def slots(self, index: Tensor) -> Tensor:
+        """The slot mapping, page · PAGE + place, of positions [B, …] int64 of the sequences."""
+        page, place = self.places(index)
+        return page * PAGE + place
 
     def held(self) -> Tensor:
         """[B] int32: tokens of each sequence before the new one."""
@@ -99,7 +103,13 @@ class DecodeMetadata(OncePerStep):
 
     def last_slots(self) -> Tensor:
         """[B] int64: the slot of each sequence's last token."""
-        return self.slots(self.seq_lens.long().unsqueeze(1) - 1).squeeze(1)
+        page, place = self.last_places()
+        return page * PAGE + place
+
+    def last_places(self) -> tuple[Tensor, Tensor]:
+        """([B] page, [B] place in it) of each sequence's last token; of one without tokens the first of its row."""
+        page, place = self.places((self.seq_lens.long().unsqueeze(1) - 1).clamp_min(0))
+        return page.squeeze(1), place.squeeze(1)
 
 
 def contiguous_table(sequences: int, pages: int, device: torch.device) -> Tensor:
@@ -187,6 +197,23 @@ class LayerCache:
             return pages[table].flatten(1, 2).transpose(1, 2)
         return self.prepared(name, lambda: pages.view(table.shape[0], -1, *pages.shape[2:]).transpose(1, 2))
 
+    @property
+    def table(self) -> Tensor | None:
+        """The block table that kernels need to find tokens in `part`; None: each sequence is one view."""
+        return None if self.metadata.contiguous else self.metadata.block_table
+
+    def part(self, name: str) -> Tensor:
+        """What kernels take beside `table`: [B, Hkv, capacity, …], or [N, Hkv, PAGE, …] by page."""
+        return self.buffer(name) if self.metadata.contiguous else self.pages[name].transpose(1, 2)
+
+    def summary_part(self, name: str) -> Tensor:
+        """Likewise of summaries: [B, Hkv, P, …], or [N, Hkv, 1, …] by page."""
+        return self.summary(name) if self.metadata.contiguous else self.summaries[name].unsqueeze(2)
+
+    def sum_of(self, name: str) -> Tensor:
+        """[B, Hkv, …]: what is kept of each sequence as a whole."""
+        return self.sums[name]
+
     def gather(self, names: Sequence[str], index: Tensor, valid: Tensor | None = None) -> list[Tensor]:
         """[B, Hkv, K, …] of each name: the tokens at positions `index` [B, Hkv, K] int64 of their sequences.
 
@@ -197,6 +224,9 @@ class LayerCache:
             return self.offloaded.gather(names, index, valid)
         metadata, heads = self.metadata, index.shape[1]
         head = metadata.once(("heads", heads), lambda: torch.arange(heads, device=index.device).view(1, -1, 1))
+        if not metadata.contiguous:
+            page, place = metadata.places(index)
+            return [self.pages[name][page, place, head] for name in names]
         slots = metadata.slots(index)
         return [self.pages[name].flatten(0, 1)[slots, head] for name in names]
 
@@ -209,11 +239,16 @@ class LayerCache:
     def write_last(self, new: Mapping[str, Tensor]) -> None:
         """Put [B, Hkv, 1, …] of each name where the last token of each sequence belongs."""
         metadata, new = self.metadata, dict(new)
-        if metadata.contiguous and {"key", "value"} <= new.keys() and choose("auto", new["key"]) == "triton":
+        if {"key", "value"} <= new.keys() and choose("auto", new["key"]) == "triton":
             held = metadata.held()
             key, value = new.pop("key").squeeze(2), new.pop("value").squeeze(2)
-            append(key, value, self.buffer("key"), self.buffer("value"), held)  # one launch
+            append(key, value, self.part("key"), self.part("value"), held, table=self.table)  # one launch
         if not new:
+            return
+        if not metadata.contiguous:
+            last = metadata.once("last places", metadata.last_places)
+            for name, tensor in new.items():
+                self.pages[name].index_put_(last, tensor.squeeze(2))
             return
         slots = metadata.once("last slots", metadata.last_slots)
         for name, tensor in new.items():
@@ -246,7 +281,7 @@ class LayerCache:
 
     def summarise_last(self, names: Sequence[str], by: Summarise, every: int) -> None:
         """`summarise` the last page of each sequence whose length is a multiple of `every`."""
-        page = self.metadata.once("last slots", self.metadata.last_slots) // PAGE
+        page, _ = self.metadata.once("last places", self.metadata.last_places)
         full = self.metadata.seq_lens % every == 0
         for name, new in by(self._of_pages(page, names)).items():
             held = self.summaries[name]

@@ -116,6 +116,11 @@ class Method(ABC):
         """Why layers that share keys and values cannot read one cache of it, and what to take; None: they can."""
         return None
 
+    def not_paged(self) -> str | None:
+        """Why a serving engine cannot hold its cache in pages, which sequences share and leave to others; None: it
+        can."""
+        return None if self.keeps_all_tokens else "it evicts tokens, which the pages of an engine cannot"
+
     def check_changed_keys(self, layer: int, bases: Mapping[str, Tensor]) -> None:  # noqa: B027 (most need nothing)
         """Check that the method can work in a layer whose keys are others than those that the artifact was fitted to.
 
@@ -208,6 +213,10 @@ class Policy(ABC):
     bounds."""
     keeps_keys_values = True
     """Whether "key" and "value" are kept as they came, so that everything else can be made from them again."""
+
+    def on_heads(self, heads: slice) -> Policy:
+        """The policy for some of the KV heads, where processes share them."""
+        return self
 
     def sequence_index(self) -> SequenceIndex | None:
         """A new sequence index, for one cache; None: the method has none."""

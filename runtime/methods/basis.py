@@ -34,6 +34,13 @@ class Basis:
         dims = rank_of(rank, spectrum)
         return cls(query_map[:, :dims].contiguous(), key_map[:, :dims].contiguous(), dims)
 
+    def on_heads(self, heads: slice) -> Basis:
+        """The maps of some KV heads."""
+        if self.query_map is self.key_map:
+            maps = self.query_map[heads]
+            return Basis(maps, maps, self.rank)
+        return Basis(self.query_map[heads], self.key_map[heads], self.rank)
+
     def maps(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """(query map, key map) on the device and in the dtype of `like`."""
         place = (like.device, like.dtype)

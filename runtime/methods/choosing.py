@@ -243,15 +243,16 @@ def attend_selected(query: Tensor, cache: LayerCache, selected: Selected, spec: 
         selected: its valid entries come first.
     """
     index, valid = selected.index, selected.valid
-    if backend("auto", query) == "triton" and cache.metadata.contiguous and cache.offloaded is None:
-        key, value = cache.tokens("key"), cache.tokens("value")
+    if backend("auto", query) == "triton" and cache.offloaded is None:
+        table = cache.table
+        key, value = (cache.tokens(name) if table is None else cache.part(name) for name in ("key", "value"))
         sink_logits = None if spec.sink_logits is None else spec.sink_logits.float()
         grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))
         if index.shape[2] == 1:
             index, valid = index.squeeze(2), valid.squeeze(2)
         out = attending.attend(
             grouped, key, value, index.to(torch.int32), valid.sum(-1, dtype=torch.int32),
-            scaling=spec.scaling, softcap=spec.softcap, sink_logits=sink_logits,
+            scaling=spec.scaling, softcap=spec.softcap, sink_logits=sink_logits, table=table,
         )  # fmt: skip
         return out.flatten(1, 2).unsqueeze(2)
     sizes = index.shape[2:]

@@ -78,6 +78,9 @@ class ClusterKV(Selection, Method):
     def not_captured(self) -> str | None:
         return None if self.offload == "none" else "an offloaded cache copies what the step selects"
 
+    def not_paged(self) -> str | None:
+        return "its clusters are built over a whole sequence, and belong to no page"
+
     def bind(self, layer: int, head_dim: int, artifact: Artifact | None) -> ClusterKVPolicy:
         self.check()
         calibrated = artifact is not None and "clusters" in artifact.stages
@@ -126,7 +129,7 @@ class ClusterKVPolicy(Policy):
         settings, metadata, clusters = self.settings, cache.metadata, cache.sequence_index
         assert isinstance(clusters, Clusters)
         if settings.of(metadata.longest) == metadata.longest or not clusters.buffers:
-            return Attended(attend_all(query, *self.keys_values(cache), metadata, spec), None)
+            return Attended(attend_all(self, query, cache, spec), None)
         tensors, (_, counts) = clusters.tensors(), clusters.on_device()
         grouped = query.squeeze(2).unflatten(1, (tensors[KEY].shape[1], -1))
         scores = spec.logits(grouped.float() @ tensors[KEY].float().mT)

@@ -8,11 +8,19 @@ import torch
 from ...artifacts import Artifact
 from ...kernels.codes import Calibrated, rotation
 
+OF_ALL_HEADS = ("turn_key", "turn_value")
+
 
 class Codewords:
     """The tensors of one layer, on every device that asked for them. Tables that steps read are rounded to bfloat16."""
 
-    def __init__(self, artifact: Artifact, layer: int, rank: int):
+    def __init__(self, tables: Calibrated, rank: int):
+        self.heads, self.count, self.dims = tables["key"].shape
+        self.value_dims, self.rank = tables["value"].shape[-1], rank
+        self._tensors = {torch.device("cpu"): tables}
+
+    @classmethod
+    def load(cls, artifact: Artifact, layer: int, rank: int) -> Codewords:
         """
         Args:
             rank: dimensions of a code.
@@ -38,10 +46,15 @@ class Codewords:
         rounded["turn_value"] = rotation(value.shape[-1]).float()
         # The codeword c nearest to x has the least ½|c|² − x·c, with keys and values each divided by their spread.
         rounded["inverse"] = inverse.float()
-        self.heads, self.count, self.dims = key.shape
-        self.value_dims, self.rank = value.shape[-1], rank
-        rounded["head"] = torch.arange(self.heads).unsqueeze(1)
-        self._tensors = {torch.device("cpu"): Calibrated(rounded)}
+        rounded["head"] = torch.arange(len(key)).unsqueeze(1)
+        return cls(Calibrated(rounded), rank)
+
+    def on_heads(self, heads: slice) -> Codewords:
+        """Those of some KV heads."""
+        tables = self.on(torch.device("cpu"))
+        of_heads = {name: part if name in OF_ALL_HEADS else part[heads].contiguous() for name, part in tables.items()}
+        of_heads["head"] = torch.arange(len(of_heads["key"])).unsqueeze(1)
+        return Codewords(Calibrated(of_heads), self.rank)
 
     def on(self, device: torch.device) -> Calibrated:
         """The tables, and with them "query_map" [Hkv, D, r]: q·(k − k′) ≈ (q query_map)·((k − k′) key_map), rotated so

@@ -79,7 +79,7 @@ class EvictingPolicy(Policy):
         return self.budget.of(length + 1) - 1
 
     def step(self, query: Tensor, cache: LayerCache, spec: SoftmaxSpec) -> Attended:
-        return Attended(attend_all(query, *self.keys_values(cache), cache.metadata, spec), None)
+        return Attended(attend_all(self, query, cache, spec), None)
 
     def held_metadata(self, tokens: DecodeMetadata, evicted: Evicted) -> DecodeMetadata:
         """Metadata of the tokens held, where each sequence holds what its budget allows.

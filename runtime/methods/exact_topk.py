@@ -19,6 +19,9 @@ from .full import attend_all
 class ExactTopk(Selection, Method):
     """The tokens of the highest q·k. It reads every key to find them, so it saves values only."""
 
+    def not_paged(self) -> str | None:
+        return "it reads every key, to measure others by: a server gains nothing"
+
     def bind(self, layer: int, head_dim: int, artifact: Artifact | None) -> ExactTopkPolicy:
         self.check()
         return ExactTopkPolicy(self)
@@ -32,7 +35,7 @@ class ExactTopkPolicy(Policy):
         settings, metadata = self.settings, cache.metadata
         counts = metadata.once((settings, type(settings.keep)), lambda: Counts.of(settings, metadata))
         if counts is None:
-            return Attended(attend_all(query, *self.keys_values(cache), metadata, spec), None)
+            return Attended(attend_all(self, query, cache, spec), None)
         key = cache.tokens("key")
         grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))
         # In float32, as fused attention adds up: these are the weights, not only a ranking.

@@ -40,6 +40,11 @@ class Full(Method):
             "record_mass and record_queries are of one layer's queries, for methods that cannot share: leave them out"
         )
 
+    def not_paged(self) -> str | None:
+        if not self.record_mass and not self.record_queries:
+            return None
+        return "record_mass and record_queries are of a sequence, and belong to no page: leave them out"
+
     def not_captured(self) -> str | None:
         return "record_queries keeps the query of every step" if self.record_queries else None
 
@@ -53,23 +58,35 @@ class FullPolicy(Policy):
         self.accumulates, self.observes = record_mass, record_queries
 
     def step(self, query: Tensor, cache: LayerCache, spec: SoftmaxSpec) -> Attended:
-        key, value = self.keys_values(cache)
-        out = attend_all(query, key, value, cache.metadata, spec)
+        out = attend_all(self, query, cache, spec)
         if RECEIVED not in cache.pages:  # nothing is recorded, or no more since a crop
             return Attended(out, None)
-        return Attended(out, None, weights(query, key, cache.metadata, spec).sum((2, 3)))
+        return Attended(out, None, weights(query, cache.tokens("key"), cache.metadata, spec).sum((2, 3)))
 
 
-def attend_all(query: Tensor, key: Tensor, value: Tensor, metadata: DecodeMetadata, spec: SoftmaxSpec) -> Tensor:
-    """[B, Hq, 1, Dv]: attention of the last tokens to all of their sequences, keys [B, Hkv, longest, D]."""
+def attend_all(policy: Policy, query: Tensor, cache: LayerCache, spec: SoftmaxSpec) -> Tensor:
+    """[B, Hq, 1, Dv]: attention of the last tokens to all of their sequences.
+
+    Args:
+        query: [B, Hq, 1, D], of which dot products with the keys of `policy.keys_values` are taken.
+    """
+    metadata, table = cache.metadata, cache.table
     kernel = choose("auto", query, numba=metadata.longest >= MANY)
+    if table is not None and (kernel == "reference" or cache.pages["key"].dtype != query.dtype):
+        table = None  # keys and values are copied, or decoded, in order
+    if table is None:
+        key, value = (tensor.to(query.dtype) for tensor in policy.keys_values(cache))
+    else:
+        key, value = cache.part("key"), cache.part("value")
     if kernel == "triton" or (kernel == "numba" and query.dtype == key.dtype == value.dtype and fits(key, value)):
         grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))
         sink_logits = None if spec.sink_logits is None else spec.sink_logits.float()
         out = dense(
-            grouped, key, value, metadata.seq_lens, scaling=spec.scaling, softcap=spec.softcap, sink_logits=sink_logits
-        )
+            grouped, key, value, metadata.seq_lens, scaling=spec.scaling, softcap=spec.softcap, sink_logits=sink_logits,
+            table=table,
+        )  # fmt: skip
         return out.flatten(1, 2).unsqueeze(2)
+    assert table is None
     valid = metadata.valid()
     return attention(query, key, value, spec, None if valid is None else valid[:, None, None])
 

@@ -92,6 +92,9 @@ class LokiPolicy(Policy):
         heads, _, dims = basis.key_map.shape
         self.fitted_to = heads, dims, None
 
+    def on_heads(self, heads: slice) -> LokiPolicy:
+        return LokiPolicy(self.settings, self.basis.on_heads(heads))
+
     def encode(self, key: Tensor, value: Tensor) -> Mapping[str, Tensor]:
         """With `basis="score"` also "projected" [B, Hkv, T, r]: the dimensions of a key that are scored."""
         projected = key @ self.basis.maps(key)[1].mT
@@ -112,7 +115,7 @@ class LokiPolicy(Policy):
         )
         query, sample = self.query(query), settings.sample if settings.choice == "sampled" else 0
         if counts is None:
-            return Attended(attend_all(query, *self.keys_values(cache), metadata, spec), None)
+            return Attended(attend_all(self, query, cache, spec), None)
         scan = Scan.of(cache, lambda: self._scan(cache))
         if scan is not None and (found := scan.step(query, cache, counts, settings.select, sample, spec)):
             return found
@@ -123,8 +126,8 @@ class LokiPolicy(Policy):
         return Attended(attend_selected(query, cache, selected, spec), selected)
 
     def _scan(self, cache: LayerCache) -> Scan:
-        reduced = cache.buffer("key" if self.rotates else "projected")
-        held = Tokens(cache.buffer("key"), cache.buffer("value"), reduced)
+        reduced = cache.part("key" if self.rotates else "projected")
+        held = Tokens(cache.part("key"), cache.part("value"), reduced)
         device = reduced.device
         if device not in self._scanned:  # where a captured step finds what was made of them, whatever buffers do
             query_map = self.basis.maps(torch.empty(0, device=device))[0].mT
@@ -135,14 +138,17 @@ class LokiPolicy(Policy):
 
     def _scores(self, query: Tensor, cache: LayerCache, spec: SoftmaxSpec) -> Tensor:
         """[B, Hkv, G, S] float32: logits from the first dimensions of the basis, -inf beyond a sequence's tokens."""
-        rank, projected = self.basis.rank, cache.tokens("key" if self.rotates else "projected")
-        part = query.squeeze(2).unflatten(1, (projected.shape[1], -1))
+        rank, name, metadata = self.basis.rank, "key" if self.rotates else "projected", cache.metadata
+        part = query.squeeze(2).unflatten(1, (cache.heads, -1))
         part = part[..., :rank] if self.rotates else part @ self.basis.maps(query)[0].mT
-        metadata, projected = cache.metadata, projected[..., :rank]
         if backend("auto", part) == "triton":
-            lengths = metadata.seq_lens
-            return score(part.contiguous(), projected, lengths, scaling=spec.scaling, softcap=spec.softcap)
-        scores, valid = spec.logits(part @ projected.mT), metadata.valid()
+            lengths, table = metadata.seq_lens, cache.table
+            projected = (cache.tokens(name) if table is None else cache.part(name))[..., :rank]
+            found = score(
+                part.contiguous(), projected, lengths, scaling=spec.scaling, softcap=spec.softcap, table=table
+            )
+            return found[..., : metadata.longest]
+        scores, valid = spec.logits(part @ cache.tokens(name)[..., :rank].mT), metadata.valid()
         return scores if valid is None else scores.masked_fill(~valid[:, None, None], -torch.inf)
 
     def selection_bytes(self, reading: Reading) -> int:

@@ -73,7 +73,7 @@ class QuestPolicy(Policy):
     def step(self, query: Tensor, cache: LayerCache, spec: SoftmaxSpec) -> Attended:
         settings, metadata = self.settings, cache.metadata
         if settings.of(metadata.longest) == metadata.longest:
-            return Attended(attend_all(query, *self.keys_values(cache), metadata, spec), None)
+            return Attended(attend_all(self, query, cache, spec), None)
         pages = metadata.once(settings, lambda: self._pages(cache))
         bounds = shared(self._bounds(query, cache, pages, spec), settings.select)
         chosen = highest(bounds.masked_fill(pages.always, torch.inf), pages.wanted, pages.most, pages.even)

@@ -32,7 +32,7 @@ class Scan:
         """What `made` gives, once as long as the buffers stand still; None: no kernel takes what this cache holds."""
 
         def make() -> Scan | None:
-            return made() if cache.metadata.contiguous and cache.offloaded is None else None
+            return made() if cache.offloaded is None else None
 
         return cache.prepared(SCAN, make)
 
@@ -50,12 +50,12 @@ class Scan:
         budget = cache.metadata.once((counts, sample), lambda: counts.scan_budget(sample))
         batch, _, _, width = query.shape
         grouped = query.reshape(batch, self.tokens.key.shape[1], -1, width)
-        kernel = kernel_for(grouped, self.tokens, self.tables, budget)
+        kernel = kernel_for(grouped, self.tokens, self.tables, budget, paged=cache.table is not None)
         if kernel == "reference":
             return None
         out, read = run(
-            kernel, grouped, self.tokens, self.tables, budget, bits=self.bits, select=select, residual=self.residual,
-            scaling=spec.scaling, softcap=spec.softcap, sink_logits=spec.sink_logits,
+            kernel, grouped, self.tokens, self.tables, budget, table=cache.table, bits=self.bits, select=select,
+            residual=self.residual, scaling=spec.scaling, softcap=spec.softcap, sink_logits=spec.sink_logits,
             marked=not cache.metadata.replayed,
         )  # fmt: skip
         out = out.view(batch, -1, 1, out.shape[-1]).to(query.dtype)

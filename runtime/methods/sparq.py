@@ -50,12 +50,12 @@ class SparqPolicy(Policy):
         settings, metadata = self.settings, cache.metadata
         counts = metadata.once((settings, type(settings.keep)), lambda: Counts.of(settings, metadata, recent=RECENT))
         if counts is None:
-            return Attended(attend_all(query, *self.keys_values(cache), metadata, spec), None)
+            return Attended(attend_all(self, query, cache, spec), None)
         scores = self._scores(query, cache, spec)
         selected = choose(scores, counts, settings.select)
         exact = attend_selected(query, cache, selected, spec)
         share = (1 - self._unread(scores, selected.index, selected.valid, spec))[..., None, None]
-        mean = (cache.sums["value_sum"] / counts.lengths.view(-1, 1, 1))[:, :, None, None]
+        mean = (cache.sum_of("value_sum") / counts.lengths.clamp_min(1).view(-1, 1, 1))[:, :, None, None]
         grouped = exact.unflatten(1, (mean.shape[1], -1)).float()
         out = share * grouped + (1 - share) * mean
         return Attended(out.flatten(1, 2).to(exact.dtype), selected)

@@ -100,6 +100,9 @@ class Spectral(Sampling, Method):
     def not_captured(self) -> str | None:
         return None if self.offload == "none" else "an offloaded cache copies what the step selects"
 
+    def not_paged(self) -> str | None:
+        return None if self.offload == "none" else "an engine says itself where its pages lie: leave offload out"
+
     def not_shared(self) -> str | None:
         return (
             "spectral's codebooks are of one layer's own keys and values: take loki with basis='pca', or a method "
@@ -115,7 +118,7 @@ class Spectral(Sampling, Method):
             raise KvcalError("spectral needs an artifact: make one with `calibrate pca` and pass it")
         spectrum = artifact.tensor("codebook", layer, "code.singular_values").square()
         rank = coded_rank(self.rank, rank_of(self.rank, spectrum), spectrum.shape[-1], self.bits)
-        return SpectralPolicy(self, Codewords(artifact, layer, rank))
+        return SpectralPolicy(self, Codewords.load(artifact, layer, rank))
 
 
 class SpectralPolicy(Policy):
@@ -129,6 +132,9 @@ class SpectralPolicy(Policy):
         self.token_names = ("key", "value") if self.keeps_keys_values else ("key", "key_scale", "value", "value_scale")
         if settings.offload == "cpu":
             self.offloaded, self.cached = self.token_names, settings.cached
+
+    def on_heads(self, heads: slice) -> SpectralPolicy:
+        return SpectralPolicy(self.settings, self.codewords.on_heads(heads))
 
     def encode(self, key: Tensor, value: Tensor) -> Mapping[str, Tensor]:
         """Beside "key" and "value" also "codeword", "code" (both uint8) and "scale" (float16). With `rows=8` keys and
@@ -150,11 +156,11 @@ class SpectralPolicy(Policy):
         if scan is None:
             return False
         key, value = key.squeeze(2).contiguous(), value.squeeze(2).contiguous()
-        kernel = kernel_for(key, value, scan.tokens)
+        kernel = kernel_for(key, value, scan.tokens, paged=cache.table is not None)
         if kernel == "reference":
             return False
         tables, held = self.codewords.on(key.device), cache.metadata.held()
-        run_coded(kernel, key, value, scan.tokens, tables, held, self.settings.bits)
+        run_coded(kernel, key, value, scan.tokens, tables, held, self.settings.bits, cache.table)
         return True
 
     def keys_values(self, cache: LayerCache) -> tuple[Tensor, Tensor]:
@@ -175,8 +181,7 @@ class SpectralPolicy(Policy):
             (settings, type(settings.keep)), lambda: Counts.of(settings, metadata, settings.sinks, settings.recent)
         )
         if counts is None:
-            key, value = (tensor.to(query.dtype) for tensor in self.keys_values(cache))
-            return Attended(attend_all(query, key, value, metadata, spec), None)
+            return Attended(attend_all(self, query, cache, spec), None)
         sample = settings.sample if settings.choice == "sampled" else 0
         scan = Scan.of(cache, lambda: self._scan(cache))
         if scan is not None and (found := scan.step(query, cache, counts, settings.select, sample, spec)):
@@ -195,10 +200,10 @@ class SpectralPolicy(Policy):
 
     def _scan(self, cache: LayerCache) -> Scan:
         names = {"reduced": "code", "scale": "scale", "codeword": "codeword"}
-        held = {part: cache.buffer(name) for part, name in names.items()}
-        held |= {name: cache.buffer(name) for name in self.token_names}
+        held = {part: cache.part(name) for part, name in names.items()}
+        held |= {name: cache.part(name) for name in self.token_names}
         if self.settings.residual:
-            held |= {name: cache.summary(name) for name in ("correction", "correction_scale")}
+            held |= {name: cache.summary_part(name) for name in ("correction", "correction_scale")}
         device = held["key"].device
         if device not in self._scanned:  # where a captured step finds what was made of them, whatever buffers do
             tables = self.codewords.on(device)

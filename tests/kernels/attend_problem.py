@@ -2,8 +2,10 @@
 
 import torch
 from attention_oracle import attention, make, poison
+from paged_problem import Paged
 
 from kvcal.kernels.attend import attend
+from kvcal.kernels.pages import PAGE
 
 
 class Problem:
@@ -30,6 +32,15 @@ class Problem:
 
     def attend(self, backend, **options):
         return attend(self.query, self.key, self.value, self.index, self.count, backend=backend, **options)
+
+    def by_page(self, **layout):
+        """`Paged`, in which only pages with a selected token are anybody's; the capacity is whole pages."""
+        kept = torch.cat((self.key, self.value), 3).isnan().all(3).logical_not().any(1)
+        return Paged({"key": self.key, "value": self.value}, kept.unflatten(1, (-1, PAGE)).any(2).cpu(), **layout)
+
+    def attend_by_page(self, backend, paged, **options):
+        options |= {"table": paged.table, "backend": backend}
+        return attend(self.query, paged.key, paged.value, self.index, self.count, **options)
 
     def expected(self, **logits):
         return attention(self.query, self.key, self.value, self.slots, **logits)

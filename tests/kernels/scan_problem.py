@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcal.kernels.codes import encode, rotation
+from kvcal.kernels.pages import PageLayout, Part
 from kvcal.kernels.scan import Budget, Tables, Tokens
 
 PAGE = 64
@@ -90,6 +91,21 @@ def drawn(
             held[name], token_scale = encode(rest @ turn.mT, 8)
             held[f"{name}_scale"] = token_scale.unsqueeze(-1)
     return Problem(query, tokens(held), tables, budget(lengths, keep, sample))
+
+
+def in_pages(made: Tokens, spare: int = 3) -> tuple[Tokens, Tensor]:
+    """(the same tokens in pages of an engine, in any order and among others; their block table [B, P] int32)"""
+    batch, heads, capacity, _ = made.key.shape
+    count = capacity // PAGE
+    table = torch.randperm(batch * count + spare, generator=torch.Generator().manual_seed(2))[: batch * count]
+    of_pages = made.of_pages()
+    held = {**made.of_tokens(), **of_pages}
+    layout = PageLayout({name: Part(part.shape[3], part.dtype, name in of_pages) for name, part in held.items()})
+    pieces = torch.full((batch * count + spare, heads, layout.nbytes), 255, dtype=torch.uint8)  # floats: not a number
+    parts = layout.parts_of(pieces)
+    for name, part in held.items():
+        parts[name][table] = part.unflatten(2, (count, -1)).transpose(1, 2).flatten(0, 1)
+    return Tokens(**parts), table.view(batch, count).to(torch.int32)
 
 
 def tokens(held: dict[str, Tensor | None]) -> Tokens:

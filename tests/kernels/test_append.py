@@ -3,9 +3,11 @@
 import pytest
 import torch
 from compiling import compiled
+from paged_problem import Paged, pages_of
 from tolerances import assert_close
 
 from kvcal.kernels.append import append
+from kvcal.kernels.pages import PAGE
 from kvcal.kernels.score import score
 
 CAPACITY = 9
@@ -69,10 +71,11 @@ def test_a_token_and_nothing_else(device, backend, dtype, head_dim, value_dim):
 
 
 @BOTH
-def test_full_sequences_are_left_alone(device, backend):
+@pytest.mark.parametrize("left", [CAPACITY, -1], ids=["full", "padding"])
+def test_full_sequences_and_padding_are_left_alone(device, backend, left):
     key_new, value_new = draw(torch.float16, 64, 64, device)
     cache = Cache(torch.float16, device=device)
-    cache.append(key_new, value_new, [CAPACITY, 2, CAPACITY], backend=backend)
+    cache.append(key_new, value_new, [left, 2, left], backend=backend)
     cache.assert_holds(1, 2, key_new[1], value_new[1])
     cache.assert_untouched(but=[(1, 2)])
 
@@ -104,6 +107,45 @@ def test_strides_over_tokens_and_heads_are_the_caches_own(device, backend):
     assert torch.equal(buffer.nan_to_num(-7.0), expected.nan_to_num(-7.0))
 
 
+@BOTH
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("table_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "value_dim"),
+    [(torch.float32, 64, 64), (torch.bfloat16, 80, 80), (torch.float16, 96, 64)],
+    ids=["fp32", "bf16", "fp16, unequal widths"],
+)
+def test_a_token_by_page_and_nothing_else(device, backend, heads_first, table_dtype, dtype, head_dim, value_dim):
+    """Sequences at the start, the end and the middle of a page, padding, full ones, and ones of a page of their own."""
+    slots, pages = [-1, 0, PAGE - 1, PAGE, 3 * PAGE - 30, 3 * PAGE, 3 * PAGE - 1, -1], 3
+    key_new, value_new = draw(dtype, head_dim, value_dim, device, batch=len(slots))
+    caches = {"key": torch.full((len(slots), 2, pages * PAGE, head_dim), torch.nan, dtype=dtype, device=device)}
+    caches["value"] = caches["key"].new_full((len(slots), 2, pages * PAGE, value_dim), torch.nan)
+    paged = Paged(caches, pages_of([slot + 1 for slot in slots], pages), table_dtype, heads_first)
+    assert paged.layout.alternating == (head_dim == value_dim)
+    expected = paged.pieces.clone()
+    parts = paged.layout.parts_of(expected)
+    for sequence, slot in enumerate(slots):
+        if 0 <= slot < pages * PAGE:
+            page = int(paged.table[sequence, slot // PAGE])
+            parts["key"][page, :, slot % PAGE] = key_new[sequence]
+            parts["value"][page, :, slot % PAGE] = value_new[sequence]
+    lengths = torch.tensor(slots, dtype=torch.int32, device=device)
+    append(key_new, value_new, paged.key, paged.value, lengths, table=paged.table, backend=backend)
+    assert torch.equal(paged.pieces, expected)
+
+
+@BOTH
+def test_where_no_sequence_has_room_no_page_changes(device, backend):
+    key_new, value_new = draw(torch.float32, 64, 64, device)
+    caches = {name: torch.zeros(3, 2, 2 * PAGE, 64, device=device) for name in ("key", "value")}
+    paged = Paged(caches, pages_of([0, 2 * PAGE, 0], 2))
+    expected = paged.pieces.clone()
+    lengths = torch.tensor([-1, 2 * PAGE, -1], dtype=torch.int32, device=device)
+    append(key_new, value_new, paged.key, paged.value, lengths, table=paged.table, backend=backend)
+    assert torch.equal(paged.pieces, expected)
+
+
 def test_score_reads_what_append_wrote(device):
     cache = Cache(torch.float32, device=device)
     key_new, value_new = draw(torch.float32, 64, 64, device)
@@ -122,6 +164,14 @@ def test_score_reads_what_append_wrote(device):
         ({"value": torch.zeros(3, 2, 8, 64)}, r"value: received \[3, 2, 8, 64\], expected \[3, 2, 9\] before its last"),
         ({"key": torch.zeros(3, 2, 9, 128)[..., ::2]}, "key: expected the numbers of one token to be contiguous"),
         ({"lengths": torch.zeros(3).long()}, "lengths: received torch.int64"),
+        (
+            {"table": torch.zeros(3, 1).int()},
+            r"key: received .* a cache \[3, 2, 9, 64\] .*, expected .* \[N, Hkv, 64, D\]",
+        ),
+        (
+            {"table": torch.zeros(2, 1).int(), "key": torch.zeros(5, 2, 64, 64), "value": torch.zeros(5, 2, 64, 64)},
+            r"table: received torch.int32 \[2, 1\] on cpu, expected int32 or int64 \[3, P\] on cpu",
+        ),
     ],
 )
 def test_bad_arguments_are_named(changes, message):
@@ -156,6 +206,27 @@ for capacity in (1, 1000, 4096):
     launch(capacity, 128)
 launch(64, 256)
 launch(64, 80)
+""")
+    assert not any(launch["stack"] for launch in launches), launches
+    assert len({launch["hash"] for launch in launches[:3]}) == 1
+
+
+def test_by_page_compiles_for_hopper_without_spilling_and_once_for_all_tables():
+    pytest.importorskip("triton")
+    launches = compiled("""
+import torch
+from kvcal.kernels.append import append
+from kvcal.kernels.pages import PageLayout, Part
+def launch(count, pages, head_dim, value_dim=None):
+    layout = PageLayout({"key": Part(head_dim, torch.half), "value": Part(value_dim or head_dim, torch.half)})
+    parts = layout.parts_of(torch.zeros(count, 8, layout.nbytes, dtype=torch.uint8))
+    key_new, value_new = (parts[name][:2, :, 0].contiguous() for name in ("key", "value"))
+    table = torch.zeros(2, pages + 1, dtype=torch.int32)[:, 1:]
+    append(key_new, value_new, *parts.values(), torch.zeros(2, dtype=torch.int32), table=table, backend="triton")
+for count, pages in ((2, 1), (50, 16), (77, 1001)):
+    launch(count, pages, 128)
+launch(9, 4, 256)
+launch(9, 4, 96, 64)
 """)
     assert not any(launch["stack"] for launch in launches), launches
     assert len({launch["hash"] for launch in launches[:3]}) == 1

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from compiling import compiled
-from scan_problem import PAGE, Problem, by_head, drawn
+from scan_problem import PAGE, Problem, by_head, drawn, in_pages
 
 from kvcal.kernels.append import append_coded
 from kvcal.kernels.codes import Calibrated, correction_of, decode, encode_tokens, rotation
@@ -93,24 +93,20 @@ def test_what_is_kept_means_the_token():
         assert (again - token).norm() < 0.01 * token.norm()
 
 
-def test_pages_in_any_order():
-    made, tables, key, value = problem("rows of 8 bits")
-    expected, pages = copied(made.tokens), CAPACITY // PAGE
-    append_coded(key, value, expected, tables, LENGTHS, bits=4, backend="triton")
-    table = torch.randperm(4 * pages, generator=torch.Generator().manual_seed(2))
-    paged = {}
-    for name, part in {**made.tokens.of_tokens(), **made.tokens.of_pages()}.items():
-        by_page = part.unflatten(2, (pages, -1)).transpose(1, 2).flatten(0, 1)
-        paged[name] = torch.zeros_like(by_page, memory_format=torch.contiguous_format)
-        paged[name][table] = by_page
-    for backend in ("triton", "reference"):
-        held = {name: part.clone() for name, part in paged.items()}
-        tokens = Tokens(**held, table=table.view(4, pages).to(torch.int32))
-        append_coded(key, value, tokens, tables, LENGTHS, bits=4, backend=backend)
-        for name, part in tokens.ordered().of_tokens().items():
-            assert torch.equal(part, getattr(expected, name)), name
-        for name, part in tokens.ordered().of_pages().items():
-            assert torch.equal(part, getattr(expected, name)), name
+@pytest.mark.parametrize("backend", ["triton", "numba", "reference"])
+@pytest.mark.parametrize("form", FORMS)
+def test_pages_in_any_order(form, backend):
+    made, tables, key, value = problem(form)
+    bits, expected = FORMS[form].get("bits", 4), copied(made.tokens)
+    append_coded(key, value, expected, tables, LENGTHS, bits=bits, backend=backend)
+    tokens, table = in_pages(made.tokens)
+    others = torch.ones(len(tokens.key), dtype=torch.bool).index_fill(0, table.flatten().long(), False)
+    before = {name: part[others].clone() for name, part in {**tokens.of_tokens(), **tokens.of_pages()}.items()}
+    append_coded(key, value, tokens, tables, LENGTHS, bits=bits, table=table, backend=backend)
+    ordered = tokens.ordered(table)
+    for name, part in {**ordered.of_tokens(), **ordered.of_pages()}.items():
+        assert torch.equal(part, getattr(expected, name)), name
+        assert torch.equal(getattr(tokens, name)[others].view(torch.uint8), before[name].view(torch.uint8)), name
 
 
 def test_operands_that_do_not_fit_are_named():
@@ -123,8 +119,8 @@ def test_operands_that_do_not_fit_are_named():
         append_coded(key, value, made.tokens, tables, LENGTHS, bits=8)
     with pytest.raises(ValueError, match=r"received torch\.int64, expected int32"):
         append_coded(key, value, made.tokens, tables, LENGTHS.long(), bits=4)
-    by_token = replace(made.tokens, **{name: part.contiguous() for name, part in made.tokens.of_tokens().items()})
-    for refused in ((key.half(), value.half(), made.tokens), (key, value, by_token)):
+    apart = replace(made.tokens, key=torch.nn.functional.pad(made.tokens.key, (0, 1))[..., :-1])
+    for refused in ((key.half(), value.half(), made.tokens), (key, value, apart)):
         with pytest.raises(ValueError, match="'numba' takes float32"):
             append_coded(*refused, tables, LENGTHS, bits=4, backend="numba")
 

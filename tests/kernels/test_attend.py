@@ -62,6 +62,30 @@ def test_nothing_chosen_leaves_zeros(device, backend):
     assert not problem.attend(backend, scaling=1.0, sink_logits=torch.zeros(8, device=device)).any()
 
 
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(("width", "value_width"), [(64, 64), (80, 96), (256, 64)])
+@pytest.mark.parametrize("layout", [{}, {"heads_first": True, "dtype": torch.int64}], ids=["", "heads first, int64"])
+def test_pages_are_attended_as_contiguous_tokens_are(device, backend, dtype, width, value_width, layout):
+    problem = Problem(device, [[0, 0], [70, 3], [1, 2]], 80, 256, 3, width, value_width, dtype)
+    paged = problem.by_page(**layout)
+    assert paged.layout.alternating == (width == value_width) and (paged.table < 0).any()
+    out = problem.attend_by_page(backend, paged, scaling=width**-0.5)
+    assert torch.equal(out, problem.attend(backend, scaling=width**-0.5))
+    assert_close(out, problem.expected(scaling=width**-0.5), dtype)
+
+
+@BOTH
+@pytest.mark.parametrize("splits", [None, 1, 3])
+def test_pages_with_a_selection_per_query_head(device, backend, splits, set_splits):
+    set_splits(splits)
+    problem = Problem(device, [[[70, 0, 3, 64]], [[1, 80, 20, 5]]], 80, 192, width=32)
+    logits = {"scaling": 0.8, "softcap": 3.0, "sink_logits": torch.linspace(-1, 1, 4, device=device)}
+    out = problem.attend_by_page(backend, problem.by_page(), **logits)
+    assert torch.equal(out, problem.attend(backend, **logits))
+    assert_close(out, problem.expected(**logits))
+
+
 def test_more_parts_than_are_merged_at_once(device, monkeypatch, set_splits):
     from kvcal.kernels.attend import merge_kernel
 
@@ -88,6 +112,11 @@ def test_a_nan_among_the_chosen_is_not_hidden(device, backend):
         ({"index": torch.zeros(1, 2, 3, 16, dtype=torch.int32)}, r"index: received .*, expected .* \[1, 2, 4, 16\]"),
         ({"count": torch.zeros(1, 2, 4, dtype=torch.int32)}, r"count: received .*, expected torch.int32 \[1, 2\]"),
         ({"sink_logits": torch.zeros(2, 4)}, r"sink_logits: received .* \[2, 4\], expected torch.float32 \[8\]"),
+        ({"table": torch.zeros(1, 4).int()}, r"key: received shape \(1, 2, 200, 64\), expected \[N, 2, 64, 64\]"),
+        (
+            {"table": torch.zeros(2, 4).int()},
+            r"table: received torch.int32 \[2, 4\] on cpu, expected .* \[1, P\] on cpu",
+        ),
         ({"out": torch.zeros(1, 2, 4, 32)}, r"out: received .*, expected torch.float32 \[1, 2, 4, 64\]"),
     ],
 )
@@ -107,6 +136,24 @@ for capacity, chosen in ((4096, 2048), (5008, 77)):
     index = torch.zeros(1, 8, chosen, dtype=torch.int32)
     count = index[..., 0].contiguous()
     attend(cache[:, :, :4], cache, cache, index, count, scaling=0.1, backend="triton")
+""")
+    half = len(launches) // 2
+    assert [launch["hash"] for launch in launches[:half]] == [launch["hash"] for launch in launches[half:]]
+    assert not any(launch["stack"] for launch in launches)
+
+
+def test_tables_of_any_size_share_one_program_that_does_not_spill():
+    launches = compiled("""
+import torch
+from kvcal.kernels.attend import attend
+from kvcal.kernels.pages import PageLayout, Part
+layout = PageLayout({"key": Part(128, torch.bfloat16), "value": Part(128, torch.bfloat16)})
+for count, pages, chosen in ((70, 64, 2048), (5, 33, 77)):
+    parts = layout.parts_of(torch.zeros(count, 8, layout.nbytes, dtype=torch.uint8))
+    table = torch.zeros(1, pages + 1, dtype=torch.int32)[:, 1:]
+    index = torch.zeros(1, 8, chosen, dtype=torch.int32)
+    query = torch.zeros(1, 8, 4, 128, dtype=torch.bfloat16)
+    attend(query, *parts.values(), index, index[..., 0].contiguous(), scaling=0.1, table=table, backend="triton")
 """)
     half = len(launches) // 2
     assert [launch["hash"] for launch in launches[:half]] == [launch["hash"] for launch in launches[half:]]

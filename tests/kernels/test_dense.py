@@ -4,9 +4,11 @@ import pytest
 import torch
 from attention_oracle import attention, make, poison, poisoned_empty
 from compiling import compiled
+from paged_problem import Paged, pages_of
 from tolerances import assert_close
 
 from kvcal.kernels.dense import dense
+from kvcal.kernels.pages import PAGE
 from kvcal.runtime.attention import SoftmaxSpec, probabilities
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="long sequences take a GPU")
@@ -97,6 +99,35 @@ def test_caches_that_are_views_of_larger_buffers(device, backend):
     assert_close(out, expected(query, key, value, lengths, scaling=0.125))
 
 
+@ALL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(("width", "value_width"), [(64, 64), (80, 96), (256, 256)])
+@pytest.mark.parametrize("layout", [{}, {"heads_first": True, "dtype": torch.int64}], ids=["", "heads first, int64"])
+def test_pages_are_attended_as_contiguous_tokens_are(device, backend, dtype, width, value_width, layout):
+    out, expected = by_page(device, backend, [0, 130, 64, -1], layout, 1, 3, width, value_width, dtype)
+    assert_close(out, expected, dtype)
+
+
+@ALL
+@pytest.mark.parametrize("splits", [None, 1, 2, 7])
+def test_pages_of_sequences_of_unequal_lengths(device, backend, splits, set_splits):
+    set_splits(splits)
+    logits = {"softcap": 4.0, "sink_logits": torch.linspace(-1, 1, 4, device=device)}
+    lengths = [1, 5 * PAGE, 0, 65, 2 * PAGE]
+    assert_close(*by_page(device, backend, lengths, {}, 2, 2, 32, None, torch.float32, **logits))
+
+
+def by_page(device, backend, lengths, layout, *shape, **logits):
+    """(what dense gives by page, the exact result); contiguous tokens give the same numbers."""
+    logits |= {"scaling": 0.125}
+    pages = max(-(-length // PAGE) for length in lengths) + 1
+    query, key, value, lengths = problem(device, lengths, pages * PAGE, *shape)
+    paged = Paged({"key": key, "value": value}, pages_of(lengths, pages), **layout)
+    out = dense(query, paged.key, paged.value, lengths, **logits, table=paged.table, backend=backend)
+    assert torch.equal(out, dense(query, key, value, lengths, **logits, backend=backend))
+    return out, expected(query, key, value, lengths, **logits)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -107,6 +138,11 @@ def test_caches_that_are_views_of_larger_buffers(device, backend):
         ({"key": torch.zeros(2, 2, 64, 128)[..., ::2]}, "key: received stride 2"),
         ({"sink_logits": torch.zeros(4)}, r"sink_logits: received torch.float32 \[4\], expected torch.float32 \[8\]"),
         ({"out": torch.zeros(2, 2, 4, 128)[..., ::2]}, "out: received strides"),
+        (
+            {"table": torch.zeros(2, 4)},
+            r"table: received torch.float32 \[2, 4\] on cpu, expected int32 or int64 \[2, P\]",
+        ),
+        ({"table": torch.zeros(2, 2).int()[:, :0], "key": torch.zeros(2, 2, 63, 64)}, r"expected \[N, 2, 64, 64\]"),
         ({"backend": "fast"}, "backend: received 'fast'"),
     ],
 )
@@ -125,6 +161,22 @@ for batch, capacity in ((1, 4096), (1, 5008), (3, 64)):
     cache = torch.zeros(batch, 8, capacity, 128, dtype=torch.bfloat16)
     lengths = torch.ones(batch, dtype=torch.int32)
     dense(cache[:, :, :4], cache, cache, lengths, scaling=0.1, backend="triton")
+""")
+    assert len({launch["hash"] for launch in launches}) == 2 == len(launches) / 3
+    assert not any(launch["stack"] for launch in launches)
+
+
+def test_tables_of_any_size_share_one_program_that_does_not_spill():
+    launches = compiled("""
+import torch
+from kvcal.kernels.dense import dense
+from kvcal.kernels.pages import PageLayout, Part
+layout = PageLayout({"key": Part(128, torch.bfloat16), "value": Part(128, torch.bfloat16)})
+for batch, count, pages in ((1, 64, 64), (1, 77, 1001), (3, 3, 1)):
+    parts = layout.parts_of(torch.zeros(count, 8, layout.nbytes, dtype=torch.uint8))
+    table = torch.zeros(batch, pages + 1, dtype=torch.int32)[:, 1:]
+    query, lengths = torch.zeros(batch, 8, 4, 128, dtype=torch.bfloat16), torch.ones(batch, dtype=torch.int32)
+    dense(query, *parts.values(), lengths, scaling=0.1, table=table, backend="triton")
 """)
     assert len({launch["hash"] for launch in launches}) == 2 == len(launches) / 3
     assert not any(launch["stack"] for launch in launches)
@@ -157,5 +209,6 @@ def test_numba_takes_sequences_of_unequal_lengths():
     operands = problem(torch.device("cpu"), [1, 2100, 64, 65], 2110, heads=3, group=2, width=32, value_width=24)
     out = dense(*operands, scaling=0.125, backend="numba")
     assert_close(out, expected(*operands, scaling=0.125))
-    with pytest.raises(ValueError, match="heads first in memory"):
-        dense(operands[0], operands[1].contiguous(), *operands[2:], scaling=0.125, backend="numba")
+    apart = torch.nn.functional.pad(operands[1], (0, 1))[..., :-1]
+    with pytest.raises(ValueError, match="tokens that lie whole rows apart"):
+        dense(operands[0], apart, *operands[2:], scaling=0.125, backend="numba")

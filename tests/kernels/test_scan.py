@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from compiling import compiled
-from scan_problem import PAGE, Problem, by_head, drawn
+from scan_problem import PAGE, Problem, by_head, drawn, in_pages
 from tolerances import assert_close
 from torch import Tensor
 
@@ -90,24 +90,31 @@ def test_numbers_of_16_bits(form, monkeypatch):
     assert error.median() < 2e-3 and error.max() < 0.05
 
 
-@pytest.mark.parametrize("form", ["4 bits", "rows of 8 bits", "reduced keys"])
-def test_pages_in_any_order(form):
-    """The same tokens by page, found through a block table."""
+@BACKENDS
+@pytest.mark.parametrize("form", FORMS)
+def test_pages_in_any_order(form, backend):
+    """The same tokens in the pages of an engine, found through a block table, of which the end means nothing."""
     made, options = problem(form)
-    held = {**made.tokens.of_tokens(), **made.tokens.of_pages()}
-    batch, pages = len(LENGTHS), made.tokens.capacity // PAGE
-    table = torch.randperm(batch * pages + 3, generator=torch.Generator().manual_seed(2))[: batch * pages]
-    paged = {}
-    for name, part in held.items():
-        by_page = part.unflatten(2, (pages, -1)).transpose(1, 2).flatten(0, 1)
-        paged[name] = torch.zeros(batch * pages + 3, *by_page.shape[1:], dtype=part.dtype)
-        paged[name][table] = by_page
-    tokens = type(made.tokens)(**paged, table=table.view(batch, pages).to(torch.int32))
-    expected, same = scan(*made.operands, **options, backend="triton")
-    for backend in ("triton", "reference"):
-        out, read = scan(made.query, tokens, made.tables, made.budget, **options, backend=backend)
-        assert torch.equal(read, same)
-        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    tokens, table = in_pages(made.tokens)
+    expected, same = scan(*made.operands, **options, backend=backend)
+    held = -(-made.budget.lengths // PAGE)
+    table = table.masked_fill(torch.arange(table.shape[1]) >= held.unsqueeze(1), 0 if backend == "reference" else 2**30)
+    out, read = scan(made.query, tokens, made.tables, made.budget, **options, table=table, backend=backend)
+    assert torch.equal(read, same)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_keys_that_are_their_own_reduced_keys(backend):
+    """As Loki's in the basis of principal components: in a page another key's value lies between two keys."""
+    made, options = problem("reduced keys")
+    made = replace(made, tokens=replace(made.tokens, reduced=made.tokens.key))
+    expected, same = scan(*made.operands, **options, backend="reference")
+    tokens, table = in_pages(replace(made.tokens, reduced=made.tokens.key))
+    tokens = replace(tokens, reduced=tokens.key)
+    out, read = scan(made.query, tokens, made.tables, made.budget, **options, table=table, backend=backend)
+    assert torch.equal(read, same)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -241,9 +248,9 @@ def test_operands_that_do_not_fit_together_are_named():
 
 def test_what_does_not_fit_is_refused():
     made, options = problem("4 bits")
-    plain = replace(made.tokens, key=made.tokens.key.contiguous())
-    with pytest.raises(ValueError, match="heads first in memory"):
-        scan(made.query, plain, made.tables, made.budget, **options, backend="numba")
+    apart = replace(made.tokens, key=torch.nn.functional.pad(made.tokens.key, (0, 1))[..., :-1])
+    with pytest.raises(ValueError, match="tokens that lie whole rows apart"):
+        scan(made.query, apart, made.tables, made.budget, **options, backend="numba")
     with pytest.raises(ValueError, match="expected numbers of at most 32 bits"):
         scan(*in_float64(made).operands, **options, backend="numba")
     out, _ = scan(*in_float64(made).operands, **options)
@@ -255,7 +262,13 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="a sample of at most 4096 tokens"):
         scan(made.query, made.tokens, made.tables, much, **options, backend="triton")
     with pytest.raises(ValueError, match="tokens of one order"):
-        scan(made.query, plain, made.tables, made.budget, **options, backend="triton")
+        scan(made.query, apart, made.tables, made.budget, **options, backend="triton")
+    tokens, table = in_pages(made.tokens)
+    elsewhere = replace(tokens, key=tokens.key.contiguous())
+    with pytest.raises(ValueError, match="pages in one piece"):
+        scan(made.query, elsewhere, made.tables, made.budget, **options, table=table, backend="triton")
+    with pytest.raises(ValueError, match=r"table: received \[3, 24\] for 4 sequences"):
+        scan(made.query, tokens, made.tables, made.budget, **options, table=table[1:])
 
 
 def test_marks_are_made_for_those_who_ask():

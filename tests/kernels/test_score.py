@@ -3,8 +3,10 @@
 import pytest
 import torch
 from compiling import compiled
+from paged_problem import Paged, pages_of
 from tolerances import assert_close
 
+from kvcal.kernels.pages import PAGE
 from kvcal.kernels.score import score
 
 SCALING = 0.17
@@ -90,6 +92,31 @@ def test_several_blocks_per_program(device, monkeypatch):
     assert_close(out, expected(query, key, [200, 70]))
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(("width", "value_width", "rank"), [(32, 32, 32), (80, 80, 48), (64, 96, 24)])
+@pytest.mark.parametrize("layout", [{}, {"heads_first": True, "dtype": torch.int64}], ids=["", "heads first, int64"])
+def test_pages_are_scored_as_contiguous_tokens_are(
+    device, monkeypatch, backend, dtype, width, value_width, rank, layout
+):
+    """Keys by themselves, and the first of their dimensions, beside values that are as wide or not."""
+    several_blocks_per_program(monkeypatch)
+    lengths, pages = [130, 0, PAGE, 4 * PAGE, -1, 1], 5
+    query, key = draw(dtype, len(lengths), 2, 3, pages * PAGE, width, device)
+    for sequence, length in enumerate(lengths):
+        key[sequence, :, max(length, 0) :] = torch.nan
+    caches = {"key": key, "value": key.new_zeros(*key.shape[:3], value_width), "reduced": key[..., :rank]}
+    paged = Paged(caches, pages_of(lengths, pages), **layout)
+    query, exact = query[..., :rank], key.nan_to_num()[..., :rank]
+    for part in (paged.key[..., :rank], paged.parts["reduced"]):
+        out = poisoned(len(lengths), 2, 3, pages * PAGE, device=device)
+        run(query, part, lengths, softcap=3.0, table=paged.table, backend=backend, out=out)
+        assert_close(out, expected(query, exact, [max(length, 0) for length in lengths], softcap=3.0))
+        assert_close(out, run(query, key[..., :rank], lengths, softcap=3.0, backend=backend))
+    alone = run(query, part, lengths, table=paged.table, backend=backend)
+    assert alone.shape == out.shape and torch.equal(alone.isinf(), out.isinf())
+
+
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
 def test_products_that_overflow_are_clamped_by_the_kernel(device):
     query, key = draw(tokens=16, device=device)
@@ -115,6 +142,8 @@ def test_scores_are_float32(device):
         ({"query": torch.zeros(2, 2, 4, 32).double()}, "query: received torch.float64"),
         ({"lengths": torch.tensor([8, 8])}, "lengths: received torch.int64"),
         ({"out": torch.zeros(2, 2, 8)}, r"out: received torch.float32 \[2, 2, 8\] on cpu, expected contiguous"),
+        ({"table": torch.zeros(2, 1).int()}, r"key: received \[2, 2, 8, 32\], expected \[N, 2, 64, 32\]"),
+        ({"table": torch.zeros(2, 1).short()}, r"table: received torch.int16 \[2, 1\] on cpu, expected int32 or int64"),
         ({"out": torch.zeros(2, 2, 4, 8).half()}, r"out: received torch.float16 \[2, 2, 4, 8\]"),
     ],
 )
@@ -137,6 +166,27 @@ for tokens in (8, 1000, 4096):
     launch(32, tokens, torch.bfloat16)
 launch(32, 4096, torch.float16, softcap=30.0)
 launch(128, 4096, torch.bfloat16)
+""")
+    assert all(launch["stack"] == 0 and launch["shared"] <= 56 * 1024 for launch in launches), launches
+    assert len({launch["hash"] for launch in launches[:3]}) == 1
+
+
+def test_by_page_compiles_for_hopper_without_spilling_and_once_for_all_tables():
+    pytest.importorskip("triton")
+    launches = compiled("""
+import torch
+from kvcal.kernels.pages import PageLayout, Part
+from kvcal.kernels.score import score
+def launch(name, count, pages, dtype, **options):
+    layout = PageLayout({"key": Part(128, dtype), "value": Part(128, dtype), "reduced": Part(32, dtype)})
+    key = layout.parts_of(torch.zeros(count, 8, layout.nbytes, dtype=torch.uint8))[name]
+    table = torch.zeros(1, pages + 1, dtype=torch.int32)[:, 1:]
+    query, lengths = torch.zeros(1, 8, 4, key.shape[3], dtype=dtype), torch.ones(1, dtype=torch.int32)
+    score(query, key, lengths, scaling=0.1, table=table, backend="triton", **options)
+for count, pages in ((1, 1), (50, 16), (77, 1001)):
+    launch("reduced", count, pages, torch.bfloat16)
+launch("reduced", 9, 64, torch.float16, softcap=30.0)
+launch("key", 9, 64, torch.bfloat16)
 """)
     assert all(launch["stack"] == 0 and launch["shared"] <= 56 * 1024 for launch in launches), launches
     assert len({launch["hash"] for launch in launches[:3]}) == 1

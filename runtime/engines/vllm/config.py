@@ -1,0 +1,108 @@
+"""What a user asks for: `additional_config={"kvcal": {"artifact": …, "method": …, …}}`, settings as of `compress`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+
+from ....artifacts import Artifact, KvcalError, MismatchError
+from ....kernels.pages import PAGE
+from ...kv.engine_pages import layout_of
+from ...loading import load
+from ...methods import METHODS, Method
+from ...methods.base import Policy
+from ...planned import chosen, naming
+from ...settings import methods_by_layer, name_of
+
+KEY = "kvcal"
+EXAMPLE = '{"kvcal": {"artifact": "FOLDER", "method": "spectral"}}'
+
+
+class Asked:
+    """The artifact and the methods, in a process of vLLM."""
+
+    def __init__(self, asked: Mapping[str, Any]):
+        """
+        Raises:
+            KvcalError: no artifact, where the method needs one, or none that can be read.
+        """
+        settings = dict(asked)
+        source, self.method = settings.pop("artifact", None), settings.pop("method", None)
+        if source is not None and not isinstance(source, str):
+            raise KvcalError(f"artifact {source!r}: give a folder or a Hub id")
+        self.artifact: Artifact | None = None if source is None else load(source)
+        self.settings = settings
+        self._bound: dict[tuple[int, int], Policy] = {}
+
+    @cached_property
+    def planned(self) -> bool:
+        return self.method is None or self.method == "plan"
+
+    def methods(self, layers: Sequence[int], total: int) -> dict[int, Method]:
+        """The method of each of these layers, among `total`.
+
+        Raises:
+            KvcalError: settings that are none, or a method that cannot work in an engine's pages.
+        """
+        method = chosen(self.artifact, self.method, self.settings, total)
+        with naming(self.artifact if method is not self.method and isinstance(method, list) else None):
+            found = methods_by_layer(method, self.settings, layers, total)
+        for layer, of_layer in found.items():
+            if why_not := of_layer.not_paged():
+                fitting = ", ".join(name for name, kind in METHODS.items() if kind().not_paged() is None)
+                raise KvcalError(f"{name_of(of_layer)}, layer {layer}: {why_not}; vLLM's pages take {fitting}")
+        return found
+
+    def policy(self, method: Method, layer: int, head_dim: int, heads: int) -> Policy:
+        """The method in a layer of so many KV heads, which all processes have together.
+
+        Raises:
+            KvcalError: names the layer.
+        """
+        if (layer, head_dim) not in self._bound:
+            try:
+                policy = method.bind(layer, head_dim, self.artifact)
+            except KvcalError as error:
+                raise type(error)(f"{name_of(method)}, layer {layer}: {error}") from None
+            for what, fitted, found in zip(
+                ("KV heads", "dimensions"), policy.fitted_to, (heads, head_dim), strict=False
+            ):
+                if fitted not in (None, found):
+                    raise MismatchError(
+                        f"{name_of(method)}, layer {layer}: the artifact has {fitted} {what}, this model {found}: "
+                        "calibrate this model with `calibrate pca --model …`"
+                    )
+            self._bound[layer, head_dim] = policy
+        return self._bound[layer, head_dim]
+
+
+@lru_cache(maxsize=4)
+def _asked(text: str) -> Asked:
+    return Asked(json.loads(text))
+
+
+def asked_of(additional_config: object) -> Asked | None:
+    """What a configuration of vLLM asks of kvcal; None: nothing. Read once in a process.
+
+    Raises:
+        KvcalError: see `Asked`.
+    """
+    asked = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
+    if asked is None:
+        return None
+    if not isinstance(asked, Mapping):
+        raise KvcalError(f"additional_config, {KEY}: {asked!r}: give a mapping such as {EXAMPLE}")
+    return _asked(json.dumps(asked, sort_keys=True))
+
+
+def bytes_per_token(policies: Iterable[Policy], heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Of a token in one KV head, its share of what is kept of pages included: as many in every layer, since vLLM's
+    pages are alike."""
+    layouts = [layout_of(policy, heads, head_dim, head_dim, dtype) for policy in policies]
+    unit = math.lcm(PAGE * dtype.itemsize, *(layout.unit for layout in layouts))
+    return -(-max(layout.nbytes for layout in layouts) // unit) * unit // PAGE

@@ -1,0 +1,88 @@
+"""Greedy tokens of vLLM with kvcal against those of vLLM without it, and of the transformers engine."""
+
+from __future__ import annotations
+
+import pytest
+
+STOCK = {"logprobs": 3}
+
+
+def tokens(call):
+    return [outputs[0]["tokens"] for outputs in call]
+
+
+def expected(model, asked):
+    (found,) = [entry["tokens"] for entry in model["expected"] if entry["asked"] == asked]
+    return found
+
+
+@pytest.fixture(scope="module", params=["smollm2", "demo"])
+def stock(request, prepared, run):
+    """(model, what vLLM decodes without kvcal: all prompts at once)"""
+    model = prepared[request.param]
+    (call,) = run(model, None, [{"prompts": model["prompts"], "sampling": STOCK}])
+    return model, call
+
+
+def test_reading_everything_is_vllm_itself(stock, run):
+    model, without = stock
+    (call,) = run(model, {"method": "spectral", "keep": 1.0}, [{"prompts": model["prompts"], "sampling": STOCK}])
+    assert tokens(call) == tokens(without)
+    for (one,), (other,) in zip(call, without, strict=True):
+        for mine, theirs in zip(one["logprobs"], other["logprobs"], strict=True):
+            assert mine.keys() == theirs.keys()
+            assert all(abs(mine[token] - theirs[token]) < 1e-3 for token in mine)
+
+
+@pytest.mark.parametrize("caching", [True, False], ids=["prefix caching", "none"])
+@pytest.mark.parametrize("method", ["spectral", "loki"])
+def test_tokens_are_those_of_the_transformers_engine(prepared, run, method, caching):
+    """One by one; then 16 at once, of unequal length, in chunks of prompts beside others' tokens; then the same again,
+    with what is cached; and longer ones that begin like others."""
+    model = prepared["smollm2"]
+    prompts, wanted = model["prompts"], expected(model, {"method": method})
+    alone = [{"prompts": [prompts[at]]} for at in (3, 9, 15)]
+    calls = [*alone, {"prompts": prompts}, {"prompts": prompts[::-1]}]
+    found = run(model, {"method": method}, calls, enable_prefix_caching=caching)
+    for at, call in zip((3, 9, 15), found, strict=False):
+        assert tokens(call) == [wanted[at]]
+    assert tokens(found[3]) == wanted
+    assert tokens(found[4]) == wanted[::-1]
+    cached = [outputs[0]["cached"] for outputs in found[4]]
+    assert (max(cached) >= 512) == caching
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_every_method_that_fits(prepared, run, number):
+    """Also one for each layer, and an artifact's plan."""
+    model = prepared["demo"]
+    asked, wanted = (model["expected"][number][name] for name in ("asked", "tokens"))
+    (call,) = run(model, asked if asked else {}, [{"prompts": model["prompts"]}])
+    assert tokens(call) == wanted
+
+
+def test_requests_that_are_preempted_come_back(stock, run):
+    """Memory for a few of them: the others wait, or are computed again."""
+    model, without = stock
+    options = {"num_gpu_blocks_override": 10, "max_num_seqs": 16}
+    (call,) = run(model, {"method": "full"}, [{"prompts": model["prompts"]}], **options)
+    assert tokens(call) == tokens(without)
+
+
+def test_samples_stops_and_logprobs(prepared, run):
+    model = prepared["smollm2"]
+    prompt = model["prompts"][10]
+    (greedy,) = run(model, {"method": "spectral"}, [{"prompts": [prompt], "sampling": {"logprobs": 2}}])[0]
+    text = greedy[0]["text"]
+    stop = text[len(text) // 2 :][:4]
+    calls = [
+        {"prompts": [prompt], "sampling": {"n": 4, "temperature": 1.0, "seed": 7}},
+        {"prompts": [prompt], "sampling": {"n": 4, "temperature": 1.0, "seed": 7}},
+        {"prompts": [prompt], "sampling": {"stop": [stop]}},
+    ]
+    four, again, stopped = run(model, {"method": "spectral"}, calls)
+    assert len(four[0]) == 4 and len({tuple(one["tokens"]) for one in four[0]}) > 1
+    assert [one["tokens"] for one in four[0]] == [one["tokens"] for one in again[0]]
+    assert stopped[0][0]["finished"] == "stop" and stopped[0][0]["text"] == text[: text.index(stop)]
+    for token, position in zip(greedy[0]["tokens"], greedy[0]["logprobs"], strict=True):
+        assert position[str(token)] == max(position.values()) <= 0
