@@ -17,6 +17,8 @@ ROOMS = {
     "runtime": ({"torch", "safetensors", "huggingface_hub"}, {"artifacts", "kernels"}),
 }
 WITH_TRANSFORMERS = ROOT / "runtime" / "integration"
+VLLM = ROOT / "runtime" / "engines" / "vllm"
+WITH_VLLM = {VLLM / f"{name}.py" for name in ("plugin", "engine", "backend", "cpu", "cuda")}
 """Everything else of the runtime serves any engine."""
 
 
@@ -40,6 +42,7 @@ def test_a_room_imports_only_what_it_may(room):
     for path in (ROOT / room).rglob("*.py"):
         names, rooms = imports(path)
         allowed = STDLIB | packages | ({"transformers"} if WITH_TRANSFORMERS in path.parents else set())
+        allowed |= {"vllm"} if path in WITH_VLLM else set()
         assert names <= allowed, path
         assert rooms <= below, path
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..codes import BITS, STEP, Calibrated
 from ..cpu import array, float_kind, run
-from ..cpu.pages import table_of
+from ..cpu.pages import one_page_each, table_of
 from ..cpu.rows import CODES
 from ..scan.operands import Tokens
 from . import cpu
@@ -27,9 +27,10 @@ def append_coded(
     kind = CODES if tokens.key_scale is not None else float_kind(tokens.key)
     widest = max(width, value_new.shape[-1], tables["key_map"].shape[-1])
     lines, codes = workspace(batch * heads, widest, tokens.reduced.shape[-1])
+    pages = one_page_each(batch, tokens.key.shape[2]) if table is None else table_of(table)
     run(
-        cpu.append_coded, array(key_new), array(value_new), kind, float_kind(key_new), tokens.arrays,
-        table_of(table, batch, tokens.key.shape[2]), tables.arrays, lengths.numpy(), STEPS_OF[bits], lines, codes,
+        cpu.append_coded, array(key_new), array(value_new), kind, float_kind(key_new), tokens.arrays, pages,
+        tables.arrays, lengths.numpy(), STEPS_OF[bits], lines, codes,
     )  # fmt: skip
 
 

@@ -54,19 +54,17 @@ def find(table, sequence, first, step, count, spans):
     return found
 
 
-def table_of(table: Tensor | None, sequences: int, capacity: int) -> Any:
+def table_of(table: Tensor) -> Any:
     """
     Args:
         table: [B, P] whole numbers.
-        capacity: tokens of a sequence, where there is no table.
     """
-    if table is None:
-        return _one_page_each(sequences, capacity)
     return Table(table.to(torch.int64).contiguous().numpy(), np.int64(PAGE))
 
 
 @lru_cache(maxsize=64)
-def _one_page_each(sequences: int, capacity: int) -> Any:
+def one_page_each(sequences: int, capacity: int) -> Any:
+    """The table of caches without one, in which each sequence lies by itself."""
     return Table(np.arange(sequences).reshape(-1, 1), np.int64(max(1, capacity)))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..cpu import LOG2_E, array, by_head_and_query, cut, float_kind, nothing, run
-from ..cpu.pages import lists_of, table_of
+from ..cpu.pages import lists_of, one_page_each, table_of
 from ..cpu.rows import Rows
 from ..pages import PAGE
 from . import cpu
@@ -31,8 +31,9 @@ def dense(
     found = torch.empty(batch, heads, group, values)
     cap = np.float32(0 if softcap is None else softcap * LOG2_E)
     scaled = (query.detach().float() * (scaling * LOG2_E)).contiguous().numpy()
+    pages = one_page_each(batch, capacity) if table is None else table_of(table)
     run(
-        cpu.dense, scaled, rows_of(key, value), table_of(table, batch, capacity), float_kind(key), lengths.numpy(), cap,
+        cpu.dense, scaled, rows_of(key, value), pages, float_kind(key), lengths.numpy(), cap,
         by_head_and_query(sink_logits, heads, group), workspace(batch * heads * ranges, group, width, values), ranges,
         per_range, found.numpy(),
     )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..codes import OFFSET
 from ..cpu import KINDS, LOG2_E, array, as_int32, by_head_and_query, cut, nothing, run, short
-from ..cpu.pages import lists_of, table_of
+from ..cpu.pages import lists_of, one_page_each, table_of
 from ..cpu.rows import CODES
 from . import cpu, cpu_choice
 from .cpu_codes import BLOCK, LANES, ROWS
@@ -70,8 +70,8 @@ def scan(
     )  # fmt: skip
     run(
         cpu.scan, query.detach().float().contiguous().numpy(), tokens.arrays,
-        table_of(table, batch, tokens.key.shape[2]), tables.arrays, budget.arrays, settings, sink_logits_of, units,
-        parts, ranges, per_range, read.numpy(), out.numpy(),
+        one_page_each(batch, tokens.key.shape[2]) if table is None else table_of(table), tables.arrays, budget.arrays,
+        settings, sink_logits_of, units, parts, ranges, per_range, read.numpy(), out.numpy(),
     )  # fmt: skip
     return out, read.view(torch.bool)
 

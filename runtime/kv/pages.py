@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TypeVar
 
 import torch
@@ -67,6 +67,11 @@ class DecodeMetadata(OncePerStep):
     """Where tokens were evicted the other fields describe the slots that are held, and this tells the lengths with all
     tokens so far (its block table means nothing)."""
     _reckoned: dict[Hashable, object] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def table(self) -> Tensor | None:
+        """The block table that kernels need to find tokens; None: each sequence is one view."""
+        return None if self.contiguous else self.block_table
 
     def may_fill(self, tokens: int) -> bool:
         """Whether a sequence may have a multiple of `tokens` tokens now; True where the host does not know lengths."""
@@ -197,13 +202,8 @@ class LayerCache:
             return pages[table].flatten(1, 2).transpose(1, 2)
         return self.prepared(name, lambda: pages.view(table.shape[0], -1, *pages.shape[2:]).transpose(1, 2))
 
-    @property
-    def table(self) -> Tensor | None:
-        """The block table that kernels need to find tokens in `part`; None: each sequence is one view."""
-        return None if self.metadata.contiguous else self.metadata.block_table
-
     def part(self, name: str) -> Tensor:
-        """What kernels take beside `table`: [B, Hkv, capacity, …], or [N, Hkv, PAGE, …] by page."""
+        """What kernels take beside the metadata's `table`: [B, Hkv, capacity, …], or [N, Hkv, PAGE, …] by page."""
         return self.buffer(name) if self.metadata.contiguous else self.pages[name].transpose(1, 2)
 
     def summary_part(self, name: str) -> Tensor:
@@ -242,7 +242,7 @@ class LayerCache:
         if {"key", "value"} <= new.keys() and choose("auto", new["key"]) == "triton":
             held = metadata.held()
             key, value = new.pop("key").squeeze(2), new.pop("value").squeeze(2)
-            append(key, value, self.part("key"), self.part("value"), held, table=self.table)  # one launch
+            append(key, value, self.part("key"), self.part("value"), held, table=metadata.table)  # one launch
         if not new:
             return
         if not metadata.contiguous:

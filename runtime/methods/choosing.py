@@ -244,7 +244,7 @@ def attend_selected(query: Tensor, cache: LayerCache, selected: Selected, spec: 
     """
     index, valid = selected.index, selected.valid
     if backend("auto", query) == "triton" and cache.offloaded is None:
-        table = cache.table
+        table = cache.metadata.table
         key, value = (cache.tokens(name) if table is None else cache.part(name) for name in ("key", "value"))
         sink_logits = None if spec.sink_logits is None else spec.sink_logits.float()
         grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))

@@ -70,7 +70,8 @@ def attend_all(policy: Policy, query: Tensor, cache: LayerCache, spec: SoftmaxSp
     Args:
         query: [B, Hq, 1, D], of which dot products with the keys of `policy.keys_values` are taken.
     """
-    metadata, table = cache.metadata, cache.table
+    metadata = cache.metadata
+    table = metadata.table
     kernel = choose("auto", query, numba=metadata.longest >= MANY)
     if table is not None and (kernel == "reference" or cache.pages["key"].dtype != query.dtype):
         table = None  # keys and values are copied, or decoded, in order

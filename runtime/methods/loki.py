@@ -142,7 +142,7 @@ class LokiPolicy(Policy):
         part = query.squeeze(2).unflatten(1, (cache.heads, -1))
         part = part[..., :rank] if self.rotates else part @ self.basis.maps(query)[0].mT
         if backend("auto", part) == "triton":
-            lengths, table = metadata.seq_lens, cache.table
+            lengths, table = metadata.seq_lens, metadata.table
             projected = (cache.tokens(name) if table is None else cache.part(name))[..., :rank]
             found = score(
                 part.contiguous(), projected, lengths, scaling=spec.scaling, softcap=spec.softcap, table=table

@@ -50,11 +50,12 @@ class Scan:
         budget = cache.metadata.once((counts, sample), lambda: counts.scan_budget(sample))
         batch, _, _, width = query.shape
         grouped = query.reshape(batch, self.tokens.key.shape[1], -1, width)
-        kernel = kernel_for(grouped, self.tokens, self.tables, budget, paged=cache.table is not None)
+        table = cache.metadata.table
+        kernel = kernel_for(grouped, self.tokens, self.tables, budget, paged=table is not None)
         if kernel == "reference":
             return None
         out, read = run(
-            kernel, grouped, self.tokens, self.tables, budget, table=cache.table, bits=self.bits, select=select,
+            kernel, grouped, self.tokens, self.tables, budget, table=table, bits=self.bits, select=select,
             residual=self.residual, scaling=spec.scaling, softcap=spec.softcap, sink_logits=spec.sink_logits,
             marked=not cache.metadata.replayed,
         )  # fmt: skip

@@ -156,11 +156,12 @@ class SpectralPolicy(Policy):
         if scan is None:
             return False
         key, value = key.squeeze(2).contiguous(), value.squeeze(2).contiguous()
-        kernel = kernel_for(key, value, scan.tokens, paged=cache.table is not None)
+        table = cache.metadata.table
+        kernel = kernel_for(key, value, scan.tokens, paged=table is not None)
         if kernel == "reference":
             return False
         tables, held = self.codewords.on(key.device), cache.metadata.held()
-        run_coded(kernel, key, value, scan.tokens, tables, held, self.settings.bits, cache.table)
+        run_coded(kernel, key, value, scan.tokens, tables, held, self.settings.bits, table)
         return True
 
     def keys_values(self, cache: LayerCache) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ def main(path: Path) -> None:
 
     asked = json.loads(path.read_text())
     options: dict[str, Any] = {
-        "enforce_eager": True, "dtype": "float32", "max_model_len": 1024, "max_num_batched_tokens": 192,
+        "enforce_eager": True, "dtype": "float32", "max_model_len": 1024, "max_num_batched_tokens": 160,
         "disable_log_stats": True, **asked.get("engine", {}),
     }  # fmt: skip
     if asked["kvcal"] is not None:

@@ -23,7 +23,7 @@ from kvcal.calibrate.models.source import resolve_model
 from kvcal.runtime import decode, load
 
 NEW_TOKENS = 16
-LENGTHS = (5, 17, 40, 63, 64, 65, 100, 128, 129, 200, 257, 300, 400, 511, 640, 900)
+LENGTHS = (5, 9, 17, 33, 40, 63, 64, 65, 90, 100, 127, 128, 129, 160, 200, 300)
 """Tokens of the prompts: pages are full, begun, and one token short of it."""
 SMOLLM2 = ({"method": "spectral"}, {"method": "loki"})
 DEMO: tuple[dict[str, Any], ...] = (
