@@ -96,9 +96,9 @@ def append_coded_kernel(
                 slots, places = slot - back * OF_TOKEN, place
                 of_page = page * correction_sequence + head * correction_head + token // PAGE * OF_PAGE
             put_correction(
-                value + numbers_to(value, slots, places, VALUE_PITCH, PAGED),
-                value_scale + numbers_to(value_scale, slots, places, 1, PAGED),
-                word_ptr + numbers_to(word_ptr, slots, places, 1, PAGED), words_value, turn_value,
+                value, value_scale, word_ptr, words_value, turn_value,
+                numbers_to(value, slots, places, VALUE_PITCH, PAGED),
+                numbers_to(value_scale, slots, places, 1, PAGED), numbers_to(word_ptr, slots, places, 1, PAGED),
                 correction + numbers_to(correction, of_page, 0, DV, PAGED),
                 correction_scale + numbers_to(correction_scale, of_page, 0, 1, PAGED), DV, DV_TILE, PAGE, CODED,
             )  # fmt: skip
@@ -171,29 +171,29 @@ def put_row(vector, codeword, turn, row, row_scale, WIDTH: tl.constexpr, WIDTH_T
 
 @triton.jit
 def put_correction(
-    values, value_scales, words, words_value, turn, correction, correction_scale,
+    value, value_scale, word_ptr, words_value, turn, to_values, to_scales, to_words, correction, correction_scale,
     DV: tl.constexpr, DV_TILE: tl.constexpr, PAGE: tl.constexpr, CODED: tl.constexpr,
 ):  # fmt: skip
     """The mean over a page of what codewords leave of values, in 8 bits.
 
     Args:
-        values, value_scales, words: [PAGE] pointers to what is kept of its tokens.
+        to_values, to_scales, to_words: [PAGE] int64, where what is kept of its tokens begins.
     """
     place = tl.arange(0, DV_TILE)
     mean = tl.zeros([DV_TILE], tl.float32)
     if CODED:
-        scale = tl.load(value_scales).to(tl.float32)
+        scale = tl.load(value_scale + to_scales).to(tl.float32)
         for at in range(0, DV, DIMS):
             dim = at + tl.arange(0, DIMS)
-            number = tl.load(values[:, None] + dim[None, :], mask=(dim < DV)[None, :], other=0)
+            number = tl.load(value + to_values[:, None] + dim[None, :], mask=(dim < DV)[None, :], other=0)
             rotated = tl.sum((number.to(tl.float32) - OFFSET_8) * scale[:, None], 0) / PAGE
             inside = (dim < DV)[:, None] & (place < DV)[None, :]
             tile = tl.load(turn + dim[:, None] * DV + place[None, :], mask=inside, other=0.0)
             mean += tl.sum(tile * rotated[:, None], 0)
     else:
-        word = tl.load(words).to(tl.int32)
+        word = tl.load(word_ptr + to_words).to(tl.int32)
         inside = (place < DV)[None, :]
-        numbers = tl.load(values[:, None] + place[None, :], mask=inside, other=0.0).to(tl.float32)
+        numbers = tl.load(value + to_values[:, None] + place[None, :], mask=inside, other=0.0).to(tl.float32)
         stands = tl.load(words_value + word[:, None] * DV + place[None, :], mask=inside, other=0.0)
         mean += tl.sum(numbers - stands, 0) / PAGE
     number, mean_scale = encoded(mean, DV, 8)

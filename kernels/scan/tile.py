@@ -29,8 +29,11 @@ def slots_of(
     """
     if PAGED:
         page = tl.load(table_ptr + sequence * pages + token // PAGE, mask=valid, other=0).to(tl.int64)
-        return page * of_sequence + head * of_head, token % PAGE
-    return sequence.to(tl.int64) * of_sequence + head * of_head + token.to(tl.int64) * of_token, token
+        slot, place = page * of_sequence + head * of_head, token % PAGE
+    else:
+        slot = sequence.to(tl.int64) * of_sequence + head * of_head + token.to(tl.int64) * of_token
+        place = token
+    return slot, place
 
 
 @triton.jit
@@ -41,8 +44,10 @@ def numbers_to(ptr, slot, place, PITCH: tl.constexpr, PAGED: tl.constexpr):
         PITCH: numbers from one token to the next.
     """
     if PAGED:
-        return slot * (ALIGNED * 8 // ptr.dtype.element_ty.primitive_bitwidth) + place * PITCH
-    return slot * PITCH
+        found = slot * (ALIGNED * 8 // ptr.dtype.element_ty.primitive_bitwidth) + place * PITCH
+    else:
+        found = slot * PITCH
+    return found
 
 
 @triton.jit

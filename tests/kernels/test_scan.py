@@ -284,6 +284,7 @@ COMPILED = {
     "each of 16 queries": {"group": 16, "select": "head", "bits": 8, "rank": 32},
     "Loki": {"bits": None, "residual": False, "rank": 32, "group": 8, "head_dim": 64, "select": "max"},
     "Loki, float32": {"bits": None, "residual": False, "rank": 32, "dtype": "float32", "group": 1},
+    "by page": {"paged": True},
 }
 
 
@@ -292,14 +293,16 @@ def test_nothing_is_spilled_and_lengths_compile_nothing_anew(form):
     """For sm_90, of Llama-3-8B's shape but for what is said."""
     asked = {"group": 4, "head_dim": 128, "rank": 64, "bits": 2, "dtype": "bfloat16", **COMPILED[form]}
     options = {name: asked.pop(name) for name in OPTIONS if name in asked}
-    asked["dtype"] = getattr(torch, asked["dtype"])
+    asked["dtype"], paged = getattr(torch, asked["dtype"]), asked.pop("paged", False)
     launches = compiled(f"""
 import torch
-from scan_problem import drawn
+from scan_problem import drawn, in_pages
 from kvcal.kernels.scan import scan
 for lengths, capacity in (([3000], 3072), ([3100, 9000], 9216)):
     made = drawn(lengths, heads=1, codewords=256, sample=1024, capacity=capacity, **{asked!r})
-    scan(*made.operands, bits={asked["bits"]}, scaling=0.1, marked=False, backend="triton", **{options!r})
+    tokens, table = in_pages(made.tokens, spare=len(lengths)) if {paged} else (made.tokens, None)
+    scan(made.query, tokens, made.tables, made.budget, bits={asked["bits"]}, scaling=0.1, table=table, marked=False,
+         backend="triton", **{options!r})
 """)
     assert all(launch["stack"] == 0 for launch in launches), launches
     assert all(2 * launch["shared"] <= 227 * 1024 for launch in launches)  # two programs on a multiprocessor
