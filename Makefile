@@ -33,8 +33,8 @@ check: $(INSTALLED)
 
 # What it is compared with is made in the other environment, where transformers and `calibrate` are.
 vllm: $(INSTALLED) $(VLLM)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python tests/vllm/prepare.py $(VLLM)/prepared
-	OMP_NUM_THREADS=1 KVCAL_VLLM_PREPARED=$(VLLM)/prepared $(VLLM)/bin/pytest tests/vllm
+	$(BIN)/python tests/vllm/prepare.py $(VLLM)/prepared
+	KVCAL_VLLM_PREPARED=$(VLLM)/prepared $(VLLM)/bin/pytest tests/vllm
 
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/calibration.py

@@ -17,9 +17,9 @@ ROOMS = {
     "runtime": ({"torch", "safetensors", "huggingface_hub"}, {"artifacts", "kernels"}),
 }
 WITH_TRANSFORMERS = ROOT / "runtime" / "integration"
+"""Everything else of the runtime serves any engine, but for these files."""
 VLLM = ROOT / "runtime" / "engines" / "vllm"
 WITH_VLLM = {VLLM / f"{name}.py" for name in ("plugin", "engine", "backend", "cpu", "cuda")}
-"""Everything else of the runtime serves any engine."""
 
 
 def imports(path):

@@ -74,6 +74,7 @@ def append_coded(
     for name, held in (("key", tokens.key), ("value", tokens.value)):
         if tables[name].shape[::2] != held.shape[1::2]:
             raise ValueError(f"{name}: received codewords {list(tables[name].shape)} for tokens {list(held.shape)}")
+    check_table(table, len(key_new), key_new.device)
     kernel = kernel_for(key_new, value_new, tokens, paged=table is not None, backend=backend)
     run_coded(kernel, key_new, value_new, tokens, tables, lengths, bits, table)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..backend import device_of
 from ..codes import LARGEST_SCALE, OFFSET, STEP, Calibrated
 from ..pages import PAGE
+from ..pages.table import capacity_of
 from ..scan.operands import Place, Tokens
 from ..scan.tile import numbers_to
 
@@ -218,13 +219,13 @@ def append_coded(
     else:
         assert tokens.pieces is not None
         place = of_pages = Place(*tokens.pieces, 1)
-        of_table, pages, pitches = table.contiguous(), table.shape[1], [part.stride(2) for part in parts]
+        of_table, pages, pitches = table, table.stride(0), [part.stride(2) for part in parts]
     with device_of(key_new):
         append_coded_kernel[(heads, batch)](
             key_new, value_new, *(tables[name] for name in ("key", "value", "half", "inverse", "key_map")),
             tables["turn_key"], tables["turn_value"], tokens.key, tokens.value, tokens.reduced, held["scale"],
             held["codeword"], held["key_scale"], held["value_scale"], held["correction"], held["correction_scale"],
-            of_table, lengths, tokens.capacity(table), pages,
+            of_table, lengths, capacity_of(tokens.key, table), pages,
             place.sequence, place.head, of_pages.sequence, of_pages.head, *key_new.stride()[:2],
             *value_new.stride()[:2],
             OF_TOKEN=place.token, OF_PAGE=of_pages.token, PAGED=table is not None, PAGE=PAGE,

@@ -13,9 +13,18 @@ from ..cpu.arithmetic import float_in, half_of, of_half
 from ..cpu.pages import row
 from ..cpu.rows import CODES, convert
 from ..pages import PAGE
+from ..scan.cpu import (
+    CODE,
+    CORRECTION,
+    CORRECTION_SCALE,
+    KEY,
+    KEY_SCALE,
+    SCALE,
+    VALUE,
+    VALUE_SCALE,
+    WORD,
+)
 
-CODE, SCALE, CODEWORD, KEY, VALUE, KEY_SCALE, VALUE_SCALE, CORRECTION, CORRECTION_SCALE = range(9)
-"""Which of `Tokens.steps` are whose."""
 Steps = namedtuple("Steps", "bits code row")
 """Bits of the codes; and the largest distance of levels over the root mean square, of codes and of 8-bit rows."""
 
@@ -54,7 +63,7 @@ def append_token(
     convert(key_new[sequence], head, new_kind, key)
     convert(value_new[sequence], head, new_kind, value)
     word = nearest(key, value, tables, head)
-    tokens.codewords[row(of_part[CODEWORD], page, head, offset)] = word
+    tokens.codewords[row(of_part[WORD], page, head, offset)] = word
     for dim in range(width):
         difference[dim] = key[dim] - float_in(tables.key[head], word, dim)
     multiply(difference, width, tables.key_map[head], turned)
@@ -98,7 +107,7 @@ def correct(page, head, offset, kind, tokens, tables, steps, line, mean, turned)
             for dim in range(values):
                 mean[dim] += line[dim] * scale
         else:
-            word = tokens.codewords[row(of_part[CODEWORD], page, head, place)]
+            word = tokens.codewords[row(of_part[WORD], page, head, place)]
             for dim in range(values):
                 mean[dim] += line[dim] - float_in(tables.value[head], word, dim)
     for dim in range(values):

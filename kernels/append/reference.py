@@ -40,7 +40,7 @@ def append_coded(
     kept = {"key": key, "value": value, **encode_tokens(key, value, tables, bits, coded)}
     kept["reduced"] = kept.pop("code")
     for sequence, token in enumerate(lengths.tolist()):
-        if not 0 <= token < tokens.capacity(table):
+        if not 0 <= token < capacity_of(tokens.key, table):
             continue
         page, at = (sequence, token) if table is None else (int(table[sequence, token // PAGE]), token % PAGE)
         for name, part in tokens.of_tokens().items():

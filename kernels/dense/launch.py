@@ -11,7 +11,7 @@ from torch import Tensor
 from ..cpu import LOG2_E, array, by_head_and_query, cut, float_kind, nothing, run
 from ..cpu.pages import lists_of, one_page_each, table_of
 from ..cpu.rows import Rows
-from ..pages import PAGE
+from ..pages.table import capacity_of
 from . import cpu
 
 LEAST_RANGE = 512
@@ -24,7 +24,7 @@ def dense(
 ) -> Tensor:  # fmt: skip
     """See `kvcal.kernels.dense.dense`; the operands are checked."""
     batch, heads, group, width = query.shape
-    capacity = key.shape[2] if table is None else table.shape[1] * PAGE
+    capacity = capacity_of(key, table)
     lengths = lengths.clamp_max(capacity)
     values, longest = value.shape[-1], max(1, int(lengths.max()))
     ranges, per_range = cut(batch * heads, longest, torch.get_num_threads(), LEAST_RANGE, cpu.BLOCK)

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ..backend import FLOATS, choose
 from ..pages import PAGE
+from ..pages.table import capacity_of, check_table
 from .operands import Budget, Tables, Tokens
 from .reference import scan as reference
 
-__all__ = ["Budget", "Tables", "Tokens", "kernel_for", "run", "scan"]
+__all__ = ["MOST_SAMPLED", "Budget", "Tables", "Tokens", "kernel_for", "run", "scan"]
 
 
 def scan(
@@ -69,12 +70,11 @@ def check(
 ) -> None:  # fmt: skip
     """ValueError unless the operands fit together."""
     batch, heads, _, width = query.shape
-    capacity = tokens.capacity(table)
+    check_table(table, batch, query.device)
+    capacity = capacity_of(tokens.key, table)
     expected = (batch, heads, capacity)
     if table is not None:
         expected = (len(tokens.key), heads, PAGE)
-        if table.dim() != 2 or len(table) != batch:
-            raise ValueError(f"table: received {list(table.shape)} for {batch} sequences")
     for name, part in tokens.of_tokens().items():
         if part.shape[:3] != expected:
             raise ValueError(f"{name}: received {list(part.shape)}, expected {list(expected)} and one more")

@@ -23,7 +23,10 @@ Tokens = namedtuple(
     "Tokens", "codes scales codewords key value key_scale value_scale correction correction_scale steps of_rows"
 )
 """Lists of rows, [9, 3] int64 the steps of each, and [5, 3] those of `Rows`."""
-CORRECTION, CORRECTION_SCALE = 7, 8
+CODE, SCALE, WORD, KEY, VALUE, KEY_SCALE, VALUE_SCALE, CORRECTION, CORRECTION_SCALE = range(9)
+"""Which of the steps are whose."""
+OF_ROWS = (KEY, VALUE, KEY_SCALE, VALUE_SCALE, WORD)
+"""Those of `Rows`, in its order."""
 Tables = namedtuple("Tables", "query_map keys values turn_key turn_value")
 """[Hkv, D, r]; codewords [Hkv, C, D] and [Hkv, C, Dv]; and where rows are codes [D, D] and [Dv, Dv]."""
 Budget = namedtuple("Budget", "first begin length stride rank")

@@ -34,7 +34,7 @@ def tokens_of(tokens: Tokens) -> cpu.Tokens:
         (tokens.value_scale, one_each, numbers), (tokens.correction, array, nothing(0, 0)),
         (tokens.correction_scale, one_each, numbers),
     ))  # fmt: skip
-    return cpu.Tokens._make([*arrays, steps, np.ascontiguousarray(steps[[3, 4, 5, 6, 2]])])
+    return cpu.Tokens._make([*arrays, steps, np.ascontiguousarray(steps[list(cpu.OF_ROWS)])])
 
 
 def tables_of(tables: Tables) -> cpu.Tables:

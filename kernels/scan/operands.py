@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backend import FLOATS
-from ..pages import PAGE, in_rows, ordered, page_strides
+from ..pages import in_rows, ordered, page_strides
 
 OUTWEIGHS = 2.0**60
 """A token with so many times the weight of the whole sample is read whatever the threshold: no sum overflows then."""
@@ -41,10 +41,6 @@ class Tokens:
     table [N, Hkv, 1, Dv]."""
     correction_scale: Tensor | None = None
     """[B, Hkv, capacity / PAGE, 1] float16, or [N, Hkv, 1, 1]."""
-
-    def capacity(self, table: Tensor | None) -> int:
-        """Tokens that a sequence may have."""
-        return self.key.shape[2] if table is None else table.shape[1] * PAGE
 
     def of_tokens(self) -> dict[str, Tensor]:
         """What is kept of single tokens, by name."""

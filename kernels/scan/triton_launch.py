@@ -16,6 +16,7 @@ from ..attend.shapes import multiprocessors
 from ..backend import device_of, interpreting
 from ..codes import OFFSET
 from ..pages import PAGE
+from ..pages.table import capacity_of
 from .operands import Budget, Place, Tables, Tokens
 from .prepare_kernel import prepare_kernel
 from .range_kernel import range_kernel
@@ -52,7 +53,7 @@ def scan(
     place, of_table = call.place(tokens.key), none
     pages = 0
     if table is not None:
-        of_table, pages = table.contiguous(), table.shape[1]
+        of_table, pages = table, table.stride(0)
 
     projected, sums = call.scratch(units, call.rank_tile, call.columns, dtype=call.kind), call.per_column(units)
     by_word = call.scratch(units, call.words_tile, call.columns)
@@ -93,7 +94,7 @@ def scan(
             call.scratch(programs, group, values), call.scratch(programs, group if call.coded else 0, values),
             call.scratch(programs, group), out if read is None else read, out,
             factor, cap, longest, batch, splits, capacity, pages, place.sequence, place.head,
-            tokens.capacity(table) // PAGE, correction.sequence, correction.head,
+            capacity_of(tokens.key, table) // PAGE, correction.sequence, correction.head,
             OF_TOKEN=place.token, OF_PAGE=correction.token, KEY_PITCH=call.pitch(tokens.key),
             VALUE_PITCH=call.pitch(tokens.value), **call.constants, DV=values, DV_TILE=power_of_two(values),
             LOW=min(32, call.words_tile // 2), RESIDUAL=residual, CORRECTED=call.corrected,

@@ -88,16 +88,12 @@ class EngineCache(LayerCache):
         return ordered.masked_fill(~made[:, None, :, None], 0)
 
     def write(self, new: Mapping[str, Tensor], slots: Tensor) -> None:
-        """Put [1, Hkv, T, …] of each name into slots [T] int64, page · PAGE + place."""
+        """Put [1, Hkv, T, …] of each name into slots [T] int64, page · PAGE + place; those of padding, below 0, into
+        page 0, which engines leave to nobody."""
+        slots = slots.clamp_min(0)
         places = slots // PAGE, slots % PAGE
         for name, tensor in new.items():
             self.pages[name].index_put_(places, tensor[0].transpose(0, 1).to(self.pages[name].dtype))
-
-    def summarise_written(self, page: Tensor) -> None:
-        """Make anew what is kept of pages [n] int64 as a whole."""
-        assert self.policy is not None
-        if self.summaries and len(page):
-            self.summarise(page, self.policy.summarised, self.policy.summarise)
 
     def summarise(self, page: Tensor, names: Sequence[str], by: Summarise) -> None:
         super().summarise(page, *self._with_sums(names, by))

@@ -48,7 +48,7 @@ class DecodeMetadata(OncePerStep):
     """What a step has to know of a batch, the same for all of its layers."""
 
     block_table: Tensor
-    """[B, P] int64."""
+    """[B, P] int32 or int64."""
     seq_lens: Tensor
     """[B] int32: tokens of each sequence, the new one included."""
     longest: int
@@ -95,7 +95,7 @@ class DecodeMetadata(OncePerStep):
     def places(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """(pages, places in them) of positions [B, …] int64 of the sequences."""
         page = self.block_table.gather(1, index.flatten(1) // PAGE).view_as(index)
-        return page, index % PAGE
+        return page.long(), index % PAGE
 
     def slots(self, index: Tensor) -> Tensor:
         """The slot mapping, page · PAGE + place, of positions [B, …] int64 of the sequences."""
@@ -199,7 +199,7 @@ class LayerCache:
             return self._prepared[name]  # type: ignore[return-value]
         pages, table = self.pages[name], self.metadata.block_table
         if not self.metadata.contiguous:
-            return pages[table].flatten(1, 2).transpose(1, 2)
+            return pages[table.long()].flatten(1, 2).transpose(1, 2)
         return self.prepared(name, lambda: pages.view(table.shape[0], -1, *pages.shape[2:]).transpose(1, 2))
 
     def part(self, name: str) -> Tensor:
@@ -233,7 +233,7 @@ class LayerCache:
     def summary(self, name: str) -> Tensor:
         """[B, Hkv, P, …]: the summaries of every sequence's pages in order; where the table is contiguous, a view."""
         table, pages = self.metadata.block_table, self.summaries[name]
-        ordered = pages.unflatten(0, table.shape) if self.metadata.contiguous else pages[table]
+        ordered = pages.unflatten(0, table.shape) if self.metadata.contiguous else pages[table.long()]
         return ordered.transpose(1, 2)
 
     def write_last(self, new: Mapping[str, Tensor]) -> None:

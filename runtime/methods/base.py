@@ -112,6 +112,11 @@ class Method(ABC):
         """Why a CUDA graph cannot hold its step; None: it can."""
         return None
 
+    def captured_at(self, longest: int) -> bool:
+        """Whether a step that is captured with shapes of `longest` tokens takes little longer than the tokens that are
+        there would; where it does not, it had better run eagerly."""
+        return False
+
     def not_shared(self) -> str | None:
         """Why layers that share keys and values cannot read one cache of it, and what to take; None: they can."""
         return None

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...kernels import attend as attending
 from ...kernels import select as selecting
 from ...kernels.backend import choose as backend
+from ...kernels.scan import MOST_SAMPLED
 from ...kernels.scan import Budget as ScanBudget
 from ..attention import SoftmaxSpec, attention
 from ..kv.pages import PAGE, DecodeMetadata, LayerCache
@@ -50,6 +51,11 @@ class Sampling(Selection):
         super().check()
         check_choice("choice", self.choice, CHOICES)
         check_count("sample", self.sample, 16)
+
+    def is_scan(self, longest: int) -> bool:
+        """Whether a step of sequences of up to `longest` tokens is one scan on a GPU, whose programs end where the
+        tokens do."""
+        return (2 * self.sample if self.choice == "sampled" else longest) <= MOST_SAMPLED
 
 
 @dataclass(frozen=True, eq=False)

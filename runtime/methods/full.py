@@ -48,6 +48,9 @@ class Full(Method):
     def not_captured(self) -> str | None:
         return "record_queries keeps the query of every step" if self.record_queries else None
 
+    def captured_at(self, longest: int) -> bool:
+        return self.not_captured() is None
+
     def bind(self, layer: int, head_dim: int, artifact: Artifact | None) -> FullPolicy:
         self.check()
         return FullPolicy(self.record_mass, self.record_queries)
@@ -71,14 +74,13 @@ def attend_all(policy: Policy, query: Tensor, cache: LayerCache, spec: SoftmaxSp
         query: [B, Hq, 1, D], of which dot products with the keys of `policy.keys_values` are taken.
     """
     metadata = cache.metadata
-    table = metadata.table
-    kernel = choose("auto", query, numba=metadata.longest >= MANY)
-    if table is not None and (kernel == "reference" or cache.pages["key"].dtype != query.dtype):
-        table = None  # keys and values are copied, or decoded, in order
+    kernel, table = choose("auto", query, numba=metadata.longest >= MANY), metadata.table
+    if table is not None:  # else, or where no kernel takes pages as they are, keys and values are copied in order
+        key, value = cache.part("key"), cache.part("value")
+        if kernel == "reference" or key.dtype != query.dtype or (kernel == "numba" and not fits(key, value)):
+            table = None
     if table is None:
         key, value = (tensor.to(query.dtype) for tensor in policy.keys_values(cache))
-    else:
-        key, value = cache.part("key"), cache.part("value")
     if kernel == "triton" or (kernel == "numba" and query.dtype == key.dtype == value.dtype and fits(key, value)):
         grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))
         sink_logits = None if spec.sink_logits is None else spec.sink_logits.float()
@@ -87,7 +89,6 @@ def attend_all(policy: Policy, query: Tensor, cache: LayerCache, spec: SoftmaxSp
             table=table,
         )  # fmt: skip
         return out.flatten(1, 2).unsqueeze(2)
-    assert table is None
     valid = metadata.valid()
     return attention(query, key, value, spec, None if valid is None else valid[:, None, None])
 

@@ -67,6 +67,9 @@ class Loki(Sampling, Method):
         ranks = (0.0625, 0.125, 0.25, 0.5)
         return [{"rank": rank, "keep": keep, "select": "group"} for rank in ranks for keep in keeps]
 
+    def captured_at(self, longest: int) -> bool:
+        return self.not_captured() is None and self.is_scan(longest)
+
     def not_shared(self) -> str | None:
         if self.basis == "pca":
             return None

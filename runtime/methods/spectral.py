@@ -103,6 +103,9 @@ class Spectral(Sampling, Method):
     def not_paged(self) -> str | None:
         return None if self.offload == "none" else "an engine says itself where its pages lie: leave offload out"
 
+    def captured_at(self, longest: int) -> bool:
+        return self.not_captured() is None and self.is_scan(longest)
+
     def not_shared(self) -> str | None:
         return (
             "spectral's codebooks are of one layer's own keys and values: take loki with basis='pca', or a method "

@@ -4,12 +4,9 @@ came of it to the same name with `.out` behind."""
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
-
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
 def main(path: Path) -> None:
@@ -18,7 +15,7 @@ def main(path: Path) -> None:
     asked = json.loads(path.read_text())
     options: dict[str, Any] = {
         "enforce_eager": True, "dtype": "float32", "max_model_len": 1024, "max_num_batched_tokens": 160,
-        "disable_log_stats": True, **asked.get("engine", {}),
+        "disable_log_stats": False, **asked.get("engine", {}),
     }  # fmt: skip
     if asked["kvcal"] is not None:
         options["additional_config"] = {"kvcal": asked["kvcal"]}
@@ -38,7 +35,8 @@ def main(path: Path) -> None:
             ]
             for result in results
         ])  # fmt: skip
-    path.with_suffix(".out").write_text(json.dumps(found))
+    preempted = sum(metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions")
+    path.with_suffix(".out").write_text(json.dumps({"calls": found, "preempted": preempted}))
 
 
 def logprobs(output: Any) -> list[dict[str, float]] | None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
+
 import pytest
 from transformers import AutoTokenizer
 
+DEMO = json.loads((Path(os.environ["KVCAL_VLLM_PREPARED"]) / "expected.json").read_text())["demo"]
 STOCK = {"logprobs": 3}
 
 
@@ -17,7 +22,7 @@ def expected(model, asked):
     return found
 
 
-@pytest.fixture(scope="module", params=["smollm2", "demo"])
+@pytest.fixture(scope="module", params=["smollm2", "demo", "windows"])
 def stock(request, prepared, run):
     """(model, what vLLM decodes without kvcal: all prompts at once)"""
     model = prepared[request.param]
@@ -26,6 +31,7 @@ def stock(request, prepared, run):
 
 
 def test_reading_everything_is_vllm_itself(stock, run):
+    """Of `windows` every other layer is vLLM's own, with pages as long as its window."""
     model, without = stock
     (call,) = run(model, {"method": "spectral", "keep": 1.0}, [{"prompts": model["prompts"], "sampling": STOCK}])
     assert tokens(call) == tokens(without)
@@ -53,24 +59,42 @@ def test_tokens_are_those_of_the_transformers_engine(prepared, run, method, cach
     assert (max(cached) >= 256) == caching
 
 
-@pytest.mark.parametrize("number", range(7))
+@pytest.mark.parametrize("number", range(len(DEMO["expected"])))
 def test_every_method_that_fits(prepared, run, number):
     """Also one for each layer, and an artifact's plan."""
     model = prepared["demo"]
     asked, wanted = (model["expected"][number][name] for name in ("asked", "tokens"))
-    (call,) = run(model, asked if asked else {}, [{"prompts": model["prompts"]}])
+    (call,) = run(model, asked, [{"prompts": model["prompts"]}])
     assert tokens(call) == wanted
 
 
 def test_requests_that_are_preempted_come_back(prepared, run):
-    """Memory for a few of them: the others wait, or are computed again."""
-    model = prepared["demo"]
-    options = {"num_gpu_blocks_override": 10, "max_num_seqs": 16, "max_model_len": 512}
-    sampling = {"max_tokens": 150}
-    (call,) = run(model, {"method": "full"}, [{"prompts": model["prompts"], "sampling": sampling}], **options)
-    (plenty,) = run(model, {"method": "full"}, [{"prompts": model["prompts"], "sampling": sampling}])
+    """Memory for a few of them: others are computed again, in other pages. Quest keeps boxes, and with `keep=1.0`
+    reads everything, so that no token depends on how it came."""
+    model, asked = prepared["demo"], {"method": "quest", "keep": 1.0}
+    few = {"num_gpu_blocks_override": 10, "max_num_seqs": 16, "max_model_len": 512}
+    calls = [{"prompts": model["prompts"], "sampling": {"max_tokens": 150}}]
+    call, preempted = run(model, asked, calls, **few)[0], run.preempted
+    assert preempted > 0
+    (plenty,) = run(model, asked, calls)
     assert tokens(call) == tokens(plenty)
     assert [found[:16] for found in tokens(call)] == expected(model, {"method": "full"})
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two workers want two cores")
+def test_two_workers_share_the_heads(prepared, run):
+    model = prepared["demo"]
+    asked = {"method": "spectral", "rows": 8}
+    (call,) = run(model, asked, [{"prompts": model["prompts"]}], workers=2, tensor_parallel_size=2)
+    assert tokens(call) == expected(model, asked)
+
+
+def test_guesses_that_are_verified(prepared, run):
+    """Verified tokens attend densely, so that a method that reads everything decodes what it would without guesses."""
+    model = prepared["demo"]
+    guesses = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    (call,) = run(model, {"method": "full"}, [{"prompts": model["prompts"]}], speculative_config=guesses)
+    assert tokens(call) == expected(model, {"method": "full"})
 
 
 def test_samples_stops_and_logprobs(prepared, run):

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
+from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from kvcal.artifacts import KvcalError
+from kvcal.runtime.engines.vllm.cpu import CpuBackend
 
 
 def configured(model, kvcal, **options):
@@ -61,8 +67,8 @@ def test_methods_and_settings(prepared, asked, why):
     demo = prepared["demo"]
     said = refused(demo, {"artifact": demo["artifact"], **asked})
     assert why in said
-    if "not_paged" in why or "evicts" in why:
-        assert "full, spectral, loki, quest, sparq" in said
+    if asked["method"] in ("clusterkv", "exact_topk", "subgen"):
+        assert said.endswith("vLLM's pages take full, spectral, loki, quest, sparq")
 
 
 def test_engines(prepared):
@@ -80,7 +86,20 @@ def test_another_version_of_vllm(prepared, monkeypatch):
     assert said.startswith("vLLM 0.33.1 is installed, and this version of kvcal was made for 0.32")
 
 
-def test_nothing_changes_for_others(prepared, monkeypatch):
+def test_nothing_is_said_to_others(prepared, monkeypatch):
+    """Of whatever version."""
     monkeypatch.setattr("vllm.__version__", "0.33.1")
     config = EngineArgs(model=prepared["demo"]["model"], enforce_eager=True, max_model_len=1024).create_engine_config()
     assert config.additional_config == {}
+
+
+def test_nothing_changes_for_others(prepared):
+    """The class that stands in for vLLM's says what that says."""
+    config = EngineArgs(model=prepared["demo"]["model"], enforce_eager=True, max_model_len=1024).create_engine_config()
+    spec = FullAttentionSpec(block_size=128, num_kv_heads=2, head_size=64, dtype=torch.float32)
+    with set_current_vllm_config(config):
+        impl = CpuBackend.get_impl_cls()(4, 64, 0.125, 2, None, None, "auto")
+        assert impl.layer_of(SimpleNamespace(layer_name="model.layers.0.self_attn.attn")) is None
+        assert CpuBackend.customize_spec(spec) == spec
+        for name in ("get_supported_kernel_block_sizes", "supported_kv_cache_layouts", "get_name"):
+            assert repr(getattr(CpuBackend, name)()) == repr(getattr(CPUAttentionBackend, name)())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
 import re
 import signal
@@ -20,7 +19,6 @@ from typing import Any
 import openai
 import psutil
 import pytest
-from conftest import OFFLINE
 
 NAME = "served"
 WORD = ("the", "of", "a", "list", "file", "returns", "object", "string", "method", "value")
@@ -56,7 +54,9 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(prepared: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(
+    prepared: dict[str, Any], environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     model = prepared["smollm2"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -68,7 +68,6 @@ def server(prepared: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
         "--max-model-len", "1024", "--max-num-batched-tokens", "256", "--enforce-eager",
     ]  # fmt: skip
     log = tmp_path_factory.mktemp("server") / "log"
-    environment = {**os.environ, **OFFLINE, "VLLM_CPU_KVCACHE_SPACE": "1"}
     with log.open("w") as to:
         process = subprocess.Popen(command, env=environment, stdout=to, stderr=subprocess.STDOUT)
     made = Server(process, f"http://127.0.0.1:{port}")

@@ -56,11 +56,22 @@ def check_engine(asked: Asked, vllm_config: Any, platform: str) -> dict[int, Met
         )
     if cache.user_specified_block_size and cache.block_size % PAGE:
         raise KvcalError(f"block_size {cache.block_size}: give a multiple of {PAGE}, or leave it out")
+    for name, here in {
+        "kv_sharing_fast_prefill": cache.kv_sharing_fast_prefill,
+        "attention in both directions within a prompt": model.is_mm_prefix_lm,
+        "attention to a window beside the prompt (R-SWA)": model.rswa_window is not None,
+        "layers that read other layers' keys and values": getattr(model.hf_text_config, "num_kv_shared_layers", 0),
+    }.items():
+        if here:
+            raise KvcalError(f"{model.model}: {name}: kvcal's backend has nothing for it: leave kvcal out")
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise KvcalError(f"{name} {getattr(parallel, name)}: a sequence's pages have to lie on one worker: give 1")
     text = model.hf_text_config
-    methods = asked.methods(full_layers(text), text.num_hidden_layers)
+    layers = full_layers(text)
+    if not layers:
+        raise KvcalError(f"{model.model}: no layer sees all tokens, and others stay vLLM's: leave kvcal out")
+    methods = asked.methods(layers, text.num_hidden_layers)
     heads, head_dim = model.get_total_num_kv_heads(), model.get_head_size()
     for layer, method in methods.items():
         asked.policy(method, layer, head_dim, heads)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -38,10 +38,6 @@ class Asked:
         self.artifact: Artifact | None = None if source is None else load(source)
         self.settings = settings
         self._bound: dict[tuple[int, int], Policy] = {}
-
-    @cached_property
-    def planned(self) -> bool:
-        return self.method is None or self.method == "plan"
 
     def methods(self, layers: Sequence[int], total: int) -> dict[int, Method]:
         """The method of each of these layers, among `total`.
@@ -104,5 +100,8 @@ def bytes_per_token(policies: Iterable[Policy], heads: int, head_dim: int, dtype
     """Of a token in one KV head, its share of what is kept of pages included: as many in every layer, since vLLM's
     pages are alike."""
     layouts = [layout_of(policy, heads, head_dim, head_dim, dtype) for policy in policies]
-    unit = math.lcm(PAGE * dtype.itemsize, *(layout.unit for layout in layouts))
-    return -(-max(layout.nbytes for layout in layouts) // unit) * unit // PAGE
+    most, least = max(layout.nbytes for layout in layouts), PAGE * dtype.itemsize
+    # Whole rows of every part of every layer, for the kernels in numba; where that costs more than a sixteenth, as with
+    # another rank in each layer, they are forgone.
+    whole = -(-most // (unit := math.lcm(least, *(layout.unit for layout in layouts)))) * unit
+    return (whole if whole <= most * 17 // 16 else -(-most // least) * least) // PAGE

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvcal.runtime.attention import SoftmaxSpec, causal_attention
 from kvcal.runtime.engines.vllm.batch import batch_of
+from kvcal.runtime.engines.vllm.engine import heads_of
 from kvcal.runtime.engines.vllm.layer import Layer
 from kvcal.runtime.kv.pages import PAGE
 from kvcal.runtime.methods import METHODS
@@ -79,7 +80,7 @@ class Engine:
         )
         query, key, value = (torch.cat(each) for each in zip(*tensors, strict=True))
         seq_lens = torch.tensor(lengths, dtype=torch.int32)
-        batch = batch_of(starts, lengths, prefilling, seq_lens, table.int(), slots, exact=seen)
+        batch = batch_of(starts, lengths, prefilling, seq_lens, table.int(), slots, lengths_known=seen)
         output = torch.full_like(query, torch.nan)
         self.layer.forward(query, key, value, self.pieces, batch, output)
         return list(output.split([count for _, count in parts]))
@@ -200,13 +201,14 @@ def test_fixed_shapes_and_padding(method):
     engine.free.remove(0)
     requests = [Request(row) for row in rows]
     engine.step((requests[0], 126), (requests[1], 5))
-    table = torch.zeros(4, 8, dtype=torch.int32)
+    table, seq_lens = torch.zeros(4, 8, dtype=torch.int32), torch.ones(4, dtype=torch.int32)
+    no_slots = torch.full((4,), -1)
+    batch = batch_of([0, 1, 2, 3, 4], [1] * 4, [True], seq_lens, table, no_slots, longest=512)
+    # What a graph was captured with is changed in place before it is replayed.
     for at, request in enumerate(requests):
         request.pages.append(engine.free.pop())
         table[at, : len(request.pages)] = torch.tensor(request.pages)
-    seq_lens = torch.tensor([127, 6, 0, 0], dtype=torch.int32)
-    no_slots = torch.full((4,), -1)
-    batch = batch_of([0, 1, 2, 3, 4], [512] * 4, [False] * 4, seq_lens, table, no_slots, longest=512)
+    seq_lens.copy_(torch.tensor([127, 6, 0, 0]))
     query, key, value = (torch.zeros(4, heads, GEOMETRY.dim) for heads in (GEOMETRY.heads, 2, 2))
     for at, row in enumerate(rows):
         for batched, own in zip((query, key, value), row.tensors(), strict=True):
@@ -216,6 +218,32 @@ def test_fixed_shapes_and_padding(method):
     for at, step in enumerate(expected):
         assert_close(output[at], step.output)
     assert not output[2:].isnan().any()
+
+
+@EVERY
+def test_requests_that_decode_stand_anywhere(form):
+    """Between prompts, and beside padding of no tokens."""
+    method, settings = FORMS[form]
+    rows = draw(GEOMETRY, (70, 9, 40), STEPS)
+    expected = [alone(method, GEOMETRY, row, SPEC, **settings)[0] for row in rows]
+    engine = Engine(method, **settings)
+    a, b, c, d = (Request(row) for row in (*rows, rows[2]))
+    engine.step((a, 70), (b, 9))
+    out_c, out_a, out_d, out_b = engine.step((c, 40), (a, 1), (d, 12), (b, 1))
+    assert_close(out_a[0], expected[0].output)
+    assert_close(out_b[0], expected[1].output)
+    assert_close(out_c, dense(c.row, 0, 40), coded(form))
+    assert_close(out_d, dense(d.row, 0, 12), coded(form))
+    assert_close(engine.step((c, 1))[0][0], expected[2].output)
+
+
+def test_warming_up_leaves_nothing():
+    engine = Engine("spectral", **CASES["spectral"].forms[next(iter(CASES["spectral"].forms))])
+    engine.layer.warm_up(GEOMETRY.heads, 300, torch.device("cpu"))
+    assert not engine.pieces.any()
+    (row,) = draw(GEOMETRY, (40,), 1)
+    request = Request(row)
+    assert_close(engine.step((request, 40))[0], dense(row, 0, 40))
 
 
 def test_soft_capping_and_sink_logits():
@@ -269,3 +297,34 @@ def test_prompts_leave_what_a_store_would(form):
     for name, buffer in store.tokens.items():
         found = parts[name][request.pages].transpose(0, 1).flatten(1, 2)[:, :100]
         torch.testing.assert_close(found.float(), buffer.view[0].float(), rtol=1e-5, atol=1e-5)
+
+
+@EVERY
+def test_workers_that_share_the_heads(form):
+    """Each has a KV head, with what was calibrated for it; together they are one worker with all heads."""
+    method, settings = FORMS[form]
+    (row,) = draw(GEOMETRY, (100,), STEPS)
+    expected = alone(method, GEOMETRY, row, SPEC, **settings)
+    whole = make(method, GEOMETRY, **settings).policy
+    for head in range(GEOMETRY.kv_heads):
+        of_head, group = slice(head, head + 1), slice(head * GEOMETRY.group, (head + 1) * GEOMETRY.group)
+        engine = Engine(method, **settings)
+        engine.layer = Layer.of(whole.on_heads(of_head), 1, GEOMETRY.dim, torch.float32, SPEC)
+        engine.pieces = torch.zeros(40, 1, engine.layer.layout.nbytes, dtype=torch.uint8)
+        request = Request(Row(row.query[group], row.key[of_head], row.value[of_head], row.prompt))
+        engine.step((request, 100))
+        for step in expected:
+            assert_close(engine.step((request, 1))[0][0], step.output[group])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "total", "expected"),
+    [
+        (1, 8, [slice(0, 8)]),
+        (2, 8, [slice(0, 4), slice(4, 8)]),
+        (4, 2, [slice(0, 1), slice(0, 1), slice(1, 2), slice(1, 2)]),
+    ],
+)
+def test_heads_of_workers(ranks, total, expected):
+    """As vLLM deals them: its first workers have the first heads, and several the same one where there are too few."""
+    assert [heads_of(rank, ranks, total) for rank in range(ranks)] == expected
