@@ -46,7 +46,8 @@ class Asked:
             KvcalError: settings that are none, or a method that cannot work in an engine's pages.
         """
         method = chosen(self.artifact, self.method, self.settings, total)
-        with naming(self.artifact if method is not self.method and isinstance(method, list) else None):
+        is_plan = isinstance(method, list) and method is not self.method
+        with naming(self.artifact if is_plan else None):
             found = methods_by_layer(method, self.settings, layers, total)
         for layer, of_layer in found.items():
             if why_not := of_layer.not_paged():
