@@ -73,7 +73,7 @@ def server(
         process = subprocess.Popen(command, env=environment, stdout=to, stderr=subprocess.STDOUT)
     made = Server(process, f"http://127.0.0.1:{port}")
     try:
-        end = time.monotonic() + 400
+        end = time.monotonic() + 900
         while True:
             assert process.poll() is None and time.monotonic() < end, log.read_text()[-4000:]
             try:
