@@ -26,8 +26,9 @@ def configured(model, kvcal, **options):
 def refused(model, kvcal, **options):
     with pytest.raises(KvcalError) as caught:
         configured(model, kvcal, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    said = str(caught.value)
+    assert said.startswith("kvcal: ") and "\n" not in said
+    return said
 
 
 def test_artifacts(prepared, tmp_path):
@@ -38,6 +39,13 @@ def test_artifacts(prepared, tmp_path):
     assert "needs an artifact" in refused(demo, {"method": "spectral"})
     assert "needs an artifact" in refused(demo, {}), "the method is loki where none is named"
     assert "give a mapping such as" in refused(demo, "spectral")
+    assert "'artefact': did you mean 'artifact'?" in refused(demo, {"artefact": demo["artifact"]})
+    assert "'methd': did you mean 'method'?" in refused(demo, {"methd": "full"})
+    for other in ({"kvcall": {"method": "full"}}, {"KVCal": {"method": "full"}}, {"artifact": demo["artifact"]}):
+        with pytest.raises(KvcalError, match=r"additional_config has '\w+', and no 'kvcal': give it as"):
+            EngineArgs(
+                model=demo["model"], enforce_eager=True, max_model_len=1024, additional_config=other
+            ).create_engine_config()
     damaged = tmp_path / "damaged"
     shutil.copytree(demo["artifact"], damaged)
     manifest = json.loads((damaged / "manifest.json").read_text())
@@ -83,7 +91,7 @@ def test_another_version_of_vllm(prepared, monkeypatch):
     demo = prepared["demo"]
     monkeypatch.setattr("vllm.__version__", "0.33.1")
     said = refused(demo, {"artifact": demo["artifact"]})
-    assert said.startswith("vLLM 0.33.1 is installed, and this version of kvcal was made for 0.32")
+    assert "vLLM 0.33.1 is installed, and this version of kvcal was made for 0.32" in said
 
 
 def test_nothing_is_said_to_others(prepared, monkeypatch):

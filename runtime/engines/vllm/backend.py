@@ -3,6 +3,7 @@ layers without a method be vLLM's."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from .batch import Batch, batch_of
 from .engine import Engine, engine_of, last_engine
 from .layer import Layer, PromptAttention
 
+LOG = logging.getLogger("vllm.kvcal")
 WARM = 4096
 """Tokens of the contexts that kernels are warmed up with, at most, where no graph is captured."""
 
@@ -67,6 +69,7 @@ class BuilderMixin:
         self.ours = False
         if self.engine is None:
             return
+        LOG.info("kvcal: making its kernels ready, which takes minutes where they are compiled for the first time")
         longest = self.engine.longest if self.engine.captured else min(self.engine.longest, WARM)
         for attention in get_layers_from_vllm_config(vllm_config, Attention, layer_names).values():
             layer = attention.impl.layer_of(attention)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,6 +33,10 @@ class Asked:
             KvcalError: no artifact, where the method needs one, or none that can be read.
         """
         settings = dict(asked)
+        for name in settings:
+            near = difflib.get_close_matches(name, ("artifact", "method"), n=1, cutoff=0.75)
+            if near and name != near[0]:
+                raise KvcalError(f"{name!r}: did you mean {near[0]!r}?")
         source, self.method = settings.pop("artifact", None), settings.pop("method", None)
         if source is not None and not isinstance(source, str):
             raise KvcalError(f"artifact {source!r}: give a folder or a Hub id")
@@ -87,13 +92,18 @@ def asked_of(additional_config: object) -> Asked | None:
     """What a configuration of vLLM asks of kvcal; None: nothing. Read once in a process.
 
     Raises:
-        KvcalError: see `Asked`.
+        KvcalError: see `Asked`; and for what was surely meant to ask for it.
     """
-    asked = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
+    given = additional_config if isinstance(additional_config, Mapping) else {}
+    asked = given.get(KEY)
     if asked is None:
+        for name in map(str, given):
+            near = difflib.get_close_matches(name.lower(), [KEY], cutoff=0.75)
+            if name != KEY and (near or name == "artifact"):
+                raise KvcalError(f"additional_config has {name!r}, and no {KEY!r}: give it as {EXAMPLE}")
         return None
     if not isinstance(asked, Mapping):
-        raise KvcalError(f"additional_config, {KEY}: {asked!r}: give a mapping such as {EXAMPLE}")
+        raise KvcalError(f"{asked!r}: give a mapping such as {EXAMPLE}")
     return _asked(json.dumps(asked, sort_keys=True))
 
 

@@ -6,10 +6,19 @@ Nothing of vLLM changes for those who do not ask for kvcal: then the backend is 
 from __future__ import annotations
 
 import functools
+import logging
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
+from ....artifacts import KvcalError
+from ...methods import Method
+from ...settings import name_of
 from .checks import check_engine, check_version
 from .config import asked_of
+
+LOG = logging.getLogger("vllm.kvcal")
+"""Below vLLM's own, which says what is told and where."""
 
 
 def register() -> None:
@@ -55,12 +64,22 @@ def prepare(config: Any) -> None:
     import vllm
     from vllm.platforms import current_platform
 
-    asked = asked_of(config.additional_config)
-    if asked is None:
-        return
-    check_version(vllm.__version__)
-    check_engine(asked, config, current_platform.device_type)
+    try:
+        asked = asked_of(config.additional_config)
+        if asked is None:
+            return
+        check_version(vllm.__version__)
+        methods = check_engine(asked, config, current_platform.device_type)
+    except KvcalError as error:
+        raise type(error)(f"kvcal: {error}") from None
+    LOG.info("kvcal: %s decodes, from %s", told(methods), asked.artifact.name if asked.artifact else "no artifact")
     if current_platform.is_cuda():
         from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
         config.attention_config.backend_per_kind["full_attention"] = AttentionBackendEnum.CUSTOM
+
+
+def told(methods: Mapping[int, Method]) -> str:
+    """Which method has how many layers."""
+    names = Counter(name_of(method) for method in methods.values())
+    return ", ".join(f"{name} in {count} layers" for name, count in names.items())

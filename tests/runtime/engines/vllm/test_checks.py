@@ -92,9 +92,17 @@ def test_layers_of_full_attention():
 
 
 def test_who_asks_for_nothing():
-    assert asked_of({}) is None and asked_of({"other": 1}) is None and asked_of(None) is None
+    assert all(
+        asked_of(given) is None for given in ({}, {"other": 1, "gdn_prefill_backend": "x"}, None, {"kvcal": None})
+    )
     with pytest.raises(KvcalError, match="give a mapping such as"):
         asked_of({"kvcal": ["spectral"]})
+    for given in ({"kvcall": {}}, {"KVCAL": {}}, {"artifact": "folder", "method": "loki"}):
+        with pytest.raises(KvcalError, match="and no 'kvcal': give it as"):
+            asked_of(given)
+    for name, meant in (("artefact", "artifact"), ("methd", "method")):
+        with pytest.raises(KvcalError, match=f"'{name}': did you mean '{meant}'"):
+            asked_of({"kvcal": {name: "x"}})
 
 
 def test_an_artifact_of_other_heads():
