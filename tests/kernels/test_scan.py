@@ -267,7 +267,7 @@ def test_what_does_not_fit_is_refused():
     elsewhere = replace(tokens, key=tokens.key.contiguous())
     with pytest.raises(ValueError, match="pages in one piece"):
         scan(made.query, elsewhere, made.tables, made.budget, **options, table=table, backend="triton")
-    with pytest.raises(ValueError, match=r"table: received torch.int32 \[3, 24\] on cpu, expected int32 or int64 \[4, P\]"):
+    with pytest.raises(ValueError, match=r"table: received torch.int32 \[3, 24\] on cpu, .* int64 \[4, P\]"):
         scan(made.query, tokens, made.tables, made.budget, **options, table=table[1:])
 
 
