@@ -26,7 +26,10 @@ WORD = ("the", "of", "a", "list", "file", "returns", "object", "string", "method
 class Server:
     def __init__(self, process: subprocess.Popen, url: str):
         self.process, self.url = process, url
-        self.client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=300, max_retries=0)
+
+    def client(self) -> openai.AsyncOpenAI:
+        """A new one: it belongs to the event loop that it is first used in."""
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=300, max_retries=0)
 
     def get(self, path: str) -> str:
         with urllib.request.urlopen(self.url + path, timeout=10) as answer:
@@ -94,29 +97,31 @@ def test_concurrent_completions_are_those_of_the_transformers_engine(server, pre
     model = prepared["smollm2"]
     (wanted,) = [entry["tokens"] for entry in model["expected"] if entry["asked"] == {"method": "spectral"}]
 
-    async def complete(prompt: list[int]) -> list[int]:
-        answer = await server.client.completions.create(
+    async def complete(client: openai.AsyncOpenAI, prompt: list[int]) -> list[int]:
+        answer = await client.completions.create(
             model=NAME, prompt=prompt, temperature=0, max_tokens=16,
             extra_body={"return_token_ids": True, "ignore_eos": True},
         )  # fmt: skip
         return answer.choices[0].token_ids
 
     async def all_at_once() -> list[list[int]]:
-        return await asyncio.gather(*map(complete, model["prompts"]))
+        async with server.client() as client:
+            return await asyncio.gather(*(complete(client, prompt) for prompt in model["prompts"]))
 
     assert asyncio.run(all_at_once()) == wanted
 
 
 def test_chats_that_are_streamed(server):
-    async def chat(question: str) -> str:
-        parts = await server.client.chat.completions.create(
+    async def chat(client: openai.AsyncOpenAI, question: str) -> str:
+        parts = await client.chat.completions.create(
             model=NAME, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=12, stream=True
         )
         return "".join([part.choices[0].delta.content or "" async for part in parts])
 
     async def twice() -> list[str]:
         questions = ["What is the capital of France?", "Name a prime number.", "What is Debian?"] * 2
-        return await asyncio.gather(*map(chat, questions))
+        async with server.client() as client:
+            return await asyncio.gather(*(chat(client, question) for question in questions))
 
     answers = asyncio.run(twice())
     assert answers[:3] == answers[3:] and "Paris" in answers[0]
@@ -139,9 +144,10 @@ for part in client.completions.create(model="{NAME}", prompt="Once upon a time",
     server.wait_until_settled()
 
     async def again() -> str:
-        answer = await server.client.completions.create(
-            model=NAME, prompt="The capital of France is", temperature=0, max_tokens=4
-        )
+        async with server.client() as client:
+            answer = await client.completions.create(
+                model=NAME, prompt="The capital of France is", temperature=0, max_tokens=4
+            )
         return answer.choices[0].text
 
     assert "Paris" in asyncio.run(again())
@@ -158,8 +164,8 @@ def test_200_requests_of_mixed_lengths(server):
             for length in lengths
         ]
 
-    async def complete(prompt: str, tokens: int, cut: bool) -> int | None:
-        call = server.client.completions.create(
+    async def complete(client: openai.AsyncOpenAI, prompt: str, tokens: int, cut: bool) -> int | None:
+        call = client.completions.create(
             model=NAME, prompt=prompt, temperature=0, max_tokens=tokens, extra_body={"ignore_eos": True}
         )
         if cut:
@@ -177,9 +183,10 @@ def test_200_requests_of_mixed_lengths(server):
 
         async def one(request: tuple[str, int, bool]) -> int | None:
             async with waiting:
-                return await complete(*request)
+                return await complete(client, *request)
 
-        return await asyncio.gather(*map(one, requests))
+        async with server.client() as client:
+            return await asyncio.gather(*map(one, requests))
 
     def sent(count: int) -> None:
         requests = asked(count)
