@@ -17,7 +17,7 @@ def append(
     slots = lengths.masked_fill(~written, 0).long()
     place = torch.arange(lengths.shape[0], device=key.device)
     if table is not None:
-        # What is not written has no page of its own: it writes what the first written one does, where that does.
+        # A sequence that is not written repeats the write of the first one that is, so no other page is touched.
         source = torch.where(written, place, written.int().argmax())
         key_new, value_new, slots, written = key_new[source], value_new[source], slots[source], written[source]
         pages = table[source].gather(1, (slots // PAGE).unsqueeze(1)).squeeze(1)

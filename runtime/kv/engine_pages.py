@@ -50,6 +50,7 @@ def added_up(policy: Layout, page: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def of_page(page: Mapping[str, Tensor], policy: Layout, by: Summarise) -> Mapping[str, Tensor]:
+    """[n, Hkv, …] by name: the rows that stand for pages, [n, PAGE, Hkv, …] by name: summaries and sums."""
     return {**by({name: page[name] for name in policy.summarised}), **added_up(policy, page)}
 
 
