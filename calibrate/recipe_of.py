@@ -140,7 +140,7 @@ def _stages(artifact: Artifact, notes: list[str]) -> list[dict[str, Any]]:
 
 def _sharing(artifact: Artifact, settings: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     """Options of `calibrate share` that give these groups under this name of a pattern."""
-    from .sharing.requested import requested_map
+    from .cla.requested import requested_map
 
     pattern, stored, groups = settings.get("pattern"), settings.get("stored_layers"), settings["groups"]
     stored = stored if type(stored) is int else None

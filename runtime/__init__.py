@@ -5,32 +5,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..artifacts import Artifact, ArtifactError, KvcalError, MismatchError
+from .cla.sharing_map import SharingMap
 from .decode import Decoded, decode
 from .loading import check_model, load
 from .methods import METHODS
 from .sampling import Sampler
-from .sharing import SharingMap
 from .store import Store
 
 if TYPE_CHECKING:
+    from .cla.checkpoint import load_cla
+    from .cla.folder import save_cla
+    from .cla.sharing import Sharing, share, shared, sharing_of
     from .integration.cache import CompressedCache
-    from .integration.checkpoint import load_cla
-    from .integration.cla_folder import save_cla
     from .integration.contexts import compress, disable, enable, shared_for
-    from .integration.sharing import Sharing, share, shared, sharing_of
 
-_INTEGRATION = {
-    "CompressedCache": "cache",
-    "compress": "contexts",
-    "disable": "contexts",
-    "enable": "contexts",
-    "load_cla": "checkpoint",
-    "save_cla": "cla_folder",
-    "Sharing": "sharing",
-    "share": "sharing",
-    "shared": "sharing",
-    "shared_for": "contexts",
-    "sharing_of": "sharing",
+_WITH_TRANSFORMERS = {
+    "CompressedCache": "integration.cache",
+    "compress": "integration.contexts",
+    "disable": "integration.contexts",
+    "enable": "integration.contexts",
+    "load_cla": "cla.checkpoint",
+    "save_cla": "cla.folder",
+    "Sharing": "cla.sharing",
+    "share": "cla.sharing",
+    "shared": "cla.sharing",
+    "shared_for": "integration.contexts",
+    "sharing_of": "cla.sharing",
 }
 
 __all__ = [
@@ -61,6 +61,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _INTEGRATION:
-        return getattr(import_module(f".integration.{_INTEGRATION[name]}", __name__), name)
+    if name in _WITH_TRANSFORMERS:
+        return getattr(import_module(f".{_WITH_TRANSFORMERS[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -35,7 +35,7 @@ from kvcal.calibrate.models.gguf_header import read_header
 from kvcal.calibrate.recipe import read_recipe
 from kvcal.calibrate.recipe_of import recipe_of
 from kvcal.calibrate.text_files import KNOWN, read
-from kvcal.runtime.cla import stage_map
+from kvcal.runtime.cla.method import stage_map
 
 _MOST_TEXTS = 100
 _FIRST = (".txt", ".md", ".py", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")

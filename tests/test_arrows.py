@@ -16,7 +16,11 @@ ROOMS = {
     "kernels": ({"torch", "triton", *ON_A_CPU}, set()),
     "runtime": ({"torch", "safetensors", "huggingface_hub"}, {"artifacts", "kernels"}),
 }
-WITH_TRANSFORMERS = ROOT / "runtime" / "integration"
+CLA = ROOT / "runtime" / "cla"
+WITH_TRANSFORMERS = {
+    *(ROOT / "runtime" / "integration").rglob("*.py"),
+    *(CLA / f"{name}.py" for name in ("checkpoint", "projections")),
+}
 """Everything else of the runtime serves any engine, but for these files."""
 VLLM = ROOT / "runtime" / "engines" / "vllm"
 WITH_VLLM = {VLLM / f"{name}.py" for name in ("plugin", "engine", "backend", "cpu", "cuda")}
@@ -41,7 +45,7 @@ def test_a_room_imports_only_what_it_may(room):
     packages, below = ROOMS[room]
     for path in (ROOT / room).rglob("*.py"):
         names, rooms = imports(path)
-        allowed = STDLIB | packages | ({"transformers"} if WITH_TRANSFORMERS in path.parents else set())
+        allowed = STDLIB | packages | ({"transformers"} if path in WITH_TRANSFORMERS else set())
         allowed |= {"vllm"} if path in WITH_VLLM else set()
         assert names <= allowed, path
         assert rooms <= below, path
@@ -86,6 +90,7 @@ def test_kernels_is_not_a_regular_package():
     [
         ("kvcal.artifacts", ["transformers", "datasets", "faiss", "sklearn", "click"]),
         ("kvcal.runtime", ["transformers", "datasets", "faiss", "sklearn", "click", "matplotlib", "huggingface_hub"]),
+        *((f"kvcal.runtime.cla.{name}", ["transformers"]) for name in ("sharing_map", "method", "file")),
         ("kvcal.calibrate", ["transformers", "datasets", "faiss", "sklearn", "click", "matplotlib"]),
         ("kvcal.calibrate.models.listing", ["transformers", "datasets", "faiss", "sklearn", "gguf", "matplotlib"]),
         ("kvcal.calibrate.cli.group", ["transformers", "datasets", "faiss", "sklearn", "matplotlib"]),

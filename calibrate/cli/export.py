@@ -32,8 +32,8 @@ def export_command(artifact: Path, model_spec: str, folder: Path, dtype: str, as
     """
     from ...artifacts.places import check_new_folder
     from ...artifacts.writing import has_content
-    from ...runtime.cla import stage_map
-    from ..sharing.export import export
+    from ...runtime.cla.method import stage_map
+    from ..cla.export import export
 
     check_new_folder(folder)
     if has_content(folder):

@@ -53,12 +53,12 @@ def share_command(
       calibrate share mistral-7b-wikitext --model mistral-7b --pattern auto --budget-layers 16
       calibrate share mistral-7b-wikitext --model mistral-7b --uptrain --data wikitext --steps 1000 --lr 1e-4
     """
-    from ...runtime.cla import stage_map
+    from ...runtime.cla.method import stage_map
     from ..card import card_files
-    from ..sharing.figure import share_figure
-    from ..sharing.requested import check_can_share, refuse_to_lose, requested_map
-    from ..sharing.rotation import rotation_of
-    from ..sharing.stage import share, share_report
+    from ..cla.figures import share_figure
+    from ..cla.requested import check_can_share, refuse_to_lose, requested_map
+    from ..cla.rotation import rotation_of
+    from ..cla.stage import share, share_report
 
     training = UptrainOptions.take(settings)
     found = load(artifact)
@@ -94,7 +94,7 @@ def share_command(
 
 def _has_the_map(artifact: Artifact, settings: dict[str, Any]) -> bool:
     """Whether the stage `cla` is there and shares what is asked for, if anything is."""
-    from ..sharing.requested import default_stored, requested_map
+    from ..cla.requested import default_stored, requested_map
 
     if "cla" not in artifact.stages:
         return False
@@ -118,8 +118,8 @@ def _uptrain(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    from ..sharing.loss_figure import loss_figure
-    from ..sharing.stage import share_report
+    from ..cla.figures import loss_figure
+    from ..cla.stage import share_report
 
     trained, history = run_uptraining(found, folder, model_spec, training, overwrite)
     report = share_report(trained)

@@ -17,8 +17,8 @@ from .output import print_lines, print_table, progress_bar, say, working
 
 if TYPE_CHECKING:
     from ..blocks import TokenBlocks
+    from ..cla.training_state import Record
     from ..data import TextData
-    from ..sharing.training_state import Record
 
 _TENTHS = {"first tenth": "first_losses", "last tenth": "last_losses"}
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -117,15 +117,15 @@ def run_uptraining(
     artifact: Artifact, folder: Path, model_spec: str, options: UptrainOptions, overwrite: bool
 ) -> tuple[Artifact, list[Record]]:
     """Train the sharing of the stage `cla` and save it there: (the artifact, the history of the training)."""
-    from ...runtime.cla import stage_map
+    from ...runtime.cla.method import stage_map
     from ..card import card_files
+    from ..cla.figures import loss_figure
+    from ..cla.refit import refit_keys
+    from ..cla.requested import refuse_to_lose
+    from ..cla.training_state import TrainingState
+    from ..cla.uptrained_stage import earlier_training, finished_run, with_uptraining
+    from ..cla.uptraining import Uptraining, check_trainable, run_settings, uptrain
     from ..data import open_data
-    from ..sharing.loss_figure import loss_figure
-    from ..sharing.refit import refit_keys
-    from ..sharing.requested import refuse_to_lose
-    from ..sharing.training_state import TrainingState
-    from ..sharing.uptrained_stage import earlier_training, finished_run, with_uptraining
-    from ..sharing.uptraining import Uptraining, check_trainable, run_settings, uptrain
 
     assert options.data_spec and options.steps is not None
     names = {field.name for field in fields(Uptraining)}

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...artifacts import Artifact, KvcalError
 from ...runtime import METHODS, CompressedCache, shared_for
-from ...runtime.cla import Cla, split_method
+from ...runtime.cla.method import Cla, split_method
 from ...runtime.planned import NAME as PLAN
 
 Value = bool | int | float | str | None

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ...artifacts import KvcalError
-from ...runtime import cla_file, hub
+from ...runtime import hub
+from ...runtime.cla.file import NAME as CLA_FILE
 from . import aliases
 from .source import ModelSource, has_tokenizer, resolve_model
 
@@ -95,7 +96,7 @@ def load_model(
         placed = placement(config) if placement else {}
         missing = []
         with _user_errors(source, "weights"):
-            if (downloaded / cla_file.NAME).is_file():
+            if (downloaded / CLA_FILE).is_file():
                 if placed:
                     raise KvcalError(f"model {source.id}: layers that share keys cannot be spread over devices")
                 model = _shared(downloaded, wanted)
@@ -119,7 +120,7 @@ def load_model(
 
 def _shared(folder: Path, wanted: Any) -> Any:
     """A model that `calibrate export --cla` wrote: transformers alone would make up the projections it lacks."""
-    from ...runtime.integration.checkpoint import load_cla
+    from ...runtime.cla.checkpoint import load_cla
 
     return load_cla(folder, dtype=None if wanted == "auto" else wanted)
 

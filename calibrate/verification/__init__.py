@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...artifacts import Artifact
+from ..cla.verify import check_sharing
 from .bases import check_pca, check_score
 from .clusterings import check_clusters
 from .codebooks import check_codebook
@@ -10,7 +11,6 @@ from .manifest import check_manifest
 from .moments import check_moments
 from .plan import check_plan
 from .sample import check_sample
-from .sharing import check_sharing
 
 
 def verify(artifact: Artifact) -> None:

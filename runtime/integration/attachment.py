@@ -17,7 +17,7 @@ from .routing import backbone
 from .support import attention_layers
 
 if TYPE_CHECKING:
-    from .sharing import Sharing
+    from ..cla.sharing import Sharing
 
 
 @dataclass

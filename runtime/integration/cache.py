@@ -15,12 +15,13 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from ...artifacts import Artifact, KvcalError
-from ..cla import check_methods, with_bases
+from ..cla.method import check_methods, with_bases
+from ..cla.sharing import sharing_of
+from ..cla.sharing_map import SharingMap
 from ..loading import check_model
 from ..methods import KEEPING, Method
 from ..planned import chosen, naming
 from ..settings import builders, describe, methods_by_layer, name_of
-from ..sharing import SharingMap
 from ..store import Store
 from ..wrapped import unwrapped
 from .attachment import attach
@@ -29,7 +30,6 @@ from .reading import ReadingLayer
 from .restoring import by_layer, check_fits, check_layers
 from .rotation import refuse_change
 from .routing import kind
-from .sharing import sharing_of
 from .snapshot import damaged, read_snapshot, write_snapshot
 from .stock import restore_stock, stock_state
 from .support import attention_layers

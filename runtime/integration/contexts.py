@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from ...artifacts import Artifact, KvcalError
-from ..cla import Cla, resolve, split_method
+from ..cla.method import Cla, resolve, split_method
+from ..cla.sharing import Sharing, share_for, sharing_of
 from ..wrapped import unwrapped
 from .attachment import Compressed, attach, attached
 from .cache import Blueprint, CompressedCache, check_artifact
 from .entering import Entry, enter, leave
-from .sharing import Sharing, share_for, sharing_of
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from ...artifacts.plain_files import read_plain
 from ...artifacts.syncing import make_folder
 from ...artifacts.weights import model_state, sample, update_digest
 from ...artifacts.writing import write_atomically
+from ..cla.sharing_map import SharingMap
 from ..methods import METHODS, Method
-from ..sharing import SharingMap
 
 FILE = "cache.safetensors"
 _VERSION = 5

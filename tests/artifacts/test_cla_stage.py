@@ -8,7 +8,7 @@ from related_layers import DIM, HEADS, artifact, layer, with_trained_weights
 from samples import artifact as sample
 
 from kvcal.artifacts import ArtifactError, Stage, load, save
-from kvcal.calibrate.sharing import share
+from kvcal.calibrate.cla import share
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ from samples import artifact, rescored
 from kvcal.artifacts import Artifact, KvcalError, load, save
 from kvcal.artifacts.writing import write_atomically
 from kvcal.calibrate.checkpoint import Checkpoint
+from kvcal.calibrate.cla.optimizer import Optimizer
+from kvcal.calibrate.cla.training_state import TrainingState
 from kvcal.calibrate.evaluation.results import Results
-from kvcal.calibrate.sharing.optimizer import Optimizer
-from kvcal.calibrate.sharing.training_state import TrainingState
 from kvcal.calibrate.statistics import StatisticsFitter
 from kvcal.runtime import CompressedCache, SharingMap, save_cla, shared
 

@@ -4,8 +4,8 @@ import pytest
 import samples
 
 from kvcal.artifacts import Stage, load, save
+from kvcal.calibrate.cla import share
 from kvcal.calibrate.compare import compare
-from kvcal.calibrate.sharing import share
 
 NAME = "layers.1.cost_aligned"
 

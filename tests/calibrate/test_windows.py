@@ -14,11 +14,11 @@ from kvcal.artifacts import ArtifactError, KvcalError, load, save
 from kvcal.artifacts.schema import version_of
 from kvcal.calibrate.blocks import TokenBlocks
 from kvcal.calibrate.card import card_files
+from kvcal.calibrate.cla import share
 from kvcal.calibrate.cli import cli
 from kvcal.calibrate.cluster_stage import cluster
 from kvcal.calibrate.one_pass import calibrate
 from kvcal.calibrate.rank import rank_report
-from kvcal.calibrate.sharing import share
 from kvcal.calibrate.statistics import StatisticsFitter
 from kvcal.calibrate.verification import verify
 from kvcal.runtime import compress

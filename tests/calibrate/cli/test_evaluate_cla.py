@@ -46,7 +46,7 @@ def artifact(tmp_path_factory, tiny_model_folder, text):
 
 def measured(found):
     """What `calibrate share` measures; it does not matter here."""
-    from kvcal.calibrate.sharing.stage import share
+    from kvcal.calibrate.cla.stage import share
 
     return dict(share(found).stages["cla"].tensors)
 

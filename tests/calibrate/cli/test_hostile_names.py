@@ -17,6 +17,7 @@ from samples import artifact as sample
 from kvcal.artifacts import Artifact, load, save
 from kvcal.artifacts.errors import one_line
 from kvcal.calibrate.card import _card
+from kvcal.calibrate.cla.export import _card as export_card
 from kvcal.calibrate.cli import cli
 from kvcal.calibrate.cli.evaluation_table import print_results
 from kvcal.calibrate.cli.output import print_table
@@ -26,7 +27,6 @@ from kvcal.calibrate.plots import rank_figure
 from kvcal.calibrate.rank import rank_report
 from kvcal.calibrate.recipe import read_recipe
 from kvcal.calibrate.recipe_of import recipe_of
-from kvcal.calibrate.sharing.export import _card as export_card
 
 PIECES = {
     "terminal": "\x1b[2J\x1b]8;;http://evil\x07 \x9b31m \x00 \x7f \b\b\b \r",

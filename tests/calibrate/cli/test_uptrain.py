@@ -104,7 +104,7 @@ def test_training_adds_weights_bases_and_a_figure_and_export_writes_what_loads(
 
 def test_a_failure_after_the_training_loses_nothing(tmp_path, tiny_model_folder, text, calibrated, monkeypatch):
     from kvcal.artifacts import KvcalError
-    from kvcal.calibrate.sharing import refit, uptraining
+    from kvcal.calibrate.cla import refit, uptraining
 
     def fail(*given, **settings):
         raise KvcalError("no space")
@@ -184,7 +184,7 @@ def test_other_models_and_artifacts_are_refused(tmp_path, tiny_model_folder, tex
 
 SLOWED = """
 import time
-from kvcal.calibrate.sharing.optimizer import Optimizer
+from kvcal.calibrate.cla.optimizer import Optimizer
 step = Optimizer.step
 def slow(self, rate):
     print("step", flush=True)

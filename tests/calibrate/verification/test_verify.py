@@ -12,9 +12,9 @@ from samples import edit_manifest, edit_stage
 
 from kvcal.artifacts import KvcalError, Stage, load, save
 from kvcal.calibrate.blocks import TokenBlocks
+from kvcal.calibrate.cla import share
 from kvcal.calibrate.cluster_stage import cluster
 from kvcal.calibrate.one_pass import calibrate
-from kvcal.calibrate.sharing import share
 from kvcal.calibrate.verification import verify
 
 SETTING = {"method": "loki", "rank": 0.5, "keep": 0.25}

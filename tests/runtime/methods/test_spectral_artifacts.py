@@ -12,8 +12,8 @@ import samples
 import torch
 
 from kvcal.artifacts import Artifact, KvcalError, load, save
+from kvcal.calibrate.cla import share
 from kvcal.calibrate.codebook_stage import codebook
-from kvcal.calibrate.sharing import share
 from kvcal.runtime.attention import SoftmaxSpec
 from kvcal.runtime.settings import builders, methods_by_layer
 

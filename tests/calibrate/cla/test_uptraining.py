@@ -1,0 +1,210 @@
+"""What is trained, against what, and how the model is left."""
+
+import math
+
+import pytest
+import torch
+from architectures import build
+from cla_oracle import inventory
+from cla_samples import GROUPS, STEPS, blocks, train, with_dropout
+
+from kvcal.artifacts import KvcalError
+from kvcal.calibrate.blocks import TokenBlocks
+from kvcal.calibrate.cla import uptraining
+from kvcal.calibrate.cla.objective import losses
+from kvcal.calibrate.cla.uptraining import Uptraining, uptrain
+from kvcal.runtime import SharingMap, share, shared, sharing_of
+
+LLAMA_SHARED = {
+    "model.layers.0.self_attn.k_proj.weight",
+    "model.layers.0.self_attn.v_proj.weight",
+    "model.layers.1.self_attn.q_proj.weight",
+    "model.layers.1.input_layernorm.weight",
+    "model.layers.1.post_attention_layernorm.weight",
+}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """{what is trained: (model, its parameters before, the result)}"""
+    found = {}
+    for train_ in ("shared", "all"):
+        of = build("llama")
+        before = {name: parameter.detach().clone() for name, parameter in of.named_parameters()}
+        found[train_] = of, before, train(of, train=train_, steps=25)
+    return found
+
+
+@pytest.mark.parametrize("what", ["shared", "all"])
+def test_only_what_is_trained_has_changed(trained, what):
+    of, before, result = trained[what]
+    with shared(of, GROUPS) as pooled, torch.no_grad():
+        start = {name: parameter.clone() for name, parameter in of.named_parameters()}
+        assert pooled.parameters.keys() <= result.weights.keys()
+    assert result.weights.keys() == (LLAMA_SHARED if what == "shared" else start.keys())
+    assert all(not torch.equal(weight, start[name]) for name, weight in result.weights.items())
+    after = dict(of.named_parameters())
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("what", ["shared", "all"])
+def test_the_losses_fall(trained, what):
+    found = trained[what][2].settings
+    for name in ("loss", "cross_entropy"):
+        assert found["last_losses"][name] < 0.97 * found["first_losses"][name]
+
+
+def test_the_weights_are_those_of_the_trained_model(trained):
+    of, _, result = trained["shared"]
+    text = blocks()
+    with shared(of, GROUPS, weights=result.weights), torch.no_grad():
+        logits = of(text.ids[:-1].long(), use_cache=False).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), text.ids[:-1, 1:].long().flatten())
+    assert loss.item() < result.history[0]["cross_entropy"]
+
+
+def test_the_model_is_left_as_it_was_found():
+    of = build("llama")
+    of.model.layers[1].train()
+    of.lm_head.weight.requires_grad_(False)
+    before, modes = inventory(of), [module.training for module in of.modules()]
+    flags, random = [parameter.requires_grad for parameter in of.parameters()], torch.get_rng_state()
+    train(of, train="all")
+    assert inventory(of) == before and sharing_of(of) is None
+    assert [module.training for module in of.modules()] == modes
+    assert [parameter.requires_grad for parameter in of.parameters()] == flags
+    assert all(parameter.grad is None for parameter in of.parameters())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def spied(monkeypatch):
+    """What `losses` is called with."""
+    calls = []
+    monkeypatch.setattr(uptraining, "losses", lambda *given: calls.append(given) or losses(*given))
+    return calls
+
+
+def test_the_teacher_is_the_original_model_without_dropout(monkeypatch):
+    calls, of = spied(monkeypatch), with_dropout()
+    train(of)
+    assert len(calls) == STEPS
+    for _, original, ids, attended in calls:
+        with torch.no_grad():
+            expected = of(ids, attention_mask=attended.long(), use_cache=False).logits
+        assert torch.equal(original, expected) and not original.requires_grad
+
+
+def test_without_distillation_there_is_no_teacher(monkeypatch):
+    calls, of = spied(monkeypatch), build("llama")
+    result = train(of, distill=0.0)
+    assert all(original is None for _, original, _, _ in calls) and "kl" not in result.history[0]
+    assert result.history[0]["loss"] == result.history[0]["cross_entropy"]
+
+
+def test_the_loss_is_the_weighted_sum():
+    for record in train(build("llama"), distill=2.5).history:
+        assert record["loss"] == pytest.approx(record["cross_entropy"] + 2.5 * record["kl"], rel=1e-6)
+
+
+def test_the_first_loss_is_that_of_the_pooled_model():
+    for pool in ("mean", "first"):
+        of = build("llama")
+        found = train(of, batch_size=len(blocks()), steps=1, pool=pool).history[0]["cross_entropy"]
+        text = blocks()
+        with shared(of, GROUPS, pool=pool), torch.no_grad():
+            logits = of(text.ids.long(), attention_mask=text.attended.long(), use_cache=False).logits.double()
+        nll = -logits[:, :-1].log_softmax(-1).gather(2, text.ids[:, 1:, None].long())[..., 0]
+        assert found == pytest.approx(nll[text.attended[:, 1:]].mean().item(), rel=1e-5)
+
+
+def test_dropout_is_drawn_in_training_and_the_seed_decides_it():
+    first, again = (train(with_dropout()) for _ in range(2))
+    other, plain = train(with_dropout(), seed=1), train(build("llama"))
+    assert first.history == again.history
+    assert first.history[0] != plain.history[0] and first.history != other.history
+
+
+def test_a_bfloat16_model_is_trained_by_float32_steps():
+    of = build("llama", dtype=torch.bfloat16)
+    result = train(of, steps=25)
+    assert {weight.dtype for weight in result.weights.values()} == {torch.bfloat16}
+    assert result.settings["last_losses"]["loss"] < 0.97 * result.settings["first_losses"]["loss"]
+
+
+@pytest.mark.parametrize("name", ["phi3", "gpt2", "gpt-neox", "qwen3"])
+def test_joint_projections_and_norms_of_keys_are_trained_too(name):
+    of = build(name)
+    result = train(of, steps=12, lr=1e-2)
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+    with shared(of, GROUPS, weights=result.weights) as sharing:
+        assert sharing.parameters.keys() == result.weights.keys()
+
+
+def of_lengths(*lengths):
+    text = blocks(len(lengths))
+    attended = torch.arange(text.seq_len) < torch.tensor(lengths).unsqueeze(1)
+    return TokenBlocks(text.ids, attended, attended.clone(), text.source)
+
+
+def test_blocks_of_one_token_are_passed_over():
+    training = Uptraining(steps=4, batch_size=1, lr=3e-3)
+    found, without = (uptrain(build("llama"), of_lengths(*ends), GROUPS, training) for ends in ((9, 16, 1), (9, 16)))
+    assert found.history == without.history
+    assert found.settings["data"]["blocks"] == 3
+    with pytest.raises(KvcalError, match=r"no block has two tokens, .*give more text"):
+        uptrain(build("llama"), of_lengths(1, 1), GROUPS, training)
+
+
+def test_a_loss_that_is_no_number_stops_it():
+    of = build("llama")
+    with pytest.raises(KvcalError, match=r"diverged: give a smaller --lr \(it was 1e\+30\)"):
+        train(of, lr=1e30, train="all")
+    assert sharing_of(of) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "at least 1"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"lr": 0.0}, "learning rate 0.0"),
+        ({"lr": math.nan}, "learning rate nan"),
+        ({"distill": -1.0}, "distillation weight"),
+        ({"train": "none"}, "shared, all"),
+        ({"warmup": 6}, "fewer than the 6"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings, message):
+    with pytest.raises(KvcalError, match=message):
+        Uptraining(**{"steps": STEPS, **settings})
+
+
+def test_models_and_maps_that_cannot_be_trained_are_refused():
+    of = build("llama")
+    with pytest.raises(KvcalError, match="nothing to train"):
+        train(of, sharing_map=SharingMap.parse("0,1,2"))
+    with pytest.raises(KvcalError, match="context of 128"):
+        uptrain(of, blocks(length=129), GROUPS, Uptraining(1))
+    with pytest.raises(KvcalError, match="bfloat16 or float32"):
+        train(build("llama", dtype=torch.float16))
+    with pytest.raises(KvcalError, match="at least 1"):
+        train(of, checkpoint_every=0)
+    sharing = share(of, GROUPS)
+    with pytest.raises(KvcalError, match="already"):
+        train(of)
+    sharing.remove()
+
+
+def test_a_second_training_goes_on_from_the_first_ones_weights():
+    of, text = build("llama"), blocks()
+    first = train(of, steps=20, pool="first")
+    more = uptrain(of, text, GROUPS, Uptraining(1, batch_size=len(text)), earlier=first)
+    with shared(of, GROUPS, weights=first.weights), torch.no_grad():
+        logits = of(text.ids.long(), attention_mask=text.attended.long(), use_cache=False).logits
+    expected = losses(logits, None, text.ids.long(), text.attended)[0].item()
+    assert more.history[0]["cross_entropy"] == pytest.approx(expected, rel=1e-5)
+    assert more.settings["earlier"] == first.settings and more.settings["pool"] == "first"
+    again = uptrain(of, text, GROUPS, Uptraining(1, batch_size=len(text)))
+    assert again.settings["run"] != more.settings["run"]
+    with pytest.raises(KvcalError, match="earlier training was of 0-1,2"):
+        uptrain(of, text, SharingMap.parse("0,1-2"), Uptraining(1), earlier=first)
