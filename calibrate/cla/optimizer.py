@@ -1,8 +1,9 @@
-"""AdamW (Loshchilov and Hutter 2019) on float32 copies of parameters that have fewer bits."""
+"""AdamW (Loshchilov and Hutter 2019) on float32 copies of parameters that have fewer bits, and its learning rates."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,22 +12,32 @@ BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
 """Of matrices; norms and biases are not pulled to zero, where they do not belong."""
 CLIPPED_NORM = 1.0
-_MOMENTS = {"exp_avg": "mean", "exp_avg_sq": "square"}
 
 
 class Optimizer:
-    """Holds everything that a training's next step depends on, but for the data."""
+    """Holds everything that a training's next step depends on, but for the data.
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]):
+    The learning rate rises linearly over `warmup` steps, is `lr` in the next one, and falls by half a cosine that would
+    reach 0 in the step after the last of `steps`.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], lr: float, warmup: int, steps: int):
         self.parameters = dict(parameters)
-        self.masters = {
+        masters = {
             name: parameter if parameter.dtype.itemsize >= 4 else nn.Parameter(parameter.detach().float())
             for name, parameter in self.parameters.items()
         }
-        decayed = [master for master in self.masters.values() if master.dim() > 1]
-        others = [master for master in self.masters.values() if master.dim() <= 1]
-        groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-        self._adam = torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=BETAS)
+        decayed = {name: master for name, master in masters.items() if master.dim() > 1}
+        others = {name: master for name, master in masters.items() if master.dim() <= 1}
+        self.masters = {**decayed, **others}
+        """In the order in which AdamW numbers them."""
+        groups = [
+            {"params": list(part.values()), "weight_decay": decay, "initial_lr": lr}
+            for part, decay in ((decayed, WEIGHT_DECAY), (others, 0.0))
+        ]
+        self._adam = torch.optim.AdamW(groups, lr=lr, betas=BETAS)
+        self._warmup, self._steps = warmup, steps
+        self._rates = self._rates_after(0)
 
     def clip(self) -> float:
         """Bring the gradients of `parameters` to a norm of at most `CLIPPED_NORM`; returns what it was."""
@@ -37,37 +48,49 @@ class Optimizer:
                 parameter.grad = None
         return float(nn.utils.clip_grad_norm_(self.masters.values(), CLIPPED_NORM))
 
-    @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
-        for group in self._adam.param_groups:
-            group["lr"] = learning_rate
+    def step(self) -> float:
+        """Returns the learning rate that was taken."""
+        rate = float(self._rates.get_last_lr()[0])
         self._adam.step()
-        self._adam.zero_grad(set_to_none=True)
+        self._adam.zero_grad()
+        self._rates.step()
         self._round()
+        return rate
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """(tensors by name, the steps that each parameter has taken)."""
-        tensors, steps = {}, {}
-        for name, master in self.masters.items():
-            tensors[f"{name}/weight"] = master.detach()
-            found = self._adam.state.get(master)
-            if found:  # a parameter that no loss has reached yet has none
-                steps[name] = int(found["step"])
-                tensors |= {f"{name}/{ours}": found[theirs] for theirs, ours in _MOMENTS.items()}
-        return tensors, steps
+    def state(self) -> dict[str, Tensor]:
+        """NAME/weight, and what AdamW keeps of each parameter that has had a gradient; rates follow from the steps."""
+        tensors = {f"{name}/weight": master.detach() for name, master in self.masters.items()}
+        names = list(self.masters)
+        for index, kept in self._adam.state_dict()["state"].items():
+            tensors |= {f"{names[index]}/{what}": tensor for what, tensor in kept.items()}
+        return tensors
 
     @torch.no_grad()
-    def restore(self, tensors: Mapping[str, Tensor], steps: Mapping[str, int]) -> None:
-        """Raises KeyError, RuntimeError: they are not of these parameters."""
+    def restore(self, tensors: Mapping[str, Tensor], steps_done: int) -> None:
+        """Raises LookupError, ValueError: they are not the `state` of these parameters."""
+        found: dict[str, dict[str, Tensor]] = {name: {} for name in self.masters}
+        for key, tensor in tensors.items():
+            name, _, what = key.rpartition("/")
+            found[name][what] = tensor
         for name, master in self.masters.items():
-            master.copy_(tensors[f"{name}/weight"])
-            if name in steps:
-                moments = {theirs: torch.empty_like(master) for theirs in _MOMENTS}
-                for theirs, ours in _MOMENTS.items():
-                    moments[theirs].copy_(tensors[f"{name}/{ours}"])
-                self._adam.state[master] = {"step": torch.tensor(float(steps[name])), **moments}
+            expected = {"weight": master.shape}
+            if len(found[name]) > 1:
+                expected |= {"step": torch.Size(), "exp_avg": master.shape, "exp_avg_sq": master.shape}
+            if {what: tensor.shape for what, tensor in found[name].items()} != expected:
+                raise ValueError(f"{name}: other tensors or shapes than a training of it keeps")
+            master.copy_(found[name].pop("weight"))
+        state = {index: kept for index, kept in enumerate(found.values()) if kept}
+        self._adam.load_state_dict({**self._adam.state_dict(), "state": state})
+        self._rates = self._rates_after(steps_done)
         self._round()
 
+    def _rates_after(self, steps_done: int) -> Any:
+        from transformers import get_cosine_schedule_with_warmup
+
+        # transformers' first rate is 0, with which nothing would be learned: ours are those from its second on.
+        return get_cosine_schedule_with_warmup(self._adam, self._warmup + 1, self._steps + 1, last_epoch=steps_done)
+
+    @torch.no_grad()
     def _round(self) -> None:
         for name, parameter in self.parameters.items():
             if self.masters[name] is not parameter:

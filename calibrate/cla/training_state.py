@@ -32,11 +32,9 @@ class TrainingState:
 
     def save(self, optimizer: Optimizer, history: list[Record]) -> None:
         """Raises KvcalError when the disk does not take it; the previous state is then still there."""
-        tensors, steps = optimizer.state()
         stem = f"state-{len(history)}"
-        state = {"run": self.run, "history": history, "optimizer_steps": steps}
         self.lock.acquire()
-        write_state(self.folder / "state.json", stem, state, tensors)
+        write_state(self.folder / "state.json", stem, {"run": self.run, "history": history}, optimizer.state())
         for old in self.folder.glob("state-*.safetensors"):
             if not old.name.startswith(f"{stem}."):
                 with contextlib.suppress(OSError):  # it is in nobody's way
@@ -56,8 +54,9 @@ class TrainingState:
                     f"{self.folder}: interrupted uptraining of another model, text or settings: "
                     "repeat its command with --resume, or remove the folder"
                 )
-            optimizer.restore(tensors, state["optimizer_steps"])
-            return [{key: float(value) for key, value in record.items()} for record in state["history"]]
+            history = [{key: float(value) for key, value in record.items()} for record in state["history"]]
+            optimizer.restore(tensors, steps_done=len(history))
+            return history
         except (ArtifactError, OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise KvcalError(
                 f"{self.folder}: checkpoint is damaged ({error}): remove the folder and start again"

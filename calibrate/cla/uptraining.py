@@ -24,9 +24,9 @@ from ..blocks import TokenBlocks
 from ..checkpoint import run_id
 from ..interrupts import deferred_interrupt
 from ..models import check_seq_len
+from .draws import blocks_of, dropout_seed
 from .objective import losses
 from .optimizer import Optimizer
-from .schedule import blocks_of, dropout_seed, learning_rate
 from .training_state import Record, TrainingState
 
 Progress = Callable[[int, int, float], None]
@@ -124,7 +124,7 @@ def uptrain(
     try:
         weights = earlier.weights if earlier else None
         with shared(model, sharing_map, pool=pool, weights=weights, trainable=training.train) as sharing:
-            optimizer = Optimizer(sharing.parameters)
+            optimizer = Optimizer(sharing.parameters, training.lr, training.warmup_steps, training.steps)
             history: list[Record] = []
             if state is not None and state.exists():
                 history = state.load(optimizer)
@@ -239,8 +239,7 @@ class _Run:
                     f"{name.replace('_', ' ')} is {value} at step {step + 1} of {training.steps}, the training has "
                     f"diverged: give a smaller --lr (it was {training.lr:g}) or a longer --warmup{kept}"
                 )
-        record["lr"] = learning_rate(step, training.steps, training.lr, training.warmup_steps)
-        self.optimizer.step(record["lr"])
+        record["lr"] = self.optimizer.step()
         self.history.append(record)
 
     @torch.no_grad()

@@ -81,7 +81,7 @@ def newest_batch(root: Path) -> int:
 
 
 def optimizer(value: float) -> Optimizer:
-    return Optimizer({"w": torch.full((3,), value, requires_grad=True)})
+    return Optimizer({"w": torch.full((3,), value, requires_grad=True)}, lr=1e-3, warmup=0, steps=2)
 
 
 def training_until(steps: int) -> Callable[[Path], None]:
@@ -99,7 +99,7 @@ def trained_steps(root: Path) -> Any:
     state, found = TrainingState.beside(root / "a", "run"), optimizer(0.0)
     history = state.load(found)
     state.lock.release()
-    return len(history), found.state()[0]["w"].tolist() if "w" in found.state()[0] else None
+    return len(history), found.state()["w/weight"].tolist()
 
 
 def results_of(root: Path) -> Results:

@@ -94,7 +94,7 @@ def test_a_damaged_state_is_said_in_one_line(tmp_path, damage):
         tensors_of(tmp_path / "a").write_bytes(b"no tensors")
     else:
         body = json.loads(state.read_text())
-        del body["body"]["optimizer_steps"]
+        del body["body"]["history"]
         state.write_text(json.dumps(body))
     with pytest.raises(KvcalError, match=r"damaged.*remove the folder") as error:
         train(build("llama"), tmp_path / "a", resume=True)

@@ -186,10 +186,10 @@ SLOWED = """
 import time
 from kvcal.calibrate.cla.optimizer import Optimizer
 step = Optimizer.step
-def slow(self, rate):
+def slow(self):
     print("step", flush=True)
     time.sleep(0.05)
-    return step(self, rate)
+    return step(self)
 Optimizer.step = slow
 """
 

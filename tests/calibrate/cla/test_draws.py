@@ -1,11 +1,9 @@
-"""Which blocks a step takes and how far it goes."""
-
-import math
+"""Which blocks a step takes, and what dropout."""
 
 import pytest
 import torch
 
-from kvcal.calibrate.cla.schedule import blocks_of, dropout_seed, learning_rate
+from kvcal.calibrate.cla.draws import blocks_of, dropout_seed
 
 
 @pytest.mark.parametrize(("blocks", "batch_size"), [(12, 4), (7, 3), (3, 8), (1, 2)])
@@ -22,10 +20,3 @@ def test_epochs_and_seeds_have_orders_of_their_own():
     assert len(set(orders)) == 6
     assert orders[1] == tuple(blocks_of(1, 50, 50, 0).tolist())
     assert len({dropout_seed(step, seed) for seed in range(20) for step in range(20)}) == 400
-
-
-def test_the_rate_rises_linearly_and_falls_by_half_a_cosine():
-    rates = [learning_rate(step, 110, 2.0, 10) for step in range(110)]
-    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
-    assert rates[10:] == pytest.approx([1 + math.cos(math.pi * step / 100) for step in range(100)])
-    assert learning_rate(0, 1, 0.5, 0) == 0.5 and learning_rate(0, 1, 0.5, 1) == 0.5

@@ -1,11 +1,9 @@
-"""Which blocks a step trains on, how far it goes, and what dropout it draws: functions of the seed and the step alone.
+"""Which blocks a step trains on, and what dropout it draws: functions of the seed and the step alone.
 
 So a run that was interrupted ends where it would have ended.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -18,13 +16,6 @@ def blocks_of(step: int, blocks: int, batch_size: int, seed: int) -> Tensor:
     orders = [torch.randperm(blocks, generator=_generator(seed, epoch)) for epoch in epochs]
     start = first - epochs.start * blocks
     return torch.cat(orders)[start : start + batch_size]
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear from 0 to `peak` over `warmup` steps, then half a cosine towards 0 at the end."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def dropout_seed(step: int, seed: int) -> int:
