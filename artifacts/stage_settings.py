@@ -46,7 +46,7 @@ def _describes_training(found: Any) -> bool:
     if not all(map(_is_number, (found.get("lr"), *first.values(), *last.values()))):
         return False
     steps = found.get("steps")
-    return type(steps) is int and steps > 0
+    return type(steps) is int and steps >= 0
 
 
 def _is_number(value: Any) -> bool:

@@ -71,7 +71,9 @@ def export(artifact: Artifact, loaded: LoadedModel, folder: str | os.PathLike[st
 def _card(artifact: Artifact, reading: int) -> str:
     settings, total = artifact.stages[STAGE].settings, len(artifact.layers)
     done = settings.get("uptraining")
-    how = f"Uptrained for {steps_in_all(done)} steps." if done else "Not uptrained: it predicts badly."
+    steps = steps_in_all(done) if done else 0
+    start = "Fitted to text and not uptrained" if done else "Not uptrained"
+    how = f"Uptrained for {steps} steps." if steps else f"{start}: it predicts badly."
     filed_under = {"library_name": "kvcal", "tags": ["kvcal", "kv-cache", "cross-layer-attention"]}
     return CARD.format(
         front_matter=front_matter(filed_under),

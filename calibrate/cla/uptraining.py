@@ -27,6 +27,7 @@ from ..models import check_seq_len
 from .draws import blocks_of, dropout_seed
 from .objective import losses
 from .optimizer import Optimizer
+from .start import FITTED, check_start, starting_weights
 from .training_state import Record, TrainingState
 
 Progress = Callable[[int, int, float], None]
@@ -38,6 +39,7 @@ class Uptraining:
     """How a model is uptrained. Raises KvcalError when made of values that mean nothing."""
 
     steps: int
+    """0: only what the training starts from, where that is fitted."""
     lr: float = 1e-3
     """Peak, after the warm-up; it falls to 0 by half a cosine."""
     distill: float = 1.0
@@ -54,7 +56,7 @@ class Uptraining:
         known = [name for name in TRAINABLE if name != "none"]
         if self.train not in known:
             raise KvcalError(f"train {self.train!r}: give one of {', '.join(known)}")
-        if self.steps < 1 or self.batch_size < 1:
+        if self.steps < 0 or self.batch_size < 1:
             raise KvcalError(f"{self.steps} steps of {self.batch_size} blocks: give at least 1 of each")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise KvcalError(f"learning rate {self.lr}: give a positive number, e.g. 1e-3")
@@ -92,6 +94,7 @@ def uptrain(
     resume: bool = False,
     checkpoint_every: int = 100,
     progress: Progress | None = None,
+    start: Mapping[str, Tensor] | None = None,
 ) -> Uptrained:
     """Train `model` with its layers sharing keys and values; it is left as it was found.
 
@@ -99,17 +102,19 @@ def uptrain(
         model: a transformers causal language model in float32 or bfloat16; with bfloat16, float32 copies of what is
             trained take the steps. Gradients, two moments and the activations of a batch need memory beside it.
         sharing_map: with at least one group of several layers.
-        pool: where the training starts, see `share`.
+        pool: where the training starts: "fitted", by `fit_projections` on some of the blocks, or as in `share`.
         earlier: what a training of the same groups gave (its history is not needed): start from that, instead.
         beside: an artifact's folder; checkpoints go to `beside`.uptraining, the last one at the end of the training:
             remove it once the result is saved. None: no checkpoints.
         checkpoint_every: steps between checkpoints.
+        start: what `starting_weights` gave for the same pool and blocks; None: they are made here.
 
     Raises:
         KvcalError: nothing to train, a model that cannot share or is in float16, an interrupted run in the way, a loss
             that is no number any more, or an interrupt (after a checkpoint).
     """
-    check_trainable(model, sharing_map, blocks.seq_len)
+    check_trainable(model, sharing_map, training, blocks.seq_len, pool, earlier)
+    pool = earlier.settings["pool"] if earlier else pool
     if checkpoint_every < 1:
         raise KvcalError(f"a checkpoint every {checkpoint_every} steps: give at least 1")
     if not (blocks.attended.sum(1) > 1).any():
@@ -122,11 +127,15 @@ def uptrain(
         )
     modes = [(module, module.training) for module in model.modules()]
     try:
-        weights = earlier.weights if earlier else None
-        with shared(model, sharing_map, pool=pool, weights=weights, trainable=training.train) as sharing:
+        resumed = state is not None and state.exists()
+        weights = earlier.weights if earlier else start
+        if weights is None:
+            weights = starting_weights(model.eval(), sharing_map, blocks, pool, resumed)
+        first = "mean" if pool == FITTED else pool
+        with shared(model, sharing_map, pool=first, weights=weights, trainable=training.train) as sharing:
             optimizer = Optimizer(sharing.parameters, training.lr, training.warmup_steps, training.steps)
             history: list[Record] = []
-            if state is not None and state.exists():
+            if state is not None and resumed:
                 history = state.load(optimizer)
             run = _Run(model, sharing, optimizer, _predicting(blocks), training, history)
             run.finish(state, checkpoint_every, progress)
@@ -139,13 +148,24 @@ def uptrain(
     return Uptrained(trained, tuple(history), {**settings, **_summary(history)})
 
 
-def check_trainable(model: Any, sharing_map: SharingMap, block_size: int) -> None:
+def check_trainable(
+    model: Any,
+    sharing_map: SharingMap,
+    training: Uptraining,
+    block_size: int,
+    pool: str,
+    earlier: Uptrained | None,
+) -> None:
     """Raise KvcalError for what can be said before there is any text."""
     if not sharing_map.shared:
         raise KvcalError(f"groups {sharing_map}: no two layers share, there is nothing to train: choose other groups")
     if model.dtype == torch.float16:
         raise KvcalError("gradients of a float16 model vanish: load it as bfloat16 or float32 (--dtype)")
     check_seq_len(block_size, model.config, "--block-size")
+    if not training.steps and (earlier or pool != FITTED):
+        raise KvcalError("0 steps only fit where a training would start: give pool 'fitted' and no earlier training")
+    if not earlier:
+        check_start(model, sharing_map, pool)
 
 
 def run_settings(
@@ -259,6 +279,8 @@ def _predicting(blocks: TokenBlocks) -> TokenBlocks:
 
 def _summary(history: list[Record]) -> dict[str, Any]:
     """Means over the first and the last tenth of the steps."""
+    if not history:
+        return {"first_losses": {}, "last_losses": {}}
     tenth = -(-len(history) // 10)
     names = [name for name in ("loss", "cross_entropy", "kl") if name in history[0]]
     return {

@@ -9,7 +9,7 @@ from .patterns import PATTERNS
 
 _KNOWN = {
     "pattern": (*PATTERNS, "auto", "list"),
-    "pool": ("mean", "first"),
+    "pool": ("mean", "first", "fitted"),
     "keys_aligned": ("pre", "post"),
 }
 

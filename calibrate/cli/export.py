@@ -34,6 +34,7 @@ def export_command(artifact: Path, model_spec: str, folder: Path, dtype: str, as
     from ...artifacts.writing import has_content
     from ...runtime.cla.method import stage_map
     from ..cla.export import export
+    from ..cla.uptrained_stage import steps_in_all
 
     check_new_folder(folder)
     if has_content(folder):
@@ -44,7 +45,8 @@ def export_command(artifact: Path, model_spec: str, folder: Path, dtype: str, as
     with working("writing"):
         written = export(found, loaded, folder)
     size = sum(path.stat().st_size for path in written.iterdir())
-    uptrained = found.stages["cla"].settings.get("uptraining") is not None
+    uptraining = found.stages["cla"].settings.get("uptraining")
+    uptrained = uptraining is not None and steps_in_all(uptraining) > 0
     if as_json:
         print_json({"folder": str(written), "groups": groups, "bytes": size, "uptrained": uptrained})
         return

@@ -66,4 +66,4 @@ def _in_short(stage: str, name: str, value: Any) -> Any:
         return value
     first, last = value["first_losses"], value["last_losses"]
     losses = (f"{name.replace('_', ' ')} {first[name]:.3f} → {last[name]:.3f}" for name in first)
-    return f"{value['steps']} steps ({', '.join(losses)})"
+    return f"{value['steps']} steps ({', '.join(losses)})" if first else "fitted, no steps"

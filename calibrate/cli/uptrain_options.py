@@ -26,7 +26,11 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 _OPTIONS = [
     click.option("--uptrain", is_flag=True, help="Train the shared model; weights go into the stage `cla`."),
     data_options("Training text", "train"),
-    click.option("--steps", type=click.IntRange(1), help="Steps of the training; --uptrain needs it."),
+    click.option(
+        "--steps",
+        type=click.IntRange(0),
+        help="Steps of the training; --uptrain needs it. 0: fit where it would start, no more.",
+    ),
     click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak learning rate of AdamW."),
     click.option(
         "--distill",
@@ -43,7 +47,11 @@ _OPTIONS = [
         help="Shared projections and the reading layers' queries and norms, or all weights.",
     ),
     click.option(
-        "--pool", type=click.Choice(["mean", "first"]), default="mean", show_default=True, help="Starting point."
+        "--pool",
+        type=click.Choice(["fitted", "mean", "first"]),
+        default="fitted",
+        show_default=True,
+        help="Where the training starts: projections fitted on the text, their mean, or the first layer's.",
     ),
     click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Blocks per step."),
     click.option(
@@ -122,6 +130,7 @@ def run_uptraining(
     from ..cla.figures import loss_figure
     from ..cla.refit import refit_keys
     from ..cla.requested import refuse_to_lose
+    from ..cla.start import FITTED, TOKENS, starting_weights
     from ..cla.training_state import TrainingState
     from ..cla.uptrained_stage import earlier_training, finished_run, with_uptraining
     from ..cla.uptraining import Uptraining, check_trainable, run_settings, uptrain
@@ -135,10 +144,11 @@ def run_uptraining(
         data = open_data(options.data_spec, options.split, text_column=options.text_column, seed=options.seed)
     loaded = load_calibrated(artifact, model_spec, device=options.device, dtype=options.dtype)
     block_size = options.block_size or min(2048, int(artifact.data["seq_len"]))
-    check_trainable(loaded.model, sharing_map, block_size)
+    check_trainable(loaded.model, sharing_map, training, block_size, options.pool, earlier)
+    fits = options.pool == FITTED and not earlier
     tokens = training.steps * training.batch_size * block_size
     with working("reading and tokenising the text"):
-        blocks = _blocks(data, loaded.tokenizer, tokens, block_size)
+        blocks = _blocks(data, loaded.tokenizer, tokens, block_size, TOKENS if fits else 0)
         refit_blocks = _refit_blocks(artifact, data, loaded.tokenizer, blocks)
     say_left(blocks.source)
     state = TrainingState.beside(folder, "")
@@ -150,6 +160,11 @@ def run_uptraining(
     refuse_to_lose(artifact, overwrite or options.more)
     if options.resume and not state.exists():
         say(f"no interrupted uptraining beside {folder}: starting from the beginning")
+    start = None
+    if fits:
+        with progress_bar("fitting the start") as fitting:
+            resumed = options.resume and state.exists()
+            start = starting_weights(loaded.model, sharing_map, blocks, FITTED, resumed, fitting)
     with training_bar() as progress:
         uptrained = uptrain(
             loaded.model,
@@ -162,6 +177,7 @@ def run_uptraining(
             resume=options.resume,
             checkpoint_every=options.checkpoint_every,
             progress=progress,
+            start=start,
         )
     with progress_bar("refitting key bases") as refitting:
         bases = refit_keys(
@@ -174,9 +190,10 @@ def run_uptraining(
         )
     trained = with_uptraining(artifact, uptrained, bases)
     history = list(uptrained.history)
-    figure = loss_figure(history, f"{artifact.model.id}, groups {sharing_map}, on {data.source['id']}")
+    title = f"{artifact.model.id}, groups {sharing_map}, on {data.source['id']}"
+    figures = {"uptraining.png": loss_figure(history, title)} if history else {}
     with working("writing"):
-        saved = save(trained, folder, {**card_files(trained), "uptraining.png": figure})
+        saved = save(trained, folder, {**card_files(trained), **figures})
     state.remove()
     return saved, history
 
@@ -185,6 +202,9 @@ def print_uptraining(settings: dict[str, Any]) -> None:
     """Losses of the first and the last tenth of the steps."""
     done = settings["uptraining"]
     names = list(done["first_losses"])
+    if not names:
+        print_lines(f"groups {settings['groups']}: shared projections were fitted to the text, nothing was trained")
+        return
     rows = [[when, *(f"{done[key][name]:.4f}" for name in names)] for when, key in _TENTHS.items()]
     after = " more" if done.get("earlier") else ""
     title = f"groups {settings['groups']}: {done['steps']}{after} steps, {done['train']} weights, lr {done['lr']:g}"
@@ -192,10 +212,11 @@ def print_uptraining(settings: dict[str, Any]) -> None:
     print_lines("nats per token on the training text; kl: of the shared model's predictions from the original's")
 
 
-def _blocks(data: TextData, tokenizer: Any, tokens: int, seq_len: int) -> TokenBlocks:
+def _blocks(data: TextData, tokenizer: Any, tokens: int, seq_len: int, least: int) -> TokenBlocks:
+    """As much text as a training of so many tokens sees, or `least`."""
     from ..blocks import make_blocks
 
-    blocks = make_blocks(data, tokenizer, num_tokens=tokens, seq_len=seq_len, source=data.source)
+    blocks = make_blocks(data, tokenizer, num_tokens=max(tokens, least), seq_len=seq_len, source=data.source)
     if blocks.ids.numel() < tokens:
         say(f"{int(blocks.attended.sum())} tokens of text for a training of {tokens}: each is seen several times")
     return blocks

@@ -87,7 +87,8 @@ def resolve(cla: Cla, artifact: Artifact | None) -> Resolved:
             "projections that were not trained"
         )
     bases = {name: stage.tensors[name] for name in stage.tensors if re.match(r"layers\.\d+\.key_(pre|post)\.", name)}
-    return Resolved(found, started, weights, bases)
+    # Fitted weights are all in the stage: what they replace may be pooled in any way.
+    return Resolved(found, "mean" if started == "fitted" else started, weights, bases)
 
 
 def _check_trained(cla: Cla, groups: SharingMap, weights: Mapping[str, Tensor]) -> None:

@@ -121,7 +121,7 @@ for _ in range(200):
         [TRAINED],
         {**TRAINED, "run": 3},
         {**TRAINED, "steps": True},
-        {**TRAINED, "steps": 0},
+        {**TRAINED, "steps": -1},
         {**TRAINED, "lr": "fast"},
         {**TRAINED, "lr": 10**400},
         {**TRAINED, "first_losses": [3]},

@@ -10,7 +10,8 @@ from cla_samples import GROUPS, STEPS, blocks, train, with_dropout
 
 from kvcal.artifacts import KvcalError
 from kvcal.calibrate.blocks import TokenBlocks
-from kvcal.calibrate.cla import uptraining
+from kvcal.calibrate.cla import start, uptraining
+from kvcal.calibrate.cla.fit_pass import fit_projections
 from kvcal.calibrate.cla.objective import losses
 from kvcal.calibrate.cla.uptraining import Uptraining, uptrain
 from kvcal.runtime import SharingMap, share, shared, sharing_of
@@ -165,7 +166,7 @@ def test_a_loss_that_is_no_number_stops_it():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 0}, "at least 1"),
+        ({"steps": -1}, "at least 1"),
         ({"batch_size": 0}, "at least 1"),
         ({"lr": 0.0}, "learning rate 0.0"),
         ({"lr": math.nan}, "learning rate nan"),
@@ -189,6 +190,10 @@ def test_models_and_maps_that_cannot_be_trained_are_refused():
         train(build("llama", dtype=torch.float16))
     with pytest.raises(KvcalError, match="at least 1"):
         train(of, checkpoint_every=0)
+    with pytest.raises(KvcalError, match="pool 'median': give one of fitted, mean, first"):
+        train(of, pool="median")
+    with pytest.raises(KvcalError, match=r"k_norm.*--pool mean"):
+        train(build("qwen3"), pool="fitted")
     sharing = share(of, GROUPS)
     with pytest.raises(KvcalError, match="already"):
         train(of)
@@ -208,3 +213,30 @@ def test_a_second_training_goes_on_from_the_first_ones_weights():
     assert again.settings["run"] != more.settings["run"]
     with pytest.raises(KvcalError, match="earlier training was of 0-1,2"):
         uptrain(of, text, SharingMap.parse("0,1-2"), Uptraining(1), earlier=first)
+
+
+def test_no_steps_leave_what_is_fitted_on_a_part_of_the_text(monkeypatch):
+    of, text = build("llama"), blocks(count=9)
+    monkeypatch.setattr(start, "TOKENS", 3 * text.seq_len)
+    found = uptrain(of, text, GROUPS, Uptraining(0), pool="fitted")
+    kept = {name: getattr(text, name)[[0, 4, 8]] for name in ("ids", "counted", "attended")}
+    expected = fit_projections(of, GROUPS, TokenBlocks(**kept, source=text.source))
+    assert found.weights.keys() >= expected.keys() and found.history == ()
+    assert all(torch.equal(found.weights[name], weight) for name, weight in expected.items())
+    assert (found.settings["pool"], found.settings["steps"], found.settings["first_losses"]) == ("fitted", 0, {})
+    for pool, earlier in (("mean", None), ("fitted", found)):
+        with pytest.raises(KvcalError, match="0 steps"):
+            uptrain(of, text, GROUPS, Uptraining(0), pool=pool, earlier=earlier)
+
+
+def test_a_training_goes_on_from_what_was_fitted():
+    of, text = build("llama"), blocks()
+    fitted = uptrain(of, text, GROUPS, Uptraining(0), pool="fitted")
+    given = uptrain(of, text, GROUPS, Uptraining(STEPS), pool="fitted", start=fitted.weights)
+    here, after = (
+        uptrain(of, text, GROUPS, Uptraining(STEPS), **more) for more in ({"pool": "fitted"}, {"earlier": fitted})
+    )
+    for other in (given, after):
+        assert other.history == here.history
+        assert all(torch.equal(other.weights[name], weight) for name, weight in here.weights.items())
+    assert given.settings == here.settings and after.settings["earlier"] == fitted.settings

@@ -102,6 +102,24 @@ def test_training_adds_weights_bases_and_a_figure_and_export_writes_what_loads(
     assert torch.equal(*keys)
 
 
+def test_no_steps_fit_where_a_training_would_start(tmp_path, tiny_model_folder, text, artifact):
+    options = ("--model", tiny_model_folder, "--uptrain", "--data", text, "--block-size", 16)
+    out = run("share", artifact, *options, "--steps", 0)
+    assert "fitted" in out.stdout and "nothing was trained" in out.stdout and not (artifact / "uptraining.png").exists()
+    stage = load(artifact).stages["cla"]
+    done = stage.settings["uptraining"]
+    assert (stage.settings["pool"], done["steps"], done["data"]["block_size"]) == ("fitted", 0, 16)
+    assert {"weights.model.layers.0.self_attn.q_proj.weight", "layers.0.key_pre.mean"} <= stage.tensors.keys()
+    assert "uptraining fitted, no steps" in run("inspect", artifact).stdout
+    run("verify", artifact, "--model", tiny_model_folder)
+    assert "steps: 0" in run("recipe", artifact).stdout
+    assert "already uptrained" in run("share", artifact, *options, "--steps", 0).stderr
+    found = json.loads(run("export", artifact, "--model", tiny_model_folder, "--cla", tmp_path / "m", "--json").stdout)
+    assert not found["uptrained"]
+    continued = json.loads(uptrain(artifact, tiny_model_folder, text, "--continue", "--json").stdout)
+    assert continued["settings"]["uptraining"]["earlier"] == done
+
+
 def test_a_failure_after_the_training_loses_nothing(tmp_path, tiny_model_folder, text, calibrated, monkeypatch):
     from kvcal.artifacts import KvcalError
     from kvcal.calibrate.cla import refit, uptraining
@@ -154,7 +172,8 @@ def test_auto_again_is_the_map_that_is_there(tmp_path, tiny_model_folder, text, 
         (("--uptrain",), "give --data and --steps"),
         (("--uptrain", "--steps", 3), "give --data and --steps"),
         (("--uptrain", "--data", "no/such.txt", "--steps", 3), "such.txt"),
-        (("--uptrain", "--data", "TEXT", "--steps", 0), "--steps"),
+        (("--uptrain", "--data", "TEXT", "--steps", -1), "--steps"),
+        (("--uptrain", "--data", "TEXT", "--steps", 0, "--pool", "mean"), "0 steps"),
         (("--uptrain", "--data", "TEXT", "--steps", 3, "--lr", -1), "learning rate"),
         (("--uptrain", "--data", "TEXT", "--steps", 3, "--lr", "fast"), "--lr"),
         (("--uptrain", "--data", "TEXT", "--steps", 3, "--warmup", 3), "fewer than the 3"),
