@@ -47,7 +47,8 @@ class Uptraining:
     batch_size: int = 8
     """Blocks per step."""
     train: str = "shared"
-    """"shared": the shared projections and the reading layers' queries and norms; "all": every parameter."""
+    """"shared": the shared projections and the reading layers' queries and norms; "attention": the attention of every
+    layer, and all norms; "all": every parameter."""
     warmup: int | None = None
     """Steps; None: a twentieth of them."""
     seed: int = 0

@@ -24,6 +24,8 @@ def check_sharing(artifact: Artifact, where: str) -> None:
     for name, allowed in _KNOWN.items():
         found = stage.settings.get(name)
         require_that(where, name, found in allowed, found, " or ".join(allowed))
+    trained = any(name.startswith(WEIGHTS) for name in stage.tensors)
+    require_that(where, "pool", trained or stage.settings.get("pool") != "fitted", "fitted", "weights beside it")
     for name in stage.tensors:
         if name.startswith(WEIGHTS):
             found = stage.tensors[name]

@@ -41,10 +41,10 @@ _OPTIONS = [
     ),
     click.option(
         "--train",
-        type=click.Choice(["shared", "all"]),
+        type=click.Choice(["shared", "attention", "all"]),
         default="shared",
         show_default=True,
-        help="Shared projections and the reading layers' queries and norms, or all weights.",
+        help="Shared projections and the reading layers' queries and norms; all attention and norms; or all weights.",
     ),
     click.option(
         "--pool",

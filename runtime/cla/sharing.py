@@ -31,7 +31,7 @@ from .projections import QUERY, Projections, SharedOutput, ThreadsInCall, pooled
 from .sharing_map import SharingMap
 
 POOLS = ("mean", "first")
-TRAINABLE = ("none", "shared", "all")
+TRAINABLE = ("none", "shared", "attention", "all")
 _ATTRIBUTE = "_kvcal_sharing"
 
 
@@ -191,8 +191,8 @@ def share(
             found better; "first": the storing layer keeps its own.
         weights: values for parameters of the shared model, by name, instead of pooled or the model's own.
         trainable: "shared": gradients reach the shared projections and the queries and norms of the reading layers,
-            nothing else (where one projection makes queries, too, the storing layer's go with it); "all": copies of
-            all parameters; "none": nothing of what is replaced.
+            nothing else (where one projection makes queries, too, the storing layer's go with it); "attention": every
+            layer's attention, and all norms; "all": copies of all parameters; "none": nothing of what is replaced.
 
     Raises:
         KvcalError: a model or map that cannot share, with the reason; the model is then as it was.
@@ -236,13 +236,13 @@ def _shared(
             refuse_checkpointing(model)
         values = sharing._install(attentions, pool)
         named = dict(model.named_parameters())
-        trained = {"none": set(), "shared": _trained(model, sharing_map, attentions) | set(values), "all": set(named)}
-        refuse_tied(model, trained["shared"] if trainable == "shared" else set(values))
-        values |= {name: named[name].detach().clone() for name in sorted(trained[trainable] - values.keys())}
+        trained = _trained(model, sharing_map, attentions, trainable, set(values))
+        refuse_tied(model, trained if trainable in ("shared", "attention") else set(values))
+        values |= {name: named[name].detach().clone() for name in sorted(trained - values.keys())}
         values |= fitting(weights or {}, named)
         sharing._replace(values)
         if trainable != "none":
-            sharing._train(trained[trainable])
+            sharing._train(trained)
         check_equal(model, sharing_map)
         if sharing.parameters:
             digest = hashlib.sha256(f"{sharing_map} {sample(sharing.parameters.items())}".encode())
@@ -278,19 +278,22 @@ def sharing_of(model: Any) -> Sharing | None:
     return vars(unwrapped(model)).get(_ATTRIBUTE)
 
 
-def _trained(model: Any, sharing_map: SharingMap, attentions: list[nn.Module]) -> set[str]:
-    """Names of the query projections and all norms of the reading layers."""
-    names = {module: name for name, module in model.named_modules()}
-    trained: set[str] = set()
-    for layer in sharing_map.reading:
-        attention = names[attentions[layer]]
-        queries = {f"{attention}.{name}" for name in QUERY}
-        block = attention.rpartition(".")[0]
-        for name, module in model.get_submodule(block).named_modules():
-            full = f"{block}.{name}"
-            if full in queries or _is_norm(module):
-                trained |= {f"{full}.{key}" for key, _ in module.named_parameters(recurse=False)}
-    return trained
+def _trained(
+    model: Any, sharing_map: SharingMap, attentions: list[nn.Module], trainable: str, replaced: set[str]
+) -> set[str]:
+    """Names of the parameters that gradients are to reach."""
+    if trainable in ("none", "all"):
+        return set() if trainable == "none" else {name for name, _ in model.named_parameters()}
+    named = dict(model.named_parameters(remove_duplicate=False))  # tied ones under every name, to be refused
+    modules = {module: name for name, module in model.named_modules()}
+    norms = {name for module, name in modules.items() if _is_norm(module)}
+    if trainable == "attention":
+        whole = {modules[attention] for attention in attentions} | norms
+        return {name for name in named if any(name.startswith(f"{part}.") for part in whole)}
+    own = {f"{modules[attentions[layer]]}.{name}" for layer in sharing_map.reading for name in QUERY}
+    blocks = [modules[attentions[layer]].rpartition(".")[0] for layer in sharing_map.reading]
+    own |= {name for name in norms if any(name.startswith(f"{block}.") for block in blocks)}
+    return replaced | {name for name in named if name.rpartition(".")[0] in own}
 
 
 def _is_norm(module: nn.Module) -> bool:

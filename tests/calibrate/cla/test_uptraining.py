@@ -29,26 +29,27 @@ LLAMA_SHARED = {
 def trained():
     """{what is trained: (model, its parameters before, the result)}"""
     found = {}
-    for train_ in ("shared", "all"):
+    for train_ in ("shared", "attention", "all"):
         of = build("llama")
         before = {name: parameter.detach().clone() for name, parameter in of.named_parameters()}
         found[train_] = of, before, train(of, train=train_, steps=25)
     return found
 
 
-@pytest.mark.parametrize("what", ["shared", "all"])
+@pytest.mark.parametrize("what", ["shared", "attention", "all"])
 def test_only_what_is_trained_has_changed(trained, what):
     of, before, result = trained[what]
     with shared(of, GROUPS) as pooled, torch.no_grad():
         start = {name: parameter.clone() for name, parameter in of.named_parameters()}
         assert pooled.parameters.keys() <= result.weights.keys()
-    assert result.weights.keys() == (LLAMA_SHARED if what == "shared" else start.keys())
+    attention = {name for name in start if ".self_attn." in name or "norm" in name}
+    assert result.weights.keys() == {"shared": LLAMA_SHARED, "attention": attention, "all": start.keys()}[what]
     assert all(not torch.equal(weight, start[name]) for name, weight in result.weights.items())
     after = dict(of.named_parameters())
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
-@pytest.mark.parametrize("what", ["shared", "all"])
+@pytest.mark.parametrize("what", ["shared", "attention", "all"])
 def test_the_losses_fall(trained, what):
     found = trained[what][2].settings
     for name in ("loss", "cross_entropy"):
@@ -171,7 +172,7 @@ def test_a_loss_that_is_no_number_stops_it():
         ({"lr": 0.0}, "learning rate 0.0"),
         ({"lr": math.nan}, "learning rate nan"),
         ({"distill": -1.0}, "distillation weight"),
-        ({"train": "none"}, "shared, all"),
+        ({"train": "none"}, "shared, attention, all"),
         ({"warmup": 6}, "fewer than the 6"),
     ],
 )

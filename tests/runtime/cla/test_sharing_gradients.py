@@ -94,7 +94,7 @@ def test_of_shared_only_the_shared_projections_and_the_readers_queries_and_norms
 
 
 @pytest.mark.parametrize("name", SHARING)
-@pytest.mark.parametrize("trainable", ["shared", "all"])
+@pytest.mark.parametrize("trainable", ["shared", "attention", "all"])
 def test_steps_of_an_optimizer_lower_the_loss_and_leave_the_original_alone(name, trainable):
     of, before = several(name), {key: p.clone() for key, p in several(name).named_parameters()}
     state = inventory(of)

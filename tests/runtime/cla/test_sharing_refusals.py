@@ -140,7 +140,7 @@ def test_gradient_checkpointing():
 def test_other_settings_and_a_second_sharing():
     of = several("llama")
     refused(of, "0-1,2", "pool 'median': give mean or first", pool="median")
-    refused(of, "0-1,2", "trainable 'some': give none or shared or all", trainable="some")
+    refused(of, "0-1,2", "trainable 'some': give none or shared or attention or all", trainable="some")
     refused(of, "0-1,2", "weights: the shared model has no parameter x", weights={"x": torch.zeros(1)})
     # A reading layer's own keys are gone.
     gone = {"model.layers.1.self_attn.k_proj.weight": torch.zeros(32, 64)}
