@@ -245,7 +245,10 @@ MANIFESTS = [
     ),
     (lambda body: body["stages"]["cla"]["settings"].update(groups="0-1"), r"groups 0-1: layers 2 are in none"),
     (lambda body: body["stages"]["cla"]["settings"].update(stored_layers=3), r"stored_layers is 3, expected 2"),
-    (lambda body: body["stages"]["cla"]["settings"].update(pool="last"), r"pool is last, expected mean or first or fitted"),
+    (
+        lambda body: body["stages"]["cla"]["settings"].update(pool="last"),
+        r"pool is last, expected mean or first or fitted",
+    ),
     (lambda body: body["stages"]["cla"]["settings"].update(pool="fitted"), r"pool is fitted, expected weights beside"),
 ]
 
