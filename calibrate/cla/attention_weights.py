@@ -24,7 +24,7 @@ class AttentionWeights:
     INSTEAD = "start from the mean of the projections (--pool mean)"
 
     def __init__(self, layer: int, attention: nn.Module, config: Any):
-        children = dict(attention.named_children())
+        children: dict[str, Any] = dict(attention.named_children())
         output = next((name for name in _OUTPUTS if name in children), None)
         norms = [name for name in (*NORMS, "q_norm", "sub_norm") if name in children]
         if output is None or norms or not all(name in children for name in ("q_proj", *KEY_VALUE)):
@@ -33,7 +33,10 @@ class AttentionWeights:
                 f"outputs have one of their own and no norm, this one has {', '.join(children)}: {self.INSTEAD}"
             )
         self.attention = attention
-        self.query, self.key, self.value, self.output = (children[name] for name in ("q_proj", *KEY_VALUE, output))
+        self.query: nn.Linear = children["q_proj"]
+        self.key: nn.Linear = children["k_proj"]
+        self.value: nn.Linear = children["v_proj"]
+        self.output: nn.Linear = children[output]
         self.names = ("q_proj", *KEY_VALUE, output)
         for name, module in zip(self.names, (self.query, self.key, self.value, self.output), strict=True):
             if type(module) is not nn.Linear:

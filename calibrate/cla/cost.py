@@ -50,6 +50,16 @@ class ReadingLayer:
         difference = (found - self._own).square().sum()
         return float((difference / norm).sqrt()) if norm > 0 else float(difference > 0)
 
+    def received(self, key: Tensor) -> Tensor:
+        """[N]: the attention that each token receives from the queries, summed over them and the KV heads."""
+        key = key[:, self._order].float()
+        block = max(1, _ELEMENTS // (key.shape[0] * key.shape[1]))
+        total = torch.zeros(key.shape[1])
+        for start in range(0, len(self._visible), block):
+            weights = self._weights(key, start, start + block)
+            total[: weights.shape[-1]] += weights.sum((0, 1))
+        return torch.empty_like(total).scatter_(0, self._order, total)
+
     def _attend(self, key: Tensor, value: Tensor) -> Tensor:
         """[Hkv, Q, Dv] in double precision, block by block of queries."""
         key, value = key[:, self._order].float(), value[:, self._order].float()
@@ -57,9 +67,14 @@ class ReadingLayer:
         block = max(1, _ELEMENTS // (heads * tokens))
         outputs = []
         for start in range(0, len(self._visible), block):
-            visible = self._visible[start : start + block]
-            seen = int(visible[-1])
-            scores = self._query[:, start : start + block] @ key[:, :seen].mT
-            scores.masked_fill_(torch.arange(seen) >= visible.unsqueeze(1), float("-inf"))
-            outputs.append((scores.softmax(-1) @ value[:, :seen]).double())
+            weights = self._weights(key, start, start + block)
+            outputs.append((weights @ value[:, : weights.shape[-1]]).double())
         return torch.cat(outputs, 1)
+
+    def _weights(self, key: Tensor, start: int, end: int) -> Tensor:
+        """[Hkv, q, seen]: the softmax of these queries over the keys that they see, in order of position."""
+        visible = self._visible[start:end]
+        seen = int(visible[-1])
+        scores = self._query[:, start:end] @ key[:, :seen].mT
+        scores.masked_fill_(torch.arange(seen) >= visible.unsqueeze(1), float("-inf"))
+        return scores.softmax(-1)

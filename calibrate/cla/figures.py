@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,10 @@ from ..plots import data_name, png, two_panels
 from .training_state import Record
 
 _LIKENESS = {"key_r2": "keys", "value_r2": "values"}
-_COSTS = {"cost_as_is": ("C3", "s", "as they are"), "cost_aligned": ("C0", "o", "after the best linear alignment")}
+_COSTS = {
+    "as is": ("C3", "s", "the storing layer's as they are"),
+    "as group": ("C0", "o", "the best for all layers from that one on (root mean square of their errors)"),
+}
 _LOSSES = {"cross_entropy": "next token (cross entropy)", "kl": "KL(original ‖ shared)"}
 
 
@@ -43,8 +47,9 @@ def share_figure(artifact: Artifact, report: dict[str, Any]) -> bytes:
     others = {pair["reading"]: pair for pair in neighbours if pair["reading"] not in shared}
     for measure, (color, marker, label) in _COSTS.items():
         style = {"marker": marker, "linestyle": "none", "color": color}
-        costs.plot(list(shared), [pair[measure] for pair in shared.values()], **style, label=label)
-        costs.plot(list(others), [pair[measure] for pair in others.values()], **style, markerfacecolor="none")
+        for pairs, more in ((shared, {"label": label}), (others, {"markerfacecolor": "none"})):
+            errors = [_error(measure, pair, layers) for pair in pairs.values()]
+            costs.plot(list(pairs), errors, **style, **more)
     costs.plot(
         [],
         [],
@@ -67,6 +72,14 @@ def share_figure(artifact: Artifact, report: dict[str, Any]) -> bytes:
     costs.set_title(f"Cost of sharing; {stored} of {len(layers)} layers stored, groups shaded", fontsize=10)
     costs.legend(fontsize=8, frameon=False, loc="upper left")
     return png(figure, f"{artifact.model.id} on {data_name(artifact)}")
+
+
+def _error(measure: str, pair: dict[str, Any], layers: Sequence[int]) -> float:
+    if measure == "as is":
+        return float(pair["cost_as_is"])
+    size = sum(pair["storing"] <= layer <= pair["reading"] for layer in layers)
+    cost = pair["cost_as_group"]
+    return math.nan if cost is None else math.sqrt(cost / size)
 
 
 def _shade(axis: Any, groups: Sequence[Sequence[int]]) -> None:

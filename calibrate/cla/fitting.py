@@ -84,7 +84,7 @@ def fit_group(weights: Sequence[LayerWeights], moments: Sequence[LayerMoments], 
         value_maps.append(torch.stack(maps))
         targets = [layer.key[head] @ m for layer, m in zip(weights, predict, strict=True)]
         energies = [layer.query[head] for layer in moments]
-        key, maps = _shared_keys(targets, energies, second, rotary_dims)
+        key, maps = shared_keys(targets, energies, second, rotary_dims)
         keys.append(key)
         query_maps.append(torch.stack([made.mT for made in maps]))
     by_layer = range(len(weights))
@@ -117,7 +117,7 @@ def shared_rows(targets: Sequence[Tensor], metrics: Sequence[Tensor], second: Te
     return turn @ basis.mT @ stacked, [torch.linalg.solve(turn, made, left=False) for made in maps]
 
 
-def _shared_keys(
+def shared_keys(
     targets: Sequence[Tensor], energies: Sequence[Tensor], second: Tensor, rotary_dims: int
 ) -> tuple[Tensor, list[Tensor]]:
     """(shared key [D, E], maps [D, D] with k_l about map_l @ shared) that commute with the rotary embedding."""

@@ -13,12 +13,12 @@ from .patterns import Groups
 def best_grouping(cost: Tensor, stored: int) -> Groups:
     """Split layers 0 … n - 1 into `stored` groups of neighbours with the least sum of costs.
 
-    The cost of a group is the sum over its reading layers of what it costs them to read its first layer. With
-    best[k][j] the least cost of the first j layers in k groups,
+    With best[k][j] the least cost of the first j layers in k groups,
     best[k][j] = min over i < j of best[k - 1][i] + (cost of the group i … j - 1): O(n²) per number of groups.
 
     Args:
-        cost: [n, n], [a, b] for layer b reading layer a < b, at least 0; NaN or infinite where they cannot share.
+        cost: [n, n], [a, b] for the group of layers a to b, at least 0; NaN or infinite where they cannot share. A
+            layer by itself costs nothing.
         stored: groups, each of which stores one layer.
 
     Returns:
@@ -31,21 +31,15 @@ def best_grouping(cost: Tensor, stored: int) -> Groups:
     count = len(cost)
     if not 1 <= stored <= count:
         raise KvcalError(f"{stored} stored layers: give 1 to {count}, the full-attention layers of this model")
-    prices = [[math.inf if math.isnan(price) else price for price in row] for row in cost.tolist()]
-    # group[i][j]: cost of the group i … j - 1
-    group = [[math.inf] * (count + 1) for _ in range(count)]
-    for first in range(count):
-        total = 0.0
-        for end in range(first + 1, count + 1):
-            if end > first + 1:
-                total += prices[first][end - 1]
-            group[first][end] = total
+    group = [[math.inf if math.isnan(price) else price for price in row] for row in cost.tolist()]
+    for layer in range(count):
+        group[layer][layer] = 0.0
     best = [math.inf] * (count + 1)
     best[0] = 0.0
     starts: list[list[int]] = []
     for _ in range(stored):
         candidates = [
-            min(((best[first] + group[first][end], first) for first in range(end)), default=(math.inf, 0))
+            min(((best[first] + group[first][end - 1], first) for first in range(end)), default=(math.inf, 0))
             for end in range(count + 1)
         ]
         best = [price for price, _ in candidates]

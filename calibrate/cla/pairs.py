@@ -55,14 +55,14 @@ def measure_pairs(
         progress(0, total)
     for storing in sorted({storing for storing, _ in pairs}):
         key, value = (artifact.tensor("reservoir", storing, name).float() for name in ("key_post", "value"))
-        keys = Source(_before(key, artifact.layers[storing], rotation))
+        keys = Source(before_rotary(key, artifact.layers[storing], rotation))
         values = Source(value)
         for reading in sorted(reader for source, reader in pairs if source == storing):
             layer = artifact.layers[reading]
             own_query, own_key, own_value = (
                 artifact.tensor("reservoir", reading, name).float() for name in ("query_post", "key_post", "value")
             )
-            of_keys = keys.predict(_before(own_key, layer, rotation))
+            of_keys = keys.predict(before_rotary(own_key, layer, rotation))
             of_values = values.predict(own_value)
             if reading not in readers:
                 readers[reading] = ReadingLayer(own_query, own_key, own_value, position, layer.scaling)
@@ -73,7 +73,7 @@ def measure_pairs(
                 "value_r2": of_values.r2,
                 "value_r2_unaligned": of_values.r2_unaligned,
                 "cost_as_is": reader.error(key, value),
-                "cost_aligned": reader.error(_after(of_keys.predicted, layer, rotation), of_values.predicted),
+                "cost_aligned": reader.error(after_rotary(of_keys.predicted, layer, rotation), of_values.predicted),
             }
             for name, number in measured.items():
                 found[name][reading, storing] = number
@@ -89,9 +89,9 @@ def rotates_back(layer: Layer, rotation: Rotation | None) -> bool:
     return layer.pre_rotary == "none" or (rotation is not None and layer.pre_rotary == "unrotate")
 
 
-def _before(key: Tensor, layer: Layer, rotation: Rotation | None) -> Tensor:
+def before_rotary(key: Tensor, layer: Layer, rotation: Rotation | None) -> Tensor:
     return unrotate(key, rotation) if rotation is not None and layer.pre_rotary == "unrotate" else key
 
 
-def _after(key: Tensor, layer: Layer, rotation: Rotation | None) -> Tensor:
+def after_rotary(key: Tensor, layer: Layer, rotation: Rotation | None) -> Tensor:
     return rotate(key, rotation) if rotation is not None and layer.pre_rotary == "unrotate" else key

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +14,7 @@ from ...runtime.cla.method import stage_map
 from ...runtime.cla.sharing_map import SharingMap
 from ..pre_rotary import Rotation
 from .cache_cost import BANDWIDTH, layers_bytes_per_token
+from .group_cost import measure_groups
 from .grouping import best_grouping
 from .pairs import MEASURES, Pair, can_share, measure_pairs, rotates_back
 from .pattern_costs import pattern_costs
@@ -20,9 +22,7 @@ from .patterns import PATTERNS
 from .requested import default_stored, refuse_to_lose, requested_map, shareable_layers
 
 _REACH = 4
-"""Layers of the largest group whose pairs are measured in any case."""
-_REACH_AUTO = 8
-"""Layers of the largest group that `auto` makes, unless such groups store more layers than are asked for."""
+"""Layers of the largest group that is measured, unless such groups store more layers than are asked for."""
 
 
 def share(
@@ -39,14 +39,14 @@ def share(
 
     Args:
         group: layers of a full group.
-        pattern: one of PATTERNS, "auto" (the grouping into `stored_layers` groups of neighbours with the least
-            sum, over the reading layers, of cost_aligned², the relative squared errors of their outputs; in groups
-            of at most 8 layers, or of as many as it takes to store so few), or the groups themselves ("0-1,2-3").
+        pattern: one of PATTERNS, "auto" (the grouping into `stored_layers` groups of neighbours with the least sum
+            of `measure_groups`; in groups of at most 4 layers, or of as many as it takes to store so few), or the
+            groups themselves ("0-1,2-3").
         stored_layers: layers that store keys and values; by default what pattern and group give, for auto the number
             of full-attention layers over `group`, rounded up.
         rotation: the model's, from `rotation_of`; without it keys are aligned as rotated, and look less alike.
         overwrite: replace a stage `cla` that has trained weights.
-        progress: called with (pairs done, pairs in all).
+        progress: called with (pairs and groups done, all of them).
 
     Returns:
         The artifact with the stage; `kvcal.artifacts.save` writes it.
@@ -58,12 +58,15 @@ def share(
     chosen = requested_map(artifact, group=group, pattern=pattern, stored_layers=stored_layers)
     layers = shareable_layers(artifact)
     stored = stored_layers or (default_stored(artifact, group) if chosen is None else len(chosen.groups))
-    pairs = _pairs(artifact, layers, _REACH if chosen else max(_REACH, _reach_of_auto(artifact, layers, stored)))
-    pairs |= {(shared[0], reader) for shared in (chosen.shared if chosen else ()) for reader in shared[1:]}
-    found = measure_pairs(artifact, pairs, rotation, progress)
+    reach = _REACH if chosen else max(_REACH, _reach_of_auto(artifact, layers, stored))
+    groups = _groups(artifact, layers, reach) | set(chosen.shared if chosen else ())
+    pairs = {(group[0], reader) for group in groups for reader in group[1:]}
+    steps = progress or (lambda done, total: None)
+    total = len(pairs) + len(groups)
+    found = measure_pairs(artifact, pairs, rotation, lambda done, _: steps(done, total))
+    cost = measure_groups(artifact, groups, rotation, lambda done, _: steps(len(pairs) + done, total))
     if chosen is None:
-        cost = found["cost_aligned"].T[layers][:, layers].square()
-        indices = best_grouping(cost, stored)
+        indices = best_grouping(cost.T[layers][:, layers], stored)
         chosen = SharingMap(tuple(tuple(layers[index] for index in part) for part in indices))
     tensors = {
         f"layers.{layer.index}.{name}": found[name][layer.index].clone()
@@ -78,6 +81,7 @@ def share(
         "stored_layers": sum(layer in chosen.storing for layer in layers),
         "keys_aligned": "pre" if before_rotary else "post",
         "uptraining": None,
+        "group_costs": {str(SharingMap((group,))): float(cost[group[-1], group[0]]) for group in sorted(groups)},
     }
     return artifact.with_stage("cla", Stage(tensors, settings))
 
@@ -86,13 +90,15 @@ def share_report(artifact: Artifact) -> dict[str, Any]:
     """What the stage `cla` holds.
 
     Returns:
-        {"settings", "groups": [[layer, …]], "predicted_loss": sum of cost_aligned² over the reading layers,
-        "bytes_per_token": {"before", "after"} at 16 bit, of the full-attention layers, "patterns": `pattern_costs`,
-        "bandwidth": a sentence, "pairs": [{"storing", "reading", "shared", and each of MEASURES}], the nearest
+        {"settings", "groups": [[layer, …]], "predicted_loss": what its `group_costs` say of the groups, in all,
+        "bytes_per_token": {"before", "after"} at 16 bit, of full-attention layers, "patterns": `pattern_costs`, each
+        with its "predicted_loss", None where a group was not measured, "bandwidth": a sentence, "pairs": [{"storing",
+        "reading", "shared", each of MEASURES, "cost_as_group": of all layers from the one to the other}], the nearest
         layers first}.
     """
-    chosen = stage_map(artifact)
+    chosen, layers = stage_map(artifact), shareable_layers(artifact)
     settings = dict(artifact.stages["cla"].settings)
+    costs = settings.get("group_costs", {})
     measured = {
         name: torch.stack([artifact.tensor("cla", layer.index, name) for layer in artifact.layers]) for name in MEASURES
     }
@@ -102,22 +108,30 @@ def share_report(artifact: Artifact) -> dict[str, Any]:
             "reading": reading,
             "shared": reading in chosen.reading and chosen.storing_of(reading) == storing,
             **{name: float(measured[name][reading, storing]) for name in MEASURES},
+            "cost_as_group": _cost_of(costs, [[layer for layer in layers if storing <= layer <= reading]]),
         }
         for storing, reading in _measured_pairs(measured["cost_as_is"])
     ]
-    loss = sum(pair["cost_aligned"] ** 2 for pair in pairs if pair["shared"])
     return {
         "settings": settings,
         "groups": [list(group) for group in chosen.groups],
-        "predicted_loss": loss,
+        "predicted_loss": _cost_of(costs, chosen.shared),
         "bytes_per_token": {
             "before": layers_bytes_per_token(artifact.layers),
             "after": layers_bytes_per_token(artifact.layers, chosen),
         },
-        "patterns": pattern_costs(artifact),
+        "patterns": [
+            {**pattern, "predicted_loss": _cost_of(costs, [group for group in pattern["groups"] if len(group) > 1])}
+            for pattern in pattern_costs(artifact)
+        ],
         "bandwidth": BANDWIDTH,
         "pairs": pairs,
     }
+
+
+def _cost_of(costs: Mapping[str, float], groups: Sequence[Sequence[int]]) -> float | None:
+    found = [costs.get(str(SharingMap((tuple(group),)))) for group in groups]
+    return None if None in found else math.fsum(cost for cost in found if cost is not None)
 
 
 def _reach_of_auto(artifact: Artifact, layers: Sequence[int], stored: int) -> int:
@@ -128,17 +142,17 @@ def _reach_of_auto(artifact: Artifact, layers: Sequence[int], stored: int) -> in
     ]
     runs = [end - start for start, end in pairwise((0, *starts, len(layers)))]
     longest = len(layers) - stored + 1
-    enough = (reach for reach in range(_REACH_AUTO, longest) if sum(-(-run // reach) for run in runs) <= stored)
+    enough = (reach for reach in range(_REACH, longest) if sum(-(-run // reach) for run in runs) <= stored)
     return next(enough, longest)
 
 
-def _pairs(artifact: Artifact, layers: Sequence[int], reach: int) -> set[Pair]:
-    """Pairs that groups of at most `reach` neighbours can have."""
+def _groups(artifact: Artifact, layers: Sequence[int], reach: int) -> set[tuple[int, ...]]:
+    """Groups of two to `reach` neighbours that can share."""
+    runs = (tuple(layers[first:end]) for first in range(len(layers)) for end in range(first + 2, first + reach + 1))
     return {
-        (storing, reading)
-        for index, storing in enumerate(layers)
-        for reading in layers[index + 1 : index + reach]
-        if can_share(artifact.layers[storing], artifact.layers[reading])
+        run
+        for run in runs
+        if len(run) > 1 and all(can_share(artifact.layers[run[0]], artifact.layers[layer]) for layer in run)
     }
 
 

@@ -26,7 +26,7 @@ from .uptrain_options import UptrainOptions, print_uptraining, run_uptraining, u
     show_default=True,
     metavar="PATTERN",
     help="uniform, keep-ends, dense-front, dense-back (as in the CLA paper), auto (least predicted "
-    "loss, in groups of at most 8 layers unless fewer are to be stored), or the groups, e.g. 0-1,2-3.",
+    "loss, in groups of at most 4 layers unless fewer are to be stored), or the groups, e.g. 0-1,2-3.",
 )
 @click.option(
     "--budget-layers",
@@ -140,13 +140,13 @@ def print_sharing(report: dict[str, Any]) -> None:
     rows = [
         [
             f"{pair['storing']} → {pair['reading']}",
-            *(f"{pair[name]:.3f}" for name in ("key_r2", "value_r2", "cost_as_is", "cost_aligned")),
+            *(_number(pair[name]) for name in ("key_r2", "value_r2", "cost_as_is", "cost_as_group")),
             "yes" if pair["shared"] else "",
         ]
         for pair in report["pairs"]
         if pair["shared"] or before[pair["reading"]] == pair["storing"]
     ]
-    header = ["storing → reading", "R² keys", "R² values", "cost as is", "cost aligned", "shared"]
+    header = ["storing → reading", "R² keys", "R² values", "cost as is", "cost of the group", "shared"]
     print_table("sharing keys and values between layers", header, rows)
     _print_patterns(report)
     frame = "before" if settings["keys_aligned"] == "pre" else "after"
@@ -154,10 +154,10 @@ def print_sharing(report: dict[str, Any]) -> None:
     stored, total = settings["stored_layers"], sum(map(len, report["groups"]))
     print_lines(
         f"R²: of the best linear alignment of all heads, on held-out tokens, keys {frame} their rotary embedding",
-        "cost: ‖o' - o‖ / ‖o‖ of the reading layer's attention output, with the storing layer's keys and values as "
-        "they are, and aligned",
-        f"groups {settings['groups']} ({settings['pattern']}): predicted loss {report['predicted_loss']:.3g}, the sum "
-        "of aligned cost² over reading layers",
+        "cost as is: ‖o' - o‖ / ‖o‖ of the reading layer's attention output, with the storing layer's keys and values; "
+        "of the group: the sum of its square over all layers from the one to the other, with those that fit them best",
+        f"groups {settings['groups']} ({settings['pattern']}): predicted loss {_number(report['predicted_loss'])}, "
+        "what they cost in all",
         f"stored {stored} of {total} full-attention layers: {size['before']} → {size['after']} bytes per token at "
         "16 bit",
         report["bandwidth"],
@@ -173,9 +173,17 @@ def _print_patterns(report: dict[str, Any]) -> None:
         for pattern in dict.fromkeys(pattern for pattern, _ in found)
     ]
     if rows:
-        title = "layers that store, and bytes per token at 16 bit, by pattern"
+        title = "layers that store, bytes per token at 16 bit, and predicted loss, by pattern"
         print_table(title, ["pattern", *(f"groups of {size}" for size in sizes)], rows)
 
 
 def _stored(cost: dict[str, Any] | None) -> str:
-    return "" if cost is None else f"{cost['stored_layers']}: {cost['bytes_per_token']}"
+    if cost is None:
+        return ""
+    loss = "" if cost["predicted_loss"] is None else f", {cost['predicted_loss']:.2f}"
+    return f"{cost['stored_layers']}: {cost['bytes_per_token']}{loss}"
+
+
+def _number(value: float | None) -> str:
+    """An artifact of before has no costs of groups."""
+    return "" if value is None else f"{value:.3f}"

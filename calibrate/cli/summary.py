@@ -61,7 +61,9 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 
 def _in_short(stage: str, name: str, value: Any) -> Any:
-    """Of an uptraining its steps and losses; every other value as it is."""
+    """Of an uptraining its steps and losses, of the costs of groups how many; every other value as it is."""
+    if (stage, name) == ("cla", "group_costs"):
+        return f"of {len(value)} groups"
     if (stage, name) != ("cla", "uptraining") or value is None:
         return value
     first, last = value["first_losses"], value["last_losses"]

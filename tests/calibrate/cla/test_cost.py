@@ -42,6 +42,18 @@ def test_against_attention_token_by_token(tensors):
     assert layer.error(other_key, other_value) == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_attention_that_tokens_receive_token_by_token(tensors):
+    (query, key, value), _, position = tensors
+    expected = torch.zeros(TOKENS)
+    for head in range(HEADS):
+        for token in range(TOKENS):
+            seen = [other for other in range(TOKENS) if position[other] <= position[token]]
+            weights = [math.exp(SCALING * float(query[head, token] @ key[head, other])) for other in seen]
+            for other, weight in zip(seen, weights, strict=True):
+                expected[other] += weight / sum(weights)
+    torch.testing.assert_close(ReadingLayer(query, key, value, position, SCALING).received(key), expected)
+
+
 def test_its_own_keys_and_values_cost_nothing(tensors):
     (query, key, value), _, position = tensors
     assert ReadingLayer(query, key, value, position, SCALING).error(key.clone(), value.clone()) == 0
