@@ -46,7 +46,7 @@ def methods(bench: Bench, only: str | None = None) -> None:
     for length, levels in bench.subject.lengths.items():
         grid = _grid(bench, levels, length, only)
         prompts = _on_text(bench, length, ("perplexity", "passkey"))
-        _decode(bench, f"methods-{length}", prompts, grid, bench.artifact())
+        decode(bench, f"methods-{length}", prompts, grid, bench.artifact())
 
 
 def short_blocks(bench: Bench, only: str | None = None) -> None:
@@ -55,7 +55,7 @@ def short_blocks(bench: Bench, only: str | None = None) -> None:
         grid = [setting for setting in _grid(bench, levels, length, only) if setting["method"] in CALIBRATED]
         if grid:
             prompts = _on_text(bench, length, ("perplexity", "passkey"))
-            _decode(bench, f"short-blocks-{length}", prompts, grid, bench.in_short_blocks())
+            decode(bench, f"short-blocks-{length}", prompts, grid, bench.in_short_blocks())
 
 
 def defaults(bench: Bench, only: str | None = None) -> None:
@@ -65,48 +65,48 @@ def defaults(bench: Bench, only: str | None = None) -> None:
         for name, method in METHODS.items()
         if name != "full" and only in (None, name)
     ]
-    _decode(bench, "defaults", _text_and_passkey(bench), grid, bench.artifact())
+    decode(bench, "defaults", text_and_passkey(bench), grid, bench.artifact())
 
 
 def papers(bench: Bench, only: str | None = None) -> None:
     """Every method with its paper's settings."""
     grid = [setting for setting in PAPERS if only in (None, setting["method"])]
-    _decode(bench, "papers", _text_and_passkey(bench), grid, bench.artifact())
+    decode(bench, "papers", text_and_passkey(bench), grid, bench.artifact())
 
 
 def by_answers(bench: Bench, only: str | None = None) -> None:
     """What attention errors mislead about, by what the model then answers."""
     grid = [setting for setting in BY_ANSWERS if only in (None, setting["method"])]
-    _decode(bench, "by-answers", _text_and_passkey(bench), grid, bench.artifact())
+    decode(bench, "by-answers", text_and_passkey(bench), grid, bench.artifact())
 
 
 def why_loki(bench: Bench, only: str | None = None) -> None:
     """What of Loki's loss is its choice, its rank, its basis, the first layer or the sinks."""
     grid = [setting for setting in WHY_LOKI.values() if only in (None, setting["method"])]
-    prompts = _text_and_passkey(bench)
-    _decode(bench, "why-loki", prompts, grid, bench.in_short_blocks())
-    _decode(bench, "why-loki-uncentred", prompts, [PUBLISHED], uncentred(bench.in_short_blocks()))
+    prompts = text_and_passkey(bench)
+    decode(bench, "why-loki", prompts, grid, bench.in_short_blocks())
+    decode(bench, "why-loki-uncentred", prompts, [PUBLISHED], uncentred(bench.in_short_blocks()))
 
 
 def questions(bench: Bench, only: str | None = None) -> None:
     """What a calibration on questions changes."""
     grid = [setting for setting in QUESTIONS if only in (None, setting["method"])]
     artifact = bench.in_short_blocks("questions", source=bench.questions())
-    _decode(bench, "questions", _text_and_passkey(bench), grid, artifact)
+    decode(bench, "questions", text_and_passkey(bench), grid, artifact)
 
 
 def question_seen(bench: Bench, only: str | None = None) -> None:
     """Passkey with the question in the prompt: SnapKV is made for that."""
     grid = [setting for setting in SEES_QUESTION if only in (None, setting["method"])]
     prompts = _on_text(bench, bench.subject.shortest, ("passkey",))
-    _decode(bench, "question-seen", prompts, grid, bench.artifact(), question="prefilled")
+    decode(bench, "question-seen", prompts, grid, bench.artifact(), question="prefilled")
 
 
 def aims(bench: Bench, only: str | None = None) -> None:
     """`spectral` where it is to lose nothing: more questions, also of a task of which the model answers most."""
     for length in AIMS:
         prompts = _on_text(bench, length, ("perplexity", *AIMED_AT), AIMED_SAMPLES[length])
-        _decode(bench, f"aims-{length}", prompts, settings_of_aims(length, bench.subject.head_dim), bench.artifact())
+        decode(bench, f"aims-{length}", prompts, settings_of_aims(length, bench.subject.head_dim), bench.artifact())
 
 
 def ruler(bench: Bench, only: str | None = None) -> None:
@@ -114,11 +114,11 @@ def ruler(bench: Bench, only: str | None = None) -> None:
     eighth."""
     length = bench.subject.shortest
     of_all = _on_text(bench, length, RULER_TASKS, SAMPLES)
-    row = _decode(bench, f"ruler-full-{length}", of_all, [], None)[0]
+    row = decode(bench, f"ruler-full-{length}", of_all, [], None)[0]
     known = [key.partition("@")[0] for key, score in row["scores"].items() if score >= ANSWERABLE]
     grid = _grid(bench, [RULER_LEVEL], length, only)
     if known:
-        _decode(bench, f"ruler-{length}", _on_text(bench, length, known, SAMPLES), grid, bench.artifact())
+        decode(bench, f"ruler-{length}", _on_text(bench, length, known, SAMPLES), grid, bench.artifact())
 
 
 def _grid(bench: Bench, levels: Sequence[str], length: int, only: str | None) -> list[Setting]:
@@ -130,7 +130,7 @@ def _grid(bench: Bench, levels: Sequence[str], length: int, only: str | None) ->
     ]
 
 
-def _text_and_passkey(bench: Bench) -> Prompts:
+def text_and_passkey(bench: Bench) -> Prompts:
     """What a part decodes that needs no length of its own."""
     return _on_text(bench, bench.subject.shortest, ("perplexity", "passkey"))
 
@@ -149,7 +149,7 @@ def _on_text(bench: Bench, length: int, tasks: Sequence[str], samples: int | Non
     )
 
 
-def _decode(
+def decode(
     bench: Bench,
     part: str,
     prompts: Prompts,

@@ -233,6 +233,7 @@ PARTS: Mapping[str, tuple[str, Part]] = {
     "ruler": ("RULER, methods", page_decoding.ruler),
     "aims": ("What spectral keeps of long contexts", page_decoding.aims),
     "plans": ("Plans", page_decoding.plans),
+    "sharing": ("Layers that share keys and values, not trained", page_decoding.sharing),
 }
 
 

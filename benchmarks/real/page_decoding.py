@@ -126,6 +126,28 @@ def plans(folder: Path, subject: Subject) -> str:
     return "\n\n".join(parts)
 
 
+def sharing(folder: Path, subject: Subject) -> str:
+    """Cross-layer attention before any training, in groups of two layers or storing as many layers as those: perplexity
+    over the original's, and answers. fitted: shared projections in closed form, from 32768 tokens of the calibration
+    text; mean, first: pooled ones. resident: bytes held, over those of all layers."""
+    lines: list[list[str]] = []
+    tasks: list[str] = []
+    for path in sorted(folder.glob(f"{subject.model}-sharing-*.json")):
+        full, *rows = read(path)["results"]
+        tasks = list(full["scores"])
+        lines += [
+            [
+                path.stem.partition("-sharing-")[2],
+                number(row["resident_bytes"] / full["resident_bytes"]),
+                "fitted" if "uptrained" not in row else row["pool"],
+                with_error(row["perplexity_ratio"], row["perplexity_ratio_se"]),
+                *(with_error(row["scores"][task], row["scores_se"][task], ".2f") for task in tasks),
+            ]
+            for row in rows
+        ]
+    return table(["pattern", "resident", "start", "perplexity / full", *tasks], lines) if lines else ""
+
+
 def _check(checked: Mapping[str, Any]) -> str:
     plan, full = checked["plan"], checked["full"]
     found = [f"perplexity / full {with_error(plan['perplexity_ratio'], plan['perplexity_ratio_se'])}"]

@@ -26,6 +26,7 @@ from decoding import (
 from first_token import first_token, standing_out
 from plans import plans as plans_of
 from settings import AIMS, GROUP, LEVELS, ONLY_CHOSEN, at_equal_bytes, spectral_of
+from sharing import sharing
 from subjects import UNSEEN, Bench, uncentred
 from thresholds import KINDS, choose, rows_of
 
@@ -225,6 +226,7 @@ PARTS: Mapping[str, Callable[[Bench, str | None], None]] = {
     "ruler": ruler,
     "aims": aims,
     "plans": plans,
+    "sharing": sharing,
 }
 OF_METHODS = (
     "attention",
