@@ -208,6 +208,21 @@ def alternatives(folder: Path, subject: Subject) -> str:
     return table(["", "tokens", "error", "more"], rows) if rows else ""
 
 
+def shared_basis(folder: Path, subject: Subject) -> str:
+    """A simulation: keys and values held as coefficients in one basis for the layers of a group, the first ones only or in
+    fewer bits; attention reads every token. In each column bytes held over those of 16 bits, and the attention error.
+    The first column is of each layer's own keys and values in fewer bits, without a basis; groups of 1 have one."""
+    rows = read(folder / f"{subject.model}-shared-basis.json").get("rows", [])
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    by_code: dict[str, dict[int | None, str]] = {}
+    for row in rows:
+        error = with_error(row["error"], row["error_se"])
+        by_code.setdefault(row["code"], {})[row["size"]] = f"{row['bytes']:.3f}: {error}"
+    lines = [[code, *(cells.get(size, "") for size in sizes)] for code, cells in by_code.items()]
+    header = ["", *("each its own" if size is None else f"groups of {size}" for size in sizes)]
+    return table(header, lines) if lines else ""
+
+
 PARTS: Mapping[str, tuple[str, Part]] = {
     "ranks": ("Ranks by layer", ranks),
     "tokens": ("How much text is enough", tokens),
@@ -234,6 +249,7 @@ PARTS: Mapping[str, tuple[str, Part]] = {
     "aims": ("What spectral keeps of long contexts", page_decoding.aims),
     "plans": ("Plans", page_decoding.plans),
     "sharing": ("Layers that share keys and values, not trained", page_decoding.sharing),
+    "shared-basis": ("One basis for several layers", shared_basis),
 }
 
 

@@ -26,6 +26,7 @@ from decoding import (
 from first_token import first_token, standing_out
 from plans import plans as plans_of
 from settings import AIMS, GROUP, LEVELS, ONLY_CHOSEN, at_equal_bytes, spectral_of
+from shared_basis import shared_basis as shared_basis_of
 from sharing import sharing
 from subjects import UNSEEN, Bench, uncentred
 from thresholds import KINDS, choose, rows_of
@@ -159,6 +160,13 @@ def first_tokens(bench: Bench, only: str | None = None) -> None:
         done.once("logits, long blocks", lambda: standing_out(_problems(bench, "both", length), bench.artifact()))
 
 
+def shared_basis(bench: Bench, only: str | None = None) -> None:
+    """One basis for a group of layers, beside keys and values of fewer bits."""
+    length, artifact = bench.subject.shortest, bench.in_short_blocks()
+    done = Done(bench.path("shared-basis"))
+    done.once("rows", lambda: shared_basis_of(_problems(bench, "both", length), artifact, bench.loaded.model))
+
+
 def _loki(rank: int, basis: str, stage: str = "post") -> dict[str, Any]:
     setting = {"method": "loki", "rank": rank, "keep": KEEP, "basis": basis, "stage": stage}
     return {**setting, **GROUP, **ONLY_CHOSEN}
@@ -227,6 +235,7 @@ PARTS: Mapping[str, Callable[[Bench, str | None], None]] = {
     "aims": aims,
     "plans": plans,
     "sharing": sharing,
+    "shared-basis": shared_basis,
 }
 OF_METHODS = (
     "attention",

@@ -43,6 +43,11 @@ class ReadingLayer:
         self._query = query[:, self._order[chosen]].float() * scaling
         self._own = self._attend(key, value)
 
+    @property
+    def output_square(self) -> float:
+        """‖o‖² of its own output, over all queries and heads."""
+        return float(self._own.square().sum())
+
     def error(self, key: Tensor, value: Tensor) -> float:
         """‖o' - o‖ / ‖o‖ over all queries and heads together, o' with these keys and values instead of its own."""
         found = self._attend(key, value)

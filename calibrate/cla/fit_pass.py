@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ...artifacts import KvcalError
 from ...runtime.cla.sharing_map import SharingMap
 from ...runtime.integration.routing import backbone
+from ...runtime.wrapped import unwrapped
 from ..blocks import TokenBlocks
 from ..capture import LayerTensors, capture
 from ..pre_rotary import PreRotary, find_rotation
-from .attention_weights import AttentionWeights
+from .attention_weights import AttentionWeights, weights_of
 from .fitting import LayerMoments, fit_group
 
 _QUERIES = 256
@@ -45,31 +46,30 @@ def fit_projections(
         KvcalError: an architecture whose keys, values or outputs are not what `AttentionWeights` and `fit_group` take
             them for, or numbers that are none.
     """
-    from ...runtime.integration.support import find_attention  # loads transformers
-
-    attentions = find_attention(model)
+    model = unwrapped(model)
+    weights = weights_of(model, sharing_map)
     groups = {layer: group for group in sharing_map.shared for layer in group}
-    weights = {layer: AttentionWeights(layer, attentions[layer], model.config.get_text_config()) for layer in groups}
     has_rotary = bool(getattr(model.config.get_text_config(), "rope_parameters", None))
     attended = blocks.attended[:0]
-    rotary_dims = 0
+    rotary_dims: dict[int, int] = {}
     inputs: dict[int, Tensor] = {}
     received: dict[int, Tensor] = {}
     cross: dict[int, Tensor] = {}
     queries: dict[int, Tensor] = {}
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal rotary_dims
         call = inspect.signature(module.forward).bind(*args, **kwargs)
         rotation = find_rotation(module, call, has_rotary)
-        rotary_dims = 0 if rotation is None else rotation[0].shape[-1]
         layer: int = module.layer_idx  # type: ignore[assignment]
+        rotary_dims[layer] = 0 if rotation is None else rotation[0].shape[-1]
         inputs[layer] = weights[layer].inputs(next(iter(call.arguments.values())))
 
     def observe(seen: LayerTensors) -> None:
         if seen.layer not in groups:
             return
         group = groups[seen.layer]
+        if seen.layer not in queries:
+            _check(seen, inputs[seen.layer], weights[seen.layer], pre_rotary)
         received[seen.layer] = attention_received(seen.query_post, seen.key_post, attended, seen.scaling)
         queries[seen.layer] = queries.get(seen.layer, 0) + _second_moment(seen.query_pre, seen.key_pre, attended)
         if seen.layer == group[-1]:
@@ -80,7 +80,7 @@ def fit_projections(
                 cross[layer] = cross.get(layer, 0) + product.double().cpu()
 
     pre_rotary = PreRotary()
-    handles = [attentions[layer].register_forward_pre_hook(before, with_kwargs=True) for layer in groups]
+    handles = [weights[layer].attention.register_forward_pre_hook(before, with_kwargs=True) for layer in groups]
     try:
         with capture(model, observe, pre_rotary):
             for start in range(0, len(blocks), batch_size):
@@ -97,17 +97,23 @@ def fit_projections(
     made: dict[str, Tensor] = {}
     for group in sharing_map.shared:
         moments = [LayerMoments(cross[layer], queries[layer]) for layer in group]
-        if not all(torch.isfinite(each.cross).all() and torch.isfinite(each.query).all() for each in moments):
-            raise KvcalError(f"layers {group[0]} to {group[-1]}: NaN or Inf in what their attention is fed")
-        if replayed := [layer for layer in group if pre_rotary.methods[layer] == "replay"]:
-            raise KvcalError(
-                f"layer {replayed[0]}: its rotary embedding is not the usual one: {AttentionWeights.INSTEAD}"
-            )
-        fitted = fit_group([weights[layer].matrices() for layer in group], moments, rotary_dims)
+        fitted = fit_group([weights[layer].matrices() for layer in group], moments, rotary_dims[group[0]])
         for number, layer in enumerate(group):
             changed = weights[layer].changed(fitted, number)
-            made |= {f"{names[attentions[layer]]}.{name}": tensor for name, tensor in changed.items()}
+            made |= {f"{names[weights[layer].attention]}.{name}": tensor for name, tensor in changed.items()}
     return made
+
+
+def _check(seen: LayerTensors, inputs: Tensor, weights: AttentionWeights, pre_rotary: PreRotary) -> None:
+    """Raise KvcalError, at the first block, for what `fit_group` would take for something else."""
+    if not all(torch.isfinite(tensor).all() for tensor in (seen.query_post, seen.key_post, seen.value, inputs)):
+        raise KvcalError(f"layer {seen.layer}: NaN or Inf in its attention: load the model as float32 (--dtype)")
+    if pre_rotary.methods[seen.layer] == "replay":
+        raise KvcalError(
+            f"layer {seen.layer}: its rotary embedding does not pair dimension i with i + half of them: "
+            f"{AttentionWeights.INSTEAD}"
+        )
+    weights.check(inputs, seen)
 
 
 def attention_received(query: Tensor, key: Tensor, attended: Tensor, scaling: float) -> Tensor:
@@ -125,7 +131,7 @@ def attention_received(query: Tensor, key: Tensor, attended: Tensor, scaling: fl
     for start in range(0, tokens, _QUERIES):
         block = grouped[:, :, :, start : start + _QUERIES]
         end = start + block.shape[3]
-        scores = (block @ key[:, :, None, :end].mT).float() * scaling
+        scores = (block.float() * scaling) @ key[:, :, None, :end].mT.float()
         future = torch.arange(end, device=query.device) > torch.arange(start, end, device=query.device).unsqueeze(1)
         weights = scores.masked_fill_(future, float("-inf")).softmax(-1)
         weights *= attended[:, None, None, start:end, None]

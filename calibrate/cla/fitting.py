@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 _RIDGE = 1e-4
-"""Of E[x xᵀ], relative to the mean of its diagonal: what is not in the text does not decide."""
+"""Of E[x xᵀ], relative to the mean of its diagonal: keeps directions that the text hardly has from deciding."""
 _FLOOR = 1e-9
 """Smallest eigenvalue of a metric, relative to its largest."""
 
@@ -46,9 +46,10 @@ class LayerMoments:
     """Of one layer of a group, float64."""
 
     cross: Tensor
-    """[E, E] E[x_l xᵀ] over tokens, weighted by the attention they receive; x is the storing layer's input."""
+    """[E, E] Σ x_l xᵀ over tokens, weighted by the attention that they receive in all layers of the group; x is the
+    storing layer's input."""
     query: Tensor
-    """[Hkv, D, D] E[q qᵀ] before the rotary embedding, over the tokens and the G heads of a KV head."""
+    """[Hkv, D, D] Σ q qᵀ before the rotary embedding, over the tokens and the G heads of a KV head."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def fit_group(weights: Sequence[LayerWeights], moments: Sequence[LayerMoments], 
     """Shared keys and values of a group, the storing layer first.
 
     Args:
-        rotary_dims: of a head's dimensions the rotary embedding rotates the first so many, i with i + rotary_dims / 2.
+        rotary_dims: of a head's dimensions the first so many are rotated, i paired with i + rotary_dims / 2.
     """
     second = moments[0].cross
     second = second + _RIDGE * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype)
@@ -113,8 +114,8 @@ def shared_rows(targets: Sequence[Tensor], metrics: Sequence[Tensor], second: Te
     basis = torch.linalg.eigh(stacked @ second @ stacked.mT)[1][:, -dims:]
     maps = [inverse @ part for (_, inverse), part in zip(roots, basis.split(dims), strict=True)]
     left, sizes, right = torch.linalg.svd(maps[0])
-    turn = (left @ right) * sizes.square().mean().sqrt()
-    return turn @ basis.mT @ stacked, [torch.linalg.solve(turn, made, left=False) for made in maps]
+    turn, size = left @ right, float(sizes.square().mean().sqrt()) or 1.0
+    return size * turn @ basis.mT @ stacked, [made @ turn.mT / size for made in maps]
 
 
 def shared_keys(
@@ -158,7 +159,7 @@ def _shared_planes(targets: Tensor, energies: Tensor, second: Tensor) -> tuple[T
     own = leading[:, :1]
     # A factor of modulus 1 is free: the storing layer's keys keep their phase.
     leading = leading * torch.where(own.abs() > _FLOOR, own.conj() / own.abs().clamp_min(_FLOOR), 1)
-    size = weight.mean(0) * len(targets) ** 0.5  # layers that are alike keep the size of their keys
+    size = weight.norm(dim=0)  # layers with the same keys keep them as they are
     rows = (leading.conj().unsqueeze(1) @ weighted).squeeze(1) / size.unsqueeze(-1)
     return rows, leading.mT * size / weight
 

@@ -1,9 +1,9 @@
 """What a group of layers loses when it shares: its attention outputs with the keys and values that fit it best.
 
-Those are fitted as where a training starts (`fit_group`): of every KV head D dimensions for all layers together,
-weighted by the attention that tokens receive. Here on the reservoir, and from the layers' own keys and values, which
-in the model are told from the storing layer's input: of SmolLM2-135M it tells 0.98 of the second moment of the next
-layer's keys, and 0.88 of its values' (medians of 29 layers).
+Those are fitted much as where a training starts (`fit_group`): of every KV head D dimensions for all layers together,
+weighted by the attention that tokens receive, keys in the metric of the queries, values in that of the cost. Here it is
+on the reservoir, and from the layers' own keys and values, which in the model are predicted from the storing layer's
+input: of SmolLM2-135M that has 0.98 of the second moment of the next layer's keys, and 0.88 of its values'.
 """
 
 from __future__ import annotations
@@ -74,20 +74,22 @@ class _Layer:
 
 def _cost(layers: list[_Layer], rotation: Rotation | None) -> float:
     weight = torch.stack([layer.received for layer in layers]).sum(0)
-    keys = torch.stack([torch.empty_like(layer.key) for layer in layers])
-    values = torch.stack([torch.empty_like(layer.value) for layer in layers])
+    keys, values = [], []
     for head in range(layers[0].key.shape[0]):
-        energies = [layer.query_second[head] for layer in layers]
         rows, second, targets = _joint([layer.key[head] for layer in layers], weight)
+        energies = [layer.query_second[head] for layer in layers]
         shared, maps = shared_keys(targets, energies, second, layers[0].rotary_dims)
-        keys[:, head] = torch.stack([rows @ shared.mT @ each.mT for each in maps])
+        keys.append([rows @ shared.mT @ each.mT for each in maps])
         rows, second, targets = _joint([layer.value[head] for layer in layers], weight)
-        metric = torch.eye(rows.shape[1] // len(layers), dtype=rows.dtype)
-        shared, maps = shared_rows(targets, [metric] * len(layers), second)
-        values[:, head] = torch.stack([rows @ shared.mT @ each.mT for each in maps])
+        plain = torch.eye(len(targets[0]), dtype=rows.dtype)
+        shared, maps = shared_rows(targets, [plain / (layer.reader.output_square or 1.0) for layer in layers], second)
+        values.append([rows @ shared.mT @ each.mT for each in maps])
     errors = [
-        layer.reader.error(after_rotary(key.float(), layer.kind, rotation), value.float())
-        for layer, key, value in zip(layers, keys, values, strict=True)
+        layer.reader.error(
+            after_rotary(torch.stack([head[number] for head in keys]).float(), layer.kind, rotation),
+            torch.stack([head[number] for head in values]).float(),
+        )
+        for number, layer in enumerate(layers)
     ]
     return math.fsum(error**2 for error in errors)
 

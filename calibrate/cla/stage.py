@@ -60,7 +60,7 @@ def share(
     stored = stored_layers or (default_stored(artifact, group) if chosen is None else len(chosen.groups))
     reach = _REACH if chosen else max(_REACH, _reach_of_auto(artifact, layers, stored))
     groups = _groups(artifact, layers, reach) | set(chosen.shared if chosen else ())
-    pairs = {(group[0], reader) for group in groups for reader in group[1:]}
+    pairs = {(members[0], reader) for members in groups for reader in members[1:]}
     steps = progress or (lambda done, total: None)
     total = len(pairs) + len(groups)
     found = measure_pairs(artifact, pairs, rotation, lambda done, _: steps(done, total))
@@ -81,7 +81,9 @@ def share(
         "stored_layers": sum(layer in chosen.storing for layer in layers),
         "keys_aligned": "pre" if before_rotary else "post",
         "uptraining": None,
-        "group_costs": {str(SharingMap((group,))): float(cost[group[-1], group[0]]) for group in sorted(groups)},
+        "group_costs": {
+            str(SharingMap((members,))): float(cost[members[-1], members[0]]) for members in sorted(groups)
+        },
     }
     return artifact.with_stage("cla", Stage(tensors, settings))
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from ...artifacts import KvcalError
 from ...runtime.cla.sharing import POOLS
 from ...runtime.cla.sharing_map import SharingMap
+from ...runtime.wrapped import unwrapped
 from ..blocks import TokenBlocks
-from .attention_weights import AttentionWeights
+from .attention_weights import weights_of
 from .fit_pass import fit_projections
 
 FITTED = "fitted"
@@ -27,7 +28,7 @@ def check_start(model: Any, sharing_map: SharingMap, pool: str) -> None:
     if pool not in STARTS:
         raise KvcalError(f"pool {pool!r}: give one of {', '.join(STARTS)}")
     if pool == FITTED:
-        _weights(model, sharing_map)
+        weights_of(unwrapped(model), sharing_map)
 
 
 def starting_weights(
@@ -50,20 +51,12 @@ def starting_weights(
         return {}
     if not resumed:
         return fit_projections(model, sharing_map, _some(blocks), progress=progress)
+    model = unwrapped(model)
     names = {module: name for name, module in model.named_modules()}
     return {
         f"{names[weights.attention]}.{name}": parameter
-        for layer, weights in _weights(model, sharing_map).items()
+        for layer, weights in weights_of(model, sharing_map).items()
         for name, parameter in weights.parameters(stores=layer in sharing_map.storing).items()
-    }
-
-
-def _weights(model: Any, sharing_map: SharingMap) -> dict[int, AttentionWeights]:
-    from ...runtime.integration.support import find_attention  # loads transformers
-
-    attentions, config = find_attention(model), model.config.get_text_config()
-    return {
-        layer: AttentionWeights(layer, attentions[layer], config) for group in sharing_map.shared for layer in group
     }
 
 

@@ -30,6 +30,13 @@ class TrainingState:
     def exists(self) -> bool:
         return (self.folder / "state.json").is_file()
 
+    def refuse_to_lose(self) -> None:
+        """Raise KvcalError when there is a state."""
+        if self.exists():
+            raise KvcalError(
+                f"{self.folder}: an interrupted uptraining is there: add --resume to continue it, or remove the folder"
+            )
+
     def save(self, optimizer: Optimizer, history: list[Record]) -> None:
         """Raises KvcalError when the disk does not take it; the previous state is then still there."""
         stem = f"state-{len(history)}"

@@ -48,7 +48,7 @@ class Uptraining:
     """Blocks per step."""
     train: str = "shared"
     """"shared": the shared projections and the reading layers' queries and norms; "attention": the attention of every
-    layer, and all norms; "all": every parameter."""
+    layer, and all norms; "all": every parameter. What else was fitted stays as it was fitted."""
     warmup: int | None = None
     """Steps; None: a twentieth of them."""
     seed: int = 0
@@ -57,8 +57,10 @@ class Uptraining:
         known = [name for name in TRAINABLE if name != "none"]
         if self.train not in known:
             raise KvcalError(f"train {self.train!r}: give one of {', '.join(known)}")
-        if self.steps < 0 or self.batch_size < 1:
-            raise KvcalError(f"{self.steps} steps of {self.batch_size} blocks: give at least 1 of each")
+        if self.steps < 0:
+            raise KvcalError(f"{self.steps} steps: give 1 or more, or 0 for what a training would start from")
+        if self.batch_size < 1:
+            raise KvcalError(f"batches of {self.batch_size} blocks: give at least 1")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise KvcalError(f"learning rate {self.lr}: give a positive number, e.g. 1e-3")
         if not (math.isfinite(self.distill) and self.distill >= 0):
@@ -108,7 +110,7 @@ def uptrain(
         beside: an artifact's folder; checkpoints go to `beside`.uptraining, the last one at the end of the training:
             remove it once the result is saved. None: no checkpoints.
         checkpoint_every: steps between checkpoints.
-        start: what `starting_weights` gave for the same pool and blocks; None: they are made here.
+        start: what `starting_weights` gave for the same pool and blocks; None: they are made here. Not with `earlier`.
 
     Raises:
         KvcalError: nothing to train, a model that cannot share or is in float16, an interrupted run in the way, a loss
@@ -122,10 +124,8 @@ def uptrain(
         raise KvcalError("no block has two tokens, of which one predicts the other: give more text")
     settings = run_settings(model, blocks, sharing_map, training, pool, earlier)
     state = None if beside is None else TrainingState.beside(beside, settings["run"])
-    if state is not None and state.exists() and not resume:
-        raise KvcalError(
-            f"{state.folder}: an interrupted uptraining is there: add --resume to continue it, or remove the folder"
-        )
+    if state is not None and not resume:
+        state.refuse_to_lose()
     modes = [(module, module.training) for module in model.modules()]
     try:
         resumed = state is not None and state.exists()

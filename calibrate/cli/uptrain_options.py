@@ -160,6 +160,8 @@ def run_uptraining(
     refuse_to_lose(artifact, overwrite or options.more)
     if options.resume and not state.exists():
         say(f"no interrupted uptraining beside {folder}: starting from the beginning")
+    if not options.resume:
+        state.refuse_to_lose()
     start = None
     if fits:
         with progress_bar("fitting the start") as fitting:

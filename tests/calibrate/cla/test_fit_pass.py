@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import architectures
 import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture, build
@@ -23,13 +24,27 @@ FITTED = {
     "llama-bias": {"attention_bias": True},
     "stablelm": {"partial_rotary_factor": 0.5},
 }
-NOT_FITTED = {"qwen3": "k_norm", "olmo2": "k_norm", "phi3": "qkv_proj", "gpt2": "c_attn", "cohere": "rotary embedding"}
+NOT_FITTED = {
+    "qwen3": "k_norm",
+    "olmo2": "k_norm",
+    "phi3": "qkv_proj",
+    "gpt2": "c_attn",
+    "cohere": "rotary embedding",
+    "bitnet": "attn_sub_norm",
+    "olmo": "not what .*_proj gives",
+}
+"""The last has its projections clipped."""
+MORE = {
+    "stablelm": Architecture("StableLmConfig"),
+    "bitnet": Architecture("BitNetConfig"),
+    "olmo": Architecture("OlmoConfig", {"clip_qkv": 0.05}),
+}
+"""Of no use to other tests: half of a head's dimensions rotate, a norm after attention, clipped projections."""
 TEXT = blocks(count=6, length=21)
 
 
 def of_kind(name, monkeypatch):
-    # Of no use to other tests, and so not in the table: half of its dimensions rotate.
-    monkeypatch.setitem(ARCHITECTURES, "stablelm", Architecture("StableLmConfig"))
+    monkeypatch.setattr(architectures, "ARCHITECTURES", {**ARCHITECTURES, **MORE})
     return build(name.removesuffix("-bias"), **FITTED[name])
 
 
@@ -141,15 +156,35 @@ def test_the_model_is_left_as_it_was_found():
 
 
 @pytest.mark.parametrize(("name", "why"), NOT_FITTED.items())
-def test_architectures_that_are_not_fitted_are_refused_by_what_they_have(name, why):
+def test_architectures_that_are_not_fitted_are_refused_by_what_they_have(name, why, monkeypatch):
+    monkeypatch.setattr(architectures, "ARCHITECTURES", {**ARCHITECTURES, **MORE})
     with pytest.raises(KvcalError, match=why) as caught:
         fit_projections(build(name), GROUPS, TEXT)
     assert "--pool mean" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_numbers_that_are_none_are_named():
+def test_nan_is_named():
     model = build("llama")
     with torch.no_grad():
         model.model.layers[0].input_layernorm.weight[0] = float("nan")
-    with pytest.raises(KvcalError, match="layers 0 to 1: NaN"):
+    with pytest.raises(KvcalError, match="layer 0: NaN or Inf in its attention"):
         fit_projections(model, GROUPS, TEXT)
+
+
+def test_scores_beyond_float16_are_no_reason_to_refuse():
+    model = build("llama", dtype=torch.float16)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight *= 2000
+            layer.self_attn.k_proj.weight *= 2000
+    assert all(torch.isfinite(tensor).all() for tensor in fit_projections(model, GROUPS, TEXT).values())
+
+
+def test_models_in_wrappers_and_maps_of_other_models():
+    model = build("llama")
+    wrapped = fit_projections(torch.compile(model), GROUPS, TEXT)
+    assert wrapped.keys() == fit_projections(model, GROUPS, TEXT).keys()
+    with pytest.raises(KvcalError, match="this model has layers 0 to 2"):
+        fit_projections(model, SharingMap.parse("0-1,2-9"), TEXT)
+    with pytest.raises(KvcalError, match="sliding"):
+        fit_projections(build("gemma2"), SharingMap.parse("0-1,2"), TEXT)

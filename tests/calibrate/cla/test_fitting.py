@@ -124,7 +124,8 @@ def test_shared_keys_leave_the_least_that_one_complex_number_per_plane_can():
 
 def test_layers_that_are_alike_keep_their_keys():
     own, second = layer(), positive(INPUTS, 5)
-    fitted = fit_group([own, own], [LayerMoments(second, queries(1))] * 2, DIM)
+    moments = [LayerMoments(second, queries(1)), LayerMoments(second, 50 * queries(3))]
+    fitted = fit_group([own, own], moments, DIM)
     torch.testing.assert_close(fitted.key, own.key, rtol=0, atol=2e-3 * float(own.key.abs().max()))
 
 
@@ -133,5 +134,9 @@ def test_dimensions_that_no_query_and_no_output_uses_are_no_numbers_to_divide_by
     silent = LayerWeights(own.key, own.value, torch.zeros_like(own.output))
     moments = [LayerMoments(positive(INPUTS, 5), torch.zeros_like(queries()))] * 2
     fitted = fit_group([silent, silent], moments, 4)
+    zero = LayerWeights(torch.zeros_like(own.key), torch.zeros_like(own.value), own.output)
+    of_zero = fit_group([zero, own], [LayerMoments(positive(INPUTS, 5), queries())] * 2, 4)
+    for tensor in (of_zero.key, of_zero.value, *of_zero.query_maps, *of_zero.value_maps):
+        assert torch.isfinite(tensor).all()
     for tensor in (fitted.key, fitted.value, *fitted.query_maps, *fitted.value_maps):
         assert torch.isfinite(tensor).all()

@@ -36,23 +36,32 @@ def test_against_numpy_without_a_rotation():
     layers = [layer(seed) for seed in range(3)]
     attention = [weights(each) for each in layers]
     received = sum(each.sum((0, 1)) for each in attention[:2])
+    outputs = [own @ each["value"].double().numpy() for own, each in zip(attention, layers, strict=True)]
+    of_values = [np.eye(4) / np.linalg.norm(output) for output in outputs[:2]]
     errors = []
     keys, values = ([np.empty(each[name].shape) for each in layers[:2]] for name in ("key_post", "value"))
     for head in range(HEADS):
         own = [[each[name][head].double().numpy() for each in layers[:2]] for name in ("key_post", "value")]
         queries = [each["query_post"][head].double().numpy() for each in layers[:2]]
         roots = [np.linalg.cholesky(query.T @ query).T for query in queries]
-        for place, parts, metric in ((keys, own[0], roots), (values, own[1], [np.eye(4)] * 2)):
+        for place, parts, metric in ((keys, own[0], roots), (values, own[1], of_values)):
             for number, made in enumerate(best_of_rank(parts, received, parts[0].shape[1], metric)):
                 place[number][head] = made
     for number, each in enumerate(layers[:2]):
-        expected = attention[number] @ each["value"].double().numpy()
+        expected = outputs[number]
         found = weights({**each, "key_post": torch.from_numpy(keys[number])}) @ values[number]
         errors.append(np.square(found - expected).sum() / np.square(expected).sum())
     costs = measure_groups(artifact(layers), [(0, 1), (0, 1, 2)])
     assert float(costs[1, 0]) == pytest.approx(sum(errors), rel=1e-4)
     assert float(costs[2, 0]) > float(costs[1, 0]) > 0
     assert int((~costs.isnan()).sum()) == 2
+
+
+def test_how_large_the_values_of_a_layer_are_does_not_matter():
+    first, second = layer(0), layer(1)
+    large = {**second, "value": 10 * second["value"]}
+    costs = [float(measure_groups(artifact([first, other]), [(0, 1)])[1, 0]) for other in (second, large)]
+    assert costs[0] == pytest.approx(costs[1], rel=1e-4)
 
 
 def turned(keys, angles, interleaved=False):

@@ -167,8 +167,8 @@ def test_a_loss_that_is_no_number_stops_it():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": -1}, "at least 1"),
-        ({"batch_size": 0}, "at least 1"),
+        ({"steps": -1}, "-1 steps: give 1 or more, or 0"),
+        ({"batch_size": 0}, "batches of 0 blocks"),
         ({"lr": 0.0}, "learning rate 0.0"),
         ({"lr": math.nan}, "learning rate nan"),
         ({"distill": -1.0}, "distillation weight"),
@@ -228,6 +228,19 @@ def test_no_steps_leave_what_is_fitted_on_a_part_of_the_text(monkeypatch):
     for pool, earlier in (("mean", None), ("fitted", found)):
         with pytest.raises(KvcalError, match="0 steps"):
             uptrain(of, text, GROUPS, Uptraining(0), pool=pool, earlier=earlier)
+
+
+def test_what_was_fitted_and_is_not_trained_stays():
+    of, text = build("llama"), blocks()
+    fitted = uptrain(of, text, GROUPS, Uptraining(0), pool="fitted").weights
+    trained = uptrain(of, text, GROUPS, Uptraining(STEPS, lr=3e-3), pool="fitted").weights
+    attention = "model.layers.{}.self_attn.{}.weight".format
+    stay = {attention(0, "q_proj"), attention(0, "o_proj"), attention(1, "o_proj")}
+    assert trained.keys() == fitted.keys() == LLAMA_SHARED | stay
+    assert {name for name in stay if torch.equal(trained[name], fitted[name])} == stay
+    assert not any(torch.equal(trained[name], fitted[name]) for name in LLAMA_SHARED)
+    own = dict(of.named_parameters())
+    assert not any(torch.equal(fitted[name], own[name]) for name in stay)
 
 
 def test_a_training_goes_on_from_what_was_fitted():

@@ -120,6 +120,16 @@ def test_no_steps_fit_where_a_training_would_start(tmp_path, tiny_model_folder, 
     assert continued["settings"]["uptraining"]["earlier"] == done
 
 
+def test_an_interrupted_training_is_refused_before_a_fit(tiny_model_folder, text, artifact, monkeypatch):
+    from kvcal.calibrate.cla import start
+
+    (artifact.with_name("a.uptraining")).mkdir()
+    (artifact.with_name("a.uptraining") / "state.json").write_text("{}")
+    run("share", artifact, "--model", tiny_model_folder)
+    monkeypatch.setattr(start, "starting_weights", None)
+    assert "add --resume" in uptrain(artifact, tiny_model_folder, text, command=refused)
+
+
 def test_a_failure_after_the_training_loses_nothing(tmp_path, tiny_model_folder, text, calibrated, monkeypatch):
     from kvcal.artifacts import KvcalError
     from kvcal.calibrate.cla import refit, uptraining
