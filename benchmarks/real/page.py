@@ -209,9 +209,10 @@ def alternatives(folder: Path, subject: Subject) -> str:
 
 
 def shared_basis(folder: Path, subject: Subject) -> str:
-    """A simulation: keys and values held as coefficients in one basis for the layers of a group, the first ones only or in
-    fewer bits; attention reads every token. In each column bytes held over those of 16 bits, and the attention error.
-    The first column is of each layer's own keys and values in fewer bits, without a basis; groups of 1 have one."""
+    """A simulation: keys and values held as coefficients in one basis for the layers of a group, the first ones only or
+    in fewer bits; attention reads every token. In each column bytes held over those of 16 bits, and the attention
+    error. The first column is of each layer's own keys and values in fewer bits, without a basis; groups of 1 have
+    one."""
     rows = read(folder / f"{subject.model}-shared-basis.json").get("rows", [])
     sizes = list(dict.fromkeys(row["size"] for row in rows))
     by_code: dict[str, dict[int | None, str]] = {}
