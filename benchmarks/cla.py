@@ -28,7 +28,20 @@ WORK = Path(__file__).parent / "work"
 OTHER_GROUPS = "0/1-2/3"
 """Keep-ends; `--set` has commas between values."""
 COMMON_TRAIN = ["--train", "all", "--lr", "2e-3", "--dtype", "bfloat16", "--checkpoint-every", "50"]
-TRAINING = ["--data", "stdlib", "--steps", "1500", "--batch-size", "8", "--block-size", "512", "--warmup", "50"]
+TRAINING = [
+    "--data",
+    "stdlib",
+    "--pool",
+    "mean",
+    "--steps",
+    "1500",
+    "--batch-size",
+    "8",
+    "--block-size",
+    "512",
+    "--warmup",
+    "50",
+]
 WITH_QUESTIONS = {
     "short.jsonl": ["--steps", "300", "--batch-size", "16", "--block-size", "256", "--warmup", "20"],
     "long.jsonl": ["--steps", "200", "--batch-size", "4", "--block-size", "2048", "--warmup", "15"],
