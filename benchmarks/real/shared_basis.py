@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvcal.artifacts import Artifact, Stage
 from kvcal.calibrate.cla.cost import ReadingLayer
+from kvcal.calibrate.cla.fitting import root_of
 from kvcal.calibrate.cla.rotation import rotate, rotation_of, unrotate
 from kvcal.calibrate.evaluation.standard_errors import mean
 from kvcal.calibrate.planning.points import Problem, relative_error
@@ -82,9 +83,7 @@ def fit(rows: Tensor, received: Tensor, metric: Tensor) -> Basis:
     weight = (received / received.sum()).unsqueeze(1)
     centre = (weight * rows).sum(0)
     second = (weight * (rows - centre)).mT @ (rows - centre)
-    squares, vectors = torch.linalg.eigh(metric)
-    root = squares.clamp_min(1e-9 * float(squares[-1])).sqrt()
-    turn, back = vectors * root @ vectors.mT, vectors / root @ vectors.mT
+    turn, back = root_of(metric)
     basis = torch.linalg.eigh(turn @ second @ turn)[1].flip(1)
     return Basis(centre.float(), (basis.mT @ turn).float(), (back @ basis).float())
 

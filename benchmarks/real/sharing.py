@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import shutil
-import subprocess
-import sys
 from typing import Any
 
 from decoding import decode, text_and_passkey
 from subjects import TEXTS, Bench
 
 from kvcal.artifacts import Artifact
-from kvcal.runtime import load
 
 PATTERNS = ("uniform", "keep-ends", "dense-front", "dense-back", "auto")
 """In groups of two, or storing as many layers as those."""
@@ -35,16 +30,6 @@ def sharing(bench: Bench, only: str | None = None) -> None:
 
 def _fitted(bench: Bench, pattern: str) -> Artifact:
     """The artifact of short blocks with a map, and projections that were fitted for it to the calibration text."""
-    made = bench.in_short_blocks()
-    assert made.folder is not None
-    folder = made.folder.with_name(f"{made.folder.name}-{pattern}")
-    if not folder.exists():
-        partial = folder.with_name(f"{folder.name}.partial")
-        shutil.copytree(made.folder, partial, dirs_exist_ok=True)
-        share = ["share", str(partial), "--model", bench.subject.spec, "--pattern", pattern]
-        text = [part for spec in TEXTS["both"] for part in ("--data", spec)]
-        for arguments in (share, [*share, "--uptrain", "--steps", "0", *text]):
-            print("calibrate", shlex.join(arguments), flush=True)
-            subprocess.run([sys.executable, "-m", "kvcal.calibrate", *arguments], check=True)
-        partial.rename(folder)
-    return load(folder)
+    share = ["share", "--model", bench.subject.spec, "--pattern", pattern]
+    text = [part for spec in TEXTS["both"] for part in ("--data", spec)]
+    return bench.changed(pattern, [share, [*share, "--uptrain", "--steps", "0", *text]])

@@ -134,14 +134,20 @@ class Bench:
 
     def with_codewords(self, count: int) -> Artifact:
         """That of short blocks with another codebook, made where it is not there yet."""
+        return self.changed(f"{count}-codewords", [["cluster", "--metric", "joint", "--clusters", str(count)]])
+
+    def changed(self, name: str, commands: Sequence[Sequence[str]]) -> Artifact:
+        """A copy of that of short blocks after commands on it, made where it is not there yet."""
         made = self.in_short_blocks()
         assert made.folder is not None
-        folder = made.folder.with_name(f"{made.folder.name}-{count}-codewords")
+        folder = made.folder.with_name(f"{made.folder.name}-{name}")
         if not folder.exists():
             partial = folder.with_name(f"{folder.name}.partial")
             shutil.copytree(made.folder, partial, dirs_exist_ok=True)
-            arguments = ["cluster", str(partial), "--metric", "joint", "--clusters", str(count)]
-            subprocess.run([sys.executable, "-m", "kvcal.calibrate", *arguments], check=True)
+            for command, *options in commands:
+                print("calibrate", shlex.join([command, str(partial), *options]), flush=True)
+                arguments = [sys.executable, "-m", "kvcal.calibrate", command, str(partial), *options]
+                subprocess.run(arguments, check=True)
             partial.rename(folder)
         return load(folder)
 

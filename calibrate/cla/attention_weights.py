@@ -68,8 +68,8 @@ class AttentionWeights:
             raise KvcalError(f"layer {layer}: only one of keys and values has a bias: {self.INSTEAD}")
         self.layer, self.kv_heads = layer, self.key.out_features // head_dim
         query_heads = self.query.out_features // head_dim
-        value_dim = self.value.out_features // max(1, self.kv_heads)
-        if not self.kv_heads or query_heads % self.kv_heads or self.output.in_features != query_heads * value_dim:
+        self.value_dim = self.value.out_features // max(1, self.kv_heads)
+        if not self.kv_heads or query_heads % self.kv_heads or self.output.in_features != query_heads * self.value_dim:
             sizes = ", ".join(f"{name} {tuple(children[name].weight.shape)}" for name in self.names)
             raise KvcalError(f"layer {layer}: {sizes} are not of heads of {head_dim} dimensions: {self.INSTEAD}")
 
@@ -132,8 +132,7 @@ class AttentionWeights:
 
     def _columns(self) -> Tensor:
         """[Hkv, G, E, Dv], of the output projection."""
-        value_dim = self.value.out_features // self.kv_heads
-        return _double(self.output.weight).unflatten(1, (self.kv_heads, -1, value_dim)).permute(1, 2, 0, 3)
+        return _double(self.output.weight).unflatten(1, (self.kv_heads, -1, self.value_dim)).permute(1, 2, 0, 3)
 
     def _rows(self, projection: nn.Linear) -> Tensor:
         """[Hkv, D, E], the bias as the last column."""

@@ -44,7 +44,7 @@ def fit_projections(
 
     Raises:
         KvcalError: an architecture whose keys, values or outputs are not what `AttentionWeights` and `fit_group` take
-            them for, or numbers that are none.
+            them for, or NaN or Inf in attention.
     """
     model = unwrapped(model)
     weights = weights_of(model, sharing_map)

@@ -108,7 +108,7 @@ def shared_rows(targets: Sequence[Tensor], metrics: Sequence[Tensor], second: Te
     Returns:
         (S [D, E], B_l [D, D]); S is as near to the first target as a rotation and a factor bring it.
     """
-    roots = [_root(metric) for metric in metrics]
+    roots = [root_of(metric) for metric in metrics]
     stacked = torch.cat([root @ target for (root, _), target in zip(roots, targets, strict=True)])
     dims = targets[0].shape[0]
     basis = torch.linalg.eigh(stacked @ second @ stacked.mT)[1][:, -dims:]
@@ -164,7 +164,7 @@ def _shared_planes(targets: Tensor, energies: Tensor, second: Tensor) -> tuple[T
     return rows, leading.mT * size / weight
 
 
-def _root(metric: Tensor) -> tuple[Tensor, Tensor]:
+def root_of(metric: Tensor) -> tuple[Tensor, Tensor]:
     """(metric^{1/2}, its inverse) of a positive semi-definite matrix, its smallest eigenvalues raised."""
     squares, vectors = torch.linalg.eigh(metric)
     squares = squares.clamp_min(_FLOOR * (float(squares[-1]) or 1.0))

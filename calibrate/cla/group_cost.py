@@ -2,8 +2,8 @@
 
 Those are fitted much as where a training starts (`fit_group`): of every KV head D dimensions for all layers together,
 weighted by the attention that tokens receive, keys in the metric of the queries, values in that of the cost. Here it is
-on the reservoir, and from the layers' own keys and values, which in the model are predicted from the storing layer's
-input: of SmolLM2-135M that has 0.98 of the second moment of the next layer's keys, and 0.88 of its values'.
+on the reservoir, and from the layers' own keys and values, which the model has to predict from the storing layer's
+input.
 """
 
 from __future__ import annotations

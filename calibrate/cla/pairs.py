@@ -42,8 +42,7 @@ def measure_pairs(
     all layers of a group at once.
 
     Per pair O(N (Hkv D)²) for the alignments, and two passes of `ReadingLayer`: about 5 seconds on one core for
-    4096 tokens, 8 KV heads and head dim 128; 32 layers have 93 pairs in groups of at most four,
-    196 in those of at most eight that `auto` asks for. In memory are one
+    4096 tokens, 8 KV heads and head dim 128; 32 layers have 90 pairs in groups of at most four. In memory are one
     layer's decompositions, at most 2 N Hkv (D + Dv) numbers, and a few tensors of its size.
     """
     found = {name: torch.full((len(artifact.layers),) * 2, math.nan, dtype=torch.float64) for name in MEASURES}
