@@ -129,14 +129,20 @@ def data_name(artifact: Artifact) -> str:
 
 
 def two_panels() -> tuple[Any, Any]:
+    figure, (axes,) = rows_of_two_panels(1)
+    return figure, axes
+
+
+def rows_of_two_panels(count: int) -> tuple[Any, Any]:
+    """(figure, axes [count, 2])."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # Figure without pyplot: no global state, no display, safe in threads and tests.
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.2 * count), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2)
-    for axis in axes:
+    axes = figure.subplots(count, 2, squeeze=False)
+    for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from subjects import UNSEEN, Bench, name_of, uncentred
 
 from kvcal.artifacts import Artifact, weights_sha256
 from kvcal.calibrate import open_data
+from kvcal.calibrate.evaluation.grid import FULL
 from kvcal.calibrate.evaluation.prompts import Prompts, make_prompts
 from kvcal.calibrate.evaluation.protocol import evaluate
 from kvcal.calibrate.evaluation.results import Results
+from kvcal.calibrate.evaluation.results_file import read_current
 from kvcal.calibrate.evaluation.tasks import ruler_package
 from kvcal.calibrate.models import max_context
 from kvcal.runtime.methods import METHODS
@@ -156,8 +158,13 @@ def decode(
     grid: Sequence[Setting],
     artifact: Artifact | None,
     question: str = "decoded",
+    full_of: str | None = None,
 ) -> list[dict[str, Any]]:
-    """What `calibrate evaluate` does; settings that were measured already are not measured again."""
+    """What `calibrate evaluate` does; settings that were measured already are not measured again.
+
+    Args:
+        full_of: a part whose row of `full` will do, where it was measured on the same prompts.
+    """
     model = bench.loaded.model
     settings = {
         "model": bench.subject.model,
@@ -171,6 +178,8 @@ def decode(
     if question != "decoded":
         settings["question"] = question
     results = Results.open(settings, bench.path(part))
+    if full_of and results.row(FULL) is None:
+        results.rows += _full_row(bench.path(full_of), settings)
     return evaluate(
         model,
         artifact,
@@ -181,6 +190,17 @@ def decode(
         results=results,
         say=lambda line: print(f"{part}: {line}", flush=True),
     )
+
+
+def _full_row(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The row of `full`, which no artifact has a part in; [] where it was measured on anything else."""
+    if not path.exists():
+        return []
+    body = read_current(path)
+    artifact = {"calibrated_on": None}
+    if json.loads(json.dumps(settings)) | artifact != body["settings"] | artifact:
+        return []
+    return [row for row in body["results"] if row["method"] == FULL["method"]]
 
 
 def forget(path: Path, method: str) -> None:

@@ -1,41 +1,105 @@
-"""docs/results/real.png: quality against bytes of a 16-bit cache, of the methods at the shortest length."""
+"""Figures of docs/results/real.md: quality against bytes of a 16-bit cache, and how clusterable keys are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from page_decoding import bytes_of
-from subjects import Subject
+from page_decoding import bytes_of, trained_parts
+from subjects import SUBJECTS, Subject
 from tables import read
 
 from kvcal.calibrate.evaluation.figure import evaluation_figure
+from kvcal.calibrate.evaluation.results_file import parameters
+from kvcal.calibrate.plots import png, two_panels
 
+Row = Mapping[str, Any]
 MOST = 2.0
-"""Perplexity over full's: what loses more leaves the panel, it would flatten all others."""
+"""Perplexity over full's: what loses more leaves the panels, it would flatten all others."""
 _NAMED = ("method", "basis", "keep")
 _MEASURED = ("perplexity_ratio", "perplexity_ratio_se", "scores", "scores_se")
 
 
 def write(folder: Path, subject: Subject) -> None:
-    length = subject.shortest
-    body = read(folder / "real" / f"{subject.model}-methods-{length}.json")
-    if body.get("results"):
-        shares = bytes_of(folder / "real", subject, length)
-        rows = [drawn for row in body["results"] if (drawn := _drawn(row, shares))]
-        settings = {"model": f"{subject.model}, bytes of a 16-bit cache", "prefix": length}
+    results = folder / "real"
+    if read(results / f"{subject.model}-methods-{subject.shortest}.json").get("results"):
+        rows = [*_of_methods(results, subject), *_of_sharing(results, subject), *_simulated(results, subject)]
+        settings = {"model": f"{subject.model}, bytes of a 16-bit cache", "prefix": subject.shortest}
         (folder / "real.png").write_bytes(evaluation_figure(settings, rows, MOST))
+    curves = {name: read(results / f"{name}-subgen.json").get("clusterable") for name in SUBJECTS}
+    if any(curves.values()):
+        (folder / "real-clusters.png").write_bytes(_clusters({name: of for name, of in curves.items() if of}))
 
 
-def _drawn(row: Mapping[str, Any], shares: Callable[[Mapping[str, Any]], float | None]) -> dict[str, Any] | None:
-    """The row with no settings but those that name its line, since all others follow from its bytes."""
-    share = shares(row)
-    if share is None or row.get("normaliser") == "clusters":  # SubGen as published would only cross both panels
-        return None
-    if row.get("sinks") == 0 and row.get("basis") != "pca":  # of Loki and Quest one line each, and Loki's as published
-        return None
-    kept = {name: row[name] for name in (*_NAMED, *_MEASURED) if name in row}
-    if row["method"] == "clusterkv":  # in every level a setting as published, and one of small clusters
-        kept["tokens_per_cluster"] = 80 if row["tokens_per_cluster"] == 80 else "16, 32"
-    return {**kept, "bytes_per_step": share}
+def _of_methods(results: Path, subject: Subject) -> Iterator[dict[str, Any]]:
+    """Rows with no settings but those that name their line, since all others follow from their bytes."""
+    length = subject.shortest
+    shares = bytes_of(results, subject, length)
+    held = {
+        _key(json.loads(key)): share for key, share in read(results / f"{subject.model}-memory-{length}.json").items()
+    }
+    for row in read(results / f"{subject.model}-methods-{length}.json")["results"]:
+        share = shares(row)
+        if share is None or row.get("normaliser") == "clusters":  # SubGen as published would only cross all panels
+            continue
+        if row.get("sinks") == 0 and row.get("basis") != "pca":  # of Loki and Quest one line, and Loki's as published
+            continue
+        kept = {name: row[name] for name in (*_NAMED, *_MEASURED) if name in row}
+        if row["method"] == "clusterkv":  # in every level a setting as published, and one of small clusters
+            kept["tokens_per_cluster"] = 80 if row["tokens_per_cluster"] == 80 else "16, 32"
+        # What a method keeps that starts from a prefill is what it reads.
+        yield {**kept, "bytes_per_step": share, "resident_bytes": held.get(_key(parameters(row)), share)}
+
+
+def _of_sharing(results: Path, subject: Subject) -> Iterator[dict[str, Any]]:
+    """Cross-layer attention in the pattern that was trained: fitted, and after the longest training."""
+    parts = [f"{subject.model}-sharing-keep-ends.json", *(path.name for path in trained_parts(results, subject)[-1:])]
+    for name, part in zip(("cla, fitted", "cla, trained"), parts, strict=False):
+        rows = read(results / part).get("results", [])
+        for row in rows[1:2]:
+            costs = {cost: row[cost] / rows[0][cost] for cost in ("bytes_per_step", "resident_bytes")}
+            yield {**{measured: row[measured] for measured in _MEASURED}, **costs, "method": name}
+
+
+def _simulated(results: Path, subject: Subject) -> Iterator[dict[str, Any]]:
+    """Fewer bits of each layer's own keys and values; one basis for three layers, all of which each of them reads."""
+    for row in read(results / f"{subject.model}-shared-basis-text.json").get("rows", [])[1:]:
+        if row["size"] in (None, 3):
+            name = "fewer bits" if row["size"] is None else "one basis for three layers"
+            costs = {"bytes_per_step": row["bytes"] * (row["size"] or 1), "resident_bytes": row["bytes"]}
+            yield {
+                **{measured: row[measured] for measured in _MEASURED},
+                **costs,
+                "method": name,
+                "source": "simulated",
+            }
+
+
+def _clusters(curves: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """The radius of balls against their number, by layer: after the rotary embedding, and before."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    figure, panels = two_panels()
+    shades = colormaps["viridis"]
+    for axis, (stage, title) in zip(panels, (("post", "rotated keys"), ("pre", "keys before rotation")), strict=True):
+        for style, (name, stages) in zip(("-", "--", ":"), curves.items(), strict=False):
+            last = max(entry["layer"] for entry in stages[stage])
+            for entry in stages[stage]:
+                color = shades(entry["layer"] / max(1, last))
+                axis.plot(entry["counts"], entry["radius"], style, color=color, linewidth=1)
+            axis.plot([], [], style, color="0.3", label=name)
+        axis.set_xscale("log", base=2)
+        axis.set(xlabel="clusters", ylabel="largest radius, over that of one cluster", ylim=(0, 1.05))
+        axis.set_title(title, fontsize=10)
+    panels[0].legend(fontsize=8, frameon=False, loc="lower left")
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), shades), ax=panels, ticks=[0, 1])
+    bar.set_ticklabels(["first layer", "last layer"])
+    return png(figure, "Do few balls cover the keys? Greedy centers, means of KV heads")
+
+
+def _key(setting: Row) -> str:
+    return repr(sorted((name, repr(value)) for name, value in setting.items()))

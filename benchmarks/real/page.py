@@ -10,6 +10,7 @@ from typing import Any
 
 import figure
 import page_decoding
+import page_subgen
 from choices import CHOICES
 from subjects import SUBJECTS, Subject
 from tables import named, number, read, table, with_error
@@ -224,6 +225,23 @@ def shared_basis(folder: Path, subject: Subject) -> str:
     return table(header, lines) if lines else ""
 
 
+def shared_basis_text(folder: Path, subject: Subject) -> str:
+    """The same simulation, decoded: keys and values of a dense prefill replaced by what comes back from their codes.
+    held: bytes, over those of 16 bits; to read them, a layer of a group reads those of the whole group."""
+    full, *rows = read(folder / f"{subject.model}-shared-basis-text.json").get("rows", [None])
+    lines = [
+        [
+            "each its own" if row["size"] is None else f"groups of {row['size']}",
+            row["code"],
+            number(row["bytes"]),
+            with_error(row["perplexity_ratio"], row["perplexity_ratio_se"], ".4f"),
+            *(with_error(score, row["scores_se"][task], ".2f") for task, score in row["scores"].items()),
+        ]
+        for row in rows
+    ]
+    return table(["", "code", "held", "perplexity / full", *(full["scores"] if full else ())], lines) if lines else ""
+
+
 PARTS: Mapping[str, tuple[str, Part]] = {
     "ranks": ("Ranks by layer", ranks),
     "tokens": ("How much text is enough", tokens),
@@ -250,7 +268,12 @@ PARTS: Mapping[str, tuple[str, Part]] = {
     "aims": ("What spectral keeps of long contexts", page_decoding.aims),
     "plans": ("Plans", page_decoding.plans),
     "sharing": ("Layers that share keys and values, not trained", page_decoding.sharing),
+    "uptraining": ("The same, trained", page_decoding.uptraining),
     "shared-basis": ("One basis for several layers", shared_basis),
+    "shared-basis-text": ("The same, decoded", shared_basis_text),
+    "clusterable": ("Are keys clusterable", page_subgen.clusterable),
+    "estimates": ("SubGen's estimates", page_subgen.estimates),
+    "lines": ("Line retrieval", page_subgen.lines),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,10 +127,39 @@ def plans(folder: Path, subject: Subject) -> str:
     return "\n\n".join(parts)
 
 
+def trained_parts(folder: Path, subject: Subject) -> list[Path]:
+    """By tokens trained on."""
+    return sorted(folder.glob(f"{subject.model}-uptraining-*.json"), key=_tokens_of)
+
+
+def uptraining(folder: Path, subject: Subject) -> str:
+    """Cross-layer attention in the pattern keep-ends, from the fitted start, trained on the divergence from the
+    original's predictions, by tokens trained on. lost: nats a token; slope: the exponent of tokens, between two rows,
+    by which that falls."""
+    lines: list[list[str]] = []
+    before: tuple[int, float] | None = None
+    for path in trained_parts(folder, subject):
+        row, tokens = read(path)["results"][1], _tokens_of(path)
+        lost = math.log(row["perplexity_ratio"])
+        slope = ""
+        if before and before[0]:
+            slope = f"{math.log(lost / before[1]) / math.log(tokens / before[0]):.2f}"
+        before = tokens, lost
+        scores = [with_error(score, row["scores_se"][task], ".2f") for task, score in row["scores"].items()]
+        ratio = with_error(row["perplexity_ratio"], row["perplexity_ratio_se"])
+        lines.append([str(tokens), ratio, f"{lost:.3f}", slope, *scores])
+        header = ["tokens", "perplexity / full", "lost", "slope", *row["scores"]]
+    return table(header, lines) if lines else ""
+
+
+def _tokens_of(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2])
+
+
 def sharing(folder: Path, subject: Subject) -> str:
     """Cross-layer attention before any training, in groups of two layers or storing as many layers as those: perplexity
     over the original's, and answers. fitted: shared projections in closed form, from 32768 tokens of the calibration
-    text; mean, first: pooled ones. resident: bytes held, over those of all layers."""
+    text; mean: of the layers'. resident: bytes held, over those of all layers."""
     lines: list[list[str]] = []
     tasks: list[str] = []
     for path in sorted(folder.glob(f"{subject.model}-sharing-*.json")):

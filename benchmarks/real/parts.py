@@ -21,13 +21,17 @@ from decoding import (
     questions,
     ruler,
     short_blocks,
+    text_and_passkey,
     why_loki,
 )
 from first_token import first_token, standing_out
+from memory import first_text, resident
 from plans import plans as plans_of
 from settings import AIMS, GROUP, LEVELS, ONLY_CHOSEN, at_equal_bytes, spectral_of
 from shared_basis import shared_basis as shared_basis_of
-from sharing import sharing
+from shared_basis_text import shared_basis_text as shared_basis_text_of
+from sharing import sharing, uptraining
+from subgen import at_memory, clusterable, estimates, lines
 from subjects import UNSEEN, Bench, uncentred
 from thresholds import KINDS, choose, rows_of
 
@@ -37,6 +41,12 @@ ROWS = 4
 """Pieces of unseen text, of every kind, in the tables of attention errors."""
 RANKS = (2, 4, 8, 16, 24, 32, 48, 64)
 KEEP = 1 / 16
+FOR_CLUSTERS = 32768
+"""Tokens of a calibration that only its reservoir is wanted of."""
+OF_A_PREFILL = ("h2o", "snapkv")
+"""Methods that start from the queries of a prompt, which only a prefill of the whole model has."""
+FEW = 10
+"""Every so many layers tell how much memory a setting takes, which is the same in all."""
 
 
 def ranks(bench: Bench, only: str | None = None) -> None:
@@ -86,10 +96,23 @@ def attention(bench: Bench, only: str | None = None) -> None:
             for setting in at_equal_bytes(LEVELS[level], bench.subject.head_dim, length):
                 if level not in levels and setting["method"] != "spectral":
                     continue
-                # These start from the queries of a prompt, which a prefill of the whole model has.
-                if setting["method"] not in ("h2o", "snapkv") and only in (None, setting["method"]):
+                if setting["method"] not in OF_A_PREFILL and only in (None, setting["method"]):
                     key = f"{level} {json.dumps(setting)}"
                     _errors(bench, done, key, "both", [setting], bench.artifact(), length)
+
+
+def memory(bench: Bench, only: str | None = None) -> None:
+    """Bytes held with the settings that decode at the shortest length, of a few layers and one text."""
+    length, artifact = bench.subject.shortest, bench.in_short_blocks()
+    done = Done(bench.path(f"memory-{length}"))
+
+    def few() -> list[Any]:
+        return [first_text(problem) for problem in _problems(bench, "both", length)[::FEW]]
+
+    for level in bench.subject.lengths[length]:
+        for setting in at_equal_bytes(LEVELS[level], bench.subject.head_dim, length):
+            if setting["method"] not in OF_A_PREFILL and only in (None, setting["method"]):
+                done.once(json.dumps(setting), lambda setting=setting: resident(few(), setting, artifact))
 
 
 def block_lengths(bench: Bench, only: str | None = None) -> None:
@@ -167,6 +190,33 @@ def shared_basis(bench: Bench, only: str | None = None) -> None:
     done.once("rows", lambda: shared_basis_of(_problems(bench, "both", length), artifact, bench.loaded.model))
 
 
+def shared_basis_text(bench: Bench, only: str | None = None) -> None:
+    """The same by what the model then predicts and answers."""
+    done = Done(bench.path("shared-basis-text"))
+    prompts, artifact = text_and_passkey(bench), bench.in_short_blocks()
+    done.once("rows", lambda: shared_basis_text_of(prompts, artifact, bench.loaded))
+
+
+def subgen(bench: Bench, only: str | None = None) -> None:
+    """Whether keys are clusterable, and what SubGen's estimates err by."""
+    if only not in (None, "subgen"):
+        return
+    done, length = Done(bench.path("subgen")), bench.subject.shortest
+    done.once(
+        "clusterable", lambda: clusterable(bench.artifact(tokens=FOR_CLUSTERS, seq_len=length), bench.loaded.model)
+    )
+    settings = [
+        setting for setting in at_memory(bench.subject.head_dim, length) if setting["method"] not in OF_A_PREFILL
+    ]
+    done.once("estimates", lambda: estimates(_problems(bench, "both", length), settings))
+
+
+def subgen_lines(bench: Bench, only: str | None = None) -> None:
+    """Line retrieval in a fifth of the memory."""
+    if only in (None, "subgen"):
+        lines(bench)
+
+
 def _loki(rank: int, basis: str, stage: str = "post") -> dict[str, Any]:
     setting = {"method": "loki", "rank": rank, "keep": KEEP, "basis": basis, "stage": stage}
     return {**setting, **GROUP, **ONLY_CHOSEN}
@@ -219,6 +269,7 @@ PARTS: Mapping[str, Callable[[Bench, str | None], None]] = {
     "attention": attention,
     "block-lengths": block_lengths,
     "choices": choices,
+    "memory": memory,
     "thresholds": thresholds,
     "codewords": codewords,
     "alternatives": alternatives,
@@ -235,7 +286,11 @@ PARTS: Mapping[str, Callable[[Bench, str | None], None]] = {
     "aims": aims,
     "plans": plans,
     "sharing": sharing,
+    "uptraining": uptraining,
     "shared-basis": shared_basis,
+    "shared-basis-text": shared_basis_text,
+    "subgen": subgen,
+    "lines": subgen_lines,
 }
 OF_METHODS = (
     "attention",

@@ -29,11 +29,14 @@ SIZES = (1, 2, 3, 5)
 """Layers of a group; 1: each layer by itself, in its own basis."""
 Code = tuple[tuple[float, int], ...]
 """Shares of a group's coefficients, the most important ones first, and the bits of each."""
+HALF: Code = ((1 / 2, 16),)
+GRADED: Code = ((1 / 8, 8), (3 / 8, 4), (1 / 2, 2))
+SHORT: Code = ((1 / 8, 8), (3 / 8, 4))
 CODES: tuple[Code, ...] = (
     *(((rank, bits),) for bits in (16, 8, 4) for rank in (1, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8)),
-    ((1 / 8, 8), (3 / 8, 4), (1 / 2, 2)),
+    GRADED,
     ((1 / 4, 8), (1 / 4, 4), (1 / 4, 2)),
-    ((1 / 8, 8), (3 / 8, 4)),
+    SHORT,
     ((1 / 8, 8), (1 / 4, 4), (1 / 4, 2)),
     ((1 / 8, 8), (1 / 8, 4), (1 / 4, 2)),
 )
@@ -96,23 +99,59 @@ def coded(rows: Tensor, bits: int) -> Tensor:
     return decode(*encode(rows @ turn.mT, bits), bits) @ turn
 
 
-class Layer:
-    """One layer's reservoir and problem, keys before their rotary embedding."""
+class Reservoir:
+    """What the reservoir has of a layer, keys before their rotary embedding."""
 
-    def __init__(self, problem: Problem, artifact: Artifact, at_sample: Rotation, at_row: Rotation):
-        kind = artifact.layers[problem.layer]
+    def __init__(self, artifact: Artifact, layer: int, at_sample: Rotation):
         query, key, value = (
-            artifact.tensor("reservoir", problem.layer, name).float() for name in ("query_post", "key_post", "value")
+            artifact.tensor("reservoir", layer, name).float() for name in ("query_post", "key_post", "value")
         )
-        position = artifact.stages["reservoir"].tensors["position"]
-        self.received = ReadingLayer(query, key, value, position, kind.scaling).received(key).double()
+        position, scaling = artifact.stages["reservoir"].tensors["position"], artifact.layers[layer].scaling
+        self.received = ReadingLayer(query, key, value, position, scaling).received(key).double()
         self.key, self.value = unrotate(key, at_sample).double(), value.double()
         queries = unrotate(query, at_sample).double()
         self.query_second = queries.mT @ queries
+
+    def through(self, key: Tensor, value: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        """[B, Hkv, T, D] keys before their rotary embedding, and values, as they come back from so many bits a
+        dimension, less their calibrated means."""
+        key_mean, value_mean = (rows.mean(1, keepdim=True).float() for rows in (self.key, self.value))
+        return coded(key - key_mean, bits) + key_mean, coded(value - value_mean, bits) + value_mean
+
+
+class Group:
+    """The bases of a group of layers, of keys and of values, by KV head."""
+
+    def __init__(self, layers: Sequence[Reservoir]):
+        received = torch.stack([layer.received for layer in layers]).sum(0)
+        heads, _, self.dims = layers[0].key.shape
+        self.key, self.value = [], []
+        for head in range(heads):
+            metric = torch.block_diag(*(layer.query_second[head] for layer in layers))
+            keys = torch.cat([layer.key[head] for layer in layers], 1)
+            values = torch.cat([layer.value[head] for layer in layers], 1)
+            self.key.append(fit(keys, received, metric))
+            self.value.append(fit(values, received, torch.eye(values.shape[1]).double()))
+
+    def through(self, keys: Sequence[Tensor], values: Sequence[Tensor], code: Code) -> list[tuple[Tensor, Tensor]]:
+        """Of each layer, its [B, Hkv, T, D] keys before their rotary embedding, and values, as they come back."""
+        back = []
+        for bases, rows in ((self.key, keys), (self.value, values)):
+            by_head = [
+                basis.through(torch.cat([row[:, head] for row in rows], -1), code) for head, basis in enumerate(bases)
+            ]
+            back.append(torch.stack(by_head, 1).split(self.dims, -1))
+        return list(zip(*back, strict=True))
+
+
+class Layer:
+    """One layer's problem, keys before their rotary embedding."""
+
+    def __init__(self, problem: Problem, at_row: Rotation):
         self.problem, self.at_row = problem, at_row
-        self.own_key = torch.stack([unrotate(row, at_row) for row in problem.key.float()])
-        self.own_value = problem.value.float()
-        self.dense = self.attend(self.own_key, self.own_value)
+        self.key = torch.stack([unrotate(row, at_row) for row in problem.key.float()])
+        self.value = problem.value.float()
+        self.dense = self.attend(self.key, self.value)
 
     def attend(self, key: Tensor, value: Tensor) -> Tensor:
         """[B, Hkv, G, steps, Dv] over [B, Hkv, T, D] keys before their rotary embedding."""
@@ -128,67 +167,48 @@ class Layer:
         return relative_error(self.attend(key, value), self.dense).flatten(1).mean(1)
 
 
-@torch.no_grad()
-def shared_basis(found: Sequence[Problem], artifact: Artifact, model: Any) -> list[dict[str, Any]]:
-    """Rows of "size" (layers of a group; None: each layer's own keys and values), "code", "bytes" held over those of 16
-    bits, and "error" and "error_se" over texts, means of layers."""
-    tokens = found[0].key.shape[2]
+def rotations(artifact: Artifact, model: Any, tokens: int) -> tuple[Rotation, Rotation]:
+    """At the positions of the reservoir, and at the first `tokens`."""
     positions = Stage({"position": torch.arange(tokens), "token": torch.arange(tokens)})
     every = dataclasses.replace(artifact, stages={"reservoir": positions}, data={**artifact.data, "seq_len": tokens})
     at_sample, at_row = rotation_of(artifact, model), rotation_of(every, model)
     assert at_sample is not None and at_row is not None
-    layers = [Layer(problem, artifact, at_sample, at_row) for problem in found]
-    dims = layers[0].key.shape[2]
-    rows = [
-        _row(None, ((1, bits),), held(((1, bits),), dims), [_own(layer, bits) for layer in layers]) for bits in OWN_BITS
-    ]
+    return at_sample, at_row
+
+
+@torch.no_grad()
+def shared_basis(found: Sequence[Problem], artifact: Artifact, model: Any) -> list[dict[str, Any]]:
+    """Rows of "size" (layers of a group; None: each layer's own keys and values), "code", "bytes" held over those of 16
+    bits, and "error" and "error_se" over texts, means of layers."""
+    at_sample, at_row = rotations(artifact, model, found[0].key.shape[2])
+    layers = [Layer(problem, at_row) for problem in found]
+    samples = [Reservoir(artifact, problem.layer, at_sample) for problem in found]
+    dims = samples[0].key.shape[2]
+    rows = []
+    for bits in OWN_BITS:
+        of = [
+            layer.errors(*sample.through(layer.key, layer.value, bits))
+            for layer, sample in zip(layers, samples, strict=True)
+        ]
+        rows.append(_row(None, ((1, bits),), held(((1, bits),), dims), of))
     for size in SIZES:
         errors: dict[Code, list[Tensor]] = {code: [] for code in CODES}
         for first in range(0, len(layers) // size * size, size):
-            for code, of in _group(layers[first : first + size]).items():
-                errors[code] += of
+            group = layers[first : first + size]
+            bases = Group(samples[first : first + size])
+            for code in CODES:
+                back = bases.through([layer.key for layer in group], [layer.value for layer in group], code)
+                errors[code] += [layer.errors(*own) for layer, own in zip(group, back, strict=True)]
         for code, of in errors.items():
             rows.append(_row(size, code, held(code, size * dims), of))
     return rows
 
 
-def _group(group: Sequence[Layer]) -> dict[Code, list[Tensor]]:
-    """{code: [B] errors of each layer}."""
-    received = torch.stack([layer.received for layer in group]).sum(0)
-    heads, _, dims = group[0].key.shape
-    bases = []
-    for head in range(heads):
-        metric = torch.block_diag(*(layer.query_second[head] for layer in group))
-        keys = torch.cat([layer.key[head] for layer in group], 1)
-        values = torch.cat([layer.value[head] for layer in group], 1)
-        bases.append((fit(keys, received, metric), fit(values, received, torch.eye(values.shape[1]).double())))
-    found = {}
-    for code in CODES:
-        key, value = (
-            torch.stack(
-                [
-                    bases[head][part].through(torch.cat([getattr(layer, name)[:, head] for layer in group], -1), code)
-                    for head in range(heads)
-                ],
-                1,
-            ).split(dims, -1)
-            for part, name in enumerate(("own_key", "own_value"))
-        )
-        found[code] = [layer.errors(*own) for layer, *own in zip(group, key, value, strict=True)]
-    return found
-
-
-def _own(layer: Layer, bits: int) -> Tensor:
-    """Keys before their rotary embedding, and values, less their calibrated means."""
-    parts = []
-    for sample, rows in ((layer.key, layer.own_key), (layer.value, layer.own_value)):
-        centre = sample.mean(1, keepdim=True).float()
-        parts.append(coded(rows - centre, bits) + centre)
-    return layer.errors(*parts)
-
-
 def _row(size: int | None, code: Code, held_bytes: float, errors: Sequence[Tensor]) -> dict[str, Any]:
     by_text = torch.stack(list(errors)).mean(0).tolist()
     error, error_se = mean(by_text)
-    parts = ", ".join(f"{share:g} in {bits} bits" for share, bits in code)
-    return {"size": size, "code": parts, "bytes": held_bytes, "error": error, "error_se": error_se}
+    return {"size": size, "code": named(code), "bytes": held_bytes, "error": error, "error_se": error_se}
+
+
+def named(code: Code) -> str:
+    return ", ".join(f"{share:g} in {bits} bits" for share, bits in code)

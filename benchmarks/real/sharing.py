@@ -1,7 +1,9 @@
-"""What sharing keys and values between layers costs before any training: by pattern, and by where a training starts."""
+"""What sharing keys and values between layers costs: before any training, by pattern and by where a training starts;
+and what training from the fitted start gives back."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from decoding import decode, text_and_passkey
@@ -9,14 +11,23 @@ from subjects import TEXTS, Bench
 
 from kvcal.artifacts import Artifact
 
-PATTERNS = ("uniform", "keep-ends", "dense-front", "dense-back", "auto")
+PATTERNS = ("keep-ends", "uniform", "auto", "dense-front", "dense-back")
 """In groups of two, or storing as many layers as those."""
 STARTS: list[dict[str, Any]] = [
     {"method": "cla"},
     {"method": "cla", "uptrained": False, "pool": "mean"},
-    {"method": "cla", "uptrained": False, "pool": "first"},
 ]
-"""Fitted, which is what the artifact has, and pooled."""
+"""Fitted, which is what the artifact has, and the mean that the paper starts from."""
+
+TRAINED = "keep-ends"
+"""The pattern that is trained: of those that halve the cache, the one that loses least before."""
+BLOCK, BATCH = 512, 2
+LINKS = (0, 50, 150, 200)
+"""Steps of trainings of which each goes on from the one before, with a schedule of its own: at the end of each, rates
+have fallen to 0, and the model is measured."""
+TRAINING = ["--train", "attention", "--lr", "3e-4", "--batch-size", str(BATCH), "--block-size", str(BLOCK)]
+"""The loss is the divergence from the original's predictions alone, so that it can learn nothing of the text that the
+original does not know: trained alike, the original would stay what it is."""
 
 
 def sharing(bench: Bench, only: str | None = None) -> None:
@@ -25,11 +36,44 @@ def sharing(bench: Bench, only: str | None = None) -> None:
         return
     prompts = text_and_passkey(bench)
     for pattern in PATTERNS:
-        decode(bench, f"sharing-{pattern}", prompts, STARTS, _fitted(bench, pattern))
+        decode(bench, f"sharing-{pattern}", prompts, STARTS, _fitted(bench, pattern), full_of=_whole(bench))
+
+
+def uptraining(bench: Bench, only: str | None = None) -> None:
+    """The same of one pattern, by tokens trained on."""
+    if only not in (None, "cla"):
+        return
+    trained: list[Artifact] = []
+    steps = list(itertools.accumulate(LINKS))
+    for seed, (link, done) in enumerate(zip(LINKS, steps, strict=True)):
+        trained.append(_trained(bench, done, link, seed, trained[-1] if trained else None))
+    prompts = text_and_passkey(bench)
+    for done, artifact in zip(steps, trained, strict=True):
+        part = f"uptraining-{done * BATCH * BLOCK}"
+        decode(bench, part, prompts, [{"method": "cla"}], artifact, full_of=_whole(bench))
 
 
 def _fitted(bench: Bench, pattern: str) -> Artifact:
     """The artifact of short blocks with a map, and projections that were fitted for it to the calibration text."""
-    share = ["share", "--model", bench.subject.spec, "--pattern", pattern]
-    text = [part for spec in TEXTS["both"] for part in ("--data", spec)]
-    return bench.changed(pattern, [share, [*share, "--uptrain", "--steps", "0", *text]])
+    share = _share(bench, "--pattern", pattern)
+    return bench.changed(pattern, [share, [*share, "--uptrain", "--steps", "0", *_text()]])
+
+
+def _trained(bench: Bench, steps: int, link: int, seed: int, before: Artifact | None) -> Artifact:
+    """`before` after a link of the chain; None: the fitted start."""
+    share = _share(bench, *([] if before else ["--pattern", TRAINED]))
+    start = ["--continue", "--seed", str(seed)] if before else []
+    train = [*share, "--uptrain", "--resume", *start, "--steps", str(link), *TRAINING, *_text()]
+    return bench.changed(f"trained-{steps}", [train] if before else [share, train], before)
+
+
+def _whole(bench: Bench) -> str:
+    return f"methods-{bench.subject.shortest}"
+
+
+def _share(bench: Bench, *options: str) -> list[str]:
+    return ["share", "--model", bench.subject.spec, *options]
+
+
+def _text() -> list[str]:
+    return [part for spec in TEXTS["both"] for part in ("--data", spec)]

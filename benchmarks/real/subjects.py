@@ -87,6 +87,7 @@ SUBJECTS = {
             "methods",
             "papers",
             "why-loki",
+            "subgen",
         ),
         seq_len=16384,
         short_seq_len=16384,
@@ -136,14 +137,19 @@ class Bench:
         """That of short blocks with another codebook, made where it is not there yet."""
         return self.changed(f"{count}-codewords", [["cluster", "--metric", "joint", "--clusters", str(count)]])
 
-    def changed(self, name: str, commands: Sequence[Sequence[str]]) -> Artifact:
-        """A copy of that of short blocks after commands on it, made where it is not there yet."""
+    def changed(self, name: str, commands: Sequence[Sequence[str]], of: Artifact | None = None) -> Artifact:
+        """A copy of an artifact after commands on it, made where it is not there yet.
+
+        Args:
+            of: None: that of short blocks, after which the copy is named.
+        """
         made = self.in_short_blocks()
-        assert made.folder is not None
+        of = of or made
+        assert made.folder is not None and of.folder is not None
         folder = made.folder.with_name(f"{made.folder.name}-{name}")
         if not folder.exists():
             partial = folder.with_name(f"{folder.name}.partial")
-            shutil.copytree(made.folder, partial, dirs_exist_ok=True)
+            shutil.copytree(of.folder, partial, dirs_exist_ok=True)
             for command, *options in commands:
                 print("calibrate", shlex.join([command, str(partial), *options]), flush=True)
                 arguments = [sys.executable, "-m", "kvcal.calibrate", command, str(partial), *options]

@@ -1,7 +1,7 @@
 """Uptraining: a pretrained model whose layers were made to share keys and values is trained to predict with them.
 
 The paper's discussion (Brandon et al. 2024) reports that pretrained models become CLA models by a short training from
-pooled projections. Here the original model teaches, too: it is at hand, and its predictions say more about
+pooled projections. Here the original model teaches: it is at hand, and its predictions say more about
 every token than the token itself.
 """
 
@@ -40,10 +40,11 @@ class Uptraining:
 
     steps: int
     """0: only what the training starts from, where that is fitted."""
-    lr: float = 1e-3
+    lr: float = 1e-4
     """Peak, after the warm-up; it falls to 0 by half a cosine."""
     distill: float = 1.0
-    """Weight of KL(original ‖ shared) beside the cross entropy; 0: the original model is not run."""
+    """The part of the loss that is KL(original ‖ shared); the rest is cross entropy. 1: only what the original model
+    predicts is learned, nothing of the text; 0: the original model is not run."""
     batch_size: int = 8
     """Blocks per step."""
     train: str = "shared"
@@ -63,8 +64,8 @@ class Uptraining:
             raise KvcalError(f"batches of {self.batch_size} blocks: give at least 1")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise KvcalError(f"learning rate {self.lr}: give a positive number, e.g. 1e-3")
-        if not (math.isfinite(self.distill) and self.distill >= 0):
-            raise KvcalError(f"distillation weight {self.distill}: give 0 (none) or a positive number")
+        if not 0 <= self.distill <= 1:
+            raise KvcalError(f"distillation {self.distill}: give the part of the loss that it is to be, from 0 to 1")
         if not 0 <= self.warmup_steps < max(self.steps, 1) + (self.warmup is None):
             raise KvcalError(f"warm-up of {self.warmup} steps: give fewer than the {self.steps} of the training")
 
@@ -248,7 +249,7 @@ class _Run:
         self.model.train()
         with torch.enable_grad():
             cross_entropy, kl = losses(self.model(**given).logits, wanted, ids, attended)
-            loss = cross_entropy if kl is None else cross_entropy + training.distill * kl
+            loss = cross_entropy if kl is None else training.distill * kl + (1 - training.distill) * cross_entropy
         loss.backward()
         record = {"loss": loss.item(), "cross_entropy": cross_entropy.item(), "gradient_norm": self.optimizer.clip()}
         if kl is not None:

@@ -31,13 +31,13 @@ _OPTIONS = [
         type=click.IntRange(0),
         help="Steps of the training; --uptrain needs it. 0: fit where it would start, no more.",
     ),
-    click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak learning rate of AdamW."),
+    click.option("--lr", type=float, default=1e-4, show_default=True, help="Peak learning rate of AdamW."),
     click.option(
         "--distill",
         type=float,
         default=1.0,
         show_default=True,
-        help="Weight of KL(original ‖ shared) beside the next-token loss; 0: none.",
+        help="Part of the loss that is KL(original ‖ shared), from 0 to 1; the rest is the next-token loss.",
     ),
     click.option(
         "--train",
@@ -225,13 +225,16 @@ def _blocks(data: TextData, tokenizer: Any, tokens: int, seq_len: int, least: in
 
 
 def _refit_blocks(artifact: Artifact, data: TextData, tokenizer: Any, training: TokenBlocks) -> TokenBlocks:
-    """As much text, in blocks as long, as the artifact's pass had; the training's blocks where there is less."""
+    """As much text, in blocks as long, as the artifact's pass had, `refit.TOKENS` at most; the training's blocks where
+    there is less."""
     from ...artifacts import KvcalError
     from ..blocks import make_blocks
+    from ..cla.refit import TOKENS
 
-    count, seq_len = artifact.data["blocks"], artifact.data["seq_len"]
+    seq_len = artifact.data["seq_len"]
+    tokens = min(artifact.data["blocks"] * seq_len, max(seq_len, TOKENS))
     try:
-        return make_blocks(data, tokenizer, num_tokens=count * seq_len, seq_len=seq_len, source=data.source)
+        return make_blocks(data, tokenizer, num_tokens=tokens, seq_len=seq_len, source=data.source)
     except KvcalError:
         return training
 

@@ -1,15 +1,20 @@
-"""The figure of an evaluation: quality against the bytes that a decoded token reads."""
+"""The figure of an evaluation: quality against the bytes that a decoded token reads, and those that are held."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from ..plots import png, short_name, two_panels
+from ..plots import png, rows_of_two_panels, short_name
 from .results_file import parameters
 from .rows import mean_score
 
 _MARKERS = "osD^vPXp<>hd"
+_COSTS = {
+    "bytes_per_step": ("bytes read per step, as a fraction of full", "bytes read"),
+    "resident_bytes": ("bytes held, as a fraction of full", "bytes held"),
+}
 _CHOICES = ("basis", "stage", "select", "groups", "pool")
 
 
@@ -55,80 +60,102 @@ def name_of(row: Mapping[str, Any]) -> str:
 def evaluation_figure(
     settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], most_ratio: float | None = None
 ) -> bytes:
-    """Left: perplexity over `full`'s. Right: mean score of the tasks. Both against bytes per step as a fraction of
-    `full`'s, with standard errors as bars.
+    """Left: perplexity over `full`'s. Right: mean score of the tasks. Above against bytes read per step, below against
+    bytes held, both as fractions of `full`'s, with standard errors as bars.
 
     Args:
-        most_ratio: where the left panel ends; lines of methods that lose more leave it.
+        most_ratio: where the left panels end; lines of methods that lose more leave them.
     """
     full = next(row for row in rows if row["method"] == "full" and not row.get("source"))
-    figure, axes = two_panels()
+    costs = [name for name in _COSTS if full.get(name)]
+    figure, axes = rows_of_two_panels(len(costs))
     varied = varied_settings(rows)
-    names = list(dict.fromkeys(series_of(row, varied) for row in rows))
+    lines = {name: [] for name in dict.fromkeys(series_of(row, varied) for row in rows)}
+    for row in rows:
+        lines[series_of(row, varied)].append(row)
     tasks = list(full.get("scores") or {})
-    panels = [
-        ("perplexity / perplexity of full", _ratio, 1),
-        (f"score, {short_name(tasks[0])}" if len(tasks) == 1 else "score, mean of tasks", mean_score, -1),
-    ]
-    shares: list[float] = []
-    for axis, (label, quality, sign) in zip(axes, panels, strict=True):
-        placed: list[tuple[Mapping[str, Any], float, float, float | None]] = []
-        for row in rows:
-            value, error = quality(row)
-            if row.get("bytes_per_step") and value is not None:
-                placed.append((row, row["bytes_per_step"] / full["bytes_per_step"], value, error))
-        if not placed:
-            axis.set_axis_off()
-            axis.text(0.5, 0.5, f"{label}: not evaluated", ha="center", transform=axis.transAxes, color="0.5")
-            continue
-        shares += [share for _, share, *_ in placed]
-        # Bytes that differ by less than a thousandth of full's count as the same.
-        front = [placed[at] for at in pareto_front([(round(share, 3), sign * value) for _, share, value, _ in placed])]
-        axis.plot(
-            [share for _, share, *_ in front],
-            [value for _, _, value, _ in front],
-            color="0.85",
-            linewidth=6,
-            solid_capstyle="round",
-            zorder=1,
-            label="Pareto front",
-        )
-        for number, name in enumerate(names):
-            line = sorted(
-                (share, value, error or 0) for row, share, value, error in placed if series_of(row, varied) == name
-            )
-            if line:
-                axis.errorbar(
-                    [share for share, *_ in line],
-                    [value for _, value, _ in line],
-                    yerr=[error for *_, error in line] if any(error for *_, error in line) else None,
-                    capsize=2,
-                    elinewidth=0.8,
-                    marker=_MARKERS[number % len(_MARKERS)],
-                    color="black" if name == "full" else f"C{(number - 1) % 10}",
-                    markersize=7,
-                    markeredgecolor="white",
-                    markeredgewidth=0.5,
-                    linewidth=0.8,
-                    alpha=0.9,
-                    zorder=3,
-                    label=short_name(name),
-                )
-        axis.axhline(quality(full)[0], color="0.6", linewidth=0.8, linestyle=":", zorder=0)
-        axis.set_xlabel("bytes read per step, as a fraction of full")
-        axis.set_ylabel(label, parse_math=False)
-    for axis in axes:
-        _fraction_axis(axis, shares)
+    of_tasks = f"score, {short_name(tasks[0])}" if len(tasks) == 1 else "score, mean of tasks"
+    for panels, cost in zip(axes, costs, strict=True):
+        shares = [
+            *_panel(panels[0], lines, full, cost, _Quality("perplexity / perplexity of full", _ratio, 1)),
+            *_panel(panels[1], lines, full, cost, _Quality(of_tasks, mean_score, -1)),
+        ]
+        for axis in panels:
+            _fraction_axis(axis, shares)
+        if most_ratio is not None:
+            panels[0].set_ylim(1 - 0.03 * (most_ratio - 1), most_ratio)
+        panels[1].set_ylim(-0.03, 1.03)
     handles: dict[str, Any] = {}
-    for axis in axes:
+    for axis in axes.flat:
         found, labels = axis.get_legend_handles_labels()
         handles |= dict(zip(labels, found, strict=True))
     figure.legend(handles.values(), handles.keys(), fontsize=8, frameon=False, loc="outside right center")
-    if most_ratio is not None:
-        axes[0].set_ylim(1 - 0.03 * (most_ratio - 1), most_ratio)
-    axes[1].set_ylim(-0.03, 1.03)
     prefix = f", prefix {settings['prefix']}" if full.get("perplexity_ratio") is not None else ""
-    return png(figure, f"{settings['model']}{prefix}: quality against bytes read")
+    against = " and ".join(_COSTS[cost][1] for cost in costs)
+    return png(figure, f"{settings['model']}{prefix}: quality against {against}")
+
+
+@dataclass(frozen=True)
+class _Quality:
+    label: str
+    of: Callable[[Mapping[str, Any]], tuple[float | None, float | None]]
+    sign: int
+    """1: less is better; -1: more is."""
+
+
+def _panel(
+    axis: Any,
+    lines: Mapping[str, Sequence[Mapping[str, Any]]],
+    full: Mapping[str, Any],
+    cost: str,
+    quality: _Quality,
+) -> list[float]:
+    """Draw a quality against a cost, a line for each entry of `lines`: its costs as fractions of `full`'s."""
+    placed: list[tuple[float, float]] = []
+    for number, (name, rows) in enumerate(lines.items()):
+        line = sorted(
+            (row[cost] / full[cost], value, error or 0)
+            for row in rows
+            for value, error in [quality.of(row)]
+            if row.get(cost) and value is not None
+        )
+        if not line:
+            continue
+        placed += [(share, value) for share, value, _ in line]
+        axis.errorbar(
+            [share for share, *_ in line],
+            [value for _, value, _ in line],
+            yerr=[error for *_, error in line] if any(error for *_, error in line) else None,
+            capsize=2,
+            elinewidth=0.8,
+            marker=_MARKERS[number % len(_MARKERS)],
+            color="black" if name == "full" else f"C{(number - 1) % 10}",
+            markersize=7,
+            markeredgecolor="white",
+            markeredgewidth=0.5,
+            linewidth=0.8,
+            alpha=0.9,
+            zorder=3,
+            label=short_name(name),
+        )
+    if not placed:
+        axis.set_axis_off()
+        axis.text(0.5, 0.5, f"{quality.label}: not evaluated", ha="center", transform=axis.transAxes, color="0.5")
+        return []
+    # Bytes that differ by less than a thousandth of full's count as the same.
+    front = pareto_front([(round(share, 3), quality.sign * value) for share, value in placed])
+    axis.plot(
+        *zip(*(placed[at] for at in front), strict=True),
+        color="0.85",
+        linewidth=6,
+        solid_capstyle="round",
+        zorder=1,
+        label="Pareto front",
+    )
+    axis.axhline(quality.of(full)[0], color="0.6", linewidth=0.8, linestyle=":", zorder=0)
+    axis.set_xlabel(_COSTS[cost][0])
+    axis.set_ylabel(quality.label, parse_math=False)
+    return [share for share, _ in placed]
 
 
 def _ratio(row: Mapping[str, Any]) -> tuple[float | None, float | None]:

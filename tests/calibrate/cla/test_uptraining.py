@@ -32,7 +32,7 @@ def trained():
     for train_ in ("shared", "attention", "all"):
         of = build("llama")
         before = {name: parameter.detach().clone() for name, parameter in of.named_parameters()}
-        found[train_] = of, before, train(of, train=train_, steps=25)
+        found[train_] = of, before, train(of, train=train_, steps=25, distill=0.5)
     return found
 
 
@@ -103,9 +103,26 @@ def test_without_distillation_there_is_no_teacher(monkeypatch):
     assert result.history[0]["loss"] == result.history[0]["cross_entropy"]
 
 
-def test_the_loss_is_the_weighted_sum():
-    for record in train(build("llama"), distill=2.5).history:
-        assert record["loss"] == pytest.approx(record["cross_entropy"] + 2.5 * record["kl"], rel=1e-6)
+@pytest.mark.parametrize("distill", [0.25, 1.0])
+def test_the_loss_is_the_weighted_mean(distill):
+    for record in train(build("llama"), distill=distill).history:
+        expected = (1 - distill) * record["cross_entropy"] + distill * record["kl"]
+        assert record["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_by_default_nothing_is_learned_of_the_text_itself():
+    """The second layer's input, keys and values are the first's here: sharing changes nothing, and text gives no
+    gradient."""
+    of = build("llama")
+    first, second = (of.model.layers[layer] for layer in GROUPS.shared[0])
+    with torch.no_grad():
+        first.self_attn.o_proj.weight.zero_()
+        first.mlp.down_proj.weight.zero_()
+    second.input_layernorm.load_state_dict(first.input_layernorm.state_dict())
+    for name in ("k_proj", "v_proj"):
+        getattr(second.self_attn, name).load_state_dict(getattr(first.self_attn, name).state_dict())
+    gradients = {distill: train(of, distill=distill, steps=1).history[0]["gradient_norm"] for distill in (0.5, 1.0)}
+    assert gradients[0.5] > 0.01 and gradients[1.0] < 1e-5 * gradients[0.5]
 
 
 def test_the_first_loss_is_that_of_the_pooled_model():
@@ -171,7 +188,8 @@ def test_a_loss_that_is_no_number_stops_it():
         ({"batch_size": 0}, "batches of 0 blocks"),
         ({"lr": 0.0}, "learning rate 0.0"),
         ({"lr": math.nan}, "learning rate nan"),
-        ({"distill": -1.0}, "distillation weight"),
+        ({"distill": -0.1}, "from 0 to 1"),
+        ({"distill": 1.1}, "from 0 to 1"),
         ({"train": "none"}, "shared, attention, all"),
         ({"warmup": 6}, "fewer than the 6"),
     ],

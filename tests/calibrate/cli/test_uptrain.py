@@ -57,6 +57,23 @@ def uptrain(artifact, model, text, *more, command=run):
     return command("share", artifact, "--model", model, "--uptrain", "--data", text, *TRAIN, *more)
 
 
+@pytest.mark.parametrize(("tokens", "refit"), [(128, 2), (10**6, 8), (1, 1)])
+def test_keys_are_refit_on_as_many_tokens_as_bases_need(monkeypatch, tiny_model_folder, text, artifact, tokens, refit):
+    """In blocks as long as those of the artifact's pass, 8 of 64 tokens, of which there are no more."""
+    from kvcal.calibrate.cla import refit as module
+
+    shapes, refit_keys = [], module.refit_keys
+
+    def spy(model, sharing_map, weights, blocks, **more):
+        shapes.append(tuple(blocks.ids.shape))
+        return refit_keys(model, sharing_map, weights, blocks, **more)
+
+    monkeypatch.setattr(module, "TOKENS", tokens)
+    monkeypatch.setattr(module, "refit_keys", spy)
+    uptrain(artifact, tiny_model_folder, text)
+    assert shapes == [(refit, 64)]
+
+
 def test_training_adds_weights_bases_and_a_figure_and_export_writes_what_loads(
     tmp_path, tiny_model_folder, text, artifact
 ):

@@ -1,0 +1,71 @@
+"""The parts of the page about SubGen."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from subjects import Subject
+from tables import named, number, read, table, with_error
+
+from kvcal.calibrate.evaluation.results import parameters
+
+COUNTS = (64, 1024)
+
+
+def clusterable(folder: Path, subject: Subject) -> str:
+    """The radius of the balls that 64 and 1024 greedy centers need, over that of one ball, means of KV heads; and δ·r,
+    the exponent of the paper's bound, which wants t ≥ e^(2 δ r) ln n / ε² samples of a cluster: means, and the least of
+    any head. Rotated keys, and keys before their rotation."""
+    stages = read(folder / f"{subject.model}-subgen.json").get("clusterable", {})
+    if not stages:
+        return ""
+    lines = []
+    for post, pre in zip(stages["post"], stages["pre"], strict=True):
+        cells = [str(post["layer"])]
+        for entry in (post, pre):
+            at = [entry["counts"].index(count) for count in COUNTS]
+            cells += [" ".join(number(entry["radius"][each], ".2f") for each in at)]
+            cells += [" ".join(number(entry["delta_r"][each], ".1f") for each in at)]
+            cells += [number(entry["delta_r_least"][at[-1]], ".1f")]
+        lines.append(cells)
+    columns = ("radius at 64, 1024", "δ·r at 64, 1024", "least at 1024")
+    header = ["layer", *(f"{stage}: {column}" for stage in ("post", "pre") for column in columns)]
+    least = min(entry["delta_r_least"][entry["counts"].index(COUNTS[-1])] for entry in stages["post"])
+    samples = f"The least δ·r of rotated keys, {least:.1f}, asks for {math.exp(2 * least):.0e} samples times ln n / ε²."
+    return f"{table(header, lines)}\n\n{samples}"
+
+
+def estimates(folder: Path, subject: Subject) -> str:
+    """In a fifth of the memory, in parts of the length of the attention's output, means of layers: the error of one
+    draw; the root of the variance over 8 draws; the bias, how far the mean of draws is off. Below, by layer."""
+    rows = read(folder / f"{subject.model}-subgen.json").get("estimates", [])
+    if not rows:
+        return ""
+    names = ("error", "spread", "bias")
+    whole = [[named(row["setting"]), *(with_error(row[name], row[f"{name}_se"]) for name in names)] for row in rows]
+    layers = range(len(rows[0]["error_by_layer"]))
+    by_layer = [
+        [str(layer), *(" ".join(number(row[f"{name}_by_layer"][layer], ".2f") for name in names) for row in rows)]
+        for layer in layers
+    ]
+    header = [
+        "full layer, from 0",
+        *(f"{row['setting']['method']} {row['setting'].get('normaliser', '')}" for row in rows),
+    ]
+    return f"{table(['method', *names], whole)}\n\n{table(header, by_layer)}"
+
+
+def lines(folder: Path, subject: Subject) -> str:
+    """Of 10, 20 and 40 lines that register numbers, one is asked for, with an example; answers right, in a fifth of the
+    memory."""
+    columns = {}
+    for path in sorted(folder.glob(f"{subject.model}-lines-*.json")):
+        for row in read(path)["results"]:
+            setting = parameters(row)
+            name = f"`{setting['method']}` {setting.get('normaliser', '')}".strip()
+            (score,), (error,) = row["scores"].values(), row["scores_se"].values()
+            columns.setdefault(name, {})[path.stem.rpartition("-")[2]] = with_error(score, error, ".2f")
+    counts = list(next(iter(columns.values()), {}))
+    body = [[name, *(found.get(count, "") for count in counts)] for name, found in columns.items()]
+    return table(["method", *(f"{count} lines" for count in counts)], body) if body else ""
