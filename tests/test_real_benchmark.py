@@ -313,3 +313,61 @@ def _row(setting, ratio, ratio_se, score, score_se):
     task = "passkey@2048"
     measured = {"perplexity_ratio": ratio, "perplexity_ratio_se": ratio_se, "bytes_per_step": 1.0}
     return {**setting, **measured, "scores": {task: score}, "scores_se": {task: score_se}}
+
+
+def test_errors_of_estimates_are_their_bias_and_their_spread(module):
+    """Of one head and step the mean square over draws is the sum of both squares; what is not drawn has no spread."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 1, tokens, HEAD_DIM) for tokens in (1, 301, 301))
+    problem = Problem(0, query, key, value, SoftmaxSpec(HEAD_DIM**-0.5), 1)
+    sizes = {"window": 32, "clusters": 8, "t": 2, "s": 16}
+    drawn = [{"method": "subgen", **sizes, "normaliser": normaliser} for normaliser in ("clusters", "values")]
+    *estimates, streaming = module("subgen").estimates([problem], [*drawn, {"method": "streaming", "keep": 32}])
+    for row in estimates:
+        assert row["spread"] > 0 and row["bias"] > 0
+        assert row["error"] ** 2 == pytest.approx(row["bias"] ** 2 + row["spread"] ** 2, rel=1e-5)
+    assert streaming["spread"] == 0 and streaming["error"] == pytest.approx(streaming["bias"])
+
+
+def test_memory_is_that_of_a_16_bit_cache(module):
+    """Of half of the tokens and their positions; of all rows in 8 bits and a scale, with codes of half of the
+    dimensions in 2 bits, a scale and a codeword, and a mean of each page in 8 bits and its scale."""
+    memory = module("memory")
+    query, key, value = (
+        torch.randn(2, heads, tokens, HEAD_DIM, dtype=torch.bfloat16)
+        for heads, tokens in ((4, 3), (2, 1539), (2, 1539))
+    )
+    problem = memory.to_the_prefix(Problem(0, query, key, value, SoftmaxSpec(HEAD_DIM**-0.5), 2))
+    artifact = coded.artifact(HEAD_DIM, 2)
+
+    def held(**setting):
+        return memory.resident([problem, problem], setting, artifact)
+
+    assert held(method="full") == 1
+    assert held(method="streaming", keep=0.5) == pytest.approx(0.5 * (1 + 4 / (4 * HEAD_DIM)), rel=0.01)
+    token = 2 * (HEAD_DIM + 2) + HEAD_DIM / 2 * 2 / 8 + 2 + 1 + (HEAD_DIM + 2) / 64
+    assert held(method="spectral", rows=8) == pytest.approx(token / (4 * HEAD_DIM), rel=0.01)
+
+
+def test_all_coefficients_of_a_group_give_its_rows_back(module):
+    """In 16 bits each, up to their rounding; the first coefficients alone do not."""
+    torch.manual_seed(0)
+    shared = module("shared_basis")
+    rows = torch.randn(400, 12).double() @ torch.randn(12, 12).double() + 3
+    metric = torch.randn(12, 12).double()
+    basis = shared.fit(rows, torch.rand(400).double(), metric @ metric.mT)
+    found = rows[:5].float()
+    assert torch.allclose(basis.through(found, ((1, 16),)), found, rtol=0.02, atol=0.2)
+    assert not torch.allclose(basis.through(found, ((1 / 2, 16),)), found, rtol=0.02, atol=0.2)
+
+
+def test_a_row_of_full_is_taken_from_the_same_prompts_only(module, tmp_path):
+    """Whatever artifact the others were decoded with."""
+    decoding = module("decoding")
+    row = {"method": "full", "perplexity_ratio": 1.0, "scores": {}}
+    settings = {"tokens_sha256": "a", "calibrated_on": "b", "dtype": "float32"}
+    path = tmp_path / "m-methods.json"
+    assert decoding._full_row(path, settings) == []
+    path.write_text(json.dumps({"settings": settings, "results": [row, {**row, "method": "loki"}]}))
+    assert decoding._full_row(path, {**settings, "calibrated_on": "c"}) == [row]
+    assert decoding._full_row(path, {**settings, "tokens_sha256": "c"}) == []

@@ -13,19 +13,26 @@ FULL: dict[str, Any] = {"method": "full"}
 
 
 def resident(problems: Sequence[Problem], setting: Mapping[str, Any], artifact: Artifact) -> float:
-    """Of all layers, after the last step; tables of the artifact, which are there once per model, are left out."""
+    """Of all layers, after a decoded token, which is when methods evict. Tables of the artifact, of which there is one
+    per model, are left out.
+
+    Args:
+        problems: of `to_the_prefix`.
+    """
     held, whole = (sum(_held(problem, of, artifact) for problem in problems) for of in (setting, FULL))
     return held / whole
 
 
+def to_the_prefix(problem: Problem) -> Problem:
+    """The first text up to its prefix, of which the last token is decoded: buffers grow by 256 tokens, and such a prefix
+    leaves no slack in them."""
+    tensors = {name: getattr(problem, name)[:1, :, : problem.prefix] for name in ("key", "value")}
+    return dataclasses.replace(problem, query=problem.query[:1, :, :1], **tensors, texts=1)
+
+
 def _held(problem: Problem, setting: Mapping[str, Any], artifact: Artifact) -> int:
     store = problem.store(setting, artifact)
-    for query, key, value, _ in problem.decoded():
-        store.append(key, value)
-        store.attend(query, problem.spec)
+    query, key, value, *_ = next(problem.steps())
+    store.append(key, value)
+    store.attend(query, problem.spec)
     return store.resident_bytes()
-
-
-def first_text(problem: Problem) -> Problem:
-    tensors = {name: getattr(problem, name)[:1] for name in ("query", "key", "value")}
-    return dataclasses.replace(problem, **tensors, texts=1)

@@ -25,7 +25,7 @@ from decoding import (
     why_loki,
 )
 from first_token import first_token, standing_out
-from memory import first_text, resident
+from memory import resident, to_the_prefix
 from plans import plans as plans_of
 from settings import AIMS, GROUP, LEVELS, ONLY_CHOSEN, at_equal_bytes, spectral_of
 from shared_basis import shared_basis as shared_basis_of
@@ -107,7 +107,7 @@ def memory(bench: Bench, only: str | None = None) -> None:
     done = Done(bench.path(f"memory-{length}"))
 
     def few() -> list[Any]:
-        return [first_text(problem) for problem in _problems(bench, "both", length)[::FEW]]
+        return [to_the_prefix(problem) for problem in _problems(bench, "both", length)[::FEW]]
 
     for level in bench.subject.lengths[length]:
         for setting in at_equal_bytes(LEVELS[level], bench.subject.head_dim, length):

@@ -68,9 +68,9 @@ def clusterable(artifact: Artifact, model: Any) -> dict[str, list[dict[str, Any]
 
 @torch.no_grad()
 def estimates(problems: Sequence[Problem], settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of each setting, in parts of ‖o_dense‖ and with SubGen over SEEDS: "error" of the attention output; "spread", the
-    root of its variance; "bias", how far the mean of the seeds is off. Means of layers with "…_se" over texts, and
-    "…_by_layer"."""
+    """Of each setting, in parts of ‖o_dense‖ and with SubGen over SEEDS: "error" of the attention output, root mean
+    square; "spread", the root of its variance; "bias", how far the mean of all seeds would be off. Means of layers with
+    "…_se" over texts, and "…_by_layer"."""
     rows = []
     for setting in settings:
         by_layer = [_estimates(problem, setting) for problem in problems]
@@ -103,12 +103,8 @@ def _estimates(problem: Problem, setting: Mapping[str, Any]) -> dict[str, Tensor
     # The mean of n seeds is itself off by a part of their variance, and n - 1 of them are free.
     variance = (found - centre).square().sum(-1).sum(0) / max(1, len(seeds) - 1)
     bias = ((centre - dense).square().sum(-1) - variance / len(seeds)).clamp_min(0)
-    parts = {
-        "error": (found - dense).norm(dim=-1).mean(0),
-        "spread": variance.sqrt(),
-        "bias": bias.sqrt(),
-    }
-    return {name: (part / length).flatten(1).mean(1) for name, part in parts.items()}
+    parts = {"error": (found - dense).square().sum(-1).mean(0), "spread": variance, "bias": bias}
+    return {name: (part.sqrt() / length).flatten(1).mean(1) for name, part in parts.items()}
 
 
 def lines(bench: Bench) -> None:
