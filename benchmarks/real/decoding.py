@@ -137,6 +137,11 @@ def text_and_passkey(bench: Bench) -> Prompts:
     return _on_text(bench, bench.subject.shortest, ("perplexity", "passkey"))
 
 
+def text_of(bench: Bench) -> Prompts:
+    """The same without questions."""
+    return _on_text(bench, bench.subject.shortest, ("perplexity",))
+
+
 def _on_text(bench: Bench, length: int, tasks: Sequence[str], samples: int | None = None) -> Prompts:
     return make_prompts(
         open_data(list(UNSEEN["both"])),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from page_decoding import bytes_of, trained_parts
+from settings import OF_A_PREFILL
 from subjects import SUBJECTS, Subject
 from tables import read
 
@@ -49,8 +50,8 @@ def _of_methods(results: Path, subject: Subject) -> Iterator[dict[str, Any]]:
         kept = {name: row[name] for name in (*_NAMED, *_MEASURED) if name in row}
         if row["method"] == "clusterkv":  # in every level a setting as published, and one of small clusters
             kept["tokens_per_cluster"] = 80 if row["tokens_per_cluster"] == 80 else "16, 32"
-        # What a method keeps that starts from a prefill is what it reads.
-        yield {**kept, "bytes_per_step": share, "resident_bytes": held.get(_key(parameters(row)), share)}
+        holds = share if row["method"] in OF_A_PREFILL else held.get(_key(parameters(row)))
+        yield {**kept, "bytes_per_step": share, "resident_bytes": 1.0 if row["method"] == "full" else holds}
 
 
 def _of_sharing(results: Path, subject: Subject) -> Iterator[dict[str, Any]]:

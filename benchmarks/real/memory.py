@@ -24,7 +24,7 @@ def resident(problems: Sequence[Problem], setting: Mapping[str, Any], artifact: 
 
 
 def to_the_prefix(problem: Problem) -> Problem:
-    """The first text up to its prefix, of which the last token is decoded: buffers grow by 256 tokens, and such a prefix
+    """The first text up to its prefix, of which the last token is decoded: buffers grow by 256 tokens, and one of 2048
     leaves no slack in them."""
     tensors = {name: getattr(problem, name)[:1, :, : problem.prefix] for name in ("key", "value")}
     return dataclasses.replace(problem, query=problem.query[:1, :, :1], **tensors, texts=1)

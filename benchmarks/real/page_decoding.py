@@ -9,6 +9,7 @@ from typing import Any
 
 from decoding import CONTINUATION
 from settings import WHY_LOKI
+from sharing import PATTERNS
 from subjects import Subject
 from tables import named, number, read, table, with_error
 
@@ -158,24 +159,28 @@ def _tokens_of(path: Path) -> int:
 
 def sharing(folder: Path, subject: Subject) -> str:
     """Cross-layer attention before any training, in groups of two layers or storing as many layers as those: perplexity
-    over the original's, and answers. fitted: shared projections in closed form, from 32768 tokens of the calibration
-    text; mean: of the layers'. resident: bytes held, over those of all layers."""
+    over the original's from shared projections that were fitted in closed form to 32768 tokens of the calibration text,
+    what the model then answers, and perplexity from the mean of the layers' projections. resident: bytes held, over
+    those of all layers."""
+    means = read(folder / f"{subject.model}-mean-of-layers.json").get("results", [])[1:]
+    from_mean = dict(zip(PATTERNS, means, strict=False))
     lines: list[list[str]] = []
     tasks: list[str] = []
-    for path in sorted(folder.glob(f"{subject.model}-sharing-*.json")):
-        full, *rows = read(path)["results"]
-        tasks = list(full["scores"])
-        lines += [
-            [
-                path.stem.partition("-sharing-")[2],
-                number(row["resident_bytes"] / full["resident_bytes"]),
-                "fitted" if "uptrained" not in row else row["pool"],
-                with_error(row["perplexity_ratio"], row["perplexity_ratio_se"]),
-                *(with_error(row["scores"][task], row["scores_se"][task], ".2f") for task in tasks),
-            ]
-            for row in rows
-        ]
-    return table(["pattern", "resident", "start", "perplexity / full", *tasks], lines) if lines else ""
+    for pattern in PATTERNS:
+        rows = read(folder / f"{subject.model}-sharing-{pattern}.json").get("results", [])
+        for row in rows[1:2]:
+            tasks = list(row["scores"])
+            mean = from_mean.get(pattern, {})
+            lines.append(
+                [
+                    pattern,
+                    number(row["resident_bytes"] / rows[0]["resident_bytes"]),
+                    with_error(row["perplexity_ratio"], row["perplexity_ratio_se"]),
+                    *(with_error(row["scores"][task], row["scores_se"][task], ".2f") for task in tasks),
+                    with_error(mean.get("perplexity_ratio"), mean.get("perplexity_ratio_se"), ".0f"),
+                ]
+            )
+    return table(["pattern", "resident", "fitted", *tasks, "mean of layers"], lines) if lines else ""
 
 
 def _check(checked: Mapping[str, Any]) -> str:

@@ -27,7 +27,7 @@ from decoding import (
 from first_token import first_token, standing_out
 from memory import resident, to_the_prefix
 from plans import plans as plans_of
-from settings import AIMS, GROUP, LEVELS, ONLY_CHOSEN, at_equal_bytes, spectral_of
+from settings import AIMS, GROUP, LEVELS, OF_A_PREFILL, ONLY_CHOSEN, at_equal_bytes, spectral_of
 from shared_basis import shared_basis as shared_basis_of
 from shared_basis_text import shared_basis_text as shared_basis_text_of
 from sharing import sharing, uptraining
@@ -43,8 +43,6 @@ RANKS = (2, 4, 8, 16, 24, 32, 48, 64)
 KEEP = 1 / 16
 FOR_CLUSTERS = 32768
 """Tokens of a calibration that only its reservoir is wanted of."""
-OF_A_PREFILL = ("h2o", "snapkv")
-"""Methods that start from the queries of a prompt, which only a prefill of the whole model has."""
 FEW = 10
 """Every so many layers tell how much memory a setting takes, which is the same in all."""
 

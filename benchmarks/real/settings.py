@@ -17,6 +17,9 @@ ONLY_CHOSEN: Setting = {"sinks": 0, "recent": 0}
 """Loki as published: no token is read whatever its score."""
 _SUBGEN: Setting = {"method": "subgen", "normaliser": "clusters"}
 """As published."""
+OF_A_PREFILL = ("h2o", "snapkv")
+"""Methods that start from the queries of a prompt, which only a prefill of the whole model has. They hold what they
+read."""
 LARGE_RANK = 0.25
 """Of the head dim: beyond it, rows choose better than dimensions of as many bytes."""
 

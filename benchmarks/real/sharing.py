@@ -6,23 +6,22 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from decoding import decode, text_and_passkey
+from decoding import decode, text_and_passkey, text_of
 from subjects import TEXTS, Bench
 
 from kvcal.artifacts import Artifact
+from kvcal.runtime.cla.method import stage_map
 
 PATTERNS = ("keep-ends", "uniform", "auto", "dense-front", "dense-back")
 """In groups of two, or storing as many layers as those."""
-STARTS: list[dict[str, Any]] = [
-    {"method": "cla"},
-    {"method": "cla", "uptrained": False, "pool": "mean"},
-]
-"""Fitted, which is what the artifact has, and the mean that the paper starts from."""
+FITTED: dict[str, Any] = {"method": "cla"}
+MEAN: dict[str, Any] = {"method": "cla", "uptrained": False, "pool": "mean"}
+"""What the paper starts from. The text of one pattern is enough to see that nothing is answered."""
 
 TRAINED = "keep-ends"
 """The pattern that is trained: of those that halve the cache, the one that loses least before."""
 BLOCK, BATCH = 512, 2
-LINKS = (0, 50, 150, 200)
+LINKS = (0, 50, 150, 100)
 """Steps of trainings of which each goes on from the one before, with a schedule of its own: at the end of each, rates
 have fallen to 0, and the model is measured."""
 TRAINING = ["--train", "attention", "--lr", "3e-4", "--batch-size", str(BATCH), "--block-size", str(BLOCK)]
@@ -34,9 +33,13 @@ def sharing(bench: Bench, only: str | None = None) -> None:
     """Perplexity and passkey of the paper's patterns and of auto's map, not trained."""
     if only not in (None, "cla"):
         return
+    fitted = {pattern: _fitted(bench, pattern) for pattern in PATTERNS}
     prompts = text_and_passkey(bench)
-    for pattern in PATTERNS:
-        decode(bench, f"sharing-{pattern}", prompts, STARTS, _fitted(bench, pattern), full_of=_whole(bench))
+    for pattern, artifact in fitted.items():
+        starts = [FITTED, MEAN] if pattern == TRAINED else [FITTED]
+        decode(bench, f"sharing-{pattern}", prompts, starts, artifact, full_of=_whole(bench))
+    means = [{**MEAN, "groups": str(stage_map(artifact))} for artifact in fitted.values()]
+    decode(bench, "mean-of-layers", text_of(bench), means, None)
 
 
 def uptraining(bench: Bench, only: str | None = None) -> None:
@@ -50,7 +53,7 @@ def uptraining(bench: Bench, only: str | None = None) -> None:
     prompts = text_and_passkey(bench)
     for done, artifact in zip(steps, trained, strict=True):
         part = f"uptraining-{done * BATCH * BLOCK}"
-        decode(bench, part, prompts, [{"method": "cla"}], artifact, full_of=_whole(bench))
+        decode(bench, part, prompts, [FITTED], artifact, full_of=_whole(bench))
 
 
 def _fitted(bench: Bench, pattern: str) -> Artifact:

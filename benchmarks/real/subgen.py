@@ -20,6 +20,7 @@ from kvcal.calibrate import open_data
 from kvcal.calibrate.builtin.recall import dictionary, random_code
 from kvcal.calibrate.cla.rotation import rotation_of, unrotate
 from kvcal.calibrate.clusterability import clusterability
+from kvcal.calibrate.evaluation.prefilled import PREFILLED
 from kvcal.calibrate.evaluation.prompts import make_prompts
 from kvcal.calibrate.evaluation.standard_errors import mean
 from kvcal.calibrate.models import max_context
@@ -30,12 +31,12 @@ MEMORY = 1 / 5
 SEEDS = range(8)
 LINES = (10, 20, 40)
 LINE_SAMPLES = 40
-EVICTING = ("subgen", "streaming", "h2o", "snapkv")
+COMPARED = ("subgen", "streaming", "h2o")
 
 
 def at_memory(head_dim: int, length: int) -> list[dict[str, Any]]:
-    """The evicting methods where a fifth of the tokens is held; SubGen with its paper's normaliser and with ours."""
-    return [setting for setting in at_equal_bytes(MEMORY, head_dim, length) if setting["method"] in EVICTING]
+    """Where a fifth of the tokens is held: SubGen with its paper's sums and with ours, and what it is compared with."""
+    return [setting for setting in at_equal_bytes(MEMORY, head_dim, length) if setting["method"] in COMPARED]
 
 
 @torch.no_grad()
@@ -122,7 +123,7 @@ def lines(bench: Bench) -> None:
             most_tokens=max_context(bench.loaded.model.config),
         )
         grid = at_memory(bench.subject.head_dim, prompts.longest_context)
-        decode(bench, f"lines-{count}", prompts, grid, bench.in_short_blocks())
+        decode(bench, f"lines-{count}", prompts, grid, None, question=PREFILLED)
 
 
 def _line_prompts(path: Path, count: int) -> Path:

@@ -70,9 +70,9 @@ def evaluation_figure(
     costs = [name for name in _COSTS if full.get(name)]
     figure, axes = rows_of_two_panels(len(costs))
     varied = varied_settings(rows)
-    lines = {name: [] for name in dict.fromkeys(series_of(row, varied) for row in rows)}
+    lines: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        lines[series_of(row, varied)].append(row)
+        lines.setdefault(series_of(row, varied), []).append(row)
     tasks = list(full.get("scores") or {})
     of_tasks = f"score, {short_name(tasks[0])}" if len(tasks) == 1 else "score, mean of tasks"
     for panels, cost in zip(axes, costs, strict=True):
