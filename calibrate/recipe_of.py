@@ -174,6 +174,12 @@ def _training(settings: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     data = data if isinstance(data, Mapping) else {}
     source = data.get("source")
     given = {name: settings[name] for name in _UPTRAINING if name in settings}
+    if "loss" not in settings and isinstance(beside := settings.get("distill"), float) and beside > 0:
+        given["distill"] = beside / (1 + beside)
+        notes.append(
+            f"The training minimised cross entropy + {beside:g} KL: below is that up to a factor, and gradients are "
+            "clipped at another length."
+        )
     source = source if isinstance(source, Mapping) else {}
     return {
         "uptrain": True,

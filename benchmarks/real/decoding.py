@@ -202,8 +202,8 @@ def _full_row(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     body = read_current(path)
-    artifact = {"calibrated_on": None}
-    if json.loads(json.dumps(settings)) | artifact != body["settings"] | artifact:
+    whatever = {"calibrated_on": None}
+    if json.loads(json.dumps(settings)) | whatever != body["settings"] | whatever:
         return []
     return [row for row in body["results"] if row["method"] == FULL["method"]]
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from page_decoding import bytes_of, trained_parts
+from page_decoding import bytes_of, key_of, row_of, trained
 from settings import OF_A_PREFILL
+from sharing import FITTED, TRAINED
 from subjects import SUBJECTS, Subject
 from tables import read
 
@@ -17,6 +19,7 @@ from kvcal.calibrate.evaluation.results_file import parameters
 from kvcal.calibrate.plots import png, two_panels
 
 Row = Mapping[str, Any]
+CLUSTERS = "real-clusters.png"
 MOST = 2.0
 """Perplexity over full's: what loses more leaves the panels, it would flatten all others."""
 _NAMED = ("method", "basis", "keep")
@@ -30,8 +33,8 @@ def write(folder: Path, subject: Subject) -> None:
         settings = {"model": f"{subject.model}, bytes of a 16-bit cache", "prefix": subject.shortest}
         (folder / "real.png").write_bytes(evaluation_figure(settings, rows, MOST))
     curves = {name: read(results / f"{name}-subgen.json").get("clusterable") for name in SUBJECTS}
-    if any(curves.values()):
-        (folder / "real-clusters.png").write_bytes(_clusters({name: of for name, of in curves.items() if of}))
+    if measured := {name: curve for name, curve in curves.items() if curve}:
+        (folder / CLUSTERS).write_bytes(_clusters(measured))
 
 
 def _of_methods(results: Path, subject: Subject) -> Iterator[dict[str, Any]]:
@@ -39,7 +42,7 @@ def _of_methods(results: Path, subject: Subject) -> Iterator[dict[str, Any]]:
     length = subject.shortest
     shares = bytes_of(results, subject, length)
     held = {
-        _key(json.loads(key)): share for key, share in read(results / f"{subject.model}-memory-{length}.json").items()
+        key_of(json.loads(key)): share for key, share in read(results / f"{subject.model}-memory-{length}.json").items()
     }
     for row in read(results / f"{subject.model}-methods-{length}.json")["results"]:
         share = shares(row)
@@ -50,17 +53,18 @@ def _of_methods(results: Path, subject: Subject) -> Iterator[dict[str, Any]]:
         kept = {name: row[name] for name in (*_NAMED, *_MEASURED) if name in row}
         if row["method"] == "clusterkv":  # in every level a setting as published, and one of small clusters
             kept["tokens_per_cluster"] = 80 if row["tokens_per_cluster"] == 80 else "16, 32"
-        holds = share if row["method"] in OF_A_PREFILL else held.get(_key(parameters(row)))
+        holds = share if row["method"] in OF_A_PREFILL else held.get(key_of(parameters(row)))
         yield {**kept, "bytes_per_step": share, "resident_bytes": 1.0 if row["method"] == "full" else holds}
 
 
 def _of_sharing(results: Path, subject: Subject) -> Iterator[dict[str, Any]]:
     """Cross-layer attention in the pattern that was trained: fitted, and after the longest training."""
-    parts = [f"{subject.model}-sharing-keep-ends.json", *(path.name for path in trained_parts(results, subject)[-1:])]
-    for name, part in zip(("cla, fitted", "cla, trained"), parts, strict=False):
-        rows = read(results / part).get("results", [])
-        for row in rows[1:2]:
-            costs = {cost: row[cost] / rows[0][cost] for cost in ("bytes_per_step", "resident_bytes")}
+    path = results / f"{subject.model}-sharing-{TRAINED}.json"
+    full, fitted = row_of(path, {"method": "full"}), row_of(path, FITTED)
+    longest = [row for _, row in trained(results, subject)[-1:]]
+    for name, row in zip(("cla, fitted", "cla, trained"), [fitted, *longest], strict=False):
+        if full and row:
+            costs = {cost: row[cost] / full[cost] for cost in ("bytes_per_step", "resident_bytes")}
             yield {**{measured: row[measured] for measured in _MEASURED}, **costs, "method": name}
 
 
@@ -87,7 +91,7 @@ def _clusters(curves: Mapping[str, Mapping[str, Any]]) -> bytes:
     figure, panels = two_panels()
     shades = colormaps["viridis"]
     for axis, (stage, title) in zip(panels, (("post", "rotated keys"), ("pre", "keys before rotation")), strict=True):
-        for style, (name, stages) in zip(("-", "--", ":"), curves.items(), strict=False):
+        for style, (name, stages) in zip(itertools.cycle(("-", "--", ":")), curves.items(), strict=False):
             last = max(entry["layer"] for entry in stages[stage])
             for entry in stages[stage]:
                 color = shades(entry["layer"] / max(1, last))
@@ -100,7 +104,3 @@ def _clusters(curves: Mapping[str, Mapping[str, Any]]) -> bytes:
     bar = figure.colorbar(ScalarMappable(Normalize(0, 1), shades), ax=panels, ticks=[0, 1])
     bar.set_ticklabels(["first layer", "last layer"])
     return png(figure, "Do few balls cover the keys? Greedy centers, means of KV heads")
-
-
-def _key(setting: Row) -> str:
-    return repr(sorted((name, repr(value)) for name, value in setting.items()))

@@ -9,7 +9,7 @@ from typing import Any
 
 from decoding import CONTINUATION
 from settings import WHY_LOKI
-from sharing import PATTERNS
+from sharing import FITTED, MEAN, PATTERNS
 from subjects import Subject
 from tables import named, number, read, table, with_error
 
@@ -33,7 +33,7 @@ def short_blocks(folder: Path, subject: Subject) -> str:
 def bytes_of(folder: Path, subject: Subject, length: int) -> Callable[[Row], float | None]:
     """Of a row: bytes of a 16-bit cache that its setting reads, over those of all; None: not measured."""
     found = read(folder / f"{subject.model}-attention-{length}.json")
-    measured = {_key(entry["setting"]): entry["bytes"] for entries in found.values() for entry in entries}
+    measured = {key_of(entry["setting"]): entry["bytes"] for entries in found.values() for entry in entries}
 
     def share(row: Row) -> float | None:
         if row["method"] == "full":
@@ -43,7 +43,7 @@ def bytes_of(folder: Path, subject: Subject, length: int) -> Callable[[Row], flo
         if row["method"] == "snapkv":
             decoded = CONTINUATION / 2
             return (float(row["keep"]) * length + decoded) / (length + decoded)
-        return measured.get(_key(row))
+        return measured.get(key_of(row))
 
     return share
 
@@ -64,10 +64,10 @@ def defaults(folder: Path, subject: Subject) -> str:
 def why_loki(folder: Path, subject: Subject) -> str:
     """Loki at rank and keep of a quarter, and one change each. read: of a float32 cache, layers with a sliding window
     included; each query head reads tokens of its own where the group does not choose."""
-    names = {_key({"method": "full"}): "full", **{_key(setting): name for name, setting in WHY_LOKI.items()}}
+    names = {key_of({"method": "full"}): "full", **{key_of(setting): name for name, setting in WHY_LOKI.items()}}
     measured = read(folder / f"{subject.model}-why-loki.json").get("results", [])
-    rows = [row for row in measured if _key(row) in names]
-    return _table(rows, _of_this_run(rows), [names[_key(row)] for row in rows]) if rows else ""
+    rows = [row for row in measured if key_of(row) in names]
+    return _table(rows, _of_this_run(rows), [names[key_of(row)] for row in rows]) if rows else ""
 
 
 def by_answers(folder: Path, subject: Subject) -> str:
@@ -128,59 +128,67 @@ def plans(folder: Path, subject: Subject) -> str:
     return "\n\n".join(parts)
 
 
-def trained_parts(folder: Path, subject: Subject) -> list[Path]:
-    """By tokens trained on."""
-    return sorted(folder.glob(f"{subject.model}-uptraining-*.json"), key=_tokens_of)
+def row_of(path: Path, setting: Row) -> Row | None:
+    """A row of results with a setting; None: not measured."""
+    rows = read(path).get("results", [])
+    return next((row for row in rows if parameters(row) == setting), None)
+
+
+def trained(folder: Path, subject: Subject) -> list[tuple[int, Row]]:
+    """(tokens trained on, row), of what was measured."""
+    found = []
+    for path in folder.glob(f"{subject.model}-uptraining-*.json"):
+        if row := row_of(path, FITTED):
+            found.append((int(path.stem.rpartition("-")[2]), row))
+    return sorted(found, key=lambda of_training: of_training[0])
 
 
 def uptraining(folder: Path, subject: Subject) -> str:
-    """Cross-layer attention in the pattern keep-ends, from the fitted start, trained on the divergence from the
-    original's predictions, by tokens trained on. lost: nats a token; slope: the exponent of tokens, between two rows,
-    by which that falls."""
-    lines: list[list[str]] = []
-    before: tuple[int, float] | None = None
-    for path in trained_parts(folder, subject):
-        row, tokens = read(path)["results"][1], _tokens_of(path)
+    """Cross-layer attention in the pattern keep-ends, from projections fitted to 32768 tokens in blocks of 512, by tokens
+    trained on: `--train attention --lr 3e-4 --batch-size 2 --block-size 512`, on the divergence from the original's
+    predictions. Every row is the end of a schedule of its own, and the start of the next. lost: nats a token; slope:
+    the exponent of tokens by which that falls between two rows."""
+    rows = trained(folder, subject)
+    lines, before = [], (0, 0.0)
+    for tokens, row in rows:
         lost = math.log(row["perplexity_ratio"])
-        slope = ""
-        if before and before[0]:
-            slope = f"{math.log(lost / before[1]) / math.log(tokens / before[0]):.2f}"
+        falls = before[0] and before[1] > 0 and lost > 0
+        slope = math.log(lost / before[1]) / math.log(tokens / before[0]) if falls else None
         before = tokens, lost
-        scores = [with_error(score, row["scores_se"][task], ".2f") for task, score in row["scores"].items()]
-        ratio = with_error(row["perplexity_ratio"], row["perplexity_ratio_se"])
-        lines.append([str(tokens), ratio, f"{lost:.3f}", slope, *scores])
-        header = ["tokens", "perplexity / full", "lost", "slope", *row["scores"]]
-    return table(header, lines) if lines else ""
-
-
-def _tokens_of(path: Path) -> int:
-    return int(path.stem.rpartition("-")[2])
+        lines.append(
+            [
+                str(tokens),
+                with_error(row["perplexity_ratio"], row["perplexity_ratio_se"]),
+                number(lost),
+                number(slope, ".2f"),
+                *_scores_of(row),
+            ]
+        )
+    tasks = rows[0][1]["scores"] if rows else ()
+    return table(["tokens", "perplexity / full", "lost", "slope", *tasks], lines) if lines else ""
 
 
 def sharing(folder: Path, subject: Subject) -> str:
     """Cross-layer attention before any training, in groups of two layers or storing as many layers as those: perplexity
-    over the original's from shared projections that were fitted in closed form to 32768 tokens of the calibration text,
-    what the model then answers, and perplexity from the mean of the layers' projections. resident: bytes held, over
-    those of all layers."""
-    means = read(folder / f"{subject.model}-mean-of-layers.json").get("results", [])[1:]
-    from_mean = dict(zip(PATTERNS, means, strict=False))
-    lines: list[list[str]] = []
+    over the original's, and answers. fitted: shared projections in closed form, to 32768 tokens of the calibration text
+    in blocks of 2048; mean: of the layers' projections. resident: bytes held, over those of all layers."""
+    lines = []
     tasks: list[str] = []
     for pattern in PATTERNS:
-        rows = read(folder / f"{subject.model}-sharing-{pattern}.json").get("results", [])
-        for row in rows[1:2]:
-            tasks = list(row["scores"])
-            mean = from_mean.get(pattern, {})
-            lines.append(
-                [
-                    pattern,
-                    number(row["resident_bytes"] / rows[0]["resident_bytes"]),
-                    with_error(row["perplexity_ratio"], row["perplexity_ratio_se"]),
-                    *(with_error(row["scores"][task], row["scores_se"][task], ".2f") for task in tasks),
-                    with_error(mean.get("perplexity_ratio"), mean.get("perplexity_ratio_se"), ".0f"),
-                ]
-            )
-    return table(["pattern", "resident", "fitted", *tasks, "mean of layers"], lines) if lines else ""
+        path = folder / f"{subject.model}-sharing-{pattern}.json"
+        full = row_of(path, {"method": "full"})
+        mean = row_of(path, MEAN) or row_of(folder / f"{subject.model}-mean-{pattern}.json", MEAN)
+        for start, row, form in (("fitted", row_of(path, FITTED), ".3f"), ("mean", mean, ".0f")):
+            if full and row:
+                tasks = list(full["scores"])
+                held = number(row["resident_bytes"] / full["resident_bytes"]) if row["scores"] else "the same"
+                ratio = with_error(row["perplexity_ratio"], row["perplexity_ratio_se"], form)
+                lines.append([pattern, held, start, ratio, *(_scores_of(row) or ["–"] * len(tasks))])
+    return table(["pattern", "resident", "start", "perplexity / full", *tasks], lines) if lines else ""
+
+
+def _scores_of(row: Row) -> list[str]:
+    return [with_error(score, row["scores_se"][task], ".2f") for task, score in row["scores"].items()]
 
 
 def _check(checked: Mapping[str, Any]) -> str:
@@ -245,5 +253,5 @@ def _of_this_run(rows: Sequence[Row]) -> Callable[[Row], float | None]:
     return lambda row: row["bytes_per_step"] / rows[0]["bytes_per_step"]
 
 
-def _key(setting: Row) -> str:
+def key_of(setting: Row) -> str:
     return repr(sorted((name, repr(value)) for name, value in parameters(setting).items()))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from figure import CLUSTERS
 from subjects import Subject
 from tables import named, number, read, table, with_error
-
-from kvcal.calibrate.evaluation.results import parameters
 
 COUNTS = (64, 1024)
 
@@ -32,8 +31,9 @@ def clusterable(folder: Path, subject: Subject) -> str:
     columns = ("radius at 64, 1024", "δ·r at 64, 1024", "least at 1024")
     header = ["layer", *(f"{stage}: {column}" for stage in ("post", "pre") for column in columns)]
     least = min(entry["delta_r_least"][entry["counts"].index(COUNTS[-1])] for entry in stages["post"])
-    samples = f"The least δ·r of rotated keys, {least:.1f}, asks for {math.exp(2 * least):.0e} samples times ln n / ε²."
-    return f"{table(header, lines)}\n\n{samples}"
+    power = 2 * least / math.log(10)
+    samples = f"The least δ·r of rotated keys, {least:.1f}, asks for 10^{power:.0f} samples times ln n / ε²."
+    return f"![radius of the balls against their number]({CLUSTERS})\n\n{table(header, lines)}\n\n{samples}"
 
 
 def estimates(folder: Path, subject: Subject) -> str:
@@ -45,26 +45,24 @@ def estimates(folder: Path, subject: Subject) -> str:
         return ""
     names = ("error", "spread", "bias")
     whole = [[named(row["setting"]), *(with_error(row[name], row[f"{name}_se"]) for name in names)] for row in rows]
-    layers = range(len(rows[0]["error_by_layer"]))
     by_layer = [
-        [str(layer), *(" ".join(number(row[f"{name}_by_layer"][layer], ".2f") for name in names) for row in rows)]
-        for layer in layers
+        [str(layer), *(" ".join(number(row[f"{name}_by_layer"][at], ".2f") for name in names) for row in rows)]
+        for at, layer in enumerate(rows[0]["layers"])
     ]
     header = [
-        "full layer, from 0",
+        "layer",
         *(f"{row['setting']['method']} {row['setting'].get('normaliser', '')}" for row in rows),
     ]
     return f"{table(['method', *names], whole)}\n\n{table(header, by_layer)}"
 
 
 def lines(folder: Path, subject: Subject) -> str:
-    """Of 10, 20 and 40 lines that register numbers, one is asked for, with an example; answers right, in a fifth of the
+    """Line retrieval: the code of one of so many words is asked for, after an example; right answers, in a fifth of the
     memory."""
-    columns = {}
+    columns: dict[str, dict[str, str]] = {}
     for path in sorted(folder.glob(f"{subject.model}-lines-*.json")):
         for row in read(path)["results"]:
-            setting = parameters(row)
-            name = f"`{setting['method']}` {setting.get('normaliser', '')}".strip()
+            name = f"`{row['method']}` {row.get('normaliser', '')}".strip()
             (score,), (error,) = row["scores"].values(), row["scores_se"].values()
             columns.setdefault(name, {})[path.stem.rpartition("-")[2]] = with_error(score, error, ".2f")
     counts = list(next(iter(columns.values()), {}))

@@ -29,9 +29,10 @@ from memory import resident, to_the_prefix
 from plans import plans as plans_of
 from settings import AIMS, GROUP, LEVELS, OF_A_PREFILL, ONLY_CHOSEN, at_equal_bytes, spectral_of
 from shared_basis import shared_basis as shared_basis_of
+from shared_basis_text import rows as rows_of_text
 from shared_basis_text import shared_basis_text as shared_basis_text_of
 from sharing import sharing, uptraining
-from subgen import at_memory, clusterable, estimates, lines
+from subgen import at_memory, clusterable, estimates, line_retrieval
 from subjects import UNSEEN, Bench, uncentred
 from thresholds import KINDS, choose, rows_of
 
@@ -41,9 +42,9 @@ ROWS = 4
 """Pieces of unseen text, of every kind, in the tables of attention errors."""
 RANKS = (2, 4, 8, 16, 24, 32, 48, 64)
 KEEP = 1 / 16
-FOR_CLUSTERS = 32768
+CLUSTER_TOKENS = 32768
 """Tokens of a calibration that only its reservoir is wanted of."""
-FEW = 10
+LAYER_STRIDE = 10
 """Every so many layers tell how much memory a setting takes, which is the same in all."""
 
 
@@ -105,7 +106,7 @@ def memory(bench: Bench, only: str | None = None) -> None:
     done = Done(bench.path(f"memory-{length}"))
 
     def few() -> list[Any]:
-        return [to_the_prefix(problem) for problem in _problems(bench, "both", length)[::FEW]]
+        return [to_the_prefix(problem) for problem in _problems(bench, "both", length)[::LAYER_STRIDE]]
 
     for level in bench.subject.lengths[length]:
         for setting in at_equal_bytes(LEVELS[level], bench.subject.head_dim, length):
@@ -190,18 +191,20 @@ def shared_basis(bench: Bench, only: str | None = None) -> None:
 
 def shared_basis_text(bench: Bench, only: str | None = None) -> None:
     """The same by what the model then predicts and answers."""
-    done = Done(bench.path("shared-basis-text"))
-    prompts, artifact = text_and_passkey(bench), bench.in_short_blocks()
-    done.once("rows", lambda: shared_basis_text_of(prompts, artifact, bench.loaded))
+    prompts, done = text_and_passkey(bench), Done(bench.path("shared-basis-text"))
+    if "rows" in done.found:
+        return
+    shared_basis_text_of(bench, prompts, done.once)
+    measured, done.found = done.found, {}
+    layers = bench.loaded.model.config.num_hidden_layers
+    done.once("rows", lambda: rows_of_text(prompts, measured, layers, bench.subject.head_dim))
 
 
 def subgen(bench: Bench, only: str | None = None) -> None:
     """Whether keys are clusterable, and what SubGen's estimates err by."""
-    if only not in (None, "subgen"):
-        return
     done, length = Done(bench.path("subgen")), bench.subject.shortest
     done.once(
-        "clusterable", lambda: clusterable(bench.artifact(tokens=FOR_CLUSTERS, seq_len=length), bench.loaded.model)
+        "clusterable", lambda: clusterable(bench.artifact(tokens=CLUSTER_TOKENS, seq_len=length), bench.loaded.model)
     )
     settings = [
         setting for setting in at_memory(bench.subject.head_dim, length) if setting["method"] not in OF_A_PREFILL
@@ -209,10 +212,9 @@ def subgen(bench: Bench, only: str | None = None) -> None:
     done.once("estimates", lambda: estimates(_problems(bench, "both", length), settings))
 
 
-def subgen_lines(bench: Bench, only: str | None = None) -> None:
+def lines(bench: Bench, only: str | None = None) -> None:
     """Line retrieval in a fifth of the memory."""
-    if only in (None, "subgen"):
-        lines(bench)
+    line_retrieval(bench)
 
 
 def _loki(rank: int, basis: str, stage: str = "post") -> dict[str, Any]:
@@ -288,10 +290,11 @@ PARTS: Mapping[str, Callable[[Bench, str | None], None]] = {
     "shared-basis": shared_basis,
     "shared-basis-text": shared_basis_text,
     "subgen": subgen,
-    "lines": subgen_lines,
+    "lines": lines,
 }
 OF_METHODS = (
     "attention",
+    "memory",
     "choices",
     "methods",
     "short-blocks",

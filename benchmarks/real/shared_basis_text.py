@@ -6,33 +6,37 @@ codes, and the model decodes from them with dense attention. What it decodes is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from shared_basis import GRADED, HALF, SHORT, Code, Group, Reservoir, held, named, rotations
+from shared_basis import GRADED, HALF, OWN_BITS, SHORT, Code, Group, Reservoir, held, named, rotations
+from subjects import Bench
 from torch import Tensor
 
-from kvcal.artifacts import Artifact
 from kvcal.calibrate.cla.rotation import rotate, unrotate
-from kvcal.calibrate.evaluation.measurements import batches
-from kvcal.calibrate.evaluation.prefilled import DECODED, prefill
+from kvcal.calibrate.evaluation.grid import FULL
+from kvcal.calibrate.evaluation.measurements import Batch, Measured, batches
+from kvcal.calibrate.evaluation.prefilled import DECODED, PrefilledWindows, prefill
 from kvcal.calibrate.evaluation.prompts import Prompts
 from kvcal.calibrate.evaluation.rows import result_row
 
-FULL = {"method": "full"}
 Kept = dict[int, tuple[Tensor, Tensor]]
 """By layer, [1, Hkv, T, D] keys before their rotary embedding, and values."""
 
 
 @dataclass(frozen=True)
-class Held:
-    """How keys and values are held. A name of `shared_basis`'s table."""
+class Way:
+    """How keys and values are held."""
 
     size: int | None
     """Layers of a group; None: each layer's own, less their means."""
     code: Code
+
+    @property
+    def name(self) -> str:
+        return f"{self.size}: {named(self.code)}"
 
     def bytes(self, dims: int) -> float:
         return held(self.code, (self.size or 1) * dims)
@@ -48,47 +52,74 @@ class Held:
         return found
 
 
-CANDIDATES = (
-    *(Held(None, ((1, bits),)) for bits in (8, 4, 2)),
-    *(Held(size, HALF) for size in (2, 5)),
-    *(Held(size, code) for code in (GRADED, SHORT) for size in (1, 3)),
+WAYS = (
+    *(Way(None, ((1, bits),)) for bits in OWN_BITS),
+    *(Way(size, HALF) for size in (2, 5)),
+    *(Way(size, code) for code in (GRADED, SHORT) for size in (1, 3)),
 )
 """8, 4 and 2 bits of each layer's own; half of the coefficients of a group; all in graded bits, and fewer of them."""
+DENSE = "full"
 
 
 @torch.no_grad()
-def shared_basis_text(prompts: Prompts, artifact: Artifact, loaded: Any) -> list[dict[str, Any]]:
-    """`full` and a row for each of CANDIDATES, as of an evaluation; "size", "code" and "bytes" as in `shared_basis`."""
-    model, work = loaded.model, batches(prompts, 1)  # one row at a time: no padding moves its positions
+def shared_basis_text(bench: Bench, prompts: Prompts, once: Callable[[str, Callable[[], Any]], None]) -> None:
+    """Of every batch, by `DENSE` and the name of each way, what was measured; see `rows`.
+
+    Args:
+        once: called with the key of a batch and what measures it.
+    """
+    artifact, model = bench.in_short_blocks(), bench.loaded.model
     layers = [layer.index for layer in artifact.layers if layer.window is None]
     at_sample, at_row = rotations(artifact, model, prompts.longest_context)
     samples = {layer: Reservoir(artifact, layer, at_sample) for layer in layers}
-    groups = {
-        size: {
-            tuple(layers[at : at + size]): Group([samples[layer] for layer in layers[at : at + size]])
-            for at in range(0, len(layers), size)
-        }
-        for size in {way.size for way in CANDIDATES if way.size}
-    }
-    measured: dict[Held | None, dict[str, Any]] = {way: {} for way in (None, *CANDIDATES)}
-    for batch in work:
-        print(f"shared-basis-text: {batch.key} of {len(work)}", flush=True)
-        prefilled = prefill(model, prompts, batch, loaded.tokenizer, DECODED, {})
-        cache = prefilled.cache if batch.key.startswith("perplexity") else prefilled.contexts[0]
+    groups: dict[int | None, dict[tuple[int, ...], Group]] = {None: {}}
+    for size in sorted({way.size for way in WAYS if way.size}):
+        assert len(layers) % size == 0, f"{len(layers)} layers are no groups of {size}"
+        of_size = [tuple(layers[at : at + size]) for at in range(0, len(layers), size)]
+        groups[size] = {group: Group([samples[layer] for layer in group]) for group in of_size}
+
+    def measured(batch: Batch) -> dict[str, Any]:
+        prefilled = prefill(model, prompts, batch, bench.loaded.tokenizer, DECODED, {})
+        cache = prefilled.cache if isinstance(prefilled, PrefilledWindows) else prefilled.contexts[0]
         views = {layer: [store.tokens[name].view for name in ("key", "value")] for layer, store in cache.stores.items()}
         tokens = next(iter(views.values()))[0].shape[2]
         at = tuple(part[:tokens] for part in at_row)
         kept = {layer: (unrotate(key[0], at)[None], value.clone()) for layer, (key, value) in views.items()}
-        for way in measured:
-            back = way.through(kept, samples, groups.get(way.size, {})) if way else {}
-            for layer, (key, value) in back.items():
+        found = {DENSE: prefilled.measure(None, FULL, _ignored).as_json()}
+        # Every `measure` begins with a copy of the prefilled cache: what is written there is decoded from.
+        for way in WAYS:
+            for layer, (key, value) in way.through(kept, samples, groups[way.size]).items():
                 views[layer][0].copy_(rotate(key[0], at)[None])
                 views[layer][1].copy_(value)
-            measured[way][batch.key] = prefilled.measure(None, FULL, lambda: None)
-    rows: list[dict[str, Any]] = []
-    for way, found in measured.items():
-        row = result_row(FULL, found, prompts, work, len(layers), rows[0] if rows else None)
-        dims = samples[layers[0]].key.shape[2]
-        named_as = {"size": way.size, "code": named(way.code), "bytes": way.bytes(dims)} if way else {}
-        rows.append({**row, **named_as})
-    return rows
+            found[way.name] = prefilled.measure(None, FULL, _ignored).as_json()
+        return found
+
+    for batch in work(prompts):
+        once(batch.key, lambda batch=batch: measured(batch))  # type: ignore[misc]
+
+
+def rows(prompts: Prompts, found: Mapping[str, Mapping[str, Any]], layers: int, dims: int) -> list[dict[str, Any]]:
+    """`full` and a row for each of WAYS, as of an evaluation; "size", "code" and "bytes" as in `shared_basis`.
+
+    Args:
+        found: by batch, what `shared_basis_text` measured.
+    """
+
+    def row(name: str, full: Mapping[str, Any] | None) -> dict[str, Any]:
+        measured = {key: Measured(**by_way[name]) for key, by_way in found.items()}
+        return result_row(FULL, measured, prompts, work(prompts), layers, full)
+
+    full = row(DENSE, None)
+    return [
+        full,
+        *({**row(way.name, full), "size": way.size, "code": named(way.code), "bytes": way.bytes(dims)} for way in WAYS),
+    ]
+
+
+def work(prompts: Prompts) -> list[Batch]:
+    """One row at a time: no padding moves its positions."""
+    return batches(prompts, 1)
+
+
+def _ignored() -> None:
+    """Nothing is said of a step."""

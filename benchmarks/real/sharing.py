@@ -10,13 +10,13 @@ from decoding import decode, text_and_passkey, text_of
 from subjects import TEXTS, Bench
 
 from kvcal.artifacts import Artifact
-from kvcal.runtime.cla.method import stage_map
 
 PATTERNS = ("keep-ends", "uniform", "auto", "dense-front", "dense-back")
 """In groups of two, or storing as many layers as those."""
 FITTED: dict[str, Any] = {"method": "cla"}
+"""Shared projections in closed form, which are in the artifact."""
 MEAN: dict[str, Any] = {"method": "cla", "uptrained": False, "pool": "mean"}
-"""What the paper starts from. The text of one pattern is enough to see that nothing is answered."""
+"""Of the layers' projections: what the paper starts from."""
 
 TRAINED = "keep-ends"
 """The pattern that is trained: of those that halve the cache, the one that loses least before."""
@@ -25,27 +25,25 @@ LINKS = (0, 50, 150, 100)
 """Steps of trainings of which each goes on from the one before, with a schedule of its own: at the end of each, rates
 have fallen to 0, and the model is measured."""
 TRAINING = ["--train", "attention", "--lr", "3e-4", "--batch-size", str(BATCH), "--block-size", str(BLOCK)]
-"""The loss is the divergence from the original's predictions alone, so that it can learn nothing of the text that the
-original does not know: trained alike, the original would stay what it is."""
+"""The loss is the divergence from the original's predictions alone: of the text, which is of the same books as what is
+evaluated, nothing is learned that the original does not know, so that no other control is needed."""
 
 
 def sharing(bench: Bench, only: str | None = None) -> None:
-    """Perplexity and passkey of the paper's patterns and of auto's map, not trained."""
-    if only not in (None, "cla"):
-        return
+    """Perplexity and passkey of the paper's patterns and of auto's map, not trained. From the mean, where one pattern
+    shows that nothing is answered, perplexity alone of the others."""
     fitted = {pattern: _fitted(bench, pattern) for pattern in PATTERNS}
-    prompts = text_and_passkey(bench)
+    asked, text = text_and_passkey(bench), text_of(bench)
     for pattern, artifact in fitted.items():
         starts = [FITTED, MEAN] if pattern == TRAINED else [FITTED]
-        decode(bench, f"sharing-{pattern}", prompts, starts, artifact, full_of=_whole(bench))
-    means = [{**MEAN, "groups": str(stage_map(artifact))} for artifact in fitted.values()]
-    decode(bench, "mean-of-layers", text_of(bench), means, None)
+        decode(bench, f"sharing-{pattern}", asked, starts, artifact, full_of=_whole(bench))
+    others = [pattern for pattern in PATTERNS if pattern != TRAINED]
+    for pattern in others:
+        decode(bench, f"mean-{pattern}", text, [MEAN], fitted[pattern], full_of=f"mean-{others[0]}")
 
 
 def uptraining(bench: Bench, only: str | None = None) -> None:
     """The same of one pattern, by tokens trained on."""
-    if only not in (None, "cla"):
-        return
     trained: list[Artifact] = []
     steps = list(itertools.accumulate(LINKS))
     for seed, (link, done) in enumerate(zip(LINKS, steps, strict=True)):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvcal.artifacts import Artifact
 from kvcal.calibrate import open_data
-from kvcal.calibrate.builtin.recall import dictionary, random_code
+from kvcal.calibrate.builtin.recall import dictionary, question, random_code
 from kvcal.calibrate.cla.rotation import rotation_of, unrotate
 from kvcal.calibrate.clusterability import clusterability
 from kvcal.calibrate.evaluation.prefilled import PREFILLED
@@ -69,24 +69,25 @@ def clusterable(artifact: Artifact, model: Any) -> dict[str, list[dict[str, Any]
 
 @torch.no_grad()
 def estimates(problems: Sequence[Problem], settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of each setting, in parts of ‖o_dense‖ and with SubGen over SEEDS: "error" of the attention output, root mean
-    square; "spread", the root of its variance; "bias", how far the mean of all seeds would be off. Means of layers with
-    "…_se" over texts, and "…_by_layer"."""
+    """Of each setting, in parts of ‖o_dense‖ and with SubGen over SEEDS: "error" of the attention output; "spread" of
+    the draws; "bias", how far the mean of all draws would be off. Root mean squares over heads, steps and texts, by
+    layer, and means of layers with "…_se" over texts."""
     rows = []
     for setting in settings:
-        by_layer = [_estimates(problem, setting) for problem in problems]
-        row: dict[str, Any] = {"setting": dict(setting)}
+        by_layer = [_squares(problem, setting) for problem in problems]
+        row: dict[str, Any] = {"setting": dict(setting), "layers": [problem.layer for problem in problems]}
         for name in by_layer[0]:
-            of = torch.stack([layer[name] for layer in by_layer])
-            row[name], row[f"{name}_se"] = mean(of.mean(0).tolist())
-            row[f"{name}_by_layer"] = [round(each, 4) for each in of.mean(1).tolist()]
+            found = torch.stack([layer[name] for layer in by_layer]).clamp_min(0)
+            row[name], row[f"{name}_se"] = mean(found.sqrt().mean(0).tolist())
+            row[f"{name}_by_layer"] = [round(each, 4) for each in found.mean(1).sqrt().tolist()]
         rows.append(row)
         print(f"subgen: {setting}", flush=True)
     return rows
 
 
-def _estimates(problem: Problem, setting: Mapping[str, Any]) -> dict[str, Tensor]:
-    """[B] each: means of heads and steps."""
+def _squares(problem: Problem, setting: Mapping[str, Any]) -> dict[str, Tensor]:
+    """[B] each, over ‖o_dense‖², means of heads and steps: of the error, of the spread of draws, and of the bias, which
+    an estimate without one may have negative."""
     seeds = SEEDS if setting["method"] == "subgen" else range(1)
     decoded = problem.decoded()
     dense = torch.cat([step[3] for step in decoded], 2)
@@ -98,27 +99,36 @@ def _estimates(problem: Problem, setting: Mapping[str, Any]) -> dict[str, Tensor
             store.append(key, value)
             steps.append(store.attend(query, problem.spec).float())
         outputs.append(torch.cat(steps, 2))
-    length = dense.norm(dim=-1)
-    found = torch.stack(outputs)
-    centre = found.mean(0)
-    # The mean of n seeds is itself off by a part of their variance, and n - 1 of them are free.
-    variance = (found - centre).square().sum(-1).sum(0) / max(1, len(seeds) - 1)
-    bias = ((centre - dense).square().sum(-1) - variance / len(seeds)).clamp_min(0)
-    parts = {"error": (found - dense).square().sum(-1).mean(0), "spread": variance, "bias": bias}
-    return {name: (part.sqrt() / length).flatten(1).mean(1) for name, part in parts.items()}
+    return squares(torch.stack(outputs), dense)
 
 
-def lines(bench: Bench) -> None:
-    """Line retrieval: what is registered under one of many names."""
+def squares(draws: Tensor, dense: Tensor) -> dict[str, Tensor]:
+    """
+    Args:
+        draws: [N, B, …, D] of one estimate; dense: [B, …, D], what it is an estimate of.
+    """
+    centre, count = draws.mean(0), len(draws)
+    # The mean of N draws is itself off by an N-th of their variance.
+    variance = (draws - centre).square().sum(-1).sum(0) / max(1, count - 1)
+    found = {
+        "error": (draws - dense).square().sum(-1).mean(0),
+        "spread": variance,
+        "bias": (centre - dense).square().sum(-1) - variance / count,
+    }
+    length = dense.square().sum(-1)
+    return {name: (part / length).flatten(1).mean(1) for name, part in found.items()}
+
+
+def line_retrieval(bench: Bench) -> None:
+    """The code of one of many words, asked when all are read."""
     for count in LINES:
-        path = _line_prompts(bench.work / f"lines-{count}.jsonl", count)
         prompts = make_prompts(
             (),
             bench.loaded.tokenizer,
             tasks=(),
-            prompt_files=[path],
+            prompt_files=[_line_prompts(bench.work / f"lines-{count}.jsonl", count)],
             match="part",
-            max_new_tokens=12,
+            max_new_tokens=8,
             chat_template=False,
             most_tokens=max_context(bench.loaded.model.config),
         )
@@ -127,20 +137,21 @@ def lines(bench: Bench) -> None:
 
 
 def _line_prompts(path: Path, count: int) -> Path:
+    """Three lines and a question about them come first, answered: a small model has to be shown what is asked for."""
     words, _ = dictionary(str(text) for text in itertools.islice(open_data(list(TEXTS["prose"])), 200))
     rng = random.Random(count)
     rows = []
     for _ in range(LINE_SAMPLES):
-        codes = {name: random_code(rng) for name in rng.sample(words, count)}
-        record = [f"line {name}: REGISTER_CONTENT is <{code}>" for name, code in codes.items()]
-        # A model of this size answers half as often where it is not shown how.
-        shown, asked = rng.sample(list(codes), 2)
-        question = f"\n{_asked(shown)}{codes[shown]}>\n\n{_asked(asked)}"
-        rows.append({"context": "\n".join(record) + "\n", "question": question, "answer": codes[asked]})
+        codes = {word: random_code(rng) for word in rng.sample(words, 3 + count)}
+        shown, asked = list(codes)[:3], list(codes)[3:]
+        example = f"{_record(codes, shown)}{question(shown[1])} {codes[shown[1]]}.\n\n"
+        word = rng.choice(asked)
+        rows.append(
+            {"context": example + _record(codes, asked), "question": question(word), "answer": codes[word]},
+        )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def _asked(name: str) -> str:
-    line = f"line {name}: REGISTER_CONTENT is <"
-    return f"Question: what is the REGISTER_CONTENT in line {name}?\nAnswer: {line}"
+def _record(codes: Mapping[str, str], words: Sequence[str]) -> str:
+    return "".join(f"The code of {word} is {codes[word]}.\n" for word in words)

@@ -137,19 +137,19 @@ class Bench:
         """That of short blocks with another codebook, made where it is not there yet."""
         return self.changed(f"{count}-codewords", [["cluster", "--metric", "joint", "--clusters", str(count)]])
 
-    def changed(self, name: str, commands: Sequence[Sequence[str]], of: Artifact | None = None) -> Artifact:
+    def changed(self, name: str, commands: Sequence[Sequence[str]], start: Artifact | None = None) -> Artifact:
         """A copy of an artifact after commands on it, made where it is not there yet.
 
         Args:
-            of: None: that of short blocks, after which the copy is named.
+            start: None: that of short blocks, after which the copy is named.
         """
         made = self.in_short_blocks()
-        of = of or made
-        assert made.folder is not None and of.folder is not None
+        start = start or made
+        assert made.folder is not None and start.folder is not None
         folder = made.folder.with_name(f"{made.folder.name}-{name}")
         if not folder.exists():
             partial = folder.with_name(f"{folder.name}.partial")
-            shutil.copytree(of.folder, partial, dirs_exist_ok=True)
+            shutil.copytree(start.folder, partial, dirs_exist_ok=True)
             for command, *options in commands:
                 print("calibrate", shlex.join([command, str(partial), *options]), flush=True)
                 arguments = [sys.executable, "-m", "kvcal.calibrate", command, str(partial), *options]

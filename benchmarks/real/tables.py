@@ -36,4 +36,7 @@ def with_error(value: float | None, error: float | None, form: str = ".3f") -> s
     """ "1.017 ± .006"; the error alone is left out where there is none."""
     if value is None:
         return "–"
-    return number(value, form) if error is None else f"{value:{form}} ± {f'{error:{form}}'.removeprefix('0')}"
+    if error is None:
+        return number(value, form)
+    shown = f"{error:{form}}"
+    return f"{value:{form}} ± {shown[1:] if shown.startswith('0.') else shown}"

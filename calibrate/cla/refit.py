@@ -19,9 +19,9 @@ from ..pca import fit_pca, spectrum
 from ..pre_rotary import PreRotary
 
 KEY_QUANTITIES = ("key_pre", "key_post")
-TOKENS = 32768
-"""That a pass takes: of SmolLM2-135M's keys, rank@90 and the errors of bases do not change from there on
-(docs/results/real.md)."""
+REFIT_TOKENS = 32768
+"""That a pass takes at most: four or sixteen times as many change the errors of SmolLM2-135M's bases by less than two
+standard errors (docs/results/real.md)."""
 
 
 @torch.no_grad()

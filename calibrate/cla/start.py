@@ -19,7 +19,7 @@ from .fit_pass import fit_projections
 
 FITTED = "fitted"
 STARTS = (FITTED, *POOLS)
-TOKENS = 32768
+START_TOKENS = 32768
 """Of the training text that a start is fitted on: the inputs of attention have 576 dimensions in SmolLM2-135M."""
 
 
@@ -61,7 +61,7 @@ def starting_weights(
 
 
 def _some(blocks: TokenBlocks) -> TokenBlocks:
-    count = min(len(blocks), max(1, TOKENS // blocks.seq_len))
+    count = min(len(blocks), max(1, START_TOKENS // blocks.seq_len))
     rows = torch.linspace(0, len(blocks) - 1, count).round().long()
     kept = {name: getattr(blocks, name)[rows] for name in ("ids", "counted", "attended")}
     return dataclasses.replace(blocks, **kept)

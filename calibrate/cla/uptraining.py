@@ -30,6 +30,8 @@ from .optimizer import Optimizer
 from .start import FITTED, check_start, starting_weights
 from .training_state import Record, TrainingState
 
+LOSS = "(1 - distill) · cross entropy + distill · KL"
+"""As a training's settings name it: earlier ones, which do not, minimised cross entropy + distill · KL."""
 Progress = Callable[[int, int, float], None]
 """Called with (steps done, steps in all, loss of the last one)."""
 
@@ -63,9 +65,11 @@ class Uptraining:
         if self.batch_size < 1:
             raise KvcalError(f"batches of {self.batch_size} blocks: give at least 1")
         if not (math.isfinite(self.lr) and self.lr > 0):
-            raise KvcalError(f"learning rate {self.lr}: give a positive number, e.g. 1e-3")
+            raise KvcalError(f"learning rate {self.lr}: give a positive number, e.g. 1e-4")
         if not 0 <= self.distill <= 1:
-            raise KvcalError(f"distillation {self.distill}: give the part of the loss that it is to be, from 0 to 1")
+            raise KvcalError(
+                f"distill {self.distill}: give the part of the loss that is KL, from 0 to 1; the rest is cross entropy"
+            )
         if not 0 <= self.warmup_steps < max(self.steps, 1) + (self.warmup is None):
             raise KvcalError(f"warm-up of {self.warmup} steps: give fewer than the {self.steps} of the training")
 
@@ -194,6 +198,7 @@ def run_settings(
         "warmup": training.warmup_steps,
         "pool": pool,
         "groups": str(sharing_map),
+        "loss": LOSS,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         **({"earlier": dict(earlier.settings)} if earlier else {}),

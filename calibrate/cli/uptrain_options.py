@@ -130,7 +130,7 @@ def run_uptraining(
     from ..cla.figures import loss_figure
     from ..cla.refit import refit_keys
     from ..cla.requested import refuse_to_lose
-    from ..cla.start import FITTED, TOKENS, starting_weights
+    from ..cla.start import FITTED, START_TOKENS, starting_weights
     from ..cla.training_state import TrainingState
     from ..cla.uptrained_stage import earlier_training, finished_run, with_uptraining
     from ..cla.uptraining import Uptraining, check_trainable, run_settings, uptrain
@@ -148,7 +148,7 @@ def run_uptraining(
     fits = options.pool == FITTED and not earlier
     tokens = training.steps * training.batch_size * block_size
     with working("reading and tokenising the text"):
-        blocks = _blocks(data, loaded.tokenizer, tokens, block_size, TOKENS if fits else 0)
+        blocks = _blocks(data, loaded.tokenizer, tokens, block_size, START_TOKENS if fits else 0)
         refit_blocks = _refit_blocks(artifact, data, loaded.tokenizer, blocks)
     say_left(blocks.source)
     state = TrainingState.beside(folder, "")
@@ -225,14 +225,14 @@ def _blocks(data: TextData, tokenizer: Any, tokens: int, seq_len: int, least: in
 
 
 def _refit_blocks(artifact: Artifact, data: TextData, tokenizer: Any, training: TokenBlocks) -> TokenBlocks:
-    """As much text, in blocks as long, as the artifact's pass had, `refit.TOKENS` at most; the training's blocks where
+    """As much text, in blocks as long, as the artifact's pass had, REFIT_TOKENS at most; the training's blocks where
     there is less."""
     from ...artifacts import KvcalError
     from ..blocks import make_blocks
-    from ..cla.refit import TOKENS
+    from ..cla.refit import REFIT_TOKENS
 
     seq_len = artifact.data["seq_len"]
-    tokens = min(artifact.data["blocks"] * seq_len, max(seq_len, TOKENS))
+    tokens = min(artifact.data["blocks"] * seq_len, max(seq_len, REFIT_TOKENS))
     try:
         return make_blocks(data, tokenizer, num_tokens=tokens, seq_len=seq_len, source=data.source)
     except KvcalError:

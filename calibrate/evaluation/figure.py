@@ -15,6 +15,8 @@ _COSTS = {
     "bytes_per_step": ("bytes read per step, as a fraction of full", "bytes read"),
     "resident_bytes": ("bytes held, as a fraction of full", "bytes held"),
 }
+_ALIKE = 1.1
+"""Costs within this factor are one: a line through such points would lead from one quality to the other and back."""
 _CHOICES = ("basis", "stage", "select", "groups", "pool")
 
 
@@ -67,7 +69,7 @@ def evaluation_figure(
         most_ratio: where the left panels end; lines of methods that lose more leave them.
     """
     full = next(row for row in rows if row["method"] == "full" and not row.get("source"))
-    costs = [name for name in _COSTS if full.get(name)]
+    costs = [name for name in _COSTS if full.get(name)] or list(_COSTS)[:1]
     figure, axes = rows_of_two_panels(len(costs))
     varied = varied_settings(rows)
     lines: dict[str, list[Mapping[str, Any]]] = {}
@@ -98,7 +100,7 @@ def evaluation_figure(
 @dataclass(frozen=True)
 class _Quality:
     label: str
-    of: Callable[[Mapping[str, Any]], tuple[float | None, float | None]]
+    measured: Callable[[Mapping[str, Any]], tuple[float | None, float | None]]
     sign: int
     """1: less is better; -1: more is."""
 
@@ -113,14 +115,14 @@ def _panel(
     """Draw a quality against a cost, a line for each entry of `lines`: its costs as fractions of `full`'s."""
     placed: list[tuple[float, float]] = []
     for number, (name, rows) in enumerate(lines.items()):
-        line = sorted(
-            (row[cost] / full[cost], value, error or 0)
-            for row in rows
-            for value, error in [quality.of(row)]
-            if row.get(cost) and value is not None
-        )
+        line = []
+        for row in rows:
+            value, error = quality.measured(row)
+            if row.get(cost) and value is not None:
+                line.append((row[cost] / full[cost], value, error or 0))
         if not line:
             continue
+        line.sort()
         placed += [(share, value) for share, value, _ in line]
         axis.errorbar(
             [share for share, *_ in line],
@@ -133,6 +135,7 @@ def _panel(
             markersize=7,
             markeredgecolor="white",
             markeredgewidth=0.5,
+            linestyle="-" if line[-1][0] > _ALIKE * line[0][0] else "none",
             linewidth=0.8,
             alpha=0.9,
             zorder=3,
@@ -152,7 +155,7 @@ def _panel(
         zorder=1,
         label="Pareto front",
     )
-    axis.axhline(quality.of(full)[0], color="0.6", linewidth=0.8, linestyle=":", zorder=0)
+    axis.axhline(quality.measured(full)[0], color="0.6", linewidth=0.8, linestyle=":", zorder=0)
     axis.set_xlabel(_COSTS[cost][0])
     axis.set_ylabel(quality.label, parse_math=False)
     return [share for share, _ in placed]

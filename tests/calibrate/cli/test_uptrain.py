@@ -68,7 +68,7 @@ def test_keys_are_refit_on_as_many_tokens_as_bases_need(monkeypatch, tiny_model_
         shapes.append(tuple(blocks.ids.shape))
         return refit_keys(model, sharing_map, weights, blocks, **more)
 
-    monkeypatch.setattr(module, "TOKENS", tokens)
+    monkeypatch.setattr(module, "REFIT_TOKENS", tokens)
     monkeypatch.setattr(module, "refit_keys", spy)
     uptrain(artifact, tiny_model_folder, text)
     assert shapes == [(refit, 64)]
