@@ -144,10 +144,10 @@ def trained(folder: Path, subject: Subject) -> list[tuple[int, Row]]:
 
 
 def uptraining(folder: Path, subject: Subject) -> str:
-    """Cross-layer attention in the pattern keep-ends, from projections fitted to 32768 tokens in blocks of 512, by tokens
-    trained on: `--train attention --lr 3e-4 --batch-size 2 --block-size 512`, on the divergence from the original's
-    predictions. Every row is the end of a schedule of its own, and the start of the next. lost: nats a token; slope:
-    the exponent of tokens by which that falls between two rows."""
+    """Cross-layer attention in the pattern keep-ends, from projections fitted to 32768 tokens in blocks of 512, by
+    tokens trained on: `--train attention --lr 3e-4 --batch-size 2 --block-size 512`, on the divergence from the
+    original's predictions. Every row is the end of a schedule of its own, and the start of the next. lost: nats a
+    token; slope: the exponent of tokens by which that falls between two rows."""
     rows = trained(folder, subject)
     lines, before = [], (0, 0.0)
     for tokens, row in rows:

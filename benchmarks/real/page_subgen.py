@@ -38,7 +38,7 @@ def clusterable(folder: Path, subject: Subject) -> str:
 
 def estimates(folder: Path, subject: Subject) -> str:
     """In a fifth of the memory, in parts of the length of the attention's output, means of layers: the error, root
-    mean square of 8 draws; spread, the root of their variance; bias, how far the mean of many draws would be off.
+    mean square of 4 draws; spread, the root of their variance; bias, how far the mean of many draws would be off.
     Below, the three by layer."""
     rows = read(folder / f"{subject.model}-subgen.json").get("estimates", [])
     if not rows:

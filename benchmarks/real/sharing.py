@@ -21,7 +21,7 @@ MEAN: dict[str, Any] = {"method": "cla", "uptrained": False, "pool": "mean"}
 TRAINED = "keep-ends"
 """The pattern that is trained: of those that halve the cache, the one that loses least before."""
 BLOCK, BATCH = 512, 2
-LINKS = (0, 50, 150, 100)
+LINKS = (0, 50, 150)
 """Steps of trainings of which each goes on from the one before, with a schedule of its own: at the end of each, rates
 have fallen to 0, and the model is measured."""
 TRAINING = ["--train", "attention", "--lr", "3e-4", "--batch-size", str(BATCH), "--block-size", str(BLOCK)]
@@ -43,13 +43,13 @@ def sharing(bench: Bench, only: str | None = None) -> None:
 
 
 def uptraining(bench: Bench, only: str | None = None) -> None:
-    """The same of one pattern, by tokens trained on."""
+    """The same of one pattern, by tokens trained on; the start is of shorter blocks than in `sharing`, else the same."""
     trained: list[Artifact] = []
     steps = list(itertools.accumulate(LINKS))
     for seed, (link, done) in enumerate(zip(LINKS, steps, strict=True)):
         trained.append(_trained(bench, done, link, seed, trained[-1] if trained else None))
     prompts = text_and_passkey(bench)
-    for done, artifact in zip(steps, trained, strict=True):
+    for done, artifact in zip(steps[1:], trained[1:], strict=True):
         part = f"uptraining-{done * BATCH * BLOCK}"
         decode(bench, part, prompts, [FITTED], artifact, full_of=_whole(bench))
 
