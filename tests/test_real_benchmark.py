@@ -387,3 +387,64 @@ def test_a_row_of_full_is_taken_from_the_same_prompts_only(module, tmp_path):
     path.write_text(json.dumps({"settings": settings, "results": [row, {**row, "method": "loki"}]}))
     assert decoding._full_row(path, {**settings, "calibrated_on": "c"}) == [row]
     assert decoding._full_row(path, {**settings, "tokens_sha256": "c"}) == []
+
+
+ROW = {"perplexity_ratio": 1.5, "perplexity_ratio_se": 0.25, "scores": {"passkey": 0.5}, "scores_se": {"passkey": 0.1}}
+FULL = {**ROW, "method": "full", "perplexity_ratio": 1.0, "resident_bytes": 40.0, "bytes_per_step": 40.0}
+
+
+@pytest.fixture
+def subject(module):
+    return dataclasses.replace(module("subjects").SUBJECTS["smollm2-135m"], model="m")
+
+
+def written(folder, part, *rows):
+    (folder / f"m-{part}.json").write_text(json.dumps({"settings": {}, "results": rows}))
+
+
+def test_trainings_are_shown_by_tokens_with_the_exponent_of_their_loss(module, tmp_path, subject):
+    """Half of the nats for four times the tokens is an exponent of -1/2. What was interrupted is left out."""
+    page = module("page_decoding")
+    cla = {**ROW, "method": "cla", "resident_bytes": 20.0, "bytes_per_step": 40.0}
+    written(tmp_path, "uptraining-4000", FULL, {**cla, "perplexity_ratio": math.exp(0.2)})
+    written(tmp_path, "uptraining-1000", FULL, {**cla, "perplexity_ratio": math.exp(0.4)})
+    written(tmp_path, "uptraining-16000", FULL)
+    lines = page.uptraining(tmp_path, subject).splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| 1000", "| 4000"]
+    assert "| 0.400 | – | 0.50 ± .10 |" in lines[0] and "| 0.200 | -0.50 | 0.50 ± .10 |" in lines[1]
+    written(tmp_path, "uptraining-16000", FULL, {**cla, "perplexity_ratio": 0.99})
+    assert "| -0.010 | – |" in page.uptraining(tmp_path, subject)
+
+
+def test_patterns_are_shown_with_what_was_measured_of_them(module, tmp_path, subject):
+    page, sharing = module("page_decoding"), module("sharing")
+    cla = {**ROW, "resident_bytes": 20.0, "bytes_per_step": 40.0}
+    mean = {**cla, **sharing.MEAN, "perplexity_ratio": 200.0, "perplexity_ratio_se": 30.0}
+    written(tmp_path, "sharing-uniform", FULL, {**cla, **sharing.FITTED})
+    written(tmp_path, "mean-uniform", FULL, {**mean, "scores": {}})
+    written(tmp_path, "sharing-keep-ends", FULL, mean)
+    written(tmp_path, "sharing-auto", FULL)
+    assert page.sharing(tmp_path, subject).splitlines()[2:] == [
+        "| keep-ends | 0.500 | mean | 200 ± 30 | 0.50 ± .10 |",
+        "| uniform | 0.500 | fitted | 1.500 ± .250 | 0.50 ± .10 |",
+        "| uniform | the same | mean | 200 ± 30 | – |",
+    ]
+
+
+def test_the_figure_has_what_is_held_with_sharing(module, tmp_path, subject):
+    """Of the pattern that was trained: fitted, and after the longest training; each over the whole cache."""
+    figure = module("figure")
+    cla = {**ROW, "method": "cla", "resident_bytes": 20.0, "bytes_per_step": 40.0}
+    written(tmp_path, "sharing-keep-ends", FULL, cla)
+    written(tmp_path, "uptraining-1000", FULL, {**cla, "perplexity_ratio": 1.2})
+    written(tmp_path, "uptraining-4000", FULL)
+    rows = [
+        (row["method"], row["perplexity_ratio"], row["resident_bytes"]) for row in figure._of_sharing(tmp_path, subject)
+    ]
+    assert rows == [("cla, fitted", 1.5, 0.5), ("cla, trained", 1.2, 0.5)]
+
+
+def test_pages_without_measurements_are_empty(module, tmp_path, subject):
+    page = module("page")
+    for name in ("sharing", "uptraining", "shared-basis-text", "clusterable", "estimates", "lines"):
+        assert page.PARTS[name][1](tmp_path, subject) == ""

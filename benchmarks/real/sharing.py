@@ -43,7 +43,7 @@ def sharing(bench: Bench, only: str | None = None) -> None:
 
 
 def uptraining(bench: Bench, only: str | None = None) -> None:
-    """The same of one pattern, by tokens trained on; the start is of shorter blocks than in `sharing`, else the same."""
+    """The same of one pattern, by tokens trained on; the start, of shorter blocks than in `sharing`, is not decoded."""
     trained: list[Artifact] = []
     steps = list(itertools.accumulate(LINKS))
     for seed, (link, done) in enumerate(zip(LINKS, steps, strict=True)):

@@ -1,3 +1,5 @@
+import struct
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,6 +49,16 @@ def test_a_figure_for_whatever_was_evaluated():
     peers = [*both, row("SnapKV", 25, None, {"a@64": 0.8}, source="kvpress 0.5.5"), row("none", None, 1.1)]
     only_recall = [row("full", 100, None, {"a@64": 1.0})]
     only_perplexity = [row("full", 100, 1.0), row("loki", 30, 1.02)]
-    figures = [evaluation_figure(settings, rows) for rows in (both, peers, only_recall, only_perplexity)]
-    assert all(figure.startswith(b"\x89PNG") for figure in figures) and len(set(figures)) == 4
+    free = [row("full", None, 1.0), row("loki", None, 1.02)]
+    figures = [evaluation_figure(settings, rows) for rows in (both, peers, only_recall, only_perplexity, free)]
+    assert all(figure.startswith(b"\x89PNG") for figure in figures) and len(set(figures)) == 5
     assert evaluation_figure(settings, both) == figures[0]
+
+
+def test_quality_is_drawn_against_what_is_read_and_below_against_what_is_held():
+    settings = {"model": "m", "prefix": 64}
+    held = [row("full", 100, 1.0, resident_bytes=80), row("h2o", 30, 1.1, resident_bytes=20)]
+    figures = {}
+    for name, rows in (("both", held), ("read", [{**each, "resident_bytes": None} for each in held])):
+        figures[name] = struct.unpack(">II", evaluation_figure(settings, rows)[16:24])  # width and height of a PNG
+    assert figures["both"][0] == figures["read"][0] and figures["both"][1] > 1.8 * figures["read"][1]
