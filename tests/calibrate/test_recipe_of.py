@@ -11,6 +11,7 @@ from samples import artifact, codebook
 
 from kvcal.artifacts import Stage
 from kvcal.calibrate import data as data_module
+from kvcal.calibrate.cla.uptraining import LOSS
 from kvcal.calibrate.data import open_data
 from kvcal.calibrate.recipe_of import data_spec, recipe_of
 from kvcal.runtime import hub
@@ -100,3 +101,13 @@ def test_a_model_of_the_hub_at_its_commit() -> None:
     made = artifact()
     pinned = replace(made, model=replace(made.model, revision="c" * 40))
     assert yaml.safe_load(recipe_of(pinned, ()))["model"] == f"org/model@{'c' * 40}"
+
+
+@pytest.mark.parametrize(("loss", "distill"), [({}, 0.75), ({"loss": LOSS}, 3.0)])
+def test_a_training_of_before_has_its_loss_up_to_a_factor(loss: dict[str, str], distill: float) -> None:
+    """Cross entropy + 3 KL is four times a quarter of the first and three quarters of the second."""
+    training = {"steps": 2, "distill": 3.0, **loss}
+    cla = Stage({}, {"pattern": "list", "groups": "0-1", "pool": "mean", "uptraining": training})
+    text = recipe_of(replace(artifact(), stages={**artifact().stages, "cla": cla}), ())
+    ((share,),) = (stage.values() for stage in yaml.safe_load(text)["stages"] if "share" in stage)
+    assert share["distill"] == distill and ("up to a factor" in text) == (not loss)
