@@ -203,9 +203,9 @@ def shared_basis_text(bench: Bench, only: str | None = None) -> None:
 def subgen(bench: Bench, only: str | None = None) -> None:
     """Whether keys are clusterable, and what SubGen's estimates err by."""
     done, length = Done(bench.path("subgen")), bench.subject.shortest
-    done.once(
-        "clusterable", lambda: clusterable(bench.artifact(tokens=CLUSTER_TOKENS, seq_len=length), bench.loaded.model)
-    )
+    own = bench.subject.short_seq_len == length
+    sampled = bench.in_short_blocks() if own else bench.artifact(tokens=CLUSTER_TOKENS, seq_len=length)
+    done.once("clusterable", lambda: clusterable(sampled, bench.loaded.model))
     settings = [
         setting for setting in at_memory(bench.subject.head_dim, length) if setting["method"] not in OF_A_PREFILL
     ]

@@ -79,12 +79,12 @@ def refuse_other_kinds(artifact: Artifact, sharing_map: SharingMap) -> None:
 
 
 def refuse_to_lose(artifact: Artifact, overwrite: bool) -> None:
-    """Raise KvcalError when a stage `cla` with trained weights would be replaced unasked."""
+    """Raise KvcalError when a stage `cla` with fitted or trained weights would be replaced unasked."""
     stage = artifact.stages.get("cla")
     if stage is not None and not overwrite and any(name.startswith("weights.") for name in stage.tensors):
         raise KvcalError(
-            f"{artifact.name}: its stage cla (groups {stage.settings.get('groups')}) has trained weights: "
-            "give --overwrite to replace it, or work on a copy"
+            f"{artifact.name}: its stage cla (groups {stage.settings.get('groups')}) has fitted or "
+            "trained weights: give --uptrain --continue to train on, --overwrite to replace them, or work on a copy"
         )
 
 

@@ -169,7 +169,9 @@ def check_trainable(
         raise KvcalError("gradients of a float16 model vanish: load it as bfloat16 or float32 (--dtype)")
     check_seq_len(block_size, model.config, "--block-size")
     if not training.steps and (earlier or pool != FITTED):
-        raise KvcalError("0 steps only fit where a training would start: give pool 'fitted' and no earlier training")
+        raise KvcalError(
+            "0 steps only fit where a training starts: leave --continue and --pool out, or give more steps"
+        )
     if not earlier:
         check_start(model, sharing_map, pool)
 

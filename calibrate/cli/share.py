@@ -88,6 +88,7 @@ def share_command(
         print_json(report)
     else:
         print_sharing(report)
+        print_lines("", f"next: calibrate share {artifact} --model {model_spec} --uptrain --steps 0 --data …")
     if plot is not None:
         write_plot(plot, share_figure(saved, report))
 

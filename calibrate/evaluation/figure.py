@@ -13,7 +13,7 @@ from .rows import mean_score
 _MARKERS = "osD^vPXp<>hd"
 _COSTS = {
     "bytes_per_step": ("bytes read per step, as a fraction of full", "bytes read"),
-    "resident_bytes": ("bytes held, as a fraction of full", "bytes held"),
+    "resident_bytes": ("bytes allocated, as a fraction of full", "bytes allocated"),
 }
 _ALIKE = 1.1
 """Costs within this factor are one: a line through such points would lead from one quality to the other and back."""

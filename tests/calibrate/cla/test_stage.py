@@ -189,7 +189,9 @@ def test_figure_is_a_png_of_the_same_bytes():
 
 def test_trained_weights_are_not_lost():
     trained = with_trained_weights(share(artifact([layer(0), layer(1)])))
-    with pytest.raises(KvcalError, match=r"stage cla \(groups 0-1\) has trained weights: give --overwrite"):
+    with pytest.raises(
+        KvcalError, match=r"stage cla \(groups 0-1\) has fitted or trained weights: give --uptrain --continue"
+    ):
         share(trained)
     assert not any(name.startswith("weights.") for name in share(trained, overwrite=True).stages["cla"].tensors)
     share(share(artifact([layer(0), layer(1)])))  # without weights there is nothing to lose

@@ -138,7 +138,7 @@ def test_inspect_and_verify_know_the_stage(artifact, model):
 def test_trained_weights_are_not_thrown_away(artifact, model):
     shared(artifact, model)
     before = save(with_trained_weights(load(artifact)), artifact).content_hash
-    assert "has trained weights: give --overwrite" in refused("share", artifact, "--model", model)
+    assert "has fitted or trained weights: give --uptrain --continue" in refused("share", artifact, "--model", model)
     assert load(artifact).content_hash == before
     shared(artifact, model, "--overwrite")
     assert not any(name.startswith("weights.") for name in load(artifact).stages["cla"].tensors)
