@@ -40,11 +40,15 @@ def estimates(folder: Path, subject: Subject) -> str:
     """In a fifth of the memory, in parts of the length of the attention's output, means of layers: the error, root
     mean square of 4 draws; spread, the root of their variance; bias, how far the mean of many draws would be off.
     Below, the three by layer."""
-    rows = read(folder / f"{subject.model}-subgen.json").get("estimates", [])
-    if not rows:
+    found = read(folder / f"{subject.model}-subgen.json")
+    if "estimates" not in found:
         return ""
+    rows = found["estimates"]
     names = ("error", "spread", "bias")
-    whole = [[named(row["setting"]), *(with_error(row[name], row[f"{name}_se"]) for name in names)] for row in rows]
+    whole = [
+        [named(row["setting"]), *(with_error(row[name], row[f"{name}_se"]) for name in names)]
+        for row in rows + found.get("splits", [])
+    ]
     by_layer = [
         [str(layer), *(" ".join(number(row[f"{name}_by_layer"][at], ".2f") for name in names) for row in rows)]
         for at, layer in enumerate(rows[0]["layers"])

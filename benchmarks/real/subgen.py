@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decoding import decode
+from decoding import decode, text_and_passkey
 from settings import at_equal_bytes
 from subjects import TEXTS, Bench
 from torch import Tensor
@@ -28,6 +28,8 @@ from kvcal.calibrate.planning.points import Problem
 
 MEMORY = 1 / 5
 """Of all tokens, what the paper's line retrieval keeps."""
+WINDOWS = (1 / 4, 3 / 4, 7 / 8)
+"""Shares of what is held; a half is what all tables have."""
 SEEDS = range(4)
 LINES = (10, 20, 40)
 LINE_SAMPLES = 40
@@ -37,6 +39,13 @@ COMPARED = ("subgen", "streaming", "h2o")
 def at_memory(head_dim: int, length: int) -> list[dict[str, Any]]:
     """Where a fifth of the tokens is held: SubGen with its paper's sums and with ours, and what it is compared with."""
     return [setting for setting in at_equal_bytes(MEMORY, head_dim, length) if setting["method"] in COMPARED]
+
+
+def splits(length: int) -> list[dict[str, Any]]:
+    """The same memory otherwise divided between SubGen's window and its samples, with our sums."""
+    held = round(MEMORY * length)
+    windows = [round(share * held) for share in WINDOWS]
+    return [{"method": "subgen", "window": window, "s": held - window, "normaliser": "values"} for window in windows]
 
 
 @torch.no_grad()
@@ -117,6 +126,14 @@ def squares(draws: Tensor, dense: Tensor) -> dict[str, Tensor]:
     }
     length = dense.square().sum(-1)
     return {name: (part / length).flatten(1).mean(1) for name, part in found.items()}
+
+
+def splits_decoded(bench: Bench) -> None:
+    """A window of three quarters of what is held, beside one of a half and a window alone: perplexity and passkey."""
+    length = bench.subject.shortest
+    grid = [setting for setting in at_memory(bench.subject.head_dim, length) if setting.get("normaliser") != "clusters"]
+    grid = [setting for setting in grid if setting["method"] != "h2o"] + [splits(length)[1]]
+    decode(bench, f"subgen-{length}", text_and_passkey(bench), grid, None, full_of=f"methods-{length}")
 
 
 def line_retrieval(bench: Bench) -> None:
