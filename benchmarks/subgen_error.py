@@ -24,7 +24,7 @@ from kvcal.runtime.store import Store
 STEPS = 32
 """Decoded tokens whose outputs are compared, at the end of each block."""
 SEEDS = (0, 1)
-DEFAULT = SubGen(normaliser="clusters")
+DEFAULT = SubGen(normaliser="clusters", window=128, s=256)
 """With the paper's estimate of both sums."""
 ABLATIONS: dict[str, Sequence[Any]] = {
     "t": (1, 2, 4, 8, 16),

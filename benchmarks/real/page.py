@@ -273,6 +273,7 @@ PARTS: Mapping[str, tuple[str, Part]] = {
     "shared-basis-text": ("The same, decoded", shared_basis_text),
     "clusterable": ("Are keys clusterable", page_subgen.clusterable),
     "estimates": ("SubGen's estimates", page_subgen.estimates),
+    "subgen-decoded": ("SubGen, decoded", page_subgen.decoded),
     "lines": ("Line retrieval", page_subgen.lines),
 }
 

@@ -9,6 +9,8 @@ from figure import CLUSTERS
 from subjects import Subject
 from tables import named, number, read, table, with_error
 
+from kvcal.calibrate.evaluation.results import parameters
+
 COUNTS = (64, 1024)
 
 
@@ -58,6 +60,21 @@ def estimates(folder: Path, subject: Subject) -> str:
         *(f"{row['setting']['method']} {row['setting'].get('normaliser', '')}" for row in rows),
     ]
     return f"{table(['method', *names], whole)}\n\n{table(header, by_layer)}"
+
+
+def decoded(folder: Path, subject: Subject) -> str:
+    """SubGen in a fifth of the memory, otherwise divided between window and samples, beside a window alone: perplexity
+    over the original's, and answers."""
+    rows = read(folder / f"{subject.model}-subgen-{subject.shortest}.json").get("results", [])
+    body = [
+        [
+            named(parameters(row)),
+            with_error(row["perplexity_ratio"], row["perplexity_ratio_se"]),
+            *(with_error(score, row["scores_se"][task], ".2f") for task, score in row["scores"].items()),
+        ]
+        for row in rows
+    ]
+    return table(["method", "perplexity / full", *rows[0]["scores"]], body) if rows else ""
 
 
 def lines(folder: Path, subject: Subject) -> str:
