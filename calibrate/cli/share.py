@@ -9,7 +9,13 @@ from ...artifacts import Artifact, load, save
 from ...artifacts.places import check_can_write_in
 from .loading import load_calibrated
 from .output import json_option, plot_option, print_json, print_lines, print_table, progress_bar, write_plot
-from .uptrain_options import UptrainOptions, print_uptraining, run_uptraining, uptrain_options
+from .uptrain_options import (
+    UptrainOptions,
+    print_uptraining,
+    remove_loss_figure,
+    run_uptraining,
+    uptrain_options,
+)
 
 
 @click.command("share")
@@ -80,6 +86,7 @@ def share_command(
     if requested is None:
         check_can_share(found, model, stage_map(shared))
     saved = save(shared, artifact, card_files(shared))
+    remove_loss_figure(artifact)
     if training.uptrain:
         _uptrain(saved, artifact, model_spec, training, overwrite, plot, as_json)
         return

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..cla.training_state import Record
     from ..data import TextData
 
+LOSS_FIGURE = "uptraining.png"
 _TENTHS = {"first tenth": "first_losses", "last tenth": "last_losses"}
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -193,11 +194,18 @@ def run_uptraining(
     trained = with_uptraining(artifact, uptrained, bases)
     history = list(uptrained.history)
     title = f"{artifact.model.id}, groups {sharing_map}, on {data.source['id']}"
-    figures = {"uptraining.png": loss_figure(history, title)} if history else {}
+    figures = {LOSS_FIGURE: loss_figure(history, title)} if history else {}
     with working("writing"):
         saved = save(trained, folder, {**card_files(trained), **figures})
+        if not figures:
+            remove_loss_figure(folder)
     state.remove()
     return saved, history
+
+
+def remove_loss_figure(folder: Path) -> None:
+    """That of a training whose weights the artifact does not have any more."""
+    (folder / LOSS_FIGURE).unlink(missing_ok=True)
 
 
 def print_uptraining(settings: dict[str, Any]) -> None:

@@ -57,6 +57,15 @@ def uptrain(artifact, model, text, *more, command=run):
     return command("share", artifact, "--model", model, "--uptrain", "--data", text, *TRAIN, *more)
 
 
+@pytest.mark.parametrize("again", [("--pattern", "0,1"), ("--uptrain", "--steps", 0, "--block-size", 16, "--data")])
+def test_the_figure_of_a_training_goes_with_its_weights(tiny_model_folder, text, artifact, again):
+    uptrain(artifact, tiny_model_folder, text)
+    assert (artifact / "uptraining.png").exists()
+    data = [text] if again[-1] == "--data" else []
+    run("share", artifact, "--model", tiny_model_folder, "--overwrite", *again, *data)
+    assert not (artifact / "uptraining.png").exists()
+
+
 @pytest.mark.parametrize(("tokens", "refit"), [(128, 2), (10**6, 8), (1, 1)])
 def test_keys_are_refit_on_as_many_tokens_as_bases_need(monkeypatch, tiny_model_folder, text, artifact, tokens, refit):
     """In blocks as long as those of the artifact's pass, 8 of 64 tokens, of which there are no more."""
