@@ -13,7 +13,7 @@ import page_decoding
 import page_subgen
 from choices import CHOICES
 from subjects import SUBJECTS, Subject
-from tables import named, number, read, table, with_error
+from tables import named, number, read, scores_of, table, with_error
 
 FINDINGS = Path(__file__).with_name("findings.md")
 """Words of people about the tables: to be read again with every measurement."""
@@ -235,7 +235,7 @@ def shared_basis_text(folder: Path, subject: Subject) -> str:
             row["code"],
             number(row["bytes"]),
             with_error(row["perplexity_ratio"], row["perplexity_ratio_se"], ".4f"),
-            *(with_error(score, row["scores_se"][task], ".2f") for task, score in row["scores"].items()),
+            *scores_of(row),
         ]
         for row in rows
     ]
@@ -273,7 +273,7 @@ PARTS: Mapping[str, tuple[str, Part]] = {
     "shared-basis-text": ("The same, decoded", shared_basis_text),
     "clusterable": ("Are keys clusterable", page_subgen.clusterable),
     "estimates": ("SubGen's estimates", page_subgen.estimates),
-    "subgen-decoded": ("SubGen, decoded", page_subgen.decoded),
+    "subgen-decoded": ("SubGen, decoded", page_decoding.subgen),
     "lines": ("Line retrieval", page_subgen.lines),
 }
 

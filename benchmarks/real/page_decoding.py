@@ -11,9 +11,10 @@ from decoding import CONTINUATION
 from settings import WHY_LOKI
 from sharing import FITTED, MEAN, PATTERNS
 from subjects import Subject
-from tables import named, number, read, table, with_error
+from tables import named, number, read, scores_of, table, with_error
 
 from kvcal.calibrate.evaluation.results import parameters
+from kvcal.calibrate.evaluation.standard_errors import Estimate, mean
 
 Row = Mapping[str, Any]
 
@@ -80,6 +81,12 @@ def uncentred(folder: Path, subject: Subject) -> str:
     return _of_part(folder, subject, "why-loki-uncentred")
 
 
+def subgen(folder: Path, subject: Subject) -> str:
+    """SubGen in a fifth of the memory, otherwise divided between window and samples, beside a window alone. read: of a
+    float32 cache."""
+    return _of_part(folder, subject, f"subgen-{subject.shortest}")
+
+
 def questions(folder: Path, subject: Subject) -> str:
     """Calibrated on text in which facts are asked and answered."""
     return _of_part(folder, subject, "questions")
@@ -136,36 +143,56 @@ def row_of(path: Path, setting: Row) -> Row | None:
 
 def trained(folder: Path, subject: Subject) -> list[tuple[int, Row]]:
     """(tokens trained on, row), of what was measured."""
-    found = []
-    for path in folder.glob(f"{subject.model}-uptraining-*.json"):
-        if row := row_of(path, FITTED):
-            found.append((int(path.stem.rpartition("-")[2]), row))
-    return sorted(found, key=lambda of_training: of_training[0])
+    paths = folder.glob(_trained_path(folder, subject, "*").name)
+    tokens = sorted(int(path.stem.rpartition("-")[2]) for path in paths)
+    rows = ((each, row_of(_trained_path(folder, subject, each), FITTED)) for each in tokens)
+    return [(each, row) for each, row in rows if row]
+
+
+def _trained_path(folder: Path, subject: Subject, tokens: int | str) -> Path:
+    return folder / f"{subject.model}-uptraining-{tokens}.json"
 
 
 def uptraining(folder: Path, subject: Subject) -> str:
     """Cross-layer attention in the pattern keep-ends, from projections fitted to 32768 tokens in blocks of 512, by
     tokens trained on: `--train attention --lr 3e-4 --batch-size 2 --block-size 512`, on the divergence from the
     original's predictions. Every row is the end of a schedule of its own, and the start of the next. lost: nats a
-    token; slope: the exponent of tokens by which that falls between two rows."""
+    token; slope: the exponent of tokens by which that falls between two rows, paired by window."""
     rows = trained(folder, subject)
-    lines, before = [], (0, 0.0)
+    lines, before = [], None
     for tokens, row in rows:
-        lost = math.log(row["perplexity_ratio"])
-        falls = before[0] and before[1] > 0 and lost > 0
-        slope = math.log(lost / before[1]) / math.log(tokens / before[0]) if falls else None
-        before = tokens, lost
+        full = row_of(_trained_path(folder, subject, tokens), {"method": "full"})
+        assert full is not None, "an evaluation begins with it"
+        lost = [own - whole for own, whole in zip(row["window_nll"], full["window_nll"], strict=True)]
         lines.append(
             [
                 str(tokens),
                 with_error(row["perplexity_ratio"], row["perplexity_ratio_se"]),
-                number(lost),
-                number(slope, ".2f"),
-                *_scores_of(row),
+                with_error(*mean(lost)),
+                with_error(*exponent(before, (tokens, lost)), ".2f"),
+                *scores_of(row),
             ]
         )
+        before = tokens, lost
     tasks = rows[0][1]["scores"] if rows else ()
     return table(["tokens", "perplexity / full", "lost", "slope", *tasks], lines) if lines else ""
+
+
+Trained = tuple[int, Sequence[float]]
+"""Tokens, and what is lost in each window."""
+
+
+def exponent(before: Trained | None, after: Trained) -> Estimate:
+    """s of lost ∝ tokens^s between two trainings, and by the delta method its error, windows paired; None where nothing
+    is lost."""
+    if before is None:
+        return None, None
+    first, last = (sum(lost) / len(lost) for _, lost in (before, after))
+    if min(first, last) <= 0:
+        return None, None
+    times = math.log(after[0] / before[0])
+    _, error = mean([b / last - a / first for a, b in zip(before[1], after[1], strict=True)])
+    return math.log(last / first) / times, None if error is None else error / times
 
 
 def sharing(folder: Path, subject: Subject) -> str:
@@ -183,12 +210,8 @@ def sharing(folder: Path, subject: Subject) -> str:
                 tasks = list(full["scores"])
                 held = number(row["resident_bytes"] / full["resident_bytes"]) if row["scores"] else "the same"
                 ratio = with_error(row["perplexity_ratio"], row["perplexity_ratio_se"], form)
-                lines.append([pattern, held, start, ratio, *(_scores_of(row) or ["–"] * len(tasks))])
+                lines.append([pattern, held, start, ratio, *(scores_of(row) or ["–"] * len(tasks))])
     return table(["pattern", "resident", "start", "perplexity / full", *tasks], lines) if lines else ""
-
-
-def _scores_of(row: Row) -> list[str]:
-    return [with_error(score, row["scores_se"][task], ".2f") for task, score in row["scores"].items()]
 
 
 def _check(checked: Mapping[str, Any]) -> str:

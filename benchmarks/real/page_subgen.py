@@ -9,8 +9,6 @@ from figure import CLUSTERS
 from subjects import Subject
 from tables import named, number, read, table, with_error
 
-from kvcal.calibrate.evaluation.results import parameters
-
 COUNTS = (64, 1024)
 
 
@@ -41,7 +39,8 @@ def clusterable(folder: Path, subject: Subject) -> str:
 def estimates(folder: Path, subject: Subject) -> str:
     """In a fifth of the memory, in parts of the length of the attention's output, means of layers: the error, root
     mean square of 4 draws; spread, the root of their variance; bias, how far the mean of many draws would be off.
-    Below, the three by layer."""
+    Below, the three by layer; outside: the share of attention between the first four tokens and the window; values:
+    mean length of the values there by attention, over that without."""
     found = read(folder / f"{subject.model}-subgen.json")
     if "estimates" not in found:
         return ""
@@ -51,30 +50,25 @@ def estimates(folder: Path, subject: Subject) -> str:
         [named(row["setting"]), *(with_error(row[name], row[f"{name}_se"]) for name in names)]
         for row in rows + found.get("splits", [])
     ]
+    outside = {
+        row["layer"]: [with_error(row[name], row[f"{name}_se"], ".2f") for name in ("mass", "values")]
+        for row in found.get("outside", [])
+    }
     by_layer = [
-        [str(layer), *(" ".join(number(row[f"{name}_by_layer"][at], ".2f") for name in names) for row in rows)]
+        [
+            str(layer),
+            *outside.get(layer, ["–"] * 2),
+            *(" ".join(number(row[f"{name}_by_layer"][at], ".2f") for name in names) for row in rows),
+        ]
         for at, layer in enumerate(rows[0]["layers"])
     ]
     header = [
         "layer",
+        "outside",
+        "values",
         *(f"{row['setting']['method']} {row['setting'].get('normaliser', '')}" for row in rows),
     ]
     return f"{table(['method', *names], whole)}\n\n{table(header, by_layer)}"
-
-
-def decoded(folder: Path, subject: Subject) -> str:
-    """SubGen in a fifth of the memory, otherwise divided between window and samples, beside a window alone: perplexity
-    over the original's, and answers."""
-    rows = read(folder / f"{subject.model}-subgen-{subject.shortest}.json").get("results", [])
-    body = [
-        [
-            named(parameters(row)),
-            with_error(row["perplexity_ratio"], row["perplexity_ratio_se"]),
-            *(with_error(score, row["scores_se"][task], ".2f") for task, score in row["scores"].items()),
-        ]
-        for row in rows
-    ]
-    return table(["method", "perplexity / full", *rows[0]["scores"]], body) if rows else ""
 
 
 def lines(folder: Path, subject: Subject) -> str:

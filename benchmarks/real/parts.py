@@ -32,7 +32,7 @@ from shared_basis import shared_basis as shared_basis_of
 from shared_basis_text import rows as rows_of_text
 from shared_basis_text import shared_basis_text as shared_basis_text_of
 from sharing import sharing, uptraining
-from subgen import at_memory, clusterable, estimates, line_retrieval, splits, splits_decoded
+from subgen import at_memory, clusterable, estimates, line_retrieval, outside, splits, splits_decoded
 from subjects import UNSEEN, Bench, uncentred
 from thresholds import KINDS, choose, rows_of
 
@@ -210,6 +210,7 @@ def subgen(bench: Bench, only: str | None = None) -> None:
         setting for setting in at_memory(bench.subject.head_dim, length) if setting["method"] not in OF_A_PREFILL
     ]
     done.once("estimates", lambda: estimates(_problems(bench, "both", length), settings))
+    done.once("outside", lambda: outside(_problems(bench, "both", length), length))
     done.once("splits", lambda: estimates(_problems(bench, "both", length), splits(length)))
 
 

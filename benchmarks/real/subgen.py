@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvcal.artifacts import Artifact
 from kvcal.calibrate import open_data
-from kvcal.calibrate.builtin.recall import dictionary, question, random_code
+from kvcal.calibrate.builtin.recall import dictionary, fact, question, random_code
 from kvcal.calibrate.cla.rotation import rotation_of, unrotate
 from kvcal.calibrate.clusterability import clusterability
 from kvcal.calibrate.evaluation.prefilled import PREFILLED
@@ -25,12 +25,14 @@ from kvcal.calibrate.evaluation.prompts import make_prompts
 from kvcal.calibrate.evaluation.standard_errors import mean
 from kvcal.calibrate.models import max_context
 from kvcal.calibrate.planning.points import Problem
+from kvcal.runtime.methods.subgen import SubGen
 
 MEMORY = 1 / 5
 """Of all tokens, what the paper's line retrieval keeps."""
 WINDOWS = (1 / 4, 3 / 4, 7 / 8)
 """Shares of what is held; a half is what all tables have."""
 SEEDS = range(4)
+SINKS = SubGen.sinks
 LINES = (10, 20, 40)
 LINE_SAMPLES = 40
 COMPARED = ("subgen", "streaming", "h2o")
@@ -128,6 +130,26 @@ def squares(draws: Tensor, dense: Tensor) -> dict[str, Tensor]:
     return {name: (part / length).flatten(1).mean(1) for name, part in found.items()}
 
 
+@torch.no_grad()
+def outside(problems: Sequence[Problem], length: int) -> list[dict[str, Any]]:
+    """Of each layer, between the first SINKS tokens and a window of a fifth of them: "mass", their share of the
+    attention, and "values", the mean length of their values by attention, over that without; "…_se" over texts."""
+    rows = []
+    for problem in problems:
+        size = problem.value.float().norm(dim=-1)  # [B, Hkv, T]
+        mass, values = [], []
+        for *_, weights, _ in problem.steps():
+            between = slice(SINKS, weights.shape[-1] - round(MEMORY * length))
+            received, sizes = weights.float().mean(2)[:, :, 0, between], size[:, :, between]
+            mass.append(received.sum(-1).mean(1))
+            values.append(((received * sizes).sum(-1) / received.sum(-1) / sizes.mean(-1)).mean(1))
+        row: dict[str, Any] = {"layer": problem.layer}
+        for name, found in (("mass", mass), ("values", values)):
+            row[name], row[f"{name}_se"] = mean(torch.stack(found).mean(0).tolist())
+        rows.append(row)
+    return rows
+
+
 def splits_decoded(bench: Bench) -> None:
     """A window of three quarters of what is held, beside one of a half and a window alone: perplexity and passkey."""
     length = bench.subject.shortest
@@ -163,12 +185,10 @@ def _line_prompts(path: Path, count: int) -> Path:
         shown, asked = list(codes)[:3], list(codes)[3:]
         example = f"{_record(codes, shown)}{question(shown[1])} {codes[shown[1]]}.\n\n"
         word = rng.choice(asked)
-        rows.append(
-            {"context": example + _record(codes, asked), "question": question(word), "answer": codes[word]},
-        )
+        rows.append({"context": example + _record(codes, asked), "question": question(word), "answer": codes[word]})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def _record(codes: Mapping[str, str], words: Sequence[str]) -> str:
-    return "".join(f"The code of {word} is {codes[word]}.\n" for word in words)
+    return "".join(fact(word, codes[word]).lstrip() for word in words)

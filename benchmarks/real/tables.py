@@ -32,6 +32,11 @@ def named(setting: Mapping[str, Any]) -> str:
     )
 
 
+def scores_of(row: Mapping[str, Any]) -> list[str]:
+    """By task."""
+    return [with_error(score, row["scores_se"][task], ".2f") for task, score in row["scores"].items()]
+
+
 def with_error(value: float | None, error: float | None, form: str = ".3f") -> str:
     """ "1.017 ± .006"; the error alone is left out where there is none."""
     if value is None:

@@ -1,11 +1,9 @@
 """benchmarks/real: settings read the bytes that they are to read, and one method can be measured anew."""
 
 import dataclasses
-import importlib
 import itertools
 import json
 import math
-import sys
 from pathlib import Path
 
 import coded
@@ -15,20 +13,8 @@ import torch
 from kvcal.calibrate.planning.points import DENSE, Point, Problem
 from kvcal.runtime.attention import SoftmaxSpec
 
-FOLDER = Path(__file__).parent.parent / "benchmarks" / "real"
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "real"
 LENGTH, HEAD_DIM = 2048, 64
-
-
-@pytest.fixture
-def module(monkeypatch):
-    """Imports one of its files, which find one another as scripts do; others have files of the same names."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    names = [path.stem for path in FOLDER.glob("*.py")]
-    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    yield importlib.import_module
-    for name in names:
-        sys.modules.pop(name, None)
-    sys.modules.update(before)
 
 
 @pytest.mark.parametrize("level", ["1/32", "1/16", "1/8", "1/4", "1/2"])
@@ -389,62 +375,17 @@ def test_a_row_of_full_is_taken_from_the_same_prompts_only(module, tmp_path):
     assert decoding._full_row(path, {**settings, "tokens_sha256": "c"}) == []
 
 
-ROW = {"perplexity_ratio": 1.5, "perplexity_ratio_se": 0.25, "scores": {"passkey": 0.5}, "scores_se": {"passkey": 0.1}}
-FULL = {**ROW, "method": "full", "perplexity_ratio": 1.0, "resident_bytes": 40.0, "bytes_per_step": 40.0}
-
-
-@pytest.fixture
-def subject(module):
-    return dataclasses.replace(module("subjects").SUBJECTS["smollm2-135m"], model="m")
-
-
-def written(folder, part, *rows):
-    (folder / f"m-{part}.json").write_text(json.dumps({"settings": {}, "results": rows}))
-
-
-def test_trainings_are_shown_by_tokens_with_the_exponent_of_their_loss(module, tmp_path, subject):
-    """Half of the nats for four times the tokens is an exponent of -1/2. What was interrupted is left out."""
-    page = module("page_decoding")
-    cla = {**ROW, "method": "cla", "resident_bytes": 20.0, "bytes_per_step": 40.0}
-    written(tmp_path, "uptraining-4000", FULL, {**cla, "perplexity_ratio": math.exp(0.2)})
-    written(tmp_path, "uptraining-1000", FULL, {**cla, "perplexity_ratio": math.exp(0.4)})
-    written(tmp_path, "uptraining-16000", FULL)
-    lines = page.uptraining(tmp_path, subject).splitlines()[2:]
-    assert [line.split(" | ")[0] for line in lines] == ["| 1000", "| 4000"]
-    assert "| 0.400 | – | 0.50 ± .10 |" in lines[0] and "| 0.200 | -0.50 | 0.50 ± .10 |" in lines[1]
-    written(tmp_path, "uptraining-16000", FULL, {**cla, "perplexity_ratio": 0.99})
-    assert "| -0.010 | – |" in page.uptraining(tmp_path, subject)
-
-
-def test_patterns_are_shown_with_what_was_measured_of_them(module, tmp_path, subject):
-    page, sharing = module("page_decoding"), module("sharing")
-    cla = {**ROW, "resident_bytes": 20.0, "bytes_per_step": 40.0}
-    mean = {**cla, **sharing.MEAN, "perplexity_ratio": 200.0, "perplexity_ratio_se": 30.0}
-    written(tmp_path, "sharing-uniform", FULL, {**cla, **sharing.FITTED})
-    written(tmp_path, "mean-uniform", FULL, {**mean, "scores": {}})
-    written(tmp_path, "sharing-keep-ends", FULL, mean)
-    written(tmp_path, "sharing-auto", FULL)
-    assert page.sharing(tmp_path, subject).splitlines()[2:] == [
-        "| keep-ends | 0.500 | mean | 200 ± 30 | 0.50 ± .10 |",
-        "| uniform | 0.500 | fitted | 1.500 ± .250 | 0.50 ± .10 |",
-        "| uniform | the same | mean | 200 ± 30 | – |",
-    ]
-
-
-def test_the_figure_has_what_is_held_with_sharing(module, tmp_path, subject):
-    """Of the pattern that was trained: fitted, and after the longest training; each over the whole cache."""
-    figure = module("figure")
-    cla = {**ROW, "method": "cla", "resident_bytes": 20.0, "bytes_per_step": 40.0}
-    written(tmp_path, "sharing-keep-ends", FULL, cla)
-    written(tmp_path, "uptraining-1000", FULL, {**cla, "perplexity_ratio": 1.2})
-    written(tmp_path, "uptraining-4000", FULL)
-    rows = [
-        (row["method"], row["perplexity_ratio"], row["resident_bytes"]) for row in figure._of_sharing(tmp_path, subject)
-    ]
-    assert rows == [("cla, fitted", 1.5, 0.5), ("cla, trained", 1.2, 0.5)]
-
-
-def test_pages_without_measurements_are_empty(module, tmp_path, subject):
-    page = module("page")
-    for name in ("sharing", "uptraining", "shared-basis-text", "clusterable", "estimates", "lines"):
-        assert page.PARTS[name][1](tmp_path, subject) == ""
+def test_what_lies_between_the_first_tokens_and_the_window(module):
+    """Where keys are all alike, attention is even and so is the length of values by it; where one token gets all of it,
+    that length is the token's."""
+    subgen = module("subgen")
+    key, value = torch.zeros(1, 1, 101, HEAD_DIM), torch.ones(1, 1, 101, HEAD_DIM)
+    value[:, :, 30] *= 3
+    query = torch.ones(1, 1, 1, HEAD_DIM)
+    problem = Problem(3, query, key, value, SoftmaxSpec(HEAD_DIM**-0.5), 1)
+    (row,) = subgen.outside([problem], 100)
+    between = 101 - 4 - 20
+    assert row["layer"] == 3 and row["mass"] == pytest.approx(between / 101) and row["values"] == pytest.approx(1)
+    key[:, :, 30] = 100.0
+    (row,) = subgen.outside([problem], 100)
+    assert row["mass"] == pytest.approx(1) and row["values"] == pytest.approx(3 / ((between + 2) / between))
