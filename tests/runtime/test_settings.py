@@ -42,7 +42,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "keep": 0.0625, "select": "group", "rank": 0.5, "bits": 2, "rows": 16, "sinks": 1, "recent": 16,
         "residual": True, "choice": "sampled", "sample": 1024, "offload": "none", "cached": 2048,
     },
-    "subgen": {"window": 128, "sinks": 4, "clusters": 64, "t": 4, "s": 256, "normaliser": "values"},
+    "subgen": {"window": 288, "sinks": 4, "clusters": 64, "t": 4, "s": 96, "normaliser": "values"},
 }  # fmt: skip
 """What was chosen by measurements: docs/results/real.md."""
 
