@@ -127,6 +127,7 @@ _COMMANDS = {
     "cla": "make it with `calibrate share ARTIFACT --model MODEL`",
     "clusters": "make it with `calibrate cluster ARTIFACT`",
     "codebook": "make it with `calibrate cluster ARTIFACT --metric joint`",
+    "xcla": "make it with `calibrate xcla ARTIFACT --model MODEL`",
     "pca": "make it with `calibrate pca`",
     "score": "make it with `calibrate pca`",
     "moments": "make it with `calibrate pca`",

@@ -1,8 +1,8 @@
 """Which tensors each stage holds, with their shapes and dtypes.
 
 Dimension symbols: Hkv (KV heads), D (key and query head dim), Dv (value head dim) come from the
-manifest's layers, L is their number, a number stands for itself; every other symbol is free but must
-have one value within a stage.
+manifest's layers, L is their number, a number stands for itself, _ for any number; every other symbol is free but
+must have one value within a stage.
 docs/format.md is the prose of this file.
 """
 
@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from .artifact import Layer, indices_in
 from .errors import ArtifactError
 
-SCHEMA_VERSION = 4
-STAGE_SINCE = {"cla": 2, "codebook": 4}
+SCHEMA_VERSION = 5
+STAGE_SINCE = {"cla": 2, "codebook": 4, "xcla": 5}
 """Schema version of stages that version 1 does not have; an artifact states the lowest version that has its stages."""
-WITHOUT_WINDOWS = ("reservoir", "clusters", "codebook")
+WITHOUT_WINDOWS = ("reservoir", "clusters", "codebook", "xcla")
 """Stages that may leave out layers with a sliding window, which keep the model's own cache; since version 3."""
 
 QUANTITIES = ("key_pre", "key_post", "query_pre", "query_post", "value")
@@ -79,8 +79,14 @@ def _layer_tensors() -> dict[str, dict[str, Spec]]:
     }
     pair_measures = ("key_r2", "key_r2_unaligned", "value_r2", "value_r2_unaligned", "cost_as_is", "cost_aligned")
     cla: dict[str, Spec] = dict.fromkeys(pair_measures, ("L", ("F64",)))
+    xcla: dict[str, Spec] = {"earlier": ("_", ("I64",)), "told": ("2", ("F64",)), "lost": ("2", ("F64",))}
+    for kind, dim in (("key", "D"), ("value", "Dv")):
+        xcla[f"{kind}.offset"] = (f"Hkv {dim}", ("F32",))
+        xcla[f"{kind}.basis"] = (f"Hkv {dim} _", ("F32",))
+        xcla[f"{kind}.back"] = (f"Hkv _ {dim}", ("F32",))
+        xcla[f"{kind}.counts"] = ("3", ("I64",))
     fitted = {"moments": moments, "pca": pca, "score": score, "reservoir": reservoir}
-    return {**fitted, "clusters": clusters, "codebook": codebook, "cla": cla}
+    return {**fitted, "clusters": clusters, "codebook": codebook, "cla": cla, "xcla": xcla}
 
 
 LAYER_TENSORS = _layer_tensors()
@@ -92,7 +98,10 @@ OPTIONAL_LAYER_TENSORS: dict[str, dict[str, Spec]] = {
     },
 }
 """Tensors that a layer has all of or none of: bases of keys that uptraining changed, how well codebooks carry over."""
-STAGE_TENSORS: dict[str, dict[str, Spec]] = {"reservoir": {"token": ("N", ("I64",)), "position": ("N", ("I64",))}}
+STAGE_TENSORS: dict[str, dict[str, Spec]] = {
+    "reservoir": {"token": ("N", ("I64",)), "position": ("N", ("I64",))},
+    "xcla": {"angles": ("P", ("F64",))},
+}
 """Tensors that a stage has once, not per layer."""
 NAMED_TENSORS = {"cla": re.compile(r"weights\.[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")}
 """Tensors of any number and shape, in FLOATS: trained parameters, by the names of the model's that they replace."""
@@ -155,7 +164,7 @@ def check_stage(where: str, stage: str, header: Header, layers: Sequence[Layer])
         fits = len(shape) == len(dims) and all(want in (-1, got) for want, got in zip(wanted, shape, strict=True))
         if not fits:
             raise ArtifactError(f"{where}: tensor {name} has shape {list(shape)}, expected [{symbols}]: {_REMEDY}")
-        free |= {dim: size for dim, size in zip(dims, shape, strict=True) if dim not in sizes}
+        free |= {dim: size for dim, size in zip(dims, shape, strict=True) if dim not in sizes and dim != "_"}
 
 
 _REMEDY = f"the file does not follow schema {SCHEMA_VERSION}; fetch or calibrate it again"

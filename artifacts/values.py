@@ -16,6 +16,7 @@ from torch import Tensor
 from .artifact import Artifact, indices_in
 from .claims import MOST, bounded, products, require, require_that, spectrum
 from .cluster_values import check_clusters, check_codebook
+from .group_values import check_group_codes
 from .schema import QUANTITIES
 
 Tensors = Mapping[str, Tensor]
@@ -35,6 +36,8 @@ def check_values(where: str, stage: str, tensors: Tensors, settings: Mapping[str
     """
     if stage == "reservoir":
         _check_tokens(where, tensors, artifact)
+    if stage == "xcla":
+        check_group_codes(where, tensors, artifact.layers)
     held = indices_in(tensors)
     for layer in artifact.layers:
         if layer.index not in held:

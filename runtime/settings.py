@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from ..artifacts import Artifact, KvcalError
+from .cla.group_store import GroupStore
 from .evicting_store import EvictingStore
 from .methods import METHODS, Method
 from .methods.base import Policy
@@ -80,7 +81,14 @@ def builders(
     made: dict[int, Callable[[], Store]] = {}
     for layer, method in chosen.items():
         try:
-            made[layer] = partial(new_store, method.bind(layer, head_dims[layer], artifact))
+            policy = method.bind(layer, head_dims[layer], artifact)
+            for other in policy.earlier:
+                if chosen.get(other) != method:
+                    raise KvcalError(
+                        f"its tokens are kept relative to those of layer {other}: give that the same method and "
+                        "settings (with dense_layers, whole groups)"
+                    )
+            made[layer] = partial(new_store, policy)
         except KvcalError as error:
             raise type(error)(f"{name_of(method)}, layer {layer}: {error}") from None
     return made
@@ -88,7 +96,9 @@ def builders(
 
 def new_store(policy: Policy) -> Store:
     """An empty store of the kind that the policy needs."""
-    return EvictingStore(policy) if isinstance(policy, EvictingPolicy) else Store(policy)
+    if isinstance(policy, EvictingPolicy):
+        return EvictingStore(policy)
+    return GroupStore(policy) if policy.grouped else Store(policy)
 
 
 def by_layer(name: str, value: Any, layers: Sequence[int], total: int) -> dict[int, Any]:

@@ -3,7 +3,7 @@ token and which tokens a step reads."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class Store(Sequences):
     def __init__(self, policy: Policy) -> None:
         super().__init__()
         self.policy = policy
+        self.earlier: Callable[[], Sequence[Store]] = tuple
+        """Gives the stores of the policy's `earlier` layers."""
         self.buffers = self._buffers()
         self.tokens = self.buffers.tokens
         """Token buffers by name, [B, Hkv, tokens, …] each."""
@@ -65,7 +67,7 @@ class Store(Sequences):
         Args:
             valid: [B, T] bool on the CPU, False at padding; None = no padding.
         """
-        self._take(self.encoded(key, value), valid)
+        self._take(self.encoded(key, value, valid), valid)
         if self.observes:
             position = self._positions(query.shape[2], valid, query.device)
             self._observe(LastQueries.of(query, position, spec, self.observes))
@@ -95,7 +97,7 @@ class Store(Sequences):
             KvcalError: the policy needs `received` or `observed`, which is not known.
         """
         self._check_known(key, valid, received, observed)
-        new = self.encoded(key, value)
+        new = self.encoded(key, value, valid)
         if received is not None and self.accumulates:
             new[RECEIVED] = received.unsqueeze(-1)
         if observed is not None and self.observes:
@@ -145,7 +147,7 @@ class Store(Sequences):
         if self.sequence_index is not None:
             self._before_token(coming, key.device)
         if not self.tokens or not all(coming):
-            self._write(self.encoded(key, value), valid)
+            self._write(self.encoded(key, value, valid), valid)
             return
         before = self.lengths
         self._advance(batch, 1)
@@ -171,8 +173,12 @@ class Store(Sequences):
         if not self.policy.append(cache, key, value):
             self.policy.write(cache, self.encoded(key, value))
 
-    def encoded(self, key: Tensor, value: Tensor) -> dict[str, Tensor]:
-        """What the token buffers hold of new tokens, by name."""
+    def encoded(self, key: Tensor, value: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
+        """What the token buffers hold of new tokens, which the store does not count yet, by name.
+
+        Args:
+            valid: [B, T] bool on the CPU, False at padding; None = no padding.
+        """
         self.like = self.like or (key[:0, :, :0], value[:0, :, :0])
         new = dict(self.policy.encode(key, value))
         if self.accumulates:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcal.artifacts import Artifact, Stage
+from kvcal.calibrate.cla.group_fit import Rows, fit_group
 from kvcal.calibrate.moments import Moments
 from kvcal.calibrate.pca import fit_pca, spectrum
 from kvcal.calibrate.score_basis import fit_score_basis
@@ -49,7 +50,27 @@ def artifact(dim: int, kv_heads: int, value_dim: int | None = None) -> Artifact:
         },
     }
     stages = {"moments": Stage(moments), "pca": Stage(pca), "score": Stage(score), "codebook": Stage(codebook)}
+    stages["xcla"] = _group_codes(generator, kv_heads, dim, value_dim or dim)
     return replace(samples.artifact(layers=1, head_dim=dim), stages=stages)
+
+
+def _group_codes(generator: torch.Generator, heads: int, dim: int, value_dim: int) -> Stage:
+    """Of one layer by itself, in 8 bits: where two ways to the same row round otherwise, few levels would be far
+    apart."""
+    tensors = {
+        "layers.0.earlier": torch.zeros(0).long(),
+        "layers.0.told": torch.zeros(2).double(),
+        "layers.0.lost": torch.zeros(2).double(),
+    }
+    tensors["angles"] = torch.logspace(0, -2, dim // 2, dtype=torch.float64)
+    for kind, width in (("key", dim), ("value", value_dim)):
+        rows = torch.randn(heads, COUNT, width, generator=generator, dtype=torch.float64)
+        one = torch.eye(width, dtype=torch.float64).expand(heads, -1, -1)
+        weight = torch.full((COUNT,), 1 / COUNT, dtype=torch.float64)
+        code = fit_group([Rows(rows, one)], weight, level=0.0)[0].code
+        named = {"offset": code.offset, "basis": code.basis, "back": code.back, "counts": torch.tensor(code.counts)}
+        tensors |= {f"layers.0.{kind}.{name}": tensor for name, tensor in named.items()}
+    return Stage(tensors, {"groups": "0"})
 
 
 def _moments(generator: torch.Generator, heads: int, dim: int, size: float) -> Moments:

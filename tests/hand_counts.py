@@ -109,13 +109,25 @@ def spectral(of: Shape, **settings: Any) -> Bytes:
     maps in 16 bits, once."""
     rank, k = amount(settings.get("rank", 0.5), of.dim), budget({"keep": 0.0625, **settings}, of.tokens)
     code = 1 + rank * settings.get("bits", 2) // 8 + 2
-    row = of.row if settings.get("rows", 16) == 16 else of.dim + of.value_dim + 4
-    correction = (of.value_dim + 2) * settings.get("residual", True)
+    rows = settings.get("rows", 16)
+    row = of.row if rows == 16 else of.dim + of.value_dim + 4
+    correction = (of.value_dim + 2) * (settings.get("residual", True) and rows != "xcla")
     read = of.tokens * code + of.tokens // PAGE * correction
     chosen = of.readers(settings.get("select", "group")) * k * row
-    tables = of.codewords * (of.dim + of.value_dim + 1) + 2 * of.dim * rank
+    tables = of.codewords * (of.dim + of.value_dim + 1) + 2 * of.dim * rank + (_maps_back(of) if rows == "xcla" else 0)
     held = grown(of.tokens) * (row + code) + grown(of.tokens) // PAGE * correction
     return Bytes(of.kv_heads * read + chosen, of.kv_heads * held, of.kv_heads * 2 * tables)
+
+
+def xcla(of: Shape, **settings: Any) -> Bytes:
+    """A layer by itself in 8 bits, with a scale for keys and one for values; maps back in 16 bits, once."""
+    token = of.dim + of.value_dim + 4
+    shared = of.kv_heads * 2 * _maps_back(of)
+    return Bytes(of.kv_heads * of.tokens * token, of.kv_heads * grown(of.tokens) * token, shared)
+
+
+def _maps_back(of: Shape) -> int:
+    return sum(dim * dim + dim for dim in (of.dim, of.value_dim))
 
 
 def _slots(of: Shape, count: int, beside: int) -> int:

@@ -196,10 +196,12 @@ CASES: dict[str, Case] = {
             "spectral-head": {**CODED, "select": "head", "bits": 4, "choice": "exact"},
             "spectral-no-residual": {**CODED, "residual": False, "select": "max", "bits": 8},
             "spectral-8-bit-rows": {**CODED, "rows": 8, "sample": 16},
+            "spectral-xcla-rows": {**CODED, "rows": "xcla"},
         },
         small={
             "spectral": {"rank": 1.0, "bits": 4, "keep": 0.3, "recent": 2},
             "spectral-8": {"rank": 1.0, "keep": 0.3, "recent": 2, "rows": 8, "sample": 16},
+            "spectral-xcla": {"rank": 1.0, "bits": 4, "keep": 0.3, "recent": 2, "rows": "xcla"},
         },
         decoded={
             "spectral": SPECTRAL,
@@ -277,6 +279,13 @@ CASES: dict[str, Case] = {
         decoded={},
         bytes=hand_counts.subgen,
         counted=[(400, {**SUBGEN, "normaliser": "values"}), (5, SUBGEN)],
+    ),
+    "xcla": Case(
+        forms={"xcla": {}},
+        small={"xcla": {}},
+        decoded={},
+        bytes=hand_counts.xcla,
+        counted=[(prompt, {}) for prompt in (1, 255, 700)],
     ),
 }
 assert CASES.keys() == METHODS.keys()

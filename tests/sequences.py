@@ -157,9 +157,9 @@ def decode(
 
 def make(method: str, geometry: Geometry, **settings: Any) -> Store:
     """An empty store; loki on random maps that are orthonormal for "pca" and not for "score", spectral on random
-    moments."""
-    if method == "spectral":
-        return new_store(_spectral(geometry, tuple(sorted(settings.items()))))
+    moments, xcla on random rows."""
+    if method in ("spectral", "xcla"):
+        return new_store(_coded(method, geometry, tuple(sorted(settings.items()))))
     if method != "loki":
         return new_store(METHODS[method](**settings).bind(0, geometry.dim, None))
     loki = Loki(**settings)
@@ -170,9 +170,9 @@ def make(method: str, geometry: Geometry, **settings: Any) -> Store:
 
 
 @functools.cache
-def _spectral(geometry: Geometry, settings: tuple[tuple[str, Any], ...]) -> Policy:
+def _coded(method: str, geometry: Geometry, settings: tuple[tuple[str, Any], ...]) -> Policy:
     artifact = coded.artifact(geometry.dim, geometry.kv_heads, geometry.value_dim)
-    return METHODS["spectral"](**dict(settings)).bind(0, geometry.dim, artifact)
+    return METHODS[method](**dict(settings)).bind(0, geometry.dim, artifact)
 
 
 def maps(geometry: Geometry, basis: str, rank: int) -> tuple[Tensor, Tensor]:

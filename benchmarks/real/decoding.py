@@ -137,6 +137,11 @@ def text_and_passkey(bench: Bench) -> Prompts:
     return _on_text(bench, bench.subject.shortest, ("perplexity", "passkey"))
 
 
+def whole(bench: Bench) -> str:
+    """The part that has measured `full` on the same prompts."""
+    return f"methods-{bench.subject.shortest}"
+
+
 def text_of(bench: Bench) -> Prompts:
     """The same without questions."""
     return _on_text(bench, bench.subject.shortest, ("perplexity",))

@@ -35,6 +35,7 @@ from sharing import sharing, uptraining
 from subgen import at_memory, clusterable, estimates, line_retrieval, outside, splits, splits_decoded
 from subjects import UNSEEN, Bench, uncentred
 from thresholds import KINDS, choose, rows_of
+from xcla import xcla
 
 from kvcal.calibrate.rank import rank_report
 
@@ -296,6 +297,7 @@ PARTS: Mapping[str, Callable[[Bench, str | None], None]] = {
     "uptraining": uptraining,
     "shared-basis": shared_basis,
     "shared-basis-text": shared_basis_text,
+    "xcla": xcla,
     "subgen": subgen,
     "subgen-decoded": subgen_decoded,
     "lines": lines,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from decoding import decode, text_and_passkey, text_of
+from decoding import decode, text_and_passkey, text_of, whole
 from subjects import TEXTS, Bench
 
 from kvcal.artifacts import Artifact
@@ -36,7 +36,7 @@ def sharing(bench: Bench, only: str | None = None) -> None:
     asked, text = text_and_passkey(bench), text_of(bench)
     for pattern, artifact in fitted.items():
         starts = [FITTED, MEAN] if pattern == TRAINED else [FITTED]
-        decode(bench, f"sharing-{pattern}", asked, starts, artifact, full_of=_whole(bench))
+        decode(bench, f"sharing-{pattern}", asked, starts, artifact, full_of=whole(bench))
     others = [pattern for pattern in PATTERNS if pattern != TRAINED]
     for pattern in others:
         decode(bench, f"mean-{pattern}", text, [MEAN], fitted[pattern], full_of=f"mean-{others[0]}")
@@ -51,7 +51,7 @@ def uptraining(bench: Bench, only: str | None = None) -> None:
     prompts = text_and_passkey(bench)
     for done, artifact in zip(steps[1:], trained[1:], strict=True):
         part = f"uptraining-{done * BATCH * BLOCK}"
-        decode(bench, part, prompts, [FITTED], artifact, full_of=_whole(bench))
+        decode(bench, part, prompts, [FITTED], artifact, full_of=whole(bench))
 
 
 def _fitted(bench: Bench, pattern: str) -> Artifact:
@@ -66,10 +66,6 @@ def _trained(bench: Bench, steps: int, link: int, seed: int, before: Artifact | 
     start = ["--continue", "--seed", str(seed)] if before else []
     train = [*share, "--uptrain", "--resume", *start, "--steps", str(link), *TRAINING, *_text()]
     return bench.changed(f"trained-{steps}", [train] if before else [share, train], before)
-
-
-def _whole(bench: Bench) -> str:
-    return f"methods-{bench.subject.shortest}"
 
 
 def _share(bench: Bench, *options: str) -> list[str]:

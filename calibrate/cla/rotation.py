@@ -8,14 +8,48 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...artifacts import Artifact
+from ...artifacts import Artifact, KvcalError
 from ...runtime.integration.routing import backbone
 from ..pre_rotary import Rotation, find_rotation, rotate_back
 
+_TURNS_ALIKE = 0.05
+"""Allowed error of a cosine: angles are known from one position, in float32, and blocks have thousands."""
+
+
+def rotation_of(artifact: Artifact, model: Any) -> Rotation | None:
+    """cos and sin [N, R] of the full-attention layers at the reservoir's positions; None where there is no rotation."""
+    rotation = block_rotation(artifact, model)
+    if rotation is None:
+        return None
+    position = artifact.stages["reservoir"].tensors["position"]
+    return rotation[0][position], rotation[1][position]
+
+
+def angles_of(artifact: Artifact, model: Any) -> Tensor:
+    """[R / 2] float64, by how much one position turns each plane; none where there is no rotation.
+
+    Raises:
+        KvcalError: the planes do not turn by the same angle at every position.
+    """
+    rotation = block_rotation(artifact, model)
+    if rotation is None:
+        return torch.zeros(0, dtype=torch.float64)
+    cos, sin = (part[:, : part.shape[-1] // 2].double() for part in rotation)
+    angles = torch.atan2(sin[1], cos[1]) if len(cos) > 1 else cos.new_zeros(cos.shape[-1])
+    turned = torch.arange(len(cos)).unsqueeze(1) * angles
+    size = (cos.square() + sin.square()).sqrt()
+    off = (turned.cos() * size - cos).abs().max()
+    if not off <= _TURNS_ALIKE * size.max():
+        raise KvcalError(
+            f"{artifact.model.id}: its rotary embedding does not turn by the same angle at every position: keys cannot "
+            "be seen before it"
+        )
+    return angles
+
 
 @torch.no_grad()
-def rotation_of(artifact: Artifact, model: Any) -> Rotation | None:
-    """cos and sin [N, R] of the full-attention layers at the reservoir's positions; None where there is no rotation.
+def block_rotation(artifact: Artifact, model: Any) -> Rotation | None:
+    """cos and sin [seq_len, R] of the full-attention layers at the positions of a block; None: there is no rotation.
 
     The model is run over one block of its first token, as long as those of the calibration, up to the first such
     layer: what it hands there does not depend on the tokens.
@@ -36,8 +70,7 @@ def rotation_of(artifact: Artifact, model: Any) -> Rotation | None:
     except _Seen as seen:
         if seen.rotation is None:
             return None
-        position = artifact.stages["reservoir"].tensors["position"]
-        cos, sin = (part.expand(1, -1, -1)[0].cpu().float()[position] for part in seen.rotation)
+        cos, sin = (part.expand(1, -1, -1)[0].cpu().float() for part in seen.rotation)
         return cos, sin
     finally:
         handle.remove()

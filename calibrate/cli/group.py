@@ -21,6 +21,7 @@ COMMANDS = {
     "cluster": "cluster",
     "plan": "plan",
     "share": "share",
+    "xcla": "xcla",
     "export": "export",
     "evaluate": "evaluate",
     "inspect": "inspect_",

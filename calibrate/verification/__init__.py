@@ -7,6 +7,7 @@ from ..cla.verify import check_sharing
 from .bases import check_pca, check_score
 from .clusterings import check_clusters
 from .codebooks import check_codebook
+from .group_codes import check_group_codes
 from .manifest import check_manifest
 from .moments import check_moments
 from .plan import check_plan
@@ -30,6 +31,7 @@ def verify(artifact: Artifact) -> None:
         "clusters": check_clusters,
         "codebook": check_codebook,
         "cla": check_sharing,
+        "xcla": check_group_codes,
     }
     for stage, check in checks.items():
         if stage in artifact.stages:

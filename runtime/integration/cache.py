@@ -114,6 +114,8 @@ class CompressedCache(DynamicCache):
         self.check_sharing(model)
         self.call = Call(weakref.ref(model))
         stored = {layer: CompressedLayer(layer, build, self.call) for layer, build in blueprint.builders.items()}
+        for stored_layer in stored.values():
+            stored_layer.follow([stored[other] for other in stored_layer.store.policy.earlier])
         for layer in blueprint.methods:
             storing = blueprint.groups.storing_of(layer)
             is_storing = storing == layer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +73,7 @@ class CompressedLayer(CacheLayerMixin):
         super().__init__()
         self.layer_idx, self._build, self._call = layer_idx, build, call
         self._store = build()
+        self._earlier: Sequence[CompressedLayer] = ()
         self._new: tuple[Tensor, Tensor] | None = None
         self.reading: Callable[[], int] = nothing_read
         """Tells the bytes that this layer's last decoded step read."""
@@ -82,6 +83,11 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def store(self) -> Store:
         return self._store
+
+    def follow(self, earlier: Sequence[CompressedLayer]) -> None:
+        """Keep tokens relative to those of the group's earlier layers."""
+        self._earlier = earlier
+        self._store.earlier = lambda: [layer.store for layer in earlier]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self._begin(key_states)
@@ -170,6 +176,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self._store, self._new, self.is_initialized = self._build(), None, False
+        self.follow(self._earlier)
         self.reading, self.taken = nothing_read, None
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -25,6 +25,32 @@ class Places:
     slots: slice | tuple[Tensor, Tensor, Tensor]
     """A slice: the same slots for all sequences; a tuple: (sequence, token, slot), [n] int64 each, without padding."""
 
+    def put(self, held: Tensor, new: Tensor) -> None:
+        """Write [B, H, T, D] to where they belong in [B, H, S, D]."""
+        if isinstance(self.slots, slice):
+            held[:, :, self.slots] = new
+        else:
+            sequence, token, slot = self.slots
+            held[sequence, :, slot] = new[sequence, :, token].to(held.dtype)
+
+    def take(self, held: Tensor, tokens: int) -> Tensor:
+        """[B, H, T, D]: what lies at the places of these T tokens in [B, H, S, D]; zeros at padding."""
+        if isinstance(self.slots, slice):
+            return held[:, :, self.slots]
+        sequence, token, slot = self.slots
+        taken = held.new_zeros(*held.shape[:2], tokens, held.shape[3])
+        taken[sequence, :, token] = held[sequence, :, slot]
+        return taken
+
+    def positions(self, tokens: int, device: torch.device) -> Tensor:
+        """[T], or [B, T] where sequences differ, int64: the tokens' positions in their sequences; 0 at padding."""
+        if isinstance(self.slots, slice):
+            return torch.arange(self.slots.start, self.slots.stop, device=device)
+        sequence, token, slot = self.slots
+        found = torch.zeros(len(self.after), tokens, dtype=torch.int64, device=device)
+        found[sequence, token] = slot
+        return found
+
 
 def find_places(lengths: Sequence[int], tokens: int, valid: Tensor | None, device: torch.device) -> Places:
     """
@@ -77,11 +103,7 @@ class TokenBuffer:
         used = max(self.used, *places.after)
         self.reserve(used, new)
         assert self.tensor is not None
-        if isinstance(places.slots, slice):
-            self.tensor[:, :, places.slots] = new
-        else:
-            sequence, token, slot = places.slots
-            self.tensor[sequence, :, slot] = new[sequence, :, token]
+        places.put(self.tensor, new)
         self.used = used
 
     def reserve(self, tokens: int, like: Tensor) -> None:

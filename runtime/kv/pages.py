@@ -6,6 +6,7 @@ what a method keeps beside them alike, so that what moves or shares pages moves 
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -165,14 +166,14 @@ class LayerCache:
     """Those of `pages` that lie on the host; None: none do."""
     sequence_index: object = None
     """What a method has built over whole sequences."""
+    earlier: Sequence[LayerCache] = ()
+    """Of the layers that this one's tokens are kept relative to; they may hold more tokens than `metadata` tells."""
     _prepared: dict[Hashable, object] = field(default_factory=dict, repr=False)
     """What was made of the buffers where they lie, see `prepared`."""
 
     def at(self, metadata: DecodeMetadata) -> LayerCache:
         """The same buffers and the same block table, at another step."""
-        return LayerCache(
-            self.pages, self.summaries, self.sums, metadata, self.offloaded, self.sequence_index, self._prepared
-        )
+        return dataclasses.replace(self, metadata=metadata)
 
     def prepared(self, name: Hashable, make: Callable[[], T]) -> T:
         """What `make` gives, called once as long as the buffers stand still: views of them, say."""

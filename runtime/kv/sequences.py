@@ -19,6 +19,16 @@ class Sequences:
         self.valid: Tensor | None = None
         """[B, seen] bool on the CPU, which positions were no padding; None: all."""
 
+    def lengths_of(self, batch: int) -> list[int]:
+        """Tokens of each sequence of a batch that comes. Raises KvcalError: it has another size than before."""
+        lengths = self.lengths or [0] * batch
+        if len(lengths) != batch:
+            raise KvcalError(
+                f"the cache holds {len(lengths)} rows, got a batch of {batch}: begin a new cache, or match its rows "
+                "with batch_repeat_interleave or batch_select_indices"
+            )
+        return lengths
+
     def _advance(self, batch: int, tokens: int, valid: Tensor | None = None) -> None:
         """Count `tokens` new positions.
 
@@ -28,12 +38,7 @@ class Sequences:
         Raises:
             KvcalError: the batch has another size than before.
         """
-        lengths = self.lengths or [0] * batch
-        if len(lengths) != batch:
-            raise KvcalError(
-                f"the cache holds {len(lengths)} rows, got a batch of {batch}: begin a new cache, or match its rows "
-                "with batch_repeat_interleave or batch_select_indices"
-            )
+        lengths = self.lengths_of(batch)
         if self.valid is not None or valid is not None:
             past = self.valid if self.valid is not None else torch.ones(batch, self.seen).bool()
             new = valid if valid is not None else torch.ones(batch, tokens).bool()

@@ -13,6 +13,7 @@ from .sparq import Sparq
 from .spectral import Spectral
 from .streaming import Streaming
 from .subgen import SubGen
+from .xcla import Xcla
 
 METHODS: dict[str, type[Method]] = {
     "full": Full,
@@ -26,6 +27,7 @@ METHODS: dict[str, type[Method]] = {
     "h2o": H2O,
     "snapkv": SnapKV,
     "subgen": SubGen,
+    "xcla": Xcla,
 }
 KEEPING = ", ".join(name for name, method in METHODS.items() if method.keeps_all_tokens)
 """Names of the methods that keep every token."""

@@ -218,6 +218,10 @@ class Policy(ABC):
     bounds."""
     keeps_keys_values = True
     """Whether "key" and "value" are kept as they came, so that everything else can be made from them again."""
+    grouped = False
+    """Whether its store is a `GroupStore`: tokens are kept by `encode_after`."""
+    earlier: tuple[int, ...] = ()
+    """Layers that this one's tokens are kept relative to and whose caches its steps read, too."""
 
     def on_heads(self, heads: slice) -> Policy:
         """The policy for some of the KV heads, where processes share them."""
@@ -234,6 +238,17 @@ class Policy(ABC):
         know what it is.
         """
         return {"key": key, "value": value}
+
+    def encode_after(
+        self, key: Tensor, value: Tensor, position: Tensor, earlier: Sequence[Mapping[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """As `encode`, for policies that are `grouped`.
+
+        Args:
+            position: [T] or [B, T] int64, of the tokens in their sequences.
+            earlier: what each of the layers `earlier` keeps of the same tokens.
+        """
+        return self.encode(key, value)
 
     def keys_values(self, cache: LayerCache) -> tuple[Tensor, Tensor]:
         """(keys [B, Hkv, longest, D], values) of every token held, decoded where they are kept in fewer bits."""

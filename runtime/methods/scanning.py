@@ -28,7 +28,7 @@ class Scan:
     residual: bool = False
 
     @classmethod
-    def of(cls, cache: LayerCache, made: Callable[[], Scan]) -> Scan | None:
+    def of(cls, cache: LayerCache, made: Callable[[], Scan | None]) -> Scan | None:
         """What `made` gives, once as long as the buffers stand still; None: no kernel takes what this cache holds."""
 
         def make() -> Scan | None:

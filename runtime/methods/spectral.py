@@ -16,6 +16,7 @@ the model; its sink logits join the denominator.) Weights of unselected tokens a
 that the sum over these tokens takes two small matrix products.
 
 With `rows=8` keys and values are kept as codeword and rotated 8-bit code of the difference: half the memory and bytes.
+With `rows="xcla"` they are kept as `xcla` keeps them (`spectral_rows.py`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from ...kernels.append import kernel_for, run_coded
 from ...kernels.codes import BITS, correction_of, decode, encode_tokens, fields_of, products
 from ...kernels.scan import Tables, Tokens
 from ..attention import SoftmaxSpec
+from ..cla.group_code import GroupCode, earlier_layers
 from ..kv.pages import PAGE, LayerCache
 from .amounts import Amount, check_choice, check_count, check_flag
 from .base import Attended, Method, Policy, Reading, Selected, Widths
@@ -43,6 +45,7 @@ from .scanning import Scan
 
 ByName = Mapping[str, Tensor]
 """The tables of a layer by name, see `Codewords.on`."""
+ROWS, XCLA = (16, 8, "xcla"), "xcla"
 STEP = 16
 """Ranks are multiples of it where the head dim is: the least that a tensor core multiplies."""
 PLANNING_CODES = ((0.25, 2), (0.5, 2), (1.0, 2), (0.5, 4))
@@ -62,8 +65,8 @@ class Spectral(Sampling, Method):
     fractions are rounded up, other counts refused."""
     bits: int = 2
     """Bits of each dimension of a code: 2, 4 or 8."""
-    rows: int = 16
-    """Bits of keys and values: 16 keeps them in the model's dtype, 8 as codes."""
+    rows: int | str = 16
+    """Bits of keys and values: 16 keeps them in the model's dtype, 8 as codes; "xcla": as the stage `xcla` says."""
     sinks: int = 1
     """First tokens, always read."""
     recent: int = 16
@@ -82,9 +85,11 @@ class Spectral(Sampling, Method):
         check_flag("residual", self.residual)
         check_choice("offload", self.offload, ("none", "cpu"))
         check_count("cached", self.cached, 1)
-        for name, bits, known in (("bits", self.bits, BITS), ("rows", self.rows, (16, 8))):
-            if type(bits) is not int or bits not in known:
+        for name, bits, known in (("bits", self.bits, BITS), ("rows", self.rows, ROWS)):
+            if type(bits) not in (int, str) or bits not in known:
                 raise KvcalError(f"{name} {bits!r}: give {', '.join(map(str, known[:-1]))} or {known[-1]}")
+        if self.rows == XCLA and self.offload != "none":
+            raise KvcalError("rows xcla lie on the device: leave offload out")
 
     @classmethod
     def planning_grid(cls, head_dim: int, keeps: Sequence[float]) -> list[dict[str, Any]]:
@@ -98,9 +103,13 @@ class Spectral(Sampling, Method):
         return [setting for number, setting in enumerate(grid) if setting not in grid[:number]]
 
     def not_captured(self) -> str | None:
+        if self.rows == XCLA:
+            return "a step reads the caches of other layers"
         return None if self.offload == "none" else "an offloaded cache copies what the step selects"
 
     def not_paged(self) -> str | None:
+        if self.rows == XCLA:
+            return "with rows xcla a layer reads the pages of other layers, which an engine does not hand it"
         return None if self.offload == "none" else "an engine says itself where its pages lie: leave offload out"
 
     def captured_at(self, longest: int) -> bool:
@@ -121,7 +130,12 @@ class Spectral(Sampling, Method):
             raise KvcalError("spectral needs an artifact: make one with `calibrate pca` and pass it")
         spectrum = artifact.tensor("codebook", layer, "code.singular_values").square()
         rank = coded_rank(self.rank, rank_of(self.rank, spectrum), spectrum.shape[-1], self.bits)
-        return SpectralPolicy(self, Codewords.load(artifact, layer, rank))
+        codewords = Codewords.load(artifact, layer, rank)
+        if self.rows != XCLA:
+            return SpectralPolicy(self, codewords)
+        from .spectral_rows import GroupedRows  # which is a SpectralPolicy
+
+        return GroupedRows(self, codewords, GroupCode.load(artifact, layer), earlier_layers(artifact, layer))
 
 
 class SpectralPolicy(Policy):
@@ -202,7 +216,7 @@ class SpectralPolicy(Policy):
             out = out * torch.sigmoid(lse - spec.sink_logits.float().view(1, *lse.shape[1:])).unsqueeze(-1)
         return Attended(out.flatten(1, 2).unsqueeze(2).to(query.dtype), selected)
 
-    def _scan(self, cache: LayerCache) -> Scan:
+    def _scan(self, cache: LayerCache) -> Scan | None:
         names = {"reduced": "code", "scale": "scale", "codeword": "codeword"}
         held = {part: cache.part(name) for part, name in names.items()}
         held |= {name: cache.part(name) for name in self.token_names}
@@ -262,7 +276,7 @@ class SpectralPolicy(Policy):
         weights, lse = normalised(estimated)
         out = self._by_codeword(tables, weights, words.unsqueeze(2).expand_as(weights))
         pages = estimated.shape[-1] // PAGE
-        if pages:
+        if pages and "correction" in cache.summaries:
             by_page = weights[..., : pages * PAGE].unflatten(-1, (pages, PAGE)).sum(-1).masked_fill(~counts.full, 0)
             codes, scale = cache.summary("correction"), cache.summary("correction_scale").squeeze(-1)
             out = out + by_page @ decode(codes[:, :, :pages], scale[:, :, :pages], 8)

@@ -18,6 +18,8 @@ from safetensors.torch import load, save
 
 from kvcal.artifacts import KvcalError
 from kvcal.calibrate.blocks import TokenBlocks
+from kvcal.calibrate.cla.rotation import angles_of
+from kvcal.calibrate.cla.xcla import xcla
 from kvcal.calibrate.one_pass import calibrate
 from kvcal.runtime import CompressedCache, compress
 from kvcal.runtime.integration import snapshot
@@ -61,7 +63,8 @@ def one_layer():
     ids = torch.randint(3, 96, (4, 32), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
     every = torch.ones(4, 32, dtype=torch.bool)
     made = build("llama", num_hidden_layers=1)
-    return made, calibrate(made, TokenBlocks(ids, every, every, {"id": "random"}), reservoir=16)
+    found = calibrate(made, TokenBlocks(ids, every, every, {"id": "random"}), reservoir=32)
+    return made, xcla(found, angles=angles_of(found, made), memory=1.0)
 
 
 def grown(cache):

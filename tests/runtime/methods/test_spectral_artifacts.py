@@ -64,8 +64,8 @@ def test_no_artifact() -> None:
     [
         ({"bits": 3}, "bits 3: give 2, 4 or 8"),
         ({"bits": True}, "bits True: give 2, 4 or 8"),
-        ({"rows": 4}, "rows 4: give 16 or 8"),
-        ({"rows": "8"}, "rows '8': give 16 or 8"),
+        ({"rows": 4}, "rows 4: give 16, 8 or xcla"),
+        ({"rows": "8"}, "rows '8': give 16, 8 or xcla"),
         ({"rank": 17}, "rank 17 is above the head dim 16"),
         ({"rank": 6}, "rank 6: codes take a multiple of 16, e.g. 16"),
         ({"rank": "most"}, "rank 'most': "),

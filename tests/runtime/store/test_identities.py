@@ -15,6 +15,8 @@ from kvcal.runtime.attention import SoftmaxSpec
 GEOMETRY = Geometry(16, 8, 2, 3)
 SPEC = SoftmaxSpec(GEOMETRY.scaling)
 PROMPTS = (9, 40, 1, 33)
+IN_GROUPS = ("xcla", "spectral-xcla-rows")
+"""Which keep no row as it came."""
 
 
 @pytest.fixture(params=FORMS)
@@ -24,7 +26,7 @@ def variant(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("whole", [{"keep": 1.0}, {"keep": 10**6}, {"keep": 46}, {"dense_below": 1000}], ids=str)
 @pytest.mark.parametrize("sinks", [None, torch.linspace(-1, 2, 6)], ids=["plain", "sinks"])
-@pytest.mark.parametrize("name", [name for name in FORMS if name not in ("full", "spectral-8-bit-rows")])
+@pytest.mark.parametrize("name", [name for name in FORMS if name not in ("full", "spectral-8-bit-rows", *IN_GROUPS)])
 def test_whole_budget_is_full(name: str, whole: dict[str, Any], sinks: torch.Tensor | None) -> None:
     method, settings = FORMS[name]
     if method == "subgen" and "keep" in whole:
@@ -42,8 +44,13 @@ def test_chunks_are_one_prefill(variant: tuple[str, dict[str, Any]], cuts: tuple
     rows = draw(GEOMETRY, PROMPTS, 6)
     once, chunked = make(method, GEOMETRY, **settings), make(method, GEOMETRY, **settings)
     expected, got = prefill(once, rows, SPEC), prefill(chunked, rows, SPEC, cuts)
+    tolerance = TOLERANCES[torch.float32]
+    if (
+        method == "xcla" or settings.get("rows") == "xcla"
+    ):  # of an earlier chunk what is kept of it is read, in 8 bits here
+        tolerance = {"rtol": 0.03, "atol": 0.03}
     for one, other in zip(got, expected, strict=True):
-        torch.testing.assert_close(one, other, **TOLERANCES[torch.float32])
+        torch.testing.assert_close(one, other, **tolerance)
     assert chunked.lengths == once.lengths and chunked.seen == once.seen
     for one, other in zip(decode(chunked, rows, SPEC), decode(once, rows, SPEC), strict=True):
         assert_steps(one, other)
@@ -76,7 +83,7 @@ def test_padding_among_decoded_tokens_is_not_stored(variant: tuple[str, dict[str
 def test_one_row_pauses(variant: tuple[str, dict[str, Any]], keep: float) -> None:
     """The other keeps to its budget, and both go on as if alone."""
     method, settings = variant
-    settings = settings if method in ("full", "subgen") else {**settings, "keep": keep}
+    settings = settings if method in ("full", "subgen", "xcla") else {**settings, "keep": keep}
     rows = draw(GEOMETRY, (30, 40), 6)
     ahead, behind = (alone(method, GEOMETRY, row, SPEC, **settings) for row in rows)
     store = make(method, GEOMETRY, **settings)

@@ -1,0 +1,72 @@
+"""`xcla`: every token is read, from low-bit coefficients that a layer has in common with the layers before it.
+
+No layer reads another's keys and values instead of its own, as with `cla`, and no weight is trained: a layer keeps what
+the earlier layers of its group do not tell of its tokens (`runtime/cla/group_code.py`), and a step restores its keys
+and values from theirs and its own. The cache is smaller; a step reads the codes of the earlier layers, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...artifacts import Artifact, KvcalError
+from ..attention import SoftmaxSpec
+from ..cla.group_code import GroupCode, Kept, earlier_layers
+from ..kv.pages import LayerCache
+from .base import Attended, Method, Policy, Reading, Widths
+from .full import attend_all
+
+
+@dataclass(frozen=True)
+class Xcla(Method):
+    """Groups, and how many bits a coefficient has, are those of the artifact's stage `xcla`."""
+
+    def not_captured(self) -> str | None:
+        return "a step reads the caches of other layers"
+
+    def not_shared(self) -> str | None:
+        return "xcla's bases are of each layer's own keys and values: take xcla by itself"
+
+    def not_paged(self) -> str | None:
+        return "a layer reads the pages of other layers, which an engine does not hand it"
+
+    def check_changed_keys(self, layer: int, bases: Mapping[str, Tensor]) -> None:
+        raise KvcalError("xcla has no bases of keys that uptraining changed: take xcla by itself")
+
+    def bind(self, layer: int, head_dim: int, artifact: Artifact | None) -> XclaPolicy:
+        if artifact is None:
+            raise KvcalError("xcla needs an artifact: make one with `calibrate pca`, then `calibrate xcla`")
+        return XclaPolicy(GroupCode.load(artifact, layer), earlier_layers(artifact, layer))
+
+
+class XclaPolicy(Policy):
+    grouped, keeps_keys_values = True, False
+
+    def __init__(self, code: GroupCode, earlier: Sequence[int] = ()):
+        self.code, self.earlier = code, tuple(earlier)
+        key, value = (code.own[kind].offset for kind in ("key", "value"))
+        self.fitted_to = len(key), key.shape[-1], value.shape[-1]
+
+    def encode(self, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+        """Of tokens that a sequence begins with, of which the earlier layers tell nothing."""
+        return self.code.on(key.device).encode(key, value, torch.arange(key.shape[2], device=key.device), None)
+
+    def encode_after(self, key: Tensor, value: Tensor, position: Tensor, earlier: Sequence[Kept]) -> dict[str, Tensor]:
+        return self.code.on(key.device).encode(key, value, position, earlier)
+
+    def keys_values(self, cache: LayerCache) -> tuple[Tensor, Tensor]:
+        return self.code.restore_all(cache)
+
+    def step(self, query: Tensor, cache: LayerCache, spec: SoftmaxSpec) -> Attended:
+        return Attended(attend_all(self, query, cache, spec), None)
+
+    def dense_bytes(self, reading: Reading) -> int:
+        """Codes of the group's layers up to this one, and the maps back, once, in 16 bits."""
+        return reading.tokens() * reading.heads * self.code.nbytes + self.shared_bytes(reading.widths)
+
+    def shared_bytes(self, widths: Widths) -> int:
+        return 2 * self.code.map_numbers
