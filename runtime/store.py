@@ -67,7 +67,7 @@ class Store(Sequences):
         Args:
             valid: [B, T] bool on the CPU, False at padding; None = no padding.
         """
-        self._take(self.encoded(key, value, valid), valid)
+        self._take(self.encoded(key, value), valid)
         if self.observes:
             position = self._positions(query.shape[2], valid, query.device)
             self._observe(LastQueries.of(query, position, spec, self.observes))
@@ -97,7 +97,7 @@ class Store(Sequences):
             KvcalError: the policy needs `received` or `observed`, which is not known.
         """
         self._check_known(key, valid, received, observed)
-        new = self.encoded(key, value, valid)
+        new = self.encoded(key, value)
         if received is not None and self.accumulates:
             new[RECEIVED] = received.unsqueeze(-1)
         if observed is not None and self.observes:
@@ -147,7 +147,7 @@ class Store(Sequences):
         if self.sequence_index is not None:
             self._before_token(coming, key.device)
         if not self.tokens or not all(coming):
-            self._write(self.encoded(key, value, valid), valid)
+            self._write(self.encoded(key, value), valid)
             return
         before = self.lengths
         self._advance(batch, 1)
@@ -173,12 +173,8 @@ class Store(Sequences):
         if not self.policy.append(cache, key, value):
             self.policy.write(cache, self.encoded(key, value))
 
-    def encoded(self, key: Tensor, value: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
-        """What the token buffers hold of new tokens, which the store does not count yet, by name.
-
-        Args:
-            valid: [B, T] bool on the CPU, False at padding; None = no padding.
-        """
+    def encoded(self, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+        """What the token buffers hold of new tokens, by name."""
         self.like = self.like or (key[:0, :, :0], value[:0, :, :0])
         new = dict(self.policy.encode(key, value))
         if self.accumulates:

@@ -115,15 +115,23 @@ def spectral(of: Shape, **settings: Any) -> Bytes:
     read = of.tokens * code + of.tokens // PAGE * correction
     chosen = of.readers(settings.get("select", "group")) * k * row
     tables = of.codewords * (of.dim + of.value_dim + 1) + 2 * of.dim * rank + (_maps_back(of) if rows == "xcla" else 0)
-    held = grown(of.tokens) * (row + code) + grown(of.tokens) // PAGE * correction
-    return Bytes(of.kv_heads * read + chosen, of.kv_heads * held, of.kv_heads * 2 * tables)
+    held = of.kv_heads * (grown(of.tokens) * (row + code) + grown(of.tokens) // PAGE * correction)
+    held += _recent(of, settings.get("recent", 16)) if rows == "xcla" else 0
+    return Bytes(of.kv_heads * read + chosen, held, of.kv_heads * 2 * tables)
 
 
 def xcla(of: Shape, **settings: Any) -> Bytes:
-    """A layer by itself in 8 bits, with a scale for keys and one for values; maps back in 16 bits, once."""
-    token = of.dim + of.value_dim + 4
-    shared = of.kv_heads * 2 * _maps_back(of)
-    return Bytes(of.kv_heads * of.tokens * token, of.kv_heads * grown(of.tokens) * token, shared)
+    """A layer by itself in 8 bits, with a scale for keys and one for values; the last rows, with an int64 position for
+    all heads; maps back in 16 bits, once."""
+    token, recent = of.dim + of.value_dim + 4, settings.get("recent", 16)
+    read = of.tokens * token + min(of.tokens, recent) * of.row
+    held = of.kv_heads * grown(of.tokens) * token + _recent(of, recent)
+    return Bytes(of.kv_heads * read, held, of.kv_heads * 2 * _maps_back(of))
+
+
+def _recent(of: Shape, count: int) -> int:
+    """Rows as they came, 16 more than are read, with an int64 position for all heads."""
+    return (count + 16) * (of.kv_heads * of.row + 8)
 
 
 def _maps_back(of: Shape) -> int:

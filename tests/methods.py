@@ -281,11 +281,11 @@ CASES: dict[str, Case] = {
         counted=[(400, {**SUBGEN, "normaliser": "values"}), (5, SUBGEN)],
     ),
     "xcla": Case(
-        forms={"xcla": {}},
-        small={"xcla": {}},
+        forms={"xcla": {"recent": 3}},
+        small={"xcla": {"recent": 3}},
         decoded={},
         bytes=hand_counts.xcla,
-        counted=[(prompt, {}) for prompt in (1, 255, 700)],
+        counted=[(1, {}), (255, {"recent": 7}), (700, {})],
     ),
 }
 assert CASES.keys() == METHODS.keys()

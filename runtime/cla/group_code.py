@@ -153,10 +153,13 @@ class GroupCode:
         return turned(key, self.angles, position), value
 
     def restore_all(self, cache: LayerCache) -> tuple[Tensor, Tensor]:
-        """(keys [B, Hkv, longest, D], values), float32, of every token of a cache."""
+        """(keys [B, Hkv, longest, D], values), float32, of every token of a cache, the last as they came."""
         longest = cache.metadata.longest
         kept = [{name: layer.buffer(name)[:, :, :longest] for name in KEPT} for layer in (*cache.earlier, cache)]
-        return self.on(cache.metadata.seq_lens.device).restore(kept, cache.metadata.positions())
+        rows = self.on(cache.metadata.seq_lens.device).restore(kept, cache.metadata.positions())
+        if cache.recent is not None:
+            cache.recent.over_all(rows, cache.metadata.seq_lens)
+        return rows
 
     def _coefficients(self, kind: str, kept: Sequence[Kept], like: Tensor) -> Tensor:
         """[B, Hkv, T, …] of the layers of `kept`, the group's first ones."""

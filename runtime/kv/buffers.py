@@ -25,6 +25,14 @@ class Places:
     slots: slice | tuple[Tensor, Tensor, Tensor]
     """A slice: the same slots for all sequences; a tuple: (sequence, token, slot), [n] int64 each, without padding."""
 
+    def entries(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """(sequence, token, slot), [n] int64 each."""
+        if not isinstance(self.slots, slice):
+            return self.slots
+        slots = torch.arange(self.slots.start, self.slots.stop, device=device)
+        sequence = torch.arange(batch, device=device).repeat_interleave(len(slots))
+        return sequence, torch.arange(len(slots), device=device).repeat(batch), slots.repeat(batch)
+
     def put(self, held: Tensor, new: Tensor) -> None:
         """Write [B, H, T, D] to where they belong in [B, H, S, D]."""
         if isinstance(self.slots, slice):

@@ -21,6 +21,7 @@ from ...kernels.backend import choose
 from ...kernels.pages import PAGE
 from .buffers import CHUNK, Places, TokenBuffer
 from .offload import Offloaded, on_host
+from .recent import RecentRows
 
 POSITION = "position"
 """The buffer of this name tells which token's keys and values a slot holds, [B, Hkv, slots, 1] int32, -1 where it is
@@ -168,6 +169,8 @@ class LayerCache:
     """What a method has built over whole sequences."""
     earlier: Sequence[LayerCache] = ()
     """Of the layers that this one's tokens are kept relative to; they may hold more tokens than `metadata` tells."""
+    recent: RecentRows | None = None
+    """The last tokens as they came, where others are kept in fewer bits."""
     _prepared: dict[Hashable, object] = field(default_factory=dict, repr=False)
     """What was made of the buffers where they lie, see `prepared`."""
 

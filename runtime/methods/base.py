@@ -220,6 +220,8 @@ class Policy(ABC):
     """Whether "key" and "value" are kept as they came, so that everything else can be made from them again."""
     grouped = False
     """Whether its store is a `GroupStore`: tokens are kept by `encode_after`."""
+    recent_rows = 0
+    """How many of the last tokens such a store holds as they came, too."""
     earlier: tuple[int, ...] = ()
     """Layers that this one's tokens are kept relative to and whose caches its steps read, too."""
 

@@ -19,6 +19,7 @@ from .base import Reading, Selected, Widths
 from .codewords import Codewords
 from .scanning import Scan
 from .spectral import ByName, Spectral, SpectralPolicy, normalised
+from .xcla import bytes_of_all
 
 
 class GroupedRows(SpectralPolicy):
@@ -27,6 +28,7 @@ class GroupedRows(SpectralPolicy):
     def __init__(self, settings: Spectral, codewords: Codewords, code: GroupCode, earlier: Sequence[int]):
         super().__init__(settings, codewords)
         self.code, self.earlier, self.token_names = code, tuple(earlier), KEPT
+        self.recent_rows = settings.recent
 
     def encode(self, key: Tensor, value: Tensor) -> Mapping[str, Tensor]:
         """Of tokens that a sequence begins with, of which the earlier layers tell nothing."""
@@ -62,7 +64,9 @@ class GroupedRows(SpectralPolicy):
         index = selected.index
         flat = index.flatten(2)
         kept = [{name: _gather(layer.buffer(name), flat) for name in KEPT} for layer in (*cache.earlier, cache)]
-        key, value = (rows.unflatten(2, index.shape[2:]) for rows in self.code.on(flat.device).restore(kept, flat))
+        rows = self.code.on(flat.device).restore(kept, flat)
+        assert cache.recent is not None
+        key, value = (of.unflatten(2, index.shape[2:]) for of in cache.recent.over(rows, flat, cache.metadata.seq_lens))
         dots = (grouped.unsqueeze(3) @ key.mT).squeeze(3)
         weights, lse = normalised(spec.logits(dots).masked_fill(~selected.valid, -torch.inf))
         return (weights.unsqueeze(3) @ value).squeeze(3), lse
@@ -75,7 +79,7 @@ class GroupedRows(SpectralPolicy):
         return reading.heads * reading.tokens() * token
 
     def dense_bytes(self, reading: Reading) -> int:
-        return reading.tokens() * reading.heads * self.code.nbytes + 2 * self.code.map_numbers
+        return bytes_of_all(self.code, self.recent_rows, reading)
 
     def shared_bytes(self, widths: Widths) -> int:
         return super().shared_bytes(widths) + 2 * self.code.map_numbers

@@ -17,6 +17,7 @@ from ...artifacts import Artifact, KvcalError
 from ..attention import SoftmaxSpec
 from ..cla.group_code import GroupCode, Kept, earlier_layers
 from ..kv.pages import LayerCache
+from .amounts import check_count
 from .base import Attended, Method, Policy, Reading, Widths
 from .full import attend_all
 
@@ -24,6 +25,12 @@ from .full import attend_all
 @dataclass(frozen=True)
 class Xcla(Method):
     """Groups, and how many bits a coefficient has, are those of the artifact's stage `xcla`."""
+
+    recent: int = 16
+    """Last tokens that are held and read as they came."""
+
+    def check(self) -> None:
+        check_count("recent", self.recent, 1)
 
     def not_captured(self) -> str | None:
         return "a step reads the caches of other layers"
@@ -38,16 +45,17 @@ class Xcla(Method):
         raise KvcalError("xcla has no bases of keys that uptraining changed: take xcla by itself")
 
     def bind(self, layer: int, head_dim: int, artifact: Artifact | None) -> XclaPolicy:
+        self.check()
         if artifact is None:
             raise KvcalError("xcla needs an artifact: make one with `calibrate pca`, then `calibrate xcla`")
-        return XclaPolicy(GroupCode.load(artifact, layer), earlier_layers(artifact, layer))
+        return XclaPolicy(GroupCode.load(artifact, layer), earlier_layers(artifact, layer), self.recent)
 
 
 class XclaPolicy(Policy):
     grouped, keeps_keys_values = True, False
 
-    def __init__(self, code: GroupCode, earlier: Sequence[int] = ()):
-        self.code, self.earlier = code, tuple(earlier)
+    def __init__(self, code: GroupCode, earlier: Sequence[int], recent: int):
+        self.code, self.earlier, self.recent_rows = code, tuple(earlier), recent
         key, value = (code.own[kind].offset for kind in ("key", "value"))
         self.fitted_to = len(key), key.shape[-1], value.shape[-1]
 
@@ -65,8 +73,15 @@ class XclaPolicy(Policy):
         return Attended(attend_all(self, query, cache, spec), None)
 
     def dense_bytes(self, reading: Reading) -> int:
-        """Codes of the group's layers up to this one, and the maps back, once, in 16 bits."""
-        return reading.tokens() * reading.heads * self.code.nbytes + self.shared_bytes(reading.widths)
+        """Codes of the group's layers up to this one, the last rows, and the maps back, once, in 16 bits."""
+        return bytes_of_all(self.code, self.recent_rows, reading)
 
     def shared_bytes(self, widths: Widths) -> int:
         return 2 * self.code.map_numbers
+
+
+def bytes_of_all(code: GroupCode, recent: int, reading: Reading) -> int:
+    """Bytes of a step that restores every token: codes, the last rows as they came, maps in 16 bits."""
+    rows = int(reading.metadata.seq_lens.clamp(max=recent).sum())
+    row = reading.widths["recent_key"] + reading.widths["recent_value"]
+    return reading.heads * (reading.tokens() * code.nbytes + rows * row) + 2 * code.map_numbers

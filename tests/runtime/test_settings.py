@@ -43,7 +43,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "residual": True, "choice": "sampled", "sample": 1024, "offload": "none", "cached": 2048,
     },
     "subgen": {"window": 288, "sinks": 4, "clusters": 64, "t": 4, "s": 96, "normaliser": "values"},
-    "xcla": {},
+    "xcla": {"recent": 16},
 }  # fmt: skip
 """What was chosen by measurements: docs/results/real.md."""
 

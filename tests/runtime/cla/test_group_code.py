@@ -114,10 +114,12 @@ def test_a_layer_reads_the_codes_of_those_before_it() -> None:
     tokens, heads = sum((9, 23, 40)) + 3 * 4, 2
     token = {layer: grouped.stores[layer].policy.code.nbytes for layer in range(3)}
     assert token[1] > token[0], "with those of layer 0"
+    recent = (9 + 4 + 16 + 16) * heads * 2 * 16 * 4  # of 13, 27 and 44 tokens the last 16, in float32
     for layer, store in grouped.stores.items():
-        assert store.bytes_read() == tokens * heads * token[layer] + store.shared_bytes()
-    own = sum(buffer.tensor.nbytes for buffer in grouped.stores[1].tokens.values())
-    assert grouped.stores[1].resident_bytes() == own, "and holds its own alone"
+        assert store.bytes_read() == tokens * heads * token[layer] + recent + store.shared_bytes()
+    held = grouped.stores[1]
+    own = [*(buffer.tensor for buffer in held.tokens.values()), *held.recent.state().values()]
+    assert held.resident_bytes() == sum(tensor.nbytes for tensor in own), "and holds its own alone"
 
 
 def test_a_cache_that_is_reset_follows_the_new_stores() -> None:
@@ -146,7 +148,7 @@ def test_a_cache_that_is_reset_follows_the_new_stores() -> None:
         ),
         ({"method": "cla+xcla", "groups": "0-1,2"}, "xcla's bases are of each layer's own keys and values"),
         ({"method": "spectral", "rows": "xcla", "offload": "cpu"}, "rows xcla lie on the device: leave offload out"),
-        ({"method": "xcla", "memory": 0.5}, "xcla has no parameter 'memory': there are none, and dense_layers"),
+        ({"method": "xcla", "memory": 0.5}, "xcla has no parameter 'memory': there are recent, and dense_layers"),
     ],
     ids=str,
 )

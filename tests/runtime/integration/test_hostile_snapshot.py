@@ -35,9 +35,9 @@ FORMS = {
     "loki by score": {**SMALL["loki"], "method": "loki", "basis": "score"},
 }
 ROWS = 3
-UNTOLD = {("sketch.count", "reve"), ("sketch.count", "roll"), ("last.position", "entr")}
+UNTOLD = {("sketch.count", "reve"), ("sketch.count", "roll"), ("last.position", "entr"), ("recent_position", "entr")}
 """Clusters of a sketch that have changed sizes: their members are gone, and nothing else tells of them. One query fewer
-that observes a prompt: it may have been shorter."""
+that observes a prompt: it may have been shorter. One of the last rows fewer: it may have been taken back."""
 ASSIGNED = "clusters.of"
 """Tokens in other clusters that there are: only k-means tells that it made others."""
 CODED = (

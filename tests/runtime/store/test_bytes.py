@@ -12,6 +12,7 @@ from methods import CASES, FORMS
 from sequences import Geometry, decode, draw, make, prefill
 
 from kvcal.runtime.attention import SoftmaxSpec
+from kvcal.runtime.cla.group_store import GroupStore
 from kvcal.runtime.store import Store
 
 GEOMETRY = Geometry(16, 8, 2, 3)
@@ -97,7 +98,8 @@ def memory(store: Store) -> int:
     """Bytes of the storages behind the tensors that a store holds on to."""
     built = [] if store.sequence_index is None else list(store.sequence_index.tensors().values())
     queries = [] if store.observed is None else list(store.observed.state().values())
-    tensors = [*store.buffers.tensors(), *store.buffers.sums.values(), *built, *queries]
+    recent = store.recent.state().values() if isinstance(store, GroupStore) else ()
+    tensors = [*store.buffers.tensors(), *store.buffers.sums.values(), *built, *queries, *recent]
     cache = store.buffers.device_cache
     tensors += [] if cache is None else every_tensor(vars(cache))
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
