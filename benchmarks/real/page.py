@@ -225,6 +225,23 @@ def shared_basis(folder: Path, subject: Subject) -> str:
     return table(header, lines) if lines else ""
 
 
+def group_errors(folder: Path, subject: Subject) -> str:
+    """A simulation: attention errors of keys and values as they come back from coefficients of 8, 4, 2 or 0 bits, which
+    are shared out by one rule, in groups of so many layers: each kept relative to the ones before it, as `xcla` does,
+    or all in one basis. memory, read: over those of 16 bits."""
+    rows = read(folder / f"{subject.model}-group-errors.json").get("rows", [])
+    lines = [
+        [
+            str(row["size"]),
+            row["way"] if row["size"] > 1 else "each layer by itself",
+            *(number(row[name], ".3f") for name in ("memory", "read")),
+            with_error(row["error"], row["error_se"]),
+        ]
+        for row in rows
+    ]
+    return table(["layers", "way", "memory", "read", "error"], lines) if lines else ""
+
+
 def shared_basis_text(folder: Path, subject: Subject) -> str:
     """The same simulation, decoded: keys and values of a dense prefill replaced by what comes back from their codes.
     held: bytes, over those of 16 bits; to read them, a layer of a group reads those of the whole group."""
@@ -271,6 +288,8 @@ PARTS: Mapping[str, tuple[str, Part]] = {
     "uptraining": ("The same, trained", page_decoding.uptraining),
     "shared-basis": ("One basis for several layers", shared_basis),
     "shared-basis-text": ("The same, decoded", shared_basis_text),
+    "group-errors": ("Layer by layer, or in one basis, with the bits of xcla", group_errors),
+    "xcla": ("Common coefficients, decoded", page_decoding.xcla),
     "clusterable": ("Are keys clusterable", page_subgen.clusterable),
     "estimates": ("SubGen's estimates", page_subgen.estimates),
     "subgen-decoded": ("SubGen, decoded", page_decoding.subgen),

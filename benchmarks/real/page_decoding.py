@@ -12,6 +12,7 @@ from settings import WHY_LOKI
 from sharing import FITTED, MEAN, PATTERNS
 from subjects import Subject
 from tables import named, number, read, scores_of, table, with_error
+from xcla import ALL, CHOSEN, CODES
 
 from kvcal.calibrate.evaluation.results import parameters
 from kvcal.calibrate.evaluation.standard_errors import Estimate, mean
@@ -212,6 +213,45 @@ def sharing(folder: Path, subject: Subject) -> str:
                 ratio = with_error(row["perplexity_ratio"], row["perplexity_ratio_se"], form)
                 lines.append([pattern, held, start, ratio, *(scores_of(row) or ["–"] * len(tasks))])
     return table(["pattern", "resident", "start", "perplexity / full", *tasks], lines) if lines else ""
+
+
+def xcla(folder: Path, subject: Subject) -> str:
+    """`xcla`: coefficients of 8, 4, 2 or 0 bits that a group of layers has in common, the last 16 tokens as they came;
+    groups of 1: each layer by itself. memory: of codes, as it was asked for; resident and read: of all that is held,
+    and read, over those of a 16-bit cache, the last rows counted in float32, in which it was decoded. spectral chooses
+    tokens by its own codes and restores those. paired: nats a token more than each layer by itself in as much
+    memory."""
+    lines, tasks = [], []
+    for group, memory in CODES:
+        path = folder / f"{subject.model}-xcla-{group}-{memory}.json"
+        alone = row_of(folder / f"{subject.model}-xcla-1-{memory}.json", ALL)
+        full = row_of(path, {"method": "full"})
+        for setting in (ALL, CHOSEN):
+            row = row_of(path, setting)
+            if full is None or row is None:
+                continue
+            tasks = list(full["scores"])
+            compared = group > 1 and alone is not None and setting is ALL
+            paired = with_error(*_more(row, alone)) if compared else ""
+            lines.append(
+                [
+                    named(parameters(row)),
+                    str(group),
+                    str(memory),
+                    number(2 * row["resident_bytes"] / full["resident_bytes"]),
+                    number(2 * row["bytes_per_step"] / full["bytes_per_step"]),
+                    with_error(row["perplexity_ratio"], row["perplexity_ratio_se"]),
+                    paired,
+                    *scores_of(row),
+                ]
+            )
+    header = ["method", "layers", "memory", "resident", "read", "perplexity / full", "paired", *tasks]
+    return table(header, lines) if lines else ""
+
+
+def _more(row: Row, other: Row) -> Estimate:
+    """By how many nats a token `row` loses more than `other`, windows paired."""
+    return mean([own - its for own, its in zip(row["window_nll"], other["window_nll"], strict=True)])
 
 
 def _check(checked: Mapping[str, Any]) -> str:

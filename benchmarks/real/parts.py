@@ -25,6 +25,7 @@ from decoding import (
     why_loki,
 )
 from first_token import first_token, standing_out
+from group_errors import group_errors as group_errors_of
 from memory import resident, to_the_prefix
 from plans import plans as plans_of
 from settings import AIMS, GROUP, LEVELS, OF_A_PREFILL, ONLY_CHOSEN, at_equal_bytes, spectral_of
@@ -201,6 +202,13 @@ def shared_basis_text(bench: Bench, only: str | None = None) -> None:
     done.once("rows", lambda: rows_of_text(prompts, measured, layers, bench.subject.head_dim))
 
 
+def group_errors(bench: Bench, only: str | None = None) -> None:
+    """What layer-by-layer codes of a group lose of attention, beside one basis for all of its layers."""
+    length, artifact = bench.subject.shortest, bench.in_short_blocks()
+    done = Done(bench.path("group-errors"))
+    done.once("rows", lambda: group_errors_of(_problems(bench, "both", length), artifact, bench.loaded.model))
+
+
 def subgen(bench: Bench, only: str | None = None) -> None:
     """Whether keys are clusterable, and what SubGen's estimates err by."""
     done, length = Done(bench.path("subgen")), bench.subject.shortest
@@ -297,6 +305,7 @@ PARTS: Mapping[str, Callable[[Bench, str | None], None]] = {
     "uptraining": uptraining,
     "shared-basis": shared_basis,
     "shared-basis-text": shared_basis_text,
+    "group-errors": group_errors,
     "xcla": xcla,
     "subgen": subgen,
     "subgen-decoded": subgen_decoded,

@@ -51,7 +51,7 @@ class GroupSample:
     def _rows(self, kind: str) -> list[Rows]:
         if kind == "value":
             return [self._values(layer) for layer in self._layers]
-        return [self._keys(*of) for of in zip(self._layers, self._angles, strict=True)]
+        return [self._keys(layer, angles) for layer, angles in zip(self._layers, self._angles, strict=True)]
 
     def _keys(self, layer: Layer, angles: Tensor) -> Rows:
         rows = self._artifact.tensor("reservoir", layer.index, "key_post").double()

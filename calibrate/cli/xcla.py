@@ -78,5 +78,5 @@ def print_codes(report: dict[str, Any]) -> None:
     )
 
 
-def _cells(of: dict[str, Any]) -> list[str]:
-    return [", ".join(str(count) for count in of["bits"].values()), f"{of['told']:.2f}", f"{of['lost']:.3f}"]
+def _cells(code: dict[str, Any]) -> list[str]:
+    return [", ".join(map(str, code["bits"].values())), f"{code['told']:.2f}", f"{code['lost']:.3f}"]

@@ -154,9 +154,11 @@ class GroupCode:
 
     def restore_all(self, cache: LayerCache) -> tuple[Tensor, Tensor]:
         """(keys [B, Hkv, longest, D], values), float32, of every token of a cache, the last as they came."""
-        longest = cache.metadata.longest
-        kept = [{name: layer.buffer(name)[:, :, :longest] for name in KEPT} for layer in (*cache.earlier, cache)]
-        rows = self.on(cache.metadata.seq_lens.device).restore(kept, cache.metadata.positions())
+        longest, device = cache.metadata.longest, cache.metadata.seq_lens.device
+        kept = [
+            {name: layer.buffer(name)[:, :, :longest].to(device) for name in KEPT} for layer in (*cache.earlier, cache)
+        ]
+        rows = self.on(device).restore(kept, cache.metadata.positions())
         if cache.recent is not None:
             cache.recent.over_all(rows, cache.metadata.seq_lens)
         return rows
@@ -164,8 +166,8 @@ class GroupCode:
     def _coefficients(self, kind: str, kept: Sequence[Kept], like: Tensor) -> Tensor:
         """[B, Hkv, T, …] of the layers of `kept`, the group's first ones."""
         found = [like.new_zeros(*like.shape[:3], 0, dtype=torch.float32)]
-        for codes, of in zip(self.layers, kept, strict=False):
-            found.append(codes[kind].coefficients(of[kind], of[f"{kind}_scale"]))
+        for codes, layer in zip(self.layers, kept, strict=False):
+            found.append(codes[kind].coefficients(layer[kind], layer[f"{kind}_scale"]))
         return torch.cat(found, -1)
 
     @property

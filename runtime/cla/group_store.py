@@ -63,7 +63,10 @@ class GroupStore(Store):
             )
         self.like = self.like or (key[:0, :, :0], value[:0, :, :0])
         places = find_places(self.lengths_of(len(key)), tokens, valid, key.device)
-        earlier = [{name: places.take(buffer.view, tokens) for name, buffer in of.tokens.items()} for of in others]
+        earlier = [
+            {name: places.take(buffer.view.to(key.device), tokens) for name, buffer in other.tokens.items()}
+            for other in others
+        ]
         new = self.policy.encode_after(key, value, places.positions(tokens, key.device), earlier)
         self.recent.put(key, value, places)
         self._take(new, valid)

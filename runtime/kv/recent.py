@@ -50,19 +50,19 @@ class RecentRows:
         """
         first = (lengths.long() - self.count).clamp_min(0).unsqueeze(1)
         sequence, slot = (self.position >= first).nonzero(as_tuple=True)
-        for name, of in zip(NAMES, rows, strict=True):
-            of[sequence, :, self.position[sequence, slot]] = self.rows[name][sequence, :, slot].to(of.dtype)
+        for name, every in zip(NAMES, rows, strict=True):
+            every[sequence, :, self.position[sequence, slot]] = self.rows[name][sequence, :, slot].to(every.dtype)
 
-    def over(self, rows: Sequence[Tensor], index: Tensor, lengths: Tensor) -> list[Tensor]:
+    def over(self, rows: Sequence[Tensor], index: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H, K, D | Dv] of the tokens `index` [B, H, K], the last ones as they came."""
         slot = index % self.slots
         held = self.position.unsqueeze(1).expand(*index.shape[:2], -1).gather(2, slot) == index
         held &= index >= (lengths.long() - self.count).view(-1, 1, 1)
         found = []
-        for name, of in zip(NAMES, rows, strict=True):
-            exact = self.rows[name].gather(2, slot.unsqueeze(-1).expand(*slot.shape, of.shape[-1]))
-            found.append(torch.where(held.unsqueeze(-1), exact.to(of.dtype), of))
-        return found
+        for name, chosen in zip(NAMES, rows, strict=True):
+            exact = self.rows[name].gather(2, slot.unsqueeze(-1).expand(*slot.shape, chosen.shape[-1]))
+            found.append(torch.where(held.unsqueeze(-1), exact.to(chosen.dtype), chosen))
+        return found[0], found[1]
 
     def crop(self, lengths: Sequence[int]) -> None:
         """Forget tokens beyond these lengths."""
@@ -85,8 +85,8 @@ class RecentRows:
 
     def check(self, saved: Saved) -> None:
         """Raises KvcalError: no such rows can be of this saved cache."""
-        for name, of in zip(NAMES, ("like.key", "like.value"), strict=True):
-            like = saved.take(of, FLOATS, 0, None, 0, None)
+        for name, empty in zip(NAMES, ("like.key", "like.value"), strict=True):
+            like = saved.take(empty, FLOATS, 0, None, 0, None)
             saved.take(name, like.dtype, saved.batch, like.shape[1], self.slots, like.shape[3])
         position = saved.take(POSITION, torch.int64, saved.batch, self.slots)
         lengths = torch.tensor(saved.lengths).unsqueeze(1)

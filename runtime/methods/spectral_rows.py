@@ -63,10 +63,14 @@ class GroupedRows(SpectralPolicy):
     ) -> tuple[Tensor, Tensor]:
         index = selected.index
         flat = index.flatten(2)
-        kept = [{name: _gather(layer.buffer(name), flat) for name in KEPT} for layer in (*cache.earlier, cache)]
+        kept = [
+            {name: _gather(layer.buffer(name).to(flat.device), flat) for name in KEPT}
+            for layer in (*cache.earlier, cache)
+        ]
         rows = self.code.on(flat.device).restore(kept, flat)
         assert cache.recent is not None
-        key, value = (of.unflatten(2, index.shape[2:]) for of in cache.recent.over(rows, flat, cache.metadata.seq_lens))
+        rows = cache.recent.over(rows, flat, cache.metadata.seq_lens)
+        key, value = (part.unflatten(2, index.shape[2:]) for part in rows)
         dots = (grouped.unsqueeze(3) @ key.mT).squeeze(3)
         weights, lse = normalised(spec.logits(dots).masked_fill(~selected.valid, -torch.inf))
         return (weights.unsqueeze(3) @ value).squeeze(3), lse

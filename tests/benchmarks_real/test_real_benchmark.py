@@ -9,7 +9,10 @@ from pathlib import Path
 import coded
 import pytest
 import torch
+from architectures import build
 
+from kvcal.calibrate.blocks import TokenBlocks
+from kvcal.calibrate.one_pass import calibrate
 from kvcal.calibrate.planning.points import DENSE, Point, Problem
 from kvcal.runtime.attention import SoftmaxSpec
 
@@ -361,6 +364,32 @@ def test_all_coefficients_of_a_group_give_its_rows_back(module):
     found = rows[:5].float()
     assert torch.allclose(basis.through(found, ((1, 16),)), found, rtol=0.02, atol=0.2)
     assert not torch.allclose(basis.through(found, ((1 / 2, 16),)), found, rtol=0.02, atol=0.2)
+
+
+def test_codes_of_groups_err_less_with_more_memory(module, monkeypatch):
+    """On a tiny model of three layers; of one layer there is nothing to have in common."""
+    errors = module("group_errors")
+    monkeypatch.setattr(errors, "SIZES", (1, 3))
+    monkeypatch.setattr(errors, "MEMORIES", (0.6, 0.3))
+    made = build("llama")
+    ids = torch.randint(3, 96, (4, 32), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    whole = torch.ones(4, 32, dtype=torch.bool)
+    artifact = calibrate(made, TokenBlocks(ids, whole, whole, {"id": "random"}), reservoir=64)
+    torch.manual_seed(0)
+    found = [
+        Problem(layer, torch.randn(2, 4, 3, 16), *torch.randn(2, 2, 2, 20, 16), SoftmaxSpec(0.25), 2)
+        for layer in range(3)
+    ]
+    rows = errors.group_errors(found, artifact, made)
+    assert [(row["size"], row["way"]) for row in rows[::2]] == [
+        (1, "layer by layer"),
+        (3, "layer by layer"),
+        (3, "one basis"),
+    ]
+    for more, less in zip(rows[::2], rows[1::2], strict=True):
+        assert more["error"] < less["error"] and less["memory"] <= 0.3 < more["memory"] <= 0.6
+    reads = [row["read"] / row["memory"] for row in rows[::2]]
+    assert reads[0] == 1 and 1.5 < reads[1] < 2.5 and reads[2] == 3
 
 
 def test_a_row_of_full_is_taken_from_the_same_prompts_only(module, tmp_path):

@@ -77,7 +77,28 @@ def test_the_figure_has_what_is_held_with_sharing(module, tmp_path, subject):
     assert rows == [("cla, fitted", 1.5, 0.5), ("cla, trained", 1.2, 0.5)]
 
 
+def test_codes_are_compared_with_each_layer_by_itself(module, tmp_path, subject):
+    """Bytes over those of a 16-bit cache, half of what `full` holds in float32; windows paired."""
+    page = module("page_decoding")
+    full = {**FULL, "resident_bytes": 80.0, "bytes_per_step": 80.0}
+    coded = {**ROW, "method": "xcla", "resident_bytes": 8.0, "bytes_per_step": 16.0}
+    written(tmp_path, "xcla-3-0.17", full, {**coded, "window_nll": [2.0, 3.0]})
+    written(tmp_path, "xcla-1-0.17", full, {**coded, "window_nll": [2.5, 3.1]})
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.xcla(tmp_path, subject).splitlines()[2:]]
+    assert [row[1:5] for row in rows] == [["3", "0.17", "0.200", "0.400"], ["1", "0.17", "0.200", "0.400"]]
+    assert rows[0][6] == "-0.300 ± .200" and rows[1][6] == ""
+
+
 def test_pages_without_measurements_are_empty(module, tmp_path, subject):
     page = module("page")
-    for name in ("sharing", "uptraining", "shared-basis-text", "clusterable", "estimates", "lines"):
+    for name in (
+        "sharing",
+        "uptraining",
+        "shared-basis-text",
+        "group-errors",
+        "xcla",
+        "clusterable",
+        "estimates",
+        "lines",
+    ):
         assert page.PARTS[name][1](tmp_path, subject) == ""

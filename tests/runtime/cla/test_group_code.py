@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -164,7 +166,6 @@ def test_groups_stay_whole(settings: dict, told: str | None) -> None:
 def test_what_is_missing_is_said() -> None:
     without = artifact()
     stages = {name: stage for name, stage in without.stages.items() if name != "xcla"}
-    import dataclasses
 
     without = dataclasses.replace(without, stages=stages)
     command = "make it with `calibrate xcla ARTIFACT --model MODEL`"
