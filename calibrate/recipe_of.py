@@ -127,6 +127,9 @@ def _stages(artifact: Artifact, notes: list[str]) -> list[dict[str, Any]]:
         found.append({"cluster": {name: settings[name] for name in _CLUSTER if name in settings}})
     if "codebook" in artifact.stages:
         found += _codebook(artifact)
+    if "xcla" in artifact.stages:
+        settings = artifact.stages["xcla"].settings
+        found.append({"xcla": {name: settings[name] for name in ("group", "memory") if name in settings}})
     if "cla" in artifact.stages:
         settings = artifact.stages["cla"].settings
         asked = _sharing(artifact, settings, notes)

@@ -113,6 +113,8 @@ def spectral(of: Shape, **settings: Any) -> Bytes:
     row = of.row if rows == 16 else of.dim + of.value_dim + 4
     correction = (of.value_dim + 2) * (settings.get("residual", True) and rows != "xcla")
     read = of.tokens * code + of.tokens // PAGE * correction
+    if rows == "xcla":
+        read += min(of.tokens, settings.get("recent", 16)) * of.row
     chosen = of.readers(settings.get("select", "group")) * k * row
     tables = of.codewords * (of.dim + of.value_dim + 1) + 2 * of.dim * rank + (_maps_back(of) if rows == "xcla" else 0)
     held = of.kv_heads * (grown(of.tokens) * (row + code) + grown(of.tokens) // PAGE * correction)

@@ -13,6 +13,7 @@ from settings import OF_A_PREFILL
 from sharing import FITTED, TRAINED
 from subjects import SUBJECTS, Subject
 from tables import read
+from xcla import ALL, CHOSEN, CODES
 
 from kvcal.calibrate.evaluation.figure import evaluation_figure
 from kvcal.calibrate.evaluation.results_file import parameters
@@ -29,7 +30,8 @@ _MEASURED = ("perplexity_ratio", "perplexity_ratio_se", "scores", "scores_se")
 def write(folder: Path, subject: Subject) -> None:
     results = folder / "real"
     if read(results / f"{subject.model}-methods-{subject.shortest}.json").get("results"):
-        rows = [*_of_methods(results, subject), *_of_sharing(results, subject), *_simulated(results, subject)]
+        groups = (_of_methods, _of_sharing, _of_codes, _simulated)
+        rows = [row for rows_of in groups for row in rows_of(results, subject)]
         settings = {"model": f"{subject.model}, bytes of a 16-bit cache", "prefix": subject.shortest}
         (folder / "real.png").write_bytes(evaluation_figure(settings, rows, MOST))
     curves = {name: read(results / f"{name}-subgen.json").get("clusterable") for name in SUBJECTS}
@@ -68,18 +70,27 @@ def _of_sharing(results: Path, subject: Subject) -> Iterator[dict[str, Any]]:
             yield {**{measured: row[measured] for measured in _MEASURED}, **costs, "method": name}
 
 
+def _of_codes(results: Path, subject: Subject) -> Iterator[dict[str, Any]]:
+    """Common coefficients, by memory; decoded in float32, where all rows of `full` are twice as large."""
+    for group, memory in CODES:
+        path = results / f"{subject.model}-xcla-{group}-{memory}.json"
+        full = row_of(path, {"method": "full"})
+        for setting in (ALL, CHOSEN):
+            row = row_of(path, setting)
+            if full and row:
+                name = "xcla" if setting is ALL else "spectral, rows of xcla"
+                name += f", groups of {group}" if group > 1 else ", each layer by itself"
+                costs = {cost: 2 * row[cost] / full[cost] for cost in ("bytes_per_step", "resident_bytes")}
+                yield {**{measured: row[measured] for measured in _MEASURED}, **costs, "method": name}
+
+
 def _simulated(results: Path, subject: Subject) -> Iterator[dict[str, Any]]:
-    """Fewer bits of each layer's own keys and values; one basis for three layers, all of which each of them reads."""
+    """Fewer bits of each layer's own keys and values."""
     for row in read(results / f"{subject.model}-shared-basis-text.json").get("rows", [])[1:]:
-        if row["size"] in (None, 3):
-            name = "fewer bits" if row["size"] is None else "one basis for three layers"
-            costs = {"bytes_per_step": row["bytes"] * (row["size"] or 1), "resident_bytes": row["bytes"]}
-            yield {
-                **{measured: row[measured] for measured in _MEASURED},
-                **costs,
-                "method": name,
-                "source": "simulated",
-            }
+        if row["size"] is None:
+            costs = {"bytes_per_step": row["bytes"], "resident_bytes": row["bytes"]}
+            measured = {name: row[name] for name in _MEASURED}
+            yield {**measured, **costs, "method": "fewer bits", "source": "simulated"}
 
 
 def _clusters(curves: Mapping[str, Mapping[str, Any]]) -> bytes:

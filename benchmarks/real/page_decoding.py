@@ -226,6 +226,7 @@ def xcla(folder: Path, subject: Subject) -> str:
         path = folder / f"{subject.model}-xcla-{group}-{memory}.json"
         alone = row_of(folder / f"{subject.model}-xcla-1-{memory}.json", ALL)
         full = row_of(path, {"method": "full"})
+        assert full is None or read(path)["settings"]["dtype"] == "float32", "rows of `full` are counted half"
         for setting in (ALL, CHOSEN):
             row = row_of(path, setting)
             if full is None or row is None:

@@ -54,13 +54,26 @@ class GroupSample:
         return [self._keys(layer, angles) for layer, angles in zip(self._layers, self._angles, strict=True)]
 
     def _keys(self, layer: Layer, angles: Tensor) -> Rows:
+        """The metric is E[(q·Δk)²] of queries that stand where the key is. The mean over all distances, which the moments
+        after the rotary embedding would give, erred more when it was tried: what is attended to most is near."""
         rows = self._artifact.tensor("reservoir", layer.index, "key_post").double()
-        quantity = "query_pre" if len(angles) else "query_post"
+        second = self._second(layer, "query_pre" if len(angles) else "query_post")
+        rotated = 2 * len(angles)
+        if rotated:  # YaRN and the like make what they rotate longer, keys and queries; of queries that was undone
+            both = (self._second(layer, "query_post"), second)
+            after, before = (matrix.diagonal(dim1=1, dim2=2)[:, :rotated].sum() for matrix in both)
+            longer = second.new_ones(second.shape[-1])
+            longer[:rotated] = (after / before.clamp_min(torch.finfo(before.dtype).tiny)).sqrt()
+            if not torch.allclose(longer, torch.ones_like(longer), rtol=1e-3):
+                second = longer.unsqueeze(-1) * second * longer
+        return Rows(turned(rows[None], angles, self._position, back=True)[0], layer.scaling**2 * second)
+
+    def _second(self, layer: Layer, quantity: str) -> Tensor:
+        """[Hkv, D, D] second moments."""
         mean, covariance = (
             self._artifact.finite("moments", layer.index, f"{quantity}.{part}") for part in ("mean", "covariance")
         )
-        second = covariance + mean.unsqueeze(-1) * mean.unsqueeze(-2)
-        return Rows(turned(rows[None], angles, self._position, back=True)[0], layer.scaling**2 * second)
+        return covariance + mean.unsqueeze(-1) * mean.unsqueeze(-2)
 
     def _values(self, layer: Layer) -> Rows:
         rows = self._artifact.tensor("reservoir", layer.index, "value").double()

@@ -48,6 +48,8 @@ def xcla(
     Raises:
         KvcalError: settings that no codes have, or an artifact without a reservoir to fit them to.
     """
+    if isinstance(memory, bool) or not 0 < memory <= 1:
+        raise KvcalError(f"memory {memory}: give a fraction above 0, of at most 1")
     groups = groups_of(artifact, group)
     sampled = [GroupSample(artifact, layers, angles) for layers in groups]
     full = sum(_full(layer) for layers in groups for layer in layers)
@@ -61,7 +63,7 @@ def xcla(
 
     least, most = -10.0, 1.0
     with one_thread():
-        best, share = fitted(10**most)
+        best, share = fitted(float("inf"))
         if share > memory:
             raise KvcalError(f"memory {memory}: the least that codes take here is {share:.3f}: give at least as much")
         for done in range(_ROUNDS):
@@ -93,7 +95,7 @@ def groups_of(artifact: Artifact, group: int) -> list[list[Layer]]:
     Raises:
         KvcalError: there is nothing to fit, or to fit to.
     """
-    if group < 1:
+    if type(group) is not int or group < 1:
         raise KvcalError(f"group {group}: give at least 1 layer")
     reservoir = artifact.stages.get("reservoir")
     tokens = len(reservoir.tensors["token"]) if reservoir else 0

@@ -9,7 +9,7 @@ import click
 from ...artifacts import KvcalError
 from ..recipe import Recipe, Section, unknown
 
-STAGES = ("cluster", "share", "plan", "evaluate")
+STAGES = ("cluster", "xcla", "share", "plan", "evaluate")
 LISTS = {"method", "rank", "keep", "tasks", "lengths"}
 """Options whose text is a comma list; in a recipe they may be YAML lists or numbers, too."""
 _NOT_IN_RECIPES = {"help", "json", "resume"}

@@ -24,8 +24,9 @@ from ..kv.pages import LayerCache
 
 STAGE = "xcla"
 BITS = (8, 4, 2)
-"""Of a coefficient, those of the most important ones first."""
+"""Bits of a coefficient: of the most important ones, of the next, of the last."""
 SCALE_BYTES = 2
+"""A float16 scale for the coefficients of as many bits."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,11 @@ def code_bytes(counts: Sequence[int]) -> int:
     return sum(count // fields_of(bits) + SCALE_BYTES for count, bits in used)
 
 
+KINDS = ("key", "value")
+KEPT = ("key", "key_scale", "value", "value_scale")
+"""Names of token buffers: codes, and their scales."""
 Kept = Mapping[str, Tensor]
 """What is kept of tokens in one layer, by the names in KEPT: [B, Hkv, T, …]."""
-KEPT = ("key", "key_scale", "value", "value_scale")
-KINDS = ("key", "value")
 
 
 class GroupCode:
@@ -126,20 +128,27 @@ class GroupCode:
             self._on[device] = GroupCode(layers, self.angles.to(device))
         return self._on[device]
 
-    def encode(self, key: Tensor, value: Tensor, position: Tensor, earlier: Sequence[Kept] | None) -> dict[str, Tensor]:
+    def encode(self, key: Tensor, value: Tensor, position: Tensor, earlier: Sequence[Kept]) -> dict[str, Tensor]:
         """What is kept of keys [B, Hkv, T, D] and values [B, Hkv, T, Dv].
 
         Args:
             position: [T] or [B, T] int64.
-            earlier: what the group's earlier layers keep of the same tokens; None: their coefficients are all 0.
+            earlier: what the group's earlier layers keep of the same tokens.
         """
         rows = {"key": turned(key.float(), self.angles, position, back=True), "value": value.float()}
         kept: dict[str, Tensor] = {}
         for kind in KINDS:
-            told = rows[kind].new_zeros(*rows[kind].shape[:3], self.own[kind].told)
-            if earlier is not None:
-                told = self._coefficients(kind, earlier, told)
+            told = self._coefficients(kind, earlier, rows[kind])
             kept[kind], kept[f"{kind}_scale"] = self.own[kind].encode(rows[kind], told)
+        return kept
+
+    def empty(self, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+        """What is kept of no tokens, whose keys are [B, Hkv, 0, D]."""
+        assert not key.shape[2], "tokens are kept relative to those of the group's earlier layers"
+        kept: dict[str, Tensor] = {}
+        for kind, rows in (("key", key), ("value", value)):
+            told = rows.new_zeros(*rows.shape[:3], self.own[kind].told, dtype=torch.float32)
+            kept[kind], kept[f"{kind}_scale"] = self.own[kind].encode(rows, told)
         return kept
 
     def restore(self, kept: Sequence[Kept], position: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +186,7 @@ class GroupCode:
 
     @property
     def map_numbers(self) -> int:
-        """Numbers of the maps that restore keys and values."""
+        """Numbers of this layer's maps back to keys and values."""
         return sum(code.offset.numel() + code.back.numel() for code in self.own.values())
 
 

@@ -32,13 +32,24 @@ class GroupStore(Store):
     def prefill(
         self, query: Tensor, key: Tensor, value: Tensor, spec: SoftmaxSpec, valid: Tensor | None = None
     ) -> Tensor:
-        """As of `Store`, with the new tokens' keys and values as they came: what is kept of them is for later."""
+        """As of `Store`, with keys and values as they came of the new tokens, and of the last ones before them."""
+        before = self.lengths_of(len(key))
         places = self._take_rows(key, value, valid)
-        rows = self.policy.keys_values(self.cache())
+        if any(before):
+            rows = self.policy.keys_values(self.cache())
+            self.recent.over_all(rows, torch.tensor(before, device=key.device))
+        else:
+            longest = max(self.lengths)
+            rows = (
+                key.new_zeros(*key.shape[:2], longest, key.shape[3]),
+                value.new_zeros(*value.shape[:2], longest, value.shape[3]),
+            )
         for restored, new in zip(rows, (key, value), strict=True):
             places.put(restored, new)
-        rows = rows[0].to(query.dtype), rows[1].to(query.dtype)
-        return causal_attention(query, *rows, spec, self._visible(query, valid))
+        self._keep_recent(key, value, places)
+        return causal_attention(
+            query, rows[0].to(query.dtype), rows[1].to(query.dtype), spec, self._visible(query, valid)
+        )
 
     def take(
         self,
@@ -48,10 +59,18 @@ class GroupStore(Store):
         received: Tensor | None = None,
         observed: LastQueries | None = None,
     ) -> None:
-        self._take_rows(key, value, valid)
+        self._keep_recent(key, value, self._take_rows(key, value, valid))
 
     def append(self, key: Tensor, value: Tensor, valid: Tensor | None = None, revocable: bool = False) -> None:
-        self._take_rows(key, value, valid)
+        seen = self.seen
+        try:
+            places = self._take_rows(key, value, valid)
+        except BaseException:  # also Ctrl-C: the token has not come
+            if self.seen > seen:
+                self._retreat(1)
+                self._lengths_changed()
+            raise
+        self._keep_recent(key, value, places)
 
     def _take_rows(self, key: Tensor, value: Tensor, valid: Tensor | None) -> Places:
         """Take in T tokens; returns where they lie."""
@@ -68,14 +87,18 @@ class GroupStore(Store):
             for other in others
         ]
         new = self.policy.encode_after(key, value, places.positions(tokens, key.device), earlier)
-        self.recent.put(key, value, places)
         self._take(new, valid)
         return places
+
+    def _keep_recent(self, key: Tensor, value: Tensor, places: Places) -> None:
+        if not self.recent.rows:
+            self.buffers.moved()  # what a step sees tells their widths, too
+        self.recent.put(key, value, places)
 
     # What a step sees, and what is held
 
     def cache(self) -> LayerCache:
-        earlier = tuple(store.cache() for store in self.earlier())
+        earlier = tuple(Store.cache(store) for store in self.earlier())  # codes alone, not what these follow
         return dataclasses.replace(super().cache(), earlier=earlier, recent=self.recent)
 
     def _built(self) -> Mapping[str, Tensor]:

@@ -136,6 +136,6 @@ def check_methods(groups: SharingMap, methods: Mapping[int, Method], bases: Mapp
 
 def with_bases(artifact: Artifact, bases: Mapping[str, Tensor]) -> Artifact:
     """The artifact for layers that share keys: with these bases, without what was fitted to other keys."""
-    fitted = ("moments", "pca", "score", "clusters", "codebook", "reservoir")
+    fitted = ("moments", "pca", "score", "clusters", "codebook", "reservoir", "xcla")
     stages = {name: stage for name, stage in artifact.stages.items() if name not in fitted}
     return dataclasses.replace(artifact, stages={**stages, "pca": Stage(bases)})

@@ -49,7 +49,8 @@ class RecentRows:
             lengths: [B] tokens of each sequence.
         """
         first = (lengths.long() - self.count).clamp_min(0).unsqueeze(1)
-        sequence, slot = (self.position >= first).nonzero(as_tuple=True)
+        held = (self.position >= first) & (self.position < lengths.unsqueeze(1))
+        sequence, slot = held.nonzero(as_tuple=True)
         for name, every in zip(NAMES, rows, strict=True):
             every[sequence, :, self.position[sequence, slot]] = self.rows[name][sequence, :, slot].to(every.dtype)
 
@@ -66,10 +67,15 @@ class RecentRows:
 
     def crop(self, lengths: Sequence[int]) -> None:
         """Forget tokens beyond these lengths."""
+        if not self.rows:
+            return
         gone = self.position >= torch.tensor(lengths, device=self.position.device).unsqueeze(1)
         self.position.masked_fill_(gone, -1)
 
     def reorder(self, order: Tensor) -> None:
+        """Keep the sequences `order` [B'], repeats allowed."""
+        if not self.rows:
+            return
         order = order.to(self.position.device)
         self.rows = {name: rows.index_select(0, order) for name, rows in self.rows.items()}
         self.position = self.position.index_select(0, order)
@@ -95,5 +101,5 @@ class RecentRows:
         require(POSITION, own | (position == -1), "the token in this slot among the last, or -1")
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        self.rows = {name: state[name] for name in NAMES}
-        self.position = state[POSITION]
+        self.rows = {name: state[name].clone() for name in NAMES}
+        self.position = state[POSITION].clone()

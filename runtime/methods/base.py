@@ -244,13 +244,13 @@ class Policy(ABC):
     def encode_after(
         self, key: Tensor, value: Tensor, position: Tensor, earlier: Sequence[Mapping[str, Tensor]]
     ) -> Mapping[str, Tensor]:
-        """As `encode`, for policies that are `grouped`.
+        """As `encode`, for policies that are `grouped`, whose `encode` tells the shapes of no tokens alone.
 
         Args:
             position: [T] or [B, T] int64, of the tokens in their sequences.
             earlier: what each of the layers `earlier` keeps of the same tokens.
         """
-        return self.encode(key, value)
+        raise NotImplementedError
 
     def keys_values(self, cache: LayerCache) -> tuple[Tensor, Tensor]:
         """(keys [B, Hkv, longest, D], values) of every token held, decoded where they are kept in fewer bits."""

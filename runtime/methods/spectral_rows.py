@@ -19,7 +19,7 @@ from .base import Reading, Selected, Widths
 from .codewords import Codewords
 from .scanning import Scan
 from .spectral import ByName, Spectral, SpectralPolicy, normalised
-from .xcla import bytes_of_all
+from .xcla import bytes_of_all, recent_bytes
 
 
 class GroupedRows(SpectralPolicy):
@@ -31,20 +31,18 @@ class GroupedRows(SpectralPolicy):
         self.recent_rows = settings.recent
 
     def encode(self, key: Tensor, value: Tensor) -> Mapping[str, Tensor]:
-        """Of tokens that a sequence begins with, of which the earlier layers tell nothing."""
-        return self._encode(key, value, torch.arange(key.shape[2], device=key.device), None)
+        """Of no tokens: what is kept of tokens is told by `encode_after`."""
+        return {**self._chosen_by(key, value), **self.code.on(key.device).empty(key, value)}
 
     def encode_after(
         self, key: Tensor, value: Tensor, position: Tensor, earlier: Sequence[Kept]
     ) -> Mapping[str, Tensor]:
-        return self._encode(key, value, position, earlier)
+        kept = self.code.on(key.device).encode(key, value, position, earlier)
+        return {**self._chosen_by(key, value), **kept}
 
-    def _encode(
-        self, key: Tensor, value: Tensor, position: Tensor, earlier: Sequence[Kept] | None
-    ) -> dict[str, Tensor]:
-        tables = self.codewords.on(key.device)
-        kept = encode_tokens(key, value, tables, self.settings.bits, coded=False)
-        return {**kept, **self.code.on(key.device).encode(key, value, position, earlier)}
+    def _chosen_by(self, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+        """The codes that tokens are chosen by."""
+        return encode_tokens(key, value, self.codewords.on(key.device), self.settings.bits, coded=False)
 
     def summarise(self, page: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return {}
@@ -80,7 +78,7 @@ class GroupedRows(SpectralPolicy):
 
     def selection_bytes(self, reading: Reading) -> int:
         token = sum(reading.widths[name] for name in ("codeword", "code", "scale"))
-        return reading.heads * reading.tokens() * token
+        return reading.heads * reading.tokens() * token + recent_bytes(self.recent_rows, reading)
 
     def dense_bytes(self, reading: Reading) -> int:
         return bytes_of_all(self.code, self.recent_rows, reading)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ...artifacts import Artifact, KvcalError
@@ -60,8 +59,8 @@ class XclaPolicy(Policy):
         self.fitted_to = len(key), key.shape[-1], value.shape[-1]
 
     def encode(self, key: Tensor, value: Tensor) -> dict[str, Tensor]:
-        """Of tokens that a sequence begins with, of which the earlier layers tell nothing."""
-        return self.code.on(key.device).encode(key, value, torch.arange(key.shape[2], device=key.device), None)
+        """Of no tokens: what is kept of tokens is told by `encode_after`."""
+        return self.code.on(key.device).empty(key, value)
 
     def encode_after(self, key: Tensor, value: Tensor, position: Tensor, earlier: Sequence[Kept]) -> dict[str, Tensor]:
         return self.code.on(key.device).encode(key, value, position, earlier)
@@ -82,6 +81,11 @@ class XclaPolicy(Policy):
 
 def bytes_of_all(code: GroupCode, recent: int, reading: Reading) -> int:
     """Bytes of a step that restores every token: codes, the last rows as they came, maps in 16 bits."""
-    rows = int(reading.metadata.seq_lens.clamp(max=recent).sum())
+    codes = reading.heads * reading.tokens() * code.nbytes
+    return codes + recent_bytes(recent, reading) + 2 * code.map_numbers
+
+
+def recent_bytes(recent: int, reading: Reading) -> int:
+    """Bytes of the last `recent` keys and values of every sequence, as they came."""
     row = reading.widths["recent_key"] + reading.widths["recent_value"]
-    return reading.heads * (reading.tokens() * code.nbytes + rows * row) + 2 * code.map_numbers
+    return reading.heads * int(reading.metadata.seq_lens.clamp(max=recent).sum()) * row

@@ -76,7 +76,7 @@ def test_the_metric_says_what_an_error_costs() -> None:
     assert seen > 0.999
 
 
-@pytest.mark.parametrize("level", [1e-4, 1e-2, 0.1, 1.0])
+@pytest.mark.parametrize("level", [1e-5, 1e-4, 1e-3, 1e-2])
 @pytest.mark.parametrize("falls", [0.5, 0.8, 0.95])
 def test_no_other_share_of_the_bits_loses_less(level: float, falls: float) -> None:
     """Of all ways to give 8, 4 and 2 bits to coefficients in steps of 8, none of as few bits loses less, but for the
@@ -96,7 +96,7 @@ def test_no_other_share_of_the_bits_loses_less(level: float, falls: float) -> No
     steps = range(0, dims + 1, 8)
     others = (counts for counts in itertools.product(steps, repeat=3) if 0 < sum(counts) <= dims)
     best = min(lost(counts) for counts in others if size(counts) <= size(found))
-    assert lost(found) <= 1.35 * best + 8 * level
+    assert lost(found) <= 1.35 * best + 8 * level < 0.3 * float(spectrum.sum())
 
 
 def test_bits_are_multiples_that_bytes_hold() -> None:

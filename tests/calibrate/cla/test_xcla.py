@@ -45,6 +45,20 @@ def test_angles_are_the_models(name: str) -> None:
     assert any(len(of) == len(angles) and torch.allclose(of.double(), angles, rtol=1e-5) for of in known)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_angles_are_found_in_what_16_bits_leave(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a block of 8192 tokens and 64 planes; cos and sin rounded as a model of 16 bits hands them over."""
+    from kvcal.calibrate.cla import rotation
+
+    expected = 10000.0 ** -(torch.arange(64, dtype=torch.float64) / 64)
+    angle = torch.arange(8192, dtype=torch.float64).unsqueeze(1) * expected
+    given = tuple(part.repeat(1, 2).to(dtype).float() for part in (angle.cos(), angle.sin()))
+    monkeypatch.setattr(rotation, "block_rotation", lambda *ignored: given)
+    found = angles_of(calibrated()[1], None)
+    off = 8191 * (found - expected).abs()
+    assert off.max() < 0.02
+
+
 def test_models_without_a_rotation_have_no_angles() -> None:
     model, found = calibrated("gpt2")
     assert len(angles_of(found, model)) == 0
@@ -116,7 +130,9 @@ def test_a_rotation_that_is_not_even_is_refused(monkeypatch: pytest.MonkeyPatch)
 
     model, found = calibrated()
     angle = torch.arange(64).unsqueeze(1) ** 1.5 * torch.logspace(0, -2, 8)
-    monkeypatch.setattr(rotation, "block_rotation", lambda *of: (angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)))
+    monkeypatch.setattr(
+        rotation, "block_rotation", lambda *ignored: (angle.cos().repeat(1, 2), angle.sin().repeat(1, 2))
+    )
     with pytest.raises(KvcalError, match="does not turn by the same angle at every position"):
         angles_of(found, model)
 

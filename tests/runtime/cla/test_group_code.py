@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -122,6 +123,78 @@ def test_a_layer_reads_the_codes_of_those_before_it() -> None:
     held = grouped.stores[1]
     own = [*(buffer.tensor for buffer in held.tokens.values()), *held.recent.state().values()]
     assert held.resident_bytes() == sum(tensor.nbytes for tensor in own), "and holds its own alone"
+
+
+def test_a_long_group_reads_every_layer_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those that each of its layers follows, again and again."""
+    from kvcal.runtime.cla.group_store import GroupStore
+    from kvcal.runtime.methods.xcla import XclaPolicy
+    from kvcal.runtime.store import Store
+
+    code, stores, asked = group(12, level=0.3), [], []
+    for layer in range(12):
+        store = GroupStore(XclaPolicy(GroupCode(code.layers[: layer + 1], ANGLES), range(layer), 2))
+        store.earlier = lambda upto=layer: stores[:upto]
+        store.take(random(2, HEADS, 9, DIM).float(), random(2, HEADS, 9, VALUE_DIM).float())
+        stores.append(store)
+    own = Store.cache
+    monkeypatch.setattr(Store, "cache", lambda store: asked.append(store) or own(store))
+    stores[-1].cache()
+    assert len(asked) == 12
+
+
+def test_what_is_cropped_to_nothing_goes_on() -> None:
+    """Beams of it, too, and its copy."""
+    _, grouped = caches()
+    grouped.crop(-grouped.get_seq_length())
+    for cache in (grouped, copy.deepcopy(grouped)):
+        cache.batch_repeat_interleave(2)
+        fresh = CompressedCache(model(), artifact(), "xcla")
+        ids = torch.cat([random_ids(7, seed=row) for row in range(6)])
+        with torch.no_grad():
+            found, expected = (model()(ids, past_key_values=each, use_cache=True).logits for each in (cache, fresh))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_second_turn_reads_the_last_rows_of_the_first_as_they_came() -> None:
+    """Though its own tokens have taken their place by then."""
+    code = group(1, level=1e9)  # which has few bits
+    settings = {"recent": 5}
+    from kvcal.runtime.attention import SoftmaxSpec, causal_attention
+    from kvcal.runtime.cla.group_store import GroupStore
+    from kvcal.runtime.methods.xcla import XclaPolicy
+
+    store = GroupStore(XclaPolicy(code, (), settings["recent"]))
+    key, value = random(1, HEADS, 30, DIM).float(), random(1, HEADS, 30, VALUE_DIM, seed=1).float()
+    query, spec = random(1, 4, 30, DIM, seed=2).float(), SoftmaxSpec(0.25)
+    store.prefill(query[:, :, :20], key[:, :, :20], value[:, :, :20], spec)
+    found = store.prefill(query[:, :, 20:], key[:, :, 20:], value[:, :, 20:], spec)
+    position = torch.arange(15)
+    rows = code.restore([code.encode(key[:, :, :15], value[:, :, :15], position, [])], position)
+    read = [torch.cat((kept, came[:, :, 15:]), 2) for kept, came in zip(rows, (key, value), strict=True)]
+    expected = causal_attention(query[:, :, 20:], *read, spec, torch.arange(21, 31).unsqueeze(0))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (rows[0] - key[:, :, :15]).norm() > 0.2 * key[:, :, :15].norm()
+
+
+def test_a_token_that_fails_has_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by Ctrl-C: the store decodes on as if nothing had been."""
+    from kvcal.runtime.cla.group_store import GroupStore
+    from kvcal.runtime.kv.layer import LayerBuffers
+    from kvcal.runtime.methods.xcla import XclaPolicy
+
+    store = GroupStore(XclaPolicy(group(1), (), 2))
+    store.take(random(2, HEADS, 9, DIM).float(), random(2, HEADS, 9, VALUE_DIM).float())
+    before = {name: tensor.clone() for name, tensor in store.state().items()}
+
+    def interrupted(*ignored: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(LayerBuffers, "put", interrupted)
+        store.append(random(2, HEADS, 1, DIM).float(), random(2, HEADS, 1, VALUE_DIM).float())
+    after = store.state()
+    assert store.lengths == [9, 9] and all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_a_cache_that_is_reset_follows_the_new_stores() -> None:
