@@ -19,8 +19,8 @@ from kvcal.calibrate.evaluation.standard_errors import mean
 from kvcal.calibrate.planning.points import Problem
 from kvcal.runtime.cla.group_code import KINDS, code_bytes
 
-SIZES = (1, 2, 3, 6)
-MEMORIES = (0.25, 0.17, 0.125)
+SIZES = (1, 3)
+MEMORIES = (0.17,)
 HALVINGS = 10
 Code = Callable[[Sequence[Tensor]], list[Tensor]]
 """From rows [B, Hkv, T, D] of each layer of a group to the same as they come back."""

@@ -80,6 +80,7 @@ def fit_rows(layer: Rows, told: Tensor, weight: Tensor, level: float) -> Fit:
     for own, metric in zip(covariance, layer.metric, strict=True):
         turn, back = root_of(metric)
         values, vectors = torch.linalg.eigh(turn @ own @ turn)
+        vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()  # else they are arbitrary
         spectra.append(values.flip(0).clamp_min(0))
         downs.append(turn @ vectors.flip(1))
         ups.append(vectors.flip(1).mT @ back)

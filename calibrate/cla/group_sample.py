@@ -54,8 +54,11 @@ class GroupSample:
         return [self._keys(layer, angles) for layer, angles in zip(self._layers, self._angles, strict=True)]
 
     def _keys(self, layer: Layer, angles: Tensor) -> Rows:
-        """The metric is E[(q·Δk)²] of queries that stand where the key is. The mean over all distances, which the moments
-        after the rotary embedding would give, erred more when it was tried: what is attended to most is near."""
+        """The metric is E[(q·Δk)²] of queries that stand where the key is.
+
+        The mean over all distances, which the moments after the rotary embedding would give, erred more when it was
+        tried: what is attended to most is near.
+        """
         rows = self._artifact.tensor("reservoir", layer.index, "key_post").double()
         second = self._second(layer, "query_pre" if len(angles) else "query_post")
         rotated = 2 * len(angles)

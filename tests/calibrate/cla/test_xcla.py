@@ -130,9 +130,8 @@ def test_a_rotation_that_is_not_even_is_refused(monkeypatch: pytest.MonkeyPatch)
 
     model, found = calibrated()
     angle = torch.arange(64).unsqueeze(1) ** 1.5 * torch.logspace(0, -2, 8)
-    monkeypatch.setattr(
-        rotation, "block_rotation", lambda *ignored: (angle.cos().repeat(1, 2), angle.sin().repeat(1, 2))
-    )
+    uneven = tuple(part.repeat(1, 2) for part in (angle.cos(), angle.sin()))
+    monkeypatch.setattr(rotation, "block_rotation", lambda *ignored: uneven)
     with pytest.raises(KvcalError, match="does not turn by the same angle at every position"):
         angles_of(found, model)
 
