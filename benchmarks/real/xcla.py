@@ -7,7 +7,7 @@ from typing import Any
 from decoding import decode, text_and_passkey, whole
 from subjects import Bench
 
-CODES = ((3, 0.17), (1, 0.17), (3, 0.125), (1, 0.125), (3, 0.25))
+CODES = ((3, 0.17), (1, 0.17), (3, 0.125), (1, 0.125))
 """Layers of a group, and memory over that of 16-bit keys and values."""
 ALL: dict[str, Any] = {"method": "xcla"}
 CHOSEN: dict[str, Any] = {"method": "spectral", "rows": "xcla", "keep": 1 / 8, "rank": 0.5, "bits": 2}
