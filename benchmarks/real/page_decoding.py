@@ -226,10 +226,12 @@ def xcla(folder: Path, subject: Subject) -> str:
         path = folder / f"{subject.model}-xcla-{group}-{memory}.json"
         alone = row_of(folder / f"{subject.model}-xcla-1-{memory}.json", ALL)
         full = row_of(path, {"method": "full"})
-        assert full is None or read(path)["settings"]["dtype"] == "float32", "rows of `full` are counted half"
+        if full is None:
+            continue
+        assert read(path)["settings"]["dtype"] == "float32", "rows of `full` are counted half"
         for setting in (ALL, CHOSEN):
             row = row_of(path, setting)
-            if full is None or row is None:
+            if row is None:
                 continue
             tasks = list(full["scores"])
             compared = group > 1 and alone is not None and setting is ALL

@@ -17,7 +17,7 @@ def subject(module):
 
 
 def written(folder, part, *rows):
-    (folder / f"m-{part}.json").write_text(json.dumps({"settings": {}, "results": rows}))
+    (folder / f"m-{part}.json").write_text(json.dumps({"settings": {"dtype": "float32"}, "results": rows}))
 
 
 def test_trainings_are_shown_by_tokens_with_the_exponent_of_their_loss(module, tmp_path, subject):
