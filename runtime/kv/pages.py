@@ -6,7 +6,6 @@ what a method keeps beside them alike, so that what moves or shares pages moves 
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -176,7 +175,10 @@ class LayerCache:
 
     def at(self, metadata: DecodeMetadata) -> LayerCache:
         """The same buffers and the same block table, at another step."""
-        return dataclasses.replace(self, metadata=metadata)
+        return LayerCache(
+            self.pages, self.summaries, self.sums, metadata, self.offloaded, self.sequence_index, self.earlier,
+            self.recent, self._prepared,
+        )  # fmt: skip
 
     def prepared(self, name: Hashable, make: Callable[[], T]) -> T:
         """What `make` gives, called once as long as the buffers stand still: views of them, say."""

@@ -38,7 +38,9 @@ class Sequences:
         Raises:
             KvcalError: the batch has another size than before.
         """
-        lengths = self.lengths_of(batch)
+        lengths = self.lengths or [0] * batch
+        if len(lengths) != batch:
+            lengths = self.lengths_of(batch)  # which refuses it
         if self.valid is not None or valid is not None:
             past = self.valid if self.valid is not None else torch.ones(batch, self.seen).bool()
             new = valid if valid is not None else torch.ones(batch, tokens).bool()

@@ -198,7 +198,7 @@ HEAD = "recipe: 1\nmodel: demo\ndata: stdlib\n"
         (HEAD + "pca: {json: true}\n", "4: pca: no 'json' there"),
         (HEAD + "stages: cluster\n", "4: stages: expected a list"),
         (HEAD + "stages:\n- clutser\n", "5: stages: no 'clutser' there: did you mean cluster?"),
-        (HEAD + "stages:\n- pca\n", "5: stages: no 'pca' there: there are cluster, share, plan, evaluate"),
+        (HEAD + "stages:\n- pca\n", "5: stages: no 'pca' there: there are cluster, xcla, share, plan, evaluate"),
         (HEAD + "stages:\n- cluster: {}\n  share: {}\n", "5: stages: one name in each item"),
         (HEAD + "stages:\n- cluster: {metric: cosin}\n", "5: cluster.metric: 'cosin' is not one of"),
         (HEAD + "stages:\n- cluster: {plot: a.pdf}\n", "5: cluster.plot: a.pdf: give a name that ends in .png"),

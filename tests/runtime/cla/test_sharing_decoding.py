@@ -16,8 +16,8 @@ from kvcal.artifacts import KvcalError, Stage, fingerprint
 from kvcal.runtime import CompressedCache, SharingMap, compress, shared, sharing_of
 from kvcal.runtime.integration.cache import Blueprint
 
-KEEPING = [form for form in ALONE if small(form)["method"] != "spectral"]
-"""`spectral` is refused where layers share."""
+KEEPING = [form for form in ALONE if small(form)["method"] not in ("spectral", "xcla")]
+"""`spectral` and `xcla` are refused where layers share."""
 LOOKUP = {"prompt_lookup_num_tokens": 3, "use_cache": True}
 MAPS = ["0-1,2", "0-2"]
 WAYS = {
