@@ -54,7 +54,7 @@ def xcla_command(artifact: Path, model_spec: str, as_json: bool, **settings: Any
         print_json(report)
         return
     print_codes(report)
-    print_lines("", f"next: calibrate evaluate {artifact} --method xcla")
+    print_lines("", f"next: calibrate evaluate {artifact} --method xcla --data …")
 
 
 def print_codes(report: dict[str, Any]) -> None:
