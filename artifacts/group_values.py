@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +15,10 @@ PACKED = 4
 """Every count is a multiple of it: four coefficients of 2 bits fill a byte."""
 
 
-def check_group_codes(
-    where: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], layers: Sequence[Layer]
-) -> None:
+def check_group_codes(where: str, tensors: Mapping[str, Tensor], layers: Sequence[Layer]) -> None:
     """Raise ArtifactError for values that no codes of groups have."""
     bounded(where, "angles", tensors["angles"], -math.pi, math.pi, by_head=False)
     held = [layer for layer in layers if layer.index in indices_in(tensors)]
-    groups: dict[int, list[int]] = {}
     for layer in held:
         prefix = f"layers.{layer.index}."
         bounded(where, f"{prefix}told", tensors[f"{prefix}told"], most=1, by_head=False)
@@ -30,7 +26,6 @@ def check_group_codes(
         planes = len(tensors["angles"]) if layer.pre_rotary == "unrotate" else 0
         require_that(where, "angles", 2 * planes <= layer.head_dim, f"of {planes}", f"at most {layer.head_dim // 2}")
         earlier = _check_earlier(where, prefix, tensors, layer, held)
-        groups.setdefault((*earlier, layer.index)[0], []).append(layer.index)
         for kind, dims in (("key", layer.head_dim), ("value", layer.value_dim)):
             _check_counts(where, f"{prefix}{kind}.counts", tensors[f"{prefix}{kind}.counts"], dims)
             own = int(tensors[f"{prefix}{kind}.counts"].sum())
@@ -41,19 +36,6 @@ def check_group_codes(
                 require_that(where, f"{prefix}{kind}.{name}", fits, f"of {found.shape[dim]} coefficients", what)
                 bounded(where, f"{prefix}{kind}.{name}", found)
             bounded(where, f"{prefix}{kind}.offset", tensors[f"{prefix}{kind}.offset"])
-    stated = settings.get("groups")
-    require_that(where, "groups", stated == _text(groups), stated, f"{_text(groups)}, as the tensors `earlier` tell")
-
-
-def _text(groups: Mapping[int, Sequence[int]]) -> str:
-    """Groups by their first layers, in the form of the stage `cla`."""
-    runs = [
-        f"{group[0]}-{group[-1]}"
-        if len(group) > 1 and list(group) == list(range(group[0], group[-1] + 1))
-        else "+".join(map(str, group))
-        for group in groups.values()
-    ]
-    return ",".join(runs)
 
 
 def _check_earlier(

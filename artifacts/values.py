@@ -37,7 +37,7 @@ def check_values(where: str, stage: str, tensors: Tensors, settings: Mapping[str
     if stage == "reservoir":
         _check_tokens(where, tensors, artifact)
     if stage == "xcla":
-        check_group_codes(where, tensors, settings, artifact.layers)
+        check_group_codes(where, tensors, artifact.layers)
     held = indices_in(tensors)
     for layer in artifact.layers:
         if layer.index not in held:

@@ -70,7 +70,7 @@ def _group_codes(generator: torch.Generator, heads: int, dim: int, value_dim: in
         code = fit_group([Rows(rows, one)], weight, level=0.0)[0].code
         named = {"offset": code.offset, "basis": code.basis, "back": code.back, "counts": torch.tensor(code.counts)}
         tensors |= {f"layers.0.{kind}.{name}": tensor for name, tensor in named.items()}
-    return Stage(tensors, {"groups": "0"})
+    return Stage(tensors)
 
 
 def _moments(generator: torch.Generator, heads: int, dim: int, size: float) -> Moments:

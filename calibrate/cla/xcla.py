@@ -85,8 +85,7 @@ def xcla(
         for index in indices:
             tensors |= {f"layers.{index}.{name}": tensor for name, tensor in _tensors(best[index]).items()}
             tensors[f"layers.{index}.earlier"] = torch.tensor([other for other in indices if other < index]).long()
-    sharing = SharingMap(tuple(tuple(layer.index for layer in layers) for layers in groups))
-    return artifact.with_stage(STAGE, Stage(tensors, {"groups": str(sharing), "group": group, "memory": memory}))
+    return artifact.with_stage(STAGE, Stage(tensors, {"group": group, "memory": memory}))
 
 
 def groups_of(artifact: Artifact, group: int) -> list[list[Layer]]:
@@ -119,9 +118,10 @@ def xcla_report(artifact: Artifact) -> dict[str, Any]:
     """What the stage `xcla` holds.
 
     Returns:
-        {"settings", "memory": bytes of all codes over those of 16-bit keys and values, "read": bytes that a step reads
-        of a token over the same, "bytes_per_token": {"before", "after"}, "layers": [{"layer", "earlier", "memory", and
-        of "key" and "value" {"bits": {bits: coefficients}, "told", "lost": shares of their variance}}]}
+        {"settings", "groups": as in the stage `cla`, "memory": bytes of all codes over those of 16-bit keys and values,
+        "read": bytes that a step reads of a token over the same, "bytes_per_token": {"before", "after"}, "layers":
+        [{"layer", "earlier", "memory", and of "key" and "value" {"bits": {bits: coefficients}, "told", "lost": shares
+        of their variance}}]}
     """
     rows: list[dict[str, Any]] = []
     sizes: dict[int, int] = {}
@@ -145,10 +145,14 @@ def xcla_report(artifact: Artifact) -> dict[str, Any]:
                 },
             }
         )
+    followed = {index for row in rows for index in row["earlier"]}
     before = sum(map(_full, artifact.layers_in(STAGE)))
     read = sum(sizes[index] for row in rows for index in (*row["earlier"], row["layer"]))
     return {
         "settings": dict(artifact.stages[STAGE].settings),
+        "groups": str(
+            SharingMap(tuple((*row["earlier"], row["layer"]) for row in rows if row["layer"] not in followed))
+        ),
         "memory": sum(sizes.values()) / before,
         "read": read / before,
         "bytes_per_token": {"before": before, "after": sum(sizes.values())},

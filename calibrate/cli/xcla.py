@@ -73,7 +73,7 @@ def print_codes(report: dict[str, Any]) -> None:
         "memory: bytes of codes over those of 16-bit keys and values; 8, 4, 2 bits: how many coefficients have so many",
         "told: the share of the variance, weighted by the attention that tokens receive and as errors cost, that the "
         "coefficients of the group's earlier layers tell; lost: that does not come back",
-        f"groups {report['settings'].get('groups')}: {size['before']} → {size['after']} bytes per token "
+        f"groups {report['groups']}: {size['before']} → {size['after']} bytes per token "
         f"({report['memory']:.3f}); a step reads {report['read']:.3f} of what 16-bit keys and values take",
     )
 

@@ -11,8 +11,9 @@ from architectures import build
 
 from kvcal.artifacts import Artifact, ArtifactError, KvcalError, Stage, load, save
 from kvcal.calibrate.blocks import TokenBlocks
+from kvcal.calibrate.cla.group_sample import GroupSample
 from kvcal.calibrate.cla.rotation import angles_of
-from kvcal.calibrate.cla.xcla import xcla, xcla_report
+from kvcal.calibrate.cla.xcla import groups_of, xcla, xcla_report
 from kvcal.calibrate.one_pass import calibrate
 from kvcal.calibrate.verification import verify
 
@@ -66,6 +67,23 @@ def test_models_without_a_rotation_have_no_angles() -> None:
     assert report["memory"] <= 0.5
 
 
+def test_what_yarn_makes_longer_costs_more() -> None:
+    """Of keys as they are held, once more by the rotary module's own factor; queries were measured without it."""
+    model, found = calibrated("llama-yarn")
+    (factor,) = {
+        float(module.attention_scaling)
+        for module in model.modules()
+        if type(module).__name__.endswith("RotaryEmbedding")
+    }
+    (layer,) = groups_of(found, 1)[0]
+    (rows,) = GroupSample(found, [layer], angles_of(found, model))._rows("key")
+    moments = (found.tensor("moments", layer.index, f"query_pre.{part}") for part in ("mean", "covariance"))
+    mean, covariance = moments
+    second = covariance + mean.unsqueeze(-1) * mean.unsqueeze(-2)
+    assert factor > 1.01
+    torch.testing.assert_close(rows.metric, (layer.scaling * factor) ** 2 * second, rtol=1e-4, atol=1e-8)
+
+
 @pytest.mark.parametrize("memory", [0.25, 0.4, 0.6])
 @pytest.mark.parametrize("group", [1, 2, 3])
 def test_memory_is_what_was_asked_for(group: int, memory: float) -> None:
@@ -97,7 +115,7 @@ def test_more_memory_loses_less() -> None:
 def test_groups_are_of_layers_with_full_attention() -> None:
     model, found = calibrated("gemma3")  # one full layer between two that slide
     report = xcla_report(xcla(found, angles=angles_of(found, model), memory=0.5))
-    assert [layer["layer"] for layer in report["layers"]] == [1] and report["settings"]["groups"] == "1"
+    assert [layer["layer"] for layer in report["layers"]] == [1] and report["groups"] == "1"
 
 
 def test_the_same_again_is_the_same(coded: Artifact) -> None:

@@ -49,9 +49,9 @@ def test_rows_of_a_padded_batch_are_generated_as_if_alone(method, name):
             alone, alone_logits, _ = greedy(of, {"input_ids": inputs["input_ids"][row : row + 1, -length:]}, new=12)
             torch.testing.assert_close(logits[row : row + 1], alone_logits, **close(method))
             assert torch.equal(tokens[row, -12:], alone[0, -12:])
-    if method != "full":  # or nothing would be tested
+    if method not in ("full", "xcla"):  # or nothing would be tested; xcla has 8 bits here, and few in test_group_code
         _, dense, _ = greedy(of, inputs, new=12)
-        assert (dense - logits).abs().max() > (1e-6 if method == "xcla" else 2e-4)  # which has 8 bits here
+        assert (dense - logits).abs().max() > 2e-4
 
 
 @pytest.mark.parametrize("method", SMALL)
