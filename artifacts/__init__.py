@@ -1,7 +1,7 @@
 """Calibration artifacts: a folder with a manifest and one safetensors file per stage (docs/format.md)."""
 
 from .artifact import Artifact, Layer, ModelIdentity, Stage
-from .errors import ArtifactError, KvcalError, MismatchError
+from .errors import ArtifactError, KvcalError, MismatchError, MissingPackageError
 from .fingerprint import differences, fingerprint
 from .folder import load, save
 from .schema import QUANTITIES, SCHEMA_VERSION
@@ -15,6 +15,7 @@ __all__ = [
     "KvcalError",
     "Layer",
     "MismatchError",
+    "MissingPackageError",
     "ModelIdentity",
     "Stage",
     "differences",

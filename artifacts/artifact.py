@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .claims import MOST, bounded
 from .errors import ArtifactError
+from .pretrained import Pretrained
+from .shown import Shown
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Layer:
     """How pre-rotary tensors were obtained: "unrotate", "replay", or "none" when the layer has no rotary embedding."""
 
 
-@dataclass(frozen=True)
-class ModelIdentity:
+@dataclass(frozen=True, repr=False)
+class ModelIdentity(Shown):
     """Which model an artifact belongs to."""
 
     id: str
@@ -42,18 +44,25 @@ class ModelIdentity:
     weights_sha256: str
     """Over the weights actually loaded: see `weights_sha256()`."""
 
+    def facts(self) -> dict[str, str]:
+        revision = f"@{self.revision}" if self.revision else ""
+        return {"id": self.id + revision, "type": str(self.fingerprint.get("model_type"))}
 
-@dataclass(frozen=True)
-class Stage:
+
+@dataclass(frozen=True, repr=False)
+class Stage(Shown):
     """One stage's settings, what it measured in a few numbers, and its tensors."""
 
     tensors: Mapping[str, Tensor]
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    def facts(self) -> dict[str, str]:
+        return {"tensors": str(len(self.tensors)), "settings": str(dict(self.settings))}
 
-@dataclass(frozen=True)
-class Artifact:
-    """A calibration result. In memory after `calibrate()`, on disk after `save()`."""
+
+@dataclass(frozen=True, repr=False)
+class Artifact(Shown, Pretrained):
+    """A calibration result. In memory after `calibrate()`, on disk after `save_pretrained()`."""
 
     model: ModelIdentity
     layers: tuple[Layer, ...]
@@ -65,6 +74,16 @@ class Artifact:
     """Where it was loaded from or saved to."""
     content_hash: str | None = None
     """sha256 over the manifest, and through it over every tensor, of what is in `folder`; None before it is saved."""
+
+    def facts(self) -> dict[str, str]:
+        source = self.data.get("source", {})
+        return {
+            "of": self.model.id,
+            "text": f"{self.data.get('tokens_counted')} tokens of {source.get('id', 'text')}",
+            "layers": str(len(self.layers)),
+            "stages": " ".join(sorted(self.stages)),
+            "folder": str(self.folder) if self.folder else "none: not saved yet",
+        }
 
     def tensor(self, stage: str, layer: int, name: str) -> Tensor:
         """One tensor, e.g. `artifact.tensor("pca", 3, "key_post.components")`.

@@ -41,3 +41,7 @@ class ArtifactError(KvcalError):
 
 class MismatchError(KvcalError):
     """An artifact and a model that do not belong together."""
+
+
+class MissingPackageError(KvcalError, ImportError):
+    """A package that an extra of kvcal brings is not installed; the line that installs it is in the message."""

@@ -1,14 +1,8 @@
-"""`python -m kvcal.calibrate` and the console script `calibrate`."""
+"""The command line: `kvcal`, `calibrate` and `python -m kvcal` are this program."""
 
 from __future__ import annotations
 
 import sys
-
-_OF_THE_EXTRA = (
-    *("accelerate", "click", "datasets", "faiss", "huggingface_hub", "matplotlib", "numpy", "rich", "sklearn"),
-    *("threadpoolctl", "transformers", "yaml"),
-)
-"""What the command line imports by name."""
 
 
 def main() -> None:
@@ -17,13 +11,12 @@ def main() -> None:
 
         cli(prog_name="calibrate")
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _OF_THE_EXTRA:
+        from ..artifacts.packages import extra_of, missing
+
+        package = (error.name or "").partition(".")[0]
+        if extra_of(package) is None:
             raise
-        print(
-            f"Error: {error.name} is not installed: the command line needs the extra: pip install 'kvcal[calibrate]' "
-            "(or 'kvcal[gpu]')",
-            file=sys.stderr,
-        )
+        print(f"Error: {missing(package, 'run this command')}", file=sys.stderr)
         sys.exit(2)
 
 

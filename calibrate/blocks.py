@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..artifacts import KvcalError
+from ..artifacts.shown import Shown
 from ..artifacts.weights import update_digest
 from .chats import Chat
 from .documents import check_characters, each_document
@@ -22,8 +23,8 @@ from .text_files import Unfinished
 PIECE_CHARS = 100_000
 
 
-@dataclass(frozen=True)
-class TokenBlocks:
+@dataclass(frozen=True, repr=False)
+class TokenBlocks(Shown):
     """Token ids of N blocks of equal length, and which of them count."""
 
     ids: Tensor
@@ -34,6 +35,13 @@ class TokenBlocks:
     """[N, seq_len] bool: False at padding only."""
     source: dict[str, Any]
     """Where the text came from, as the manifest states it."""
+
+    def facts(self) -> dict[str, str]:
+        return {
+            "blocks": f"{len(self)} of {self.seq_len}",
+            "counted": f"{int(self.counted.sum())} tokens",
+            "of": str(self.source.get("id", "text")),
+        }
 
     def __len__(self) -> int:
         return self.ids.shape[0]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..artifacts.errors import KvcalError
+from ..artifacts.packages import require
 
 METRICS = ("cosine", "l2")
 SILHOUETTE_SAMPLE = 1000
@@ -144,6 +145,7 @@ def finite(tensor: Tensor, name: str, where: str = "") -> Tensor:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """One thread for torch, faiss, BLAS and scikit-learn inside the block; the former numbers return afterwards."""
+    require("faiss", "sklearn", "threadpoolctl", to="cluster keys")
     import faiss  # noqa: F401  (only libraries that are already loaded are limited)
     import sklearn.cluster  # noqa: F401
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # scikit-learn depends on it

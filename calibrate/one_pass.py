@@ -6,32 +6,36 @@ import dataclasses
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import artifacts
 from ..artifacts import Artifact, KvcalError, ModelIdentity, Stage, differences, fingerprint
 from ..artifacts.manifest import MANIFEST
+from ..artifacts.packages import require
 from ..artifacts.places import check_new_folder
 from ..artifacts.writing import has_content
-from ..runtime.wrapped import unwrapped
 from .blocks import TokenBlocks
 from .capture import check_capture
 from .checkpoint import Checkpoint, run_id
 from .codebook_stage import codebook
 from .distributed import SINGLE, World
 from .distributed.merging import join_heads, merge_tokens
+from .inputs import Named, TextNames, gather
 from .models import check_seq_len
 from .pass_loop import PassLoop, Progress, Saving
 from .placement import input_device, is_tensor_parallel, whole_weights_sha256
 from .statistics import StatisticsFitter
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 def calibrate(
     model: Any,
-    blocks: TokenBlocks,
+    data: TokenBlocks | TextNames,
     *,
     output: str | os.PathLike[str] | None = None,
-    model_id: str = "unnamed",
+    model_id: str | None = None,
     revision: str | None = None,
     centred: bool = True,
     reservoir: int = 4096,
@@ -43,45 +47,50 @@ def calibrate(
     progress: Progress | None = None,
     codebook_progress: Progress | None = None,
     world: World = SINGLE,
+    **named: Unpack[Named],
 ) -> Artifact:
-    """One pass of `model` over `blocks`: moments, PCA, score-optimal basis, the reservoir, and codebooks of it.
+    """One pass of a model over text: moments, PCA, score-optimal basis, the reservoir, and codebooks of it.
+
+        calibrate("smollm2-135m", "text/", num_tokens=65536).save_pretrained("smollm2-135m-text")
 
     Args:
-        model: a transformers decoder in eval mode, left as found.
+        model: by name (alias, Hub id, folder, GGUF file), or a transformers decoder in eval mode, left as found.
+        data: text by name (alias, file, folder, glob, Hub id, or a list of these), or the blocks of `make_blocks`.
         output: where the artifact is going to be saved; the pass keeps its checkpoint beside it
             (`OUTPUT.partial`) and finds it there with `resume`. None: no checkpoints.
-        model_id, revision: how the artifact names the model.
+        model_id, revision: how the artifact names the model; None: as it was found by name, else "unnamed".
         centred: PCA of the covariance; False: of the second moment.
         reservoir: tokens whose keys, queries and values are kept.
+        seed: of the reservoir's sample, and of the order of several files.
         checkpoint_every: seconds between checkpoints, more when saving takes long; 0: after every batch.
         checkpoint_blocks: also after so many blocks.
         progress, codebook_progress: called with what is done and what there is in all: blocks, then layers.
         world: the processes that share the work: batches are dealt to them in turn, or, of a tensor-parallel model,
             each has its heads in all batches. All call this alike and see the same file system.
+        named: how what is given by name is loaded and cut: device, dtype, tokenizer, split, text_column, num_tokens,
+            seq_len; see `inputs.Named`.
 
     Returns:
         The artifact in memory, the same on every rank, for `save` to write on rank 0; or the one at `output` when it
         is of this very run.
 
     Raises:
-        KvcalError: text longer than the model's context, NaN activations, an unsupported architecture,
-            an interrupted run in the way.
+        KvcalError: model or text not found, text longer than the model's context, NaN activations, an unsupported
+            architecture, an interrupted run in the way.
     """
-    if not isinstance(blocks, TokenBlocks):
-        raise KvcalError(f"blocks: a {type(blocks).__name__}: give what make_blocks(documents, tokenizer) makes")
-    model = unwrapped(model)
+    require("faiss", to="calibrate codebooks")  # after the pass: where it is missing, raise before
     if batch_size < 1:
         raise KvcalError(f"batch size {batch_size}: give at least 1")
     if checkpoint_blocks is not None and checkpoint_blocks < 1:
         raise KvcalError(f"a checkpoint every {checkpoint_blocks} blocks: give at least 1")
     if reservoir < 2:
         raise KvcalError(f"reservoir of {reservoir} tokens: give at least 2")
+    given = gather(model, data, named, seed)
+    model, blocks = given.model, given.blocks
     if model.training:
         raise KvcalError(
             "the model is in training mode, where dropout makes every run another: call model.eval() first"
         )
-    import faiss  # noqa: F401 (codebooks need it after the pass: where it is missing, raise before)
-
     check_capture(model)
     check_seq_len(blocks.seq_len, model.config)
     output = Path(output) if output is not None else None
@@ -89,8 +98,9 @@ def calibrate(
         check_output(output)
     if progress:
         progress(0, len(blocks))
-    identity = ModelIdentity(model_id, revision, fingerprint(model.config), whole_weights_sha256(model))
-    data = {
+    names = (model_id or given.id, revision or given.revision)
+    identity = ModelIdentity(*names, fingerprint(model.config), whole_weights_sha256(model))
+    text = {
         "content_sha256": blocks.content_hash,
         "blocks": len(blocks),
         "seq_len": blocks.seq_len,
@@ -104,9 +114,9 @@ def calibrate(
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": input_device(model).type,
     }
-    run = _agreed(world, run_id(dataclasses.asdict(identity), data, settings))
+    run = _agreed(world, run_id(dataclasses.asdict(identity), text, settings))
     if output is not None and world.agree(has_content(output)):
-        found = _same_run(output, identity, data, settings)
+        found = _same_run(output, identity, text, settings)
         if world.first:
             Checkpoint.beside(output, "").remove()  # a kill after saving may have left it
         return found
@@ -132,7 +142,7 @@ def calibrate(
     found = Artifact(
         model=identity,
         layers=tuple(layer for _, layer in sorted(statistics.layers.items())),
-        data={"source": blocks.source, **data},
+        data={"source": blocks.source, **text},
         settings=settings,
         versions=versions(),
         stages={name: Stage(stage_tensors) for name, stage_tensors in tensors.items()},

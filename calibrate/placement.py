@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..artifacts import KvcalError, weights_sha256
+from ..artifacts.packages import require
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -25,8 +25,7 @@ def device_map_options(device_map: str, max_memory: str | None, offload_folder: 
     """
     if device_map not in DEVICE_MAPS:
         raise KvcalError(f"unknown device map {device_map!r}: give one of {', '.join(DEVICE_MAPS)}")
-    if importlib.util.find_spec("accelerate") is None:
-        raise KvcalError(f"--device-map {device_map} needs accelerate: pip install accelerate")
+    require("accelerate", to=f"spread a model with --device-map {device_map}")
     options: dict[str, Any] = {"device_map": device_map, "offload_folder": offload_folder}
     if max_memory is not None:
         options["max_memory"] = _limits(max_memory)

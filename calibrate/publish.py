@@ -13,6 +13,7 @@ from typing import Any
 from ..artifacts import Artifact, KvcalError, load
 from ..artifacts.errors import one_line
 from ..artifacts.manifest import FILE_NAME, MANIFEST
+from ..artifacts.packages import require
 from ..artifacts.plain_files import read_plain
 from ..runtime import hub
 from ..runtime.planned import FILE as PLAN
@@ -57,6 +58,7 @@ def push(
         KvcalError: the artifact does not hold, no token, no permission, no network, or the Hub failed; no revision
             there is then incomplete.
     """
+    require("huggingface_hub", to="publish an artifact")
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
     artifact = load(folder)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifacts import KvcalError
+from ..artifacts.packages import require
 from ..runtime import hub
 from . import text_columns
 from .chats import Chat
@@ -166,6 +167,7 @@ def readable(label: str) -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep `datasets` from printing anything, and from requests that are not for what it loads."""
+    require("datasets", to="read this data")
     import datasets
 
     verbosity, bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()

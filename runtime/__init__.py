@@ -1,66 +1,40 @@
-"""From an artifact to attention. The core imports torch, safetensors and our own ground floor only; what needs
-transformers is loaded when it is first asked for."""
+"""From an artifact to attention: what a program that decodes needs.
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+Everything else has its place below: layers that share keys and values in `kvcal.runtime.cla`, a compressed cache
+without a `with` block (`enable`, `disable`) in `kvcal.runtime.integration`, the plugin of vLLM in
+`kvcal.runtime.engines`. The core imports torch, safetensors and our own ground floor only; what needs transformers is
+imported when it is first asked for.
+"""
 
-from ..artifacts import Artifact, ArtifactError, KvcalError, MismatchError
-from .cla.sharing_map import SharingMap
-from .decode import Decoded, decode
+from typing import TYPE_CHECKING
+
+from ..artifacts import Artifact, ArtifactError, KvcalError, MismatchError, MissingPackageError
+from ..artifacts.lazy import lazy_names
+from .decode import decode
 from .loading import check_model, load
 from .methods import METHODS
 from .sampling import Sampler
-from .store import Store
 
 if TYPE_CHECKING:
-    from .cla.checkpoint import load_cla
-    from .cla.folder import save_cla
-    from .cla.sharing import Sharing, share, shared, sharing_of
     from .integration.cache import CompressedCache
-    from .integration.contexts import compress, disable, enable, shared_for
-
-_WITH_TRANSFORMERS = {
-    "CompressedCache": "integration.cache",
-    "compress": "integration.contexts",
-    "disable": "integration.contexts",
-    "enable": "integration.contexts",
-    "load_cla": "cla.checkpoint",
-    "save_cla": "cla.folder",
-    "Sharing": "cla.sharing",
-    "share": "cla.sharing",
-    "shared": "cla.sharing",
-    "shared_for": "integration.contexts",
-    "sharing_of": "cla.sharing",
-}
+    from .integration.contexts import compress
 
 __all__ = [
     "METHODS",
     "Artifact",
     "ArtifactError",
     "CompressedCache",
-    "Decoded",
     "KvcalError",
     "MismatchError",
+    "MissingPackageError",
     "Sampler",
-    "Sharing",
-    "SharingMap",
-    "Store",
     "check_model",
     "compress",
     "decode",
-    "disable",
-    "enable",
     "load",
-    "load_cla",
-    "save_cla",
-    "share",
-    "shared",
-    "shared_for",
-    "sharing_of",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _WITH_TRANSFORMERS:
-        return getattr(import_module(f".{_WITH_TRANSFORMERS[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+    __getattr__, __dir__ = lazy_names(
+        __name__, {"CompressedCache": "integration.cache", "compress": "integration.contexts"}, __all__
+    )

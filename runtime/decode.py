@@ -9,17 +9,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..artifacts import Artifact, KvcalError
+from ..artifacts.shown import Shown
 from ..kernels import backend
 from .methods.amounts import check_count
 from .replay import Replay, State
 from .sampling import Sampler
+from .typed import DecodeSettings, MethodArgument
 from .wrapped import unwrapped
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 WITHOUT_NUMBA = (
     "numba is not installed: on this CPU attention runs in torch, which takes longer where much is held: "
@@ -29,8 +35,8 @@ CHECK_EVERY = 16
 """Steps between two looks at whether all rows have ended."""
 
 
-@dataclass(frozen=True)
-class Decoded:
+@dataclass(frozen=True, repr=False)
+class Decoded(Shown):
     tokens: Tensor
     """[B, prompt + new] int64; after a row's end of sequence, padding."""
     why_not_captured: str | None
@@ -39,13 +45,17 @@ class Decoded:
     """The CompressedCache, which holds all tokens but the last: give it to the next turn (of a model that shares keys
     and values as then, where the method was a `cla`)."""
 
+    def facts(self) -> dict[str, str]:
+        captured = self.why_not_captured or "in a CUDA graph"
+        return {"tokens": str(list(self.tokens.shape)), "captured": captured, "cache": repr(self.cache)}
+
 
 @torch.no_grad()
 def decode(
     model: Any,
     input_ids: Tensor,
     artifact: Artifact | None = None,
-    method: Any = None,
+    method: MethodArgument = None,
     *,
     max_new_tokens: int,
     attention_mask: Tensor | None = None,
@@ -54,7 +64,7 @@ def decode(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     graph: bool = True,
-    **settings: Any,
+    **settings: Unpack[DecodeSettings],
 ) -> Decoded:
     """Continue prompts as `generate()` does with the same cache.
 

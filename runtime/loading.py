@@ -17,6 +17,7 @@ from ..artifacts import (
     weights_sha256,
 )
 from ..artifacts.manifest import MANIFEST, read_manifest
+from ..artifacts.packages import missing
 from . import hub
 from .planned import FILE as PLAN
 from .wrapped import unwrapped
@@ -85,7 +86,7 @@ def _download(name: str, revision: str | None) -> Path:
         from huggingface_hub import constants, hf_hub_download, snapshot_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError:
-        raise ArtifactError(f"{name}: no such folder, and Hub ids need huggingface_hub: pip install it") from None
+        raise missing("huggingface_hub", f"find {name}, which is no folder here, on the Hub") from None
     found = hub.locate(name, "model", revision, _lacking)
     if found.folder is not None:
         return found.folder

@@ -10,7 +10,7 @@ import torch
 from architectures import ARCHITECTURES, HEAD_DIM, HEADS, build
 from compressed import traces
 
-from kvcal.runtime import SharingMap
+from kvcal.runtime.cla import SharingMap
 
 SHAREABLE = {
     "gemma2": {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},

@@ -10,7 +10,7 @@ from architectures import build
 
 from kvcal.calibrate.blocks import TokenBlocks
 from kvcal.calibrate.cla.uptraining import Uptrained, Uptraining, uptrain
-from kvcal.runtime import SharingMap
+from kvcal.runtime.cla import SharingMap
 
 GROUPS = SharingMap.parse("0-1,2")
 STEPS = 6

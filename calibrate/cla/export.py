@@ -24,7 +24,7 @@ others read them. {training}
 transformers alone would fill the projections that are not here with random numbers; load it with
 
 ```python
-from kvcal.runtime import load_cla
+from kvcal.runtime.cla import load_cla
 
 model = load_cla("THIS FOLDER")
 ```
@@ -42,7 +42,7 @@ with compress(model, method="full"):
 
 
 def export(artifact: Artifact, loaded: LoadedModel, folder: str | os.PathLike[str]) -> Path:
-    """Write config, tokenizer, the map and the weights of the shared model; `kvcal.runtime.load_cla` loads it.
+    """Write config, tokenizer, the map and the weights of the shared model; `kvcal.runtime.cla.load_cla` loads it.
 
     The weights are those that uptraining left in the stage `cla`, or pooled ones where there was none, in the model's
     dtype. The folder appears whole or not at all. Returns it.

@@ -24,7 +24,7 @@ from .output import json_option, print_json, print_lines, working
 @click.option("--dtype", default="auto", show_default=True, help="Of the weights: auto, float32, bfloat16 or float16.")
 @json_option
 def export_command(artifact: Path, model_spec: str, folder: Path, dtype: str, as_json: bool) -> None:
-    """Write a checkpoint of the shared model, which `kvcal.runtime.load_cla(FOLDER)` loads.
+    """Write a checkpoint of the shared model, which `kvcal.runtime.cla.load_cla(FOLDER)` loads.
 
     \b
     Example:
@@ -51,4 +51,4 @@ def export_command(artifact: Path, model_spec: str, folder: Path, dtype: str, as
         print_json({"folder": str(written), "groups": groups, "bytes": size, "uptrained": uptrained})
         return
     print_lines(f"{written}: groups {groups}, {'uptrained' if uptrained else 'not uptrained'}, {size / 1e6:.1f} MB")
-    print_lines("", "load it with", "  from kvcal.runtime import load_cla", f"  model = load_cla({str(written)!r})")
+    print_lines("", "load it with", "  from kvcal.runtime.cla import load_cla", f"  model = load_cla({str(written)!r})")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +7,12 @@ import click
 
 from ...artifacts import load
 from ...artifacts.places import check_new_file
-from ...artifacts.writing import write_atomically
 from .data_options import data_options, say_left
 from .evaluation_lines import say_calibration_text, say_short_blocks
 from .loading import load_calibrated
-from .output import NewFile, json_option, print_json, say, working
+from .output import NewFile, json_option, print_json, progress_bar, say, working
 from .plan_table import print_plan, say_warnings
-from .plan_work import make_plan, open_kept
+from .plan_work import open_kept
 from .prompt_options import words
 
 BYTES = 0.0625
@@ -120,6 +118,7 @@ def plan_command(
     from ..planning import floor
     from ..planning.body import plan_body
     from ..planning.kept import beside
+    from ..planning.make import Reporting, make, write_plan
     from ..planning.prompts import QUESTIONS
     from ..planning.settings import check_fitted, check_method
     from ..planning.subject import Subject
@@ -163,7 +162,7 @@ def plan_command(
     check_lengths(prompts, loaded.model)
     kept = open_kept(beside(path), found, loaded, prompts, windows=windows, batch_size=batch_size)
     subject = Subject(loaded.model, found, loaded.tokenizer, batch_size, kept)
-    made = make_plan(subject, prompts, method, windows, budget, quality)
+    made = make(subject, prompts, method, windows, budget, quality, Reporting(working, progress_bar, say))
     say_calibration_text(found, prompts.source)
     say_short_blocks(found, prompts, [{"method": method}])
     how = {
@@ -182,7 +181,7 @@ def plan_command(
     body = plan_body(made, how)
     if output is None and has_plan(found):
         say(f"{path}: replaces the plan that was there")
-    write_atomically(path, (json.dumps(body, indent=1) + "\n").encode())
+    write_plan(path, body)
     say_warnings(body)
     if as_json:
         print_json(body)

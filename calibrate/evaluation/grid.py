@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from ...artifacts import Artifact, KvcalError
-from ...runtime import METHODS, CompressedCache, shared_for
+from ...runtime import METHODS, CompressedCache
 from ...runtime.cla.method import Cla, split_method
+from ...runtime.integration.contexts import shared_for
 from ...runtime.planned import NAME as PLAN
 
 Value = bool | int | float | str | None

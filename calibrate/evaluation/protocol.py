@@ -26,7 +26,7 @@ from .prefilled import DECODED, PREFILLED, QUESTIONS, prefill
 from .progress_report import Progress, ProgressReport
 from .prompts import Prompts
 from .results import Results
-from .rows import result_row
+from .rows import Rows, result_row
 from .schedule import Part
 
 
@@ -43,7 +43,7 @@ def evaluate(
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
     world: World = SINGLE,
-) -> list[dict[str, Any]]:
+) -> Rows:
     """Measure every setting on every prompt.
 
     Args:
@@ -108,7 +108,7 @@ def evaluate(
     if world.first:
         results.write()
         results.remove_shares()
-    return [row for row in map(results.row, grid) if row is not None]
+    return Rows(row for row in map(results.row, grid) if row is not None)
 
 
 def _share(work: Sequence[tuple[Batch, Setting]], world: World) -> list[tuple[Batch, list[Setting]]]:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...artifacts.shown import html_table, short
 from . import standard_errors
 from .measurements import PERPLEXITY, Batch, Measured
 from .prompts import Prompts
@@ -34,6 +35,26 @@ MEASURED = (
 """Keys of a row of the results that are not parameters of its method."""
 LOW = 0.9
 """A score of `full` below which a task says little about methods: much of what they miss the model does not know."""
+
+
+class Rows(list[dict[str, Any]]):
+    """Rows of one evaluation, `full` first: a list, shown in a line, and as a table in a notebook."""
+
+    def __repr__(self) -> str:
+        return f"Rows({len(self)}: {short(', '.join(map(_setting_of, self)))})"
+
+    def _repr_html_(self) -> str:
+        tasks = list(dict.fromkeys(task for row in self for task in row.get("scores") or {}))
+        header = ["setting", "bytes read / full", "bytes held / full", "perplexity / full", *tasks]
+        return html_table(header, [[*self._compared(row), *(_score_of(row, task) for task in tasks)] for row in self])
+
+    def _compared(self, row: Mapping[str, Any]) -> list[str]:
+        shares = [
+            f"{row[name] / self[0][name]:.3f}" if row.get(name) and self[0].get(name) else "–"
+            for name in ("bytes_per_step", "resident_bytes")
+        ]
+        ratio = _with_error(row.get("perplexity_ratio"), row.get("perplexity_ratio_se"))
+        return [_setting_of(row), *shares, ratio]
 
 
 def result_row(
@@ -142,3 +163,16 @@ def _costs(batches: Sequence[Measured]) -> dict[str, Any]:
     }
     hits, needed = (sum(batch.device_hits[which] for batch in batches) for which in (0, 1))
     return row | ({"hit_rate": hits / needed} if needed else {})
+
+
+def _setting_of(row: Mapping[str, Any]) -> str:
+    parameters = (f"{name} {value}" for name, value in row.items() if name not in (*MEASURED, "method"))
+    return " ".join([str(row.get("method")), *parameters])
+
+
+def _score_of(row: Mapping[str, Any], task: str) -> str:
+    return _with_error((row.get("scores") or {}).get(task), (row.get("scores_se") or {}).get(task))
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from ...artifacts import KvcalError
+from ...artifacts.packages import require
+from ...artifacts.shown import Shown
 from ...runtime import hub
 from ...runtime.cla.file import NAME as CLA_FILE
 from . import aliases
@@ -25,14 +27,18 @@ _ENTRANCES = ("transformers.models.auto.", "transformers.modeling_utils", "trans
 """Modules that would raise for wrong arguments of ours."""
 
 
-@dataclass(frozen=True)
-class LoadedModel:
+@dataclass(frozen=True, repr=False)
+class LoadedModel(Shown):
     model: Any
     """In eval mode, without gradients."""
     tokenizer: Any
     source: ModelSource
     exact: bool = False
     """It has its checkpoint's numbers, none of them rounded; False: some are, or that is not known."""
+
+    def facts(self) -> dict[str, str]:
+        dtype, device = str(self.model.dtype).removeprefix("torch."), str(self.model.device)
+        return {"id": self.source.id, "type": type(self.model).__name__, "dtype": dtype, "device": device}
 
 
 def load_model(
@@ -55,6 +61,7 @@ def load_model(
     Raises:
         KvcalError: not found, not loadable, or no such device or dtype.
     """
+    require("transformers", to="load a model")
     where = _device(device)
     if dtype != "auto" and dtype not in _DTYPES:
         raise KvcalError(f"unknown dtype {dtype!r}: give auto, {', '.join(_DTYPES)}")

@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from ..methods import KEEPING, Method
 from ..planned import chosen, naming
 from ..settings import builders, describe, methods_by_layer, name_of
 from ..store import Store
+from ..typed import MethodArgument, Settings
 from ..wrapped import unwrapped
 from .attachment import attach
 from .layer import Call, CompressedLayer, Observer, full_attention_layers
@@ -33,6 +34,9 @@ from .routing import kind
 from .snapshot import damaged, read_snapshot, write_snapshot
 from .stock import restore_stock, stock_state
 from .support import attention_layers
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,13 @@ class CompressedCache(DynamicCache):
     one token on a cache that is not empty is a decoded step. Layers with a sliding window stay as they are.
     """
 
-    def __init__(self, model: Any, artifact: Artifact | None = None, method: Any = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        artifact: Artifact | None = None,
+        method: MethodArgument = None,
+        **settings: Unpack[Settings],
+    ) -> None:
         model = unwrapped(model)
         self._begin(model, Blueprint.of(model, artifact, method, settings))
 

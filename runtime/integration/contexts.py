@@ -5,19 +5,25 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...artifacts import Artifact, KvcalError
 from ..cla.method import Cla, resolve, split_method
 from ..cla.sharing import Sharing, share_for, sharing_of
+from ..typed import MethodArgument, Settings
 from ..wrapped import unwrapped
 from .attachment import Compressed, attach, attached
 from .cache import Blueprint, CompressedCache, check_artifact
 from .entering import Entry, enter, leave
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 @contextmanager
-def compress(model: Any, artifact: Artifact | None = None, method: Any = None, **settings: Any) -> Iterator[None]:
+def compress(
+    model: Any, artifact: Artifact | None = None, method: MethodArgument = None, **settings: Unpack[Settings]
+) -> Iterator[None]:
     """Inside, `generate()` and forward calls with a cache decode from a compressed one, with no further argument.
 
     That is for the thread and the asyncio task that enter, and for tasks that they start; calls from others get what
@@ -46,7 +52,9 @@ def compress(model: Any, artifact: Artifact | None = None, method: Any = None, *
             disable(model)
 
 
-def enable(model: Any, artifact: Artifact | None = None, method: Any = None, **settings: Any) -> None:
+def enable(
+    model: Any, artifact: Artifact | None = None, method: MethodArgument = None, **settings: Unpack[Settings]
+) -> None:
     """What `compress` does on entering."""
     _enable(model, artifact, method, settings)
 

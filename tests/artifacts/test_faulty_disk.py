@@ -24,7 +24,8 @@ from kvcal.calibrate.cla.optimizer import Optimizer
 from kvcal.calibrate.cla.training_state import TrainingState
 from kvcal.calibrate.evaluation.results import Results
 from kvcal.calibrate.statistics import StatisticsFitter
-from kvcal.runtime import CompressedCache, SharingMap, save_cla, shared
+from kvcal.runtime import CompressedCache
+from kvcal.runtime.cla import SharingMap, save_cla, shared
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def test_a_name_is_no_tokenizer(tokenizer: Any) -> None:
         make_blocks(["text"], tokenizer)
 
 
-def test_texts_are_no_blocks() -> None:
-    for given in ("text", ["text"], None):
-        with pytest.raises(KvcalError, match=r"blocks: a \w+: give what make_blocks"):
+def test_what_is_neither_blocks_nor_a_name_is_no_data() -> None:
+    for given in (None, 3, {"text": "a"}):
+        with pytest.raises(KvcalError, match=r"data: a \w+: name text, or give what make_blocks"):
             calibrate(None, given)  # type: ignore[arg-type]

@@ -295,3 +295,16 @@ def test_as_users_run_it(folder: Path, tmp_path: Path) -> None:
             done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == load(folder).content_hash
+
+
+def test_the_names_of_transformers_do_the_same(hub: StandInHub, tmp_path: Path) -> None:
+    made = artifact()
+    with pytest.raises(ArtifactError, match="not saved yet: call save_pretrained"):
+        made.push_to_hub(REPO)
+    saved = made.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "plan.json").write_text(json.dumps({"format": 1, "layers": [None, None]}))
+    again = Artifact.from_pretrained(tmp_path / "saved").save_pretrained(tmp_path / "again")
+    assert again.content_hash == saved.content_hash and read_plan(again)["layers"] == [None, None]
+    pushed = again.push_to_hub(REPO, commit_message="ours")
+    assert hub.repositories[REPO].messages[-1] == "ours"
+    assert _same(Artifact.from_pretrained(REPO, revision=pushed.commit), made)

@@ -15,8 +15,10 @@ from kvcal.artifacts import Artifact, KvcalError, Layer, ModelIdentity, Stage, f
 from kvcal.calibrate import load_model
 from kvcal.calibrate.cla.export import export
 from kvcal.calibrate.models import LoadedModel, ModelSource
-from kvcal.runtime import check_model, compress, load_cla, save_cla, shared_for, sharing_of
+from kvcal.runtime import check_model, compress
+from kvcal.runtime.cla import load_cla, save_cla, sharing_of
 from kvcal.runtime.cla.file import ClaFile
+from kvcal.runtime.integration.contexts import shared_for
 
 NAMES = ["llama", "qwen2", "qwen3", "phi3", "gpt2", "gpt-neox"]
 IDS = torch.cat((random_ids(21), random_ids(21, seed=1)))

@@ -13,7 +13,7 @@ from kvcal.artifacts import KvcalError
 from kvcal.calibrate.cla import fit_pass, fitting
 from kvcal.calibrate.cla.fit_pass import attention_received, fit_projections
 from kvcal.calibrate.cla.fitting import fit_group
-from kvcal.runtime import SharingMap, shared
+from kvcal.runtime.cla import SharingMap, shared
 
 GROUPS = SharingMap.parse("0-1,2")
 FITTED = {

@@ -11,7 +11,8 @@ from compressed import artifact, model
 from kvcal.artifacts import Artifact, KvcalError, Stage, load, save
 from kvcal.calibrate.cla.refit import refit_keys
 from kvcal.calibrate.cla.uptrained_stage import finished_run, with_uptraining
-from kvcal.runtime import SharingMap, check_model, compress, shared
+from kvcal.runtime import check_model, compress
+from kvcal.runtime.cla import SharingMap, shared
 from kvcal.runtime.cla.method import stage_map
 
 TEXT = blocks(count=6, length=21)  # the oracle of architectures takes rows of 21

@@ -14,7 +14,7 @@ from kvcal.calibrate.cla import start, uptraining
 from kvcal.calibrate.cla.fit_pass import fit_projections
 from kvcal.calibrate.cla.objective import losses
 from kvcal.calibrate.cla.uptraining import Uptraining, uptrain
-from kvcal.runtime import SharingMap, share, shared, sharing_of
+from kvcal.runtime.cla import SharingMap, share, shared, sharing_of
 
 LLAMA_SHARED = {
     "model.layers.0.self_attn.k_proj.weight",

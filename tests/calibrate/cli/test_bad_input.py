@@ -130,7 +130,9 @@ def test_a_missing_package_is_said_before_the_work(artifact, tmp_path, package, 
     main = f"import sys; sys.modules[{package!r}] = None; sys.argv[1:] = {arguments!r}"
     run = [sys.executable, "-c", f"{main}; from kvcal.calibrate.__main__ import main; main()"]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(f"Error: {package} is not installed: ")
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and line.startswith(f"Error: {package} is not installed, and is needed to ")
+    assert "pip install 'kvcal[calibrate]'" in line
     assert not list(tmp_path.iterdir())
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from kvcal import artifacts
 from kvcal.artifacts import Stage
 from kvcal.calibrate.cli import cli
-from kvcal.runtime import SharingMap, shared
+from kvcal.runtime.cla import SharingMap, shared
 
 GROUPS = "0-1"
 QUICK = ("--prefix", 48, "--continuation", 8, "--windows", 2, "--tasks", "perplexity", "--batch-size", 2, "--json")

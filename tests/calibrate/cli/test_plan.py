@@ -9,7 +9,9 @@ import shutil
 import pytest
 from cli_runs import invoke, refused, run
 
-from kvcal.artifacts import Stage, load, save
+from kvcal.artifacts import KvcalError, Stage, load, save
+from kvcal.calibrate import load_model, make_prompts, open_data
+from kvcal.calibrate import plan as make_plan
 from kvcal.calibrate.planning import divergence, plan, settings
 from kvcal.runtime.methods import METHODS, spectral
 
@@ -87,6 +89,25 @@ def test_the_plan_is_written_and_decodes(artifact, text):
     found = json.loads(run("evaluate", artifact, "--data", text, *arguments, "--method", "plan", "--json").stdout)
     full, planned_row = found["results"]
     assert planned_row["method"] == "plan" and planned_row["bytes_per_step"] < full["bytes_per_step"]
+
+
+def test_a_program_gets_the_plan_of_the_command(artifact, tiny_model_folder, text, tmp_path):
+    body = planned(artifact, text, *TEXT_ONLY, "--bytes", 0.6)
+    (artifact / "plan.json").unlink()
+    loaded, found = load_model(tiny_model_folder), load(artifact)
+    prompts = make_prompts(
+        open_data(text), loaded.tokenizer, prefix=64, continuation=20, windows=3, tasks=["perplexity"]
+    )
+    arguments = {"budget": 0.6, "windows": 1, "output": tmp_path / "plan.json"}
+    made = make_plan(loaded.model, found, prompts, **arguments)
+    assert [made[name] for name in ("layers", "predicted", "candidates")] == [
+        body[name] for name in ("layers", "predicted", "candidates")
+    ]
+    assert json.loads((tmp_path / "plan.json").read_text()) == json.loads(json.dumps(made))
+    with pytest.raises(KvcalError, match="3 windows, 3 to measure on: a plan needs more"):
+        make_plan(loaded.model, found, prompts, windows=3)
+    with pytest.raises(KvcalError, match="the cheapest settings of spectral read"):
+        make_plan(loaded.model, found, prompts, windows=1, budget=1e-4)
 
 
 def test_of_the_candidates_the_least_divergent_is_the_plan(artifact, text):

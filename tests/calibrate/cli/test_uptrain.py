@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from kvcal.artifacts import load
 from kvcal.calibrate.cli import cli
-from kvcal.runtime import load_cla, sharing_of
+from kvcal.runtime.cla import load_cla, sharing_of
 
 TRAIN = ("--steps", 6, "--batch-size", 2, "--block-size", 16, "--lr", "3e-3")
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -14,7 +14,7 @@ from kvcal.calibrate.evaluation.prompts import Prompts, Windows
 from kvcal.calibrate.evaluation.protocol import evaluate
 from kvcal.calibrate.evaluation.results import Results
 from kvcal.calibrate.evaluation.side_by_side import continue_prompt
-from kvcal.runtime import SharingMap, share, shared
+from kvcal.runtime.cla import SharingMap, share, shared
 
 PREFIX, CONTINUATION, LAYERS = 40, 12, 4
 SHARED = {"groups": ["0-1/2-3", "0-3"], "pool": ["mean", "first"], "keep": [1.0, 0.25]}

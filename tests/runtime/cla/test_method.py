@@ -7,7 +7,7 @@ import samples
 import torch
 
 from kvcal.artifacts import KvcalError, Stage
-from kvcal.runtime import SharingMap
+from kvcal.runtime.cla import SharingMap
 from kvcal.runtime.cla.method import Cla, check_methods, resolve, split_method, stage_map, with_bases
 from kvcal.runtime.methods import METHODS
 

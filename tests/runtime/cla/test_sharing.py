@@ -9,7 +9,8 @@ from cla_oracle import GROUPS, SHARING, WHOLE, groups_of, inventory, layers_of, 
 from compressed import CLOSE, padded, random_ids
 from torch.utils.flop_counter import FlopCounterMode
 
-from kvcal.runtime import KvcalError, SharingMap, share, shared, sharing_of
+from kvcal.runtime import KvcalError
+from kvcal.runtime.cla import SharingMap, share, shared, sharing_of
 from kvcal.runtime.integration.layer import full_attention_layers
 
 IDS = torch.cat((random_ids(21), random_ids(21, seed=1)))

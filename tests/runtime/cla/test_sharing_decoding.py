@@ -13,7 +13,8 @@ from compressed import KEEPING as ALONE
 from safetensors import safe_open
 
 from kvcal.artifacts import KvcalError, Stage, fingerprint
-from kvcal.runtime import CompressedCache, SharingMap, compress, shared, sharing_of
+from kvcal.runtime import CompressedCache, compress
+from kvcal.runtime.cla import SharingMap, shared, sharing_of
 from kvcal.runtime.integration.cache import Blueprint
 
 KEEPING = [form for form in ALONE if small(form)["method"] not in ("spectral", "xcla")]

@@ -5,7 +5,7 @@ import torch
 from cla_oracle import GROUPS, SHARING, WHOLE, groups_of, inventory, oracle, several
 from compressed import random_ids
 
-from kvcal.runtime import SharingMap, shared
+from kvcal.runtime.cla import SharingMap, shared
 
 IDS = torch.cat((random_ids(21), random_ids(21, seed=1)))
 CLOSE = {"rtol": 1e-3, "atol": 1e-5}

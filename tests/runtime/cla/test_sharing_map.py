@@ -1,7 +1,7 @@
 import pytest
 
 from kvcal.artifacts import KvcalError
-from kvcal.runtime import SharingMap
+from kvcal.runtime.cla import SharingMap
 
 
 @pytest.mark.parametrize(

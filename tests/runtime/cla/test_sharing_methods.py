@@ -12,7 +12,8 @@ from transformers.masking_utils import sdpa_mask
 from kvcal.artifacts import KvcalError, Stage
 from kvcal.calibrate.blocks import TokenBlocks
 from kvcal.calibrate.one_pass import calibrate
-from kvcal.runtime import CompressedCache, SharingMap, compress, shared, sharing_of
+from kvcal.runtime import CompressedCache, compress
+from kvcal.runtime.cla import SharingMap, shared, sharing_of
 
 GROUPS = SharingMap.parse("0-1,2")
 PREFIX = 24

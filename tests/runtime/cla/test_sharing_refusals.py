@@ -8,7 +8,8 @@ from compressed import CLOSE, model, random_ids, small, step_logits
 from torch import nn
 
 from kvcal.artifacts import KvcalError
-from kvcal.runtime import CompressedCache, SharingMap, compress, share, shared
+from kvcal.runtime import CompressedCache, compress
+from kvcal.runtime.cla import SharingMap, share, shared
 
 TINY = {
     "vocab_size": 96,

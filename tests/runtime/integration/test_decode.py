@@ -11,8 +11,9 @@ from methods import by_form
 
 from kvcal.artifacts import KvcalError
 from kvcal.kernels import backend
-from kvcal.runtime import CompressedCache, Sampler, compress, decode, shared_for
+from kvcal.runtime import CompressedCache, Sampler, compress, decode
 from kvcal.runtime.integration import stepping
+from kvcal.runtime.integration.contexts import shared_for
 
 STEPS = 30
 METHODS = {name: {"method": method, **settings} for name, (method, settings) in by_form("decoded").items()}

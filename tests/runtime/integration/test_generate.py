@@ -10,7 +10,8 @@ from compressed import CLOSE, SMALL, artifact, close, greedy, make_cache, model,
 from transformers import DynamicCache, GptOssConfig
 from transformers.cache_utils import DynamicLayer
 
-from kvcal.runtime import METHODS, compress, disable, enable
+from kvcal.runtime import METHODS, compress
+from kvcal.runtime.integration import disable, enable
 from kvcal.runtime.integration.layer import CompressedLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore:kvcal. no layer")

@@ -7,7 +7,8 @@ from compressed import artifact, make_cache, model, padded, random_ids, traces
 from transformers import DynamicCache
 
 from kvcal.artifacts import KvcalError
-from kvcal.runtime import CompressedCache, compress, disable, enable
+from kvcal.runtime import CompressedCache, compress
+from kvcal.runtime.integration import disable, enable
 
 IDS = random_ids(12)
 TINY = {"vocab_size": 96, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}

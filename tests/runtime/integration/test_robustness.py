@@ -106,7 +106,7 @@ def test_gradient_checkpointing_that_would_leave_out_a_cache(part):
 
 
 def test_disable_inside_the_context_and_its_own_error():
-    from kvcal.runtime import disable
+    from kvcal.runtime.integration import disable
 
     fresh = build("llama")
     with pytest.raises(ZeroDivisionError), compress(fresh, None, "full"):

@@ -9,8 +9,9 @@ import torch
 from architectures import build
 from compressed import CLOSE, artifact, random_ids, small, step_logits, traces
 
-from kvcal.runtime import CompressedCache, KvcalError, SharingMap, compress, decode, disable, enable, shared, sharing_of
-from kvcal.runtime.integration import contexts
+from kvcal.runtime import CompressedCache, KvcalError, compress, decode
+from kvcal.runtime.cla import SharingMap, shared, sharing_of
+from kvcal.runtime.integration import contexts, disable, enable
 
 IDS = random_ids(24)
 OUTSIDE = "a call outside the thread or task"
