@@ -1,5 +1,6 @@
 # make demo    set up, then calibrate the built-in model on the built-in text
 # make test    set up, then lint, types and tests
+# make check-fast   the tests that what you changed needs, in about a minute; BASE=main for a whole branch
 # make vllm    set up vLLM in a virtual environment of its own, then test kvcal in it
 # make fuzz    set up, then look for inputs that crash us, guided by coverage, for SECONDS per target
 # make peers   set up kvpress in a virtual environment of its own, then measure it on the built-in model
@@ -9,9 +10,10 @@ PEERS := .venv-peers
 VLLM := .venv-vllm
 PYTHON ?= python3
 SECONDS ?= 60
+BASE ?= HEAD
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types check vllm benchmark fuzz peers clean
+.PHONY: demo test lint types check check-fast vllm benchmark fuzz peers clean
 
 demo: $(INSTALLED)
 	$(BIN)/calibrate demo
@@ -27,6 +29,10 @@ types: $(INSTALLED)
 
 check: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+check-fast: $(INSTALLED)
+	$(BIN)/ruff check .
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fast.py $(BASE)
 
 # What it is compared with is made in the other environment, where transformers and `calibrate` are.
 vllm: $(INSTALLED) $(VLLM)/.installed
