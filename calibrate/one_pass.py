@@ -58,13 +58,15 @@ def calibrate(
         data: text by name (alias, file, folder, glob, Hub id, or a list of these), or the blocks of `make_blocks`.
         output: where the artifact is going to be saved; the pass keeps its checkpoint beside it
             (`OUTPUT.partial`) and finds it there with `resume`. None: no checkpoints.
-        model_id, revision: how the artifact names the model; None: as it was found by name, else "unnamed".
+        model_id: how the artifact names the model; None: as it was found by name, else "unnamed".
+        revision: its commit or version, where it has one.
         centred: PCA of the covariance; False: of the second moment.
         reservoir: tokens whose keys, queries and values are kept.
         seed: of the reservoir's sample, and of the order of several files.
         checkpoint_every: seconds between checkpoints, more when saving takes long; 0: after every batch.
         checkpoint_blocks: also after so many blocks.
-        progress, codebook_progress: called with what is done and what there is in all: blocks, then layers.
+        progress: called with (blocks done, all).
+        codebook_progress: called with (layers done, all), after the pass.
         world: the processes that share the work: batches are dealt to them in turn, or, of a tensor-parallel model,
             each has its heads in all batches. All call this alike and see the same file system.
         named: how what is given by name is loaded and cut: device, dtype, tokenizer, split, text_column, num_tokens,

@@ -70,11 +70,15 @@ def decode(
 
     Args:
         model: a transformers decoder with a language-model head, in eval mode, or a module around one, which is called.
-        input_ids: [B, T] int64, left-padded where `attention_mask` [B, T] is 0.
-        method, settings: as of `compress`.
+        input_ids: [B, T] int64.
+        attention_mask: [B, T], 0 where `input_ids` is left-padded; None: nowhere.
+        method: as of `compress`.
+        settings: as of `compress`.
+        max_new_tokens: of each row, fewer where it ends before.
         sampler: None: greedy.
-        eos_token_id: ends a row; None: as the model's generation config says. pad_token_id: follows it; None: the same,
-            or the first token that ends a row.
+        seed: of the sampler.
+        eos_token_id: ends a row; None: as the model's generation config says.
+        pad_token_id: follows it; None: as the config says, or the first token that ends a row.
         graph: False: run every step from Python.
 
     Raises:

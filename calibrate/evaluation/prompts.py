@@ -100,7 +100,9 @@ def make_prompts(
         lengths: of the recall tasks' contexts, and of RULER's context, question and answer together; default: `prefix`.
         episodes: per task and length.
         name: of the data, for messages.
-        prompt_files, match, max_new_tokens: see `make_prompt_tasks`.
+        prompt_files: questions of one's own, see `make_prompt_tasks`.
+        match: how their answers are scored.
+        max_new_tokens: of their answers.
         chat_template: RULER's tasks and the user's prompts are put into the model's chat template, if it has one.
         most_tokens: the model's context.
         progress: called with (samples made, all), of RULER's tasks.
