@@ -6,27 +6,43 @@ loaded = load_model("demo")
 data = open_data("stdlib")
 blocks = make_blocks(data, loaded.tokenizer, num_tokens=16384, source=data.source)
 artifact = save(calibrate(loaded.model, blocks, model_id="demo"), Path("demo-stdlib"))
+
+Each name is imported when it is first asked for, so that the command line completes a word without torch.
 """
 
-from .blocks import TokenBlocks, make_blocks
-from .capture import LayerTensors, capture
-from .cluster_stage import cluster, cluster_report
-from .compare import compare
-from .data import open_data
-from .models import load_model
-from .one_pass import calibrate, save
-from .rank import participation_ratio, rank_at, rank_report
-from .statistics import StatisticsFitter
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .blocks import TokenBlocks, make_blocks
+    from .cluster_stage import cluster, cluster_report
+    from .data import open_data
+    from .models import load_model
+    from .one_pass import calibrate, save
+    from .rank import participation_ratio, rank_at, rank_report
+    from .statistics import StatisticsFitter
+
+_PLACES = {
+    "StatisticsFitter": "statistics",
+    "TokenBlocks": "blocks",
+    "calibrate": "one_pass",
+    "cluster": "cluster_stage",
+    "cluster_report": "cluster_stage",
+    "load_model": "models",
+    "make_blocks": "blocks",
+    "open_data": "data",
+    "participation_ratio": "rank",
+    "rank_at": "rank",
+    "rank_report": "rank",
+    "save": "one_pass",
+}
 
 __all__ = [
-    "LayerTensors",
     "StatisticsFitter",
     "TokenBlocks",
     "calibrate",
-    "capture",
     "cluster",
     "cluster_report",
-    "compare",
     "load_model",
     "make_blocks",
     "open_data",
@@ -35,3 +51,9 @@ __all__ = [
     "rank_report",
     "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        return getattr(import_module(f".{_PLACES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,11 @@
-"""`python -m kvcal.calibrate` and the console script `calibrate`."""
+"""`python -m kvcal.calibrate` and the console scripts."""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from pathlib import Path
 
 _OF_THE_EXTRA = (
     *("accelerate", "click", "datasets", "faiss", "huggingface_hub", "matplotlib", "numpy", "rich", "sklearn"),
@@ -13,9 +16,13 @@ _OF_THE_EXTRA = (
 
 def main() -> None:
     try:
+        from .interrupts import raise_on_sigterm
+
+        if "WORLD_SIZE" not in os.environ:
+            raise_on_sigterm()
         from .cli import cli
 
-        cli(prog_name="calibrate")
+        cli(prog_name=_called())
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _OF_THE_EXTRA:
             raise
@@ -25,6 +32,15 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+    except KeyboardInterrupt:  # before there is a command that says what is kept
+        print("Error: interrupted: nothing was begun", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _called() -> str:
+    """The name by which the user called us: completion and usage lines go by it."""
+    name = Path(sys.argv[0]).name.removesuffix(".exe")
+    return "python -m kvcal.calibrate" if name == "__main__.py" else name or "calibrate"
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...artifacts import Artifact
 from .output import progress_bar, say, working
 
 if TYPE_CHECKING:
+    from ...artifacts import Artifact
     from ..evaluation.prompts import Prompts
     from ..planning.allocate import Choice
     from ..planning.body import Made
