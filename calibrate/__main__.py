@@ -7,6 +7,8 @@ import signal
 import sys
 from pathlib import Path
 
+from .interrupts import raise_on_signals, raised_on
+
 _OF_THE_EXTRA = (
     *("accelerate", "click", "datasets", "faiss", "huggingface_hub", "matplotlib", "numpy", "rich", "sklearn"),
     *("threadpoolctl", "transformers", "yaml"),
@@ -16,25 +18,27 @@ _OF_THE_EXTRA = (
 
 def main() -> None:
     try:
-        from .interrupts import raise_on_sigterm
-
-        if "WORLD_SIZE" not in os.environ:
-            raise_on_sigterm()
+        if "WORLD_SIZE" not in os.environ:  # torchrun ends its processes itself, also those that wait for others
+            raise_on_signals()
         from .cli import cli
 
         cli(prog_name=_called())
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _OF_THE_EXTRA:
+    except SystemExit:
+        raise
+    except BaseException as error:
+        number = raised_on() or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else None)
+        if number is not None:  # before there was a command that says what is kept
+            print("Error: interrupted: nothing was begun", file=sys.stderr)
+            sys.exit(128 + number)
+        missing = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
+        if missing.partition(".")[0] not in _OF_THE_EXTRA:
             raise
         print(
-            f"Error: {error.name} is not installed: the command line needs the extra: pip install 'kvcal[calibrate]' "
+            f"Error: {missing} is not installed: the command line needs the extra: pip install 'kvcal[calibrate]' "
             "(or 'kvcal[gpu]')",
             file=sys.stderr,
         )
         sys.exit(2)
-    except KeyboardInterrupt:  # before there is a command that says what is kept
-        print("Error: interrupted: nothing was begun", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
 
 
 def _called() -> str:

@@ -24,14 +24,27 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM came, where it is treated as Ctrl-C is."""
 
 
-def raise_on_sigterm() -> None:
-    """Let the first SIGTERM raise `Terminated`; a second one ends the process at once."""
+_raised: int | None = None
 
-    def terminate(number: int, frame: FrameType | None) -> None:
+
+def raise_on_signals() -> None:
+    """Let the first Ctrl-C or SIGTERM raise, wherever it comes; a second one ends the process at once."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        global _raised
+        _raised = number
         signal.signal(number, signal.SIG_DFL)
-        raise Terminated
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, end)
+
+
+def raised_on() -> int | None:
+    """The signal that `raise_on_signals` has raised on. Whatever error comes after it is its doing: libraries that are
+    interrupted while they are imported raise what they like."""
+    return _raised
 
 
 @contextmanager

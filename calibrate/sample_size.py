@@ -38,7 +38,8 @@ def small_sample(artifact: Artifact) -> str | None:
     enough = TOKENS_PER_DIMENSION * head_dim
     if tokens >= enough:
         return None
-    advice = f"give at least {-(-enough // 1024)}k (--num-tokens, --data)"
+    wanted = math.ceil(1.01 * enough / 1024)  # some of those that are run begin or separate texts, and do not count
+    advice = f"give at least {wanted}k (--num-tokens, --data)"
     if tokens <= head_dim:  # their covariance has no full rank
         return f"{tokens} tokens span no basis of {head_dim} dimensions: {advice}"
     error = ERROR * math.sqrt(enough / tokens)

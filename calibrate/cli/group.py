@@ -11,11 +11,11 @@ from typing import Any
 import click
 
 from ...artifacts import KvcalError
-from ...artifacts.errors import one_line
 from ..interrupts import Interrupted
 from . import interrupted, verbosity
 from .job import alone
 from .types import TOKENS_HELP, TokenCount, TokenCounts
+from .user_error import UserError
 
 # In the order in which a new user meets them.
 COMMANDS = {
@@ -68,17 +68,25 @@ class Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
+            return self._invoke(ctx)
+        except click.exceptions.Exit:
+            raise
+        except BaseException as error:
+            if (number := interrupted.signal_of(error)) is None:
+                raise
+            raise interrupted.ended(error, number, ctx.invoked_subcommand) from None
+
+    def _invoke(self, ctx: click.Context) -> Any:
+        try:
             return super().invoke(ctx)
-        except Interrupted as error:
-            raise UserError(str(error), interrupted.exit_code(error)) from error
+        except Interrupted:
+            raise
         except KvcalError as error:
             verbosity.detail_traceback(error)
             raise UserError(str(error)) from error
         except click.UsageError as error:
             command = error.ctx.command_path if error.ctx else ctx.command_path
             raise UserError(f"{error.format_message()} (see `{command} --help`)") from error
-        except KeyboardInterrupt as error:
-            raise UserError(interrupted.message(error, ctx), interrupted.exit_code(error)) from None
         except BrokenPipeError:
             # The reader of our output left (`| head`): not an error, but nothing more can be written.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -88,12 +96,6 @@ class Group(click.Group):
             raise UserError(
                 f"{error.filename or 'standard output'}: {error.strerror or error}: check the path and the disk"
             ) from error
-
-
-class UserError(click.ClickException):
-    def __init__(self, message: str, exit_code: int = 2):
-        super().__init__(one_line(" ".join(message.split())))
-        self.exit_code = exit_code
 
 
 def _completed(command: click.Command) -> click.Command:

@@ -4,33 +4,32 @@ from __future__ import annotations
 
 import signal
 
-import click
+from ..interrupts import Interrupted, Terminated, raised_on
+from .user_error import UserError
 
-from ..interrupts import Interrupted, Terminated
-
-_PASS = "the last state that was saved is kept: repeat the command with --resume to go on"
+_PASS = "what had been saved is kept: repeat the command with --resume to go on"
 _KEPT = {
     "pca": _PASS,
     "analyze-rank": _PASS,
     "run": _PASS,
-    "demo": "the last state that was saved is kept: repeat the command to go on",
+    "demo": "what had been saved is kept: repeat the command to go on",
     "plan": "what was measured is kept: repeat the command to go on",
 }
 
 
-def exit_code(error: BaseException) -> int:
-    """128 and the signal's number, as shells have it."""
+def signal_of(error: BaseException) -> int | None:
+    """The signal that an error is the doing of; None: of none."""
     if isinstance(error, Interrupted):
-        return 128 + error.number
-    return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+        return error.number
+    if isinstance(error, KeyboardInterrupt):
+        return signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+    return raised_on()
 
 
-def message(error: KeyboardInterrupt, ctx: click.Context) -> str:
-    """One line for a command that has not said itself what is kept.
-
-    Args:
-        ctx: of the group.
-    """
-    word = "ended by SIGTERM" if isinstance(error, Terminated) else "interrupted"
-    name = ctx.invoked_subcommand or ""
-    return f"{word}: {_KEPT.get(name, 'nothing was changed on the disk: repeat the command to begin anew')}"
+def ended(error: BaseException, number: int, command: str | None) -> UserError:
+    """What to end with: one line, and the exit code that shells have for the signal."""
+    if isinstance(error, Interrupted):  # says itself what is kept
+        return UserError(str(error), 128 + number)
+    word = "ended by SIGTERM" if number == signal.SIGTERM else "interrupted"
+    kept = _KEPT.get(command or "", "nothing was changed on the disk: repeat the command to begin anew")
+    return UserError(f"{word}: {kept}", 128 + number)

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from ...artifacts.errors import one_line
+from .user_error import UserError
 
 
 class Verbosity(IntEnum):
@@ -94,7 +95,7 @@ def _option(names: tuple[str, str], level: Verbosity, help: str) -> click.Option
         if not given or ctx.resilient_parsing:
             return
         if _current not in (Verbosity.NORMAL, level):
-            raise click.UsageError("--quiet and --verbose: give one of them", ctx)
+            raise UserError("--quiet and --verbose: give one of them")
         _set(level)
 
     return click.Option(names, is_flag=True, expose_value=False, is_eager=True, callback=chosen, help=help)

@@ -44,7 +44,7 @@ def test_a_default_is_shown(name: str, option: click.Option) -> None:
     """Of flags and of what may be left out without another value taking its place there is none."""
     shown = run(name, "--help").stdout.split("Options:")[1]
     text = re.split(r"\n  (?=-)", shown)[1 + [other.opts for other in options_of(name)].index(option.opts)]
-    default = option.get_default(click.Context(command_of(name)))
+    default = command_of(name).make_context(name, [], resilient_parsing=True).params.get(option.name)
     states = default is not None and not option.is_flag and not option.multiple and not option.required
     told = isinstance(option.show_default, str) or (states and option.show_default is not False)
     assert ("[default:" in text) == (told or bool(option.secondary_opts))
