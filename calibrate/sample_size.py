@@ -6,10 +6,11 @@ largest of them seem to hold more than they do, and so rank@90 comes out too sma
 
     ∫ x f(x) dx · 2 √(D/n) / 0.9 = 0.18 √(D/n)   of itself, f the half circle's density, over its upper 90 %.
 
-This is 1.6 % with 128 tokens per dimension. Text repeats itself, and counts for less: SmolLM2's keys after the rotary
-embedding (D = 64) have rank 40.66, 41.22, 41.46 and 41.51 with 128, 512, 2048 and 8192 tokens per dimension
-(docs/results/real.md), so that with 128 it is 2.0 % too small. That is as much as the choice of the text changes it
-(prose 41.3, code 40.3): with fewer tokens a rank says less about the model than about how little was read.
+This is 1.6 % with 128 tokens per dimension (to first order in √(D/n); 1.8 % in all). Text repeats itself, and counts
+for less: SmolLM2's keys after the rotary embedding (D = 64) have rank 40.66, 41.22, 41.46 and 41.51 with 128, 512,
+2048 and 8192 tokens per dimension (docs/results/real.md), so that with 128 it is 2.0 % too small. That is as much as
+the choice of the text changes it (prose 41.3, code 40.3): with fewer tokens a rank says less about the model than
+about how little was read.
 """
 
 from __future__ import annotations
