@@ -47,9 +47,12 @@ def say_short_blocks(artifact: Artifact, prompts: Prompts, grid: Sequence[dict[s
 
 def say_unfitted(artifact: Artifact, grid: Sequence[dict[str, Any]]) -> None:
     """Say so where layers share projections that nobody has fitted: the mean of what they had."""
-    stage = artifact.stages.get("cla")
-    shares = any(str(setting["method"]).split("+")[0] == "cla" and "pool" not in setting for setting in grid)
-    if shares and stage is not None and not stage.settings.get("uptraining"):
+    from ...runtime.cla.method import STAGE, Cla, resolve
+
+    shares = any(
+        str(setting["method"]).split("+")[0] == "cla" and not {"pool", "groups"} & {*setting} for setting in grid
+    )
+    if shares and STAGE in artifact.stages and not resolve(Cla(), artifact).weights:
         say(
             f"{artifact.name}: its shared projections are the mean of their layers', which loses most: "
             f"`calibrate share {artifact.name} --model … --uptrain --steps 0 --data …` fits them"

@@ -104,7 +104,8 @@ def _completed(command: click.Command) -> click.Command:
     if "--quiet" in (name for parameter in command.params for name in parameter.opts):
         return command
     command.params += verbosity.verbosity_options()
-    command.callback = verbosity.detailed(command.callback)
+    if command.callback is not None:
+        command.callback = verbosity.detailed(command.callback)
     paragraph = " ".join((command.help or "").split("\n\n")[0].split())
     command.short_help = re.split(r"(?<=\.)\s", paragraph, maxsplit=1)[0]
     if any(isinstance(parameter.type, (TokenCount, TokenCounts)) for parameter in command.params):

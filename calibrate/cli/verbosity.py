@@ -13,7 +13,6 @@ from typing import Any
 
 import click
 
-from ...artifacts.errors import one_line
 from .user_error import UserError
 
 
@@ -43,8 +42,10 @@ def is_verbose() -> bool:
 
 def detail(message: str) -> None:
     """A line on stderr that only --verbose shows."""
+    from .output import say  # which needs to know whether to be quiet
+
     if is_verbose():
-        click.echo(one_line(f"  {message}"), err=True)
+        say(f"  {message}")
 
 
 @contextmanager
@@ -57,15 +58,13 @@ def timed(title: str) -> Iterator[None]:
 
 def detail_traceback(error: BaseException) -> None:
     """With --verbose, show where an error was raised and what caused it."""
-    if is_verbose():
-        for part in traceback.format_exception(error):
-            for line in part.rstrip("\n").split("\n"):
-                click.echo(one_line(line), err=True)
+    for part in traceback.format_exception(error):
+        for line in part.rstrip("\n").split("\n"):
+            detail(line)
 
 
-def detailed(command: Callable[..., Any] | None) -> Callable[..., Any]:
+def detailed(command: Callable[..., Any]) -> Callable[..., Any]:
     """A command that with --verbose first says which versions and settings it runs with."""
-    assert command is not None
 
     @functools.wraps(command)
     def run(*args: Any, **options: Any) -> Any:
