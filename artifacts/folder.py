@@ -50,22 +50,42 @@ def load(folder: str | os.PathLike[str]) -> Artifact:
     raise ArtifactError(f"{folder}: is being changed all the time by another process: load it again later")
 
 
-def save(artifact: Artifact, folder: str | os.PathLike[str], extras: Mapping[str, bytes] | None = None) -> Artifact:
+def save(
+    artifact: Artifact,
+    folder: str | os.PathLike[str],
+    extras: Mapping[str, bytes] | None = None,
+    *,
+    replace: bool = False,
+) -> Artifact:
     """Write an artifact: a new folder appears whole or not at all; an existing one is updated in one step.
 
     Args:
         extras: files beside the tensors (the card, figures), by plain name; they are not part of the hash.
+        replace: take the place of another artifact that is at `folder`.
 
     Raises:
-        ArtifactError: `folder` exists and this artifact was not loaded from it.
+        ArtifactError: `folder` exists and this artifact was not loaded from it; or, with `replace`, no artifact is
+            there.
         KvcalError: the disk is full or not writable, or the artifact is one that `load` would refuse.
     """
     folder = Path(folder)
     with in_one_line(folder):
         exists = has_content(folder)
-        if exists and not _was_loaded_from(artifact, folder):
+        replaces = exists and not _was_loaded_from(artifact, folder)
+        if replaces and not replace:
             raise ArtifactError(f"{folder}: already exists: choose another --output or remove it")
-    return (_update if exists else _create)(artifact, folder, extras or {})
+        if replaces:
+            check_replaceable(folder)
+    if not exists:
+        return _create(artifact, folder, extras or {})
+    return _update(artifact, folder, extras or {}, replaces)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Check that `folder` is an artifact itself, and no link to one. Raises ArtifactError."""
+    if folder.is_symlink():
+        raise ArtifactError(f"{folder}: is a link, and is not replaced: give the folder that it leads to")
+    read_manifest(folder)
 
 
 def _with_stages(
@@ -103,10 +123,14 @@ def _create(artifact: Artifact, folder: Path, extras: Mapping[str, bytes]) -> Ar
     return dataclasses.replace(saved, folder=folder)
 
 
-def _update(artifact: Artifact, folder: Path, extras: Mapping[str, bytes]) -> Artifact:
+def _update(artifact: Artifact, folder: Path, extras: Mapping[str, bytes], replaces: bool) -> Artifact:
+    """
+    Args:
+        replaces: what is there is another artifact, and not an earlier state of this one.
+    """
     with in_one_line(folder), locked(folder), Workplace(folder) as work:
         current = read_manifest(folder)[0]
-        if current.content_hash != artifact.content_hash:
+        if not replaces and current.content_hash != artifact.content_hash:
             raise ArtifactError(f"{folder}: was changed meanwhile by another process: repeat the command")
         files: dict[str, StageFile] = {}
         placed: list[str] = []

@@ -12,6 +12,7 @@ from typing import Any
 
 from .artifact import Artifact, Layer, ModelIdentity
 from .errors import ArtifactError
+from .missing import does_not_exist
 from .plain_files import read_plain
 from .schema import LAYER_TENSORS, SCHEMA_VERSION, STAGE_SINCE, version_of
 from .tensor_file import StageFile
@@ -54,12 +55,20 @@ def read_manifest(folder: Path) -> tuple[Artifact, dict[str, StageFile], dict[st
     try:
         content = read_plain(path, _MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a zero byte in the path
-        raise ArtifactError(
-            f"{folder}: not an artifact (no {MANIFEST}): make one with `calibrate pca --output {folder}`"
-        ) from None
+        make = f"make one with `calibrate pca --output {folder}`"
+        if not _exists(folder):
+            raise ArtifactError(does_not_exist(folder, make)) from None
+        raise ArtifactError(f"{folder}: not an artifact (no {MANIFEST}): {make}") from None
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read ({error.strerror}): fetch the artifact again") from error
     return parse_manifest(folder, content)
+
+
+def _exists(folder: Path) -> bool:
+    try:
+        return folder.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def parse_manifest(folder: Path, content: bytes) -> tuple[Artifact, dict[str, StageFile], dict[str, Mapping[str, Any]]]:

@@ -6,37 +6,33 @@
     print(rank_report(artifact)["model"])
 
 Models and text that are loaded already go the same way: `calibrate(model, make_blocks(documents, tokenizer))`.
+Each name is imported when it is first asked for, so that the command line completes a word without torch.
 """
 
 from typing import TYPE_CHECKING
 
 from ..artifacts.lazy import lazy_names
-from .blocks import TokenBlocks, make_blocks
-from .capture import LayerTensors, capture
-from .cluster_stage import cluster, cluster_report
-from .compare import compare
-from .data import open_data
-from .models import load_model
-from .one_pass import calibrate, save
-from .publish import push
-from .rank import participation_ratio, rank_at, rank_report
-from .statistics import StatisticsFitter
 
 if TYPE_CHECKING:
+    from .blocks import TokenBlocks, make_blocks
+    from .cluster_stage import cluster, cluster_report
+    from .data import open_data
     from .evaluation.grid import make_grid
     from .evaluation.prompts import make_prompts
     from .evaluation.protocol import evaluate
+    from .models import load_model
+    from .one_pass import calibrate, save
     from .planning.make import plan
+    from .publish import push
+    from .rank import participation_ratio, rank_at, rank_report
+    from .statistics import StatisticsFitter
 
 __all__ = [
-    "LayerTensors",
     "StatisticsFitter",
     "TokenBlocks",
     "calibrate",
-    "capture",
     "cluster",
     "cluster_report",
-    "compare",
     "evaluate",
     "load_model",
     "make_blocks",
@@ -55,10 +51,23 @@ if not TYPE_CHECKING:  # a type checker would take any name for one of ours
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
+            "StatisticsFitter": "statistics",
+            "TokenBlocks": "blocks",
+            "calibrate": "one_pass",
+            "cluster": "cluster_stage",
+            "cluster_report": "cluster_stage",
             "evaluate": "evaluation.protocol",
+            "load_model": "models",
+            "make_blocks": "blocks",
             "make_grid": "evaluation.grid",
             "make_prompts": "evaluation.prompts",
+            "open_data": "data",
+            "participation_ratio": "rank",
             "plan": "planning.make",
+            "push": "publish",
+            "rank_at": "rank",
+            "rank_report": "rank",
+            "save": "one_pass",
         },
         __all__,
     )

@@ -10,6 +10,7 @@ from ..artifacts import Artifact
 from .markdown import code, front_matter
 from .plots import rank_figure
 from .rank import means_are_of, rank_report
+from .sample_size import small_sample
 
 PLACE = "THIS FOLDER OR ITS HUB ID"
 """What the card's example loads, until it is known where the artifact lies on the Hub."""
@@ -37,6 +38,8 @@ def _card(artifact: Artifact, report: dict[str, Any]) -> str:
         f"| {name} | {report['model'][name]:.1f} |" for name in ("key_pre", "key_post", "query_post", "value")
     )
     note = means_are_of(report)
+    small = small_sample(artifact)
+    warning = f"\n**Few tokens.** {small}.\n" if small else ""
     averaged = f" (sliding window in some: {note})" if note else ""
     return f"""{front_matter(_filed_under(artifact))}
 
@@ -61,7 +64,7 @@ Mean rank@{100 * report["variance"]:g} over layers and KV heads{averaged}:
 | quantity | dimensions |
 | --- | --- |
 {ranks}
-
+{warning}
 ![Rank by layer and explained variance](rank.png)
 
 ```python

@@ -9,19 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..artifacts import KvcalError
+from ..artifacts.missing import does_not_exist, nearest
 from ..runtime import hub
 from .builtin import packaged_text, stdlib_text
+from .data_aliases import DATA_ALIASES
 from .data_sets import Asked, NoFiles, card, choose, repository, saved, source_of_files
 from .text_data import TextData, TextPart, TextSource
 from .text_files import KNOWN, below, describes_others, is_text, matching, not_text
-
-DATA_ALIASES: dict[str, str] = {
-    **{name: f"{text.about}: splits train and heldout" for name, text in packaged_text.TEXTS.items()},
-    "c4": "allenai/c4:en:train",
-    "stdlib": "built in: this Python's documentation and source, splits train and heldout",
-    "wikitext": "Salesforce/wikitext:wikitext-2-raw-v1:train",
-    "wikitext-103": "Salesforce/wikitext:wikitext-103-raw-v1:train",
-}
 
 
 def open_data(
@@ -132,10 +126,10 @@ def _hub(spec: str, asked: Asked) -> TextSource:
     asked = asked if asked.split else asked.of_split(wanted)
     repo_id, _, revision = address.partition("@")
     if is_text(repo_id) or repo_id.startswith((".", "/", "~")) or repo_id.count("/") > 1:
-        raise KvcalError(f"data {spec}: no such file or folder: check the path")
+        raise KvcalError(f"data {does_not_exist(spec)}")
     if "/" not in repo_id:
-        near = difflib.get_close_matches(repo_id, DATA_ALIASES, n=3)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        near = [*difflib.get_close_matches(repo_id, DATA_ALIASES, n=3), *filter(None, [nearest(repo_id)])]
+        hint = f"did you mean {' or '.join(map(str, near))}? " if near else ""
         raise KvcalError(
             f"unknown data {spec!r}: {hint}Give a file, folder or glob, a Hub id org/name[:config[:split]], "
             f"or one of {', '.join(DATA_ALIASES)}"

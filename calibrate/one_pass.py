@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import artifacts
 from ..artifacts import Artifact, KvcalError, ModelIdentity, Stage, differences, fingerprint
+from ..artifacts.folder import check_replaceable
 from ..artifacts.manifest import MANIFEST
 from ..artifacts.packages import require
 from ..artifacts.places import check_new_folder
@@ -24,10 +25,13 @@ from .inputs import Named, TextNames, gather
 from .models import check_seq_len
 from .pass_loop import PassLoop, Progress, Saving
 from .placement import input_device, is_tensor_parallel, whole_weights_sha256
+from .sample_size import warn_if_small
 from .statistics import StatisticsFitter
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+_MADE_OF_IT = ("plan.json", "plan.measured.json", "clusters.png", "quality.png", "uptraining.png")
+"""Files that commands put into an artifact's folder, and that are of that artifact alone."""
 
 
 def calibrate(
@@ -42,6 +46,7 @@ def calibrate(
     seed: int = 0,
     batch_size: int = 1,
     resume: bool = False,
+    replace: bool = False,
     checkpoint_every: float = 60.0,
     checkpoint_blocks: int | None = None,
     progress: Progress | None = None,
@@ -63,6 +68,7 @@ def calibrate(
         centred: PCA of the covariance; False: of the second moment.
         reservoir: tokens whose keys, queries and values are kept.
         seed: of the reservoir's sample, and of the order of several files.
+        replace: calibrate although the artifact of another run is at `output`, for `save` to replace it.
         checkpoint_every: seconds between checkpoints, more when saving takes long; 0: after every batch.
         checkpoint_blocks: also after so many blocks.
         progress: called with (blocks done, all).
@@ -79,6 +85,9 @@ def calibrate(
     Raises:
         KvcalError: model or text not found, text longer than the model's context, NaN activations, an unsupported
             architecture, an interrupted run in the way.
+
+    Warns:
+        SmallSampleWarning: the text has too few tokens for the head dim.
     """
     require("faiss", to="calibrate codebooks")  # after the pass: where it is missing, raise before
     if batch_size < 1:
@@ -118,10 +127,11 @@ def calibrate(
     }
     run = _agreed(world, run_id(dataclasses.asdict(identity), text, settings))
     if output is not None and world.agree(has_content(output)):
-        found = _same_run(output, identity, text, settings)
-        if world.first:
-            Checkpoint.beside(output, "").remove()  # a kill after saving may have left it
-        return found
+        found = _there(output, identity, text, settings, replace)
+        if found is not None:
+            if world.first:
+                Checkpoint.beside(output, "").remove()  # a kill after saving may have left it
+            return found
     heads = is_tensor_parallel(model)
     saving = None
     if output is not None:
@@ -149,14 +159,30 @@ def calibrate(
         versions=versions(),
         stages={name: Stage(stage_tensors) for name, stage_tensors in tensors.items()},
     )
+    if world.first:
+        warn_if_small(found)
     if not found.full_layers:  # where all layers have a sliding window, nothing decodes with a codebook
         return found
     return codebook(found, report=False, progress=codebook_progress, world=world)
 
 
-def save(artifact: Artifact, output: str | os.PathLike[str], extras: dict[str, bytes] | None = None) -> Artifact:
-    """Write a calibrated artifact and drop the checkpoint of its run."""
-    saved = artifacts.save(artifact, output, extras)
+def save(
+    artifact: Artifact,
+    output: str | os.PathLike[str],
+    extras: dict[str, bytes] | None = None,
+    *,
+    replace: bool = False,
+) -> Artifact:
+    """Write a calibrated artifact and drop the checkpoint of its run.
+
+    Args:
+        replace: take the place of another artifact at `output`, whose plan and figures go, too.
+    """
+    saved = artifacts.save(artifact, output, extras, replace=replace)
+    if replace:
+        for name in _MADE_OF_IT:
+            if name not in (extras or {}):
+                (Path(output) / name).unlink(missing_ok=True)
     Checkpoint.beside(Path(output), "").remove()
     return saved
 
@@ -185,6 +211,19 @@ def _agreed(world: World, run: str) -> str:
     return run
 
 
+def _there(
+    output: Path, identity: ModelIdentity, data: dict[str, Any], settings: dict[str, Any], replace: bool
+) -> Artifact | None:
+    """The artifact at `output` if it is of this run; None: of another, or damaged, and to be replaced."""
+    if not replace:
+        return _same_run(output, identity, data, settings)
+    check_replaceable(output)
+    try:
+        return _same_run(output, identity, data, settings)
+    except KvcalError:
+        return None
+
+
 def _same_run(output: Path, identity: ModelIdentity, data: dict[str, Any], settings: dict[str, Any]) -> Artifact:
     found = artifacts.load(output)
     # Where the text came from may differ, its content may not.
@@ -200,7 +239,7 @@ def _same_run(output: Path, identity: ModelIdentity, data: dict[str, Any], setti
         more = f" and {len(different) - 1} more" if len(different) > 1 else ""
         raise KvcalError(
             f"{output}: holds the artifact of another run ({name} {here!r} there, {wanted!r} asked for{more}): "
-            "choose another --output, or remove it"
+            "choose another --output, or add --force to replace it"
         )
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from .blocks import TokenBlocks
 from .capture import LayerTensors, capture
 from .checkpoint import Checkpoint
 from .distributed import World
-from .interrupts import deferred_interrupt
+from .interrupts import Interrupted, deferred_interrupt
 from .placement import input_device
 from .pre_rotary import PreRotary
 from .statistics import StatisticsFitter
@@ -169,13 +170,13 @@ class PassLoop:
         self._pre_rotary.methods = chosen
         return chosen != mine
 
-    def _pause(self, saving: Saving | None, done: int, interrupted: bool) -> None:
+    def _pause(self, saving: Saving | None, done: int, interrupted: int | None) -> None:
         """Between two batches: save when it is time, end when asked to."""
         world = self._world
         if saving is None:
             return world.check()
         blocks = self._count(done)
-        stop = interrupted or world.lost is not None
+        stop = interrupted is not None or world.lost is not None
         wanted = _STOP if stop else _SAVE if saving.due(blocks) else _NOTHING
         if self._heads:
             wanted = max(world.exchange(wanted))
@@ -191,8 +192,9 @@ class PassLoop:
             world.check()
             whose = f" of rank {world.rank}'s" if world.size > 1 else ""
             total = self._count(len(self._batches))
-            raise KvcalError(
-                f"interrupted after {blocks} of {total}{whose} blocks, nothing lost: add --resume to continue"
+            raise Interrupted(
+                f"interrupted after {blocks} of {total}{whose} blocks, nothing lost: add --resume to continue",
+                interrupted or signal.SIGINT,
             )
 
     def _count(self, batches: int) -> int:

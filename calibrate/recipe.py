@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifacts import KvcalError
+from ..artifacts.missing import check_exists
 
 VERSION = 1
 KEYS = ("recipe", "model", "data", "output", "pca", "stages", "expect")
@@ -108,6 +109,7 @@ class _Reader:
     def parse(self) -> _Value:
         import yaml
 
+        check_exists(self.path)
         try:
             with self.path.open("rb") as file:
                 data = file.read(MOST_BYTES + 1)

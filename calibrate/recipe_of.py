@@ -188,7 +188,7 @@ def _training(settings: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
         "uptrain": True,
         "data": data_spec(source, notes),
         **text_column(source),
-        "block_size": data.get("block_size"),
+        "seq_len": data.get("block_size"),
         **given,
     }
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..artifacts import KvcalError, errors
+from ..artifacts.missing import nearest
 
 RepoType = Literal["model", "dataset"]
 
@@ -40,7 +41,7 @@ def path_of(spec: str) -> Path:
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # too long, not to be looked at, or no such user after ~
         shown = spec if len(spec) <= 1000 else f"{spec[:1000]}…"
-        raise KvcalError(f"{shown}: no such file or folder ({one_line(error)}): check the path") from None
+        raise KvcalError(f"{shown}: does not exist ({one_line(error)}): check the path") from None
     return path
 
 
@@ -68,7 +69,7 @@ def locate(
         validate_repo_id(repo_id)
     except HFValidationError:
         raise KvcalError(
-            f"{repo_id}: no such file or folder, and not a Hub id (org/name) either: check the spelling"
+            f"{repo_id}: does not exist here, and is not a Hub id (org/name) either: check the spelling"
         ) from None
     if revision is not None:
         check_revision(repo_id, revision)
@@ -79,7 +80,9 @@ def locate(
 
     name = f"{repo_id}@{revision}" if revision else repo_id
     state = f"only without {missing} in" if missing else "not in"
-    looked = f"{repo_type} {name} is no folder here and {state} the Hub cache ({constants.HF_HUB_CACHE})"
+    near = nearest(repo_id)
+    here = f"does not exist here (but {near} does)" if near else "does not exist here"
+    looked = f"{repo_type} {name} {here} and is {state} the Hub cache ({constants.HF_HUB_CACHE})"
     download = f"hf download {repo_id}" + (" --repo-type dataset" if repo_type == "dataset" else "")
     download += f" --revision {revision}" if revision else ""
     advice = f"run `{download} --local-dir FOLDER` where there is a network and pass that folder"

@@ -17,6 +17,7 @@ from ..artifacts import (
     weights_sha256,
 )
 from ..artifacts.manifest import MANIFEST, read_manifest
+from ..artifacts.missing import does_not_exist
 from ..artifacts.packages import missing
 from . import hub
 from .planned import FILE as PLAN
@@ -41,7 +42,7 @@ def load(source: str | os.PathLike[str], revision: str | None = None) -> Artifac
         return artifacts.load(source)
     name, _, stated = os.fspath(source).partition("@")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ArtifactError(f"{source}: no such artifact folder: make one with `calibrate pca --output {source}`")
+        raise ArtifactError(does_not_exist(source, f"make an artifact with `calibrate pca --output {source}`"))
     if stated and revision not in (None, stated):
         raise ArtifactError(f"{source}: and revision {revision!r} beside it: give one of them")
     return artifacts.load(_download(name, stated or revision))

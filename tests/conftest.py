@@ -10,5 +10,11 @@ import os
 import torch
 
 os.environ["KVCAL_PROGRESS"] = "0"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore::kvcal.calibrate.sample_size.SmallSampleWarning")
+
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

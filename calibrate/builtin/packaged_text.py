@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...artifacts import KvcalError
-from ..text_files import read
 
 ROOT = "KVCAL_TEXT_ROOT"
 HELD_OUT_EVERY, HELD_OUT_FIRST = 5, 2
@@ -72,6 +71,8 @@ class PackagedText:
 
     def documents(self, split: str) -> Iterator[str]:
         """The chapters of "train" or "heldout", in an order that depends on their names only."""
+        from ..text_files import read
+
         chapters = self.chapters()
         held_out = {name for at, name in enumerate(chapters) if at % HELD_OUT_EVERY == HELD_OUT_FIRST}
         # By hash, so that any prefix of the stream is a fair sample.

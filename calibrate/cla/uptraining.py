@@ -22,7 +22,7 @@ from ...runtime.cla.sharing import TRAINABLE, Sharing, shared
 from ...runtime.cla.sharing_map import SharingMap
 from ..blocks import TokenBlocks
 from ..checkpoint import run_id
-from ..interrupts import deferred_interrupt
+from ..interrupts import Interrupted, deferred_interrupt
 from ..models import check_seq_len
 from .draws import blocks_of, dropout_seed
 from .objective import losses
@@ -167,7 +167,7 @@ def check_trainable(
         raise KvcalError(f"groups {sharing_map}: no two layers share, there is nothing to train: choose other groups")
     if model.dtype == torch.float16:
         raise KvcalError("gradients of a float16 model vanish: load it as bfloat16 or float32 (--dtype)")
-    check_seq_len(block_size, model.config, "--block-size")
+    check_seq_len(block_size, model.config)
     if not training.steps and (earlier or pool != FITTED):
         raise KvcalError(
             "0 steps only fit where a training starts: leave --continue and --pool out, or give more steps"
@@ -231,7 +231,7 @@ class _Run:
                     self._step(state)
                 except torch.OutOfMemoryError as error:
                     raise KvcalError(
-                        f"out of memory on {self.model.device}: give a smaller --batch-size or --block-size"
+                        f"out of memory on {self.model.device}: give a smaller --batch-size or --seq-len"
                     ) from error
                 done = len(self.history)
                 if progress:
@@ -239,9 +239,9 @@ class _Run:
                 # The last step, too: refitting and saving come after it, and may fail.
                 if state is not None and (interrupted() or done == steps or done % checkpoint_every == 0):
                     state.save(self.optimizer, self.history)
-                    if interrupted() and done < steps:
-                        raise KvcalError(
-                            f"interrupted after {done} of {steps} steps, nothing lost: add --resume to continue"
+                    if (number := interrupted()) and done < steps:
+                        raise Interrupted(
+                            f"interrupted after {done} of {steps} steps, nothing lost: add --resume to continue", number
                         )
 
     def _step(self, state: TrainingState | None) -> None:

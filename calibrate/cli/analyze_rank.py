@@ -1,22 +1,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...artifacts import QUANTITIES, load
-from ..distributed import World
 from .job import one_job
-from .output import json_option, plot_option, print_json, print_lines, print_table, write_plot
+from .options import artifact_argument
+from .output import json_option, plot_option, print_lines, print_result, print_table, write_plot
 from .pass_options import PassOptions, pass_options, run_pass
+from .summary import say_small_sample
+
+if TYPE_CHECKING:
+    from ..distributed import World
 
 
 @click.command("analyze-rank")
-@click.argument("artifact", required=False, type=click.Path(path_type=Path))
-@click.option(
-    "--variance", type=float, default=0.9, show_default=True, help="Fraction of variance to reach, in (0, 1]."
-)
+@artifact_argument(required=False)
+@click.option("--variance", type=float, default=0.9, help="Reach this fraction of the variance, in (0, 1].")
 @plot_option
 @pass_options
 @json_option
@@ -24,7 +25,9 @@ from .pass_options import PassOptions, pass_options, run_pass
 def analyze_rank_command(
     artifact: Path | None, variance: float, plot: Path | None, as_json: bool, world: World, **options: Any
 ) -> None:
-    """Rank@p of keys, queries and values by layer and head, from ARTIFACT alone.
+    """Show rank@p of keys, queries and values by layer and head.
+
+    It is the number of dimensions that hold a fraction p of the variance, and is computed from ARTIFACT alone.
 
     With --model and --data instead of ARTIFACT, the calibration pass comes first. Layers with a sliding window are
     marked and left out of the means: methods leave them alone.
@@ -33,6 +36,7 @@ def analyze_rank_command(
     Example:
       calibrate analyze-rank mistral-7b-wikitext --variance 0.9 --plot rank.png
     """
+    from ...artifacts import load
     from ..plots import rank_figure
     from ..rank import check_variance, rank_report
 
@@ -44,17 +48,17 @@ def analyze_rank_command(
         raise click.UsageError("give an ARTIFACT folder, or --model and --data to calibrate first")
     found = load(artifact) if artifact is not None else run_pass(given, world)
     world.leave_to_first()
+    if artifact is not None:
+        say_small_sample(found)
     report = rank_report(found, variance)
-    if as_json:
-        print_json(report)
-    else:
-        print_ranks(report)
+    print_result(as_json, report, lambda: print_ranks(report))
     if plot is not None:
         write_plot(plot, rank_figure(found, report))
 
 
 def print_ranks(report: dict[str, Any]) -> None:
     """One row per layer, each cell the ranks of the KV heads; then the means over layers with full attention."""
+    from ...artifacts import QUANTITIES
     from ..rank import means_are_of
 
     columns = [*QUANTITIES, "key_pre_uncentred", "key_post_uncentred"]

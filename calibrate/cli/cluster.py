@@ -2,39 +2,50 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...artifacts import Artifact, load, save
-from ...artifacts.places import check_can_write_in
-from ..distributed import World
 from .job import one_job
-from .output import json_option, plot_option, print_json, print_lines, print_table, progress_bar, write_plot
+from .numbers import plain
+from .options import artifact_argument
+from .output import json_option, plot_option, print_lines, print_result, print_table, progress_bar, write_plot
+from .types import TokenCount
+
+if TYPE_CHECKING:
+    from ...artifacts import Artifact
+    from ..distributed import World
 
 
 @click.command("cluster")
-@click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--clusters", type=click.IntRange(1), help="Clusters per KV head; overrides --tokens-per-cluster.")
+@artifact_argument()
+@click.option(
+    "--clusters",
+    type=click.IntRange(1),
+    help="Make this many clusters per KV head, whatever --tokens-per-cluster says.",
+)
 @click.option(
     "--tokens-per-cluster",
-    type=click.IntRange(1),
-    help="Sampled tokens for each cluster.  [default: 32; joint: 64 clusters]",
+    type=TokenCount(),
+    show_default="32; joint: 64 clusters",
+    help="Make one cluster for this many sampled tokens.",
 )
 @click.option(
     "--metric",
     type=click.Choice(["cosine", "l2", "joint"]),
     default="cosine",
-    show_default=True,
-    help="Of keys; joint: of keys and values together, into the codebooks that spectral decodes with.",
+    help="Cluster keys by cosine or l2, or keys and values together (joint) into the codebooks that spectral decodes "
+    "with.",
 )
-@click.option("--iterations", type=click.IntRange(1), default=20, show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--iterations", type=click.IntRange(1), default=20, help="Run k-means for at most this many iterations.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Draw the first centroids by this seed.")
 @plot_option
 @json_option
 @one_job
 def cluster_command(artifact: Path, metric: str, plot: Path | None, as_json: bool, world: World, **sizes: Any) -> None:
-    """Cluster the sampled keys per layer and KV head (faiss k-means); adds the stage `clusters` to ARTIFACT.
+    """Cluster the sampled keys per layer and KV head.
+
+    faiss makes the clusters by k-means, and ARTIFACT gets the stage `clusters`.
 
     With --metric joint keys and values are clustered together, and the stage is `codebook`, which `calibrate pca` has
     made with its defaults already.
@@ -44,6 +55,8 @@ def cluster_command(artifact: Path, metric: str, plot: Path | None, as_json: boo
       calibrate cluster mistral-7b-wikitext --tokens-per-cluster 32 --plot clusters.png
       calibrate cluster mistral-7b-wikitext --metric joint --clusters 128
     """
+    from ...artifacts import load, save
+    from ...artifacts.places import check_can_write_in
     from ..card import card_files
 
     found = load(artifact)
@@ -54,10 +67,7 @@ def cluster_command(artifact: Path, metric: str, plot: Path | None, as_json: boo
     world.leave_to_first()
     saved = save(clustered, artifact, card_files(clustered))
     report, show, figure = _reported(saved, metric)
-    if as_json:
-        print_json(report)
-    else:
-        show(report)
+    print_result(as_json, report, lambda: show(report), artifact)
     if plot is not None:
         write_plot(plot, figure(saved, report))
 
@@ -118,7 +128,7 @@ def print_clusters(report: dict[str, Any]) -> None:
                 entry["radius_max"],
                 entry["silhouette"] if entry["silhouette"] is not None else "–",
                 entry["query_norm_max"],
-                f"{middle['delta_r']:.3g} at {middle['clusters']}",
+                f"{plain(middle['delta_r'])} at {middle['clusters']}",
                 " / ".join(f"{starts[start]['iterations']:.1f}" for start in ("calibrated", "plusplus", "random")),
             ]
         )

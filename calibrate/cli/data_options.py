@@ -8,15 +8,20 @@ from typing import Any, TypeVar
 import click
 
 from ...artifacts.errors import one_line
+from .completion import complete_data
 from .output import say
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-_FORMS = "alias, Hub id org/name[:config[:split]], file, folder or glob; several are mixed."
+_FORMS = "an alias, a Hub id org/name[:config[:split]], a file, a folder or a glob. Several are mixed."
 
 
 def data_options(what: str, split_example: str) -> Callable[[Command], Command]:
-    """A decorator that adds these options; `what`: how the help calls the text."""
+    """A decorator that adds these options.
+
+    Args:
+        what: for the help, e.g. "Calibrate on this text".
+    """
 
     def add(command: Command) -> Command:
         for option in reversed(options):
@@ -24,12 +29,20 @@ def data_options(what: str, split_example: str) -> Callable[[Command], Command]:
         return command
 
     options: list[Callable[[Command], Command]] = [
-        click.option("--data", "data_spec", metavar="DATA", multiple=True, help=f"{what}: {_FORMS}"),
-        click.option("--split", help=f"Split of the data set, e.g. {split_example}."),
+        click.option(
+            "--data",
+            "data_spec",
+            metavar="DATA",
+            multiple=True,
+            shell_complete=complete_data,
+            help=f"{what}: {_FORMS}",
+        ),
+        click.option("--split", metavar="NAME", help=f"Take this split of the data set, e.g. {split_example}."),
         click.option(
             "--text-column",
             metavar="NAME",
-            help="Column of a table that is the text or the chat, or several as NAME+NAME.  [default: the only choice]",
+            show_default="the only choice",
+            help="Take the text or the chat from this column of a table, or from several as NAME+NAME.",
         ),
     ]
     return add

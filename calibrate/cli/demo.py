@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...artifacts import Artifact, load, save
 from ...artifacts.places import check_new_file
 from .analyze_rank import print_ranks
 from .cluster import print_clusters
 from .evaluation_table import print_results
-from .output import is_png, json_option, print_json, print_lines, progress_bar, working, write_plot
+from .numbers import megabytes
+from .options import force_option
+from .output import is_png, json_option, print_lines, print_result, progress_bar, working, write_plot
 from .pass_options import PassOptions, run_pass
 from .summary import artifact_summary, print_summary
+
+if TYPE_CHECKING:
+    from ...artifacts import Artifact
 
 NUM_TOKENS = 131072
 LOKI = {"method": "loki", "rank": 0.25, "keep": 0.25}
@@ -23,20 +27,24 @@ BATCH_SIZE = 8
 
 @click.command("demo")
 @click.option(
+    "-o",
     "--output",
     type=click.Path(path_type=Path),
     default=Path("kvcal-demo"),
-    show_default=True,
-    help="Folder of the artifact.",
+    help="Write the artifact to this folder.",
 )
+@force_option("Replace an artifact of another run that is at --output; nothing but an artifact is ever replaced.")
 @json_option
-def demo_command(output: Path, as_json: bool) -> None:
-    """All of it on the built-in model and text, without a network: calibrate, verify, decode with Loki and spectral.
+def demo_command(output: Path, force: bool, as_json: bool) -> None:
+    """Run all of it on the built-in model and text.
+
+    Without a network it calibrates, clusters, verifies, and decodes with Loki and spectral.
 
     \b
     Example:
       calibrate demo --output /tmp/demo
     """
+    from ...artifacts import load, save
     from ..card import card_files
     from ..checkpoint import Checkpoint
     from ..cluster_stage import cluster, cluster_report
@@ -58,6 +66,7 @@ def demo_command(output: Path, as_json: bool) -> None:
         dtype="auto",
         uncentred=False,
         resume=Checkpoint.beside(output, "").exists(),
+        force=force,
     )
     if output.is_dir():
         check_new_file(output / "quality.png", is_png, "a PNG file")
@@ -72,23 +81,25 @@ def demo_command(output: Path, as_json: bool) -> None:
     rows, texts = decode(verified)
     described = {"model": "demo", **PROMPTS, "question": "decoded", "batch_size": BATCH_SIZE}
     write_plot(output / "quality.png", evaluation_figure(described, rows))
-    if as_json:
-        summary = artifact_summary(verified)
-        print_json({"artifact": summary, "ranks": ranks, "clusters": clusters, "results": rows, "side_by_side": texts})
-        return
-    print_summary(artifact_summary(verified))
-    print_lines("")
-    print_ranks(ranks)
-    print_lines("")
-    print_clusters(clusters)
-    print_lines("")
-    print_results(described, rows)
-    print_side_by_side(texts)
-    print_lines("", f"verified: every hash, shape and dtype of {output} holds")
-    print_lines(f"figures:  {output / 'rank.png'}  {output / 'clusters.png'}  {output / 'quality.png'}")
-    print_lines(
-        f"next:     calibrate evaluate {output} --data stdlib --split heldout --method spectral,loki,h2o,streaming"
-    )
+    summary = artifact_summary(verified)
+    report = {"artifact": summary, "ranks": ranks, "clusters": clusters, "results": rows, "side_by_side": texts}
+
+    def show() -> None:
+        print_summary(summary)
+        print_lines("")
+        print_ranks(ranks)
+        print_lines("")
+        print_clusters(clusters)
+        print_lines("")
+        print_results(described, rows)
+        print_side_by_side(texts)
+        print_lines("", f"verified: every hash, shape and dtype of {output} holds")
+        print_lines(f"figures:  {output / 'rank.png'}  {output / 'clusters.png'}  {output / 'quality.png'}")
+        print_lines(
+            f"next:     calibrate evaluate {output} --data stdlib --split heldout --method spectral,loki,h2o,streaming"
+        )
+
+    print_result(as_json, report, show, output)
 
 
 def decode(artifact: Artifact) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -118,5 +129,5 @@ def print_side_by_side(texts: list[dict[str, Any]]) -> None:
     for entry in texts:
         print_lines("", f"…{entry['prompt']!r}")
         for each in entry["continuations"]:
-            read = each["bytes_per_step"] / 1e6
-            print_lines(f"  {each['setting']['method']:8} reads {read:.2f} MB a step  →  {each['text']!r}")
+            read = megabytes(each["bytes_per_step"])
+            print_lines(f"  {each['setting']['method']:8} reads {read} a step  →  {each['text']!r}")

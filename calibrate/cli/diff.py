@@ -5,29 +5,34 @@ from typing import Any
 
 import click
 
-from ...artifacts import load
-from .output import json_option, print_json, print_lines, print_table
+from .options import artifact_argument
+from .output import json_option, print_lines, print_result, print_table
 
 
 @click.command("diff")
-@click.argument("first", type=click.Path(path_type=Path))
-@click.argument("second", type=click.Path(path_type=Path))
-@click.option("--variance", type=float, default=0.9, show_default=True, help="Compare subspaces of rank@p in FIRST.")
+@artifact_argument("first")
+@artifact_argument("second")
+@click.option(
+    "--variance",
+    type=float,
+    default=0.9,
+    help="Compare subspaces that hold this fraction of the variance in FIRST, in (0, 1].",
+)
 @json_option
 def diff_command(first: Path, second: Path, variance: float, as_json: bool) -> None:
-    """How far two artifacts lie apart: key subspaces, ranks, spectra, and the settings that differ.
+    """Show how far two artifacts lie apart.
+
+    Compared are key subspaces, ranks, spectra, and settings.
 
     \b
     Example:
       calibrate diff mistral-7b-wikitext mistral-7b-c4
     """
+    from ...artifacts import load
     from ..compare import compare
 
     report = compare(load(first), load(second), variance)
-    if as_json:
-        print_json(report)
-    else:
-        _print(report)
+    print_result(as_json, report, lambda: _print(report))
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -1,20 +1,27 @@
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...artifacts import Artifact, KvcalError, load
-from ..distributed import World
+from ...artifacts import KvcalError
+from ..interrupts import Interrupted, Terminated
+from .completion import complete_methods
 from .data_options import data_options
-from .evaluation_lines import low_score_lines, say_calibration_text, say_short_blocks
+from .evaluation_lines import low_score_lines, say_calibration_text, say_short_blocks, say_unfitted
 from .evaluation_table import print_results
 from .job import one_job
 from .loading import load_calibrated
-from .output import NewFile, json_option, plot_option, print_json, progress_bar, say, working, write_plot
+from .options import artifact_argument, device_option, dtype_option, force_option, model_option
+from .output import NewFile, json_option, plot_option, print_result, progress_bar, say, working, write_plot
 from .prompt_options import PromptOptions, prompt_options, words
+
+if TYPE_CHECKING:
+    from ...artifacts import Artifact
+    from ..distributed import World
 
 
 def _are_results(path: Path) -> bool:
@@ -24,32 +31,47 @@ def _are_results(path: Path) -> bool:
 
 
 @click.command("evaluate")
-@click.argument("artifact", type=click.Path(path_type=Path))
-@click.option(
-    "--model", "model_spec", metavar="MODEL", help="Alias, Hub id, folder or GGUF file.  [default: the artifact's]"
-)
-@data_options("Unseen text", "heldout of stdlib")
+@artifact_argument()
+@model_option(default="the artifact's")
+@data_options("Evaluate on this unseen text", "heldout of stdlib")
 @click.option(
     "--method",
     "methods",
+    metavar="NAMES",
     default="loki",
-    show_default=True,
-    help="Comma list, also of cla and cla+METHOD; `full` is always run.",
+    shell_complete=complete_methods,
+    help="Evaluate these methods, a comma list, also of cla and cla+METHOD; `full` is always run.",
 )
-@click.option("--rank", help="Comma list of fractions (0.25), counts (32) or variance:0.9.  [default: the method's]")
-@click.option("--keep", help="Comma list of fractions (0.25) or counts (256) of tokens.  [default: the method's]")
 @click.option(
-    "--set", "assignments", metavar="NAME=VALUES", multiple=True, help="Any other parameter, e.g. basis=pca,score."
+    "--rank",
+    metavar="VALUES",
+    show_default="the method's",
+    help="Use these ranks, a comma list of fractions (0.25), counts (32) or variance:0.9.",
+)
+@click.option(
+    "--keep",
+    metavar="VALUES",
+    show_default="the method's",
+    help="Keep these amounts of tokens, a comma list of fractions (0.25) or counts (256).",
+)
+@click.option(
+    "--set",
+    "assignments",
+    metavar="NAME=VALUES",
+    multiple=True,
+    help="Set any other parameter of the methods, e.g. basis=pca,score.",
 )
 @prompt_options
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Rows decoded together.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, help="Decode this many sequences together.")
+@device_option()
+@dtype_option()
 @click.option(
+    "-o",
     "--output",
     type=NewFile(_are_results, "a results file"),
-    help="Results as JSON; a run that finds its own file there goes on.",
+    help="Write the results to this JSON file; a run that finds its own file there goes on.",
 )
+@force_option("Replace results of other settings that are at --output; nothing but results is ever replaced.")
 @click.option(
     "--compare",
     type=click.Path(path_type=Path),
@@ -74,13 +96,16 @@ def evaluate_command(
     dtype: str,
     batch_size: int,
     output: Path | None,
+    force: bool,
     compare: tuple[Path, ...],
     plot: Path | None,
     as_json: bool,
     world: World,
     **of_prompts: Any,
 ) -> None:
-    """What decoding methods cost in quality and save in bytes, on the same tokens and the same code path.
+    """Measure what decoding methods cost in quality and save in bytes.
+
+    All of them decode the same tokens by the same code path.
 
     A context is prefilled densely; text that follows it, or a question and the model's answer, is decoded token
     by token through each method's cache, and everything is set against `full`. Every mean has its standard
@@ -91,6 +116,7 @@ def evaluate_command(
       calibrate evaluate mistral-7b-wikitext --data wikitext:wikitext-2-raw-v1:test \\
         --method loki,h2o,streaming --keep .25,.125 --output results.json --plot results.png
     """
+    from ...artifacts import load
     from ..evaluation.figure import evaluation_figure
     from ..evaluation.grid import check_grid
     from ..evaluation.protocol import check_lengths, evaluate
@@ -109,7 +135,11 @@ def evaluate_command(
     check_lengths(prompts, loaded.model)
     described = {**options.described, "question": question}
     settings = _settings(found, loaded, prompts.source, prompts, batch_size, described)
-    results = Results.open(settings, output) if output is not None and world.first else Results(settings, output)
+    results = (
+        Results.open(settings, output, replace=force)
+        if output is not None and world.first
+        else Results(settings, output)
+    )
     if any("bytes_per_step" not in row or "scores" not in row for row in results.rows):
         raise KvcalError(f"{output}: a row lacks what was measured: choose another --output, or remove it")
     results = results.for_rank(world)
@@ -117,6 +147,7 @@ def evaluate_command(
         compared_rows(settings, {}, path)  # said before the work, not after it
     say_calibration_text(found, prompts.source)
     say_short_blocks(found, prompts, grid)
+    say_unfitted(found, grid)
     if results.rows:
         say(f"{output}: {len(results.rows)} settings are there already")
     elif results.unfinished:
@@ -136,18 +167,18 @@ def evaluate_command(
                 say=say,
                 world=world,
             )
-    except KeyboardInterrupt:
-        if output is None:
-            raise KvcalError("interrupted: nothing was kept: with --output FILE the same command goes on") from None
-        raise
+    except KeyboardInterrupt as error:
+        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+        kept = "nothing was kept: with --output FILE the same command goes on"
+        if output is not None:
+            kept = f"what was measured is in {output}: repeat the command to go on"
+        raise Interrupted(f"interrupted: {kept}", number) from None
     world.leave_to_first()
     rows += [row for path in compare for row in compared_rows(settings, rows[0], path)]
     if as_json:
         for line in low_score_lines(rows[0]):  # which otherwise stands under the table
             say(line)
-        print_json({"settings": settings, "results": rows})
-    else:
-        print_results(settings, rows)
+    print_result(as_json, {"settings": settings, "results": rows}, lambda: print_results(settings, rows))
     if plot is not None:
         write_plot(plot, evaluation_figure(settings, rows))
 

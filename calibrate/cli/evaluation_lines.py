@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...artifacts import Artifact
 from .output import say
 
 if TYPE_CHECKING:
+    from ...artifacts import Artifact
     from ..evaluation.prompts import Prompts
 
 
@@ -42,6 +42,20 @@ def say_short_blocks(artifact: Artifact, prompts: Prompts, grid: Sequence[dict[s
         say(
             f"contexts of {longest} tokens, and blocks of {seq_len} in calibration: {', '.join(dict.fromkeys(fitted))} "
             f"may do worse than calibrated with --seq-len {longest}"
+        )
+
+
+def say_unfitted(artifact: Artifact, grid: Sequence[dict[str, Any]]) -> None:
+    """Say so where layers share projections that nobody has fitted: the mean of what they had."""
+    from ...runtime.cla.method import STAGE, Cla, resolve
+
+    shares = any(
+        str(setting["method"]).split("+")[0] == "cla" and not {"pool", "groups"} & {*setting} for setting in grid
+    )
+    if shares and STAGE in artifact.stages and not resolve(Cla(), artifact).weights:
+        say(
+            f"{artifact.name}: its shared projections are the mean of their layers', which loses most: "
+            f"`calibrate share {artifact.name} --model … --uptrain --steps 0 --data …` fits them"
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...artifacts.errors import one_line
 from .evaluation_lines import low_score_lines
+from .numbers import UNKNOWN, fixed, plain
 from .output import print_lines, print_table
 
 Row = Mapping[str, Any]
@@ -30,7 +31,7 @@ def print_results(settings: Mapping[str, Any], rows: Sequence[Row]) -> None:
     }
     perplexity: Columns = {}
     if any(row.get("perplexity") is not None for row in rows):
-        perplexity["ppl"] = [_number(row.get("perplexity"), ".2f") for row in rows]
+        perplexity["ppl"] = [fixed(row.get("perplexity"), 2) for row in rows]
         ratios = [(row.get("perplexity_ratio"), row.get("perplexity_ratio_se")) for row in rows]
         perplexity["ratio"] = [
             _with_error(value, None if row is rows[0] else error, 3)
@@ -113,16 +114,19 @@ def _costs(rows: Sequence[Row]) -> Columns:
     full = rows[0]["bytes_per_step"]
     costs: Columns = {}
     if any(row.get("attention_error") for row in rows):
-        costs["error"] = [_number(_mean(row.get("attention_error")), ".3f") for row in rows]
-        costs["mass"] = [_number(_mean(row.get("attention_mass")), ".3f") for row in rows]
-    costs["MB"] = [_number(_millions(row.get("resident_bytes")), ".2f") for row in rows]
+        costs["error"] = [fixed(_attention(row, "attention_error"), 3) for row in rows]
+        costs["mass"] = [fixed(_attention(row, "attention_mass"), 3) for row in rows]
+    costs["MB"] = [fixed(_millions(row.get("resident_bytes")), 2) for row in rows]
     costs["read/step"] = [_read(row.get("bytes_per_step"), full) for row in rows]
-    costs["ms"] = [
-        _number(row.get("ms_per_step"), ".0f" if (row.get("ms_per_step") or 0) >= 100 else ".3g") for row in rows
-    ]
+    costs["ms"] = [plain(row.get("ms_per_step")) for row in rows]
     if any("hit_rate" in row for row in rows):
-        costs["hits"] = [_number(row.get("hit_rate"), ".3f") for row in rows]
+        costs["hits"] = [fixed(row.get("hit_rate"), 3) for row in rows]
     return costs
+
+
+def _attention(row: Row, name: str) -> float | None:
+    """A mean over layers; None for `cla`, which reads all that the shared model has: there is nothing to measure."""
+    return None if row["method"] == "cla" else _mean(row.get(name))
 
 
 def _title(settings: Mapping[str, Any], perplexity: bool, tasks: bool) -> str:
@@ -146,7 +150,8 @@ def _legend(
         parts += ["mass: of the dense attention that was read, both means of layers"]
     parts += ["MB: resident, and read per step, of one row", f"ms: per step of up to {settings['batch_size']} rows"]
     if any(str(row["method"]).startswith("cla") for row in rows):
-        parts += ["of cla, dense is the shared model's own"]
+        parts += ["of cla+METHOD, dense is the shared model's own"]
+        parts += ["cla alone reads all of that, so that what it loses is in ratio and scores only"]
     if hits:
         parts += ["hits: of what an offloaded cache read, the share on the device"]
     lines, width = [""], 118
@@ -183,15 +188,11 @@ def _mean(by_layer: Sequence[float | None] | None) -> float | None:
 
 
 def _read(count: float | None, full: float) -> str:
-    return "–" if count is None else f"{count / 1e6:.2f} ({100 * count / full:.0f} %)"
+    return UNKNOWN if count is None else f"{fixed(count / 1e6, 2)} ({100 * count / full:.0f} %)"
 
 
 def _millions(count: float | None) -> float | None:
     return None if count is None else count / 1e6
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else f"{value:{form}}"
 
 
 def _part(relative: float) -> str:
@@ -202,5 +203,5 @@ def _part(relative: float) -> str:
 def _with_error(value: float | None, error: float | None, digits: int) -> str:
     """ "0.85±.08": an error has as many digits as its value."""
     if value is None:
-        return "–"
-    return f"{value:.{digits}f}" + ("" if error is None else "±" + f"{error:.{digits}f}".removeprefix("0"))
+        return UNKNOWN
+    return fixed(value, digits) + ("" if error is None else "±" + fixed(error, digits).removeprefix("0"))

@@ -4,23 +4,24 @@ from pathlib import Path
 
 import click
 
-from ...artifacts import load
-from .output import json_option, print_json
-from .summary import artifact_summary, print_summary
+from .options import artifact_argument
+from .output import json_option, print_result
+from .summary import artifact_summary, print_summary, say_small_sample
 
 
 @click.command("inspect")
-@click.argument("artifact", type=click.Path(path_type=Path))
+@artifact_argument()
 @json_option
 def inspect_command(artifact: Path, as_json: bool) -> None:
-    """Show what ARTIFACT is: model, text, settings, stages, hashes.
+    """Show what ARTIFACT is: model, text, settings, stages and hashes.
 
     \b
     Example:
       calibrate inspect mistral-7b-wikitext
     """
-    summary = artifact_summary(load(artifact))
-    if as_json:
-        print_json(summary)
-    else:
-        print_summary(summary)
+    from ...artifacts import load
+
+    found = load(artifact)
+    say_small_sample(found)
+    summary = artifact_summary(found)
+    print_result(as_json, summary, lambda: print_summary(summary))

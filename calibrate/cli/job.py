@@ -9,12 +9,14 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ...artifacts import KvcalError
-from ..distributed import SINGLE, Finished, World, join, launched
+
+if TYPE_CHECKING:
+    from ..distributed import World
 
 
 def one_job(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -22,6 +24,8 @@ def one_job(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def run(*args: Any, **options: Any) -> Any:
+        from ..distributed import SINGLE, launched
+
         if launched() == 1:
             return command(*args, world=SINGLE, **options)
         return _together(lambda world: command(*args, world=world, **options))
@@ -41,6 +45,8 @@ def alone(command: click.Command) -> click.Command:
 
     @functools.wraps(callback)
     def run(*args: Any, **options: Any) -> Any:
+        from ..distributed import launched
+
         return callback(*args, **options) if launched() == 1 else _together(refuse)
 
     run.shares_work = False  # type: ignore[attr-defined]
@@ -49,6 +55,8 @@ def alone(command: click.Command) -> click.Command:
 
 
 def _together(work: Callable[[World], Any]) -> None:
+    from ..distributed import Finished, join
+
     world = join()
     streams = sys.stdout, sys.stderr
     if not world.first:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ...artifacts import Artifact
 from .output import progress_bar, say, working
+from .verbosity import detail
+
+if TYPE_CHECKING:
+    from ...artifacts import Artifact
 
 
 def load_model_of(spec: str, **options: Any) -> Any:
@@ -15,6 +18,9 @@ def load_model_of(spec: str, **options: Any) -> Any:
     with progress_bar("loading the model") as progress:
         loaded = load_model(spec, progress=progress, **options)
     source = loaded.source
+    place = source.folder or (source.gguf[0] if source.gguf else "the Hub")
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    detail(f"model {source.id}: from {place}, revision {source.revision}, {dtype} on {loaded.model.device}")
     if source.gguf and source.revision and source.revision not in spec:
         say(f"{spec}: from the package {source.revision}, whose weights are quantised: they are not the Hub's")
     return loaded

@@ -16,8 +16,9 @@ import click
 from ...artifacts import KvcalError
 from ...artifacts.errors import one_line
 from ...artifacts.places import check_new_file
-from ...artifacts.writing import write_atomically
 from .logged import logged, switched_off
+from .numbers import plain
+from .verbosity import is_quiet, timed
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print machine-readable results to stdout, nothing else."
@@ -35,9 +36,29 @@ def print_lines(*lines: object) -> None:
         click.echo(one_line(line))
 
 
+def print_result(as_json: bool, value: Any, show: Callable[[], None], place: object | None = None, *steps: str) -> None:
+    """What a command has found: as JSON, for people, or with --quiet in short.
+
+    Args:
+        value: for JSON.
+        show: prints it for people.
+        place: where it was written; --quiet prints this alone.
+        steps: lines for people about what to do next.
+    """
+    if as_json:
+        print_json(value)
+    elif is_quiet() and place is not None:
+        print_lines(place)
+    else:
+        show()
+        if steps and not is_quiet():
+            print_lines("", *steps)
+
+
 def say(message: str) -> None:
-    """A line for people, on stderr, so that stdout holds results only."""
-    click.echo(one_line(message), err=True)
+    """A line for people, on stderr, so that stdout holds results only; none with --quiet."""
+    if not is_quiet():
+        click.echo(one_line(message), err=True)
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -51,7 +72,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]
         lines = [one_line(line) for line in name.split("\n")]
         table.add_column(Text("\n".join(lines)), justify="left" if column == 0 else "right")
     for row in rows:
-        table.add_row(*[Text(f"{cell:.3g}" if isinstance(cell, float) else one_line(cell)) for cell in row])
+        table.add_row(*[Text(plain(cell) if isinstance(cell, float) else one_line(cell)) for cell in row])
     # Off a terminal, a fixed width keeps columns from wrapping in logs and pipes; on a narrow one a wrapped line can
     # still be read, a cell cut off cannot.
     console = Console()
@@ -63,7 +84,13 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]
 def progress_bar(title: str, estimate: bool = True) -> Iterator[Callable[..., None]]:
     """Yields update(done, total, note="") for a bar with elapsed and remaining time; lines where stderr is no
     terminal. `estimate`: False where the notes say how long it will take."""
-    if switched_off():
+    with timed(title), _bar(title, estimate) as update:
+        yield update
+
+
+@contextmanager
+def _bar(title: str, estimate: bool) -> Iterator[Callable[..., None]]:
+    if switched_off() or is_quiet():
         yield lambda done, total, note="": None
         return
     if not sys.stderr.isatty():
@@ -90,7 +117,13 @@ def progress_bar(title: str, estimate: bool = True) -> Iterator[Callable[..., No
 @contextmanager
 def working(title: str) -> Iterator[None]:
     """A spinner for steps that cannot tell how far they are; lines where stderr is no terminal."""
-    if switched_off():
+    with timed(title), _spinner(title):
+        yield
+
+
+@contextmanager
+def _spinner(title: str) -> Iterator[None]:
+    if switched_off() or is_quiet():
         yield
         return
     if not sys.stderr.isatty():
@@ -105,11 +138,24 @@ def working(title: str) -> Iterator[None]:
 
 
 class NewFile(click.Path):
-    """The name of a file to be written, checked when the command line is read. It replaces none but its own kind."""
+    """The name of a file to be written, checked when the command line is read. It replaces none but its own kind.
 
-    def __init__(self, replaceable: Callable[[Path], bool] | None = None, what: str = "", suffix: str = ""):
+    Args:
+        replaceable: tells by its content whether a file may be replaced; None: it may not.
+        what: a file that may be, for errors.
+        suffix: that names must have.
+        by_force: replace only with --force.
+    """
+
+    def __init__(
+        self,
+        replaceable: Callable[[Path], bool] | None = None,
+        what: str = "",
+        suffix: str = "",
+        by_force: bool = False,
+    ):
         super().__init__(path_type=Path)
-        self.replaceable, self.what, self.suffix = replaceable, what, suffix
+        self.replaceable, self.what, self.suffix, self.by_force = replaceable, what, suffix, by_force
 
     def convert(self, value: Any, parameter: click.Parameter | None, ctx: click.Context | None) -> Path:
         if str(value).endswith(("/", "/.")):
@@ -117,6 +163,11 @@ class NewFile(click.Path):
         path = Path(os.fsdecode(super().convert(value, parameter, ctx)))
         if self.suffix and path.suffix.lower() != self.suffix:
             self.fail(f"{path}: give a name that ends in {self.suffix}", parameter, ctx)
+        forced = ctx is not None and ctx.params.get("force")  # --force is eager
+        if self.by_force and not forced and path.is_file() and not path.is_symlink():
+            self.fail(
+                f"{path}: already exists: choose another name, or give --force to replace {self.what}", parameter, ctx
+            )
         try:
             check_new_file(path, self.replaceable, self.what)
         except KvcalError as error:
@@ -135,6 +186,8 @@ plot_option = click.option(
 
 
 def write_plot(path: Path, png: bytes) -> None:
+    from ...artifacts.writing import write_atomically
+
     write_atomically(path, png)
     say(f"figure: {path}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,68 +11,78 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ...artifacts import Artifact
-from ..distributed import SINGLE, World
 from .data_options import data_options, say_left
 from .loading import load_model_of
+from .options import device_option, dtype_option, force_option, model_option
 from .output import progress_bar, say, working
+from .types import TokenCount
+from .verbosity import detail
 
 if TYPE_CHECKING:
     import torch
 
+    from ...artifacts import Artifact
+    from ..distributed import World
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _OPTIONS = [
+    model_option(),
+    data_options("Calibrate on this text", "train"),
     click.option(
-        "--model", "model_spec", metavar="MODEL", help="Alias, Hub id with optional @revision, folder, or GGUF file."
+        "-o",
+        "--output",
+        type=click.Path(path_type=Path),
+        show_default="MODEL-DATA",
+        help="Write the artifact to this folder.",
     ),
-    data_options("Text to calibrate on", "train"),
-    click.option("--output", type=click.Path(path_type=Path), help="Folder of the artifact.  [default: MODEL-DATA]"),
+    force_option("Replace an artifact of another run that is at --output; nothing but an artifact is ever replaced."),
     click.option(
         "--num-tokens",
-        type=click.IntRange(1),
-        default=131072,
-        show_default=True,
-        help="Tokens to run, BOS and separators included.",
+        type=TokenCount(),
+        default="128k",
+        help="Run this many tokens, BOS and separators included.",
     ),
     click.option(
         "--seq-len",
-        type=click.IntRange(2),
-        help="Tokens per block, no fewer than contexts will have.  [default: the model's context, 8192 at most]",
+        type=TokenCount(2),
+        show_default="the model's context, 8k at most",
+        help="Cut the text into blocks of this many tokens, no fewer than contexts will have.",
     ),
     click.option(
         "--batch-size",
         type=click.IntRange(1),
-        help="Blocks per forward pass.  [default: 1; on CUDA 8192 tokens in all]",
+        show_default="1; on CUDA 8k tokens in all",
+        help="Run this many blocks in a forward pass.",
     ),
     click.option(
-        "--seed",
-        type=int,
-        default=0,
-        show_default=True,
-        help="Of the reservoir sample, and of the order of several files.",
+        "--seed", type=int, default=0, help="Draw the reservoir sample, and the order of several files, by this seed."
     ),
     click.option(
-        "--reservoir", type=click.IntRange(2), default=4096, show_default=True, help="Tokens to keep a sample of."
+        "--reservoir",
+        type=TokenCount(2),
+        default=4096,
+        help="Keep the keys, queries and values of this many sampled tokens.",
     ),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-    click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16."),
-    click.option("--uncentred", is_flag=True, help="PCA of the second moment instead of the covariance."),
+    device_option(),
+    dtype_option(),
+    click.option("--uncentred", is_flag=True, help="Take PCA of the second moment instead of the covariance."),
     click.option(
         "--device-map",
-        help="Spread the model over GPUs, CPU memory and disk with accelerate: auto, balanced, balanced_low_0, "
+        help="Spread the model over GPUs, CPU memory and disk with accelerate: auto, balanced, balanced_low_0 or "
         "sequential.",
     ),
-    click.option("--max-memory", help="With --device-map: amounts by device, e.g. 0=20GiB,1=20GiB,cpu=64GiB."),
-    click.option("--tp", is_flag=True, help="Under torchrun: deal the model's heads to the processes, not the blocks."),
+    click.option(
+        "--max-memory", help="Take at most this much of each device with --device-map, e.g. 0=20GiB,1=20GiB,cpu=64GiB."
+    ),
+    click.option("--tp", is_flag=True, help="Deal the model's heads, not the blocks, to the processes of torchrun."),
     click.option(
         "--checkpoint-every",
         type=click.FloatRange(0),
         default=60.0,
-        show_default=True,
-        help="Seconds between two saved states, more when saving takes long.",
+        help="Save the state after this many seconds, or more when saving takes long.",
     ),
-    click.option("--checkpoint-blocks", type=click.IntRange(1), help="Save the state after so many blocks, too."),
+    click.option("--checkpoint-blocks", type=click.IntRange(1), help="Save the state after this many blocks, too."),
     click.option(
         "--resume",
         is_flag=True,
@@ -103,6 +114,7 @@ class PassOptions:
     checkpoint_every: float = 60.0
     checkpoint_blocks: int | None = None
     text_column: str | None = None
+    force: bool = False
 
     def output_folder(self) -> Path:
         return self.output or Path("-".join(map(_slug, (self.model_spec or "", *self.data_spec[:3]))))
@@ -115,26 +127,33 @@ def pass_options(command: Command) -> Command:
     return command
 
 
-def run_pass(options: PassOptions, world: World = SINGLE) -> Artifact:
+def run_pass(options: PassOptions, world: World | None = None) -> Artifact:
     """Load model and text, calibrate, save: the artifact at `options.output_folder()`.
 
     Returns on rank 0 only; the other ranks' work ends here.
+
+    Args:
+        world: the processes that share the work; None: this one alone.
     """
     import matplotlib  # noqa: F401 (the artifact's figure is drawn after the pass: said before it where it cannot be)
 
+    from ...artifacts.writing import has_content
     from ..blocks import make_blocks
     from ..card import card_files
     from ..checkpoint import Checkpoint
     from ..data import open_data
+    from ..distributed import SINGLE
     from ..models import check_seq_len, default_seq_len
     from ..one_pass import calibrate, check_output, save
     from ..placement import input_device
+    from ..sample_size import SmallSampleWarning, small_sample
 
+    world = world or SINGLE
     if options.model_spec is None or not options.data_spec:
         raise click.UsageError("give both --model and --data, e.g. --model demo --data stdlib")
     output = options.output_folder()
     check_output(output)
-    if options.resume and not Checkpoint.beside(output, "").exists():
+    if options.resume and not Checkpoint.beside(output, "").exists() and not has_content(output):
         say(f"no interrupted run beside {output}: starting from the beginning")
     with working("finding the text"):
         data = open_data(options.data_spec, options.split, text_column=options.text_column, seed=options.seed)
@@ -153,9 +172,11 @@ def run_pass(options: PassOptions, world: World = SINGLE) -> Artifact:
             shorten=options.seq_len is None,
         )
     say_left(blocks.source)
+    detail(f"text {data.source['id']}: {len(blocks)} blocks of {blocks.seq_len} tokens, sha256 {blocks.content_hash}")
     if blocks.ids.numel() < options.num_tokens:
         say(f"only {int(blocks.attended.sum())} tokens there, using all of them ({options.num_tokens} asked for)")
-    with progress_bar("calibrating") as progress:
+    with progress_bar("calibrating") as progress, warnings.catch_warnings():
+        warnings.simplefilter("ignore", SmallSampleWarning)  # said below, in one line
         artifact = calibrate(
             loaded.model,
             blocks,
@@ -167,6 +188,7 @@ def run_pass(options: PassOptions, world: World = SINGLE) -> Artifact:
             seed=options.seed,
             batch_size=options.batch_size or _batch_size(input_device(loaded.model), blocks.ids.shape[1]),
             resume=options.resume,
+            replace=options.force,
             checkpoint_every=options.checkpoint_every,
             checkpoint_blocks=options.checkpoint_blocks,
             progress=progress,
@@ -174,14 +196,14 @@ def run_pass(options: PassOptions, world: World = SINGLE) -> Artifact:
             world=world,
         )
     world.leave_to_first()
-    counted, head_dim = artifact.data["tokens_counted"], max(layer.head_dim for layer in artifact.layers)
-    if counted <= head_dim:  # their covariance has no full rank
-        say(f"{counted} tokens span no basis of {head_dim} dimensions: give many more (--num-tokens, --data)")
+    if problem := small_sample(artifact):
+        say(f"{output}: {problem}")
     if artifact.folder is not None:
-        say(f"{output}: already calibrated with this model, text and settings")
+        nothing = ": nothing is left to resume" if options.resume else ""
+        say(f"{output}: already calibrated with this model, text and settings{nothing}")
         return artifact
     with working("writing"):
-        return save(artifact, output, card_files(artifact))
+        return save(artifact, output, card_files(artifact), replace=options.force)
 
 
 def _batch_size(device: torch.device, seq_len: int) -> int:

@@ -5,15 +5,17 @@ from typing import Any
 
 import click
 
-from ...artifacts import load
 from ...artifacts.places import check_new_file
+from .completion import complete_method, complete_tasks
 from .data_options import data_options, say_left
 from .evaluation_lines import say_calibration_text, say_short_blocks
 from .loading import load_calibrated
-from .output import NewFile, json_option, print_json, progress_bar, say, working
+from .options import artifact_argument, device_option, dtype_option, model_option
+from .output import NewFile, json_option, print_result, progress_bar, say, working
 from .plan_table import print_plan, say_warnings
 from .plan_work import open_kept
 from .prompt_options import words
+from .types import TokenCount
 
 BYTES = 0.0625
 
@@ -31,52 +33,57 @@ def _is_kept(path: Path) -> bool:
 
 
 @click.command("plan")
-@click.argument("artifact", type=click.Path(path_type=Path))
-@click.option(
-    "--model", "model_spec", metavar="MODEL", help="Alias, Hub id, folder or GGUF file.  [default: the artifact's]"
-)
-@data_options("Text to measure on, other than the artifact's", "heldout of stdlib")
+@artifact_argument()
+@model_option(default="the artifact's")
+@data_options("Measure on this text, other than the artifact's", "heldout of stdlib")
 @click.option(
     "--bytes",
     "budget",
     type=click.FloatRange(0, 1, min_open=True),
-    help="Share to read, per step and row, of what dense attention reads in the layers with full attention; what "
-    "layers with a sliding window read counts in neither.  [default: 0.0625]",
+    show_default="0.0625",
+    help="Read this share, per step and sequence, of what dense attention reads in the layers with full attention; "
+    "what layers with a sliding window read counts in neither.",
 )
 @click.option(
     "--quality",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="Instead: the fewest bytes that keep full's perplexity over the plan's at this or above, e.g. 0.99.",
+    help="Find instead the fewest bytes that keep full's perplexity over the plan's at this or above, e.g. 0.99.",
 )
-@click.option("--method", default="spectral", show_default=True, help="Method to plan for, e.g. loki or clusterkv.")
 @click.option(
-    "--prefix", type=click.IntRange(32), default=1024, show_default=True, help="Tokens of context to plan for."
+    "--method",
+    metavar="NAME",
+    default="spectral",
+    shell_complete=complete_method,
+    help="Plan for this method, e.g. loki or clusterkv.",
 )
-@click.option("--windows", type=click.IntRange(1), default=4, show_default=True, help="Pieces of text to measure on.")
-@click.option("--check-windows", type=click.IntRange(1), default=8, show_default=True, help="Others, to check on.")
-@click.option(
-    "--continuation", type=click.IntRange(17), default=128, show_default=True, help="Tokens decoded in a check."
-)
+@click.option("--prefix", type=TokenCount(32), default="1k", help="Plan for contexts of this many tokens.")
+@click.option("--windows", type=click.IntRange(1), default=4, help="Measure on this many pieces of text.")
+@click.option("--check-windows", type=click.IntRange(1), default=8, help="Check the plan on this many others.")
+@click.option("--continuation", type=TokenCount(17), default=128, help="Decode this many tokens in a check.")
 @click.option(
     "--tasks",
+    metavar="NAMES",
     default="perplexity,passkey,multikey",
-    show_default=True,
-    help="Comma list of what a check measures; what full cannot answer is left out, the last is also measured on.",
+    shell_complete=complete_tasks,
+    help="Check on these tasks, a comma list; what full cannot answer is left out, the last is also measured on.",
 )
-@click.option(
-    "--episodes", type=click.IntRange(1), default=10, show_default=True, help="Questions of each task in a check."
-)
+@click.option("--episodes", type=click.IntRange(1), default=10, help="Ask this many questions of each task in a check.")
 @click.option(
     "--batch-size",
     type=click.IntRange(1),
     default=8,
-    show_default=True,
-    help="Rows decoded together: they share codebooks and the maps of a basis. At most --check-windows.",
+    help="Decode this many sequences together, --check-windows at most: they share codebooks and the maps of a basis.",
 )
-@click.option("--output", type=NewFile(_is_plan, "a plan"), help="File of the plan.  [default: plan.json in ARTIFACT]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the questions.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+@click.option(
+    "-o",
+    "--output",
+    type=NewFile(_is_plan, "a plan"),
+    show_default="plan.json in ARTIFACT",
+    help="Write the plan to this file.",
+)
+@click.option("--seed", type=int, default=0, help="Draw the questions by this seed.")
+@device_option()
+@dtype_option()
 @json_option
 def plan_command(
     artifact: Path,
@@ -98,8 +105,10 @@ def plan_command(
     episodes: int,
     **prompt_options: Any,
 ) -> None:
-    """Spend a budget of bytes where it buys most: settings for every layer, and of several such plans, and of settings
-    that are the same everywhere, the one that moves the model's predictions least when it decodes.
+    """Spend a budget of bytes where it buys most.
+
+    A plan has settings for every layer. Of several such plans, and of settings that are the same everywhere, it is the
+    one that moves the model's predictions least when it decodes.
 
     Written to ARTIFACT as plan.json, which `compress(model, artifact)` then decodes with, and `--method plan` of
     `calibrate evaluate`. What was measured is kept beside it in plan.measured.json: another --bytes measures nothing
@@ -109,6 +118,7 @@ def plan_command(
     Example:
       calibrate plan mistral-7b-wikitext --data wikitext:wikitext-2-raw-v1:test --bytes 0.0625
     """
+    from ...artifacts import load
     from ...runtime.planned import FILE, has_plan
     from ..data import open_data
     from ..evaluation.prompts import make_prompts
@@ -183,9 +193,6 @@ def plan_command(
         say(f"{path}: replaces the plan that was there")
     write_plan(path, body)
     say_warnings(body)
-    if as_json:
-        print_json(body)
-    else:
-        print_plan(body)
+    print_result(as_json, body, lambda: print_plan(body), path)
     if output is None and not as_json:
         say(f"{path}: compress(model, artifact) decodes with it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .numbers import fixed, plain
 from .output import print_lines, print_table, say
 
 
@@ -19,25 +20,25 @@ def print_plan(body: dict[str, Any]) -> None:
         if setting is None:
             continue
         point = next(point for point in offers[str(layer)] if point["setting"] == setting)
-        by_head = " ".join(f"{error:.3f}" for error in point["head_errors"])
+        by_head = " ".join(fixed(error, 3) for error in point["head_errors"])
         rows.append(
             [
                 str(layer),
                 setting["method"],
                 _described(setting),
                 f"{point['bytes']:.4f}",
-                f"{point['error']:.3f}",
+                fixed(point["error"], 3),
                 by_head,
             ]
         )
-    budget = ", ".join(f"{name} {value:g}" for name, value in body["budget"].items())
+    budget = ", ".join(f"{name} {plain(value)}" for name, value in body["budget"].items())
     title = f"{body['model']}, batches of {body['batch_size']}: {budget}"
     print_table(title, ["layer", "method", "settings", "bytes", "error", "by KV head"], rows)
     if body["candidates"]:
         title = "decoded at this budget; divergence: of next tokens from full's, in nats"
         print_table(title, ["candidate", "bytes", "divergence"], list(map(_candidate, body["candidates"])))
     predicted, measured = body["predicted"], body["measured"]
-    ratio = "beyond measure" if measured["perplexity_ratio"] is None else f"{measured['perplexity_ratio']:.4f}"
+    ratio = "beyond measure" if measured["perplexity_ratio"] is None else fixed(measured["perplexity_ratio"], 4)
     full = body["full"]["scores"]
     scores = "".join(f"; {task} {value:.2f} (full {full[task]:.2f})" for task, value in measured["scores"].items())
     dropped = "".join(f"; {task} {value:.2f}" for task, value in body["dropped"].items())
@@ -67,7 +68,7 @@ def say_warnings(body: dict[str, Any]) -> None:
 
 def _candidate(found: dict[str, Any]) -> list[str]:
     what = f"by layer, {found['kind']}" if found["setting"] is None else f"uniform: {_described(found['setting'])}"
-    return [what, f"{found['bytes']:.4f}", f"{found['divergence']:.2e}"]
+    return [what, f"{found['bytes']:.4f}", plain(found["divergence"])]
 
 
 def _described(setting: dict[str, Any]) -> str:

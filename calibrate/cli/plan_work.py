@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...artifacts import Artifact
 from .output import say
 
 if TYPE_CHECKING:
+    from ...artifacts import Artifact
     from ..evaluation.prompts import Prompts
     from ..planning.kept import Kept
 

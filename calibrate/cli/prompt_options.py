@@ -9,64 +9,66 @@ from typing import Any, TypeVar
 
 import click
 
-from ...artifacts import KvcalError
+from .completion import complete_tasks
 from .data_options import say_left
 from .output import progress_bar, say, working
+from .types import TokenCount, TokenCounts
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _OPTIONS: list[Callable[[Any], Any]] = [
+    click.option("--prefix", type=TokenCount(2), default="1k", help="Prefill this many tokens densely."),
+    click.option("--continuation", type=TokenCount(2), default=256, help="Decode this many tokens after them."),
     click.option(
-        "--prefix", type=click.IntRange(2), default=1024, show_default=True, help="Tokens that are prefilled densely."
-    ),
-    click.option(
-        "--continuation", type=click.IntRange(2), default=256, show_default=True, help="Tokens decoded after them."
-    ),
-    click.option(
-        "--windows", type=click.IntRange(1), default=8, show_default=True, help="Pieces of text for perplexity."
+        "--windows", type=click.IntRange(1), default=8, help="Measure perplexity on this many pieces of text."
     ),
     click.option(
         "--tasks",
-        help="Comma list of perplexity, passkey, multikey, `ruler` and RULER's names (niah_single_1, vt, …).  "
-        "[default: the first three; none with --prompts and no --data]",
+        metavar="NAMES",
+        shell_complete=complete_tasks,
+        show_default="the first three; none with --prompts and no --data",
+        help="Ask these tasks, a comma list of perplexity, passkey, multikey, `ruler` and names of RULER's (e.g. vt).",
     ),
-    click.option("--lengths", help="Comma list of tokens that tasks are to have.  [default: --prefix]"),
     click.option(
-        "--episodes", type=click.IntRange(1), default=20, show_default=True, help="Questions per task and length."
+        "--lengths",
+        type=TokenCounts(),
+        show_default="--prefix",
+        help="Ask tasks in contexts of these numbers of tokens, a comma list.",
+    ),
+    click.option(
+        "--episodes", type=click.IntRange(1), default=20, help="Ask this many questions of each task and length."
     ),
     click.option(
         "--prompts",
         "prompt_files",
         type=click.Path(path_type=Path),
         multiple=True,
-        help="JSON lines of context, question and answer, or chats; each file is a task.",
+        help="Ask what is in this file, JSON lines of context, question and answer, or of chats; each file is a task.",
     ),
     click.option(
         "--match",
         type=click.Choice(["exact", "part"]),
         default="exact",
-        show_default=True,
-        help="Whether the first line said is to be an answer of --prompts, or an answer to be part of what is said.",
+        help="Count an answer to --prompts when it is exactly the first line said, or part of what is said.",
     ),
     click.option(
         "--max-new-tokens",
-        type=click.IntRange(1),
-        help="Decoded for --prompts.  [default: the longest answer's, and 32]",
+        type=TokenCount(),
+        show_default="as the longest answer has, and 32",
+        help="Decode this many tokens of an answer to --prompts.",
     ),
     click.option(
         "--chat-template/--no-chat-template",
         default=True,
-        show_default=True,
         help="Put RULER's tasks and --prompts into the model's chat template, if it has one.",
     ),
     click.option(
         "--question",
         type=click.Choice(["decoded", "prefilled"]),
         default="decoded",
-        show_default=True,
-        help="How a task's question is read: token by token through the cache, or with the context in the prefill.",
+        help="Read a task's question token by token through the cache, or with the context in the prefill.",
     ),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of facts, their places and their fillers."),
+    click.option("--seed", type=int, default=0, help="Draw facts, their places and their fillers by this seed."),
 ]
 
 
@@ -86,9 +88,7 @@ class PromptOptions:
     files: tuple[Path, ...]
 
     @classmethod
-    def of(
-        cls, with_text: bool, *, tasks: str | None, lengths: str | None, prompt_files: tuple[Path, ...], **others: Any
-    ) -> PromptOptions:
+    def of(cls, with_text: bool, *, tasks: str | None, prompt_files: tuple[Path, ...], **others: Any) -> PromptOptions:
         """
         Args:
             with_text: whether --data is given.
@@ -104,7 +104,7 @@ class PromptOptions:
                 "give --data: text that the artifact was not calibrated on, e.g. stdlib --split heldout"
             )
         read_all_prompts(prompt_files)
-        return cls({**others, "tasks": names, "lengths": _numbers("--lengths", lengths)}, prompt_files)
+        return cls({**others, "tasks": names}, prompt_files)
 
     def find_text(self, spec: Sequence[str], split: str | None, text_column: str | None) -> Any:
         """What `open_data` finds; None where no task is made of text."""
@@ -157,12 +157,3 @@ def _needs_text(tasks: Sequence[str]) -> bool:
 def words(text: str) -> list[str]:
     """The words of a comma list."""
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _numbers(option: str, text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    found = words(text)
-    if not found or not all(word.isdecimal() and len(word) < 10 for word in found):
-        raise KvcalError(f"{option} {text!r}: give whole numbers separated by commas, e.g. 512,1024")
-    return [int(word) for word in found]

@@ -8,23 +8,31 @@ from pathlib import Path
 
 import click
 
-from .output import json_option, print_json, print_lines
+from .options import artifact_argument
+from .output import json_option, print_lines, print_result
+from .verbosity import is_quiet
 
 
 @click.command("push")
-@click.argument("artifact", type=click.Path(path_type=Path))
+@artifact_argument()
 @click.argument("repo_id", metavar="ORG/NAME")
-@click.option("--branch", "--revision", "branch", help="Branch to commit to, made if need be.  [default: the main one]")
+@click.option(
+    "--branch",
+    "--revision",
+    "branch",
+    show_default="the main one",
+    help="Commit to this branch, which is made if need be.",
+)
 @click.option("--private", is_flag=True, help="Make the repository private, if it is made now.")
-@click.option("--message", help="Of the commit.")
+@click.option("--message", help="Give the commit this message.")
 @json_option
 def push_command(
     artifact: Path, repo_id: str, branch: str | None, private: bool, message: str | None, as_json: bool
 ) -> None:
-    """Verify ARTIFACT and upload it with its card to the Hub, as one commit of the model repository ORG/NAME.
+    """Verify ARTIFACT and upload it to the Hub.
 
-    Needs a token with write access (`hf auth login`, or HF_TOKEN). Others load it with
-    kvcal.runtime.load("ORG/NAME@REVISION").
+    It becomes, with its card, one commit of the model repository ORG/NAME. That needs a token with write access
+    (`hf auth login`, or HF_TOKEN). Others load it with kvcal.runtime.load("ORG/NAME@REVISION").
 
     \b
     Example:
@@ -34,18 +42,16 @@ def push_command(
 
     with _bars_on_terminals_only():
         pushed = push(artifact, repo_id, branch=branch, private=private, message=message)
-    if as_json:
-        print_json(dataclasses.asdict(pushed))
-        return
-    load = f'artifact = load("{pushed.repo_id}@{pushed.commit}")'
-    print_lines(pushed.url, "", "load it with", "  from kvcal.runtime import load", f"  {load}")
+    load = f'  artifact = load("{pushed.repo_id}@{pushed.commit}")'
+    load_it = ("load it with", "  from kvcal.runtime import load", load)
+    print_result(as_json, dataclasses.asdict(pushed), lambda: print_lines(pushed.url), pushed.url, *load_it)
 
 
 @contextmanager
 def _bars_on_terminals_only() -> Iterator[None]:
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    silenced = not (sys.stderr.isatty() or are_progress_bars_disabled())
+    silenced = not ((sys.stderr.isatty() and not is_quiet()) or are_progress_bars_disabled())
     if silenced:
         disable_progress_bars()
     try:

@@ -8,22 +8,23 @@ import click
 
 from ...artifacts import KvcalError
 from ..recipe import Recipe, Section, unknown
+from .types import TokenCount
 
 STAGES = ("cluster", "xcla", "share", "plan", "evaluate")
 LISTS = {"method", "rank", "keep", "tasks", "lengths"}
 """Options whose text is a comma list; in a recipe they may be YAML lists or numbers, too."""
-_NOT_IN_RECIPES = {"help", "json", "resume"}
+_NOT_IN_RECIPES = {"force", "help", "json", "quiet", "resume", "verbose"}
 
 
 def options_of(command: click.Command) -> dict[str, click.Option]:
-    """Name in a recipe -> option."""
-    found = {}
-    for option in command.params:
-        if isinstance(option, click.Option):
-            name = max(option.opts, key=len).lstrip("-").replace("-", "_")
-            if name not in _NOT_IN_RECIPES:
-                found[name] = option
-    return found
+    """Name in a recipe -> option; one that has several long names is there under each, the first one first."""
+    options = [option for option in command.params if isinstance(option, click.Option)]
+    names = [(name[2:].replace("-", "_"), option) for option in options for name in _long_names(option)]
+    return {name: option for name, option in names if name not in _NOT_IN_RECIPES}
+
+
+def _long_names(option: click.Option) -> list[str]:
+    return [name for name in option.opts if name.startswith("--")]
 
 
 def arguments(recipe: Recipe, section: Section, command: click.Command) -> list[str]:
@@ -39,7 +40,7 @@ def arguments(recipe: Recipe, section: Section, command: click.Command) -> list[
         if name not in known:
             raise KvcalError(f"{recipe.where(section.lines[name])}: {section.command}: {unknown(name, known)}")
         option = known[name]
-        flag = max(option.opts, key=len)
+        flag = _long_names(option)[0]
         if option.is_flag:
             if type(value) is not bool:
                 raise KvcalError(f"{where}: expected true or false, not {value!r}")
@@ -62,6 +63,8 @@ def _texts(where: str, name: str, option: click.Option, value: Any) -> list[str]
         return [_scalar(where, item, (str,), "text") for item in value]
     if name in LISTS:
         return [_comma_list(where, value)]
+    if isinstance(option.type, TokenCount):
+        return [_scalar(where, value, (int, str), "a number of tokens, e.g. 8192 or 8k")]
     if isinstance(option.type, click.types.IntParamType):
         return [_scalar(where, value, (int,), "a whole number")]
     if isinstance(option.type, click.types.FloatParamType):

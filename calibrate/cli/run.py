@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +12,38 @@ import click
 
 from ...artifacts import KvcalError
 from ..recipe import Recipe, Section, read_recipe
-from .output import json_option, print_json, say
+from .options import force_option
+from .output import json_option, print_result, say
 from .pass_options import PassOptions
 from .recipe_arguments import STAGES, arguments, options_of
 
 
 @click.command("run")
-@click.option("--recipe", "path", type=click.Path(path_type=Path), required=True, help="YAML file of the whole run.")
-@click.option("--output", type=click.Path(path_type=Path), help="Folder of the artifact.  [default: the recipe's]")
+@click.option("--recipe", "path", type=click.Path(path_type=Path), required=True, help="Run what this YAML file says.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    show_default="the recipe's",
+    help="Write the artifact to this folder.",
+)
+@force_option("Replace an artifact or results of other settings; nothing but these is ever replaced.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run of the same recipe.")
 @json_option
-def run_command(path: Path, output: Path | None, resume: bool, as_json: bool) -> None:
-    """Calibrate as a recipe says: the pass of `calibrate pca`, then its stages in their order.
+def run_command(path: Path, output: Path | None, force: bool, resume: bool, as_json: bool) -> None:
+    """Calibrate as a recipe says.
 
-    A recipe is checked whole before anything runs. Its names are those of the commands' options.
+    The pass of `calibrate pca` comes first, then the recipe's stages in their order. A recipe is checked whole
+    before anything runs. Its names are those of the commands' options.
 
     \b
     Example:
       calibrate run --recipe mistral-7b-wikitext.yaml
     """
     recipe = read_recipe(path, STAGES)
-    pca, folder = _prepare_pass(recipe, output, resume, as_json)
-    contexts = [pca, *(_prepare(recipe, section, folder, resume, as_json) for section in recipe.stages)]
+    flags = {"--force": force, "--resume": resume, "--json": as_json}
+    pca, folder = _prepare_pass(recipe, output, flags)
+    contexts = [pca, *(_prepare(recipe, section, folder, flags) for section in recipe.stages)]
     results: dict[str, Any] = {"artifact": str(folder), "stages": []}
     for context in contexts:
         name = context.info_name
@@ -44,22 +55,21 @@ def run_command(path: Path, output: Path | None, resume: bool, as_json: bool) ->
             results["stages"].append({str(name): json.loads(printed.getvalue())})
         if context is pca:
             _check_expected(recipe, folder)
-    if as_json:
-        print_json(results)
+    print_result(as_json, results, lambda: None)
 
 
-def _prepare_pass(recipe: Recipe, output: Path | None, resume: bool, as_json: bool) -> tuple[click.Context, Path]:
+def _prepare_pass(recipe: Recipe, output: Path | None, flags: Mapping[str, bool]) -> tuple[click.Context, Path]:
     section = recipe.pca
     if output is not None:
         section = dataclasses.replace(section, settings={**section.settings, "output": str(output)})
         section = dataclasses.replace(section, lines={"output": 1, **section.lines})
-    context = _context(recipe, section, [], resume, as_json)
+    context = _context(recipe, section, [], flags)
     fields = {field.name for field in dataclasses.fields(PassOptions)}
     options = PassOptions(**{name: value for name, value in context.params.items() if name in fields})
     return context, options.output_folder()
 
 
-def _prepare(recipe: Recipe, section: Section, folder: Path, resume: bool, as_json: bool) -> click.Context:
+def _prepare(recipe: Recipe, section: Section, folder: Path, flags: Mapping[str, bool]) -> click.Context:
     command = command_of(section.command)
     if section.command in ("evaluate", "plan") and "data" not in section.settings:
         where = f"{recipe.where(section.line)}: {section.command}"
@@ -67,17 +77,18 @@ def _prepare(recipe: Recipe, section: Section, folder: Path, resume: bool, as_js
     if "model" in options_of(command) and "model" not in section.settings:
         settings = {"model": recipe.pca.settings["model"], **section.settings}
         section = dataclasses.replace(section, settings=settings, lines={"model": section.line, **section.lines})
-    resume = resume and section.settings.get("uptrain") is True
-    return _context(recipe, section, ["--", str(folder)], resume, as_json)
+    flags = {**flags, "--resume": flags["--resume"] and section.settings.get("uptrain") is True}
+    return _context(recipe, section, ["--", str(folder)], flags)
 
 
-def _context(recipe: Recipe, section: Section, positional: list[str], resume: bool, as_json: bool) -> click.Context:
+def _context(recipe: Recipe, section: Section, positional: list[str], flags: Mapping[str, bool]) -> click.Context:
     """The command as if it had been given on a command line: parsed, with its own defaults."""
     command = command_of(section.command)
     given = arguments(recipe, section, command)
-    flags = [flag for flag, wanted in (("--resume", resume), ("--json", as_json)) if wanted]
+    known = {name for parameter in command.params for name in parameter.opts}
+    wanted = [flag for flag, wished in flags.items() if wished and flag in known]
     try:
-        return command.make_context(section.command, [*given, *flags, *positional], parent=click.get_current_context())
+        return command.make_context(section.command, [*given, *wanted, *positional], parent=click.get_current_context())
     except click.UsageError as error:
         raise KvcalError(f"{recipe.where(section.line)}: {section.command}: {error.format_message()}") from None
 

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...artifacts import Artifact, load, save
-from ...artifacts.places import check_can_write_in
+from .completion import complete_pattern
 from .loading import load_calibrated
-from .output import json_option, plot_option, print_json, print_lines, print_table, progress_bar, write_plot
+from .numbers import fixed
+from .options import artifact_argument, calibrated_model_option
+from .output import json_option, plot_option, print_lines, print_result, print_table, progress_bar, write_plot
 from .uptrain_options import (
     UptrainOptions,
     print_uptraining,
@@ -17,39 +18,44 @@ from .uptrain_options import (
     uptrain_options,
 )
 
+if TYPE_CHECKING:
+    from ...artifacts import Artifact
+
 
 @click.command("share")
-@click.argument("artifact", type=click.Path(path_type=Path))
+@artifact_argument()
+@calibrated_model_option()
 @click.option(
-    "--model", "model_spec", metavar="MODEL", required=True, help="The model that ARTIFACT was calibrated on."
-)
-@click.option(
-    "--group", type=click.Choice(["2", "3", "4"]), default="2", show_default=True, help="Layers of a full group."
+    "--group", type=click.Choice(["2", "3", "4"]), default="2", help="Put this many layers into a full group."
 )
 @click.option(
     "--pattern",
     default="uniform",
-    show_default=True,
     metavar="PATTERN",
-    help="uniform, keep-ends, dense-front, dense-back (as in the CLA paper), auto (least predicted "
-    "loss, in groups of at most 4 layers unless fewer are to be stored), or the groups, e.g. 0-1,2-3.",
+    shell_complete=complete_pattern,
+    help="Group layers by uniform, keep-ends, dense-front, dense-back (as in the CLA paper), auto (least predicted "
+    "loss, in groups of at most 4 layers unless fewer are to be stored), or name the groups, e.g. 0-1,2-3.",
 )
 @click.option(
     "--budget-layers",
     "stored_layers",
     type=click.IntRange(1),
-    help="Layers that store keys and values.  [default: what pattern and group give]",
+    show_default="what pattern and group give",
+    help="Let this many layers store keys and values.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a stage `cla` that has trained weights.")
+@click.option(
+    "--force", "--overwrite", "overwrite", is_flag=True, help="Replace a stage `cla` that has trained weights."
+)
 @uptrain_options
 @plot_option
 @json_option
 def share_command(
     artifact: Path, model_spec: str, group: str, plot: Path | None, as_json: bool, **settings: Any
 ) -> None:
-    """What sharing keys and values between neighbouring layers costs, and which layers are to share.
+    """Find which layers are to share keys and values.
 
-    Adds the stage `cla` with the map to ARTIFACT. MODEL is checked and not changed.
+    It is measured what sharing between neighbouring layers costs, and ARTIFACT gets the stage `cla` with the map. MODEL
+    is checked and not changed.
 
     With --uptrain the shared model is trained, by the map in ARTIFACT where there is one and no other is asked for;
     the stage then holds the trained weights, and --plot shows the loss curve.
@@ -59,6 +65,8 @@ def share_command(
       calibrate share mistral-7b-wikitext --model mistral-7b --pattern auto --budget-layers 16
       calibrate share mistral-7b-wikitext --model mistral-7b --uptrain --data wikitext --steps 1000 --lr 1e-4
     """
+    from ...artifacts import load, save
+    from ...artifacts.places import check_can_write_in
     from ...runtime.cla.method import stage_map
     from ..card import card_files
     from ..cla.figures import share_figure
@@ -91,11 +99,8 @@ def share_command(
         _uptrain(saved, artifact, model_spec, training, overwrite, plot, as_json)
         return
     report = share_report(saved)
-    if as_json:
-        print_json(report)
-    else:
-        print_sharing(report)
-        print_lines("", f"next: calibrate share {artifact} --model {model_spec} --uptrain --steps 0 --data …")
+    step = f"next: calibrate share {artifact} --model {model_spec} --uptrain --steps 0 --data …"
+    print_result(as_json, report, lambda: print_sharing(report), artifact, step)
     if plot is not None:
         write_plot(plot, share_figure(saved, report))
 
@@ -131,11 +136,8 @@ def _uptrain(
 
     trained, history = run_uptraining(found, folder, model_spec, training, overwrite)
     report = share_report(trained)
-    if as_json:
-        print_json({**report, "history": history})
-    else:
-        print_uptraining(report["settings"])
-        print_lines("", f"next: calibrate evaluate {folder} --method cla,cla+loki --data …")
+    step = f"next: calibrate evaluate {folder} --method cla,cla+loki --data …"
+    print_result(as_json, {**report, "history": history}, lambda: print_uptraining(report["settings"]), folder, step)
     if plot is not None and history:
         write_plot(plot, loss_figure(history, f"{trained.model.id}, groups {report['settings']['groups']}"))
 
@@ -188,10 +190,10 @@ def _print_patterns(report: dict[str, Any]) -> None:
 def _stored(cost: dict[str, Any] | None) -> str:
     if cost is None:
         return ""
-    loss = "" if cost["predicted_loss"] is None else f", {cost['predicted_loss']:.2f}"
+    loss = "" if cost["predicted_loss"] is None else f", {fixed(cost['predicted_loss'], 2)}"
     return f"{cost['stored_layers']}: {cost['bytes_per_token']}{loss}"
 
 
 def _number(value: float | None) -> str:
     """An artifact of before has no costs of groups."""
-    return "" if value is None else f"{value:.3f}"
+    return "" if value is None else fixed(value, 3)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from ...artifacts import Artifact
-from .output import print_lines
+from .numbers import megabytes
+from .output import print_lines, say
+
+if TYPE_CHECKING:
+    from ...artifacts import Artifact
 
 
 def artifact_summary(artifact: Artifact) -> dict[str, Any]:
@@ -36,6 +40,14 @@ def artifact_summary(artifact: Artifact) -> dict[str, Any]:
     }
 
 
+def say_small_sample(artifact: Artifact) -> None:
+    """Say so where an artifact was calibrated on too few tokens for its head dim."""
+    from ..sample_size import small_sample
+
+    if problem := small_sample(artifact):
+        say(f"{artifact.name}: {problem}")
+
+
 def print_summary(summary: dict[str, Any]) -> None:
     data, source = summary["data"], summary["data"]["source"]
     revision = f" @ {summary['model']['revision']}" if summary["model"]["revision"] else ""
@@ -57,15 +69,26 @@ def print_summary(summary: dict[str, Any]) -> None:
         print_lines(f"{name:<11} {text}")
     for name, stage in summary["stages"].items():
         settings = ", ".join(f"{key} {_in_short(name, key, value)}" for key, value in stage["settings"].items())
-        print_lines(f"  {name:<10} {stage['bytes'] / 1e6:8.1f} MB  {stage['tensors']:>4} tensors  {settings}".rstrip())
+        print_lines(f"  {name:<10} {megabytes(stage['bytes']):>10}  {stage['tensors']:>4} tensors  {settings}".rstrip())
 
 
 def _in_short(stage: str, name: str, value: Any) -> Any:
-    """Of an uptraining its steps and losses, of the costs of groups how many; every other value as it is."""
+    """Of an uptraining its steps, with those it went on from, and its losses; of the costs of groups how many; every
+    other value as it is."""
+    from ..cla.uptrained_stage import steps_in_all
+
     if (stage, name) == ("cla", "group_costs"):
         return f"of {len(value)} groups"
     if (stage, name) != ("cla", "uptraining") or value is None:
         return value
     first, last = value["first_losses"], value["last_losses"]
-    losses = (f"{name.replace('_', ' ')} {first[name]:.3f} → {last[name]:.3f}" for name in first)
-    return f"{value['steps']} steps ({', '.join(losses)})" if first else "fitted, no steps"
+    losses = ", ".join(f"{name.replace('_', ' ')} {first[name]:.3f} → {last[name]:.3f}" for name in first)
+    if not value.get("earlier"):
+        return f"{value['steps']} steps ({losses})" if first else "fitted, no steps"
+    return f"{steps_in_all(value)} steps in {_trainings(value)} trainings (the last {value['steps']}: {losses})"
+
+
+def _trainings(uptraining: Mapping[str, Any]) -> int:
+    """How many there were, with those that a training went on from; a fit without steps is none."""
+    earlier = uptraining.get("earlier")
+    return (uptraining["steps"] > 0) + (_trainings(earlier) if earlier else 0)

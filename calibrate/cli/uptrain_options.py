@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ...artifacts import Artifact, save
 from .data_options import data_options, say_left
 from .loading import load_calibrated
+from .options import device_option, dtype_option
 from .output import print_lines, print_table, progress_bar, say, working
+from .types import TokenCount
 
 if TYPE_CHECKING:
+    from ...artifacts import Artifact
     from ..blocks import TokenBlocks
     from ..cla.training_state import Record
     from ..data import TextData
@@ -25,53 +27,58 @@ _TENTHS = {"first tenth": "first_losses", "last tenth": "last_losses"}
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _OPTIONS = [
-    click.option("--uptrain", is_flag=True, help="Train the shared model; weights go into the stage `cla`."),
-    data_options("Training text", "train"),
+    click.option("--uptrain", is_flag=True, help="Train the shared model; its weights go into the stage `cla`."),
+    data_options("Train on this text", "train"),
     click.option(
         "--steps",
         type=click.IntRange(0),
-        help="Steps of the training; --uptrain needs it. 0: fit where it would start, no more.",
+        help="Train for this many steps; --uptrain needs it. With 0 it is only fitted where a training would start.",
     ),
-    click.option("--lr", type=float, default=1e-4, show_default=True, help="Peak learning rate of AdamW."),
+    click.option("--lr", type=float, default=1e-4, help="Let AdamW's learning rate rise to this."),
     click.option(
         "--distill",
         type=float,
         default=1.0,
-        show_default=True,
-        help="Part of the loss that is KL(original ‖ shared), from 0 to 1; the rest is the next-token loss.",
+        help="Let KL(original ‖ shared) be this part of the loss, from 0 to 1; the rest is the next-token loss.",
     ),
     click.option(
         "--train",
         type=click.Choice(["shared", "attention", "all"]),
         default="shared",
-        show_default=True,
-        help="Shared projections and the reading layers' queries and norms; all attention and norms; or all weights.",
+        help="Train the shared projections and the reading layers' queries and norms, or all attention and norms, or "
+        "all weights.",
     ),
     click.option(
         "--pool",
         type=click.Choice(["fitted", "mean", "first"]),
         default="fitted",
-        show_default=True,
-        help="Where the training starts: projections fitted on the text, their mean, or the first layer's.",
+        help="Start from projections fitted on the text, from their mean, or from the first layer's.",
     ),
-    click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Blocks per step."),
+    click.option("--batch-size", type=click.IntRange(1), default=8, help="Take this many blocks in a step."),
     click.option(
-        "--block-size", type=click.IntRange(2), help="Tokens per block.  [default: as in ARTIFACT's pass, 2048 at most]"
+        "--seq-len",
+        "--block-size",
+        "seq_len",
+        type=TokenCount(2),
+        show_default="as in ARTIFACT's pass, 2k at most",
+        help="Cut the text into blocks of this many tokens.",
     ),
-    click.option("--warmup", type=click.IntRange(0), help="Steps until the peak rate.  [default: a twentieth]"),
-    click.option("--seed", type=int, default=0, show_default=True, help="Order of files and blocks, and dropout."),
-    click.option("--checkpoint-every", type=click.IntRange(1), default=100, show_default=True, help="Steps."),
+    click.option(
+        "--warmup",
+        type=click.IntRange(0),
+        show_default="a twentieth",
+        help="Reach the peak learning rate after this many steps.",
+    ),
+    click.option("--seed", type=int, default=0, help="Draw the order of files and blocks, and dropout, by this seed."),
+    click.option(
+        "--checkpoint-every", type=click.IntRange(1), default=100, help="Save the state after this many steps."
+    ),
     click.option("--resume", is_flag=True, help="Go on with an interrupted training of the same settings."),
     click.option(
         "--continue", "more", is_flag=True, help="Start from the trained weights that ARTIFACT has, and replace them."
     ),
-    click.option("--device", default="auto", show_default=True, help="Of the training: auto, cpu, cuda or cuda:N."),
-    click.option(
-        "--dtype",
-        default="auto",
-        show_default=True,
-        help="Of the training: auto, float32, or bfloat16 (float32 copies).",
-    ),
+    device_option("the training"),
+    dtype_option("Train in this dtype: auto, float32 (fp32), or bfloat16 (bf16) with float32 copies."),
 ]
 
 
@@ -89,7 +96,7 @@ class UptrainOptions:
     train: str
     pool: str
     batch_size: int
-    block_size: int | None
+    seq_len: int | None
     warmup: int | None
     seed: int
     checkpoint_every: int
@@ -126,6 +133,7 @@ def run_uptraining(
     artifact: Artifact, folder: Path, model_spec: str, options: UptrainOptions, overwrite: bool
 ) -> tuple[Artifact, list[Record]]:
     """Train the sharing of the stage `cla` and save it there: (the artifact, the history of the training)."""
+    from ...artifacts import save
     from ...runtime.cla.method import stage_map
     from ..card import card_files
     from ..cla.figures import loss_figure
@@ -144,18 +152,24 @@ def run_uptraining(
     with working("finding the text"):
         data = open_data(options.data_spec, options.split, text_column=options.text_column, seed=options.seed)
     loaded = load_calibrated(artifact, model_spec, device=options.device, dtype=options.dtype)
-    block_size = options.block_size or min(2048, int(artifact.data["seq_len"]))
-    check_trainable(loaded.model, sharing_map, training, block_size, options.pool, earlier)
+    seq_len = options.seq_len or min(2048, int(artifact.data["seq_len"]))
+    check_trainable(loaded.model, sharing_map, training, seq_len, options.pool, earlier)
     fits = options.pool == FITTED and not earlier
-    tokens = training.steps * training.batch_size * block_size
+    tokens = training.steps * training.batch_size * seq_len
     with working("reading and tokenising the text"):
-        blocks = _blocks(data, loaded.tokenizer, tokens, block_size, START_TOKENS if fits else 0)
+        blocks = _blocks(data, loaded.tokenizer, tokens, seq_len, START_TOKENS if fits else 0)
         refit_blocks = _refit_blocks(artifact, data, loaded.tokenizer, blocks)
     say_left(blocks.source)
     state = TrainingState.beside(folder, "")
     run = run_settings(loaded.model, blocks, sharing_map, training, options.pool, earlier)["run"]
-    if finished_run(artifact) == run:
-        say(f"{folder}: already uptrained with this model, text and settings")
+    runs = [run]
+    if options.resume and earlier is not None and not state.exists() and earlier.settings.get("earlier"):
+        # --continue has ended: repeated to resume it, it is the training that is there, not another one after it.
+        before = replace(earlier, settings=earlier.settings["earlier"])
+        runs.append(run_settings(loaded.model, blocks, sharing_map, training, options.pool, before)["run"])
+    if finished_run(artifact) in runs:
+        nothing = ": nothing is left to resume" if options.resume else ""
+        say(f"{folder}: already uptrained with this model, text and settings{nothing}")
         state.remove()  # a kill after saving may have left it
         return artifact, []
     refuse_to_lose(artifact, overwrite or options.more)

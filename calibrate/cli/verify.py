@@ -4,27 +4,27 @@ from pathlib import Path
 
 import click
 
-from ...artifacts import load
 from .loading import load_calibrated
-from .output import json_option, print_json, print_lines, working
+from .options import artifact_argument, model_option
+from .output import json_option, print_lines, print_result, working
 
 
 @click.command("verify")
-@click.argument("artifact", type=click.Path(path_type=Path))
-@click.option(
-    "--model", "model_spec", metavar="MODEL", help="Also check that this model's weights are the calibrated ones."
-)
+@artifact_argument()
+@model_option("Also check that this model's weights are the calibrated ones.")
 @json_option
 def verify_command(artifact: Path, model_spec: str | None, as_json: bool) -> None:
-    """Check hashes, shapes, dtypes and values of ARTIFACT; exit code 2 and one line when something is wrong.
+    """Check hashes, shapes, dtypes and values of ARTIFACT.
 
-    Values are checked against one another: bases against the moments that they are derived from, clusters against the
-    keys that were sampled, and so on through all that docs/format.md promises.
+    When something is wrong, one line says what, and the exit code is 2. Values are checked against one another:
+    bases against the moments that they are derived from, clusters against the keys that were sampled, and so on
+    through all that docs/format.md promises.
 
     \b
     Example:
       calibrate verify mistral-7b-wikitext --model mistral-7b
     """
+    from ...artifacts import load
     from ...runtime.planned import has_plan
     from ..verification import verify
 
@@ -37,22 +37,24 @@ def verify_command(artifact: Path, model_spec: str | None, as_json: bool) -> Non
         load_calibrated(found, model_spec, device="cpu", dtype=dtype)
     planned = has_plan(found)
     tensors = sum(len(stage.tensors) for stage in found.stages.values())
-    if as_json:
-        print_json(
-            {
-                "artifact": str(artifact),
-                "valid": True,
-                "content_hash": found.content_hash,
-                "stages": sorted(found.stages),
-                "tensors": tensors,
-                "plan": planned,
-                "model_checked": model_spec is not None,
-            }
+    report = {
+        "artifact": str(artifact),
+        "valid": True,
+        "content_hash": found.content_hash,
+        "stages": sorted(found.stages),
+        "tensors": tensors,
+        "plan": planned,
+        "model_checked": model_spec is not None,
+    }
+
+    def show() -> None:
+        print_lines(
+            f"{artifact}: {len(found.stages)} stages, {tensors} tensors: hashes, shapes, dtypes and values hold"
         )
-        return
-    print_lines(f"{artifact}: {len(found.stages)} stages, {tensors} tensors: hashes, shapes, dtypes and values hold")
-    if planned:
-        print_lines("plan.json is a plan for this artifact")
-    print_lines(f"content {found.content_hash}")
-    if model_spec is not None:
-        print_lines(f"{model_spec}: architecture and weights are those it was calibrated on")
+        if planned:
+            print_lines("plan.json is a plan for this artifact")
+        print_lines(f"content {found.content_hash}")
+        if model_spec is not None:
+            print_lines(f"{model_spec}: architecture and weights are those it was calibrated on")
+
+    print_result(as_json, report, show, found.content_hash)

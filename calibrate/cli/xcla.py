@@ -5,39 +5,37 @@ from typing import Any
 
 import click
 
-from ...artifacts import load, save
-from ...artifacts.places import check_can_write_in
 from .loading import load_calibrated
-from .output import json_option, print_json, print_lines, print_table, progress_bar
+from .options import artifact_argument, calibrated_model_option
+from .output import json_option, print_lines, print_result, print_table, progress_bar
 
 
 @click.command("xcla")
-@click.argument("artifact", type=click.Path(path_type=Path))
+@artifact_argument()
+@calibrated_model_option()
 @click.option(
-    "--model", "model_spec", metavar="MODEL", required=True, help="The model that ARTIFACT was calibrated on."
-)
-@click.option(
-    "--group", type=click.IntRange(1), default=3, show_default=True, help="Layers of a group; 1: each by itself."
+    "--group", type=click.IntRange(1), default=3, help="Put this many layers into a group; with 1 each is by itself."
 )
 @click.option(
     "--memory",
     type=click.FloatRange(0, 0.5, min_open=True),
     default=0.2,
-    show_default=True,
-    help="Bytes of the cache over those of 16-bit keys and values, at most.",
+    help="Let the cache have at most this part of the bytes of 16-bit keys and values.",
 )
 @json_option
 def xcla_command(artifact: Path, model_spec: str, as_json: bool, **settings: Any) -> None:
-    """Fit low-bit coefficients that neighbouring layers have in common, which `xcla` keeps instead of keys and values.
+    """Fit low-bit codes that neighbouring layers have in common.
 
-    Adds the stage `xcla` to ARTIFACT. No weight is trained, and no layer reads the keys and values of another instead
-    of its own.
+    `xcla` keeps these coefficients instead of keys and values. ARTIFACT gets the stage `xcla`. No weight is
+    trained, and no layer reads the keys and values of another instead of its own.
 
     \b
     Example:
       calibrate xcla mistral-7b-wikitext --model mistral-7b --memory 0.2
       calibrate evaluate mistral-7b-wikitext --method xcla
     """
+    from ...artifacts import load, save
+    from ...artifacts.places import check_can_write_in
     from ..card import card_files
     from ..cla.rotation import angles_of
     from ..cla.xcla import groups_of, xcla, xcla_report
@@ -50,11 +48,8 @@ def xcla_command(artifact: Path, model_spec: str, as_json: bool, **settings: Any
         coded = xcla(found, **settings, angles=angles_of(found, model), progress=progress)
     saved = save(coded, artifact, card_files(coded))
     report = xcla_report(saved)
-    if as_json:
-        print_json(report)
-        return
-    print_codes(report)
-    print_lines("", f"next: calibrate evaluate {artifact} --method xcla --data …")
+    step = f"next: calibrate evaluate {artifact} --method xcla --data …"
+    print_result(as_json, report, lambda: print_codes(report), artifact, step)
 
 
 def print_codes(report: dict[str, Any]) -> None:

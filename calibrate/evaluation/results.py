@@ -38,22 +38,29 @@ class Results:
         """Of the samples of settings that were finished here."""
         self._predictions_are_new = True
         self._partial: dict[str, dict[str, Any]] = {}
+        self._replaces = False
+        """Whether results of other settings at its path are to be replaced."""
         self._share = False
         """Whether the file has one rank's share only."""
 
     @classmethod
-    def open(cls, settings: Mapping[str, Any], path: Path) -> Results:
+    def open(cls, settings: Mapping[str, Any], path: Path, *, replace: bool = False) -> Results:
         """The results at `path`; none yet where there is no file.
+
+        Args:
+            replace: results of other settings give way when the first of these are written.
 
         Raises:
             KvcalError: not a results file, or one of other settings; it stays as it is.
         """
         results = cls(settings, path)
+        results._replaces = replace
         if path.exists():
             results._load()
         predictions.check(predictions.beside(path))
         for share in results._shares():  # of ranks whose job was interrupted
             of_rank = cls(settings, share)
+            of_rank._replaces = replace
             of_rank._load()
             results.take(of_rank.unfinished)
         return results
@@ -117,11 +124,13 @@ class Results:
         body = read_current(self.path)
         # As JSON has them: tuples are lists there.
         different = differences(body["settings"], json.loads(json.dumps(self.settings)))
+        if different and self._replaces:
+            return
         for name, there, asked in different:
             more = f" and {len(different) - 1} more" if len(different) > 1 else ""
             raise KvcalError(
                 f"{self.path}: holds results of other settings ({name} {short(there)} there, {short(asked)} asked "
-                f"for{more}): choose another --output, or remove it"
+                f"for{more}): choose another --output, or add --force to replace it"
             )
         self.rows, self._partial = body["results"], body.get("partial", {})
 
@@ -144,6 +153,7 @@ class Results:
             return
         with in_one_line(self.path), locked(self.path.parent):
             whole = Results(self.settings, self.path)
+            whole._replaces = self._replaces
             if self.path.exists():
                 whole._load()
             whole.rows += [row for row in self.rows if whole.row(parameters(row)) is None]

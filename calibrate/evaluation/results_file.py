@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...artifacts import KvcalError
+from ...artifacts.missing import check_exists
 from .grid import Setting
 from .measurements import Measured
 from .rows import MEASURED, compared
@@ -79,8 +80,9 @@ def read_current(path: Path) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
+    check_exists(path)
     try:
-        if path.exists() and not path.is_file():
+        if not path.is_file():
             raise OSError(errno.EINVAL, "is no plain file")  # a pipe would be waited for
         body = json.loads(path.read_text("utf-8"))
     except OSError as error:

@@ -1,10 +1,30 @@
-"""Models: found by alias, Hub id, folder or GGUF file, and loaded."""
+"""Models: found by alias, Hub id, folder or GGUF file, and loaded.
+
+Aliases are here at once; all else, and torch with it, is imported when it is first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from .aliases import DEMO_FOLDER, MODEL_ALIASES
-from .context import check_seq_len, default_seq_len, max_context
-from .loading import LoadedModel, load_model
-from .same_weights import compare_weights
-from .source import ModelSource, resolve_model, spec_of
+
+if TYPE_CHECKING:
+    from .context import check_seq_len, default_seq_len, max_context
+    from .loading import LoadedModel, load_model
+    from .same_weights import compare_weights
+    from .source import ModelSource, resolve_model, spec_of
+
+_PLACES = {
+    "LoadedModel": "loading",
+    "ModelSource": "source",
+    "check_seq_len": "context",
+    "compare_weights": "same_weights",
+    "default_seq_len": "context",
+    "load_model": "loading",
+    "max_context": "context",
+    "resolve_model": "source",
+    "spec_of": "source",
+}
 
 __all__ = [
     "DEMO_FOLDER",
@@ -12,10 +32,16 @@ __all__ = [
     "LoadedModel",
     "ModelSource",
     "check_seq_len",
-    "default_seq_len",
     "compare_weights",
+    "default_seq_len",
     "load_model",
     "max_context",
     "resolve_model",
     "spec_of",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        return getattr(import_module(f".{_PLACES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,10 +26,10 @@ def default_seq_len(model: Any) -> int:
     return min([LONGEST_BLOCK, *(length for length in stated if length is not None)])
 
 
-def check_seq_len(seq_len: int, config: Any, option: str = "--seq-len") -> None:
-    """Raise KvcalError, naming the option, when blocks of `seq_len` tokens exceed the model's context."""
+def check_seq_len(seq_len: int, config: Any) -> None:
+    """Raise KvcalError when blocks of `seq_len` tokens exceed the model's context."""
     context = max_context(config)
     if context is not None and seq_len > context:
         raise KvcalError(
-            f"blocks of {seq_len} tokens exceed this model's context of {context}: give {option} {context}"
+            f"blocks of {seq_len} tokens exceed this model's context of {context}: give --seq-len {context}"
         )

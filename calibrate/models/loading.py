@@ -19,10 +19,10 @@ from ...artifacts.packages import require
 from ...artifacts.shown import Shown
 from ...runtime import hub
 from ...runtime.cla.file import NAME as CLA_FILE
+from ..dtypes import dtype_name
 from . import aliases
 from .source import ModelSource, has_tokenizer, resolve_model
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ENTRANCES = ("transformers.models.auto.", "transformers.modeling_utils", "transformers.utils.")
 """Modules that would raise for wrong arguments of ours."""
 
@@ -53,7 +53,8 @@ def load_model(
     Args:
         spec: see `resolve_model`.
         device: auto (CUDA if there is one, under torchrun the one of this process's number), cpu, cuda or cuda:N.
-        dtype: auto (float32 on CPU, the checkpoint's own on CUDA), float32, bfloat16 or float16.
+        dtype: auto (float32 on CPU, the checkpoint's own on CUDA), float32 (or fp32), bfloat16 (bf16) or float16
+            (fp16, half).
         placement: (config) -> more options of `from_pretrained`, which say on which devices the model lies; `device`
             then only decides about the dtype. See `calibrate.placement`.
         progress: called as progress(done, total, note=...) while a GGUF file is converted, which is done once.
@@ -63,10 +64,10 @@ def load_model(
     """
     require("transformers", to="load a model")
     where = _device(device)
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise KvcalError(f"unknown dtype {dtype!r}: give auto, {', '.join(_DTYPES)}")
-    # bfloat16 on a CPU makes the numbers depend on the batch size far beyond 1e-5.
-    wanted = _DTYPES.get(dtype) or (torch.float32 if where.type == "cpu" else "auto")
+    name = dtype_name(dtype)
+    if name == "auto" and where.type == "cpu":
+        name = "float32"  # bfloat16 on a CPU makes the numbers depend on the batch size far beyond 1e-5
+    wanted = name if name == "auto" else getattr(torch, name)
     source = resolve_model(spec)
     if source.gguf:
         from .converted import converted

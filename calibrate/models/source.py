@@ -9,12 +9,15 @@ from pathlib import Path
 
 from ...artifacts import KvcalError
 from ...artifacts.artifact import ModelIdentity
+from ...artifacts.missing import does_not_exist, nearest
 from ...runtime import hub
 from . import aliases
 from .aliases import MODEL_ALIASES, PACKAGES, installed
 from .gguf_file import gguf_in, plain_gguf
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".pth")
+"""Of files with weights: no repository is called so."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 
 
@@ -60,11 +63,11 @@ def resolve_model(spec: str | os.PathLike[str]) -> ModelSource:
     if "==" in revision and alias in PACKAGES:
         return _of_package(alias, revision)
     repo_id = MODEL_ALIASES.get(alias, alias)
-    if repo_id.count("/") > 1 or repo_id.startswith((".", "/", "~")) or repo_id.lower().endswith(".gguf"):
-        raise KvcalError(f"{name}: no such model folder or file: check the path")
+    if repo_id.count("/") > 1 or repo_id.startswith((".", "/", "~")) or repo_id.lower().endswith(_SUFFIXES):
+        raise KvcalError(f"model {does_not_exist(name)}")
     if "/" not in repo_id:
-        near = difflib.get_close_matches(alias, MODEL_ALIASES, n=3)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        near = [*difflib.get_close_matches(alias, MODEL_ALIASES, n=3), *filter(None, [nearest(name)])]
+        hint = f"did you mean {' or '.join(map(str, near))}? " if near else ""
         raise KvcalError(
             f"unknown model {name!r}: {hint}Give a folder, a GGUF file, a Hub id org/name, or one of "
             f"{', '.join(MODEL_ALIASES)}"

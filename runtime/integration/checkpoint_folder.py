@@ -50,7 +50,7 @@ def check_size(folder: Path, config: Any) -> None:
     described = weights_of(config)
     if stored and described is not None and described > 8 * stored:
         raise KvcalError(
-            f"{folder}: config.json describes a model of {described:.3g} weights, the files have {stored} bytes: "
+            f"{folder}: config.json describes a model of {described:.0f} weights, the files have {stored} bytes: "
             "get a whole checkpoint"
         )
 

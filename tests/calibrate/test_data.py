@@ -271,7 +271,7 @@ def test_unknown_names(here: Path) -> None:
     message = _error("wikitxt")
     assert "did you mean wikitext" in message and all(alias in message for alias in DATA_ALIASES)
     for spec in ("absent.txt", "some/absent.parquet", "./absent", "a/b/c", str(here / "absent")):
-        assert f"data {spec}: no such file or folder" in _error(spec)
+        assert f"data {spec}: does not exist" in _error(spec)
     assert "hf download org/absent --repo-type dataset" in _error("org/absent")
     assert "hf download allenai/c4 --repo-type dataset" in _error("c4")
 

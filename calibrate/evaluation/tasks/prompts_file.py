@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ....artifacts import KvcalError
+from ....artifacts.missing import check_exists
 from ...blocks import bos_tokens
 from ...chats import read_chat
 from ...documents import check_characters
@@ -76,6 +77,7 @@ def read_all_prompts(paths: Sequence[Path]) -> dict[str, list[Prompt]]:
     """The prompts of each file by the name of its task. Raises KvcalError: see `make_prompt_tasks`."""
     found: dict[str, Path] = {}
     for path in paths:
+        check_exists(path)
         name = _task_name(path)
         if name in found or name.partition("@")[0] in TASKS:  # results name ours with a length: passkey@2048
             owner = found.get(name, "a task of ours")

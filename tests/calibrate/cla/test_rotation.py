@@ -7,7 +7,8 @@ import torch
 from architectures import ARCHITECTURES, build
 from architectures import rotate as turn
 
-from kvcal.calibrate import TokenBlocks, calibrate, capture
+from kvcal.calibrate import TokenBlocks, calibrate
+from kvcal.calibrate.capture import capture
 from kvcal.calibrate.cla.rotation import rotate, rotation_of, unrotate
 
 

@@ -145,7 +145,7 @@ def test_an_interrupted_evaluation_without_output_says_that_nothing_was_kept(
     monkeypatch.setattr("kvcal.calibrate.evaluation.protocol.evaluate", interrupted)
     options = ("--prefix", 32, "--continuation", 4, "--windows", 1, "--tasks", "perplexity", "--method", "streaming")
     done = refused_or_done("evaluate", artifact, "--data", text, *options)
-    assert done.exit_code == 2 and "nothing was kept: with --output FILE the same command goes on" in done.stderr
+    assert done.exit_code == 130 and "nothing was kept: with --output FILE the same command goes on" in done.stderr
 
 
 def test_more_clusters_than_keys(artifact):
@@ -155,7 +155,10 @@ def test_more_clusters_than_keys(artifact):
 
 @pytest.mark.parametrize("command", ["analyze-rank", "cluster", "inspect", "verify"])
 def test_commands_on_what_is_not_an_artifact(tmp_path, command):
-    assert "not an artifact" in refused(command, tmp_path / "nowhere")
+    (tmp_path / "folder").mkdir()
+    assert "folder: not an artifact (no manifest.json)" in refused(command, tmp_path / "folder")
+    assert "nowhere: does not exist: make one with" in refused(command, tmp_path / "nowhere")
+    assert f"does not exist: did you mean {tmp_path / 'folder'}?" in refused(command, tmp_path / "foldr")
 
 
 def test_a_damaged_artifact(artifact, tmp_path):

@@ -160,7 +160,7 @@ def test_what_cannot_work_is_one_line(artifact, text, options, message):
 
 def test_data_and_an_artifact_are_needed(artifact, text, tmp_path):
     assert "--data" in refused("evaluate", artifact)
-    assert "not an artifact" in refused("evaluate", tmp_path / "nowhere", "--data", text)
+    assert "does not exist" in refused("evaluate", tmp_path / "nowhere", "--data", text)
 
 
 def test_a_model_that_the_artifact_is_not_of(artifact, text, tmp_path, tiny_model_folder):

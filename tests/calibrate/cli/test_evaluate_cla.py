@@ -57,6 +57,17 @@ def rows_of(artifact, text, *options):
     return json.loads(result.stdout)["results"]
 
 
+def test_projections_that_nobody_has_fitted_are_told(artifact, text, tmp_path, tiny_model_folder):
+    quick = ("--data", text, *QUICK, "--method", "cla")
+    assert "the mean of their layers'" not in invoke("evaluate", artifact, *quick).stderr
+    options = ("--num-tokens", 512, "--seq-len", 64, "--reservoir", 40, "--output", tmp_path / "a")
+    assert invoke("pca", "--model", tiny_model_folder, "--data", text, *options).exit_code == 0
+    assert invoke("share", tmp_path / "a", "--model", tiny_model_folder).exit_code == 0
+    told = invoke("evaluate", tmp_path / "a", *quick).stderr
+    assert "its shared projections are the mean of their layers'" in told and "--uptrain --steps 0" in told
+    assert "the mean of" not in invoke("evaluate", tmp_path / "a", *quick, "--set", "pool=mean").stderr
+
+
 def test_cla_and_methods_that_decode_after_it(artifact, text):
     full, cla, loki = rows_of(artifact, text, "--method", "full,cla,cla+loki", "--keep", "1.0")
     assert [row["method"] for row in (full, cla, loki)] == ["full", "cla", "cla+loki"]

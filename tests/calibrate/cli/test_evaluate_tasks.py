@@ -20,7 +20,8 @@ from kvcal.calibrate.cli import cli
         ([], "give --data"),
         (["--tasks", "passkey"], "give --data"),
         (["--prompts", "mine.jsonl", "--tasks", "perplexity"], "give --data"),
-        (["--prompts", "mine.jsonl"], "not an artifact"),
+        (["--prompts", "mine.jsonl"], "absent: does not exist"),
+        (["--prompts", "mine.json"], "mine.json: does not exist: did you mean mine.jsonl?"),
         (["--prompts", "bad.jsonl"], "bad.jsonl: row 1: no context"),
         (
             ["--prompts", "mine.jsonl", "--prompts", "sub/mine.jsonl"],

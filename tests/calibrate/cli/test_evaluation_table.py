@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from kvcal.calibrate.cli.evaluation_table import by_length, print_results
@@ -42,6 +43,31 @@ def test_many_tasks_stand_in_tables_by_length_with_the_mean_of_rulers(capsys):
     # (3 · 0.5 + 5 · 0.75) / 8 ± 0.05 / √8, passkey left out; of full's 7.8 / 8
     assert "mean of 8" in tables[-1] and "0.66±.02 /.67" in tables[-1]
     assert "full itself scores below 0.9: vt@4096 0.80, vt@16384 0.80" in out and "part of full's" in out
+
+
+def test_numbers_have_no_exponents(capsys):
+    """A slow method, one that ruins the perplexity, one that reads next to nothing."""
+    full = row("full", {}, perplexity=10.0, perplexity_ratio=1.0, perplexity_ratio_se=0.0)
+    slow = row("h2o", {}, perplexity=1.5e7, perplexity_ratio=1.5e6, perplexity_ratio_se=2e5)
+    slow |= {"ms_per_step": 1.234e3, "resident_bytes": 4e13, "bytes_per_step": 1e1}
+    ruined = row("loki", {}, perplexity=1e40, perplexity_ratio=1e39, perplexity_ratio_se=1e38, ms_per_step=1e-4)
+    print_results(SETTINGS, [full, slow, ruined])
+    out = capsys.readouterr().out
+    assert "1234" in out and "15000000.00" in out and "40000000.00" in out and "0.000100" in out
+    assert not re.search(r"\de[+-]?\d", out)
+
+
+def test_the_attention_error_of_cla_alone_is_not_measured(capsys):
+    """The shared model reads all that it has: zero would read as if nothing were lost."""
+    full = row("full", {}, perplexity=10.0, perplexity_ratio=1.0)
+    cla = row("cla", {}, perplexity=20.0, perplexity_ratio=2.0, attention_error=[0.0], attention_mass=[1.0])
+    after = row("cla+loki", {}, perplexity=21.0, perplexity_ratio=2.1, attention_error=[0.125], attention_mass=[0.5])
+    print_results(SETTINGS, [full, cla, after])
+    out = capsys.readouterr().out
+    lines = {line.split("│")[1].strip(): line for line in out.splitlines() if line.count("│") > 3}
+    assert lines["cla"].count("–") == 2 and "0.000" not in lines["cla"]
+    assert "0.125" in lines["cla+loki"] and "0.500" in lines["cla+loki"]
+    assert "cla alone reads all of that" in " ".join(out.split())
 
 
 def test_tasks_of_one_length_go_together():

@@ -186,11 +186,13 @@ HEAD = "recipe: 1\nmodel: demo\ndata: stdlib\n"
         (HEAD + "data: stdlib\n", "4: the recipe: data stands there twice"),
         (HEAD + "pca: 5\n", "4: pca: expected lines"),
         (HEAD + "pca:\n  seed: 1\n  num_token: 5\n", "6: pca: no 'num_token' there: did you mean num_tokens?"),
-        (HEAD + "pca:\n  num_tokens: many\n", "5: pca.num_tokens: expected a whole number, not 'many'"),
-        (HEAD + "pca:\n  num_tokens: 1.5\n", "5: pca.num_tokens: expected a whole number, not 1.5"),
-        (HEAD + "pca:\n  num_tokens: '5'\n", "5: pca.num_tokens: expected a whole number, not '5'"),
-        (HEAD + "pca:\n  num_tokens: true\n", "5: pca.num_tokens: expected a whole number, not True"),
-        (HEAD + "pca:\n  num_tokens: 0\n", "5: pca.num_tokens: 0 is not in the range"),
+        (HEAD + "pca:\n  num_tokens: many\n", "5: pca.num_tokens: 'many' is not a number of tokens: give e.g. 8192"),
+        (HEAD + "pca:\n  num_tokens: 1.5\n", "5: pca.num_tokens: expected a number of tokens, e.g. 8192 or 8k, not"),
+        (HEAD + "pca:\n  num_tokens: 5q\n", "5: pca.num_tokens: '5q' is not a number of tokens"),
+        (HEAD + "pca:\n  num_tokens: true\n", "5: pca.num_tokens: expected a number of tokens, e.g. 8192 or 8k, not T"),
+        (HEAD + "pca:\n  num_tokens: 0\n", "5: pca.num_tokens: 0 tokens: give at least 1"),
+        (HEAD + "pca:\n  seed: '5'\n", "5: pca.seed: expected a whole number, not '5'"),
+        (HEAD + "pca: {force: true}\n", "4: pca: no 'force' there"),
         (HEAD + "pca:\n  seed:\n", "5: pca.seed: expected a whole number, not None"),
         (HEAD + "pca:\n  uncentred: 1\n", "5: pca.uncentred: expected true or false, not 1"),
         (HEAD + "pca:\n  model: other\n", "5: pca.model: stands outside of pca"),
@@ -229,7 +231,7 @@ def test_mistakes_in_one_line_with_the_place(tmp_path, monkeypatch, recipe, mess
 
 
 def test_no_such_recipe_and_a_recipe_in_the_way(tmp_path, recipe):
-    assert "No such file" in refused(tmp_path / "nowhere.yaml")
+    assert "does not exist" in refused(tmp_path / "nowhere.yaml")
     run("run", "--recipe", recipe())
     (tmp_path / "mine.yaml").write_text("mine")
     assert "already exists" in run("recipe", tmp_path / "made", "-o", tmp_path / "mine.yaml", code=2).stderr

@@ -180,4 +180,4 @@ def test_other_weights_of_the_same_shape(calibrated, model, tmp_path):
 
 
 def test_what_is_not_an_artifact(tmp_path, model):
-    assert "not an artifact" in refused("share", tmp_path / "nowhere", "--model", model)
+    assert "does not exist" in refused("share", tmp_path / "nowhere", "--model", model)

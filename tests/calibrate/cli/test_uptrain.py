@@ -57,6 +57,16 @@ def uptrain(artifact, model, text, *more, command=run):
     return command("share", artifact, "--model", model, "--uptrain", "--data", text, *TRAIN, *more)
 
 
+def test_resuming_what_has_ended_says_so_and_trains_nothing(tiny_model_folder, text, artifact):
+    uptrain(artifact, tiny_model_folder, text)
+    for more in ((), ("--continue",)):
+        uptrain(artifact, tiny_model_folder, text, *more)
+        before = {path.name: path.read_bytes() for path in artifact.iterdir()}
+        again = uptrain(artifact, tiny_model_folder, text, *more, "--resume")
+        assert "already uptrained with this model, text and settings: nothing is left to resume" in again.stderr
+        assert {path.name: path.read_bytes() for path in artifact.iterdir()} == before
+
+
 @pytest.mark.parametrize("again", [("--pattern", "0,1"), ("--uptrain", "--steps", 0, "--block-size", 16, "--data")])
 def test_the_figure_of_a_training_goes_with_its_weights(tiny_model_folder, text, artifact, again):
     uptrain(artifact, tiny_model_folder, text)

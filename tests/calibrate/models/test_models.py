@@ -192,11 +192,13 @@ def test_unknown_names(tmp_path: Path) -> None:
         resolve_model("mistral-7")
     assert all(alias in str(caught.value) for alias in MODEL_ALIASES)
     for absent in (tmp_path / "absent", "absent.gguf", "absent/model.Q4_K_M.gguf"):
-        with pytest.raises(KvcalError, match="no such model folder or file"):
+        with pytest.raises(KvcalError, match="does not exist"):
             resolve_model(absent)
     with pytest.raises(KvcalError, match="demo@x: the built-in model has no revisions: give demo"):
         resolve_model("demo@x")
-    with pytest.raises(KvcalError, match=r"model org/name is no folder here and not in the Hub cache.*HF_HUB_OFFLINE"):
+    with pytest.raises(
+        KvcalError, match=r"model org/name does not exist here and is not in the Hub cache.*HF_HUB_OFFLINE"
+    ):
         resolve_model("org/name")
 
 
