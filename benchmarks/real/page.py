@@ -1,4 +1,4 @@
-"""docs/results/real.md of what has been measured."""
+"""docs/results/real.md: tables of what was measured, below the words of page.md.j2."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import figure
-import page_decoding
-import page_subgen
-from choices import CHOICES
-from subjects import SUBJECTS, Subject
-from tables import named, number, read, scores_of, table, with_error
+from ..shared.page import Page
+from ..shared.tables import named, number, read, scores_of, table, with_error
+from . import figure, page_decoding, page_subgen, stated
+from .choices import CHOICES
+from .subjects import SUBJECTS, Subject
 
-FINDINGS = Path(__file__).with_name("findings.md")
-"""Words of people about the tables: to be read again with every measurement."""
 Part = Callable[[Path, Subject], str]
 
 
@@ -297,12 +294,24 @@ PARTS: Mapping[str, tuple[str, Part]] = {
 }
 
 
-def write(folder: Path) -> None:
-    sections = [FINDINGS.read_text().strip()]
+def values(results: Path) -> dict[str, Any]:
+    return {**stated.values(results / "real"), "tables": tables(results / "real")}
+
+
+def tables(folder: Path) -> str:
+    """Of every part and model, what was measured."""
+    sections = []
     for name, (title, part) in PARTS.items():
         for subject in SUBJECTS.values():
-            if body := part(folder / "real", subject):
+            if body := part(folder, subject):
                 about = " ".join((part.__doc__ or name).split())
                 sections.append(f"## {title}: {subject.model}\n\n{about}\n\n{body}")
-    figure.write(folder, next(iter(SUBJECTS.values())))
-    (folder / "real.md").write_text("\n\n".join(sections) + "\n")
+    return "\n\n".join(sections)
+
+
+PAGE = Page(
+    "real.md",
+    Path(__file__).with_name("page.md.j2"),
+    values,
+    lambda results: figure.figures(results / "real", next(iter(SUBJECTS.values()))),
+)

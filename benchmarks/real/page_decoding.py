@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from decoding import CONTINUATION
-from settings import WHY_LOKI
-from sharing import FITTED, MEAN, PATTERNS
-from subjects import Subject
-from tables import named, number, read, scores_of, table, with_error
-from xcla import ALL, CHOSEN, CODES
-
 from kvcal.calibrate.evaluation.results import parameters
 from kvcal.calibrate.evaluation.standard_errors import Estimate, mean
+
+from ..shared.tables import named, number, read, scores_of, table, with_error
+from .decoding import CONTINUATION
+from .settings import WHY_LOKI
+from .sharing import FITTED, MEAN, PATTERNS
+from .subjects import Subject
+from .xcla import ALL, CHOSEN, CODES
 
 Row = Mapping[str, Any]
 
