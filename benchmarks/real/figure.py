@@ -15,7 +15,8 @@ from kvcal.calibrate.plots import png, two_panels
 
 from ..shared.page import Figure
 from ..shared.tables import read
-from .page_decoding import bytes_of, key_of, row_of, trained
+from .page_decoding import bytes_of, key_of, row_of
+from .page_sharing import trained
 from .settings import OF_A_PREFILL
 from .sharing import FITTED, TRAINED
 from .subjects import SUBJECTS, Subject

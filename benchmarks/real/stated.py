@@ -18,7 +18,7 @@ from kvcal.calibrate.evaluation.standard_errors import mean
 
 from ..shared.lookup import NotMeasured, Row, load, only, pick
 from ..shared.tables import Estimate
-from .page_decoding import exponent
+from .page_sharing import exponent
 from .settings import LEVELS, at_equal_bytes
 from .subjects import SUBJECTS, Subject
 
@@ -79,9 +79,8 @@ class Measured:
     def entry(self, *keys: str, **wanted: Any) -> Row:
         """Of files by key: the one entry below these keys with these values, in itself or in its setting."""
         found = pick(self.found, keys, self.path.name)
-        if isinstance(found, Mapping):
-            return found
-        return only([{**row.get("setting", {}), **row} for row in found], wanted, ", ".join((self.path.name, *keys)))
+        rows = [found] if isinstance(found, Mapping) else found
+        return only([{**row.get("setting", {}), **row} for row in rows], wanted, ", ".join((self.path.name, *keys)))
 
     def number(self, name: str, *keys: str, form: str = ".3f", **wanted: Any) -> Estimate:
         """A number of an entry, with its error where it has one."""
@@ -121,7 +120,8 @@ class Measured:
 
     def mean_over(self, rows: str, name: str, first: int = 0, form: str = ".1f") -> str:
         """The mean over layers from one on."""
-        return f"{statistics.mean(row[name] for row in self.found[rows] if row['layer'] >= first):{form}}"
+        found = pick(self.found, (rows,), self.path.name)
+        return f"{statistics.mean(row[name] for row in found if row['layer'] >= first):{form}}"
 
     def range_over(self, rows: str, name: str, form: str = ".1f") -> str:
         """The least and the most of layers: "4.5 to 7.0"."""

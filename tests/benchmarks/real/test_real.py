@@ -273,12 +273,13 @@ def test_the_page_states_what_was_measured(module, tmp_path):
     counted = {"setting": {"method": "sparq", "rank": 8, "keep": 0.5}, "bytes": 0.5678}
     counted |= {"error": 0.1, "error_se": 0.0625, "by_layer": {"0": 0.1}, "by_text": [0.1]}
     (tmp_path / "real" / "smollm2-135m-attention-2048.json").write_text(json.dumps({"1/2 sparq": [counted]}))
-    module("page").write(tmp_path)
-    page = (tmp_path / "real.md").read_text()
+    page = module("page").tables(tmp_path / "real")
     assert "| `h2o` keep 0.5 | 0.5156 | 1.250 ± .125 | 0.00 ± .00 |" in page
     assert "| `sparq` rank 8, keep 0.5 | 0.5678 | 3.500 ± .500 | 0.50 ± .10 |" in page
     assert "| 1/2 | `sparq` rank 8, keep 0.5 | 0.5678 | 0.100 ± .062 | – | 0.10 (0) |" in page
-    assert "## RULER" not in page and (tmp_path / "real.png").stat().st_size > 1000
+    assert "## RULER" not in page
+    (figure,) = module("figure").figures(tmp_path / "real", module("subjects").SUBJECTS["smollm2-135m"])
+    assert figure.name == "real.png" and len(figure.draw()) > 1000
 
 
 def test_the_page_leaves_out_what_is_asked_no_more(module, tmp_path):
@@ -292,8 +293,7 @@ def test_the_page_leaves_out_what_is_asked_no_more(module, tmp_path):
     keys = {f"StreamingLLM, sinks: {json.dumps(asked)}": asked, f"Loki, a tail: {json.dumps(gone)}": gone}
     found = {key: [{"setting": setting, **entry}] for key, setting in keys.items()}
     (tmp_path / "real" / "smollm2-135m-choices.json").write_text(json.dumps(found))
-    module("page").write(tmp_path)
-    page = (tmp_path / "real.md").read_text()
+    page = module("page").tables(tmp_path / "real")
     assert "| as published |" in page and "| StreamingLLM, sinks | `streaming` keep 0.125, sinks 0 |" in page
     assert "`loki` rank 0.25, tail" not in page
 

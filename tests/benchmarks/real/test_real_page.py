@@ -23,7 +23,7 @@ def written(folder, part, *rows):
 def test_trainings_are_shown_by_tokens_with_the_exponent_of_their_loss(module, tmp_path, subject):
     """Half of the nats for four times the tokens is an exponent of -1/2, surely so where every window says it. What was
     interrupted is left out; where nothing is lost there is none."""
-    page = module("page_decoding")
+    page = module("page_sharing")
     full = {**FULL, "window_nll": [3.0, 2.0]}
     cla = {**ROW, "method": "cla", "resident_bytes": 20.0, "bytes_per_step": 40.0}
     written(tmp_path, "uptraining-4000", full, {**cla, "window_nll": [3.15, 2.25]})
@@ -38,7 +38,7 @@ def test_trainings_are_shown_by_tokens_with_the_exponent_of_their_loss(module, t
 
 def test_the_error_of_an_exponent_is_that_of_many_repetitions(module):
     """Of windows drawn anew 400 times, whose losses have a part in common."""
-    exponent, generator = module("page_decoding").exponent, torch.Generator().manual_seed(0)
+    exponent, generator = module("page_sharing").exponent, torch.Generator().manual_seed(0)
     found = []
     for _ in range(400):
         common, own, other = torch.randn(3, 40, generator=generator)
@@ -50,7 +50,7 @@ def test_the_error_of_an_exponent_is_that_of_many_repetitions(module):
 
 
 def test_patterns_are_shown_with_what_was_measured_of_them(module, tmp_path, subject):
-    page, sharing = module("page_decoding"), module("sharing")
+    page, sharing = module("page_sharing"), module("sharing")
     cla = {**ROW, "resident_bytes": 20.0, "bytes_per_step": 40.0}
     mean = {**cla, **sharing.MEAN, "perplexity_ratio": 200.0, "perplexity_ratio_se": 30.0}
     written(tmp_path, "sharing-uniform", FULL, {**cla, **sharing.FITTED})
@@ -79,7 +79,7 @@ def test_the_figure_has_what_is_held_with_sharing(module, tmp_path, subject):
 
 def test_codes_are_compared_with_each_layer_by_itself(module, tmp_path, subject):
     """Bytes over those of a 16-bit cache, half of what `full` holds in float32; windows paired."""
-    page = module("page_decoding")
+    page = module("page_sharing")
     full = {**FULL, "resident_bytes": 80.0, "bytes_per_step": 80.0}
     coded = {**ROW, "method": "xcla", "resident_bytes": 8.0, "bytes_per_step": 16.0}
     written(tmp_path, "xcla-3-0.17", full, {**coded, "window_nll": [2.0, 3.0]})
