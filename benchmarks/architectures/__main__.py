@@ -10,6 +10,7 @@ else must be refused.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -31,19 +32,29 @@ SECONDS, AT_ONCE = 120, 2
 STEPS = 12
 
 
-def main(names: list[str]) -> int:
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.architectures",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="TYPE", help="model types of transformers  [default: all]")
+    parser.add_argument("--output", type=Path, default=RESULTS / "architectures" / "decoders.json")
+    options = parser.parse_args()
+    if unknown := sorted(set(options.names) - set(every())):
+        parser.error(f"{', '.join(unknown)}: no decoder of transformers has such a model type")
     import transformers
 
     import kvcal.calibrate.one_pass
     import kvcal.runtime.integration.contexts  # noqa: F401  (once, before the processes fork)
 
-    rows = tried(names or every())
-    if names:
+    rows = tried(options.names or every())
+    if options.names:
         print(json.dumps(rows, indent=1))
     else:
-        RESULTS.joinpath("architectures").mkdir(parents=True, exist_ok=True)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
         written = json.dumps({"transformers": transformers.__version__, "rows": rows}, indent=1)
-        (RESULTS / "architectures" / "decoders.json").write_text(written + "\n")
+        options.output.write_text(written + "\n")
     faults = [name for name, row in rows.items() if "FAULT" in str(row)]
     print(f"{len(rows)} tried, faults: {', '.join(faults) or 'none'}")
     return bool(faults)
@@ -177,4 +188,4 @@ def _line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

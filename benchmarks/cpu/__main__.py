@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from kvcal.artifacts import KvcalError
 
 from ..shared.measure import machine
 from ..shared.places import RESULTS
@@ -58,4 +61,7 @@ def save(path: Path, found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KvcalError as error:
+        sys.exit(f"error: {error}")

@@ -13,8 +13,8 @@ from kvcal.calibrate.evaluation.figure import evaluation_figure
 from kvcal.calibrate.evaluation.results_file import parameters
 from kvcal.calibrate.plots import png, two_panels
 
+from ..shared.lookup import read
 from ..shared.page import Figure
-from ..shared.tables import read
 from .page_decoding import bytes_of, key_of, row_of
 from .page_sharing import trained
 from .settings import OF_A_PREFILL

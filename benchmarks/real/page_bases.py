@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..shared.tables import number, read, scores_of, table, with_error
+from ..shared.lookup import read
+from ..shared.tables import number, scores_of, table, with_error
 from .subjects import Subject
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from kvcal.calibrate.evaluation.results import parameters
 
-from ..shared.tables import named, number, read, table, with_error
+from ..shared.lookup import read
+from ..shared.tables import named, number, table, with_error
 from .decoding import CONTINUATION
 from .settings import WHY_LOKI
 from .subjects import Subject

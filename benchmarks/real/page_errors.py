@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..shared.tables import named, number, read, table, with_error
+from ..shared.lookup import read
+from ..shared.tables import named, number, table, with_error
 from .choices import CHOICES
 from .subjects import Subject
 

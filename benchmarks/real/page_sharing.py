@@ -10,7 +10,8 @@ from typing import Any
 from kvcal.calibrate.evaluation.results_file import parameters
 from kvcal.calibrate.evaluation.standard_errors import Estimate, mean
 
-from ..shared.tables import named, number, read, scores_of, table, with_error
+from ..shared.lookup import read
+from ..shared.tables import named, number, scores_of, table, with_error
 from .page_decoding import row_of
 from .sharing import FITTED, MEAN, PATTERNS
 from .subjects import Subject

@@ -12,6 +12,8 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from kvcal.artifacts import KvcalError
+
 PARTS = ("calibration", "processes", "prefill")
 
 
@@ -24,4 +26,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KvcalError as error:
+        sys.exit(f"error: {error}")

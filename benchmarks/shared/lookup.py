@@ -18,7 +18,15 @@ def load(path: Path) -> Any:
     if not path.exists():
         others = sorted(other.stem for other in path.parent.glob("*.json"))
         raise NotMeasured(f"{path.name}: there is no such file in {path.parent}; there are {', '.join(others)}")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise NotMeasured(f"{path}: not JSON: {error}") from None
+
+
+def read(path: Path) -> dict[str, Any]:
+    """{} for what has not been measured."""
+    return load(path) if path.exists() else {}
 
 
 def pick(found: Any, keys: Iterable[str], where: str) -> Any:

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
-
-
-def read(path: Path) -> dict[str, Any]:
-    """{} for what has not been measured."""
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return found
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

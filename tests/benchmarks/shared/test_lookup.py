@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.shared.lookup import NotMeasured, load, only, pick
+from benchmarks.shared.lookup import NotMeasured, load, only, pick, read
 
 ROWS = [
     {"method": "loki", "keep": 0.25, "window_nll": [1.0]},
@@ -47,3 +47,11 @@ def test_a_file_that_is_not_there_names_its_neighbours(tmp_path):
     assert load(tmp_path / "ranks.json") == {}
     with pytest.raises(NotMeasured, match=r"rank.json: there is no such file in .*; there are ranks"):
         load(tmp_path / "rank.json")
+    assert read(tmp_path / "rank.json") == {}
+
+
+def test_a_file_that_is_no_json_is_named(tmp_path):
+    (tmp_path / "ranks.json").write_text('{"a": ')
+    for reads in (load, read):
+        with pytest.raises(NotMeasured, match=r"ranks.json: not JSON: Expecting value"):
+            reads(tmp_path / "ranks.json")
