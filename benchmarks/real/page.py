@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +52,34 @@ PARTS: Mapping[str, tuple[str, Part]] = {
 
 
 def values(results: Path) -> dict[str, Any]:
-    return {**stated.values(results / "real"), "tables": tables(results / "real")}
+    folder = results / "real"
+    return {**stated.values(folder), "contents": contents(folder), "tables": tables(folder)}
 
 
-def tables(folder: Path) -> str:
-    """Of every part and model, what was measured."""
-    sections = []
+def measured(folder: Path) -> Iterator[tuple[str, str, str]]:
+    """(title, model, section) of every part that was measured."""
     for name, (title, part) in PARTS.items():
         for subject in SUBJECTS.values():
             if body := part(folder, subject):
                 about = " ".join((part.__doc__ or name).split())
-                sections.append(f"## {title}: {subject.model}\n\n{about}\n\n{body}")
-    return "\n\n".join(sections)
+                yield title, subject.model, f"## {title}: {subject.model}\n\n{about}\n\n{body}"
+
+
+def tables(folder: Path) -> str:
+    return "\n\n".join(section for _, _, section in measured(folder))
+
+
+def contents(folder: Path) -> str:
+    """A list of the tables, with links to them by model."""
+    links: dict[str, list[str]] = {}
+    for title, model, _ in measured(folder):
+        links.setdefault(title, []).append(f"[{model}](#{anchor(f'{title}: {model}')})")
+    return "\n".join(f"- {title}: {', '.join(models)}" for title, models in links.items())
+
+
+def anchor(heading: str) -> str:
+    """As GitHub names a heading."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
 
 PAGE = Page(

@@ -64,6 +64,19 @@ def test_a_number_that_is_there_twice_is_named(changed, capsys):
     assert "smollm2-135m-methods-2048.json at 1/8: 2 rows have method=spectral; there are" in capsys.readouterr().err
 
 
+def test_links_lead_to_headings_and_files():
+    """Of the pages, and from other documents into them; headings are named as GitHub does."""
+    sources = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), BENCHMARKS / "README.md"]
+    for source in sources:
+        for target, heading in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", source.read_text()):
+            path = (source.parent / target).resolve() if target else source
+            assert path.exists(), (source, target)
+            if heading and path.suffix == ".md":
+                titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+                named = {re.sub(r"[^a-z0-9_ -]", "", title.lower()).replace(" ", "-") for title in titles}
+                assert heading in named, (source, target, heading)
+
+
 def test_no_measured_number_is_typed_into_a_template():
     """A value with its standard error comes from the data: nobody types it."""
     for template in BENCHMARKS.glob("*/*.j2"):
