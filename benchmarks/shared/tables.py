@@ -12,7 +12,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float | None, form: str = ".3f") -> str:
-    return "–" if value is None else f"{value:{form}}"
+    """Never "-0.00"."""
+    if value is None:
+        return "–"
+    shown = f"{value:{form}}"
+    return shown.removeprefix("-") if float(shown) == 0 else shown
 
 
 def named(setting: Mapping[str, Any]) -> str:
@@ -37,7 +41,7 @@ def with_error(value: float | None, error: float | None, form: str = ".3f") -> s
     if error is None:
         return number(value, form)
     shown = f"{error:{form}}"
-    return f"{value:{form}} ± {shown[1:] if shown.startswith('0.') else shown}"
+    return f"{number(value, form)} ± {shown[1:] if shown.startswith('0.') else shown}"
 
 
 @dataclass(frozen=True)

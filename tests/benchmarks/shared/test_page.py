@@ -76,4 +76,5 @@ def test_a_stamped_png_is_the_same_picture(tmp_path):
 def test_estimates_are_rounded_where_they_are_shown():
     ratio = Estimate(1.2345, 0.0678)
     assert (str(ratio), ratio.alone, str(ratio.to(".1f"))) == ("1.234 ± .068", "1.234", "1.2 ± .1")
+    assert str(Estimate(-0.0001, 0.0002)) == "0.000 ± .000" and str(Estimate(-0.02, 0.01)) == "-0.020 ± .010"
     assert str(Estimate(2413.6, 3664.4, ".0f")) == "2414 ± 3664" and str(Estimate(1.5)) == "1.500"
