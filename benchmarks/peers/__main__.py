@@ -53,7 +53,9 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--python", type=Path, default=ROOT / ".venv-peers/bin/python", help="with kvpress")
     parser.add_argument("--output", type=Path, default=RESULTS / "peers" / "kvpress.json")
     parser.add_argument("--model", default="demo")
