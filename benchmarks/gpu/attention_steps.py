@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from caches import Copy, fill_clustered, fill_pages
-from codebook import fitted, settings
-from sizes import SPECTRAL, Sizes
 from torch import Tensor
 
 from kvcal.kernels.score import score
@@ -23,6 +20,10 @@ from kvcal.runtime.methods.full import Full
 from kvcal.runtime.methods.loki import Loki, LokiPolicy
 from kvcal.runtime.settings import new_store
 from kvcal.runtime.store import Store
+
+from .caches import Copy, fill_clustered, fill_pages
+from .codebook import fitted, settings
+from .sizes import SPECTRAL, Sizes
 
 Call = Callable[[], Any]
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from caches import Copy
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .caches import Copy
 
 PAGE = 16
 """Tokens, of FlashInfer's pages."""

@@ -6,16 +6,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from attention_steps import cluster_settings
-from caches import fill_pages
-from expected import LUMPS
-from sizes import Sizes
-from timing import Timer
 from torch import Tensor
 
 from kvcal.runtime.methods.clusterkv import ClusterKVPolicy
 from kvcal.runtime.methods.full import FullPolicy
 from kvcal.runtime.settings import new_store
+
+from .attention_steps import cluster_settings
+from .caches import fill_pages
+from .expected import LUMPS
+from .sizes import Sizes
+from .timing import Timer
 
 Row = dict[str, Any]
 CHUNK = 16384

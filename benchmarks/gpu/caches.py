@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from unittest import mock
 
 import torch
-from sizes import Sizes
 from torch import Tensor
 
 from kvcal.kernels import backend as dispatcher
 from kvcal.runtime.methods.clusters import Clusters
 from kvcal.runtime.store import Store
+
+from .sizes import Sizes
 
 COLD = 4
 """Times the L2 cache that has to be read before something is read again."""

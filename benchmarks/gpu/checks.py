@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from attention_steps import methods
-from baselines import first_line
-from gate import Gate, check_append, check_cluster, check_score
-from gate_attention import check_attend, check_dense, check_step
-from gate_select import check_select
-from sizes import Sizes
+
+from .attention_steps import methods
+from .baselines import first_line
+from .gate import Gate, check_append, check_cluster, check_score
+from .gate_attention import check_attend, check_dense, check_step
+from .gate_select import check_select
+from .sizes import Sizes
 
 KERNELS: dict[str, Callable[[Gate], None]] = {
     "append": check_append,

@@ -6,11 +6,12 @@ Built by hand, since a machine with a GPU need not have what calibration cluster
 from __future__ import annotations
 
 import torch
-from sizes import CODEWORDS, SPECTRAL, Sizes
 from torch import Tensor
 
 from kvcal.artifacts import Artifact, Layer, ModelIdentity, Stage
 from kvcal.runtime.methods.spectral import Spectral
+
+from .sizes import CODEWORDS, SPECTRAL, Sizes
 
 
 def settings(sizes: Sizes, name: str = "spectral") -> Spectral:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sizes import CODEWORDS, SPECTRAL, Sizes
+from .sizes import CODEWORDS, SPECTRAL, Sizes
 
 LAUNCH_US, OPERATION_US, EAGER_US = 2.5, 1.7, 6.0
 """Of a kernel of ours, which waits for its operands, and of a small operation of torch, in a graph; of one outside."""

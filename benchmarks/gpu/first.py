@@ -1,20 +1,15 @@
 """The first run on a GPU, six minutes: is it right, how fast is an attention step, and where does its time go.
 
-    python benchmarks/gpu/first.py OUT          # OUT/first.json and first.log
-    python benchmarks/gpu/first.py OUT --dry    # all of it on a CPU, tiny, without times
-
-Nothing has to be installed but torch, triton and transformers. Ends with 1 where a check or a row of ours failed.
+It writes OUT/first.json and first.log.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from command import main
-from run import Phase
-from sizes import Sizes
+from .run import Phase
+from .sizes import Sizes
 
 Rows = list[dict[str, Any]]
 CHECKS = ("select", "score", "attend", "dense", "append", "cluster")
@@ -63,7 +58,3 @@ def attention(methods: Sequence[str], length: int, batch: int, few: bool = False
 
 def rows(kind: str, methods: Iterable[str], length: int, batch: int) -> Rows:
     return [{"kind": kind, "method": method, "length": length, "batch": batch} for method in methods]
-
-
-if __name__ == "__main__":
-    sys.exit(main("first", 6, phases, __doc__))

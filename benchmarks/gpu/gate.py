@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sizes import Sizes
 from torch import Tensor
 
 from kvcal.kernels.append import append
 from kvcal.kernels.cluster import assign, update
 from kvcal.kernels.score import score
+
+from .sizes import Sizes
 
 
 class Gate:

@@ -6,14 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from attention_steps import methods
-from caches import draw, forced
-from gate import Gate
-from timing import captured
 from torch import Tensor
 
 from kvcal.kernels.attend import attend
 from kvcal.kernels.dense import dense
+
+from .attention_steps import methods
+from .caches import draw, forced
+from .gate import Gate
+from .timing import captured
 
 ALLOWED = 1e-2
 """bfloat16 operands and results."""

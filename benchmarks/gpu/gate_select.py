@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from gate import Gate
 from torch import Tensor
 
 from kvcal.kernels.select import select
+
+from .gate import Gate
 
 POISON = -7
 

@@ -7,11 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from attention_steps import cluster_settings, loki_settings
-from caches import fill_clustered, fill_pages
-from codebook import fitted, settings
-from sizes import SPECTRAL, Sizes
-from timing import tidy
 from torch import Tensor
 
 from kvcal.runtime.methods.basis import Basis
@@ -21,6 +16,12 @@ from kvcal.runtime.replay import Replay, State
 from kvcal.runtime.sampling import Sampler
 from kvcal.runtime.settings import new_store
 from kvcal.runtime.store import Store
+
+from .attention_steps import cluster_settings, loki_settings
+from .caches import fill_clustered, fill_pages
+from .codebook import fitted, settings
+from .sizes import SPECTRAL, Sizes
+from .timing import tidy
 
 Row = dict[str, Any]
 WARM = 4

@@ -1,18 +1,15 @@
-"""docs/results/gpu.md and its figures, from the folders that first.py and second.py wrote.
-
-python benchmarks/gpu/page.py FOLDER...    # of one GPU or of several; several runs of one GPU are put together
-"""
+"""docs/results/gpu.md and its figures. Several runs of one GPU are put together, each GPU has a section."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import tree
-from page_tables import (
+from ..shared.page import Figure, Page
+from .page_tables import (
     attention_table,
     baseline_table,
     build_table,
@@ -23,11 +20,10 @@ from page_tables import (
     selection_table,
     trace_table,
 )
-from results import unproven
+from .results import unproven
 
 Results = Mapping[str, Any]
 Row = Mapping[str, Any]
-PAGES = tree.ROOT / "docs" / "results"
 LINES = {
     "dense": ("our dense", "C7", "o"),
     "loki": ("Loki", "C0", "o"),
@@ -40,40 +36,46 @@ TARGETS = (("clusterkv 80", 8, 6.0), ("clusterkv 80", 1, 3.0), ("spectral", 8, 1
 """Method, batch, times as fast as the fastest dense step at 131072 tokens."""
 
 
-def read(folders: Sequence[Path]) -> list[Results]:
+def read(folder: Path) -> list[Results]:
     """One for each GPU: {"gpu", "machine": its row, "commits", "rows"}. Of rows asked for twice one that has a time."""
     found: dict[str, dict[str, Any]] = {}
-    for path in (path for folder in folders for path in sorted(folder.glob("*.json"))):
+    for path in sorted(folder.glob("**/*.json")):
         run = json.loads(path.read_text())
         machine = next(row for row in run["rows"] if row["kind"] == "machine")
         gpu = machine.get("gpu", "no GPU")
-        of = found.setdefault(gpu, {"gpu": gpu, "machine": machine, "commits": [], "rows": {}})
-        of["commits"].append(str(run["commit"]))
+        runs = found.setdefault(gpu, {"gpu": gpu, "machine": machine, "commits": [], "rows": {}})
+        runs["commits"].append(str(run["commit"]))
         for row in run["rows"]:
             asked = tuple(str(row.get(name)) for name in ("kind", "check", "method", "length", "batch", "calibrated"))
-            if asked not in of["rows"] or not ("failed" in row or "skipped" in row):
-                of["rows"][asked] = row
+            if asked not in runs["rows"] or not ("failed" in row or "skipped" in row):
+                runs["rows"][asked] = row
     results = []
-    for of in found.values():
-        rows = list(of["rows"].values())
+    for runs in found.values():
+        rows = list(runs["rows"].values())
         checks = [row for row in rows if row["kind"] == "check"]
         marked = [{**row, "unproven": unproven(row, checks)} for row in rows]
-        results.append({**of, "rows": marked, "commits": list(dict.fromkeys(of["commits"]))})
+        results.append({**runs, "rows": marked, "commits": list(dict.fromkeys(runs["commits"]))})
     return results
 
 
-def write(found: Sequence[Results], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = [HEAD]
-    for results in found:
-        name = f"gpu-{results['gpu'].lower().replace(' ', '-')}.png"
-        if timed(results):
-            (folder / name).write_bytes(figure(results))
-        parts.append(section(results, name))
-    (folder / "gpu.md").write_text("\n".join(parts))
+def values(results: Path) -> dict[str, Any]:
+    return {"sections": [section(found) for found in read(results / "gpu")]}
 
 
-def section(results: Results, image: str) -> str:
+def figures(results: Path) -> list[Figure]:
+    sources = sorted((results / "gpu").glob("**/*.json"))
+    found = [one for one in read(results / "gpu") if timed(one)]
+    return [Figure(image_of(one), sources, partial(figure, one)) for one in found]
+
+
+PAGE = Page("gpu.md", Path(__file__).with_name("page.md.j2"), values, figures)
+
+
+def image_of(results: Results) -> str:
+    return f"gpu-{results['gpu'].lower().replace(' ', '-')}.png"
+
+
+def section(results: Results) -> str:
     machine, rows = results["machine"], results["rows"]
     by_kind = {
         kind: [row for row in rows if row["kind"] == kind] for kind in dict.fromkeys(row["kind"] for row in rows)
@@ -86,12 +88,12 @@ def section(results: Results, image: str) -> str:
         f"## {results['gpu']}\n",
         f"{versions}; commit {', '.join(results['commits'])}. {verdict(by_kind.get('check', []))}\n",
         f"{'; '.join(moved) or 'The rates of the memory were not measured'}.\n",
-        *([f"![attention steps]({image})\n"] if timed(results) else ["No attention step was timed.\n"]),
+        *([f"![attention steps]({image_of(results)})\n"] if timed(results) else ["No attention step was timed.\n"]),
     ]
     attention = by_kind.get("step", []) + by_kind.get("baseline", [])
     for title, kind, table in (
         ("Attention step of one layer, µs", "step", lambda _: attention_table(attention)),
-        ("What a step is made of", "parts", lambda of: PARTS + parts_table(of, attention)),
+        ("What a step is made of", "parts", lambda parts: parts_table(parts, attention)),
         ("Dense attention by others, µs", "baseline", lambda _: baseline_table(attention)),
         ("A step's kernels, µs", "trace", trace_table),
         ("Selection alone, µs", "selection", selection_table),
@@ -161,35 +163,3 @@ def timed(results: Results) -> list[Row]:
 def points(rows: Iterable[Row]) -> tuple[list[int], list[float]]:
     ordered = sorted(rows, key=lambda row: row["length"])
     return [row["length"] for row in ordered], [row["us"] for row in ordered]
-
-
-HEAD = """# Speed on a GPU
-
-Made by `python benchmarks/gpu/page.py` of what `first.py` and `second.py` beside it wrote. Llama-3-8B's shape: 8 KV
-heads, 4 query heads each, head dimension 128, bfloat16; random keys and values, laid where the stores have them instead
-of prefilled. Loki: rank 32, 2048 tokens, one choice for a group of query heads (`select="max"`); its index is the first
-dimensions of the keys, or a tensor of its own. ClusterKV: 2048 tokens, 80 or 16 tokens per cluster, half a window open.
-Spectral: 2048 tokens, one choice for a group, codes of 2 bits at rank 64 or of 4 bits at rank 32, 64 random codewords,
-rows of 16 or 8 bits; it and "loki, sampled" choose by a threshold, in the kernels that attend (`kernels/scan`). Of
-other methods kernels write the new token and attend to what is chosen; ClusterKV's choice is operations of torch.
-
-Steps are replayed in a CUDA graph, over several caches in turn so that L2 holds none of what is read; medians. Ours
-write the new token, project and choose; what others do is attention alone. Expected: bytes at 90 % of the rate of
-reading, and a time for every launch (`benchmarks/gpu/expected.py`); arithmetic is not counted.
-"""
-PARTS = """Each part alone; in brackets what is expected of it, and the rate at which it moves its bytes.
-
-"""
-
-
-def main(folders: Sequence[str], pages: Path = PAGES) -> int:
-    found = read([Path(folder) for folder in folders])
-    if not found:
-        print("error: no results there: give the folders that first.py and second.py wrote into", file=sys.stderr)
-        return 2
-    write(found, pages)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

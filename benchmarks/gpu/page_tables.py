@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..shared import tables
+
 Row = Mapping[str, Any]
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def table(lines: Sequence[Sequence[str]]) -> str:
+    """The first line is the header."""
+    return tables.table(lines[0], lines[1:])
 
 
 def fastest(rows: Iterable[Row], length: int, batch: int) -> Row | None:

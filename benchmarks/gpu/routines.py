@@ -10,21 +10,22 @@ from typing import Any
 
 import torch
 import triton
-from attention_steps import methods
-from baselines import BASELINES, COMPILED, prepare, softmax_in_float32
-from build import build_row
-from caches import Copy, copies, draw
-from checks import checked
-from expected import parts, step
-from gate import Gate
-from model import build_model, fitting, step_time
-from sizes import DRY, Sizes
-from timing import Timer, ceilings, tidy
 from torch import Tensor
-from tracing import kernels_of
 
 from kvcal.kernels.backend import interpreting
 from kvcal.kernels.select import select
+
+from .attention_steps import methods
+from .baselines import BASELINES, COMPILED, prepare, softmax_in_float32
+from .build import build_row
+from .caches import Copy, copies, draw
+from .checks import checked
+from .expected import parts, step
+from .gate import Gate
+from .model import build_model, fitting, step_time
+from .sizes import DRY, Sizes
+from .timing import Timer, ceilings, tidy
+from .tracing import kernels_of
 
 Found = dict[str, Any]
 

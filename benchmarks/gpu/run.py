@@ -1,4 +1,4 @@
-"""Runs phases of rows in worker processes, within minutes, and saves after every row. first.py and second.py say which.
+"""Runs phases of rows in worker processes, within minutes, and saves after every row. `first` and `second` say which.
 
 A row that fails, faults or takes too long says why, and the others go on. What time does not suffice for is skipped.
 """
@@ -6,6 +6,7 @@ A row that fails, faults or takes too long says why, and the others go on. What 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,15 +16,15 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-import expected
-import tools
-from processes import Worker
-from results import brief, save, unproven
-from sizes import DRY, FULL
+from . import expected, tools, tree
+from .processes import Worker
+from .results import brief, save, unproven
+from .sizes import DRY, FULL
 
 Row = dict[str, Any]
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "2",
+    "PYTHONPATH": os.pathsep.join([str(tree.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     "PYTHONUNBUFFERED": "1",
     "PYTHONFAULTHANDLER": "1",
     "TOKENIZERS_PARALLELISM": "0",

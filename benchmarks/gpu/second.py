@@ -1,18 +1,14 @@
 """The second run on a GPU, five minutes: whole models, the building of clusters, and what tools see inside kernels.
 
-    python benchmarks/gpu/second.py OUT [--dry]    # OUT/second.json, second.log, ncu-*.csv
-
-Into the folder of the first run, whose checks then stand beside its rows. See first.py.
+It writes OUT/second.json, second.log and ncu-*.csv, into the folder of the first run, whose checks its
+rows rest on.
 """
 
 from __future__ import annotations
 
-import sys
-
-from command import main
-from first import Rows
-from run import Phase
-from sizes import Sizes
+from .first import Rows
+from .run import Phase
+from .sizes import Sizes
 
 COUNTED = ("dense", "loki", "spectral")
 SANITIZED = ("select", "attend", "step spectral, rows 8")
@@ -52,7 +48,3 @@ def model(length: int, batch: int | None, methods: tuple[str, ...]) -> Rows:
         batch: None: as many rows as fit.
     """
     return [{"kind": "model", "method": method, "length": length, "batch": batch} for method in methods]
-
-
-if __name__ == "__main__":
-    sys.exit(main("second", 5, phases, __doc__))

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from expected import step
-from sizes import Sizes
+from .expected import step
+from .sizes import Sizes
 
 PLACES = ("usr/local/cuda*/bin", "opt/nvidia/nsight-compute/*")
 """Beside the path."""

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timing import captured
 from torch.profiler import ProfilerActivity, profile
+
+from .timing import captured
 
 ROUNDS = 2
 LETTERS = 60

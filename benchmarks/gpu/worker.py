@@ -14,12 +14,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import tree  # noqa: F401  (makes kvcal importable)
-from baselines import first_line
-from processes import MARK
-from routines import ROUTINES, Bench
-from sizes import DRY, FULL
-from timing import tidy
+
+from . import tree  # noqa: F401  (makes kvcal importable)
+from .baselines import first_line
+from .processes import MARK
+from .routines import ROUTINES, Bench
+from .sizes import DRY, FULL
+from .timing import tidy
 
 
 def answer(bench: Bench, row: Mapping[str, Any]) -> dict[str, Any]:

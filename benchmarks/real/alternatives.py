@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from attention import errors
-from settings import spectral_of
-from simulation import LEVEL, Layer, Variation, mass_share
 
 from kvcal.artifacts import Artifact
 from kvcal.calibrate.evaluation.standard_errors import mean
 from kvcal.calibrate.planning.points import Problem
+
+from .attention import errors
+from .settings import spectral_of
+from .simulation import LEVEL, Layer, Variation, mass_share
 
 VARIATIONS: dict[str, Variation] = {
     "as it is": Variation(),

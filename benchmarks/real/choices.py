@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from settings import ONLY_CHOSEN, spectral_of
+from .settings import ONLY_CHOSEN, spectral_of
 
 Setting = dict[str, Any]
 LEVEL = 1 / 8

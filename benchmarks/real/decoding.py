@@ -12,10 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from settings import AIMS, BY_ANSWERS, LEVELS, PAPERS, PUBLISHED, QUESTIONS, SEES_QUESTION, WHY_LOKI, at_equal_bytes
-from settings import aims as settings_of_aims
-from subjects import UNSEEN, Bench, name_of, uncentred
-
 from kvcal.artifacts import Artifact, weights_sha256
 from kvcal.calibrate import open_data
 from kvcal.calibrate.evaluation.grid import FULL
@@ -26,6 +22,10 @@ from kvcal.calibrate.evaluation.results_file import read_current
 from kvcal.calibrate.evaluation.tasks import ruler_package
 from kvcal.calibrate.models import max_context
 from kvcal.runtime.methods import METHODS
+
+from .settings import AIMS, BY_ANSWERS, LEVELS, PAPERS, PUBLISHED, QUESTIONS, SEES_QUESTION, WHY_LOKI, at_equal_bytes
+from .settings import aims as settings_of_aims
+from .subjects import UNSEEN, Bench, name_of, uncentred
 
 Setting = dict[str, Any]
 CONTINUATION = 64

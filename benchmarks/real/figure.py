@@ -5,19 +5,22 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from page_decoding import bytes_of, key_of, row_of, trained
-from settings import OF_A_PREFILL
-from sharing import FITTED, TRAINED
-from subjects import SUBJECTS, Subject
-from tables import read
-from xcla import ALL, CHOSEN, CODES
 
 from kvcal.calibrate.evaluation.figure import evaluation_figure
 from kvcal.calibrate.evaluation.results_file import parameters
 from kvcal.calibrate.plots import png, two_panels
+
+from ..shared.lookup import read
+from ..shared.page import Figure
+from .page_decoding import bytes_of, key_of, row_of
+from .page_sharing import trained
+from .settings import OF_A_PREFILL
+from .sharing import FITTED, TRAINED
+from .subjects import SUBJECTS, Subject
+from .xcla import ALL, CHOSEN, CODES
 
 Row = Mapping[str, Any]
 CLUSTERS = "real-clusters.png"
@@ -27,16 +30,23 @@ _NAMED = ("method", "basis", "keep")
 _MEASURED = ("perplexity_ratio", "perplexity_ratio_se", "scores", "scores_se")
 
 
-def write(folder: Path, subject: Subject) -> None:
-    results = folder / "real"
+def figures(results: Path, subject: Subject) -> list[Figure]:
+    found = []
     if read(results / f"{subject.model}-methods-{subject.shortest}.json").get("results"):
-        groups = (_of_methods, _of_sharing, _of_codes, _simulated)
-        rows = [row for rows_of in groups for row in rows_of(results, subject)]
-        settings = {"model": f"{subject.model}, bytes of a 16-bit cache", "prefix": subject.shortest}
-        (folder / "real.png").write_bytes(evaluation_figure(settings, rows, MOST))
+        sources = sorted(results.glob(f"{subject.model}-*.json"))
+        found.append(Figure("real.png", sources, partial(_quality, results, subject)))
     curves = {name: read(results / f"{name}-subgen.json").get("clusterable") for name in SUBJECTS}
     if measured := {name: curve for name, curve in curves.items() if curve}:
-        (folder / CLUSTERS).write_bytes(_clusters(measured))
+        sources = [results / f"{name}-subgen.json" for name in measured]
+        found.append(Figure(CLUSTERS, sources, partial(_clusters, measured)))
+    return found
+
+
+def _quality(results: Path, subject: Subject) -> bytes:
+    groups = (_of_methods, _of_sharing, _of_codes, _simulated)
+    rows = [row for rows_of in groups for row in rows_of(results, subject)]
+    settings = {"model": f"{subject.model}, bytes of a 16-bit cache", "prefix": subject.shortest}
+    return evaluation_figure(settings, rows, MOST)
 
 
 def _of_methods(results: Path, subject: Subject) -> Iterator[dict[str, Any]]:

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from settings import ONLY_CHOSEN
 
 from kvcal.artifacts import Artifact
 from kvcal.calibrate.evaluation.standard_errors import mean
 from kvcal.calibrate.planning.points import Problem, relative_error
 from kvcal.runtime.attention import SoftmaxSpec
 from kvcal.runtime.methods.basis import Basis
+
+from .settings import ONLY_CHOSEN
 
 Setting = dict[str, Any]
 SETTINGS: list[Setting] = [

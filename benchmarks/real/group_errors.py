@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from shared_basis import Layer, rotations
 from torch import Tensor
 
 from kvcal.artifacts import Artifact
@@ -18,6 +17,8 @@ from kvcal.calibrate.cla.xcla import groups_of
 from kvcal.calibrate.evaluation.standard_errors import mean
 from kvcal.calibrate.planning.points import Problem
 from kvcal.runtime.cla.group_code import KINDS, code_bytes
+
+from .shared_basis import Layer, rotations
 
 SIZES = (1, 3)
 MEMORIES = (0.17,)

@@ -1,276 +1,30 @@
-"""docs/results/real.md of what has been measured."""
+"""docs/results/real.md: tables of what was measured, below the words of page.md.j2."""
 
 from __future__ import annotations
 
-import json
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import figure
-import page_decoding
-import page_subgen
-from choices import CHOICES
-from subjects import SUBJECTS, Subject
-from tables import named, number, read, scores_of, table, with_error
+from ..shared.page import Page
+from . import figure, page_bases, page_decoding, page_errors, page_sharing, page_subgen, stated
+from .subjects import SUBJECTS, Subject
 
-FINDINGS = Path(__file__).with_name("findings.md")
-"""Words of people about the tables: to be read again with every measurement."""
 Part = Callable[[Path, Subject], str]
 
-
-def ranks(folder: Path, subject: Subject) -> str:
-    """Rank@90 by layer: of keys before and after the rotary embedding, of queries and values, calibrated on prose and
-    code. Below, means of other calibration texts."""
-    by_text = read(folder / f"{subject.model}-ranks.json")
-    if "both" not in by_text:
-        return ""
-    found = by_text["both"]
-    columns = ("key_pre", "key_post", "query_pre", "query_post", "value")
-    rows = [
-        [
-            f"{layer['layer']}{'' if layer.get('window') is None else ' (window)'}",
-            *(" ".join(map(str, layer[name])) for name in columns),
-        ]
-        for layer in found["layers"]
-    ]
-    means = [
-        ["mean" if text == "both" else f"mean, {text}", *(number(report["model"][name], ".1f") for name in columns)]
-        for text, report in sorted(by_text.items(), key=lambda item: item[0] != "both")
-    ]
-    return table(["layer", *columns], [*rows, *means])
-
-
-def tokens(folder: Path, subject: Subject) -> str:
-    """Ranks and attention errors by tokens calibrated on."""
-    found = read(folder / f"{subject.model}-tokens.json")
-    rows = []
-    for size in subject.sizes:
-        model = found.get(f"ranks {size}")
-        if model is None:
-            continue
-        errors = [_error(entry) for text in ("prose", "code") for entry in found.get(f"{text} {size}", ())]
-        rows.append([f"{size}", number(model["key_pre"], ".2f"), number(model["key_post"], ".2f"), *errors])
-    header = ["tokens", "rank@90 pre", "rank@90 post", "prose, PCA", "prose, score", "code, PCA", "code, score"]
-    return table(header, rows) if rows else ""
-
-
-def bases(folder: Path, subject: Subject) -> str:
-    """The attention error by rank, of every basis."""
-    found = read(folder / f"{subject.model}-bases.json")
-    if not found:
-        return ""
-    first = next(iter(found.values()))
-    rows = [
-        [str(entry["setting"]["rank"]), *(_error(column[at]) for column in found.values())]
-        for at, entry in enumerate(first)
-    ]
-    return table(["rank", *found], rows)
-
-
-def transfer(folder: Path, subject: Subject) -> str:
-    """The attention error by calibrated text and evaluated text."""
-    found = read(folder / f"{subject.model}-transfer.json")
-    if not found:
-        return ""
-    first = next(iter(found.values()))
-    header = ["calibrated → evaluated", *(f"{entry['setting']['basis']} {entry['setting']['rank']}" for entry in first)]
-    return table(header, [[key, *map(_error, row)] for key, row in found.items()])
-
-
-def block_lengths(folder: Path, subject: Subject) -> str:
-    """The attention error by tokens that are decoded after, and tokens of the blocks calibrated on. Loki at a sixteenth
-    of the tokens in a quarter of the dimensions, by basis; spectral at an eighth of the bytes."""
-    found = read(folder / f"{subject.model}-block-lengths.json")
-    header = ["", "PCA", "score basis", "PCA before the rotary embedding", "spectral"]
-    return table(header, [[key, *map(_error, row)] for key, row in found.items()]) if found else ""
-
-
-def first_token(folder: Path, subject: Subject) -> str:
-    """Attention output errors with what a method chooses, and with the first token (or page) besides. mass: of the
-    dense attention, on the first token; read: share of heads and steps that choose it. Means of layers. Below, by
-    layer: its logit above the mean of tokens from 64 on, exact and in a quarter of the dimensions (of PCA also
-    calibrated in longer blocks); lengths of keys."""
-    found = read(folder / f"{subject.model}-first-token.json")
-    rows, logits = found.get("settings", []), found.get("logits", [])
-    longer = {row["layer"]: row["in_pca"] for row in found.get("logits, long blocks", [])}
-    lines = [
-        [
-            named(row["setting"]),
-            *(with_error(row.get(name), row.get(f"{name}_se")) for name in ("mass", "read", "error", "error_with")),
-        ]
-        for row in rows
-    ]
-    columns = {
-        **{"layer": "layer", "logit": "logit", "in_pca": "in PCA", "longer": "in PCA, longer blocks"},
-        **{"in_score": "in the score basis", "length": "length", "length_of_others": "of others"},
-    }
-    by_layer = [
-        [
-            number((row | {"longer": longer.get(row["layer"])})[name], "g" if name == "layer" else ".1f")
-            for name in columns
-        ]
-        for row in logits
-    ]
-    first = table(["method", "mass", "read", "error", "error, always read"], lines)
-    second = table(list(columns.values()), by_layer)
-    return f"{first}\n\n{second}" if rows else ""
-
-
-def choices(folder: Path, subject: Subject) -> str:
-    """The same bytes spent in different ways, by what is chosen."""
-    found = read(folder / f"{subject.model}-choices.json")
-    rows = [
-        [name, *_errors_of(entry)]
-        for name, settings in CHOICES.items()
-        for setting in settings
-        for entry in found.get(f"{name}: {json.dumps(setting)}", ())
-    ]
-    header = ["choice", "method", "read", "error", "without the first layer", "worst layer"]
-    return table(header, rows) if rows else ""
-
-
-def attention(folder: Path, subject: Subject) -> str:
-    """Every method at equal bytes: the attention error, mean of layers, without the first, and the worst layer."""
-    parts = []
-    for length in subject.lengths:
-        found = read(folder / f"{subject.model}-attention-{length}.json")
-        measured = [(key.partition(" ")[0], entry) for key, entries in found.items() for entry in entries]
-        ordered = sorted(measured, key=lambda row: row[1]["bytes"])
-        rows = [[level, *_errors_of(entry)] for level, entry in ordered]
-        if rows:
-            header = ["bytes", "method", "read", "error", "without the first layer", "worst layer"]
-            parts.append(f"### {length} tokens\n\n{table(header, rows)}")
-    return "\n\n".join(parts)
-
-
-def _errors_of(entry: Mapping[str, Any]) -> Sequence[str]:
-    layers = list(entry["by_layer"].items())
-    worst, error = max(layers, key=lambda item: item[1])
-    others = statistics.mean(value for _, value in layers[1:]) if len(layers) > 1 else None
-    return [
-        named(entry["setting"]),
-        number(entry["bytes"], ".4f"),
-        _error(entry),
-        number(others),
-        f"{error:.2f} ({worst})",
-    ]
-
-
-def _error(entry: Mapping[str, Any]) -> str:
-    return with_error(entry["error"], entry["error_se"])
-
-
-def thresholds(folder: Path, subject: Subject) -> str:
-    """`spectral`'s choice by a threshold from a strided sample, beside the exact one, at equal bytes. read: tokens,
-    over those of the exact choice; most: the same of one head and step; mass: the share of the dense attention on what
-    is read. The last 16 tokens of 4 texts are decoded: of a text that goes on, of prose that code follows, of a
-    question."""
-    found = read(folder / f"{subject.model}-thresholds.json")
-    rows = [
-        [key, _choice(row), *_with_errors(row, "read"), number(row["most"], ".2f"), *_with_errors(row, "mass", "error")]
-        for key, choices in found.items()
-        for row in choices
-    ]
-    return table(["tokens, bytes, text", "choice", "read", "most", "mass", "error"], rows) if rows else ""
-
-
-def _choice(row: Mapping[str, Any]) -> str:
-    return f"sample of {row['sample']}" if row["choice"] == "sampled" else "exact"
-
-
-def _with_errors(row: Mapping[str, Any], *names: str) -> list[str]:
-    return [with_error(row[name], row[f"{name}_se"]) for name in names]
-
-
-def codewords(folder: Path, subject: Subject) -> str:
-    """`spectral` at equal bytes by the size of its codebook, the tables of larger ones paid for with rows."""
-    found = read(folder / f"{subject.model}-codewords.json")
-    rows = [[key, *_errors_of(entry)] for key, entries in found.items() for entry in entries]
-    return table(["bytes", "method", "read", "error", "without the first layer", "worst layer"], rows) if rows else ""
-
-
-def alternatives(folder: Path, subject: Subject) -> str:
-    """What `spectral` could do otherwise, at an eighth of the bytes, in a simulation of its step with the exact choice:
-    tokens read, the attention error, and by how much it is larger than that of the simulation as it is, paired over
-    texts. The first row is the step itself."""
-    found = read(folder / f"{subject.model}-alternatives.json")
-    rows = [
-        [
-            row["what"],
-            number(row["tokens"], ".0f"),
-            with_error(row["error"], row["error_se"], ".4f"),
-            with_error(row["more"], row["more_se"], ".5f") if "more" in row else "",
-        ]
-        for measured in found.values()
-        for row in measured
-    ]
-    return table(["", "tokens", "error", "more"], rows) if rows else ""
-
-
-def shared_basis(folder: Path, subject: Subject) -> str:
-    """A simulation: keys and values held as coefficients in one basis for the layers of a group, the first ones only or
-    in fewer bits; attention reads every token. In each column bytes held over those of 16 bits, and the attention
-    error. The first column is of each layer's own keys and values in fewer bits, without a basis; groups of 1 have
-    one."""
-    rows = read(folder / f"{subject.model}-shared-basis.json").get("rows", [])
-    sizes = list(dict.fromkeys(row["size"] for row in rows))
-    by_code: dict[str, dict[int | None, str]] = {}
-    for row in rows:
-        error = with_error(row["error"], row["error_se"])
-        by_code.setdefault(row["code"], {})[row["size"]] = f"{row['bytes']:.3f}: {error}"
-    lines = [[code, *(cells.get(size, "") for size in sizes)] for code, cells in by_code.items()]
-    header = ["", *("each its own" if size is None else f"groups of {size}" for size in sizes)]
-    return table(header, lines) if lines else ""
-
-
-def group_errors(folder: Path, subject: Subject) -> str:
-    """A simulation: attention errors of keys and values as they come back from coefficients of 8, 4, 2 or 0 bits, which
-    are shared out by one rule, in groups of so many layers: each kept relative to the ones before it, as `xcla` does,
-    or all in one basis. memory, read: over those of 16 bits."""
-    rows = read(folder / f"{subject.model}-group-errors.json").get("rows", [])
-    lines = [
-        [
-            str(row["size"]),
-            row["way"] if row["size"] > 1 else "each layer by itself",
-            *(number(row[name], ".3f") for name in ("memory", "read")),
-            with_error(row["error"], row["error_se"]),
-        ]
-        for row in rows
-    ]
-    return table(["layers", "way", "memory", "read", "error"], lines) if lines else ""
-
-
-def shared_basis_text(folder: Path, subject: Subject) -> str:
-    """The same simulation, decoded: keys and values of a dense prefill replaced by what comes back from their codes.
-    held: bytes, over those of 16 bits; to read them, a layer of a group reads those of the whole group."""
-    full, *rows = read(folder / f"{subject.model}-shared-basis-text.json").get("rows", [None])
-    lines = [
-        [
-            "each its own" if row["size"] is None else f"groups of {row['size']}",
-            row["code"],
-            number(row["bytes"]),
-            with_error(row["perplexity_ratio"], row["perplexity_ratio_se"], ".4f"),
-            *scores_of(row),
-        ]
-        for row in rows
-    ]
-    return table(["", "code", "held", "perplexity / full", *(full["scores"] if full else ())], lines) if lines else ""
-
-
 PARTS: Mapping[str, tuple[str, Part]] = {
-    "ranks": ("Ranks by layer", ranks),
-    "tokens": ("How much text is enough", tokens),
-    "bases": ("Key PCA and the score basis", bases),
-    "transfer": ("Calibration text against evaluation text", transfer),
-    "block-lengths": ("Decoding after more tokens than were calibrated on at once", block_lengths),
-    "first-token": ("The first token", first_token),
-    "attention": ("Attention errors at equal bytes", attention),
-    "thresholds": ("A choice by threshold", thresholds),
-    "codewords": ("How many codewords", codewords),
-    "alternatives": ("What spectral does not do", alternatives),
-    "choices": ("What the defaults are chosen from", choices),
+    "ranks": ("Ranks by layer", page_errors.ranks),
+    "tokens": ("How much text is enough", page_errors.tokens),
+    "bases": ("Key PCA and the score basis", page_errors.bases),
+    "transfer": ("Calibration text against evaluation text", page_errors.transfer),
+    "block-lengths": ("Decoding after more tokens than were calibrated on at once", page_errors.block_lengths),
+    "first-token": ("The first token", page_errors.first_token),
+    "attention": ("Attention errors at equal bytes", page_errors.attention),
+    "thresholds": ("A choice by threshold", page_errors.thresholds),
+    "codewords": ("How many codewords", page_errors.codewords),
+    "alternatives": ("What spectral does not do", page_errors.alternatives),
+    "choices": ("What the defaults are chosen from", page_errors.choices),
     "methods": ("Decoding at equal bytes", page_decoding.methods),
     "short-blocks": ("The same, calibrated in shorter blocks", page_decoding.short_blocks),
     "papers": ("Decoding with the papers' settings", page_decoding.papers),
@@ -284,12 +38,12 @@ PARTS: Mapping[str, tuple[str, Part]] = {
     "ruler": ("RULER, methods", page_decoding.ruler),
     "aims": ("What spectral keeps of long contexts", page_decoding.aims),
     "plans": ("Plans", page_decoding.plans),
-    "sharing": ("Layers that share keys and values, not trained", page_decoding.sharing),
-    "uptraining": ("The same, trained", page_decoding.uptraining),
-    "shared-basis": ("One basis for several layers", shared_basis),
-    "shared-basis-text": ("The same, decoded", shared_basis_text),
-    "group-errors": ("Layer by layer, or in one basis, with the bits of xcla", group_errors),
-    "xcla": ("Common coefficients, decoded", page_decoding.xcla),
+    "sharing": ("Layers that share keys and values, not trained", page_sharing.sharing),
+    "uptraining": ("The same, trained", page_sharing.uptraining),
+    "shared-basis": ("One basis for several layers", page_bases.shared_basis),
+    "shared-basis-text": ("The same, decoded", page_bases.shared_basis_text),
+    "group-errors": ("Layer by layer, or in one basis, with the bits of xcla", page_bases.group_errors),
+    "xcla": ("Common coefficients, decoded", page_sharing.xcla),
     "clusterable": ("Are keys clusterable", page_subgen.clusterable),
     "estimates": ("SubGen's estimates", page_subgen.estimates),
     "subgen-decoded": ("SubGen, decoded", page_decoding.subgen),
@@ -297,12 +51,40 @@ PARTS: Mapping[str, tuple[str, Part]] = {
 }
 
 
-def write(folder: Path) -> None:
-    sections = [FINDINGS.read_text().strip()]
+def values(results: Path) -> dict[str, Any]:
+    folder = results / "real"
+    return {**stated.values(folder), "contents": contents(folder), "tables": tables(folder)}
+
+
+def measured(folder: Path) -> Iterator[tuple[str, str, str]]:
+    """(title, model, section) of every part that was measured."""
     for name, (title, part) in PARTS.items():
         for subject in SUBJECTS.values():
-            if body := part(folder / "real", subject):
+            if body := part(folder, subject):
                 about = " ".join((part.__doc__ or name).split())
-                sections.append(f"## {title}: {subject.model}\n\n{about}\n\n{body}")
-    figure.write(folder, next(iter(SUBJECTS.values())))
-    (folder / "real.md").write_text("\n\n".join(sections) + "\n")
+                yield title, subject.model, f"## {title}: {subject.model}\n\n{about}\n\n{body}"
+
+
+def tables(folder: Path) -> str:
+    return "\n\n".join(section for _, _, section in measured(folder))
+
+
+def contents(folder: Path) -> str:
+    """A list of the tables, with links to them by model."""
+    links: dict[str, list[str]] = {}
+    for title, model, _ in measured(folder):
+        links.setdefault(title, []).append(f"[{model}](#{anchor(f'{title}: {model}')})")
+    return "\n".join(f"- {title}: {', '.join(models)}" for title, models in links.items())
+
+
+def anchor(heading: str) -> str:
+    """As GitHub names a heading."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+PAGE = Page(
+    "real.md",
+    Path(__file__).with_name("page.md.j2"),
+    values,
+    lambda results: figure.figures(results / "real", next(iter(SUBJECTS.values()))),
+)

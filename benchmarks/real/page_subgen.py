@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from figure import CLUSTERS
-from subjects import Subject
-from tables import named, number, read, table, with_error
+from ..shared.lookup import read
+from ..shared.tables import named, number, table, with_error
+from .figure import CLUSTERS
+from .subjects import Subject
 
 COUNTS = (64, 1024)
 

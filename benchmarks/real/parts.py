@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from alternatives import alternatives as alternatives_of
-from attention import errors, of_rows, unseen
-from choices import CHOICES
-from decoding import (
+from kvcal.calibrate.rank import rank_report
+
+from .alternatives import alternatives as alternatives_of
+from .attention import errors, of_rows, unseen
+from .choices import CHOICES
+from .decoding import (
     aims,
     by_answers,
     defaults,
@@ -24,21 +26,19 @@ from decoding import (
     text_and_passkey,
     why_loki,
 )
-from first_token import first_token, standing_out
-from group_errors import group_errors as group_errors_of
-from memory import resident, to_the_prefix
-from plans import plans as plans_of
-from settings import AIMS, GROUP, LEVELS, OF_A_PREFILL, ONLY_CHOSEN, at_equal_bytes, spectral_of
-from shared_basis import shared_basis as shared_basis_of
-from shared_basis_text import rows as rows_of_text
-from shared_basis_text import shared_basis_text as shared_basis_text_of
-from sharing import sharing, uptraining
-from subgen import at_memory, clusterable, estimates, line_retrieval, outside, splits, splits_decoded
-from subjects import UNSEEN, Bench, uncentred
-from thresholds import KINDS, choose, rows_of
-from xcla import xcla
-
-from kvcal.calibrate.rank import rank_report
+from .first_token import first_token, standing_out
+from .group_errors import group_errors as group_errors_of
+from .memory import resident, to_the_prefix
+from .plans import plans as plans_of
+from .settings import AIMS, GROUP, LEVELS, OF_A_PREFILL, ONLY_CHOSEN, at_equal_bytes, spectral_of
+from .shared_basis import shared_basis as shared_basis_of
+from .shared_basis_text import rows as rows_of_text
+from .shared_basis_text import shared_basis_text as shared_basis_text_of
+from .sharing import sharing, uptraining
+from .subgen import at_memory, clusterable, estimates, line_retrieval, outside, splits, splits_decoded
+from .subjects import UNSEEN, Bench, uncentred
+from .thresholds import KINDS, choose, rows_of
+from .xcla import xcla
 
 ROWS = 4
 """Pieces of unseen text, of every kind, in the tables of attention errors."""

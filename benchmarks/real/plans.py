@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from settings import LEVELS
-from subjects import UNSEEN, Bench
 from torch import Tensor
 
 from kvcal.artifacts import Artifact
@@ -28,6 +26,9 @@ from kvcal.calibrate.planning.kept import Kept, beside
 from kvcal.calibrate.planning.points import DENSE, Point
 from kvcal.calibrate.planning.prompts import PlanningRows
 from kvcal.calibrate.planning.subject import Subject
+
+from .settings import LEVELS
+from .subjects import UNSEEN, Bench
 
 BUDGETS = ("1/16", "1/8")
 WINDOWS, STEPS = 12, 32

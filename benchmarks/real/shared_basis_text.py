@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from shared_basis import GRADED, HALF, OWN_BITS, SHORT, Code, Group, Reservoir, held, named, rotations
-from subjects import Bench
 from torch import Tensor
 
 from kvcal.calibrate.cla.rotation import rotate, unrotate
@@ -21,6 +19,9 @@ from kvcal.calibrate.evaluation.measurements import Batch, Measured, batches
 from kvcal.calibrate.evaluation.prefilled import DECODED, PrefilledWindows, prefill
 from kvcal.calibrate.evaluation.prompts import Prompts
 from kvcal.calibrate.evaluation.rows import result_row
+
+from .shared_basis import GRADED, HALF, OWN_BITS, SHORT, Code, Group, Reservoir, held, named, rotations
+from .subjects import Bench
 
 Kept = dict[int, tuple[Tensor, Tensor]]
 """By layer, [1, Hkv, T, D] keys before their rotary embedding, and values."""

@@ -6,10 +6,10 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from decoding import decode, text_and_passkey, text_of, whole
-from subjects import TEXTS, Bench
-
 from kvcal.artifacts import Artifact
+
+from .decoding import decode, text_and_passkey, text_of, whole
+from .subjects import TEXTS, Bench
 
 PATTERNS = ("keep-ends", "uniform", "auto", "dense-front", "dense-back")
 """In groups of two, or storing as many layers as those."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from settings import CODEWORDS, PAGE, index_of
 from torch import Tensor
 
 from kvcal.artifacts import Artifact
@@ -21,6 +20,8 @@ from kvcal.kernels.codes import decode, encode, nearest, rotation
 from kvcal.runtime.methods.choosing import shared
 from kvcal.runtime.methods.codewords import Codewords
 from kvcal.runtime.methods.spectral import Spectral
+
+from .settings import CODEWORDS, PAGE, index_of
 
 LEVEL = 1 / 8
 """Of the bytes."""

@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decoding import decode, text_and_passkey
-from settings import at_equal_bytes
-from subjects import TEXTS, Bench
 from torch import Tensor
 
 from kvcal.artifacts import Artifact
@@ -26,6 +23,10 @@ from kvcal.calibrate.evaluation.standard_errors import mean
 from kvcal.calibrate.models import max_context
 from kvcal.calibrate.planning.points import Problem
 from kvcal.runtime.methods.subgen import SubGen
+
+from .decoding import decode, text_and_passkey
+from .settings import at_equal_bytes
+from .subjects import TEXTS, Bench
 
 MEMORY = 1 / 5
 """Of all tokens, what the paper's line retrieval keeps."""

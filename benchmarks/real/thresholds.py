@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from attention import STEPS, blocks
-from subjects import UNSEEN
 from torch import Tensor
 
 from kvcal.artifacts import Artifact
@@ -15,6 +13,9 @@ from kvcal.calibrate import open_data
 from kvcal.calibrate.evaluation.prompts import make_prompts
 from kvcal.calibrate.evaluation.standard_errors import mean
 from kvcal.calibrate.planning.points import Problem, relative_error
+
+from .attention import STEPS, blocks
+from .subjects import UNSEEN
 
 Setting = dict[str, Any]
 CHOICES: list[Setting] = [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from decoding import decode, text_and_passkey, whole
-from subjects import Bench
+from .decoding import decode, text_and_passkey, whole
+from .subjects import Bench
 
 CODES = ((3, 0.17), (1, 0.17), (3, 0.125), (1, 0.125))
 """Layers of a group, and memory over that of 16-bit keys and values."""

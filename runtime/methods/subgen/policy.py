@@ -39,7 +39,7 @@ class SubGen(Method):
     """Most clusters per KV head: when there is one more, delta grows and clusters merge."""
     growth: float = 1.1
     """Factor on delta then. With the doubling of the literature (2.0) many heads are left with a single cluster:
-    distances between keys of many dimensions differ too little (docs/results/subgen.json)."""
+    distances between keys of many dimensions differ too little (docs/results/real.md)."""
     delta: float | None = None
     """A key farther than this from all representatives opens a cluster. None: by KV head the radius that `clusters`
     balls needed on the calibration keys (stage `clusters`), or, without that stage, the smallest distance between two

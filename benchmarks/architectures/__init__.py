@@ -1,0 +1,1 @@
+"""Which decoders of transformers work."""

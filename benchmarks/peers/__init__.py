@@ -1,0 +1,1 @@
+"""kvpress on the prompts of `calibrate evaluate`."""

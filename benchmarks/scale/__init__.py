@@ -1,0 +1,1 @@
+"""What calibration and prompts cost."""

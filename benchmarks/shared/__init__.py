@@ -1,0 +1,1 @@
+"""Timing, tables, numbers by key, pages: what all rooms have in common."""
