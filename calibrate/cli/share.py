@@ -128,6 +128,7 @@ def _uptrain(
 ) -> None:
     from ..cla.figures import loss_figure
     from ..cla.stage import share_report
+    from ..plots import plain_name
 
     trained, history = run_uptraining(found, folder, model_spec, training, overwrite)
     report = share_report(trained)
@@ -137,7 +138,7 @@ def _uptrain(
         print_uptraining(report["settings"])
         print_lines("", f"next: calibrate evaluate {folder} --method cla,cla+loki --data …")
     if plot is not None and history:
-        write_plot(plot, loss_figure(history, f"{trained.model.id}, groups {report['settings']['groups']}"))
+        write_plot(plot, loss_figure(history, f"{plain_name(trained.model.id)}, groups {report['settings']['groups']}"))
 
 
 def print_sharing(report: dict[str, Any]) -> None:

@@ -1,7 +1,9 @@
 """What every sample was answered, as JSONL beside the results: a line for each setting, task and sample.
 
-{"setting": {…}, "task": "passkey@1024", "index": 3, "prediction": " 12345", "answers": ["12345"], "score": 1.0,
- "depth": 0.7}
+{"setting": {…}, "task": "passkey@1024", "index": 3, "question": "… The code is", "prediction": " 12345",
+ "answers": ["12345"], "score": 1.0, "depth": 0.7}
+
+"question" is the end of what was asked; files of an earlier kvcal lack it.
 """
 
 from __future__ import annotations
