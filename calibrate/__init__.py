@@ -16,6 +16,7 @@ from .data import open_data
 from .models import load_model
 from .one_pass import calibrate, save
 from .rank import participation_ratio, rank_at, rank_report
+from .report import report
 from .statistics import StatisticsFitter
 
 __all__ = [
@@ -33,5 +34,6 @@ __all__ = [
     "participation_ratio",
     "rank_at",
     "rank_report",
+    "report",
     "save",
 ]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 _OF_THE_EXTRA = (
-    *("accelerate", "click", "datasets", "faiss", "huggingface_hub", "matplotlib", "numpy", "rich", "sklearn"),
-    *("threadpoolctl", "transformers", "yaml"),
+    *("accelerate", "altair", "click", "datasets", "faiss", "huggingface_hub", "jinja2", "matplotlib", "numpy", "rich"),
+    *("sklearn", "threadpoolctl", "transformers", "vl_convert", "yaml"),
 )
 """What the command line imports by name."""
 

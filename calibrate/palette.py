@@ -48,8 +48,9 @@ QUANTITY_COLORS = {
 }
 COMPARED_COLORS = ("#378bfd", "#e37407", "#37a657")
 """Of two or three things compared that are no methods: starting points, losses, keys and values."""
-LAYER_MAP = "viridis"
-"""The sequential colour map of layers, as matplotlib and Vega name it."""
+LAYER_COLORS = ("#3564d0", "#8f55cf", "#c9489f", "#e2574c", "#e37d10")
+"""Of the sequential colour map of layers, from the first to the last. It gets lighter all the way, and no end of it is
+lost on a white or a dark ground, as those of the common maps are."""
 
 
 def style_of(name: str) -> Style:

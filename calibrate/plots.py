@@ -11,7 +11,7 @@ import torch
 
 from ..artifacts import Artifact
 from ..artifacts.errors import one_line
-from .palette import COMPARED_COLORS, LAYER_MAP, QUANTITY_COLORS
+from .palette import COMPARED_COLORS, LAYER_COLORS, QUANTITY_COLORS
 
 _LABELS = {
     "key_pre": "keys, pre-rotary",
@@ -156,10 +156,10 @@ def rows_of_two_panels(count: int) -> tuple[Any, Any]:
 
 def layer_shades(layers: Sequence[int]) -> list[Any]:
     """A colour for each layer, of the map that `layer_bar` explains."""
-    from matplotlib import colormaps
+    from matplotlib.colors import LinearSegmentedColormap
 
-    most = max(1, len(layers) - 1)
-    return [colormaps[LAYER_MAP](0.9 * index / most) for index in range(len(layers))]
+    shades, most = LinearSegmentedColormap.from_list("layers", LAYER_COLORS), max(1, len(layers) - 1)
+    return [shades(index / most) for index in range(len(layers))]
 
 
 def layer_bar(figure: Any, axes: Any, layers: Sequence[int]) -> None:

@@ -13,7 +13,7 @@ from kvcal.runtime import METHODS
 
 ROOT = Path(__file__).parent.parent.parent
 DARK = "#14171c"
-"""The ground of the report in dark mode: `--ground` in its template."""
+"""The ground of the report in dark mode, as calibrate/report/page.css has it."""
 # Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB.
 PROTAN = [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
 DEUTAN = [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
@@ -52,6 +52,10 @@ def oklab(rgb):
     )
 
 
+def test_the_dark_ground_is_the_reports():
+    assert f"--ground: {DARK};" in (ROOT / "calibrate" / "report" / "page.css").read_text()
+
+
 def test_every_method_has_a_colour_and_a_marker_of_its_own():
     assert set(METHODS) | {"cla", "plan"} == set(METHOD_STYLES)
     styles = [*METHOD_STYLES.values(), FALLBACK]
@@ -61,7 +65,7 @@ def test_every_method_has_a_colour_and_a_marker_of_its_own():
 @pytest.mark.parametrize("ground", ["#ffffff", DARK])
 def test_every_colour_is_seen_on_both_grounds(ground):
     colors = [style.color for style in (*METHOD_STYLES.values(), FALLBACK)]
-    colors += [*palette.QUANTITY_COLORS.values(), *palette.COMPARED_COLORS]
+    colors += [*palette.QUANTITY_COLORS.values(), *palette.COMPARED_COLORS, *palette.LAYER_COLORS]
     assert min(contrast(color, ground) for color in colors) >= 3
 
 
@@ -70,6 +74,11 @@ def test_colours_of_methods_are_far_apart(sight, least):
     """In Oklab, where a difference of 0.02 is just seen."""
     seen = [oklab(linear(style.color) @ np.array(sight).T) for style in METHOD_STYLES.values()]
     assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) >= least
+
+
+def test_the_map_of_layers_gets_lighter_all_the_way():
+    bright = [float(linear(color) @ [0.2126, 0.7152, 0.0722]) for color in palette.LAYER_COLORS]
+    assert bright == sorted(bright) and len(set(bright)) == len(bright)
 
 
 def test_a_line_has_the_style_of_its_method():
@@ -81,8 +90,7 @@ def test_a_line_has_the_style_of_its_method():
 
 def test_figures_take_their_colours_from_the_palette():
     """No other file names one: greys (fractions) and black and white are no colours."""
-    own = re.compile(r"""["']C\d|f"C\{|["']#[0-9a-fA-F]{3,8}["']|["'](viridis|tab10|Set\d)["']""")
-    # The figure of docs/results/real.md has a bar of first to last layer over several models.
+    own = re.compile(r"""["']C\d|f"C\{|["']#[0-9a-fA-F]{3,8}["']|["'](tab10|Set\d)["']""")
     for path in (ROOT / "calibrate").rglob("*.py"):
         if path.name != "palette.py":
             assert not own.search(path.read_text()), path
