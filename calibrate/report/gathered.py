@@ -49,8 +49,8 @@ def gather(artifact: Artifact, results: Iterable[str | PathLike[str]] = ()) -> G
     enough = TOKENS_PER_DIM * made.head_dim
     if made.tokens is not None and made.tokens < enough:
         warnings.append(
-            f"Calibrated on {made.tokens} tokens only: below {enough} ({TOKENS_PER_DIM} for each number of a key) what is "
-            "shown is mostly chance."
+            f"Calibrated on {made.tokens} tokens only: below {enough} ({TOKENS_PER_DIM} for each number of a key) what "
+            "is shown is mostly chance."
         )
     return Gathered(
         provenance=made,
