@@ -48,7 +48,7 @@ QUANTITY_COLORS = {
 }
 COMPARED_COLORS = ("#378bfd", "#e37407", "#37a657")
 """Of two or three things compared that are no methods: starting points, losses, keys and values."""
-LAYER_COLORS = ("#3564d0", "#8f55cf", "#c9489f", "#e2574c", "#e37d10")
+LAYER_COLORS = ("#3564d0", "#8f55cf", "#c9489f", "#e2574c", "#de780c")
 """Of the sequential colour map of layers, from the first to the last. It gets lighter all the way, and no end of it is
 lost on a white or a dark ground, as those of the common maps are."""
 

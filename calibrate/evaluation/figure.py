@@ -19,10 +19,12 @@ _COSTS = {
     "bytes_per_step": ("bytes read per step, as a fraction of full", "bytes read"),
     "resident_bytes": ("bytes allocated, as a fraction of full", "bytes allocated"),
 }
-_ALIKE = 1.1
+ALIKE = 1.1
 """Costs within this factor are one: a line through such points would lead from one quality to the other and back."""
 LINE_FROM = 3
 """Points that a line is drawn through, at least."""
+_LABEL_WIDTH = 1.5
+"""Labels of marks whose costs are within this factor would overlap."""
 LEAST_SPAN = 0.1
 """The axis of perplexity ratios reaches at least this far above 1, so that a loss of 1 % looks like one."""
 MOST_RATIO = 2.0
@@ -166,7 +168,7 @@ def _panel(
         placed += [(share, value) for share, value, _ in line]
         style = style_of(name)
         number = drawn[style.color] = drawn.get(style.color, -1) + 1
-        joined = len(line) >= LINE_FROM and line[-1][0] > _ALIKE * line[0][0]
+        joined = len(line) >= LINE_FROM and line[-1][0] > ALIKE * line[0][0]
         axis.errorbar(
             [share for share, *_ in line],
             [value for _, value, _ in line],
@@ -218,30 +220,33 @@ def _mark_beyond(
     quality: _Quality,
     most: float,
 ) -> None:
-    """A hollow triangle at the upper edge, with its value, for every row that lies beyond it."""
-    label: str | None = "beyond the panel, at this value"
+    """A hollow triangle at the upper edge for every row beyond it, with its value or the range of several."""
+    beyond: list[tuple[float, float, str]] = []
     for name, rows in lines.items():
         for row in rows:
             value, _ = quality.measured(row)
-            if not row.get(cost) or value is None or value <= most:
-                continue
-            share, color = row[cost] / full[cost], style_of(name).color
-            axis.plot(
-                [share],
-                [most],
-                marker="^",
-                markerfacecolor="white",
-                color=color,
-                linestyle="none",
-                clip_on=False,
-                zorder=4,
-                label=label,
-            )
-            shown = f"{value:.3g}" if value < 1e4 else f"{value:.0e}"
-            axis.annotate(
-                shown, (share, most), (0, 5), textcoords="offset points", ha="center", fontsize=7, color=color
-            )
-            label = None
+            if row.get(cost) and value is not None and value > most:
+                beyond.append((row[cost] / full[cost], value, style_of(name).color))
+    beyond.sort()
+    for number, (share, _, color) in enumerate(beyond):
+        axis.plot(
+            [share],
+            [most],
+            marker="^",
+            markerfacecolor="white",
+            color=color,
+            linestyle="none",
+            clip_on=False,
+            zorder=4,
+            label=None if number else "beyond the panel, at these values",
+        )
+    while beyond:  # one label for those that lie side by side
+        near = [each for each in beyond if each[0] <= _LABEL_WIDTH * beyond[0][0]]
+        beyond = beyond[len(near) :]
+        values = sorted({f"{value:.3g}" if value < 1e4 else f"{value:.0e}" for _, value, _ in near}, key=float)
+        shown = values[0] if len(values) == 1 else f"{values[0]}–{values[-1]}"
+        place = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "fontsize": 7, "color": "0.3"}
+        axis.annotate(shown, (near[0][0], most), **place)
 
 
 def _ratio(row: Mapping[str, Any]) -> tuple[float | None, float | None]:

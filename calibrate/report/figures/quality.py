@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...evaluation.figure import LINE_FROM, ratio_limits
+from ...evaluation.figure import ALIKE, LINE_FROM, ratio_limits
 from ...palette import FALLBACK, METHOD_STYLES, style_of
 from ..measured import Point
 from .look import specification, symbol
@@ -57,12 +57,15 @@ def quality_figure(points: Sequence[Point], cost: str, quality: str) -> dict[str
     if not data:
         return None
     low, high = (0.0, 1.0) if quality == "score" else ratio_limits([datum["value"] for datum in data])
-    lengths = {datum["series"]: sum(each["series"] == datum["series"] for each in data) for datum in data}
+    lines: dict[str, list[float]] = {}
+    for datum in data:
+        lines.setdefault(datum["series"], []).append(datum["x"])
     for datum in data:
         datum["beyond"] = datum["value"] > high
         datum["y"] = min(datum["value"], high)
         datum["low"], datum["high"] = (min(max(datum["value"] + sign * datum["error"], low), high) for sign in (-1, 1))
-        datum["joined"] = lengths[datum["series"]] >= LINE_FROM
+        shares = lines[datum["series"]]
+        datum["joined"] = len(shares) >= LINE_FROM and max(shares) > ALIKE * min(shares)
     styles = {**METHOD_STYLES, "other": FALLBACK}
     names, colors = list(styles), [style.color for style in styles.values()]
     color = alt.Color("drawn:N", scale=alt.Scale(domain=names, range=colors), legend=None)
@@ -80,7 +83,7 @@ def quality_figure(points: Sequence[Point], cost: str, quality: str) -> dict[str
         color=color,
     )
     y = alt.Y("y:Q", title=TITLES[quality], scale=alt.Scale(domain=[low, high], nice=False, padding=8))
-    lines = base.transform_filter("datum.joined").mark_line(strokeWidth=1).encode(y=y, detail="series:N")
+    joined = base.transform_filter("datum.joined").mark_line(strokeWidth=1).encode(y=y, detail="series:N")
     errors = base.mark_rule(strokeWidth=1).encode(y=alt.Y("low:Q"), y2="high:Q", color=color)
     tooltip = [
         alt.Tooltip("method:N", title="method"),
@@ -93,7 +96,7 @@ def quality_figure(points: Sequence[Point], cost: str, quality: str) -> dict[str
     chart = errors + marks.encode(y=y, shape=shape, tooltip=tooltip)
     # A layer without data would have Vega warn.
     if any(datum["joined"] for datum in data):
-        chart = lines + chart
+        chart = joined + chart
     if any(datum["beyond"] for datum in data):
         chart += beyond.encode(y=y, tooltip=tooltip)
     return specification(chart, f"Points: {TITLES[quality]} against {TITLES[cost]}, one for each setting.")

@@ -113,10 +113,12 @@ def test_what_loses_too_much_is_marked_at_the_edge_and_does_not_squeeze_the_othe
     axes, lines = drawn([*rows, row("h2o", 20, 57.0)])
     most = axes.get_ylim()[1]
     assert 1.04 < most <= 2
-    mark = lines["beyond the panel, at this value"]
+    mark = lines["beyond the panel, at these values"]
     assert (mark.get_xdata()[0], mark.get_ydata()[0]) == (0.2, most) and not mark.get_clip_on()
     assert mark.get_color() == METHOD_STYLES["h2o"].color
     assert [text.get_text() for text in axes.texts] == ["57"]
+    several = [*rows, row("h2o", 20, 57.0), row("snapkv", 22, 3.0), row("streaming", 80, 1e9)]
+    assert [text.get_text() for text in drawn(several)[0].texts] == ["3–57", "1e+09"]
     assert drawn(rows, 3.0)[0].get_ylim()[1] == 3.0
 
 
