@@ -94,6 +94,7 @@ def test_kernels_is_not_a_regular_package():
         ("kvcal.calibrate", ["transformers", "datasets", "faiss", "sklearn", "click", "matplotlib", "altair"]),
         ("kvcal.calibrate.models.listing", ["transformers", "datasets", "faiss", "sklearn", "gguf", "matplotlib"]),
         ("kvcal.calibrate.cli.group", ["transformers", "datasets", "faiss", "sklearn", "matplotlib", "vl_convert"]),
+        ("kvcal.calibrate.report.gathered", ["transformers", "datasets", "faiss", "sklearn", "matplotlib", "altair"]),
         ("kvcal.calibrate.cli.report", ["transformers", "datasets", "matplotlib", "altair", "vl_convert", "jinja2"]),
     ],
 )

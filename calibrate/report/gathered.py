@@ -42,7 +42,12 @@ def gather(artifact: Artifact, results: Iterable[str | PathLike[str]] = ()) -> G
     """
     if "pca" not in artifact.stages:
         raise KvcalError(f"{artifact.name}: has no stage pca, which a report is about: make it with `calibrate pca`")
-    found = [evaluation(artifact, Path(fspath(path))) for path in results]
+    paths = [Path(fspath(path)) for path in results]
+    names = [path.name for path in paths]
+    found = [
+        evaluation(artifact, path, path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}")
+        for path in paths
+    ]
     made = provenance(artifact)
     planned = plan(artifact)
     warnings = [warning for each in found for warning in each.warnings]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +79,11 @@ class Evaluation:
         return self.whose != "another model"
 
 
-def evaluation(artifact: Artifact, path: Path) -> Evaluation:
+def evaluation(artifact: Artifact, path: Path, name: str) -> Evaluation:
     """
+    Args:
+        name: of the file, on the page.
+
     Raises:
         KvcalError: not a results file, or one without `full`.
     """
@@ -92,7 +96,7 @@ def evaluation(artifact: Artifact, path: Path) -> Evaluation:
     points = tuple(_point(row, full, varied) for row in rows)
     prefix = settings.get("prefix")
     return Evaluation(
-        name=path.name,
+        name=name,
         path=path,
         whose=_whose(artifact, settings),
         model=short_name(plain_name(settings.get("model", "a model"))),
@@ -101,7 +105,7 @@ def evaluation(artifact: Artifact, path: Path) -> Evaluation:
         points=points,
         tasks=tuple(full.get("scores") or ()),
         best=_best(points),
-        warnings=tuple(_warnings(artifact, body, full, path)),
+        warnings=tuple(_warnings(artifact, body, full, name)),
     )
 
 
@@ -117,15 +121,21 @@ def _point(row: Mapping[str, Any], full: Mapping[str, Any], varied: set[str]) ->
         settings=short_name(", ".join(f"{name} {value}" for name, value in stated.items()), 300),
         read=_share(row, full, "bytes_per_step"),
         held=_share(row, full, "resident_bytes"),
-        ratio=ratio,
-        ratio_se=row.get("perplexity_ratio_se"),
-        score=score,
-        score_se=score_se,
+        ratio=_finite(ratio),
+        ratio_se=_finite(row.get("perplexity_ratio_se")),
+        score=_finite(score),
+        score_se=_finite(score_se),
     )
 
 
 def _share(row: Mapping[str, Any], full: Mapping[str, Any], cost: str) -> float | None:
-    return row[cost] / full[cost] if row.get(cost) and full.get(cost) else None
+    mine, fulls = _finite(row.get(cost)), _finite(full.get(cost))
+    return mine / fulls if mine and fulls and mine > 0 and fulls > 0 else None
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON as Python reads it has NaN, which no page can show."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _best(points: Sequence[Point]) -> tuple[Best, ...]:
@@ -155,24 +165,33 @@ def _whose(artifact: Artifact, settings: Mapping[str, Any]) -> str:
     return "another artifact of this model" if same else "another model"
 
 
-def _warnings(artifact: Artifact, body: Mapping[str, Any], full: Mapping[str, Any], path: Path) -> list[str]:
+def _seen(artifact: Artifact, settings: Mapping[str, Any]) -> str | None:
+    """The text that the artifact and the evaluation have both read; None where the settings do not tell."""
+    try:
+        return overlap(artifact.data, _source(settings))
+    except (AttributeError, TypeError, ValueError, OSError):  # of another form than ours, or no file can have the name
+        return None
+
+
+def _warnings(artifact: Artifact, body: Mapping[str, Any], full: Mapping[str, Any], name: str) -> list[str]:
     found, settings = [], body["settings"]
     whose = _whose(artifact, settings)
     if whose != "this artifact":
-        found.append(f"{path.name} was measured with {whose}.")
+        found.append(f"{name} was measured with {whose}.")
     if body.get("partial"):
-        found.append(f"{path.name}: {len(body['partial'])} settings are not finished: repeat the command that made it.")
-    if whose != "another model" and (seen := overlap(artifact.data, _source(settings))):
+        found.append(f"{name}: {len(body['partial'])} settings are not finished: repeat the command that made it.")
+    if whose != "another model" and (seen := _seen(artifact, settings)):
         found.append(
-            f"{path.name}: the text {short_name(seen)} was also calibrated on: methods may look better than they are."
+            f"{name}: the text {short_name(seen)} was also calibrated on: methods may look better than they are."
         )
-    for task, score in low_scores(full).items():
+    known = {task: score for task, score in (full.get("scores") or {}).items() if score is not None}
+    for task, score in low_scores({"scores": known}).items():
         found.append(
-            f"{path.name}: the model itself scores {score:.2f} in {short_name(task)}: read scores relative to its own."
+            f"{name}: the model itself scores {score:.2f} in {short_name(task)}: read scores relative to its own."
         )
     prefix, seq_len = settings.get("prefix"), artifact.data.get("seq_len")
     if isinstance(prefix, int) and isinstance(seq_len, int) and prefix > seq_len:
         found.append(
-            f"{path.name}: contexts of {prefix} tokens, but blocks of {seq_len} in calibration: bases may fail beyond."
+            f"{name}: contexts of {prefix} tokens, but blocks of {seq_len} in calibration: bases may fail beyond."
         )
     return found

@@ -1,6 +1,8 @@
 """What a report shows against the artifact's own tensors, in numpy, and against hand-written results."""
 
 import json
+import math
+import re
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from report_samples import HEAD_DIM, ROWS, artifact, results
 from samples import artifact as sample
 
 from kvcal.artifacts import ArtifactError, KvcalError
+from kvcal.calibrate.report import report
 from kvcal.calibrate.report.answers import MOST_SAMPLES
 from kvcal.calibrate.report.fitted import shown_dims
 from kvcal.calibrate.report.gathered import gather
@@ -90,6 +93,33 @@ def test_warnings_say_what_numbers_mean_less(found, tmp_path):
     assert "the text tiny was also calibrated on" in told and "contexts of 10000 tokens" in told
     assert "mostly chance" in told  # 96 tokens for 24 numbers
     assert not any("scores" in warning for warning in made.warnings)  # full answers all
+
+
+@pytest.mark.parametrize(
+    ("row", "settings"),
+    [
+        ({"perplexity_ratio": math.nan, "perplexity_ratio_se": math.nan, "resident_bytes": math.nan}, {}),
+        ({"resident_bytes": -1.0, "scores": {"asked@64": None}, "method": [{"method": "loki"}]}, {}),
+        ({}, {"data": {"id": 3, "sources": [1, None], "files": 7}, "model": None, "prefix": "many"}),
+        ({}, {"data": [], "artifact": []}),
+        ({}, {"data": {"kind": "local", "id": "a\0b", "files": ["x"]}}),
+    ],
+)
+def test_a_strangers_results_are_shown_as_far_as_they_go(found, tmp_path, row, settings):
+    path = results(tmp_path / "r.json", found, **settings)
+    body = json.loads(path.read_text())
+    for changed in (body["results"][0], body["results"][1]):
+        changed |= {name: value for name, value in row.items() if name != "method" or changed["method"] != "full"}
+    path.write_text(json.dumps(body))
+    page = report(found, [path])
+    json.loads(re.search(r'id="figures">(.*?)</script>', page, re.DOTALL)[1], parse_constant=pytest.fail)
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(found, tmp_path):
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+    made = gather(found, [results(tmp_path / name / "r.json", found) for name in ("x", "y")])
+    assert [each.name for each in made.evaluations] == ["x/r.json", "y/r.json"]
 
 
 def test_samples_are_bounded_and_old_results_without_questions_load(found, tmp_path):
