@@ -12,6 +12,7 @@ from typing import Any
 
 from ..palette import style_of
 from ..plots import plain_name, png, rows_of_two_panels, short_name
+from .axes import fraction_axis, mark_beyond, ratio_limits
 from .results_file import parameters
 from .rows import mean_score
 
@@ -23,11 +24,6 @@ ALIKE = 1.1
 """Costs within this factor are one: a line through such points would lead from one quality to the other and back."""
 LINE_FROM = 3
 """Points that a line is drawn through, at least."""
-_LABEL_WIDTH = 1.5
-"""Labels of marks whose costs are within this factor would overlap."""
-LEAST_SPAN = 0.1
-"""The axis of perplexity ratios reaches at least this far above 1, so that a loss of 1 % looks like one."""
-MOST_RATIO = 2.0
 _LINES = ("-", "--", ":", "-.")
 """Of the lines of one method, whose settings differ."""
 _CHOICES = ("basis", "stage", "select", "groups", "pool")
@@ -72,24 +68,6 @@ def name_of(row: Mapping[str, Any]) -> str:
     return f"{row['method']} ({row['source']})" if row.get("source") else str(row["method"])
 
 
-def ratio_limits(ratios: Sequence[float], most: float | None = None) -> tuple[float, float]:
-    """Where an axis of perplexity ratios begins and ends: all that is drawn, and at least `LEAST_SPAN` above 1.
-
-    It ends at four times what the upper quartile of the rows loses and at `MOST_RATIO` at most: a row that loses more
-    would press the others together. It is marked at the edge.
-
-    Args:
-        most: the end, where it is chosen.
-    """
-    losses = sorted(max(0.0, ratio - 1) for ratio in ratios)
-    if most is None:
-        quartile = losses[min(len(losses) - 1, 3 * len(losses) // 4)] if losses else 0.0
-        least = max(LEAST_SPAN, 4 * quartile)
-        most = 1 + min(max(LEAST_SPAN, 1.05 * max(losses, default=0.0)), least, MOST_RATIO - 1)
-    span = most - 1
-    return min(1 - 0.1 * span, min(ratios, default=1.0) - 0.05 * span), most
-
-
 def evaluation_figure(
     settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], most_ratio: float | None = None
 ) -> bytes:
@@ -124,7 +102,7 @@ def draw_evaluation(
             *_panel(panels[1], lines, full, cost, _Quality(of_tasks, mean_score, -1)),
         ]
         for axis in panels:
-            _fraction_axis(axis, shares)
+            fraction_axis(axis, shares)
         panels[1].set_ylim(-0.03, 1.03)
     handles: dict[str, Any] = {}
     for axis in axes.flat:
@@ -155,6 +133,7 @@ def _panel(
 ) -> list[float]:
     """Draw a quality against a cost, a line for each entry of `lines`: its costs as fractions of `full`'s."""
     placed: list[tuple[float, float]] = []
+    colored: list[tuple[float, float, str]] = []
     drawn: dict[str, int] = {}
     for name, rows in lines.items():
         line = []
@@ -167,6 +146,7 @@ def _panel(
         line.sort()
         placed += [(share, value) for share, value, _ in line]
         style = style_of(name)
+        colored += [(share, value, style.color) for share, value, _ in line]
         number = drawn[style.color] = drawn.get(style.color, -1) + 1
         joined = len(line) >= LINE_FROM and line[-1][0] > ALIKE * line[0][0]
         axis.errorbar(
@@ -205,61 +185,12 @@ def _panel(
     if quality.sign > 0:
         low, most = ratio_limits([value for _, value in placed], quality.most)
         axis.set_ylim(low, most)
-        _mark_beyond(axis, lines, full, cost, quality, most)
+        mark_beyond(axis, [point for point in colored if point[1] > most], most)
     axis.axhline(quality.measured(full)[0], color="0.6", linewidth=0.8, linestyle=":", zorder=0)
     axis.set_xlabel(_COSTS[cost][0])
     axis.set_ylabel(quality.label, parse_math=False)
     return [share for share, _ in placed]
 
 
-def _mark_beyond(
-    axis: Any,
-    lines: Mapping[str, Sequence[Mapping[str, Any]]],
-    full: Mapping[str, Any],
-    cost: str,
-    quality: _Quality,
-    most: float,
-) -> None:
-    """A hollow triangle at the upper edge for every row beyond it, with its value or the range of several."""
-    beyond: list[tuple[float, float, str]] = []
-    for name, rows in lines.items():
-        for row in rows:
-            value, _ = quality.measured(row)
-            if row.get(cost) and value is not None and value > most:
-                beyond.append((row[cost] / full[cost], value, style_of(name).color))
-    beyond.sort()
-    for number, (share, _, color) in enumerate(beyond):
-        axis.plot(
-            [share],
-            [most],
-            marker="^",
-            markerfacecolor="white",
-            color=color,
-            linestyle="none",
-            clip_on=False,
-            zorder=4,
-            label=None if number else "beyond the panel, at these values",
-        )
-    while beyond:  # one label for those that lie side by side
-        near = [each for each in beyond if each[0] <= _LABEL_WIDTH * beyond[0][0]]
-        beyond = beyond[len(near) :]
-        values = sorted({f"{value:.3g}" if value < 1e4 else f"{value:.0e}" for _, value, _ in near}, key=float)
-        shown = values[0] if len(values) == 1 else f"{values[0]}–{values[-1]}"
-        place = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "fontsize": 7, "color": "0.3"}
-        axis.annotate(shown, (near[0][0], most), **place)
-
-
 def _ratio(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
     return row.get("perplexity_ratio"), row.get("perplexity_ratio_se")
-
-
-def _fraction_axis(axis: Any, shares: Sequence[float]) -> None:
-    """Logarithmic, with powers of two as ticks."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    axis.set_xscale("log", base=2)
-    low, high = min(shares, default=1), max(shares, default=1)
-    axis.set_xlim(low / 1.15, max(1.0, high) * 1.15)
-    axis.xaxis.set_major_locator(FixedLocator([2.0**power for power in range(-12, 5)]))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:g}" if share >= 1 else f"1/{1 / share:g}"))

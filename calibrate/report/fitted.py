@@ -10,7 +10,7 @@ from ..rank import rank_report
 
 VARIANCE = 0.9
 MOST_DIMS = 32
-"""Points of a spectrum's curve: all dimensions up to 16, then ever fewer, and the last."""
+"""Points of a spectrum's curve, beside powers of two: all dimensions up to 16, then ever fewer, and the last."""
 NAMES = {
     "key_pre": "keys before rotation",
     "key_post": "keys after rotation",
@@ -90,7 +90,8 @@ def spectra(artifact: Artifact) -> list[Spectrum]:
 def shown_dims(most: int) -> tuple[int, ...]:
     """Counts of dimensions at which a spectrum of `most` is drawn, ascending, `most` the last."""
     wide = {round(16 * (most / 16) ** (step / (MOST_DIMS - 16))) for step in range(MOST_DIMS - 16 + 1)}
-    return tuple(sorted(dim for dim in {*range(1, 17), *wide, most} if dim <= most))
+    powers = {2**power for power in range(most.bit_length())}
+    return tuple(sorted(dim for dim in {*range(1, 17), *powers, *wide, most} if dim <= most))
 
 
 def covers(artifact: Artifact) -> list[Cover]:

@@ -20,7 +20,7 @@ from .figures.curves import covers_figure, spectra_figure
 from .figures.plan_figure import plan_figure
 from .figures.quality import COSTS, QUALITIES, TITLES, legend, quality_figure
 from .figures.rank_map import rank_map
-from .fitted import NAMES
+from .fitted import NAMES, Spectrum
 from .gathered import Gathered
 from .measured import ALLOWANCE, Evaluation
 
@@ -72,11 +72,10 @@ class _Drawn:
     figures: dict[str, Any]
 
     @property
-    def places(self) -> list[tuple[str, str]]:
-        """(id of a figure, what it shows)"""
-        pairs = [(cost, quality) for quality in QUALITIES for cost in COSTS]
-        named = [(f"quality-{self.number}-{cost}-{quality}", f"{TITLES[quality]}") for cost, quality in pairs]
-        return [(name, title) for name, title in named if name in self.figures]
+    def places(self) -> list[str]:
+        """Ids of its figures."""
+        names = [f"quality-{self.number}-{cost}-{quality}" for quality in QUALITIES for cost in COSTS]
+        return [name for name in names if name in self.figures]
 
     @property
     def legend(self) -> list[Any]:
@@ -112,12 +111,17 @@ def _rank_rows(found: Gathered) -> list[tuple[str, list[str]]]:
 def _spectrum_rows(found: Gathered) -> dict[str, tuple[Sequence[int], list[tuple[int, list[str]]]]]:
     """By quantity (dimensions, rows of a layer and the shares in percent), at powers of two and the last."""
     rows: dict[str, tuple[Sequence[int], list[tuple[int, list[str]]]]] = {}
-    for spectrum in found.spectra:
-        chosen = [dim for dim in spectrum.dims if dim & (dim - 1) == 0 or dim == spectrum.dims[-1]]
-        shares = dict(zip(spectrum.dims, spectrum.explained, strict=True))
-        cells = [f"{100 * shares[dim]:.1f}" for dim in chosen]
-        rows.setdefault(spectrum.quantity, (chosen, []))[1].append((spectrum.layer, cells))
+    for quantity in QUANTITIES:
+        spectra = [spectrum for spectrum in found.spectra if spectrum.quantity == quantity]
+        last = {spectrum.dims[-1] for spectrum in spectra}  # heads of some layers may have more dimensions
+        chosen = sorted({dim for each in spectra for dim in each.dims if dim & (dim - 1) == 0} | last)
+        rows[quantity] = (chosen, [(each.layer, _shares(each, chosen)) for each in spectra])
     return rows
+
+
+def _shares(spectrum: Spectrum, dims: Sequence[int]) -> list[str]:
+    known = dict(zip(spectrum.dims, spectrum.explained, strict=True))
+    return [f"{100 * known[dim]:.1f}" if dim in known else "–" for dim in dims]
 
 
 def _number(value: float | None, error: float | None = None, digits: int = 3) -> str:

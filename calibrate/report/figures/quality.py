@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...evaluation.figure import ALIKE, LINE_FROM, ratio_limits
+from ...evaluation.axes import ratio_limits
+from ...evaluation.figure import ALIKE, LINE_FROM
 from ...palette import FALLBACK, METHOD_STYLES, style_of
 from ..measured import Point
 from .look import specification, symbol

@@ -4,13 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvcal.calibrate.evaluation.axes import LEAST_SPAN, MOST_RATIO, ratio_limits
 from kvcal.calibrate.evaluation.figure import (
-    LEAST_SPAN,
-    MOST_RATIO,
     draw_evaluation,
     evaluation_figure,
     pareto_front,
-    ratio_limits,
     series_of,
     varied_settings,
 )

@@ -46,7 +46,8 @@ def test_spectra_are_cumulative_shares_of_the_variance(found):
 @pytest.mark.parametrize("most", [1, 2, 15, 16, 17, 64, 100, 576])
 def test_few_dimensions_of_a_spectrum_are_drawn(most):
     dims = shown_dims(most)
-    assert list(dims) == sorted(set(dims)) and dims[-1] == most and len(dims) <= 33
+    assert list(dims) == sorted(set(dims)) and dims[-1] == most and len(dims) <= 33 + 6
+    assert {2**power for power in range(10) if 2**power <= most} <= set(dims)
     assert dims[: min(most, 16)] == tuple(range(1, min(most, 16) + 1))
 
 
