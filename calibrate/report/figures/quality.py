@@ -64,7 +64,8 @@ def quality_figure(points: Sequence[Point], cost: str, quality: str) -> dict[str
     for datum in data:
         datum["beyond"] = datum["value"] > high
         datum["y"] = min(datum["value"], high)
-        datum["low"], datum["high"] = (min(max(datum["value"] + sign * datum["error"], low), high) for sign in (-1, 1))
+        error = 0.0 if datum["beyond"] else datum["error"]
+        datum["low"], datum["high"] = (min(max(datum["y"] + sign * error, low), high) for sign in (-1, 1))
         shares = lines[datum["series"]]
         datum["joined"] = len(shares) >= LINE_FROM and max(shares) > ALIKE * min(shares)
     styles = {**METHOD_STYLES, "other": FALLBACK}
@@ -73,19 +74,23 @@ def quality_figure(points: Sequence[Point], cost: str, quality: str) -> dict[str
     shape = alt.Shape(
         "drawn:N", scale=alt.Scale(domain=names, range=[symbol(style.marker) for style in styles.values()]), legend=None
     )
+    # From a half to the whole at least, so that the axis has two ticks.
+    least, most = min(0.5, *(datum["x"] for datum in data)), max(1.0, *(datum["x"] for datum in data))
     label = "datum.value >= 1 ? format(datum.value, '') : '1/' + format(1 / datum.value, '')"
     base = alt.Chart(alt.InlineData(data)).encode(
         x=alt.X(
             "x:Q",
             title=TITLES[cost],
-            scale=alt.Scale(type="log", base=2, nice=False, padding=12),
+            scale=alt.Scale(type="log", base=2, domain=[least, most], nice=False, padding=12),
             axis=alt.Axis(values=_POWERS, labelExpr=label),
         ),
         color=color,
     )
-    y = alt.Y("y:Q", title=TITLES[quality], scale=alt.Scale(domain=[low, high], nice=False, padding=8))
+    # In every layer, or a layer without it would have the axis begin at 0.
+    scale = alt.Scale(domain=[low, high], nice=False, zero=False, padding=8)
+    y = alt.Y("y:Q", title=TITLES[quality], scale=scale)
     joined = base.transform_filter("datum.joined").mark_line(strokeWidth=1).encode(y=y, detail="series:N")
-    errors = base.mark_rule(strokeWidth=1).encode(y=alt.Y("low:Q"), y2="high:Q", color=color)
+    errors = base.mark_rule(strokeWidth=1).encode(y=alt.Y("low:Q", title=TITLES[quality], scale=scale), y2="high:Q")
     tooltip = [
         alt.Tooltip("method:N", title="method"),
         alt.Tooltip("settings:N", title="settings"),
@@ -94,13 +99,13 @@ def quality_figure(points: Sequence[Point], cost: str, quality: str) -> dict[str
     ]
     marks = base.transform_filter("!datum.beyond").mark_point(filled=True, size=90, opacity=1)
     beyond = base.transform_filter("datum.beyond").mark_point(filled=False, size=110, shape="triangle-up", opacity=1)
-    chart = errors + marks.encode(y=y, shape=shape, tooltip=tooltip)
+    layers = [errors, marks.encode(y=y, shape=shape, tooltip=tooltip)]
     # A layer without data would have Vega warn.
     if any(datum["joined"] for datum in data):
-        chart = joined + chart
+        layers.insert(0, joined)
     if any(datum["beyond"] for datum in data):
-        chart += beyond.encode(y=y, tooltip=tooltip)
-    return specification(chart, f"Points: {TITLES[quality]} against {TITLES[cost]}, one for each setting.")
+        layers.append(beyond.encode(y=y, tooltip=tooltip))
+    return specification(alt.layer(*layers), f"Points: {TITLES[quality]} against {TITLES[cost]}, one for each setting.")
 
 
 def _datum(point: Point, cost: str, quality: str) -> dict[str, Any]:

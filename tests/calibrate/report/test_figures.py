@@ -59,7 +59,11 @@ def test_a_line_is_drawn_from_three_points_of_several_costs_on(reads, joined):
 
 def test_what_loses_too_much_is_at_the_edge():
     points = [point("full", 1.0), *(point("loki", 0.1 * at, 1.01) for at in (1, 2, 4)), point("h2o", 0.1, 50.0)]
-    rows = {row["method"]: row for row in rows_of(quality_figure(points, "read", "ratio"))}
+    specification = quality_figure(points, "read", "ratio")
+    rows = {row["method"]: row for row in rows_of(specification)}
+    scales = [layer["encoding"]["y"]["scale"] for layer in specification["layer"]]
+    assert len(scales) == 4 and all(scale == scales[0] and not scale["zero"] for scale in scales)
+    assert scales[0]["domain"][0] < 1 and scales[0]["domain"][1] == rows["h2o"]["y"]
     assert rows["h2o"]["beyond"] and 1.1 <= rows["h2o"]["y"] <= 2 and not rows["loki"]["beyond"]
     assert rows["h2o"]["shown_value"] == "50.000"
 
