@@ -10,6 +10,7 @@ from ..evaluation import predictions
 from ..evaluation.results_file import parameters
 from ..plots import short_name
 from .measured import Evaluation
+from .numbers import number
 
 MOST_SAMPLES = 20
 """Of a task that are shown."""
@@ -74,12 +75,11 @@ def _sample(task: str, index: int, lines: list[dict[str, Any]]) -> Sample:
 def _answer(line: dict[str, Any]) -> Answer:
     setting = line["setting"] if isinstance(line["setting"], dict) else {}
     stated = {name: value for name, value in parameters(setting).items() if name != "method"}
-    score = line.get("score")
     return Answer(
         method=short_name(setting.get("method", "?")),
         settings=short_name(", ".join(f"{name} {value}" for name, value in stated.items()), 200),
         text=_shown(line["prediction"]),
-        score=float(score) if isinstance(score, (int, float)) else None,
+        score=number(line.get("score")),
     )
 
 

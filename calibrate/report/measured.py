@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from ..evaluation.results_file import parameters, read
 from ..evaluation.rows import low_scores, mean_score
 from ..evaluation.seen_text import overlap
 from ..plots import plain_name, short_name
+from .numbers import number
 
 BUDGETS = (0.25, 0.125)
 ALLOWANCE = 1.1
@@ -66,7 +66,7 @@ class Evaluation:
     model: str
     text: str
     context: str
-    """What was decoded after: "prefix 1024"; "" where it is not stated."""
+    """What was decoded after: "1024 tokens of context"; "" where it is not stated."""
     points: tuple[Point, ...]
     """`full` first."""
     tasks: tuple[str, ...]
@@ -113,7 +113,7 @@ def _point(row: Mapping[str, Any], full: Mapping[str, Any], varied: set[str]) ->
     ratio = row.get("perplexity_ratio")
     if ratio is None and row.get("perplexity") and full.get("perplexity"):
         ratio = row["perplexity"] / full["perplexity"]
-    score, score_se = mean_score(row)
+    score, score_se = mean_score({kind: _known(row, kind) for kind in ("scores", "scores_se")})
     stated = {name: value for name, value in parameters(row).items() if name != "method"}
     return Point(
         method=short_name(name_of(row)),
@@ -121,21 +121,21 @@ def _point(row: Mapping[str, Any], full: Mapping[str, Any], varied: set[str]) ->
         settings=short_name(", ".join(f"{name} {value}" for name, value in stated.items()), 300),
         read=_share(row, full, "bytes_per_step"),
         held=_share(row, full, "resident_bytes"),
-        ratio=_finite(ratio),
-        ratio_se=_finite(row.get("perplexity_ratio_se")),
-        score=_finite(score),
-        score_se=_finite(score_se),
+        ratio=number(ratio),
+        ratio_se=number(row.get("perplexity_ratio_se")),
+        score=number(score),
+        score_se=number(score_se),
     )
 
 
+def _known(row: Mapping[str, Any], kind: str) -> dict[str, float]:
+    """Scores or their errors that are numbers."""
+    return {task: found for task, value in (row.get(kind) or {}).items() if (found := number(value)) is not None}
+
+
 def _share(row: Mapping[str, Any], full: Mapping[str, Any], cost: str) -> float | None:
-    mine, fulls = _finite(row.get(cost)), _finite(full.get(cost))
+    mine, fulls = number(row.get(cost)), number(full.get(cost))
     return mine / fulls if mine and fulls and mine > 0 and fulls > 0 else None
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON as Python reads it has NaN, which no page can show."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _best(points: Sequence[Point]) -> tuple[Best, ...]:
@@ -184,8 +184,7 @@ def _warnings(artifact: Artifact, body: Mapping[str, Any], full: Mapping[str, An
         found.append(
             f"{name}: the text {short_name(seen)} was also calibrated on: methods may look better than they are."
         )
-    known = {task: score for task, score in (full.get("scores") or {}).items() if score is not None}
-    for task, score in low_scores({"scores": known}).items():
+    for task, score in low_scores({"scores": _known(full, "scores")}).items():
         found.append(
             f"{name}: the model itself scores {score:.2f} in {short_name(task)}: read scores relative to its own."
         )

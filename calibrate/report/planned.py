@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from ...artifacts import Artifact, ArtifactError
 from ...runtime.planned import has_plan, read_plan
 from ..plots import short_name
+from .numbers import number
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def plan(artifact: Artifact) -> Plan | None:
     return Plan(
         tuple(layers),
         short_name(", ".join(f"{name} {value}" for name, value in budget.items())),
-        _number(_mapping(body.get("measured")).get("perplexity_ratio")),
+        number(_mapping(body.get("measured")).get("perplexity_ratio")),
         tuple(f"The plan's check: {short_name(each)}." for each in (warnings if isinstance(warnings, list) else [])),
     )
 
@@ -70,14 +70,10 @@ def _planned(layer: int, setting: Mapping[str, Any], body: Mapping[str, Any]) ->
         layer,
         short_name(setting.get("method")),
         short_name(", ".join(f"{name} {value}" for name, value in stated.items()), 300),
-        _number(chosen.get("bytes")),
-        _number(chosen.get("error")),
+        number(chosen.get("bytes")),
+        number(chosen.get("error")),
     )
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if type(value) in (int, float) and math.isfinite(value) else None

@@ -102,6 +102,7 @@ def test_warnings_say_what_numbers_mean_less(found, tmp_path):
         ({"perplexity_ratio": math.nan, "perplexity_ratio_se": math.nan, "resident_bytes": math.nan}, {}),
         ({"resident_bytes": -1.0, "scores": {"asked@64": None}, "method": [{"method": "loki"}]}, {}),
         ({}, {"data": {"id": 3, "sources": [1, None], "files": 7}, "model": None, "prefix": "many"}),
+        ({"scores_se": {"asked@64": 1e299}, "perplexity_ratio": 1e299}, {}),
         ({}, {"data": [], "artifact": []}),
         ({}, {"data": {"kind": "local", "id": "a\0b", "files": ["x"]}}),
     ],
