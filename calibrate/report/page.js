@@ -25,6 +25,11 @@ function tell(event, told) {
 }
 
 const hide = () => (bubble.hidden = true);
+// A finger that was lifted leaves the bubble, and so do the mouse events that browsers make of it.
+let touched = false;
+for (const kind of ["pointerdown", "pointermove"]) {
+  document.addEventListener(kind, (event) => (touched = event.pointerType === "touch"), true);
+}
 document.addEventListener("pointerdown", hide, true);
 document.addEventListener("scroll", hide, true);
 
@@ -36,7 +41,7 @@ const options = {
   renderer: "svg",
   tooltip: (handler, event, item, told) => {
     if (told) tell(event, told);
-    else if (event.pointerType !== "touch") hide(); // a finger that was lifted leaves the bubble
+    else if (!touched) hide();
   },
 };
 
