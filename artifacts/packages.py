@@ -11,8 +11,8 @@ EXTRAS = {
     "models": ("gguf",),
     "eval": ("lm_eval",),
     "calibrate": (
-        *("accelerate", "click", "datasets", "faiss", "matplotlib", "numpy", "rich", "sklearn"),
-        *("threadpoolctl", "yaml"),
+        *("accelerate", "altair", "click", "datasets", "faiss", "jinja2", "matplotlib", "numpy", "rich", "sklearn"),
+        *("threadpoolctl", "vl_convert", "yaml"),
     ),
 }
 """Extra of kvcal -> packages that it brings, by the name that is imported."""

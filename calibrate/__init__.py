@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .planning.make import plan
     from .publish import push
     from .rank import participation_ratio, rank_at, rank_report
+    from .reports import report
     from .statistics import StatisticsFitter
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "push",
     "rank_at",
     "rank_report",
+    "report",
     "save",
 ]
 
@@ -67,6 +69,7 @@ if not TYPE_CHECKING:  # a type checker would take any name for one of ours
             "push": "publish",
             "rank_at": "rank",
             "rank_report": "rank",
+            "report": "reports",
             "save": "one_pass",
         },
         __all__,

@@ -94,9 +94,11 @@ def test_kernels_is_not_a_regular_package():
         ("kvcal.artifacts", ["transformers", "datasets", "faiss", "sklearn", "click"]),
         ("kvcal.runtime", ["transformers", "datasets", "faiss", "sklearn", "click", "matplotlib", "huggingface_hub"]),
         *((f"kvcal.runtime.cla.{name}", ["transformers"]) for name in ("sharing_map", "method", "file")),
-        ("kvcal.calibrate", ["transformers", "datasets", "faiss", "sklearn", "click", "matplotlib"]),
+        ("kvcal.calibrate", ["transformers", "datasets", "faiss", "sklearn", "click", "matplotlib", "altair"]),
         ("kvcal.calibrate.models.listing", ["transformers", "datasets", "faiss", "sklearn", "gguf", "matplotlib"]),
-        ("kvcal.calibrate.cli.group", ["transformers", "datasets", "faiss", "sklearn", "matplotlib"]),
+        ("kvcal.calibrate.cli.group", ["transformers", "datasets", "faiss", "sklearn", "matplotlib", "vl_convert"]),
+        ("kvcal.calibrate.reports.gathered", ["transformers", "datasets", "faiss", "sklearn", "matplotlib", "altair"]),
+        ("kvcal.calibrate.cli.report", ["transformers", "datasets", "matplotlib", "altair", "vl_convert", "jinja2"]),
     ],
 )
 def test_importing_a_room_loads_nothing_heavy(module, absent):

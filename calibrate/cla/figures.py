@@ -7,13 +7,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...artifacts import Artifact
-from ..plots import data_name, png, two_panels
+from ..palette import COMPARED_COLORS
+from ..plots import png, title_of, two_panels
 from .training_state import Record
 
 _LIKENESS = {"key_r2": "keys", "value_r2": "values"}
 _COSTS = {
-    "as is": ("C3", "s", "the storing layer's as they are"),
-    "as group": ("C0", "o", "the best for all layers from that one on (root mean square of their errors)"),
+    "as is": (COMPARED_COLORS[1], "s", "the storing layer's as they are"),
+    "as group": (
+        COMPARED_COLORS[0],
+        "o",
+        "the best for all layers from that one on (root mean square of their errors)",
+    ),
 }
 _LOSSES = {"cross_entropy": "next token (cross entropy)", "kl": "KL(original ‖ shared)"}
 
@@ -28,9 +33,9 @@ def share_figure(artifact: Artifact, report: dict[str, Any]) -> bytes:
     layers = [layer.index for layer in artifact.layers if layer.window is None]
     before = dict(zip(layers[1:], layers, strict=False))
     neighbours = [pair for pair in report["pairs"] if before.get(pair["reading"]) == pair["storing"]]
-    for column, (measure, label) in enumerate(_LIKENESS.items()):
+    for color, (measure, label) in zip(COMPARED_COLORS, _LIKENESS.items(), strict=False):
         places = [(pair["storing"] + pair["reading"]) / 2 for pair in neighbours]
-        likeness.plot(places, [pair[measure] for pair in neighbours], marker="o", color=f"C{column}", label=label)
+        likeness.plot(places, [pair[measure] for pair in neighbours], marker="o", color=color, label=label)
     names = [f"{pair['storing']}→{pair['reading']}" for pair in neighbours]
     likeness.set_xticks([(pair["storing"] + pair["reading"]) / 2 for pair in neighbours], names)
     if len(neighbours) > 12:
@@ -71,7 +76,7 @@ def share_figure(artifact: Artifact, report: dict[str, Any]) -> bytes:
     costs.set_xlim(layers[0] - 0.6, layers[-1] + 0.6)
     costs.set_title(f"Cost of sharing; {stored} of {len(layers)} layers stored, groups shaded", fontsize=10)
     costs.legend(fontsize=8, frameon=False, loc="upper left")
-    return png(figure, f"{artifact.model.id} on {data_name(artifact)}")
+    return png(figure, title_of(artifact))
 
 
 def _error(measure: str, pair: dict[str, Any], layers: Sequence[int]) -> float:
@@ -92,15 +97,15 @@ def loss_figure(history: Sequence[Record], title: str) -> bytes:
     """Left: the losses of every step, and their running means. Right: gradient norm and learning rate."""
     figure, (curves, norms) = two_panels()
     steps = range(1, len(history) + 1)
-    for column, (name, label) in enumerate(_LOSSES.items()):
+    for color, (name, label) in zip(COMPARED_COLORS, _LOSSES.items(), strict=False):
         values = [record[name] for record in history if name in record]
         if values:
-            curves.plot(steps, values, color=f"C{column}", alpha=0.25, linewidth=0.8)
-            curves.plot(steps, running_mean(values), color=f"C{column}", label=label)
+            curves.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+            curves.plot(steps, running_mean(values), color=color, label=label)
     curves.set(xlabel="step", ylabel="nats per token", yscale="log")
     curves.set_title("Losses on the training text (running means in full colour)", fontsize=10)
     curves.legend(fontsize=8, frameon=False)
-    norms.plot(steps, [record["gradient_norm"] for record in history], color="C2", linewidth=0.8)
+    norms.plot(steps, [record["gradient_norm"] for record in history], color=COMPARED_COLORS[2], linewidth=0.8)
     norms.set(xlabel="step", ylabel="norm of the gradient before clipping", yscale="log")
     norms.set_title("Gradient, and the learning rate (dotted)", fontsize=10)
     rates = norms.twinx()

@@ -28,6 +28,7 @@ COMMANDS = {
     "xcla": "xcla",
     "export": "export",
     "evaluate": "evaluate",
+    "report": "report",
     "inspect": "inspect_",
     "verify": "verify",
     "diff": "diff",

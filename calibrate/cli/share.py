@@ -133,13 +133,14 @@ def _uptrain(
 ) -> None:
     from ..cla.figures import loss_figure
     from ..cla.stage import share_report
+    from ..plots import plain_name
 
     trained, history = run_uptraining(found, folder, model_spec, training, overwrite)
     report = share_report(trained)
     step = f"next: calibrate evaluate {folder} --method cla,cla+loki --data …"
     print_result(as_json, {**report, "history": history}, lambda: print_uptraining(report["settings"]), folder, step)
     if plot is not None and history:
-        write_plot(plot, loss_figure(history, f"{trained.model.id}, groups {report['settings']['groups']}"))
+        write_plot(plot, loss_figure(history, f"{plain_name(trained.model.id)}, groups {report['settings']['groups']}"))
 
 
 def print_sharing(report: dict[str, Any]) -> None:

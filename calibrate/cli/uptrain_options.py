@@ -144,6 +144,7 @@ def run_uptraining(
     from ..cla.uptrained_stage import earlier_training, finished_run, with_uptraining
     from ..cla.uptraining import Uptraining, check_trainable, run_settings, uptrain
     from ..data import open_data
+    from ..plots import plain_name
 
     assert options.data_spec and options.steps is not None
     names = {field.name for field in fields(Uptraining)}
@@ -207,7 +208,7 @@ def run_uptraining(
         )
     trained = with_uptraining(artifact, uptrained, bases)
     history = list(uptrained.history)
-    title = f"{artifact.model.id}, groups {sharing_map}, on {data.source['id']}"
+    title = f"{plain_name(artifact.model.id)}, groups {sharing_map}, on {plain_name(data.source['id'])}"
     figures = {LOSS_FIGURE: loss_figure(history, title)} if history else {}
     with working("writing"):
         saved = save(trained, folder, {**card_files(trained), **figures})

@@ -1,4 +1,8 @@
-"""The figure of an evaluation: quality against the bytes that a decoded token reads, and those that are held."""
+"""The figure of an evaluation: quality against the bytes that a decoded token reads, and those that are held.
+
+Every method has its colour and marker of the palette. A method's points, and the Pareto front of all, are joined by a
+line where there are three or more: through two points any line goes.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,22 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..plots import png, rows_of_two_panels, short_name
+from ..palette import style_of
+from ..plots import plain_name, png, rows_of_two_panels, short_name
+from .axes import fraction_axis, mark_beyond, ratio_limits
 from .results_file import parameters
 from .rows import mean_score
 
-_MARKERS = "osD^vPXp<>hd"
 _COSTS = {
     "bytes_per_step": ("bytes read per step, as a fraction of full", "bytes read"),
     "resident_bytes": ("bytes allocated, as a fraction of full", "bytes allocated"),
 }
-_ALIKE = 1.1
+ALIKE = 1.1
 """Costs within this factor are one: a line through such points would lead from one quality to the other and back."""
+LINE_FROM = 3
+"""Points that a line is drawn through, at least."""
+_LINES = ("-", "--", ":", "-.")
+"""Of the lines of one method, whose settings differ."""
 _CHOICES = ("basis", "stage", "select", "groups", "pool")
 
 
@@ -62,11 +71,21 @@ def name_of(row: Mapping[str, Any]) -> str:
 def evaluation_figure(
     settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], most_ratio: float | None = None
 ) -> bytes:
+    """PNG of `draw_evaluation`."""
+    return png(*draw_evaluation(settings, rows, most_ratio))
+
+
+def draw_evaluation(
+    settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], most_ratio: float | None = None
+) -> tuple[Any, str]:
     """Left: perplexity over `full`'s. Right: mean score of the tasks. Above against bytes read per step, below against
     bytes held, both as fractions of `full`'s, with standard errors as bars.
 
     Args:
-        most_ratio: where the left panels end; lines of methods that lose more leave them.
+        most_ratio: where the left panels end, see `ratio_limits`.
+
+    Returns:
+        (matplotlib's figure, its title).
     """
     full = next(row for row in rows if row["method"] == "full" and not row.get("source"))
     costs = [name for name in _COSTS if full.get(name)] or list(_COSTS)[:1]
@@ -79,13 +98,11 @@ def evaluation_figure(
     of_tasks = f"score, {short_name(tasks[0])}" if len(tasks) == 1 else "score, mean of tasks"
     for panels, cost in zip(axes, costs, strict=True):
         shares = [
-            *_panel(panels[0], lines, full, cost, _Quality("perplexity / perplexity of full", _ratio, 1)),
+            *_panel(panels[0], lines, full, cost, _Quality("perplexity / perplexity of full", _ratio, 1, most_ratio)),
             *_panel(panels[1], lines, full, cost, _Quality(of_tasks, mean_score, -1)),
         ]
         for axis in panels:
-            _fraction_axis(axis, shares)
-        if most_ratio is not None:
-            panels[0].set_ylim(1 - 0.03 * (most_ratio - 1), most_ratio)
+            fraction_axis(axis, shares)
         panels[1].set_ylim(-0.03, 1.03)
     handles: dict[str, Any] = {}
     for axis in axes.flat:
@@ -94,7 +111,7 @@ def evaluation_figure(
     figure.legend(handles.values(), handles.keys(), fontsize=8, frameon=False, loc="outside right center")
     prefix = f", prefix {settings['prefix']}" if full.get("perplexity_ratio") is not None else ""
     against = " and ".join(_COSTS[cost][1] for cost in costs)
-    return png(figure, f"{settings['model']}{prefix}: quality against {against}")
+    return figure, f"{plain_name(settings['model'])}{prefix}: quality against {against}"
 
 
 @dataclass(frozen=True)
@@ -103,6 +120,8 @@ class _Quality:
     measured: Callable[[Mapping[str, Any]], tuple[float | None, float | None]]
     sign: int
     """1: less is better; -1: more is."""
+    most: float | None = None
+    """Where the axis of a ratio ends; None: see `ratio_limits`."""
 
 
 def _panel(
@@ -114,7 +133,9 @@ def _panel(
 ) -> list[float]:
     """Draw a quality against a cost, a line for each entry of `lines`: its costs as fractions of `full`'s."""
     placed: list[tuple[float, float]] = []
-    for number, (name, rows) in enumerate(lines.items()):
+    colored: list[tuple[float, float, str]] = []
+    drawn: dict[str, int] = {}
+    for name, rows in lines.items():
         line = []
         for row in rows:
             value, error = quality.measured(row)
@@ -124,18 +145,23 @@ def _panel(
             continue
         line.sort()
         placed += [(share, value) for share, value, _ in line]
+        style = style_of(name)
+        colored += [(share, value, style.color) for share, value, _ in line]
+        number = drawn[style.color] = drawn.get(style.color, -1) + 1
+        joined = len(line) >= LINE_FROM and line[-1][0] > ALIKE * line[0][0]
         axis.errorbar(
             [share for share, *_ in line],
             [value for _, value, _ in line],
             yerr=[error for *_, error in line] if any(error for *_, error in line) else None,
             capsize=2,
             elinewidth=0.8,
-            marker=_MARKERS[number % len(_MARKERS)],
-            color="black" if name == "full" else f"C{(number - 1) % 10}",
+            marker=style.marker,
+            color=style.color,
             markersize=7,
-            markeredgecolor="white",
-            markeredgewidth=0.5,
-            linestyle="-" if line[-1][0] > _ALIKE * line[0][0] else "none",
+            markerfacecolor=style.color if number % 2 == 0 else "white",
+            markeredgecolor="white" if number % 2 == 0 else style.color,
+            markeredgewidth=0.5 if number % 2 == 0 else 1.2,
+            linestyle=_LINES[number % len(_LINES)] if joined else "none",
             linewidth=0.8,
             alpha=0.9,
             zorder=3,
@@ -147,14 +173,19 @@ def _panel(
         return []
     # Bytes that differ by less than a thousandth of full's count as the same.
     front = pareto_front([(round(share, 3), quality.sign * value) for share, value in placed])
-    axis.plot(
-        *zip(*(placed[at] for at in front), strict=True),
-        color="0.85",
-        linewidth=6,
-        solid_capstyle="round",
-        zorder=1,
-        label="Pareto front",
-    )
+    if len(front) >= LINE_FROM:
+        axis.plot(
+            *zip(*(placed[at] for at in front), strict=True),
+            color="0.85",
+            linewidth=6,
+            solid_capstyle="round",
+            zorder=1,
+            label="Pareto front",
+        )
+    if quality.sign > 0:
+        low, most = ratio_limits([value for _, value in placed], quality.most)
+        axis.set_ylim(low, most)
+        mark_beyond(axis, [point for point in colored if point[1] > most], most)
     axis.axhline(quality.measured(full)[0], color="0.6", linewidth=0.8, linestyle=":", zorder=0)
     axis.set_xlabel(_COSTS[cost][0])
     axis.set_ylabel(quality.label, parse_math=False)
@@ -163,15 +194,3 @@ def _panel(
 
 def _ratio(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
     return row.get("perplexity_ratio"), row.get("perplexity_ratio_se")
-
-
-def _fraction_axis(axis: Any, shares: Sequence[float]) -> None:
-    """Logarithmic, with powers of two as ticks."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    axis.set_xscale("log", base=2)
-    low, high = min(shares, default=1), max(shares, default=1)
-    axis.set_xlim(low / 1.15, max(1.0, high) * 1.15)
-    axis.xaxis.set_major_locator(FixedLocator([2.0**power for power in range(-12, 5)]))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:g}" if share >= 1 else f"1/{1 / share:g}"))

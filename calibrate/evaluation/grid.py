@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from ...artifacts import Artifact, KvcalError
-from ...runtime import METHODS, CompressedCache
+from ...runtime import METHODS  # the rest of it imports transformers, and settings are also read without a model
 from ...runtime.cla.method import Cla, split_method
-from ...runtime.integration.contexts import shared_for
 from ...runtime.planned import NAME as PLAN
 
 Value = bool | int | float | str | None
@@ -106,6 +105,8 @@ def check_grid(grid: Iterable[Setting], model: Any, artifact: Artifact | None) -
     Raises:
         KvcalError: for the first setting that cannot work.
     """
+    from ...runtime import CompressedCache
+
     for settings in by_sharing(grid):
         with sharing(model, artifact, settings[0]):
             for setting in settings:
@@ -115,6 +116,8 @@ def check_grid(grid: Iterable[Setting], model: Any, artifact: Artifact | None) -
 def recorded(settings: Iterable[Setting], model: Any, artifact: Artifact | None, layers: int) -> dict[str, list[Any]]:
     """Settings of `full`, by layer, that record all that these settings start from beside keys and values: the
     attention that each token receives (h2o), and the last queries (snapkv). To be called inside `sharing`."""
+    from ...runtime import CompressedCache
+
     mass, queries = [False] * layers, [0] * layers
     for setting in settings:
         for layer, store in CompressedCache(model, artifact, **decoding(setting)).stores.items():
@@ -136,6 +139,8 @@ def by_sharing(grid: Iterable[Setting]) -> list[list[Setting]]:
 def sharing(model: Any, artifact: Artifact | None, setting: Setting) -> Iterator[None]:
     """Inside, layers of the model share keys and values as the setting says; without `cla` the model is unchanged."""
     parameters = {name: value for name, value in setting.items() if name != "method"}
+    from ...runtime.integration.contexts import shared_for
+
     with shared_for(model, artifact, setting["method"], parameters):
         yield
 

@@ -41,7 +41,8 @@ class Measured:
     nll: list[float]
     """Of each window, nats summed over its continuation; [] for a task."""
     samples: list[dict[str, Any]]
-    """What was answered: {"index" in the task, "prediction", "answers", "score", "depth"}; [] for windows."""
+    """What was answered: {"index" in the task, "question": its end, "prediction", "answers", "score", "depth"}; [] for
+    windows."""
     resident_bytes: int
     """Of all layers and rows, after the last step."""
     bytes_read: list[int]

@@ -1,7 +1,9 @@
 """What every sample was answered, as JSONL beside the results: a line for each setting, task and sample.
 
-{"setting": {…}, "task": "passkey@1024", "index": 3, "prediction": " 12345", "answers": ["12345"], "score": 1.0,
- "depth": 0.7}
+{"setting": {…}, "task": "passkey@1024", "index": 3, "question": "… The code is", "prediction": " 12345",
+ "answers": ["12345"], "score": 1.0, "depth": 0.7}
+
+"question" is the end of what was asked; files of an earlier kvcal lack it.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ def write(path: Path, lines: Iterable[Line], finished: Iterable[Mapping[str, Any
     wanted = [key_of(dict(setting)) for setting in finished]
     old: dict[str, list[Line]] = {}
     if path.exists():
-        for line in _read(path):
+        for line in read(path):
             key = key_of(line["setting"])
             if key in wanted and key not in new:
                 old.setdefault(key, []).append(line)
@@ -75,7 +77,7 @@ def _encode(line: Line) -> bytes:
         return json.dumps(line).encode()
 
 
-def _read(path: Path) -> list[Line]:
+def read(path: Path) -> list[Line]:
     """Raises KvcalError: not a file of predictions."""
     try:
         lines = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
@@ -88,6 +90,6 @@ def _read(path: Path) -> list[Line]:
 
 def _are_predictions(path: Path) -> bool:
     try:
-        return _read(path) is not None
+        return read(path) is not None
     except KvcalError:
         return False

@@ -28,6 +28,8 @@ from .tasks.scoring import SCORINGS
 
 DECODED, PREFILLED = "decoded", "prefilled"
 QUESTIONS = (DECODED, PREFILLED)
+MOST_ASKED = 300
+"""Characters of a question that are kept beside its answer: its end, where most tasks ask."""
 Step = Callable[[], None]
 
 
@@ -156,8 +158,11 @@ def prefill(
 
 def answer_as_json(index: int, answer: Answer) -> dict[str, Any]:
     sample = answer.sample
+    # A token is a character at least, but for those that are parts of one.
+    asked = str(answer.tokenizer.decode(list(sample.question[-MOST_ASKED:])))
     return {
         "index": index,
+        "question": asked if len(asked) <= MOST_ASKED else "…" + asked[1 - MOST_ASKED :],
         "prediction": answer.prediction,
         "answers": list(sample.answers),
         "score": answer.score,

@@ -11,8 +11,9 @@ from kvcal.artifacts.packages import EXTRAS, extra_of, installed, missing, requi
 tomllib = pytest.importorskip("tomllib")  # since Python 3.11
 PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
 DISTRIBUTIONS = {
-    **{"faiss": "faiss-cpu", "sklearn": "scikit-learn", "yaml": "PyYAML", "lm_eval": "lm-eval"},
+    **{"faiss": "faiss-cpu", "sklearn": "scikit-learn", "yaml": "PyYAML", "lm_eval": "lm-eval", "jinja2": "Jinja2"},
     **{"huggingface_hub": "transformers", "tokenizers": "transformers", "threadpoolctl": "scikit-learn"},
+    **{"vl_convert": "vl-convert-python"},
 }
 """Package by the name that is imported -> the distribution that has it, or that asks for it."""
 

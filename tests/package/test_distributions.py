@@ -68,7 +68,11 @@ def test_the_wheel_has_every_module_and_nothing_else(built):
     assert {name for name in names if name.endswith(".py")} == {
         f"kvcal/{module.relative_to(SOURCE).as_posix()}" for module in modules
     }
-    assert names >= {"kvcal/py.typed", *DEMO}
+    assert names >= {
+        "kvcal/py.typed",
+        *DEMO,
+        *(f"kvcal/calibrate/reports/page.{end}" for end in ("css", "html.j2", "js")),
+    }
     assert {name.partition("/")[0] for name in names} == {"kvcal"}
 
 
@@ -91,6 +95,7 @@ def test_the_wheel_is_installed_and_used(built, tmp_path):
         [programs / "kvcal", "--version"],
         [programs / "calibrate", "pca", "--model", "demo", "--data", "text.txt", *options],
         [python, "-m", "kvcal", "verify", "made"],
+        [programs / "kvcal", "report", "made"],
     ):
         done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -28,10 +28,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the artifact `a`, other people's files, and nothing that opens a model or a text."""
     shutil.copytree(made, tmp_path / "a")
-    for name in ("letter.png", "letter.json", "letter.yaml"):
+    for name in ("letter.png", "letter.json", "letter.yaml", "letter.html"):
         (tmp_path / name).write_text('{"dear": "reader"}')
         (tmp_path / f"link{Path(name).suffix}").symlink_to(name)
-    for suffix in ("", ".png", ".json", ".yaml"):
+    for suffix in ("", ".png", ".json", ".yaml", ".html"):
         (tmp_path / f"dangling{suffix}").symlink_to("no/where")
         (tmp_path / f"folder{suffix}").mkdir()
         (tmp_path / f"folder{suffix}" / "x").write_text("theirs")
@@ -61,6 +61,7 @@ FILES = {
     "evaluate": (".json", ("evaluate", "a", "--data", "stdlib", "--output")),
     "plan": (".json", ("plan", "a", "--data", "stdlib", "--output")),
     "recipe": (".yaml", ("recipe", "a", "-o")),
+    "report": (".html", ("report", "a", "-o")),
 }
 
 

@@ -234,6 +234,24 @@ def test_an_answer_ends_at_a_score_of_one(model):
         assert len(measured.bytes_read) == len(measured.ms) == steps  # one is always taken, for what it costs
 
 
+def test_the_end_of_a_question_is_kept_beside_its_answer(model):
+    """300 characters of it, however long it is."""
+
+    class Long(Numbers):
+        def decode(self, ids: Any, **settings: Any) -> str:
+            return "".join(f"{int(each):05}" for each in ids)
+
+    long = Sample(SAMPLES[0].context, ids(75, 7), ("999",), (1,), None)
+    short = Sample(SAMPLES[0].context, (5, 6, 7), ("999",), (1,), None)
+    results = Results({})
+    prompts = Prompts(None, (Task("asked", None, (long, short), 2, "digits"),))
+    evaluate(model, None, prompts, [], tokenizer=Long(), results=results)
+    first, second = (line["question"] for line in sorted(results.predictions, key=lambda line: line["index"]))
+    whole = Long().decode(long.question)
+    assert len(whole) == 375 and first == "…" + whole[-299:]
+    assert second == "000050000600007"
+
+
 def test_rows_without_padding_are_called_without_a_mask(model):
     """As windows are: masks cost time."""
     seen = []

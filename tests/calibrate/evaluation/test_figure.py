@@ -1,10 +1,21 @@
 import struct
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcal.calibrate.evaluation.figure import evaluation_figure, pareto_front, series_of, varied_settings
+from kvcal.calibrate.evaluation.axes import LEAST_SPAN, MOST_RATIO, ratio_limits
+from kvcal.calibrate.evaluation.figure import (
+    draw_evaluation,
+    evaluation_figure,
+    pareto_front,
+    series_of,
+    varied_settings,
+)
 from kvcal.calibrate.evaluation.rows import mean_score
+from kvcal.calibrate.palette import FALLBACK, METHOD_STYLES
+from kvcal.calibrate.plots import plain_name
+from kvcal.runtime import METHODS
 
 POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12)
 
@@ -62,3 +73,61 @@ def test_quality_is_drawn_against_what_is_read_and_below_against_what_is_held():
     for name, rows in (("both", held), ("read", [{**each, "resident_bytes": None} for each in held])):
         figures[name] = struct.unpack(">II", evaluation_figure(settings, rows)[16:24])  # width and height of a PNG
     assert figures["both"][0] == figures["read"][0] and figures["both"][1] > 1.8 * figures["read"][1]
+
+
+def drawn(rows, most_ratio=None):
+    """(axes of perplexity, lines in it by label)"""
+    figure, _ = draw_evaluation({"model": "m", "prefix": 64}, rows, most_ratio)
+    axes = figure.axes[0]
+    lines = {container.get_label(): container.lines[0] for container in axes.containers}
+    return axes, lines | {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+
+
+def test_a_method_keeps_its_colour_and_marker_whatever_else_is_drawn():
+    alone = [row("full", 100, 1.0), row("loki", 30, 1.02)]
+    beside = [row("full", 100, 1.0), *(row(name, 20, 1.01) for name in METHODS if name not in ("full", "loki"))]
+    for rows in (alone, [*beside, alone[1]], [alone[0], row("other", 5, 1.0), alone[1]]):
+        loki = drawn(rows)[1]["loki"]
+        assert (loki.get_color(), loki.get_marker()) == (METHOD_STYLES["loki"].color, METHOD_STYLES["loki"].marker)
+    assert drawn([alone[0], row("other", 5, 1.0)])[1]["other"].get_color() == FALLBACK.color
+
+
+@pytest.mark.parametrize(("points", "joined"), [(1, False), (2, False), (3, True), (4, True)])
+def test_lines_are_drawn_from_three_points_on(points, joined):
+    rows = [row("full", 100, 1.0), *(row("loki", 10 * 2**at, 1.3 - 0.05 * at, keep=at) for at in range(points))]
+    _, lines = drawn(rows)
+    assert (lines["loki"].get_linestyle() == "-") == joined
+    assert ("Pareto front" in lines) == (points + 1 >= 3)  # `full`, which nothing beats, is on it, too
+
+
+def test_a_loss_of_one_percent_is_no_cliff():
+    axes, _ = drawn([row("full", 100, 1.0), row("loki", 30, 1.01), row("h2o", 20, 1.012)])
+    low, most = axes.get_ylim()
+    assert low < 1 and most >= 1.1
+
+
+def test_what_loses_too_much_is_marked_at_the_edge_and_does_not_squeeze_the_others():
+    rows = [row("full", 100, 1.0), *(row("loki", 10 + at, 1.01 + at / 100, keep=at) for at in range(4))]
+    axes, lines = drawn([*rows, row("h2o", 20, 57.0)])
+    most = axes.get_ylim()[1]
+    assert 1.04 < most <= 2
+    mark = lines["beyond the panel, at these values"]
+    assert (mark.get_xdata()[0], mark.get_ydata()[0]) == (0.2, most) and not mark.get_clip_on()
+    assert mark.get_color() == METHOD_STYLES["h2o"].color
+    assert [text.get_text() for text in axes.texts] == ["57"]
+    several = [*rows, row("h2o", 20, 57.0), row("snapkv", 22, 3.0), row("streaming", 80, 1e9)]
+    assert [text.get_text() for text in drawn(several)[0].texts] == ["3–57", "1e+09"]
+    assert drawn(rows, 3.0)[0].get_ylim()[1] == 3.0
+
+
+@given(st.lists(st.floats(0.5, 1e6), min_size=1, max_size=20))
+def test_the_axis_of_ratios_has_a_span_and_an_end(ratios):
+    low, most = ratio_limits(ratios)
+    assert low < min(1, *ratios, 1) and 1 + LEAST_SPAN <= most <= MOST_RATIO
+
+
+def test_titles_name_models_and_texts_without_paths():
+    rows = [row("full", 100, 1.0)]
+    for model in ("/models/tiny", "models/tiny/", "org/tiny", "C:\\models\\tiny", "tiny"):
+        assert draw_evaluation({"model": model, "prefix": 64}, rows)[1].startswith("tiny, prefix 64")
+    assert plain_name("/a/b.txt + org/wiki + stdlib") == "b.txt + wiki + stdlib" and plain_name("/") == "text"
