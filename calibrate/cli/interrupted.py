@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 
 from ..interrupts import Interrupted, Terminated, raised_on
-from .user_error import UserError
+from .user_error import EndedByInterrupt, EndedBySigterm, UserError
 
 _PASS = "what had been saved is kept: repeat the command with --resume to go on"
 _KEPT = {
@@ -28,8 +28,9 @@ def signal_of(error: BaseException) -> int | None:
 
 def ended(error: BaseException, number: int, command: str | None) -> UserError:
     """What to end with: one line, and the exit code that shells have for the signal."""
+    kind = EndedBySigterm if number == signal.SIGTERM else EndedByInterrupt
     if isinstance(error, Interrupted):  # says itself what is kept
-        return UserError(str(error), 128 + number)
+        return kind(str(error))
     word = "ended by SIGTERM" if number == signal.SIGTERM else "interrupted"
     kept = _KEPT.get(command or "", "nothing was changed on the disk: repeat the command to begin anew")
-    return UserError(f"{word}: {kept}", 128 + number)
+    return kind(f"{word}: {kept}")

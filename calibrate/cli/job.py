@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...artifacts import KvcalError
+from .interrupted import signal_of
 
 if TYPE_CHECKING:
     from ..distributed import World
@@ -66,9 +67,11 @@ def _together(work: Callable[[World], Any]) -> None:
             world.agree_on(_described())
             work(world)
         world.leave()
-    except BaseException:
+    except BaseException as error:
         if not world.claim():
-            os._exit(2)  # told already; nothing may keep a failed job from ending
+            # Told already; nothing may keep a failed job from ending.
+            number = signal_of(error)
+            os._exit(2 if number is None else 128 + number)
         sys.stdout, sys.stderr = streams
         raise
 

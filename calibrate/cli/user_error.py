@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import signal
+
 import click
 
 from ...artifacts.errors import one_line
 
 
 class UserError(click.ClickException):
-    def __init__(self, message: str, exit_code: int = 2):
+    exit_code = 2
+
+    def __init__(self, message: str):
         super().__init__(one_line(" ".join(message.split())))
-        self.exit_code = exit_code  # type: ignore[misc]  # of click a class has one; ours have their own
+
+
+class EndedByInterrupt(UserError):
+    exit_code = 128 + signal.SIGINT
+
+
+class EndedBySigterm(UserError):
+    exit_code = 128 + signal.SIGTERM

@@ -282,7 +282,7 @@ def test_killed_and_interrupted_it_resumes_to_the_same_bytes(tmp_path, tiny_mode
     assert code == -signal.SIGKILL and (tmp_path / "other.uptraining" / "state.json").exists()
     assert "add --resume" in refused(*arguments)
     code, err = slowed(tmp_path / "stopped", (*arguments, "--resume"), 2, signal.SIGINT)
-    assert code == 2 and "nothing lost: add --resume" in err and "Traceback" not in err
+    assert code == 130 and "nothing lost: add --resume" in err and "Traceback" not in err
     run(*arguments, "--resume")
     assert stage_of(other) == stage_of(straight)
     assert not (tmp_path / "other.uptraining").exists()

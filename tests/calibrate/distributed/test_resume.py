@@ -56,7 +56,7 @@ def test_killed_again_and_again_it_ends_at_the_bytes_of_an_uninterrupted_run(tmp
         if codes == [0] * size:
             break
         kills += -signal.SIGKILL in codes
-        assert set(codes) <= {0, 2, -signal.SIGKILL, -signal.SIGTERM}, job.err
+        assert set(codes) <= {0, 2, 130, 143, -signal.SIGKILL, -signal.SIGTERM}, job.err
         # Each rank keeps one state, but for the moment between a new one's commit and the old one's end.
         assert len(list(tmp_path.glob("a.partial/*.json"))) <= 2 * size
     assert codes == [0] * size and kills >= 2 and len(states) >= 2
@@ -130,7 +130,8 @@ def test_a_signal_to_all_ranks_saves_all_of_them(tmp_path, pca):
     for number in (signal.SIGINT, signal.SIGINT):
         for rank in range(2):
             job.kill(rank, number)
-    assert job.wait() == [2, 2]
+    codes = job.wait()  # a rank that notices first that the other has gone ends with 2
+    assert 130 in codes and {*codes} <= {2, 130}
     (line,) = job.err
     assert "interrupted after" in line and "add --resume" in line
     assert start(tmp_path / "logs", pca(tmp_path / "a", "--resume"), 2).wait() == [0, 0]
