@@ -23,6 +23,7 @@ from .distributed.merging import join_heads, merge_tokens
 from .models import check_seq_len
 from .pass_loop import PassLoop, Progress, Saving
 from .placement import input_device, is_tensor_parallel, whole_weights_sha256
+from .reservoir import TOKENS
 from .statistics import StatisticsFitter
 
 
@@ -34,7 +35,7 @@ def calibrate(
     model_id: str = "unnamed",
     revision: str | None = None,
     centred: bool = True,
-    reservoir: int = 4096,
+    reservoir: int = TOKENS,
     seed: int = 0,
     batch_size: int = 1,
     resume: bool = False,
@@ -175,6 +176,8 @@ def _agreed(world: World, run: str) -> str:
 
 def _same_run(output: Path, identity: ModelIdentity, data: dict[str, Any], settings: dict[str, Any]) -> Artifact:
     found = artifacts.load(output)
+    if found.slim_of is not None:
+        raise KvcalError(f"{output}: holds a slim artifact: choose another --output, or remove it")
     # Where the text came from may differ, its content may not.
     text = {name: value for name, value in found.data.items() if name != "source"}
     sides = [

@@ -13,7 +13,7 @@ from ..artifacts import QUANTITIES, KvcalError, Layer
 from .capture import LayerTensors
 from .moments import MomentsFitter
 from .pca import fit_pca, spectrum
-from .reservoir import Placement, ReservoirSample, SampledRows, priorities
+from .reservoir import TOKENS, Placement, ReservoirSample, SampledRows, priorities
 from .score_basis import fit_score_basis
 
 SAMPLED = ("key_post", "query_post", "value")
@@ -22,7 +22,7 @@ SAMPLED = ("key_post", "query_post", "value")
 class StatisticsFitter:
     """Grows with every batch; two fitters over disjoint tokens merge into the fitter of the union."""
 
-    def __init__(self, reservoir: int = 4096, seed: int = 0):
+    def __init__(self, reservoir: int = TOKENS, seed: int = 0):
         self.reservoir = reservoir
         self.seed = seed
         self.sample = ReservoirSample(reservoir, seed)

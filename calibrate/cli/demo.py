@@ -7,6 +7,7 @@ import click
 
 from ...artifacts import Artifact, load, save
 from ...artifacts.places import check_new_file
+from ..reservoir import TOKENS
 from .analyze_rank import print_ranks
 from .cluster import print_clusters
 from .evaluation_table import print_results
@@ -53,7 +54,7 @@ def demo_command(output: Path, as_json: bool) -> None:
         batch_size=None,
         split=None,
         seed=0,
-        reservoir=4096,
+        reservoir=TOKENS,
         device="cpu",
         dtype="auto",
         uncentred=False,

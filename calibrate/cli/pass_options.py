@@ -12,6 +12,7 @@ import click
 
 from ...artifacts import Artifact
 from ..distributed import SINGLE, World
+from ..reservoir import TOKENS
 from .data_options import data_options, say_left
 from .loading import load_model_of
 from .output import progress_bar, say, working
@@ -52,7 +53,7 @@ _OPTIONS = [
         help="Of the reservoir sample, and of the order of several files.",
     ),
     click.option(
-        "--reservoir", type=click.IntRange(2), default=4096, show_default=True, help="Tokens to keep a sample of."
+        "--reservoir", type=click.IntRange(2), default=TOKENS, show_default=True, help="Tokens to keep a sample of."
     ),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
     click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16."),

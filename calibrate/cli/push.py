@@ -17,9 +17,10 @@ from .output import json_option, print_json, print_lines
 @click.option("--branch", "--revision", "branch", help="Branch to commit to, made if need be.  [default: the main one]")
 @click.option("--private", is_flag=True, help="Make the repository private, if it is made now.")
 @click.option("--message", help="Of the commit.")
+@click.option("--slim", is_flag=True, help="Send only what decoding needs, as `calibrate slim` writes it.")
 @json_option
 def push_command(
-    artifact: Path, repo_id: str, branch: str | None, private: bool, message: str | None, as_json: bool
+    artifact: Path, repo_id: str, branch: str | None, private: bool, message: str | None, slim: bool, as_json: bool
 ) -> None:
     """Verify ARTIFACT and upload it with its card to the Hub, as one commit of the model repository ORG/NAME.
 
@@ -33,7 +34,7 @@ def push_command(
     from ..publish import push
 
     with _bars_on_terminals_only():
-        pushed = push(artifact, repo_id, branch=branch, private=private, message=message)
+        pushed = push(artifact, repo_id, branch=branch, private=private, message=message, slim=slim)
     if as_json:
         print_json(dataclasses.asdict(pushed))
         return
