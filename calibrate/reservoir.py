@@ -15,7 +15,8 @@ from torch import Tensor
 from ..artifacts import Artifact
 
 TOKENS = 4096
-"""Of a reservoir, where nothing else is said."""
+"""Of a reservoir, where nothing else is said. On SmolLM2 half of them cost `spectral` 0.0022 ± 0.0003 more attention
+error at a sixteenth of the bytes (of 0.099) and `xcla` 0.0025 ± 0.0008 (of 0.144); a quarter cost 0.0081 and 0.41."""
 
 
 def priorities(tokens: Tensor, seed: int) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import figure
 import page_decoding
 import page_subgen
+import reservoir as sampling
 from choices import CHOICES
 from subjects import SUBJECTS, Subject
 from tables import named, number, read, scores_of, table, with_error
@@ -191,6 +192,16 @@ def codewords(folder: Path, subject: Subject) -> str:
     return table(["bytes", "method", "read", "error", "without the first layer", "worst layer"], rows) if rows else ""
 
 
+def reservoir(folder: Path, subject: Subject) -> str:
+    """By sampled tokens, of unseen text: attention errors of `spectral`, and of keys and values as they come back from
+    codes of `xcla`; the share of the variance of keys and values that the codebook does not explain; squared distances
+    of the directions of keys to the nearest of 128 centroids. In brackets, by how much that is more than of the largest
+    sample, paired over texts; means of up to three samples. Silhouettes, and what `share` says of reading the layer
+    before, are of the sample itself."""
+    found = read(folder / f"{subject.model}-reservoir.json")
+    return table(["tokens", *sampling.COLUMNS], sampling.rows(found)) if found else ""
+
+
 def alternatives(folder: Path, subject: Subject) -> str:
     """What `spectral` could do otherwise, at an eighth of the bytes, in a simulation of its step with the exact choice:
     tokens read, the attention error, and by how much it is larger than that of the simulation as it is, paired over
@@ -269,6 +280,7 @@ PARTS: Mapping[str, tuple[str, Part]] = {
     "attention": ("Attention errors at equal bytes", attention),
     "thresholds": ("A choice by threshold", thresholds),
     "codewords": ("How many codewords", codewords),
+    "reservoir": ("How many sampled tokens", reservoir),
     "alternatives": ("What spectral does not do", alternatives),
     "choices": ("What the defaults are chosen from", choices),
     "methods": ("Decoding at equal bytes", page_decoding.methods),
