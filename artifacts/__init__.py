@@ -10,9 +10,10 @@ from .lazy import lazy_names
 
 if TYPE_CHECKING:
     from .architecture import differences, fingerprint
-    from .artifact import Artifact, Layer, ModelIdentity, Stage
+    from .artifact import Artifact, FullForm, Layer, ModelIdentity, Stage
     from .folder import load, save
     from .schema import QUANTITIES, SCHEMA_VERSION
+    from .slim_form import slim
     from .weights import weights_sha256
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Artifact",
     "ArtifactError",
+    "FullForm",
     "KvcalError",
     "Layer",
     "MismatchError",
@@ -30,6 +32,7 @@ __all__ = [
     "fingerprint",
     "load",
     "save",
+    "slim",
     "weights_sha256",
 ]
 
@@ -40,6 +43,7 @@ if not TYPE_CHECKING:  # a type checker would take any name for one of ours
             "QUANTITIES": "schema",
             "SCHEMA_VERSION": "schema",
             "Artifact": "artifact",
+            "FullForm": "artifact",
             "Layer": "artifact",
             "ModelIdentity": "artifact",
             "Stage": "artifact",
@@ -47,6 +51,7 @@ if not TYPE_CHECKING:  # a type checker would take any name for one of ours
             "fingerprint": "architecture",
             "load": "folder",
             "save": "folder",
+            "slim": "slim_form",
             "weights_sha256": "weights",
         },
         __all__,

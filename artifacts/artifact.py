@@ -60,6 +60,16 @@ class Stage(Shown):
         return {"tensors": str(len(self.tensors)), "settings": str(dict(self.settings))}
 
 
+@dataclass(frozen=True)
+class FullForm:
+    """What the manifest of an artifact said before it was made slim."""
+
+    content_hash: str
+    schema_version: int
+    stages: Mapping[str, Mapping[str, Any]]
+    """Of every stage, those that were left out among them: file, sha256, bytes and settings."""
+
+
 @dataclass(frozen=True, repr=False)
 class Artifact(Shown, Pretrained):
     """A calibration result. In memory after `calibrate()`, on disk after `save_pretrained()`."""
@@ -74,6 +84,8 @@ class Artifact(Shown, Pretrained):
     """Where it was loaded from or saved to."""
     content_hash: str | None = None
     """sha256 over the manifest, and through it over every tensor, of what is in `folder`; None before it is saved."""
+    slim_of: FullForm | None = None
+    """The artifact that this one is the slim form of; None: it is none."""
 
     def facts(self) -> dict[str, str]:
         source = self.data.get("source", {})
@@ -91,9 +103,7 @@ class Artifact(Shown, Pretrained):
         Raises:
             ArtifactError: no such stage, layer or tensor; says which there are.
         """
-        if stage not in self.stages:
-            have = ", ".join(sorted(self.stages)) or "none"
-            raise ArtifactError(f"{self.name}: no stage {stage!r} (it has: {have}); {_COMMANDS.get(stage, '')}".strip())
+        self.require(stage)
         if not 0 <= layer < len(self.layers):
             raise ArtifactError(f"{self.name}: no layer {layer}, it has {len(self.layers)}")
         tensors, prefix = self.stages[stage].tensors, f"layers.{layer}."
@@ -106,6 +116,23 @@ class Artifact(Shown, Pretrained):
             have = ", ".join(sorted(key.removeprefix(prefix) for key in tensors if key.startswith(prefix)))
             raise ArtifactError(f"{self.name}: no tensor {name!r} in stage {stage} (a layer has: {have})")
         return tensors[prefix + name]
+
+    def require(self, *stages: str) -> None:
+        """Raise ArtifactError for the first of these stages that is not there; says which are, and where to get it."""
+        for stage in stages:
+            if stage in self.stages:
+                continue
+            have, source = ", ".join(sorted(self.stages)) or "none", _COMMANDS.get(stage, "")
+            if self.slim_of is not None and stage in self.left_out:
+                source = (
+                    f"it is slim: use the full artifact, content {self.slim_of.content_hash[:12]}…, or {source} anew"
+                )
+            raise ArtifactError(f"{self.name}: no stage {stage!r} (it has: {have}); {source}".strip())
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Stages that the full artifact has and this slim one has not, ascending."""
+        return tuple(sorted(self.slim_of.stages.keys() - self.stages.keys())) if self.slim_of else ()
 
     def layers_in(self, stage: str) -> list[Layer]:
         """The layers that `stage` has tensors of: some stages leave out those with a sliding window."""

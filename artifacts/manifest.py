@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .artifact import Artifact, Layer, ModelIdentity
+from .artifact import Artifact, FullForm, Layer, ModelIdentity
 from .errors import ArtifactError
 from .missing import does_not_exist
 from .plain_files import read_plain
-from .schema import LAYER_TENSORS, SCHEMA_VERSION, STAGE_SINCE, version_of
+from .schema import LAYER_TENSORS, SCHEMA_VERSION, SLIM_SINCE, STAGE_SINCE, version_of
 from .tensor_file import StageFile
 
 MANIFEST = "manifest.json"
@@ -27,9 +27,10 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 def manifest_bytes(artifact: Artifact, files: Mapping[str, StageFile]) -> tuple[bytes, str]:
     """(the manifest of `artifact` as it is written, its content hash)."""
+    tensors = {name: stage.tensors for name, stage in artifact.stages.items()}
     body = {
         "format": FORMAT,
-        "schema_version": version_of({name: stage.tensors for name, stage in artifact.stages.items()}, artifact.layers),
+        "schema_version": version_of(tensors, artifact.layers, slim=artifact.slim_of is not None),
         "model": dataclasses.asdict(artifact.model),
         "layers": [dataclasses.asdict(layer) for layer in artifact.layers],
         "data": artifact.data,
@@ -40,6 +41,8 @@ def manifest_bytes(artifact: Artifact, files: Mapping[str, StageFile]) -> tuple[
             for name, stage in artifact.stages.items()
         },
     }
+    if artifact.slim_of is not None:
+        body["slim_of"] = dataclasses.asdict(artifact.slim_of)
     content_hash = _content_hash(body)
     text = json.dumps({**body, "content_hash": content_hash}, indent=1, sort_keys=True) + "\n"
     return text.encode(), content_hash
@@ -111,22 +114,7 @@ def _build(
         raise ValueError("versions: expected texts")
     if not _SHA256.fullmatch(identity.weights_sha256):
         raise ValueError("model: weights_sha256")
-    files: dict[str, StageFile] = {}
-    settings: dict[str, Mapping[str, Any]] = {}
-    for name, entry in body["stages"].items():
-        if name not in LAYER_TENSORS:
-            raise ValueError(f"unknown stage {name!r}, schema {SCHEMA_VERSION} has {', '.join(LAYER_TENSORS)}")
-        if body["schema_version"] < STAGE_SINCE.get(name, 1):
-            raise ValueError(f"stage {name!r} in schema {body['schema_version']}, which has none")
-        # Only plain names of our own making: no folders, no "..", no formats that can run code.
-        if not FILE_NAME.fullmatch(str(entry["file"])):
-            raise ValueError(f"stage {name}: file name {entry['file']!r}")
-        if not _SHA256.fullmatch(entry["sha256"]) or type(entry["bytes"]) is not int:
-            raise ValueError(f"stage {name}: sha256 or bytes")
-        files[name] = StageFile(entry["file"], entry["sha256"], entry["bytes"])
-        if not isinstance(entry["settings"], dict):
-            raise ValueError(f"stage {name}: settings")
-        settings[name] = entry["settings"]
+    files, settings = _stages(body["stages"], body["schema_version"])
     data = body["data"]
     counts = [data[name] for name in ("blocks", "seq_len", "tokens_counted")]
     if not isinstance(data["source"], dict) or not _SHA256.fullmatch(data["content_sha256"]):
@@ -142,8 +130,47 @@ def _build(
         stages={},
         folder=folder,
         content_hash=content_hash,
+        slim_of=_full_form(body),
     )
     return artifact, files, settings
+
+
+def _stages(entries: Mapping[str, Any], version: int) -> tuple[dict[str, StageFile], dict[str, Mapping[str, Any]]]:
+    """(file, settings) of each stage."""
+    files: dict[str, StageFile] = {}
+    settings: dict[str, Mapping[str, Any]] = {}
+    for name, entry in entries.items():
+        if name not in LAYER_TENSORS:
+            raise ValueError(f"unknown stage {name!r}, schema {SCHEMA_VERSION} has {', '.join(LAYER_TENSORS)}")
+        if version < STAGE_SINCE.get(name, 1):
+            raise ValueError(f"stage {name!r} in schema {version}, which has none")
+        # Only plain names of our own making: no folders, no "..", no formats that can run code.
+        if not FILE_NAME.fullmatch(str(entry["file"])):
+            raise ValueError(f"stage {name}: file name {entry['file']!r}")
+        if not _SHA256.fullmatch(entry["sha256"]) or type(entry["bytes"]) is not int:
+            raise ValueError(f"stage {name}: sha256 or bytes")
+        files[name] = StageFile(entry["file"], entry["sha256"], entry["bytes"])
+        if not isinstance(entry["settings"], dict):
+            raise ValueError(f"stage {name}: settings")
+        settings[name] = entry["settings"]
+    return files, settings
+
+
+def _full_form(body: dict[str, Any]) -> FullForm | None:
+    """Of a slim artifact: what it says of the full one has to be what that one's content hash is of."""
+    if "slim_of" not in body:
+        return None
+    if body["schema_version"] < SLIM_SINCE:
+        raise ValueError(f"slim_of in schema {body['schema_version']}, which has none")
+    full = FullForm(**body["slim_of"])
+    if type(full.schema_version) is not int:
+        raise ValueError(f"slim_of: schema_version {full.schema_version!r}")
+    _stages(full.stages, full.schema_version)
+    was = {**body, "schema_version": full.schema_version, "stages": full.stages}
+    del was["slim_of"]
+    if _content_hash(was) != full.content_hash:
+        raise ValueError("slim_of: is not of the content that it names")
+    return full
 
 
 def _layer(index: int, fields: dict[str, Any]) -> Layer:

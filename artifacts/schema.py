@@ -14,9 +14,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from .artifact import Layer, indices_in
 from .errors import ArtifactError
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 STAGE_SINCE = {"cla": 2, "codebook": 4, "xcla": 5}
 """Schema version of stages that version 1 does not have; an artifact states the lowest version that has its stages."""
+SLIM_SINCE = 6
+"""Schema version of the manifest's `slim_of`."""
+SLIM_LEAVES_OUT = ("moments", "reservoir")
+"""Stages that nothing decodes with: other stages are derived from them, and checked against them."""
 WITHOUT_WINDOWS = ("reservoir", "clusters", "codebook", "xcla")
 """Stages that may leave out layers with a sliding window, which keep the model's own cache; since version 3."""
 
@@ -117,10 +121,11 @@ def layers_left_out(stage: str, names: Iterable[str], layers: Sequence[Layer]) -
     return {layer.index for layer in layers if layer.window is not None} - indices_in(names)
 
 
-def version_of(stages: Mapping[str, Iterable[str]], layers: Sequence[Layer]) -> int:
-    """The lowest schema version that has these stages, by the names of their tensors."""
+def version_of(stages: Mapping[str, Iterable[str]], layers: Sequence[Layer], slim: bool = False) -> int:
+    """The lowest schema version that has these stages, by the names of their tensors, and slim artifacts if need be."""
     without = any(layers_left_out(stage, names, layers) for stage, names in stages.items())
-    return max(3 if without else 1, *(STAGE_SINCE.get(name, 1) for name in ("moments", *stages)))
+    least = SLIM_SINCE if slim else 3 if without else 1
+    return max(least, *(STAGE_SINCE.get(name, 1) for name in ("moments", *stages)))
 
 
 def check_stage(where: str, stage: str, header: Header, layers: Sequence[Layer]) -> None:

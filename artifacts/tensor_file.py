@@ -113,6 +113,16 @@ class TensorFile(Mapping[str, Tensor]):
         except OSError:
             return False
 
+    def chunks(self) -> Iterator[bytes]:
+        """The bytes of the file. Raises ArtifactError at the end where they are no longer those that were verified."""
+        whole = hashlib.sha256()
+        kept = self._content
+        for chunk in [kept] if kept is not None else _chunks(self._descriptor, 0, self.file.bytes):
+            whole.update(chunk)
+            yield chunk
+        if whole.hexdigest() != self.file.sha256:
+            raise ArtifactError(f"{self.path}: was changed after it was verified: fetch it again, or load it again")
+
     def __getitem__(self, name: str) -> Tensor:
         entry = self._entries[name]
         if entry.begin == entry.end:

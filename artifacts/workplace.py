@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -18,7 +18,7 @@ from torch import Tensor
 from .errors import KvcalError
 from .locks import try_lock
 from .syncing import FOLDER, reason, sync_folder
-from .tensor_file import StageFile
+from .tensor_file import StageFile, TensorFile
 
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _WORKPLACE = re.compile(r"\.kvcal-[0-9a-f]{16}")
@@ -62,15 +62,7 @@ class Workplace:
 
     def write(self, content: bytes) -> str:
         """Write a new file in the workplace, on the disk when this returns; its name."""
-        name, file = self._create()
-        try:
-            unwritten = memoryview(content)
-            while unwritten:
-                unwritten = unwritten[os.write(file, unwritten) :]
-            os.fsync(file)
-        finally:
-            os.close(file)
-        return name
+        return self._write([content])
 
     def write_tensors(self, tensors: Mapping[str, Tensor]) -> str:
         """Write a new safetensors file in the workplace, likewise; its name. Same tensors, same bytes."""
@@ -88,8 +80,8 @@ class Workplace:
         return name
 
     def place_tensors(self, stem: str, tensors: Mapping[str, Tensor]) -> StageFile:
-        """Write a safetensors file into the folder, under a name that no other content has."""
-        name = self.write_tensors(tensors)
+        """Write a safetensors file into the folder, under a name that no other content has; a file keeps its bytes."""
+        name = self._write(tensors.chunks()) if isinstance(tensors, TensorFile) else self.write_tensors(tensors)
         digest, size = self._sha256(name)
         file = StageFile(f"{stem}.{digest[:8]}.safetensors", digest, size)
         self.place(name, file.file)
@@ -123,6 +115,18 @@ class Workplace:
             raise KvcalError(
                 f"{self.folder}: was written, but the disk does not confirm it ({reason(error)}): check the disk"
             ) from error
+
+    def _write(self, chunks: Iterable[bytes]) -> str:
+        name, file = self._create()
+        try:
+            for chunk in chunks:
+                unwritten = memoryview(chunk)
+                while unwritten:
+                    unwritten = unwritten[os.write(file, unwritten) :]
+            os.fsync(file)
+        finally:
+            os.close(file)
+        return name
 
     def _create(self) -> tuple[str, int]:
         name = secrets.token_hex(8)

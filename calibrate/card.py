@@ -45,9 +45,9 @@ def _card(artifact: Artifact, report: dict[str, Any]) -> str:
 
 # kvcal artifact: {code(model.id)} on {text_id}
 
-Calibrated once, offline: moments, PCA bases, score-optimal bases and a reservoir of attention keys,
-queries and values; the stages present are {", ".join(sorted(artifact.stages))}.
-
+What was learned about the keys, queries and values of attention, once and offline; the stages present are
+{", ".join(sorted(artifact.stages))}.
+{slim_note(artifact)}
 | | |
 | --- | --- |
 | model | {code(model.id)}{f" at revision {code(model.revision)}" if model.revision else ""} |
@@ -78,6 +78,18 @@ with compress(model, artifact, method="loki", keep=0.25):
 The same model, text, settings, versions and number of threads on one machine give byte-identical tensor
 files. At another batch size the model's own rounding differs: statistics then agree within 1e-5 relative in
 float32. `calibrate verify` checks every hash; the format is specified in kvcal's docs/format.md.
+"""
+
+
+def slim_note(artifact: Artifact) -> str:
+    """A paragraph for the card of a slim artifact, "" for another's."""
+    full = artifact.slim_of
+    if full is None:
+        return ""
+    size = sum(full.stages[name]["bytes"] for name in artifact.left_out) / 1e6
+    return f"""
+**Slim**: {" and ".join(artifact.left_out)}, which nothing decodes with ({size:.1f} MB), are left out of the artifact
+with content `{full.content_hash}`. Clusterings, codes and sharing are fitted with that one.
 """
 
 

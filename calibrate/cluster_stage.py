@@ -13,6 +13,7 @@ from ..artifacts import Artifact, KvcalError, Stage
 from .clusterability import Clusterability, clusterability
 from .clustering import cluster_keys
 from .distributed import SINGLE, World
+from .reservoir import sampled_tokens
 from .warm_start import warm_start
 
 CURVE = ("counts", "radius", "query_norm_max", "query_norm_p99")
@@ -40,11 +41,10 @@ def cluster(
         The artifact with the stage `clusters`, the same on every rank; `kvcal.artifacts.save` writes it on rank 0.
 
     Raises:
-        KvcalError: fewer keys than clusters, or no layer with full attention.
+        KvcalError: no reservoir, fewer keys than clusters, or no layer with full attention.
     """
-    tokens = len(artifact.stages["reservoir"].tensors["token"]) if "reservoir" in artifact.stages else 0
-    if not tokens:
-        raise KvcalError(f"{artifact.name}: no reservoir of keys to cluster: calibrate again with `calibrate pca`")
+    artifact.require("reservoir")
+    tokens = sampled_tokens(artifact)
     if tokens < 2:
         raise KvcalError(f"{artifact.name}: a reservoir of one token, which makes no clusters: calibrate on more text")
     if tokens_per_cluster < 1:

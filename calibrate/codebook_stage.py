@@ -14,6 +14,7 @@ from .clustering import one_thread
 from .codebook import fit_code_basis, fit_codebook, spread_of, unexplained
 from .distributed import SINGLE, World
 from .moments import Moments
+from .reservoir import sampled_tokens
 
 CODEWORDS = 64
 TOKENS_PER_CODEWORD = 8
@@ -48,11 +49,11 @@ def codebook(
     Raises:
         KvcalError: no sample, more codewords than it has tokens or than a byte counts, no layer with full attention.
     """
+    artifact.require("reservoir", "moments")
     tokens = sampled_tokens(artifact)
-    layers = [layer for layer in artifact.layers_in("reservoir") if layer.window is None] if tokens else []
+    layers = [layer for layer in artifact.layers_in("reservoir") if layer.window is None]
     if not layers:
-        missing = "all layers have a sliding window" if tokens else "no reservoir: calibrate again with `calibrate pca`"
-        raise KvcalError(f"{artifact.name}: {missing}: there is nothing to make a codebook of")
+        raise KvcalError(f"{artifact.name}: all layers have a sliding window: there is nothing to make a codebook of")
     if codewords is None:
         codewords = max(1, round(tokens / tokens_per_codeword)) if tokens_per_codeword else usual_codewords(tokens)
     if codewords > MOST_CODEWORDS:
@@ -75,11 +76,6 @@ def codebook(
     for rank in range(world.size):
         gathered |= world.broadcast(None, found, rank)[1]
     return artifact.with_stage("codebook", Stage(gathered, settings))
-
-
-def sampled_tokens(artifact: Artifact) -> int:
-    """Tokens in the reservoir; 0 without one."""
-    return len(artifact.stages["reservoir"].tensors["token"]) if "reservoir" in artifact.stages else 0
 
 
 def usual_codewords(tokens: int) -> int:

@@ -19,10 +19,11 @@ def compare(first: Artifact, second: Artifact, variance: float = 0.9) -> dict[st
     Subspaces are those of rank@`variance` in `first`, per layer and KV head.
 
     Returns:
-        {"variance", "same_tensors", "differs": [{"field", "first", "second"}], "model": {"key_post": mean rank
-        change, …}, "layers": [{"layer", "window", "key_pre": {"rank", "rank_change", "overlap", "largest_angle",
-        "spectrum_change"}, "key_post": {…}}]}; overlap is the mean cos² of the principal angles (1: the same
-        subspace), angles are in degrees, spectrum_change is Σ|λ - λ'| / Σλ; lists have one entry per KV head.
+        {"variance", "same_tensors", "same_in_both": in the stages that both have, "only_first", "only_second": the
+        other stages, "differs": [{"field", "first", "second"}], "model": {"key_post": mean rank change, …}, "layers":
+        [{"layer", "window", "key_pre": {"rank", "rank_change", "overlap", "largest_angle", "spectrum_change"},
+        "key_post": {…}}]}; overlap is the mean cos² of the principal angles (1: the same subspace), angles are in
+        degrees, spectrum_change is Σ|λ - λ'| / Σλ; lists have one entry per KV head.
 
     Raises:
         MismatchError: the artifacts have different shapes.
@@ -51,10 +52,17 @@ def compare(first: Artifact, second: Artifact, variance: float = 0.9) -> dict[st
                 "spectrum_change": ((spectra[0] - spectra[1]).abs().sum(-1) / spectra[0].sum(-1)).tolist(),
             }
         layers.append(entry)
+    only_first, only_second = (
+        sorted(one.stages.keys() - other.stages.keys()) for one, other in ((first, second), (second, first))
+    )
+    same = _same_tensors(first, second)
     means = [rank_report(artifact, variance)["model"] for artifact in (first, second)]
     return {
         "variance": variance,
-        "same_tensors": _same_tensors(first, second),
+        "same_tensors": same and not only_first and not only_second,
+        "same_in_both": same,
+        "only_first": only_first,
+        "only_second": only_second,
         "differs": _provenance(first, second),
         "model": {name: means[1][name] - means[0][name] for name in means[0]},
         "layers": layers,
@@ -73,10 +81,9 @@ def _provenance(first: Artifact, second: Artifact) -> list[dict[str, Any]]:
 
 
 def _same_tensors(first: Artifact, second: Artifact) -> bool:
-    if first.stages.keys() != second.stages.keys():
-        return False
-    for name, stage in first.stages.items():
-        other = second.stages[name].tensors
+    """Of the stages that both have."""
+    for name in first.stages.keys() & second.stages.keys():
+        stage, other = first.stages[name], second.stages[name].tensors
         if stage.tensors.keys() != other.keys():
             return False
         if not all(_same(tensor, other[key]) for key, tensor in stage.tensors.items()):

@@ -11,9 +11,9 @@ from ..artifacts import KvcalError
 from ..runtime.wrapped import unwrapped
 from .blocks import TokenBlocks, make_blocks
 from .data import open_data
+from .defaults import NUM_TOKENS
 from .models import check_seq_len, default_seq_len, load_model
 
-NUM_TOKENS = 131072
 TextNames: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """What `open_data` finds: an alias, a file, a folder, a Hub id, or a list of these."""
 

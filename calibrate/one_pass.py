@@ -19,6 +19,7 @@ from .blocks import TokenBlocks
 from .capture import check_capture
 from .checkpoint import Checkpoint, run_id
 from .codebook_stage import codebook
+from .defaults import RESERVOIR
 from .distributed import SINGLE, World
 from .distributed.merging import join_heads, merge_tokens
 from .inputs import Named, TextNames, gather
@@ -42,7 +43,7 @@ def calibrate(
     model_id: str | None = None,
     revision: str | None = None,
     centred: bool = True,
-    reservoir: int = 4096,
+    reservoir: int = RESERVOIR,
     seed: int = 0,
     batch_size: int = 1,
     resume: bool = False,
@@ -226,6 +227,8 @@ def _there(
 
 def _same_run(output: Path, identity: ModelIdentity, data: dict[str, Any], settings: dict[str, Any]) -> Artifact:
     found = artifacts.load(output)
+    if found.slim_of is not None:
+        raise KvcalError(f"{output}: holds a slim artifact: choose another --output, or remove it")
     # Where the text came from may differ, its content may not.
     text = {name: value for name, value in found.data.items() if name != "source"}
     sides = [

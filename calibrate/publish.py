@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from ..artifacts import Artifact, KvcalError, load
+from ..artifacts import slim as slim_form
 from ..artifacts.errors import one_line
-from ..artifacts.manifest import FILE_NAME, MANIFEST
+from ..artifacts.manifest import FILE_NAME, MANIFEST, manifest_bytes
 from ..artifacts.packages import require
 from ..artifacts.plain_files import read_plain
 from ..runtime import hub
 from ..runtime.planned import FILE as PLAN
 from ..runtime.planned import has_plan, read_plan
-from .card import PLACE, card_files
+from .card import PLACE, card_files, slim_note
 
 CARD, FIGURES = "README.md", ("rank.png", "clusters.png", "uptraining.png")
 
@@ -41,6 +42,7 @@ def push(
     branch: str | None = None,
     private: bool = False,
     message: str | None = None,
+    slim: bool = False,
 ) -> Pushed:
     """Check an artifact and upload it; the repository and the branch are made when they are not there.
 
@@ -53,6 +55,7 @@ def push(
         branch: None: the default one.
         private: of a repository that is made now; a public one that is there already is refused.
         message: of the commit.
+        slim: send the slim form (`artifacts.slim`), which is written nowhere here.
 
     Raises:
         KvcalError: the artifact does not hold, no token, no permission, no network, or the Hub failed; no revision
@@ -61,8 +64,9 @@ def push(
     require("huggingface_hub", to="publish an artifact")
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
-    artifact = load(folder)
-    contents = _contents(artifact, repo_id)
+    found = load(folder)
+    artifact = slim_form(found) if slim else found
+    contents, content_hash = _contents(artifact, repo_id)
     _check_online(repo_id, branch)
     api = HfApi(endpoint=constants.ENDPOINT)
     with _in_one_line(repo_id):
@@ -82,24 +86,31 @@ def push(
         commit = api.create_commit(
             repo_id,
             [*additions, *(CommitOperationDelete(name) for name in old)],
-            commit_message=one_line(message or f"kvcal artifact of {artifact.model.id[:200]}, {artifact.content_hash}"),
+            commit_message=one_line(message or f"kvcal artifact of {artifact.model.id[:200]}, {content_hash}"),
             revision=branch,
             parent_commit=before.sha,
         )
     return Pushed(repo_id, commit.oid, f"{constants.ENDPOINT}/{repo_id}/tree/{commit.oid}", tuple(contents))
 
 
-def _contents(artifact: Artifact, repo_id: str) -> dict[str, bytes | str]:
-    """Name on the Hub -> bytes, or the path of a file."""
+def _contents(artifact: Artifact, repo_id: str) -> tuple[dict[str, bytes | str], str]:
+    """(name on the Hub -> bytes, or the path of a file; the content hash of what is there then)
+
+    Args:
+        artifact: as it lies in its folder, or its slim form.
+    """
     folder = artifact.folder
     assert folder is not None
     manifest = _plain(folder / MANIFEST)
     if json.loads(manifest).get("content_hash") != artifact.content_hash:
         raise KvcalError(f"{folder}: was changed meanwhile by another process: repeat the command")
+    content_hash = str(artifact.content_hash)
+    files = {name: stage.tensors.file for name, stage in artifact.stages.items()}  # type: ignore[attr-defined]
+    made_slim = artifact.slim_of is not None and artifact.slim_of.content_hash == artifact.content_hash
+    if made_slim:
+        manifest, content_hash = manifest_bytes(artifact, files)
     contents: dict[str, bytes | str] = {MANIFEST: manifest}
-    for stage in artifact.stages.values():
-        name = stage.tensors.file.file  # type: ignore[attr-defined]
-        contents[name] = str(folder / name)
+    contents |= {file.file: str(folder / file.file) for file in files.values()}
     contents |= {name: _plain(folder / name) for name in FIGURES if os.path.lexists(folder / name)}
     if has_plan(artifact):
         read_plan(artifact)  # raises where it is none
@@ -110,8 +121,10 @@ def _contents(artifact: Artifact, repo_id: str) -> dict[str, bytes | str]:
         made = card_files(artifact)
         contents |= made
         text = made[CARD].decode()
+    elif made_slim:
+        text += slim_note(artifact)
     contents[CARD] = text.replace(PLACE, repo_id).encode()
-    return contents
+    return contents, content_hash
 
 
 def _plain(path: Path) -> bytes:

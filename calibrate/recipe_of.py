@@ -8,9 +8,10 @@ from typing import Any
 from ..artifacts import Artifact, KvcalError
 from ..artifacts.errors import one_line
 from ..runtime.planned import has_plan
-from .codebook_stage import sampled_tokens, usual_codewords
+from .codebook_stage import usual_codewords
 from .models import MODEL_ALIASES, spec_of
 from .recipe import MOST_BYTES, VERSION
+from .reservoir import sampled_tokens
 
 _PASS = ("reservoir", "seed", "batch_size", "dtype", "device")
 _CLUSTER = ("clusters", "tokens_per_cluster", "metric", "iterations", "seed")
@@ -31,6 +32,8 @@ def recipe_of(artifact: Artifact, pca_options: Collection[str]) -> str:
         head["output"] = artifact.folder.absolute().name or "artifact"
     expect = {"text_sha256": artifact.data["content_sha256"], "weights_sha256": artifact.model.weights_sha256}
     body: dict[str, Any] = {"pca": _pca(artifact, source, pca_options, notes)}
+    if artifact.slim_of is not None:
+        notes.append(f"It is slim: this makes the full artifact, content {artifact.slim_of.content_hash}.")
     if stages := _stages(artifact, notes):
         body["stages"] = stages
     comment = "".join(f"# {one_line(note)[:2000]}\n" for note in notes)

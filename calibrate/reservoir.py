@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..artifacts import Artifact
+
 
 def priorities(tokens: Tensor, seed: int) -> Tensor:
     """[n] int64 pseudo-random priorities of token indices [n] (splitmix64, Steele et al. 2014)."""
@@ -23,6 +25,15 @@ def priorities(tokens: Tensor, seed: int) -> Tensor:
             mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
         mixed ^= mixed >> np.uint64(31)
     return torch.from_numpy((mixed >> np.uint64(1)).astype(np.int64))
+
+
+def sampled_tokens(artifact: Artifact) -> int:
+    """Tokens in the reservoir, or in that which a slim artifact leaves out; 0 where there never was one."""
+    if "reservoir" in artifact.stages:
+        return len(artifact.stages["reservoir"].tensors["token"])
+    stated = artifact.settings.get("reservoir")
+    held = type(stated) is int and "reservoir" in artifact.left_out
+    return int(min(stated, artifact.data["tokens_counted"])) if held else 0
 
 
 @dataclass(frozen=True)

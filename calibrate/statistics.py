@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..artifacts import QUANTITIES, KvcalError, Layer
 from .capture import LayerTensors
+from .defaults import RESERVOIR
 from .moments import MomentsFitter
 from .pca import fit_pca, spectrum
 from .reservoir import Placement, ReservoirSample, SampledRows, priorities
@@ -22,7 +23,7 @@ SAMPLED = ("key_post", "query_post", "value")
 class StatisticsFitter:
     """Grows with every batch; two fitters over disjoint tokens merge into the fitter of the union."""
 
-    def __init__(self, reservoir: int = 4096, seed: int = 0):
+    def __init__(self, reservoir: int = RESERVOIR, seed: int = 0):
         self.reservoir = reservoir
         self.seed = seed
         self.sample = ReservoirSample(reservoir, seed)

@@ -16,7 +16,7 @@ from kvcal.calibrate.cla.rotation import angles_of
 from kvcal.calibrate.cla.xcla import groups_of
 from kvcal.calibrate.evaluation.standard_errors import mean
 from kvcal.calibrate.planning.points import Problem
-from kvcal.runtime.cla.group_code import KINDS, code_bytes
+from kvcal.runtime.cla.group_code import KINDS, RowCode, code_bytes
 
 from .shared_basis import Layer, rotations
 
@@ -53,7 +53,7 @@ def group_errors(found: Sequence[Problem], artifact: Artifact, model: Any) -> li
             for memory in MEMORIES:
                 codes, taken, read = _within(memory, sampled, groups, way, layers)
                 errors = [
-                    error for group, code in zip(groups, codes, strict=True) for error in _errors(layers, group, code)
+                    error for group, code in zip(groups, codes, strict=True) for error in errors_of(layers, group, code)
                 ]
                 error, error_se = mean(torch.stack(errors).mean(0).tolist())
                 rows.append(
@@ -73,14 +73,14 @@ def _within(
         codes, taken, read = [], 0, 0
         for group, sample in zip(groups, sampled, strict=True):
             if way == "one basis":
-                fits = sample.fit_as_one(10**middle)
-                sizes = [sum(code_bytes(fit.code.counts) for fit in fits.values())]
-                codes.append({kind: _as_one(fits[kind]) for kind in KINDS})
+                as_one = sample.fit_as_one(10**middle)
+                sizes = [sum(code_bytes(fit.code.counts) for fit in as_one.values())]
+                codes.append({kind: _as_one(as_one[kind]) for kind in KINDS})
                 read += len(group) * sizes[0]
             else:
-                by_layer = sample.fit(10**middle)
-                sizes = [sum(code_bytes(fit.code.counts) for fit in by_layer[layer].values()) for layer in group]
-                codes.append({kind: _by_layer([by_layer[layer][kind] for layer in group]) for kind in KINDS})
+                fits = sample.fit(10**middle)
+                sizes = [sum(code_bytes(fit.code.counts) for fit in fits[layer].values()) for layer in group]
+                codes.append({kind: by_layer([fits[layer][kind].code for layer in group]) for kind in KINDS})
                 read += sum(sum(sizes[: at + 1]) for at in range(len(group)))
             taken += sum(sizes)
         if taken <= memory * full:
@@ -100,17 +100,20 @@ def _as_one(fit: Fit) -> Code:
     return through
 
 
-def _by_layer(fits: Sequence[Fit]) -> Code:
+def by_layer(codes: Sequence[RowCode]) -> Code:
+    """Of one kind, the group's layers in their order."""
+
     def through(rows: Sequence[Tensor]) -> list[Tensor]:
         told, back = rows[0][..., :0], []
-        for fit, own in zip(fits, rows, strict=True):
-            told = torch.cat((told, fit.code.coefficients(*fit.code.encode(own, told))), -1)
-            back.append(fit.code.restore(told))
+        for code, own in zip(codes, rows, strict=True):
+            told = torch.cat((told, code.coefficients(*code.encode(own, told))), -1)
+            back.append(code.restore(told))
         return back
 
     return through
 
 
-def _errors(layers: Sequence[Layer], group: Sequence[int], codes: dict[str, Code]) -> list[Tensor]:
+def errors_of(layers: Sequence[Layer], group: Sequence[int], codes: dict[str, Code]) -> list[Tensor]:
+    """[B] of each layer of a group."""
     keys, values = (codes[kind]([getattr(layers[layer], kind) for layer in group]) for kind in KINDS)
     return [layers[layer].errors(key, value) for layer, key, value in zip(group, keys, values, strict=True)]

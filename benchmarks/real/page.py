@@ -23,6 +23,7 @@ PARTS: Mapping[str, tuple[str, Part]] = {
     "attention": ("Attention errors at equal bytes", page_errors.attention),
     "thresholds": ("A choice by threshold", page_errors.thresholds),
     "codewords": ("How many codewords", page_errors.codewords),
+    "reservoir": ("How many sampled tokens", page_errors.reservoir),
     "alternatives": ("What spectral does not do", page_errors.alternatives),
     "choices": ("What the defaults are chosen from", page_errors.choices),
     "methods": ("Decoding at equal bytes", page_decoding.methods),

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..shared.lookup import read
 from ..shared.tables import named, number, table, with_error
+from . import reservoir as sampling
 from .choices import CHOICES
 from .subjects import Subject
 
@@ -183,6 +184,16 @@ def codewords(folder: Path, subject: Subject) -> str:
     found = read(folder / f"{subject.model}-codewords.json")
     rows = [[key, *_errors_of(entry)] for key, entries in found.items() for entry in entries]
     return table(["bytes", "method", "read", "error", "without the first layer", "worst layer"], rows) if rows else ""
+
+
+def reservoir(folder: Path, subject: Subject) -> str:
+    """By sampled tokens, of unseen text: attention errors of `spectral`, and of keys and values as they come back from
+    codes of `xcla`; the share of the variance of keys and values that the codebook does not explain; squared distances
+    of the directions of keys to the nearest of 128 centroids. In brackets, by how much that is more than of the largest
+    sample, paired over texts; means of up to three samples. Silhouettes, and what `share` says of reading the layer
+    before, are of the sample itself."""
+    found = read(folder / f"{subject.model}-reservoir.json")
+    return table(["tokens", *sampling.COLUMNS], sampling.rows(found)) if found else ""
 
 
 def alternatives(folder: Path, subject: Subject) -> str:

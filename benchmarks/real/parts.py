@@ -30,6 +30,7 @@ from .first_token import first_token, standing_out
 from .group_errors import group_errors as group_errors_of
 from .memory import resident, to_the_prefix
 from .plans import plans as plans_of
+from .reservoir import LARGEST, SIZES, TEXTS, by_sample, draws
 from .settings import AIMS, GROUP, LEVELS, OF_A_PREFILL, ONLY_CHOSEN, at_equal_bytes, spectral_of
 from .shared_basis import shared_basis as shared_basis_of
 from .shared_basis_text import rows as rows_of_text
@@ -163,6 +164,18 @@ def codewords(bench: Bench, only: str | None = None) -> None:
                 _errors(bench, done, f"{level}, {count} codewords", "both", settings, bench.with_codewords(count))
 
 
+def reservoir(bench: Bench, only: str | None = None) -> None:
+    """What is fitted to the reservoir, by the tokens in it."""
+    done = Done(bench.path("reservoir"))
+    samples = {f"{size}, draw {draw}": (size, draw) for size in SIZES for draw in draws(size)}
+    if samples.keys() <= done.found.keys():
+        return
+    artifact = bench.in_short_blocks(reservoir=LARGEST)
+    found = unseen(bench.loaded, UNSEEN["both"], TEXTS, bench.subject.shortest)
+    for key, sample in samples.items():
+        done.once(key, lambda sample=sample: by_sample(found, artifact, bench.loaded.model, *sample))
+
+
 def alternatives(bench: Bench, only: str | None = None) -> None:
     """What `spectral` could do otherwise."""
     done, length = Done(bench.path("alternatives")), bench.subject.shortest
@@ -288,6 +301,7 @@ PARTS: Mapping[str, Callable[[Bench, str | None], None]] = {
     "memory": memory,
     "thresholds": thresholds,
     "codewords": codewords,
+    "reservoir": reservoir,
     "alternatives": alternatives,
     "first-token": first_tokens,
     "methods": methods,

@@ -114,12 +114,15 @@ class Bench:
         source: tuple[str, ...] | None = None,
         *,
         seq_len: int | None = None,
+        reservoir: int | None = None,
     ) -> Artifact:
         """That of `calibrate pca`, calibrated where it is not there yet."""
         seq_len = seq_len or self.subject.seq_len
-        folder = self.work / f"{self.subject.model}-{text}-{tokens}-{seq_len}"
+        sampled = f"-{reservoir}-sampled" if reservoir else ""
+        folder = self.work / f"{self.subject.model}-{text}-{tokens}-{seq_len}{sampled}"
         arguments = ["pca", "--model", self.subject.spec, "--num-tokens", str(tokens), "--resume"]
         arguments += ["--seq-len", str(seq_len), "--output", str(folder)]
+        arguments += ["--reservoir", str(reservoir)] if reservoir else []
         for spec in source or TEXTS[text]:
             arguments += ["--data", spec]
         if not folder.exists():
@@ -128,10 +131,15 @@ class Bench:
         return load(folder)
 
     def in_short_blocks(
-        self, text: str = "both", tokens: int = TOKENS, source: tuple[str, ...] | None = None
+        self,
+        text: str = "both",
+        tokens: int = TOKENS,
+        source: tuple[str, ...] | None = None,
+        *,
+        reservoir: int | None = None,
     ) -> Artifact:
         """The same in short blocks."""
-        return self.artifact(text, tokens, source, seq_len=self.subject.short_seq_len)
+        return self.artifact(text, tokens, source, seq_len=self.subject.short_seq_len, reservoir=reservoir)
 
     def with_codewords(self, count: int) -> Artifact:
         """That of short blocks with another codebook, made where it is not there yet."""

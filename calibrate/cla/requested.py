@@ -8,6 +8,7 @@ from typing import Any
 
 from ...artifacts import Artifact, KvcalError
 from ...runtime.cla.sharing_map import SharingMap
+from ..reservoir import sampled_tokens
 from .pairs import can_share
 from .patterns import PATTERNS, pattern_groups
 
@@ -24,21 +25,24 @@ def default_stored(artifact: Artifact, group: int) -> int:
     return math.ceil(len(shareable_layers(artifact)) / group)
 
 
+def check_sample(artifact: Artifact) -> None:
+    """Raise KvcalError for an artifact without a reservoir to measure on, or with too small a one."""
+    artifact.require("reservoir")
+    if (tokens := sampled_tokens(artifact)) < _FEWEST_TOKENS:
+        raise KvcalError(
+            f"{artifact.name}: a reservoir of {tokens} tokens, sharing is measured on at least {_FEWEST_TOKENS}: "
+            "calibrate again with `calibrate pca`"
+        )
+
+
 def requested_map(
     artifact: Artifact, *, group: int = 2, pattern: str = "uniform", stored_layers: int | None = None
 ) -> SharingMap | None:
     """The map that these settings stand for; None for `auto`, which has to measure first. See `share`.
 
     Raises:
-        KvcalError: settings that this model cannot have, or an artifact without a reservoir to measure on.
+        KvcalError: settings that this model cannot have.
     """
-    reservoir = artifact.stages.get("reservoir")
-    tokens = len(reservoir.tensors["token"]) if reservoir else 0
-    if tokens < _FEWEST_TOKENS:
-        raise KvcalError(
-            f"{artifact.name}: a reservoir of {tokens} tokens, sharing is measured on at least {_FEWEST_TOKENS}: "
-            "calibrate again with `calibrate pca --reservoir 4096`"
-        )
     layers = shareable_layers(artifact)
     sliding = len(artifact.layers) - len(layers)
     if len(layers) < 2:

@@ -22,6 +22,7 @@ def rotation_of(artifact: Artifact, model: Any) -> Rotation | None:
     rotation = block_rotation(artifact, model)
     if rotation is None:
         return None
+    artifact.require("reservoir")
     position = artifact.stages["reservoir"].tensors["position"]
     return rotation[0][position], rotation[1][position]
 

@@ -19,7 +19,7 @@ from .grouping import best_grouping
 from .pairs import MEASURES, Pair, can_share, measure_pairs, rotates_back
 from .pattern_costs import pattern_costs
 from .patterns import PATTERNS
-from .requested import default_stored, refuse_to_lose, requested_map, shareable_layers
+from .requested import check_sample, default_stored, refuse_to_lose, requested_map, shareable_layers
 
 _REACH = 4
 """Layers of the largest group that is measured, unless such groups store more layers than are asked for."""
@@ -55,6 +55,7 @@ def share(
         KvcalError: settings that this model cannot have, no reservoir, or trained weights in the way.
     """
     refuse_to_lose(artifact, overwrite)
+    check_sample(artifact)
     chosen = requested_map(artifact, group=group, pattern=pattern, stored_layers=stored_layers)
     layers = shareable_layers(artifact)
     stored = stored_layers or (default_stored(artifact, group) if chosen is None else len(chosen.groups))

@@ -12,6 +12,7 @@ from ...artifacts import Artifact, KvcalError, Layer, Stage
 from ...runtime.cla.group_code import BITS, KINDS, STAGE, code_bytes, earlier_layers
 from ...runtime.cla.sharing_map import SharingMap
 from ..clustering import one_thread
+from ..reservoir import sampled_tokens
 from .group_fit import Fit
 from .group_sample import GroupSample
 from .pairs import can_share
@@ -96,12 +97,12 @@ def groups_of(artifact: Artifact, group: int) -> list[list[Layer]]:
     """
     if type(group) is not int or group < 1:
         raise KvcalError(f"group {group}: give at least 1 layer")
-    reservoir = artifact.stages.get("reservoir")
-    tokens = len(reservoir.tensors["token"]) if reservoir else 0
-    if tokens < _FEWEST_TOKENS or "moments" not in artifact.stages:
+    artifact.require("reservoir", "moments")
+    tokens = sampled_tokens(artifact)
+    if tokens < _FEWEST_TOKENS:
         raise KvcalError(
-            f"{artifact.name}: codes are fitted to the moments and a reservoir of at least {_FEWEST_TOKENS} tokens: "
-            "calibrate again with `calibrate pca --reservoir 4096`"
+            f"{artifact.name}: a reservoir of {tokens} tokens, codes are fitted to at least {_FEWEST_TOKENS}: "
+            "calibrate again with `calibrate pca`"
         )
     if not artifact.full_layers:
         raise KvcalError(f"{artifact.name}: all layers have a sliding window: there is nothing to code")

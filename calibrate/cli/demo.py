@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...artifacts.places import check_new_file
+from ..defaults import NUM_TOKENS, RESERVOIR
 from .analyze_rank import print_ranks
 from .cluster import print_clusters
 from .evaluation_table import print_results
@@ -18,7 +19,6 @@ from .summary import artifact_summary, print_summary
 if TYPE_CHECKING:
     from ...artifacts import Artifact
 
-NUM_TOKENS = 131072
 LOKI = {"method": "loki", "rank": 0.25, "keep": 0.25}
 SPECTRAL = {"method": "spectral", "rank": 32, "bits": 2, "keep": 0.03125}
 PROMPTS: dict[str, Any] = {"prefix": 1024, "continuation": 64, "windows": 8, "episodes": 10}
@@ -61,7 +61,7 @@ def demo_command(output: Path, force: bool, as_json: bool) -> None:
         batch_size=None,
         split=None,
         seed=0,
-        reservoir=4096,
+        reservoir=RESERVOIR,
         device="cpu",
         dtype="auto",
         uncentred=False,

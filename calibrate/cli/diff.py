@@ -38,8 +38,12 @@ def diff_command(first: Path, second: Path, variance: float, as_json: bool) -> N
 def _print(report: dict[str, Any]) -> None:
     for entry in report["differs"]:
         print_lines(f"{entry['field']}: {_short(entry['first'])} -> {_short(entry['second'])}")
-    if report["same_tensors"]:
-        print_lines("the tensor files are identical")
+    only = {side: ", ".join(report[f"only_{side}"]) for side in ("first", "second")}
+    for side, stages in only.items():
+        if stages:
+            print_lines(f"only in {side.upper()}: {stages}")
+    if report["same_in_both"]:
+        print_lines("the tensor files" + " of all other stages" * any(only.values()) + " are identical")
         return
     rows = []
     for entry in report["layers"]:

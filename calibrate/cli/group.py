@@ -32,6 +32,7 @@ COMMANDS = {
     "inspect": "inspect_",
     "verify": "verify",
     "diff": "diff",
+    "slim": "slim",
     "push": "push",
     "run": "run",
     "recipe": "recipe",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ..defaults import NUM_TOKENS, RESERVOIR
 from .data_options import data_options, say_left
 from .loading import load_model_of
 from .options import device_option, dtype_option, force_option, model_option
@@ -40,7 +41,8 @@ _OPTIONS = [
     click.option(
         "--num-tokens",
         type=TokenCount(),
-        default="128k",
+        default=NUM_TOKENS,
+        show_default="128k",
         help="Run this many tokens, BOS and separators included.",
     ),
     click.option(
@@ -61,7 +63,7 @@ _OPTIONS = [
     click.option(
         "--reservoir",
         type=TokenCount(2),
-        default=4096,
+        default=RESERVOIR,
         help="Keep the keys, queries and values of this many sampled tokens.",
     ),
     device_option(),

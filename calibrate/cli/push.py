@@ -25,9 +25,10 @@ from .verbosity import is_quiet
 )
 @click.option("--private", is_flag=True, help="Make the repository private, if it is made now.")
 @click.option("--message", help="Give the commit this message.")
+@click.option("--slim", is_flag=True, help="Send only what decoding needs, as `calibrate slim` writes it.")
 @json_option
 def push_command(
-    artifact: Path, repo_id: str, branch: str | None, private: bool, message: str | None, as_json: bool
+    artifact: Path, repo_id: str, branch: str | None, private: bool, message: str | None, slim: bool, as_json: bool
 ) -> None:
     """Verify ARTIFACT and upload it to the Hub.
 
@@ -41,9 +42,9 @@ def push_command(
     from ..publish import push
 
     with _bars_on_terminals_only():
-        pushed = push(artifact, repo_id, branch=branch, private=private, message=message)
+        pushed = push(artifact, repo_id, branch=branch, private=private, message=message, slim=slim)
     load = f'  artifact = load("{pushed.repo_id}@{pushed.commit}")'
-    load_it = ("load it with", "  from kvcal.runtime import load", load)
+    load_it = ("load it with", "  from kvcal import load", load)
     print_result(as_json, dataclasses.asdict(pushed), lambda: print_lines(pushed.url), pushed.url, *load_it)
 
 

@@ -70,7 +70,7 @@ def share_command(
     from ...runtime.cla.method import stage_map
     from ..card import card_files
     from ..cla.figures import share_figure
-    from ..cla.requested import check_can_share, refuse_to_lose, requested_map
+    from ..cla.requested import check_can_share, check_sample, refuse_to_lose, requested_map
     from ..cla.rotation import rotation_of
     from ..cla.stage import share, share_report
 
@@ -85,6 +85,7 @@ def share_command(
         _uptrain(found, artifact, model_spec, training, overwrite, plot, as_json)
         return
     refuse_to_lose(found, overwrite)
+    check_sample(found)
     requested = requested_map(found, **settings)
     # In the dtype of the run: another one may round the weights, and then they are others.
     model = load_calibrated(found, model_spec, device="cpu", dtype=str(found.settings.get("dtype", "auto"))).model

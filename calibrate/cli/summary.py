@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ def artifact_summary(artifact: Artifact) -> dict[str, Any]:
     return {
         "artifact": str(artifact.folder),
         "content_hash": artifact.content_hash,
+        "slim_of": artifact.slim_of and dataclasses.asdict(artifact.slim_of),
+        "left_out": list(artifact.left_out),
         "model": {**artifact.model.fingerprint, "id": artifact.model.id, "revision": artifact.model.revision},
         "weights_sha256": artifact.model.weights_sha256,
         "layers": len(artifact.layers),
@@ -65,6 +68,10 @@ def print_summary(summary: dict[str, Any]) -> None:
     if summary["sliding_layers"]:
         sliding = ", ".join(map(str, summary["sliding_layers"]))
         lines["sliding"] = f"layers {sliding}: a window each, which methods leave alone"
+    if slim := summary["slim_of"]:
+        size = sum(slim["stages"][name]["bytes"] for name in summary["left_out"])
+        left_out = " and ".join(summary["left_out"])
+        lines["slim"] = f"{left_out} left out, {size / 1e6:.1f} MB, of content {slim['content_hash']}"
     for name, text in lines.items():
         print_lines(f"{name:<11} {text}")
     for name, stage in summary["stages"].items():

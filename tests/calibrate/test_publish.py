@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard, constants
 from samples import artifact
 from stand_in_hub import Repository, StandInHub
 
-from kvcal.artifacts import Artifact, ArtifactError, KvcalError, load, save
+from kvcal.artifacts import Artifact, ArtifactError, KvcalError, load, save, slim
 from kvcal.calibrate.card import card_files
 from kvcal.calibrate.cli import cli
 from kvcal.calibrate.publish import push
@@ -132,6 +132,56 @@ def test_only_the_artifact_is_sent(hub: StandInHub, folder: Path) -> None:
     sent = set(hub.repositories[REPO].commits[hub.repositories[REPO].branches["main"]]) - {".gitattributes"}
     stages = {path.name for path in folder.glob("*.safetensors")} - {"old.12345678.safetensors"}
     assert sent == {"manifest.json", "README.md", "rank.png", *stages}
+
+
+def test_the_slim_form_goes_there_and_back(hub: StandInHub, folder: Path, tmp_path: Path) -> None:
+    """Nothing is written in the folder; what comes back is what `slim` makes, and can be pushed itself."""
+    plan = {"format": 1, "layers": [{"method": "loki", "keep": 0.5}, None]}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    pushed = push(folder, REPO, slim=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    sent = hub.repositories[REPO].commits[pushed.commit]
+    assert {name.split(".")[0] for name in sent if name.endswith(".safetensors")} == {"pca", "score"}
+    made = save(slim(load(folder)), tmp_path / "slim")
+    found = load_anywhere(f"{REPO}@{pushed.commit}")
+    assert found.content_hash == made.content_hash and _same(found, made) and read_plan(found) == plan
+    assert found.slim_of is not None and found.slim_of.content_hash == load(folder).content_hash
+    assert made.content_hash in hub.repositories[REPO].messages[-1]
+    card = sent["README.md"].decode()
+    assert "**Slim**: moments and reservoir" in card and found.slim_of.content_hash in card
+    assert ModelCard(card).data.library_name == "kvcal"
+    again = push(save(found, tmp_path / "again").folder, "org/again")
+    assert load_anywhere(f"org/again@{again.commit}").content_hash == made.content_hash
+
+
+def test_slim_and_full_take_turns_on_a_branch(hub: StandInHub, folder: Path) -> None:
+    """Each commit has its own stage files only."""
+    for slimmed in (False, True, False):
+        pushed = push(folder, REPO, slim=slimmed)
+        sent = hub.repositories[REPO].commits[pushed.commit]
+        stages = {name.split(".")[0] for name in sent if name.endswith(".safetensors")}
+        assert stages == {"pca", "score", *(() if slimmed else ("moments", "reservoir"))}
+        assert ("**Slim**" in sent["README.md"].decode()) == slimmed
+        assert (load_anywhere(f"{REPO}@{pushed.commit}").slim_of is not None) == slimmed
+
+
+def test_a_card_of_ones_own_is_kept_and_says_that_it_is_slim(hub: StandInHub, folder: Path) -> None:
+    own = "---\nlibrary_name: kvcal\n---\n\n# Mine\n"
+    (folder / "README.md").write_text(own)
+    pushed = push(folder, REPO, slim=True)
+    sent = hub.repositories[REPO].commits[pushed.commit]["README.md"].decode()
+    assert sent.startswith(own) and "**Slim**: moments and reservoir" in sent
+
+
+def test_what_is_slim_already_is_sent_as_it_is(hub: StandInHub, folder: Path, tmp_path: Path) -> None:
+    made = _saved(slim(load(folder)), tmp_path / "slim")
+    with_option, without = (push(made, f"org/{name}", slim=name == "a") for name in ("a", "b"))
+    one, other = (hub.repositories[pushed.repo_id].commits[pushed.commit] for pushed in (with_option, without))
+    assert {name: data for name, data in one.items() if name != "README.md"} == {
+        name: data for name, data in other.items() if name != "README.md"
+    }
+    assert one["README.md"].count(b"**Slim**") == other["README.md"].count(b"**Slim**") == 1
 
 
 @pytest.mark.parametrize("revision", [None, "f" * 40])

@@ -136,7 +136,7 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(KvcalError, match="group 0: give at least 1 layer"):
         xcla(found, angles=angles, group=0)
     few = calibrated(reservoir=8)[1]
-    with pytest.raises(KvcalError, match="a reservoir of at least 32 tokens: calibrate again"):
+    with pytest.raises(KvcalError, match="a reservoir of 8 tokens, codes are fitted to at least 32: calibrate again"):
         xcla(few, angles=angles)
     sliding = dataclasses.replace(found, layers=tuple(dataclasses.replace(of, window=8) for of in found.layers))
     with pytest.raises(KvcalError, match="all layers have a sliding window: there is nothing to code"):

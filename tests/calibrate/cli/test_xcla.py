@@ -69,9 +69,10 @@ def test_what_cannot_be_is_one_line(artifact, tiny_model_folder, options, told):
     assert (artifact / "manifest.json").read_bytes() == before
 
 
-def test_a_small_sample_is_refused(artifact, tiny_model_folder):
+def test_an_artifact_without_a_sample_is_refused(artifact, tiny_model_folder):
     found = load(artifact)
     without = {name: stage for name, stage in found.stages.items() if name not in ("reservoir", "codebook")}
 
     folder = save(dataclasses.replace(found, stages=without), artifact.parent / "b").folder
-    assert "a reservoir of at least 32 tokens" in refused("xcla", folder, "--model", tiny_model_folder)
+    line = refused("xcla", folder, "--model", tiny_model_folder)
+    assert "no stage 'reservoir'" in line and line.rstrip().endswith("make it with `calibrate pca`")
