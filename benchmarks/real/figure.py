@@ -11,6 +11,7 @@ from typing import Any
 
 from kvcal.calibrate.evaluation.figure import evaluation_figure
 from kvcal.calibrate.evaluation.results_file import parameters
+from kvcal.calibrate.palette import LAYER_COLORS
 from kvcal.calibrate.plots import png, two_panels
 
 from ..shared.lookup import read
@@ -105,12 +106,11 @@ def _simulated(results: Path, subject: Subject) -> Iterator[dict[str, Any]]:
 
 def _clusters(curves: Mapping[str, Mapping[str, Any]]) -> bytes:
     """The radius of balls against their number, by layer: after the rotary embedding, and before."""
-    from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
 
     figure, panels = two_panels()
-    shades = colormaps["viridis"]
+    shades = LinearSegmentedColormap.from_list("layers", LAYER_COLORS)
     for axis, (stage, title) in zip(panels, (("post", "rotated keys"), ("pre", "keys before rotation")), strict=True):
         for style, (name, stages) in zip(itertools.cycle(("-", "--", ":")), curves.items(), strict=False):
             last = max(entry["layer"] for entry in stages[stage])
