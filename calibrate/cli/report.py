@@ -4,7 +4,6 @@ from pathlib import Path
 
 import click
 
-from ...artifacts.writing import write_atomically
 from .options import artifact_argument
 from .output import NewFile, print_lines, print_result, working
 
@@ -37,6 +36,7 @@ def report_command(artifact: Path, results: tuple[Path, ...], output: Path) -> N
       calibrate report mistral-7b-wikitext results.json -o report.html
     """
     from ...artifacts import load
+    from ...artifacts.writing import write_atomically
     from ..reports import report
 
     with working("checking hashes"):

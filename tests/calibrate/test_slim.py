@@ -12,7 +12,8 @@ from huggingface_hub import ModelCard
 from kvcal.artifacts import ArtifactError, load, save
 from kvcal.calibrate.cla.rotation import rotation_of
 from kvcal.calibrate.slim import save_slim
-from kvcal.runtime import compress, load_cla
+from kvcal.runtime import compress
+from kvcal.runtime.cla import load_cla
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 PLAN = {"format": 1, "layers": [{"method": "spectral", "keep": 0.5, "rank": 0.5}] * 2}
