@@ -13,6 +13,7 @@ from .blocks import TokenBlocks, make_blocks
 from .data import open_data
 from .defaults import NUM_TOKENS
 from .models import check_seq_len, default_seq_len, load_model
+from .text_data import TextData
 
 TextNames: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """What `open_data` finds: an alias, a file, a folder, a Hub id, or a list of these."""
@@ -75,17 +76,22 @@ def gather(model: Any, data: TokenBlocks | TextNames, named: Named, seed: int) -
         return Inputs(model, data, name, revision)
     if tokenizer is None:
         raise KvcalError("data: text is cut into the model's tokens: give its tokenizer=, or name the model, too")
-    seq_len = named.get("seq_len") or default_seq_len(model)
-    check_seq_len(seq_len, model.config)
-    blocks = make_blocks(
-        text,
-        tokenizer,
-        num_tokens=named.get("num_tokens", NUM_TOKENS),
-        seq_len=seq_len,
-        source=text.source,
-        shorten="seq_len" not in named,
-    )
+    blocks = cut(text, tokenizer, model, named.get("num_tokens", NUM_TOKENS), named.get("seq_len"))
     return Inputs(model, blocks, name, revision)
+
+
+def cut(text: TextData, tokenizer: Any, model: Any, num_tokens: int, seq_len: int | None) -> TokenBlocks:
+    """Blocks of a text, by `make_blocks`.
+
+    Args:
+        seq_len: tokens of a block; None: as long as the model's context, 8192 at most, and shorter where the text is.
+
+    Raises:
+        KvcalError: longer than the model's context, or too little text.
+    """
+    length = seq_len or default_seq_len(model)
+    check_seq_len(length, model.config)
+    return make_blocks(text, tokenizer, num_tokens, length, source=text.source, shorten=seq_len is None)
 
 
 def _refuse(named: Named, options: Sequence[str], what: str) -> None:

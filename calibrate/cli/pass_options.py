@@ -140,12 +140,11 @@ def run_pass(options: PassOptions, world: World | None = None) -> Artifact:
     import matplotlib  # noqa: F401 (the artifact's figure is drawn after the pass: said before it where it cannot be)
 
     from ...artifacts.writing import has_content
-    from ..blocks import make_blocks
     from ..card import card_files
     from ..checkpoint import Checkpoint
     from ..data import open_data
     from ..distributed import SINGLE
-    from ..models import check_seq_len, default_seq_len
+    from ..inputs import cut
     from ..one_pass import calibrate, check_output, save
     from ..placement import input_device
     from ..sample_size import SmallSampleWarning, small_sample
@@ -162,17 +161,8 @@ def run_pass(options: PassOptions, world: World | None = None) -> Artifact:
     loaded = load_model_of(
         options.model_spec, device=options.device, dtype=options.dtype, placement=_placement(options, world)
     )
-    seq_len = options.seq_len or default_seq_len(loaded.model)
-    check_seq_len(seq_len, loaded.model.config)
     with working("reading and tokenising the text"):
-        blocks = make_blocks(
-            data,
-            loaded.tokenizer,
-            num_tokens=options.num_tokens,
-            seq_len=seq_len,
-            source=data.source,
-            shorten=options.seq_len is None,
-        )
+        blocks = cut(data, loaded.tokenizer, loaded.model, options.num_tokens, options.seq_len)
     say_left(blocks.source)
     detail(f"text {data.source['id']}: {len(blocks)} blocks of {blocks.seq_len} tokens, sha256 {blocks.content_hash}")
     if blocks.ids.numel() < options.num_tokens:
