@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from .values import check_values
 from .workplace import Workplace
 from .writing import has_content, new_folder
 
+MADE_OF_IT = ("plan.json", "plan.measured.json", "clusters.png", "quality.png", "uptraining.png")
+"""Files that commands put into an artifact's folder, and that mean nothing beside another artifact."""
 _MOST_READINGS = 100
 """Attempts to read an artifact that is replaced by another process meanwhile."""
 
@@ -61,7 +63,7 @@ def save(
 
     Args:
         extras: files beside the tensors (the card, figures), by plain name; they are not part of the hash.
-        replace: take the place of another artifact that is at `folder`.
+        replace: take the place of another artifact that is at `folder`, whose plan and figures go, too.
 
     Raises:
         ArtifactError: `folder` exists and this artifact was not loaded from it; or, with `replace`, no artifact is
@@ -132,6 +134,10 @@ def _update(artifact: Artifact, folder: Path, extras: Mapping[str, bytes], repla
         current = read_manifest(folder)[0]
         if not replaces and current.content_hash != artifact.content_hash:
             raise ArtifactError(f"{folder}: was changed meanwhile by another process: repeat the command")
+        if artifact.slim_of is not None and current.slim_of is None and not replaces:
+            raise ArtifactError(
+                f"{folder}: holds the full artifact, which its slim form would take with it: save it elsewhere"
+            )
         files: dict[str, StageFile] = {}
         placed: list[str] = []
         try:
@@ -153,7 +159,8 @@ def _update(artifact: Artifact, folder: Path, extras: Mapping[str, bytes], repla
             _roll_back(folder, work, placed)
             raise
         work.confirm()
-        _after_commit(folder, work, beside, {file.file for file in files.values()})
+        gone = MADE_OF_IT if replaces else ()
+        _after_commit(folder, work, beside, {file.file for file in files.values()}, gone)
         return saved
 
 
@@ -168,9 +175,18 @@ def _roll_back(folder: Path, work: Workplace, placed: list[str]) -> None:
             work.remove(name)
 
 
-def _after_commit(folder: Path, work: Workplace, beside: Mapping[str, str], named: set[str]) -> None:
-    """The artifact is saved: put the files beside its tensors in place, then remove stage files of its former state."""
+def _after_commit(
+    folder: Path, work: Workplace, beside: Mapping[str, str], named: set[str], gone: Iterable[str]
+) -> None:
+    """The artifact is saved: put the files beside its tensors in place, then remove stage files of its former state.
+
+    Args:
+        gone: files of the artifact that was replaced.
+    """
     try:
+        for name in gone:
+            if os.path.lexists(folder / name):
+                work.remove(name)
         for name, temporary in beside.items():
             work.place(temporary, name)
         for path in list(folder.iterdir()):

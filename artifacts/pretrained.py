@@ -51,9 +51,13 @@ class Pretrained:
         *,
         branch: str | None = None,
         private: bool = False,
+        slim: bool = False,
         commit_message: str | None = None,
     ) -> Pushed:
         """`kvcal.calibrate.push`: verify the artifact where it is saved, and upload it with its card as one commit.
+
+        Args:
+            slim: send only what decoding needs.
 
         Raises:
             KvcalError: not saved yet, no token, no permission, no network, or the Hub failed.
@@ -63,4 +67,4 @@ class Pretrained:
 
         if self.folder is None:
             raise ArtifactError(f"{self.name}: not saved yet: call save_pretrained(folder), and push what it returns")
-        return push(self.folder, repo_id, branch=branch, private=private, message=commit_message)
+        return push(self.folder, repo_id, branch=branch, private=private, slim=slim, message=commit_message)

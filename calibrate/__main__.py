@@ -35,8 +35,10 @@ def main() -> None:
 
 def _called() -> str:
     """The name by which the user called us: completion and usage lines go by it."""
-    name = Path(sys.argv[0]).name.removesuffix(".exe")
-    return "python -m kvcal.calibrate" if name == "__main__.py" else name or "calibrate"
+    path = Path(sys.argv[0])
+    if path.name == "__main__.py":
+        return "python -m kvcal" if path.parent.name == "kvcal" else "python -m kvcal.calibrate"
+    return path.name.removesuffix(".exe") or "calibrate"
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from ..artifacts import KvcalError
 from ..artifacts.shown import Shown
 from ..artifacts.weights import update_digest
 from .chats import Chat
+from .defaults import NUM_TOKENS
 from .documents import check_characters, each_document
 from .mixing import Pieces, Text, mix
 from .text_data import Document, TextData, not_blank
@@ -62,7 +63,7 @@ class TokenBlocks(Shown):
 def make_blocks(
     documents: Iterable[Document],
     tokenizer: Any,
-    num_tokens: int = 131072,
+    num_tokens: int = NUM_TOKENS,
     seq_len: int = 2048,
     source: dict[str, Any] | None = None,
     shorten: bool = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Inputs:
     revision: str | None
 
 
-def gather(model: Any, data: TokenBlocks | TextNames, named: Named, seed: int) -> Inputs:
+def load_inputs(model: Any, data: TokenBlocks | TextNames, named: Named, seed: int) -> Inputs:
     """Load what is given by name, text before the model, which takes longer.
 
     Args:
@@ -58,6 +59,7 @@ def gather(model: Any, data: TokenBlocks | TextNames, named: Named, seed: int) -
     Raises:
         KvcalError: not found, not loadable, too little text, or an option for what was not given by name.
     """
+    _check_names(named)
     if isinstance(data, TokenBlocks):
         _refuse(named, ("tokenizer", "split", "text_column", "num_tokens", "seq_len"), "token blocks")
     elif not isinstance(data, (str, os.PathLike, list, tuple)):
@@ -89,9 +91,17 @@ def cut(text: TextData, tokenizer: Any, model: Any, num_tokens: int, seq_len: in
     Raises:
         KvcalError: longer than the model's context, or too little text.
     """
-    length = seq_len or default_seq_len(model)
+    length = default_seq_len(model) if seq_len is None else seq_len
     check_seq_len(length, model.config)
     return make_blocks(text, tokenizer, num_tokens, length, source=text.source, shorten=seq_len is None)
+
+
+def _check_names(named: Named) -> None:
+    for name in named:
+        if name not in Named.__annotations__:
+            near = difflib.get_close_matches(name, Named.__annotations__, n=1)
+            known = f"did you mean {near[0]}?" if near else f"there are {', '.join(Named.__annotations__)}"
+            raise KvcalError(f"calibrate has no parameter {name!r}: {known}")
 
 
 def _refuse(named: Named, options: Sequence[str], what: str) -> None:

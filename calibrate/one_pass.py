@@ -22,7 +22,7 @@ from .codebook_stage import codebook
 from .defaults import RESERVOIR
 from .distributed import SINGLE, World
 from .distributed.merging import join_heads, merge_tokens
-from .inputs import Named, TextNames, gather
+from .inputs import Named, TextNames, load_inputs
 from .models import check_seq_len
 from .pass_loop import PassLoop, Progress, Saving
 from .placement import input_device, is_tensor_parallel, whole_weights_sha256
@@ -31,8 +31,6 @@ from .statistics import StatisticsFitter
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-_MADE_OF_IT = ("plan.json", "plan.measured.json", "clusters.png", "quality.png", "uptraining.png")
-"""Files that commands put into an artifact's folder, and that are of that artifact alone."""
 
 
 def calibrate(
@@ -65,7 +63,7 @@ def calibrate(
         output: where the artifact is going to be saved; the pass keeps its checkpoint beside it
             (`OUTPUT.partial`) and finds it there with `resume`. None: no checkpoints.
         model_id: how the artifact names the model; None: as it was found by name, else "unnamed".
-        revision: its commit or version, where it has one.
+        revision: its commit or version, where it has one; of a model that is given by name it is found.
         centred: PCA of the covariance; False: of the second moment.
         reservoir: tokens whose keys, queries and values are kept.
         seed: of the reservoir's sample, and of the order of several files.
@@ -97,7 +95,11 @@ def calibrate(
         raise KvcalError(f"a checkpoint every {checkpoint_blocks} blocks: give at least 1")
     if reservoir < 2:
         raise KvcalError(f"reservoir of {reservoir} tokens: give at least 2")
-    given = gather(model, data, named, seed)
+    if revision is not None and isinstance(model, (str, os.PathLike)):
+        raise KvcalError(
+            f"revision {revision!r}: has no meaning beside a named model: write {os.fspath(model)}@{revision}"
+        )
+    given = load_inputs(model, data, named, seed)
     model, blocks = given.model, given.blocks
     if model.training:
         raise KvcalError(
@@ -180,10 +182,6 @@ def save(
         replace: take the place of another artifact at `output`, whose plan and figures go, too.
     """
     saved = artifacts.save(artifact, output, extras, replace=replace)
-    if replace:
-        for name in _MADE_OF_IT:
-            if name not in (extras or {}):
-                (Path(output) / name).unlink(missing_ok=True)
     Checkpoint.beside(Path(output), "").remove()
     return saved
 
@@ -228,7 +226,7 @@ def _there(
 def _same_run(output: Path, identity: ModelIdentity, data: dict[str, Any], settings: dict[str, Any]) -> Artifact:
     found = artifacts.load(output)
     if found.slim_of is not None:
-        raise KvcalError(f"{output}: holds a slim artifact: choose another --output, or remove it")
+        raise KvcalError(f"{output}: holds a slim artifact: choose another --output, or add --force to replace it")
     # Where the text came from may differ, its content may not.
     text = {name: value for name, value in found.data.items() if name != "source"}
     sides = [

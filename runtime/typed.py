@@ -115,7 +115,7 @@ class DecodeSettings(TypedDict, total=False):
 
 
 class Settings(DecodeSettings, total=False):
-    """Parameters of the methods, and of `cla`."""
+    """The same for all but `decode`: with the `seed` of the methods."""
 
     seed: ByLayer[int]
     """Of subgen."""

@@ -19,6 +19,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests"
 ROOMS = ("artifacts", "kernels", "runtime", "calibrate")
+_TESTED_IN = {"src": ("package",), "examples": ("docs",), "benchmarks": ("benchmarks",)}
+"""Folder at the root -> that of its tests, which do not mirror it."""
 ALWAYS = ("test_arrows.py", "test_docstrings.py")
 """What any change of the product can break, and what takes a moment."""
 SECONDS = 40
@@ -40,11 +42,15 @@ def needed(files: Iterable[Path]) -> list[Path]:
             ranks[path] = min(rank, ranks.get(path, rank))
 
     for file in files:
-        if file.suffix != ".py":
-            if file.suffix == ".md":
-                add([TESTS / "test_readme.py"], 0)
+        if file.suffix == ".md" or file.name == "mkdocs.yml":
+            add((TESTS / "docs").glob("test_*.py"), 0)
+        elif file.parts[0] in ("src", "examples", "benchmarks") or file.name == "pyproject.toml":
+            add(TESTS.joinpath(*_TESTED_IN.get(file.parts[0], ("package",))).rglob("test_*.py"), 1)
+        elif file.suffix != ".py" and file.parts[0] in ROOMS:
+            add(TESTS.joinpath(*file.parts[:-1]).glob("test_*.py"), 1)
+        elif file.suffix != ".py":
             continue
-        if file.parts[0] == "tests":
+        elif file.parts[0] == "tests":
             here = [ROOT / file] if file.name.startswith("test_") else _importers(file.stem)
             add((path for path in here if path.exists()), 0)
         elif file.parts[0] in ROOMS:

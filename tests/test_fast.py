@@ -24,7 +24,17 @@ def test_importers_are_found_through_helpers_of_the_tests():
 
 def test_a_changed_test_and_a_changed_page_are_tested():
     assert "runtime/test_typed.py" in names("tests/runtime/test_typed.py")
-    assert "test_readme.py" in names("docs/methods.md") and names("pyproject.toml") == sorted(fast.ALWAYS)
+    assert "docs/test_readme.py" in names("docs/methods.md") and "docs/test_examples.py" in names("examples/serve.py")
+    assert "package/test_names.py" in names("pyproject.toml")
+    assert "package/test_names.py" in names("src/kvcal/__init__.py")
+    assert "benchmarks/test_pages.py" in names("benchmarks/pages.py")
+    assert "calibrate/reports/test_browser.py" in names("calibrate/reports/page.css")
+    assert names("LICENSE") == sorted(fast.ALWAYS)
+
+
+def test_every_chosen_file_is_there():
+    everything = [*fast._git("ls-files")]
+    assert all(path.is_file() for path in fast.needed(map(Path, everything)))
 
 
 def test_no_test_begins_when_the_time_is_over(monkeypatch):

@@ -88,7 +88,7 @@ def refuse_to_lose(artifact: Artifact, overwrite: bool) -> None:
     if stage is not None and not overwrite and any(name.startswith("weights.") for name in stage.tensors):
         raise KvcalError(
             f"{artifact.name}: its stage cla (groups {stage.settings.get('groups')}) has fitted or "
-            "trained weights: give --uptrain --continue to train on, --overwrite to replace them, or work on a copy"
+            "trained weights: give --uptrain --continue to train on, --force to replace them, or work on a copy"
         )
 
 

@@ -13,6 +13,7 @@ _KEPT = {
     "analyze-rank": _PASS,
     "run": _PASS,
     "demo": "what had been saved is kept: repeat the command to go on",
+    "share": "what had been saved is kept: repeat the command, with --resume where it trained, to go on",
     "plan": "what was measured is kept: repeat the command to go on",
 }
 

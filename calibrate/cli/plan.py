@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from ...artifacts.places import check_new_file
+from ..defaults import PLAN_BYTES
 from .completion import complete_method, complete_tasks
 from .data_options import data_options, say_left
 from .evaluation_lines import say_calibration_text, say_short_blocks
@@ -16,8 +17,6 @@ from .plan_table import print_plan, say_warnings
 from .plan_work import open_kept
 from .prompt_options import words
 from .types import TokenCount
-
-BYTES = 0.0625
 
 
 def _is_plan(path: Path) -> bool:
@@ -40,7 +39,7 @@ def _is_kept(path: Path) -> bool:
     "--bytes",
     "budget",
     type=click.FloatRange(0, 1, min_open=True),
-    show_default="0.0625",
+    show_default=str(PLAN_BYTES),
     help="Read this share, per step and sequence, of what dense attention reads in the layers with full attention; "
     "what layers with a sliding window read counts in neither.",
 )
@@ -137,7 +136,7 @@ def plan_command(
         raise click.UsageError("give --data: text that the artifact was not calibrated on, e.g. stdlib --split heldout")
     if budget is not None and quality is not None:
         raise click.UsageError("--bytes and --quality: give one of them")
-    budget = BYTES if budget is None else budget
+    budget = PLAN_BYTES if budget is None else budget
     batch_size = min(batch_size, check_windows)  # a check decodes batches of the size planned for
     asked = parse_tasks(words(tasks))
     if "perplexity" not in asked:

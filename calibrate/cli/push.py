@@ -33,7 +33,7 @@ def push_command(
     """Verify ARTIFACT and upload it to the Hub.
 
     It becomes, with its card, one commit of the model repository ORG/NAME. That needs a token with write access
-    (`hf auth login`, or HF_TOKEN). Others load it with kvcal.runtime.load("ORG/NAME@REVISION").
+    (`hf auth login`, or HF_TOKEN). Others load it with kvcal.load("ORG/NAME@REVISION").
 
     \b
     Example:

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from .options import artifact_argument
-from .output import NewFile, print_lines, print_result, working
+from .output import NewFile, json_option, print_lines, print_result, working
 
 
 def _is_report(path: Path) -> bool:
@@ -25,7 +25,8 @@ def _is_report(path: Path) -> bool:
     show_default=True,
     help="Write the page to this file; an earlier report there is replaced, anything else is left.",
 )
-def report_command(artifact: Path, results: tuple[Path, ...], output: Path) -> None:
+@json_option
+def report_command(artifact: Path, results: tuple[Path, ...], output: Path, as_json: bool) -> None:
     """Write one HTML page about ARTIFACT that needs no network.
 
     It shows ranks, spectra, quality against bytes, the plan and provenance. RESULTS are files that `calibrate evaluate
@@ -44,4 +45,4 @@ def report_command(artifact: Path, results: tuple[Path, ...], output: Path) -> N
     with working("drawing"):
         page = report(found, results)
     write_atomically(output, page.encode())
-    print_result(False, None, lambda: print_lines(f"report: {output}"), output)
+    print_result(as_json, {"report": str(output)}, lambda: print_lines(f"report: {output}"), output)

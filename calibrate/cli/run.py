@@ -78,6 +78,8 @@ def _prepare(recipe: Recipe, section: Section, folder: Path, flags: Mapping[str,
         settings = {"model": recipe.pca.settings["model"], **section.settings}
         section = dataclasses.replace(section, settings=settings, lines={"model": section.line, **section.lines})
     flags = {**flags, "--resume": flags["--resume"] and section.settings.get("uptrain") is True}
+    if section.command == "share":  # trained weights: a recipe says `overwrite: true` where they may go
+        flags["--force"] = False
     return _context(recipe, section, ["--", str(folder)], flags)
 
 

@@ -71,7 +71,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     if slim := summary["slim_of"]:
         size = sum(slim["stages"][name]["bytes"] for name in summary["left_out"])
         left_out = " and ".join(summary["left_out"])
-        lines["slim"] = f"{left_out} left out, {size / 1e6:.1f} MB, of content {slim['content_hash']}"
+        lines["slim"] = f"{left_out} left out, {megabytes(size)}, of content {slim['content_hash']}"
     for name, text in lines.items():
         print_lines(f"{name:<11} {text}")
     for name, stage in summary["stages"].items():

@@ -3,9 +3,9 @@
 Aliases are here at once; all else, and torch with it, is imported when it is first asked for.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ...artifacts.lazy import lazy_names
 from .aliases import DEMO_FOLDER, MODEL_ALIASES
 
 if TYPE_CHECKING:
@@ -13,18 +13,6 @@ if TYPE_CHECKING:
     from .loading import LoadedModel, load_model
     from .same_weights import compare_weights
     from .source import ModelSource, resolve_model, spec_of
-
-_PLACES = {
-    "LoadedModel": "loading",
-    "ModelSource": "source",
-    "check_seq_len": "context",
-    "compare_weights": "same_weights",
-    "default_seq_len": "context",
-    "load_model": "loading",
-    "max_context": "context",
-    "resolve_model": "source",
-    "spec_of": "source",
-}
 
 __all__ = [
     "DEMO_FOLDER",
@@ -40,8 +28,19 @@ __all__ = [
     "spec_of",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _PLACES:
-        return getattr(import_module(f".{_PLACES[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "LoadedModel": "loading",
+            "ModelSource": "source",
+            "check_seq_len": "context",
+            "compare_weights": "same_weights",
+            "default_seq_len": "context",
+            "load_model": "loading",
+            "max_context": "context",
+            "resolve_model": "source",
+            "spec_of": "source",
+        },
+        __all__,
+    )

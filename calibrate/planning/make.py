@@ -13,6 +13,7 @@ from typing import Any
 from ...artifacts import Artifact, KvcalError
 from ...artifacts.writing import write_atomically
 from ...runtime.wrapped import unwrapped
+from ..defaults import PLAN_BYTES
 from ..evaluation.grid import FULL
 from ..evaluation.prompts import Prompts
 from ..evaluation.protocol import check_lengths
@@ -25,8 +26,6 @@ from .plan import check_choice, evaluated, for_bytes, for_quality, measure_point
 from .prompts import QUESTIONS, answerable, split_prompts
 from .settings import check_fitted, check_method
 from .subject import BATCH_SIZE, Subject
-
-BYTES = 0.0625
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def plan(
     *,
     tokenizer: Any = None,
     method: str = "spectral",
-    budget: float = BYTES,
+    budget: float = PLAN_BYTES,
     quality: float | None = None,
     windows: int = 4,
     batch_size: int = BATCH_SIZE,

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from os import PathLike
 
 from ...artifacts import Artifact
+from ...artifacts.packages import require
 
 
 def report(artifact: Artifact, results: Iterable[str | PathLike[str]] = ()) -> str:
@@ -21,6 +22,7 @@ def report(artifact: Artifact, results: Iterable[str | PathLike[str]] = ()) -> s
     Raises:
         KvcalError: an artifact without the stage `pca`, or a file that holds no results.
     """
+    require("jinja2", "altair", "vl_convert", "matplotlib", to="draw a report")
     from .gathered import gather
     from .page import render
 

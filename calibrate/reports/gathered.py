@@ -8,14 +8,12 @@ from os import PathLike, fspath
 from pathlib import Path
 
 from ...artifacts import Artifact, KvcalError
+from ..sample_size import small_sample
 from .answers import Sample, samples
 from .fitted import Cover, Rank, Spectrum, covers, ranks, spectra
 from .measured import Evaluation, evaluation
 from .planned import Plan, plan
 from .provenance import Provenance, provenance
-
-TOKENS_PER_DIM = 20
-"""Tokens of text for each number of a key, below which a covariance is mostly chance."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +49,8 @@ def gather(artifact: Artifact, results: Iterable[str | PathLike[str]] = ()) -> G
     made = provenance(artifact)
     planned = plan(artifact)
     warnings = [warning for each in found for warning in each.warnings]
-    enough = TOKENS_PER_DIM * made.head_dim
-    if made.tokens is not None and made.tokens < enough:
-        warnings.append(
-            f"Calibrated on {made.tokens} tokens only: below {enough} ({TOKENS_PER_DIM} for each number of a key) what "
-            "is shown is mostly chance."
-        )
+    if made.tokens is not None and (problem := small_sample(artifact)):
+        warnings.append(f"{problem}.")
     return Gathered(
         provenance=made,
         ranks=tuple(ranks(artifact)),

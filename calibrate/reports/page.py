@@ -125,7 +125,7 @@ def _shares(spectrum: Spectrum, dims: Sequence[int]) -> list[str]:
 
 
 def _number(value: float | None, error: float | None = None, digits: int = 3) -> str:
-    """ "1.023 ± .025"; a dash for what was not measured."""
+    """ "1.023 ± 0.025"; a dash for what was not measured."""
     if value is None:
         return "–"
     return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error else "")

@@ -56,6 +56,7 @@ def provenance(artifact: Artifact) -> Provenance:
         "model": model.id,
         "model revision": model.revision or "–",
         "weights sha256": model.weights_sha256,
+        **({"slim form of content": artifact.slim_of.content_hash} if artifact.slim_of else {}),
         "text sha256": data.get("content_sha256", "–"),
         "blocks": f"{data.get('blocks', '–')} of {data.get('seq_len', '–')} tokens",
         **{f"setting {name}": value for name, value in sorted(artifact.settings.items())},

@@ -313,7 +313,7 @@ class CompressedCache(DynamicCache):
 def check_artifact(artifact: Artifact | None, model: Any) -> None:
     """Raises KvcalError: a file's name, or an artifact of another model."""
     if isinstance(artifact, (str, os.PathLike)):
-        raise KvcalError(f"{artifact}: give a loaded artifact, kvcal.runtime.load({str(artifact)!r}), not its name")
+        raise KvcalError(f"{artifact}: give a loaded artifact, kvcal.load({str(artifact)!r}), not its name")
     if artifact is not None:
         check_model(artifact, model)
 

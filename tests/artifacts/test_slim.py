@@ -64,9 +64,11 @@ def test_slim_again_is_the_same(made, tmp_path):
     }
 
 
-def test_in_its_own_folder_the_rest_is_removed(full, made):
-    assert save(slim(load(full)), full).content_hash == load(made).content_hash
-    assert stage_files(full) == stage_files(made)
+def test_it_does_not_take_the_place_of_the_full_artifact(full):
+    before = stage_files(full)
+    with pytest.raises(ArtifactError, match="holds the full artifact, which its slim form would take with it"):
+        save(slim(load(full)), full)
+    assert stage_files(full) == before and load(full).slim_of is None
 
 
 def test_without_moments_and_reservoir_there_is_nothing_to_leave_out(made, tmp_path):

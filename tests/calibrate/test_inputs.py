@@ -56,6 +56,19 @@ def test_what_does_not_go_together_is_one_line(by_hand: Any, text: Path, given: 
     assert message in str(caught.value)
 
 
+def test_unknown_parameters_are_refused(by_hand: Any):
+    loaded, blocks = by_hand
+    with pytest.raises(KvcalError, match="calibrate has no parameter 'num_tokns': did you mean num_tokens"):
+        calibrate(loaded.model, blocks, num_tokns=64)
+
+
+def test_a_revision_stands_in_the_models_name(tiny_model_folder: Path, text: Path):
+    with pytest.raises(
+        KvcalError, match=f"revision 'v1': has no meaning beside a named model: write {tiny_model_folder}@v1"
+    ):
+        calibrate(tiny_model_folder, text, revision="v1")
+
+
 def test_a_named_model_brings_its_tokenizer(tiny_model_folder: Path, text: Path, by_hand: Any):
     with pytest.raises(KvcalError, match="tokenizer: has no meaning beside a named model"):
         calibrate(tiny_model_folder, text, tokenizer=by_hand[0].tokenizer)

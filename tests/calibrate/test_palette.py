@@ -11,7 +11,7 @@ from kvcal.calibrate import palette
 from kvcal.calibrate.palette import FALLBACK, METHOD_STYLES, style_of
 from kvcal.runtime import METHODS
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2] / "src" / "kvcal"
 DARK = "#14171c"
 """The ground of the report in dark mode, as calibrate/reports/page.css has it."""
 # Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB.

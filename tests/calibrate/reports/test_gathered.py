@@ -92,7 +92,7 @@ def test_warnings_say_what_numbers_mean_less(found, tmp_path):
     made = gather(found, [results(tmp_path / "r.json", found, data=data, prefix=10_000)])
     told = " ".join(made.warnings)
     assert "the text tiny was also calibrated on" in told and "contexts of 10000 tokens" in told
-    assert "mostly chance" in told  # 96 tokens for 24 numbers
+    assert "96 tokens are few for a head dim of 24" in told
     assert not any("scores" in warning for warning in made.warnings)  # full answers all
 
 
