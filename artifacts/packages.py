@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 
 from .errors import MissingPackageError
@@ -32,10 +33,9 @@ def require(*packages: str, to: str) -> None:
 
 def installed(package: str) -> bool:
     """Whether a package can be imported, without importing it."""
-    try:
-        return find_spec(package) is not None
-    except ValueError:  # it is imported, and has no spec
-        return True
+    if package in sys.modules:
+        return sys.modules[package] is not None
+    return find_spec(package) is not None
 
 
 def missing(package: str, to: str) -> MissingPackageError:

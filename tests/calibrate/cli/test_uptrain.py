@@ -112,7 +112,7 @@ def test_training_adds_weights_bases_and_a_figure_and_export_writes_what_loads(
 
     again = uptrain(artifact, tiny_model_folder, text)
     assert "already uptrained" in again.stderr
-    assert "--overwrite" in uptrain(artifact, tiny_model_folder, text, "--seed", 1, command=refused)
+    assert "--force" in uptrain(artifact, tiny_model_folder, text, "--seed", 1, command=refused)
     before = load(artifact).content_hash
     uptrain(artifact, tiny_model_folder, text, "--seed", 1, "--overwrite", "--pool", "first")
     assert load(artifact).content_hash != before and load(artifact).stages["cla"].settings["pool"] == "first"
@@ -204,7 +204,7 @@ def test_auto_again_is_the_map_that_is_there(tmp_path, tiny_model_folder, text, 
     assert (
         "already uptrained" in uptrain(artifact, tiny_model_folder, text, "--pattern", "auto").stderr
     )  # pairs: 1, too
-    assert "--overwrite" in uptrain(artifact, tiny_model_folder, text, *auto[:3], 2, command=refused)
+    assert "--force" in uptrain(artifact, tiny_model_folder, text, *auto[:3], 2, command=refused)
     assert load(artifact).content_hash == before
 
 

@@ -37,8 +37,8 @@ def test_another_version_and_another_artifact(tmp_path: Path) -> None:
     assert job.wait() == [2, 2] and len(job.err) == 1 and "version of" in job.err[0]
     for seed in (0, 1):
         save(artifact(layers=1, seed=seed), tmp_path / str(seed))
-    elsewhere = "import kvcal.calibrate.cli.cluster as command\nload = command.load\n"
-    elsewhere += "command.load = lambda folder: load(folder.with_name(str(rank)))"
+    elsewhere = "from kvcal.artifacts import folder as opening\nload = opening.load\n"
+    elsewhere += "opening.load = lambda folder: load(folder.with_name(str(rank)))"
     job = start(tmp_path / "more", ["cluster", tmp_path / "0"], 2, elsewhere)
     assert job.wait() == [2, 2] and len(job.err) == 1 and "content of ARTIFACT" in job.err[0], job.err
 

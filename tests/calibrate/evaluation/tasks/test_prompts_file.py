@@ -193,7 +193,7 @@ def test_chats_need_a_template_that_takes_them(chatting, tiny_tokenizer, tmp_pat
         (["mine.jsonl", "mine.json"], "mine.json: its results would be named 'mine' as those of .*mine.jsonl"),
         (["perplexity.jsonl"], "named 'perplexity' as those of a task of ours"),
         (["passkey@256.jsonl"], "named 'passkey@256' as those of a task of ours"),
-        (["absent.jsonl"], "absent.jsonl: cannot be read"),
+        (["absent.jsonl"], "absent.jsonl: does not exist"),
         (["empty.jsonl"], "empty.jsonl: no prompts"),
         (["pipe.jsonl"], "pipe.jsonl: is no plain file"),
     ],
