@@ -27,6 +27,7 @@ class Interrupting:
                 raise
 
 sys.meta_path.insert(0, Interrupting())
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins with it ignored
 from kvcal.calibrate.__main__ import main
 sys.argv = ["calibrate", *ARGUMENTS]
 main()
