@@ -38,9 +38,13 @@ def installed(package: str) -> bool:
     return find_spec(package) is not None
 
 
-def missing(package: str, to: str) -> MissingPackageError:
-    """The error that names a package, what needs it and the line that installs it."""
-    extra = extra_of(package)
+def missing(package: str, to: str, extra: str | None = None) -> MissingPackageError:
+    """The error that names a package, what needs it and the line that installs it.
+
+    Args:
+        extra: what brings all that is needed beside it; None: the extra of the package alone.
+    """
+    extra = extra or extra_of(package)
     line = f"pip install 'kvcal[{extra}]'" if extra else f"pip install {package}"
     either = " (on a GPU: 'kvcal[gpu]')" if extra == "calibrate" else ""
     return MissingPackageError(f"{package} is not installed, and is needed to {to}: {line}{either}")

@@ -27,9 +27,11 @@ def main() -> None:
         from ..artifacts.packages import extra_of, missing
 
         package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
-        if extra_of(package) is None:
+        extra = extra_of(package)
+        if extra is None:
             raise
-        print(f"Error: {missing(package, 'run this command')}", file=sys.stderr)
+        whole = "calibrate" if extra == "transformers" else extra  # which commands need besides
+        print(f"Error: {missing(package, 'run this command', whole)}", file=sys.stderr)
         sys.exit(2)
 
 

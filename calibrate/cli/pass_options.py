@@ -188,12 +188,12 @@ def run_pass(options: PassOptions, world: World | None = None) -> Artifact:
             world=world,
         )
     world.leave_to_first()
-    if problem := small_sample(artifact):
-        say(f"{output}: {problem}")
     if artifact.folder is not None:
         nothing = ": nothing is left to resume" if options.resume else ""
         say(f"{output}: already calibrated with this model, text and settings{nothing}")
         return artifact
+    if problem := small_sample(artifact):
+        say(f"{output}: {problem}")
     with working("writing"):
         return save(artifact, output, card_files(artifact), replace=options.force)
 
