@@ -75,7 +75,7 @@ def save(
         exists = has_content(folder)
         replaces = exists and not _was_loaded_from(artifact, folder)
         if replaces and not replace:
-            raise ArtifactError(f"{folder}: already exists: choose another --output or remove it")
+            raise ArtifactError(f"{folder}: already exists: choose another name or remove it")
         if replaces:
             check_replaceable(folder)
     if not exists:

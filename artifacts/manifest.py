@@ -61,7 +61,8 @@ def read_manifest(folder: Path) -> tuple[Artifact, dict[str, StageFile], dict[st
         make = f"make one with `calibrate pca --output {folder}`"
         if not _exists(folder):
             raise ArtifactError(does_not_exist(folder, make)) from None
-        raise ArtifactError(f"{folder}: not an artifact (no {MANIFEST}): {make}") from None
+        give = "give the folder of one, or make one with `calibrate pca`"
+        raise ArtifactError(f"{folder}: not an artifact (no {MANIFEST}): {give}") from None
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read ({error.strerror}): fetch the artifact again") from error
     return parse_manifest(folder, content)

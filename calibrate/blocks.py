@@ -88,6 +88,9 @@ def make_blocks(
     Raises:
         KvcalError: less text than one block, or no documents of text.
     """
+    for name, count in (("num_tokens", num_tokens), ("seq_len", seq_len)):
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise KvcalError(f"{name} {count!r}: give a whole number, e.g. 8192")
     if num_tokens < 1:
         raise KvcalError(f"{num_tokens} tokens asked for: give at least 1")
     if seq_len < 2:

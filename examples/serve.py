@@ -1,6 +1,6 @@
 """Start vLLM's OpenAI-compatible server, which decodes from an artifact.
 
-    python serve.py MODEL ARTIFACT [OPTIONS OF vllm serve …]
+    python serve.py MODEL ARTIFACT [OPTIONS OF vllm serve …]     # MODEL: a folder or a Hub id
 
 That the artifact is whole and belongs to the model is checked before the engine takes minutes to start. Then
 
@@ -25,7 +25,12 @@ class Described:
     def __init__(self, name: str):
         from transformers import AutoConfig
 
-        self.config = AutoConfig.from_pretrained(name)
+        try:
+            self.config = AutoConfig.from_pretrained(name)
+        except OSError as error:
+            raise kvcal.KvcalError(
+                f"{name}: no folder and no model of the Hub ({error}): vLLM takes no aliases"
+            ) from None
 
 
 def command(model: str, artifact: str, options: list[str]) -> list[str]:

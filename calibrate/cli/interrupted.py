@@ -7,7 +7,7 @@ import signal
 from ..interrupts import Interrupted, Terminated, raised_on
 from .user_error import EndedByInterrupt, EndedBySigterm, UserError
 
-_PASS = "what had been saved is kept: repeat the command with --resume to go on"
+_PASS = "what had been saved, if anything, is kept: repeat the command with --resume to go on"
 _KEPT = {
     "pca": _PASS,
     "analyze-rank": _PASS,

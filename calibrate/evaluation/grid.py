@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -80,7 +81,9 @@ def make_grid(methods: Sequence[str], parameters: Mapping[str, Sequence[Value]])
     known_methods = (*METHODS, PLAN)
     unknown = next((method for method in methods if split_method(method, {})[1] not in known_methods), None)
     if unknown is not None or not methods:
-        raise KvcalError(f"no method {unknown!r}: choose among {', '.join(METHODS)}, and cla or cla+ any of them")
+        near = difflib.get_close_matches(str(unknown), METHODS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise KvcalError(f"no method {unknown!r}: {hint}choose among {', '.join(METHODS)}, and cla or cla+ any of them")
     fields = {method: _fields(method) for method in methods}
     for name in parameters:
         if not any(name in of_method for of_method in fields.values()):

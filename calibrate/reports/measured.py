@@ -147,7 +147,12 @@ def _best(points: Sequence[Point]) -> tuple[Best, ...]:
     for verb, cost in costs.items():
         for budget in BUDGETS:
             fit = [point for point in points if (share := cost(point)) is not None and share <= ALLOWANCE * budget]
-            by_ratio = min((p for p in fit if p.ratio is not None), key=lambda p: p.ratio or 0.0, default=None)
+            # Below 1 a ratio is chance: among those that lose nothing the one of fewest bytes is best.
+            by_ratio = min(
+                (p for p in fit if p.ratio is not None),
+                key=lambda p: (max(p.ratio or 0.0, 1.0), cost(p) or 0.0),
+                default=None,
+            )
             by_score = max((p for p in fit if p.score is not None), key=lambda p: p.score or 0.0, default=None)
             found.append(Best(f"1/{round(1 / budget)} of the bytes {verb}", by_ratio, by_score))
     return tuple(each for each in found if each.by_ratio or each.by_score)

@@ -62,7 +62,7 @@ def test_dense_layers_go_with_every_method_but_full():
 @pytest.mark.parametrize(
     ("methods", "parameters", "message"),
     [
-        (["lokki"], {}, "no method 'lokki': choose among full, spectral, loki"),
+        (["lokki"], {}, "no method 'lokki': did you mean loki. choose among full, spectral, loki"),
         ([], {}, "choose among"),
         (["streaming", "h2o"], {"rank": [0.25]}, "no parameter 'rank' in streaming, h2o: they have dense_below"),
         (["loki"], {"bassis": ["pca"]}, "no parameter 'bassis'"),
