@@ -23,7 +23,7 @@ _TESTED_IN = {"src": ("package",), "examples": ("docs",), "benchmarks": ("benchm
 """Folder at the root -> that of its tests, which do not mirror it."""
 ALWAYS = ("test_arrows.py", "test_docstrings.py")
 """What any change of the product can break, and what takes a moment."""
-SECONDS = 40
+SECONDS = 25
 """Until no further test begins; importing torch and transformers, and the last test, come on top of it."""
 
 
